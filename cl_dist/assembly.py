@@ -1,0 +1,127 @@
+"""From a recipe to the parts of a run, in the order of the story: stream, model, methods, engine, evaluation."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cl_dist.config.schema import Recipe
+from cl_dist.engine.distributed import device
+from cl_dist.engine.ds_config import deepspeed_config
+from cl_dist.engine.engine import TrainingEngine
+from cl_dist.engine.trainer import TaskTrainer
+from cl_dist.evaluation.evaluate import Evaluator
+from cl_dist.methods.registry import build_methods
+from cl_dist.models.checkpointing import enable_activation_checkpointing
+from cl_dist.models.load import LoadedModel, load_model
+from cl_dist.models.lora import add_lora, load_adapter
+from cl_dist.tasks.encode import Encoder, label_names
+from cl_dist.tasks.stream import load_stream
+from cl_dist.tasks.types import Task
+
+
+@dataclass(frozen=True)
+class System:
+    """The parts of a run on one rank."""
+
+    recipe: Recipe
+    tasks: tuple[Task, ...]
+    loaded: LoadedModel
+    encoder: Encoder
+    engine: TrainingEngine
+    evaluator: Evaluator
+
+    def trainer(self, index: int) -> TaskTrainer:
+        """Return the steps of the task at position `index` of the stream."""
+        samples = self.encoder.train(self.tasks[index])
+        return TaskTrainer(self.engine, samples, self.loaded.tokenizer, index)
+
+
+def build_system(recipe: Recipe, recipe_dir: Path) -> System:
+    """Read the data, load the model and put DeepSpeed around it (collective).
+
+    Raises:
+        BadInput: Data, model or method do not fit together; every sample is encoded once before training starts.
+    """
+    tasks = load_stream(recipe.stream, recipe_dir)
+    names = label_names(tasks)
+    loaded = _load(recipe, len(names))
+    encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
+    engine = TrainingEngine(loaded, recipe, build_methods(recipe.method))
+    evaluator = _evaluator(recipe, engine.model, loaded, encoder, names, synced=recipe.zero.stage == 3)
+    evaluator.check_modes(tasks)
+    for task in tasks:
+        encoder.train(task)
+    return System(recipe, tasks, loaded, encoder, engine, evaluator)
+
+
+def build_saved(recipe: Recipe, recipe_dir: Path, folder: Path) -> tuple[tuple[Task, ...], Evaluator]:
+    """Load the model that a run saved in `folder`, whole on every rank, for evaluation only.
+
+    Raises:
+        BadInput: The data or the saved model is not usable.
+    """
+    tasks = load_stream(recipe.stream, recipe_dir)
+    names = label_names(tasks)
+    source = recipe.model
+    if source.lora is None:
+        source = replace(source, name_or_path=str(folder), gguf_file=None)
+    loaded = load_model(
+        source, len(names), zero3_config=None, dtype=_dtype(recipe), seed=recipe.train.seed, cache_dir=cache_folder()
+    )
+    model = loaded.model if recipe.model.lora is None else load_adapter(loaded.model, folder)
+    encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
+    evaluator = _evaluator(recipe, model.to(device()), loaded, encoder, names, synced=False)
+    evaluator.check_modes(tasks)
+    return tasks, evaluator
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.train.dtype == "bfloat16" else torch.float32
+
+
+def _load(recipe: Recipe, labels: int) -> LoadedModel:
+    loaded = load_model(
+        recipe.model,
+        labels,
+        zero3_config=deepspeed_config(recipe) if recipe.zero.stage == 3 else None,
+        dtype=_dtype(recipe),
+        seed=recipe.train.seed,
+        cache_dir=cache_folder(),
+    )
+    model = loaded.model
+    if recipe.model.lora is not None:
+        model = add_lora(model, recipe.model.lora, loaded.objective, recipe.train.seed)
+    if recipe.train.activation_checkpointing:
+        enable_activation_checkpointing(model)
+    return LoadedModel(model, loaded.tokenizer, loaded.objective)
+
+
+def _evaluator(
+    recipe: Recipe,
+    model: torch.nn.Module,
+    loaded: LoadedModel,
+    encoder: Encoder,
+    names: tuple[str, ...],
+    synced: bool,
+) -> Evaluator:
+    return Evaluator(
+        model=model,
+        tokenizer=loaded.tokenizer,
+        objective=loaded.objective,
+        encoder=encoder,
+        label_names=names,
+        config=recipe.eval,
+        rank=torch.distributed.get_rank(),
+        world=torch.distributed.get_world_size(),
+        synced=synced,
+    )
+
+
+def cache_folder() -> Path:
+    """Return where converted models are kept: below XDG_CACHE_HOME, else ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "cl_dist"

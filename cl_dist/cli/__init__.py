@@ -1,0 +1,23 @@
+"""`cl-dist`: commands that parse, delegate and print. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cl_dist.cli.failures import guarded
+from cl_dist.cli.parser import build_parser
+from cl_dist.launch.child import die_with_launcher
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 bad input, 75 interrupted and resumable, 1 anything else."""
+    die_with_launcher(os.environ)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parsed = build_parser().parse_args(arguments)
+    except SystemExit as end:  # argparse has said what is wrong, or printed its help
+        return int(end.code or 0)
+    parsed.argv = arguments
+    return guarded(parsed)

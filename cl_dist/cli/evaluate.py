@@ -1,0 +1,59 @@
+"""`cl-dist eval`: score a model that a run has saved."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cl_dist.cli.ranks import run_on_ranks, told_once_per_machine
+from cl_dist.cli.run import check_stream_and_model
+from cl_dist.config.load import load_recipe
+from cl_dist.config.schema import Recipe
+from cl_dist.errors import BadInput
+from cl_dist.progress import Reporter
+from cl_dist.state.manifest import Manifest
+from cl_dist.state.run_folder import RunFolder
+
+
+def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
+    """Add `eval`; `commands` is argparse's collection of subparsers."""
+    parser = commands.add_parser("eval", parents=[changes, common], help="evaluate a model that a run has saved")
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("--task", metavar="NAME", help="the model after this task (default: the last one done)")
+    parser.set_defaults(command=evaluate)
+
+
+def evaluate(arguments: Namespace) -> int:
+    """Check that the run has such a model, then evaluate it on the recipe's tasks."""
+    folder = RunFolder(Path(arguments.run))
+    with told_once_per_machine():
+        index = _find_task(Manifest.read(folder.manifest), arguments.task, folder)
+        recipe, recipe_dir = load_recipe(str(folder.config), arguments.changes)
+    recipe = replace(recipe, output_dir=arguments.run)  # it may have been moved since
+    check = partial(_check, recipe, recipe_dir)
+    return run_on_ranks(arguments, recipe.launch.processes, check, partial(_evaluate, recipe, recipe_dir, index))
+
+
+def _find_task(manifest: Manifest, name: str | None, folder: RunFolder) -> int:
+    """Position of the task whose model is wanted; BadInput where it is not there."""
+    done = manifest.tasks[: manifest.completed]
+    if not done:
+        raise BadInput(f"{folder.path}: no task is done yet, so there is no model to evaluate")
+    if name is None:
+        return len(done) - 1
+    if name not in done:
+        raise BadInput(f"--task {name}: not among the tasks that are done in {folder.path}: {', '.join(done)}")
+    return done.index(name)
+
+
+def _check(recipe: Recipe, recipe_dir: Path, first: bool) -> None:
+    check_stream_and_model(recipe, recipe_dir)
+
+
+def _evaluate(recipe: Recipe, recipe_dir: Path, index: int, reporter: Reporter) -> None:
+    from cl_dist.coordinator import evaluate
+
+    evaluate(recipe, recipe_dir, task_index=index, reporter=reporter)

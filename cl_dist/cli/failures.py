@@ -1,0 +1,54 @@
+"""How a command's failure is told: a sentence and an exit code, on one rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from argparse import Namespace
+from contextlib import suppress
+
+from cl_dist.errors import BadInput, ClDistError, Interrupted
+from cl_dist.launch.child import report_failure
+from cl_dist.launch.environment import find_ranks
+
+
+def guarded(arguments: Namespace) -> int:
+    """Run the parsed command; turn whatever it raises into a message and an exit code."""
+    try:
+        return int(arguments.command(arguments))
+    except ClDistError as error:
+        return _end(error.exit_code, str(error), arguments.debug)
+    except KeyboardInterrupt:
+        return _end(Interrupted.exit_code, "stopped before anything was started", arguments.debug)
+    except BrokenPipeError:  # the reader of our output (`| head`) has had enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - Python flushes it when it exits
+        return 1
+    except Exception as error:  # a bug, here or in a library
+        summary = " ".join(str(error).split())
+        message = f"internal error: {type(error).__name__}: {summary} (run again with --debug for the traceback)"
+        return _end(1, message, arguments.debug)
+
+
+def tell(exit_code: int, message: str) -> None:
+    """Print a failure's sentence, or several, to standard error."""
+    kind = "interrupted" if exit_code == Interrupted.exit_code else "error"
+    for line in message.splitlines():
+        print(f"cl-dist: {kind}: {_rank_prefix()}{line}", file=sys.stderr, flush=True)
+
+
+def _end(exit_code: int, message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    if not report_failure(os.environ, exit_code, message):
+        tell(exit_code, message)
+    return exit_code
+
+
+def _rank_prefix() -> str:
+    """Who speaks, on the ranks of a foreign launcher other than 0."""
+    with suppress(BadInput):
+        ranks = find_ranks(os.environ)
+        if ranks is not None and ranks.rank > 0:
+            return f"rank {ranks.rank}: "
+    return ""

@@ -1,0 +1,104 @@
+"""`cl-dist status`, `recipe` and `methods`: look, and start nothing."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from importlib import resources
+from inspect import getdoc
+from pathlib import Path
+from typing import Any
+
+from cl_dist.config.explain import explain
+from cl_dist.config.fields import method_classes
+from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes
+from cl_dist.errors import BadInput
+from cl_dist.progress import format_matrix, format_summary
+from cl_dist.state.lock import refuse_if_locked
+from cl_dist.state.manifest import Manifest
+from cl_dist.state.run_folder import RunFolder
+
+
+def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
+    """Add the three commands; `commands` is argparse's collection of subparsers."""
+    parser = commands.add_parser("status", parents=[common], help="how far a run is, and its results so far")
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.set_defaults(command=status)
+    parser = commands.add_parser("recipe", parents=[changes, common], help="list, print or explain recipes")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="print this one with every setting spelt out")
+    parser.add_argument("--explain", action="store_true", help="every setting: its values, default and meaning")
+    parser.set_defaults(command=recipe)
+    parser = commands.add_parser("methods", parents=[common], help="list the methods")
+    parser.set_defaults(command=methods)
+
+
+def status(arguments: Namespace) -> int:
+    """Print how far a run is and what it has measured."""
+    folder = RunFolder(Path(arguments.run))
+    manifest = Manifest.read(folder.manifest)
+    print("\n".join(_progress_lines(manifest, _is_running(folder))))
+    if folder.metrics.exists():
+        print("\n" + format_summary(_read_metrics(folder.metrics)))
+    elif manifest.accuracy_matrix:
+        print("\n" + format_matrix(manifest.tasks, manifest.accuracy_matrix))
+    return 0
+
+
+def recipe(arguments: Namespace) -> int:
+    """Explain the settings, print a resolved recipe, or list those that are shipped."""
+    if arguments.explain:
+        print(explain())
+    elif arguments.recipe is not None:
+        print(dump_recipe(load_recipe(arguments.recipe, arguments.changes)[0]), end="")
+    elif arguments.changes:
+        raise BadInput("--set: no recipe to change; name one, as in: cl-dist recipe quickstart --set train.epochs=1")
+    else:
+        _print_table({name: _summary(name) for name in shipped_recipes()})
+    return 0
+
+
+def methods(arguments: Namespace) -> int:
+    """Print each method's name and what it is."""
+    _print_table({name: (getdoc(cls) or "").partition("\n")[0] for name, cls in method_classes().items()})
+    return 0
+
+
+def _progress_lines(manifest: Manifest, running: bool) -> Iterator[str]:
+    # A run that was killed had no time to write anything else than "running".
+    status = "killed" if manifest.status == "running" and not running else manifest.status
+    yield f"status      {status}{'; --resume goes on' if status in ('killed', 'interrupted', 'failed') else ''}"
+    yield f"tasks done  {manifest.completed} of {len(manifest.tasks)}"
+    if manifest.checkpoint is not None:
+        name = manifest.tasks[manifest.checkpoint.task]
+        yield f"checkpoint  in {name}, after step {manifest.checkpoint.step}"
+    yield f"ranks       {manifest.world_size}, ZeRO stage {manifest.zero_stage}"
+    yield f"restarts    {manifest.restarts}"
+
+
+def _is_running(folder: RunFolder) -> bool:
+    try:
+        refuse_if_locked(folder.lock)
+    except BadInput:
+        return True
+    return False
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    try:
+        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path} is damaged: {error}") from error
+    return metrics
+
+
+def _summary(name: str) -> str:
+    """A shipped recipe's first line, which is a comment that says what it is."""
+    text = (resources.files("cl_dist.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    return text.partition("\n")[0].lstrip("# ")
+
+
+def _print_table(rows: dict[str, str]) -> None:
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        print(f"{name:<{width}}  {text}")

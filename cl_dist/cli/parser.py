@@ -1,0 +1,44 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+from cl_dist import __version__
+from cl_dist.cli import doctor, evaluate, inspect, run
+
+_EPILOG = """\
+examples:
+  cl-dist run quickstart                              a shipped recipe
+  cl-dist run my.yaml --set method.name=migu          your own, with a change
+  cl-dist run my.yaml --set method.name=migu --resume go on where it stopped
+  cl-dist recipe --explain                            every setting
+
+exit codes: 0 done, 2 bad input, 75 interrupted (go on with --resume), 1 anything else
+"""
+
+
+def build_parser() -> ArgumentParser:
+    """The parser; `command` of a parsed command line is a function from it to the exit code."""
+    parser = ArgumentParser(
+        prog="cl-dist",
+        description="Continual learning for language models on DeepSpeed ZeRO shards.",
+        epilog=_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"cl-dist {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    common = ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    changes = ArgumentParser(add_help=False)
+    changes.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="change a setting of the recipe, for example train.epochs=3 (may be given several times)",
+    )
+    for module in (run, evaluate, inspect, doctor):
+        module.add_commands(commands, common, changes)
+    return parser

@@ -1,0 +1,85 @@
+"""From a command to ranks: check everything that can be checked cheaply, then start ranks, or be one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from cl_dist.cli.failures import tell
+from cl_dist.errors import BadInput, Interrupted
+from cl_dist.launch.child import is_launched
+from cl_dist.launch.environment import Ranks, export_ranks, find_ranks
+from cl_dist.launch.local import launch
+from cl_dist.progress import Reporter, make_reporter
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def run_on_ranks(
+    arguments: Namespace, processes: int, check: Callable[[bool], None], work: Callable[[Reporter], None]
+) -> int:
+    """Do `work` on every rank and return the exit code.
+
+    `check(first)` raises BadInput for unusable input; it runs before any rank is started, or on every rank where
+    another launcher has started them. `first` is False on ranks that leave the run folder to rank 0.
+    """
+    ranks = find_ranks(os.environ)
+    if ranks is None:
+        check(True)
+        return _start_ranks(arguments, processes)
+    if not is_launched(os.environ):
+        with told_once_per_machine():
+            check(ranks.rank == 0)
+    return _be_rank(ranks, work)
+
+
+@contextmanager
+def told_once_per_machine() -> Iterator[None]:
+    """Around checks that all ranks do: of the ranks on one machine only the first says what is wrong with the input."""
+    try:
+        yield
+    except BadInput as error:
+        ranks = find_ranks(os.environ)
+        if ranks is not None and ranks.local_rank > 0 and not is_launched(os.environ):
+            raise BadInput("") from error  # an empty message is not printed
+        raise
+
+
+def _start_ranks(arguments: Namespace, processes: int) -> int:
+    ending = launch([sys.executable, "-m", "cl_dist", *arguments.argv], processes, os.environ)
+    for line in ending.output:
+        print(line, file=sys.stderr)
+    if ending.message is not None:
+        tell(ending.exit_code, ending.message)
+    return ending.exit_code
+
+
+def _be_rank(ranks: Ranks, work: Callable[[Reporter], None]) -> int:
+    export_ranks(ranks, os.environ)
+    reporter = make_reporter(ranks.rank, sys.stdout)
+    try:
+        with _interruptible():
+            work(reporter)
+    finally:
+        reporter.close()
+    return 0
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Until the coordinator listens for signals itself, one that asks to stop ends the rank at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("stopped outside of training; the same command with --resume goes on")
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,57 @@
+"""`cl-dist run`: train a model through the recipe's stream."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cl_dist.cli.ranks import run_on_ranks, told_once_per_machine
+from cl_dist.config.load import load_recipe
+from cl_dist.config.schema import Recipe
+from cl_dist.progress import Reporter
+
+
+def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
+    """Add `run`; `commands` is argparse's collection of subparsers."""
+    parser = commands.add_parser("run", parents=[changes, common], help="train a model through a stream of tasks")
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
+    parser.add_argument("--fresh", action="store_true", help="put the run in output_dir aside and start anew")
+    parser.set_defaults(command=run)
+
+
+def run(arguments: Namespace) -> int:
+    """Check the recipe, its data, its model and its run folder, then train."""
+    with told_once_per_machine():
+        recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes)
+    check = partial(_check, recipe, recipe_dir, arguments.resume, arguments.fresh)
+    work = partial(_train, recipe, recipe_dir, arguments.resume)
+    return run_on_ranks(arguments, recipe.launch.processes, check, work)
+
+
+def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> None:
+    """Raise BadInput where the data or the model cannot be used, as far as that shows without torch."""
+    from cl_dist.models.check import check_model_config
+    from cl_dist.tasks.stream import load_stream
+
+    tasks = load_stream(recipe.stream, recipe_dir)
+    check_model_config(recipe.model, [label for task in tasks for label in task.labels])
+
+
+def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: bool) -> None:
+    from cl_dist.state.preflight import preflight, set_aside
+
+    check_stream_and_model(recipe, recipe_dir)
+    if first:
+        output_dir = Path(recipe.output_dir)
+        preflight(output_dir, recipe, resume=resume, fresh=fresh)
+        if fresh:
+            set_aside(output_dir)
+
+
+def _train(recipe: Recipe, recipe_dir: Path, resume: bool, reporter: Reporter) -> None:
+    from cl_dist.coordinator import run
+
+    run(recipe, recipe_dir, resume=resume, reporter=reporter)

@@ -1,0 +1,1 @@
+"""Recipes: read, overridden and checked here."""

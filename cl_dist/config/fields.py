@@ -1,0 +1,147 @@
+"""What the settings are called, what they may be and what they mean, read off the dataclasses of `schema`.
+
+One description serves the error messages and `cl-dist recipe --explain`, so that the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from cl_dist.config.schema import MethodConfig, Recipe
+
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+_BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
+_SIZES = {"min_length": "at least {}", "max_length": "at most {}"}
+
+
+def method_classes() -> dict[str, type]:
+    """The settings class of every method, by the method's name."""
+    classes = get_args(get_args(MethodConfig)[0])
+    return {get_args(info_of(cls)["name"].annotation)[0]: cls for cls in classes}
+
+
+def info_of(cls: type) -> dict[str, FieldInfo]:
+    """pydantic's knowledge of a component's fields, by name."""
+    fields: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
+    return fields
+
+
+def component_of(annotation: Any) -> type | None:
+    """The dataclass that a field's annotation holds, through `| None` and list wrappers; None where it holds none.
+
+    A union of methods is no component: which one it is depends on the value.
+    """
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return annotation
+    found = [component_of(part) for part in get_args(annotation)]
+    components = [component for component in found if component is not None]
+    return components[0] if len(components) == 1 else None
+
+
+def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """The values that an annotation allows, in words: `a whole number, at least 1, or null`."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *extra = get_args(annotation)
+        return describe(inner, _flatten(extra))
+    if origin in (Union, types.UnionType):
+        return ", or ".join(describe(part) for part in get_args(annotation))
+    if origin is Literal:
+        return ", ".join(str(value) for value in get_args(annotation))
+    return ", ".join([_describe_plain(annotation), *_describe_limits(annotation, metadata)])
+
+
+def _describe_plain(annotation: Any) -> str:
+    if get_origin(annotation) is tuple:
+        item = get_args(annotation)[0]
+        return "a list of mappings" if component_of(item) or item is MethodConfig else "a list of texts"
+    if component_of(annotation) or get_origin(annotation) is dict:
+        return "a mapping of settings"
+    return _WORDS[annotation]
+
+
+def _describe_limits(annotation: Any, metadata: Sequence[Any]) -> Iterator[str]:
+    """Limits in words, from annotated-types objects such as Ge(ge=1)."""
+    unit = "entry" if get_origin(annotation) is tuple else "character"
+    for limit in metadata:
+        for name, words in _BOUNDS.items():
+            if hasattr(limit, name):
+                yield words.format(_number(getattr(limit, name)))
+        for name, words in _SIZES.items():
+            if hasattr(limit, name):
+                size = getattr(limit, name)
+                yield f"{words.format(size)} {_plural(unit, size)}"
+
+
+def _plural(unit: str, count: int) -> str:
+    return unit if count == 1 else f"{unit.removesuffix('y')}{'ies' if unit.endswith('y') else 's'}"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def _flatten(metadata: Sequence[Any]) -> list[Any]:
+    """Limits out of `Field(ge=1)`, which pydantic wraps once more."""
+    return [limit for entry in metadata for limit in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a recipe, described."""
+
+    key: str
+    """Dotted key; `[]` follows a list of mappings, `method(NAME).` precedes a setting of that method."""
+    allowed: str
+    default: str | None
+    """None where the setting must be given; "" where it is a component with settings of its own."""
+    help: str
+    component: type | None
+    """Its settings class where it is a component."""
+
+    @property
+    def name(self) -> str:
+        """The last part of the key."""
+        return self.key.rpartition(".")[2].removesuffix("[]")
+
+
+def settings_of(cls: type, prefix: str = "") -> Iterator[Setting]:
+    """Every setting below component `cls`, depth first, in the order of the source."""
+    for name, info in info_of(cls).items():
+        setting = _setting(f"{prefix}{name}", info)
+        yield setting
+        if setting.component is not None:
+            yield from settings_of(setting.component, f"{setting.key}.")
+        elif cls is Recipe and name == "method":
+            for method, settings in method_classes().items():
+                yield from settings_of(settings, f"method({method}).")
+
+
+def _setting(key: str, info: FieldInfo) -> Setting:
+    component = component_of(info.annotation)
+    holds_many = get_origin(info.annotation) is tuple and (component is not None or key == "method")
+    return Setting(
+        key=f"{key}[]" if holds_many else key,
+        allowed=describe(info.annotation, info.metadata),
+        default=_default(info),
+        help=" ".join((info.description or (component and component.__doc__) or "").split()),
+        component=component,
+    )
+
+
+def _default(info: FieldInfo) -> str | None:
+    if info.default_factory is not None:
+        return ""
+    if info.default is PydanticUndefined:
+        return None
+    if isinstance(info.default, tuple):  # the default method
+        return ", ".join(method.name for method in info.default)
+    return info.default if isinstance(info.default, str) else json.dumps(info.default)

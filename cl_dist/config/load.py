@@ -1,0 +1,102 @@
+"""From a recipe's name or file to a checked `Recipe`, and back to YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from cl_dist.config.overrides import Override, apply_overrides, parse_override
+from cl_dist.config.paths import resolve_paths
+from cl_dist.config.problems import describe_problems, did_you_mean
+from cl_dist.config.schema import Recipe, TrainConfig
+from cl_dist.config.yaml_text import parse_yaml, render_yaml
+from cl_dist.errors import BadInput
+
+SUFFIXES = (".yaml", ".yml")
+
+_RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
+    """Read, override and check a recipe; return it with the folder that its relative paths started from.
+
+    `name_or_path` is the name of a shipped recipe or a YAML file; overrides have the form `a.b.c=value`. Paths of data
+    come out absolute (see `cl_dist.config.paths`), so the recipe means the same wherever it is written to. Raises
+    BadInput with one line per problem.
+    """
+    changes = [parse_override(text) for text in overrides]
+    name, text, folder = _find(name_or_path)
+    data = parse_yaml(text, name_or_path)
+    if not isinstance(data, dict):
+        raise BadInput(f"{name_or_path}: a recipe is a mapping of settings (model: ..., stream: ...), this is none")
+    apply_overrides(data, changes)
+    _fill_defaults(data, name)
+    recipe = _check(data)
+    return resolve_paths(recipe, folder, typed_root=_types_root(changes)), folder
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    entries = resources.files("cl_dist.recipes").iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON types, every setting spelt out."""
+    data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return data
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, which loads to an equal `Recipe`."""
+    return render_yaml(to_dict(recipe))
+
+
+def _find(name_or_path: str) -> tuple[str, str, Path]:
+    """Name, text and folder of a recipe. A shipped recipe's relative paths start from the working directory."""
+    if name_or_path in shipped_recipes():
+        file = resources.files("cl_dist.recipes") / f"{name_or_path}.yaml"
+        return name_or_path, file.read_text(encoding="utf-8"), Path.cwd()
+    path = Path(name_or_path).expanduser()
+    if path.suffix not in SUFFIXES:
+        known = shipped_recipes()
+        raise BadInput(
+            f"{name_or_path}: no shipped recipe and no YAML file (.yaml, .yml); shipped: {', '.join(known)}"
+            f"{did_you_mean(name_or_path, known)}"
+        )
+    return path.stem, _read(path), path.absolute().parent
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{path}: the recipe cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: the recipe is not UTF-8 text (byte {error.start})") from error
+
+
+def _fill_defaults(data: dict[str, Any], name: str) -> None:
+    """Defaults that depend on other settings."""
+    data.setdefault("output_dir", f"runs/{name}")
+    train = data.get("train")
+    if isinstance(train, dict) and isinstance(train.get("max_length"), int):
+        train.setdefault("max_target_length", max(1, min(TrainConfig.max_target_length, train["max_length"] // 2)))
+
+
+def _types_root(changes: Sequence[Override]) -> bool:
+    return any(change.path == ("stream", "root") for change in changes)
+
+
+def _check(data: dict[str, Any]) -> Recipe:
+    try:
+        # Through JSON, because only there strict means "no text for a number" and still takes a list for a tuple.
+        return _RECIPE.validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise BadInput("\n".join(describe_problems(error, len(data["method"])))) from error

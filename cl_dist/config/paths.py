@@ -1,0 +1,34 @@
+"""Paths of data in a recipe, made absolute once: a run folder's config.yaml then means the same as the recipe it came
+from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from cl_dist.config.schema import Recipe
+
+
+def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Recipe:
+    """Make `stream.root` absolute, and the paths that lie beside the recipe rather than below the root.
+
+    folder: the recipe's. typed_root: `stream.root` was typed on the command line, so it starts from the working
+    directory, as everything does that is typed there. A recipe whose tasks name no path is returned as it is.
+    """
+    stream = recipe.stream
+    if stream.root is None and stream.instruction_file is None and not any(task.path for task in stream.tasks):
+        return recipe
+    root = (Path.cwd() if typed_root else folder) / Path(stream.root or "").expanduser()
+    tasks = tuple(replace(task, path=_beside(task.path, root, folder)) for task in stream.tasks)
+    instructions = _beside(stream.instruction_file, root, folder)
+    return replace(recipe, stream=replace(stream, root=str(root), tasks=tasks, instruction_file=instructions))
+
+
+def _beside(written: str | None, root: Path, folder: Path) -> str | None:
+    """A path that is found in the recipe's folder and not below the root as an absolute one, any other as written."""
+    if written is None:
+        return None
+    path = Path(written).expanduser()
+    if (root / path).exists() or not (folder / path).exists():
+        return written
+    return str(folder / path)

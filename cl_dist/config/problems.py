@@ -1,0 +1,110 @@
+"""What pydantic found wrong with a recipe, told to its author: the key, the value, what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from pydantic import ValidationError
+
+from cl_dist.config.fields import Setting, method_classes, settings_of
+from cl_dist.config.schema import Recipe
+
+MAX_SHOWN = 60
+"""Longest part of a value that a message repeats, in characters."""
+
+
+def describe_problems(error: ValidationError, methods: int = 1) -> list[str]:
+    """One sentence per setting that is wrong, in the order of the recipe, which has so many `methods`."""
+    sentences: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        key = ".".join(_key_parts(problem["loc"])[0])
+        if methods == 1:  # its author may have written a mapping, and may leave the index out in any case
+            key = key.replace("method.0", "method", 1)
+        # A value that fits no member of a union is reported once per member; the first report says it all.
+        sentences.setdefault(key, _sentence(key, dict(problem)))
+    return list(sentences.values())
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` with the most similar known word, or nothing."""
+    similar = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+def show(value: Any) -> str:
+    """A value as a message repeats it: JSON, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+@cache
+def _settings() -> dict[str, Setting]:
+    """All settings by their key without list marks."""
+    return {setting.key.replace("[]", ""): setting for setting in settings_of(Recipe)}
+
+
+def _key_parts(loc: Sequence[int | str]) -> tuple[list[str], list[str]]:
+    """A place in pydantic's words as the parts of the key to show and of the key in `_settings`."""
+    shown: list[str] = []
+    known: list[str] = []
+    for part in loc:
+        if isinstance(part, int):
+            shown.append(str(part))
+        elif known == ["method"] and part in method_classes():  # pydantic's tag of the method
+            known = [f"method({part})"]
+        elif "[" in part:  # pydantic's name for a member of a union
+            break
+        else:
+            shown.append(part)
+            known.append(part)
+    return shown, known
+
+
+def _sentence(key: str, problem: Mapping[str, Any]) -> str:
+    """One problem as `key: what is wrong; what is allowed`."""
+    known = ".".join(_key_parts(problem["loc"])[1])
+    match problem["type"]:
+        case "value_error":  # raised by a component's __post_init__, whose message starts with the field's name
+            return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+        case "unexpected_keyword_argument":
+            return f"{key}: unknown key{_similar_keys(known)}"
+        case "missing":
+            setting = _settings()[known]
+            return f"{key}: missing; give {setting.allowed}: {setting.help}"
+        case "dataclass_type" | "dict_type" | "model_attributes_type":
+            return f"{key or 'recipe'}: {show(problem['input'])} is not a mapping of settings"
+        case "union_tag_not_found" | "union_tag_invalid":
+            return _method_sentence(key, problem["input"])
+    return f"{key}: {show(problem['input'])} is not allowed; allowed: {_allowed(known, problem['input'])}"
+
+
+def _method_sentence(key: str, entry: Any) -> str:
+    allowed = f"allowed: {', '.join(method_classes())}"
+    if not isinstance(entry, Mapping):
+        return f"{key}: {show(entry)} is not a mapping of settings; write it as {{name: ...}}, {allowed}"
+    if "name" not in entry:
+        return f"{key}.name: missing; {allowed}"
+    name = entry["name"]
+    return f"{key}.name: {show(name)} is not a method; {allowed}{did_you_mean(str(name), method_classes())}"
+
+
+def _allowed(known: str, value: Any) -> str:
+    allowed = _settings()[known].allowed
+    unquoted = "a text" in allowed or "a list of texts" in allowed
+    if unquoted and isinstance(value, bool | int | float):
+        return f"{allowed} (in quotes it is a text)"
+    return allowed
+
+
+def _similar_keys(known: str) -> str:
+    """What the unknown key may have meant: one of its neighbours, the same name elsewhere, or else all neighbours."""
+    parent, _, name = known.rpartition(".")
+    neighbours = [setting.name for key, setting in _settings().items() if key.rpartition(".")[0] == parent]
+    if suggestion := did_you_mean(name, neighbours):
+        return suggestion
+    elsewhere = [setting.key for setting in _settings().values() if setting.name == name]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(neighbours)}"

@@ -1,0 +1,293 @@
+"""Steps through the stream: train a task, evaluate, save, go on. Knows tasks, not tensors.
+
+Every rank runs the same coordinator in one process group; rank 0 alone writes the run folder's JSON files. What is saved is saved
+before the manifest says so: after a kill at any moment the manifest names the newest state that is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cl_dist.assembly import System, build_saved, build_system
+from cl_dist.config.load import dump_recipe
+from cl_dist.config.schema import Recipe
+from cl_dist.engine.distributed import join, leave
+from cl_dist.engine.memory import peak_memory_per_rank
+from cl_dist.engine.stop import StopRequest
+from cl_dist.engine.trainer import TaskTrainer
+from cl_dist.errors import BadInput, Interrupted
+from cl_dist.evaluation.metrics import all_metrics
+from cl_dist.evaluation.result import write_predictions
+from cl_dist.methods.base import TaskPlace
+from cl_dist.models.export import export_model
+from cl_dist.progress import Reporter
+from cl_dist.sharding import gather_state_dict
+from cl_dist.state.atomic import publishing, write_json
+from cl_dist.state.ledger import Ledger
+from cl_dist.state.lock import RunLock
+from cl_dist.state.manifest import CheckpointEntry, Manifest
+from cl_dist.state.run_folder import RunFolder
+from cl_dist.state.snapshot import load_snapshot, save_snapshot
+
+Row = tuple[float | None, ...]
+
+
+@dataclasses.dataclass
+class Spent:
+    """What training a task has taken so far, over all its restarts."""
+
+    train_seconds: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+
+
+def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
+    """Train the recipe's stream on this rank together with the others, and return the content of metrics.json.
+
+    Args:
+        recipe: The resolved recipe.
+        recipe_dir: Folder that the recipe's relative paths start from.
+        resume: Go on from the newest saved state in `recipe.output_dir`.
+        reporter: Where progress is told.
+
+    Raises:
+        BadInput: The recipe, its data or its model is not usable, or another run holds the folder.
+        Interrupted: A signal asked the run to stop; its state is saved.
+    """
+    rank, world = join(recipe.launch.timeout_seconds)
+    folder = RunFolder(Path(recipe.output_dir))
+    with ExitStack() as stack:
+        if rank == 0:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(RunLock(folder.lock))
+            folder.recover()
+        torch.distributed.barrier()
+        manifest = _starting_manifest(folder, recipe, world, resume)
+        system = build_system(recipe, recipe_dir)
+        coordinator = Coordinator(system, Ledger(folder, manifest, writer=rank == 0), reporter)
+        try:
+            return coordinator.run()
+        except Interrupted:
+            leave()
+            raise
+
+
+def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Reporter) -> dict[str, float]:
+    """Score the model that the run in `recipe.output_dir` saved after task `task_index`, on every task of the recipe.
+
+    The scores are also written to evaluation.json in the task's folder. The model is loaded whole on every rank.
+
+    Raises:
+        BadInput: The saved model or the data is not usable.
+    """
+    rank, _ = join(recipe.launch.timeout_seconds)
+    folder = RunFolder(Path(recipe.output_dir)).task(task_index, recipe.stream.tasks[task_index].name)
+    tasks, evaluator = build_saved(recipe, recipe_dir, folder.model)
+    scores: dict[str, float] = {}
+    for task in tasks:
+        result = evaluator.evaluate(task)
+        scores[task.name] = result.score
+        reporter.message(f"{task.name}: {result.score:.4f} ({result.metric} of {result.count} samples, by {result.mode})")
+        if rank == 0:
+            write_predictions(folder.path / "evaluation" / f"{task.name}.jsonl", result.predictions)
+    if rank == 0:
+        write_json(folder.path / "evaluation.json", scores)
+    leave()
+    return scores
+
+
+def _starting_manifest(folder: RunFolder, recipe: Recipe, world: int, resume: bool) -> Manifest:
+    """Read or make the manifest on every rank, before rank 0 changes it."""
+    names = tuple(task.name for task in recipe.stream.tasks)
+    manifest = Manifest(tasks=names, world_size=world, zero_stage=recipe.zero.stage)
+    if resume and folder.manifest.exists():
+        manifest = Manifest.read(folder.manifest)
+    if manifest.world_size != world:
+        raise BadInput(
+            f"--resume: the run in {folder.path} had {manifest.world_size} ranks and would now have {world}, which changes its "
+            f"global batch: start it with {manifest.world_size} (launch.processes)"
+        )
+    torch.distributed.barrier()
+    if not resume or manifest.status == "finished":
+        return manifest
+    return dataclasses.replace(manifest, status="running", restarts=manifest.restarts + 1)
+
+
+class Coordinator:
+    """One run on one rank.
+
+    Args:
+        system: Stream, model, engine and evaluator.
+        ledger: What is done so far.
+        reporter: Where progress is told.
+    """
+
+    def __init__(self, system: System, ledger: Ledger, reporter: Reporter) -> None:
+        self.system, self.ledger, self.reporter = system, ledger, reporter
+        self.recipe, self.tasks, self.folder = system.recipe, system.tasks, ledger.folder
+        self._first = ledger.manifest.completed
+        """The first task that this process trains: the ones before are known from disk only."""
+
+    def run(self) -> dict[str, Any]:
+        """Train what is not yet trained; return the metrics."""
+        if self.ledger.manifest.status == "finished":
+            self.reporter.message("this run is finished already; nothing is left to do")
+            return self._finish()
+        self.ledger.start(dump_recipe(self.recipe))
+        self.reporter.run_started([task.name for task in self.tasks], torch.distributed.get_world_size())
+        self._stop = StopRequest()
+        try:
+            self._evaluate_untouched()
+            for index in range(self._first, len(self.tasks)):
+                self._run_task(index)
+        finally:
+            self._stop.close()
+        return self._finish()
+
+    def _evaluate_untouched(self) -> None:
+        """The matrix's first row: the model before any training."""
+        if self.ledger.manifest.accuracy_matrix:
+            return
+        row: Row = (None,) * len(self.tasks)
+        if self.recipe.eval.before_training:
+            row = self._evaluate(range(len(self.tasks)), self.folder.tasks / "00-untouched" / "predictions")
+        self.ledger.update(accuracy_matrix=(row,))
+
+    def _run_task(self, index: int) -> None:
+        trainer = self.system.trainer(index)
+        place = TaskPlace(index, self.tasks[index].name, trainer.steps)
+        self.reporter.task_started(index, place.name, trainer.steps)
+        self.system.engine.before_task(place)
+        spent = self._train(place, trainer)
+        began = time.monotonic()
+        seen = len(self.tasks) if self.recipe.eval.tasks == "all" else index + 1
+        row = self._evaluate(range(seen), self.folder.task(index, place.name).predictions)
+        self._export(self.folder.task(index, place.name).model)
+        timings = {**dataclasses.asdict(spent), "evaluate_seconds": time.monotonic() - began}
+        manifest = self.ledger.manifest
+        self.ledger.update(
+            accuracy_matrix=(*manifest.accuracy_matrix, row),
+            completed=index + 1,
+            checkpoint=None,
+            timings=(*manifest.timings, timings),
+            status="finished" if index + 1 == len(self.tasks) else "running",
+        )
+        self._forget_older_states(index)
+        self.reporter.task_finished(index, list(row))
+
+    def _train(self, place: TaskPlace, trainer: TaskTrainer) -> Spent:
+        """Train one task from wherever it stands to its saved end state."""
+        state = self._restore(place)
+        spent = Spent(**state.get("spent", {}))
+        if state.get("trained"):
+            return spent
+        for step in range(spent.steps, trainer.steps):
+            began = time.monotonic()
+            result = trainer.step(step)
+            seconds = time.monotonic() - began
+            spent = Spent(spent.train_seconds + seconds, step + 1, spent.tokens + trainer.tokens(step))
+            speed = trainer.tokens(step) / seconds
+            self.reporter.step(step + 1, result.loss, speed, trainer.learning_rate(step))
+            self.ledger.log(event="step", task=place.name, step=step + 1, loss=result.loss, seconds=round(seconds, 4))
+            self._after_step(place, spent)
+        self.system.engine.after_task(place)
+        self._save(self.folder.task(place.index, place.name).state, place, spent, trained=True)
+        return spent
+
+    def _restore(self, place: TaskPlace) -> dict[str, Any]:
+        """Bring model and optimiser to where the manifest says the run is; return the saved JSON state ({}: task start)."""
+        engine, entry = self.system.engine, self.ledger.manifest.checkpoint
+        if entry is not None:
+            state = load_snapshot(self.folder.path / entry.folder, engine.shards)
+            engine.load_method_states(state["methods"])
+            self.reporter.message(f"resuming task {place.name} after step {entry.step} of {place.steps}")
+            return state
+        if 0 < place.index == self._first:
+            before = self.folder.task(place.index - 1, self.tasks[place.index - 1].name)
+            engine.load_method_states(load_snapshot(before.state, engine.shards)["methods"])
+        if not self.recipe.train.keep_optimizer:
+            engine.shards.reset_optimizer()
+        return {}
+
+    def _after_step(self, place: TaskPlace, spent: Spent) -> None:
+        """Save at the interval, and stop where a signal asked for it."""
+        stop = self._stop.agreed()
+        every = self.recipe.checkpoint.every_steps
+        if stop or (every is not None and spent.steps % every == 0 and spent.steps < place.steps):
+            self._save(self.folder.checkpoint(place.index, spent.steps), place, spent, trained=False)
+        if stop:
+            self._interrupt(f"stopped after step {spent.steps} of task {place.name}")
+
+    def _save(self, path: Path, place: TaskPlace, spent: Spent, *, trained: bool) -> None:
+        """Save the state of all ranks, then let the manifest point to it, then forget the checkpoints before it."""
+        engine = self.system.engine
+        state = {"trained": trained, "spent": dataclasses.asdict(spent), "methods": engine.method_states()}
+        moments = not trained or self.recipe.train.keep_optimizer
+        save_snapshot(path, engine.shards, state, moments=moments)
+        entry = CheckpointEntry(task=place.index, step=spent.steps, folder=str(path.relative_to(self.folder.path)))
+        self.ledger.update(checkpoint=entry)
+        if self.ledger.writer:
+            self.folder.keep_newest(0 if trained else 1)
+
+    def _interrupt(self, where: str) -> None:
+        self.ledger.update(status="interrupted")
+        raise Interrupted(f"{where}; the state is saved, go on with --resume")
+
+    def _evaluate(self, indices: range, predictions: Path) -> Row:
+        """Score the tasks at `indices`, in the order of the stream; None for the others."""
+        row: list[float | None] = [None] * len(self.tasks)
+        for index in indices:
+            if self._stop.agreed():
+                self._interrupt("stopped during evaluation")
+            task = self.tasks[index]
+            self.reporter.evaluating(task.name)
+            result = self.system.evaluator.evaluate(task)
+            row[index] = result.score
+            if self.ledger.writer:
+                write_predictions(predictions / f"{task.name}.jsonl", result.predictions)
+            extras = {"mode": result.mode, "metric": result.metric, "samples": result.count, **result.extras}
+            self.ledger.log(event="evaluation", folder=predictions.parent.name, task=task.name, score=result.score, **extras)
+        return tuple(row)
+
+    def _export(self, path: Path) -> None:
+        """Write the model, or its adapter, in Hugging Face format."""
+        model = self.system.engine.model
+        weights = gather_state_dict(model, trainable_only=self.recipe.model.lora is not None)
+        if self.ledger.writer:
+            with publishing(path) as temporary:
+                export_model(model, self.system.loaded.tokenizer, temporary, weights)  # type: ignore[arg-type]
+
+    def _forget_older_states(self, index: int) -> None:
+        """A resume needs the newest task's state only; models and predictions of all tasks stay."""
+        if not self.ledger.writer:
+            return
+        for older in range(index):
+            shutil.rmtree(self.folder.task(older, self.tasks[older].name).state, ignore_errors=True)
+
+    def _finish(self) -> dict[str, Any]:
+        """Put the metrics together, write and report them."""
+        manifest = self.ledger.manifest
+        seconds = sum(entry["train_seconds"] for entry in manifest.timings)
+        steps = sum(entry["steps"] for entry in manifest.timings)
+        metrics = {
+            "tasks": list(manifest.tasks),
+            "accuracy_matrix": [list(row) for row in manifest.accuracy_matrix],
+            **all_metrics(manifest.accuracy_matrix),
+            "tokens_per_second": sum(entry["tokens"] for entry in manifest.timings) / max(seconds, 1e-9),
+            "step_seconds": seconds / max(steps, 1),
+            "peak_memory_bytes": peak_memory_per_rank(),
+            "timings": [dict(entry) for entry in manifest.timings],
+            "world_size": manifest.world_size,
+            "restarts": manifest.restarts,
+        }
+        self.ledger.write_metrics(metrics)
+        self.reporter.run_finished(metrics)
+        leave()
+        return metrics

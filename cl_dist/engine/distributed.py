@@ -1,0 +1,47 @@
+"""Joining and leaving the process group of a run."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+
+
+def join(timeout_seconds: float) -> tuple[int, int]:
+    """Initialise torch.distributed through DeepSpeed from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Args:
+        timeout_seconds: A collective that takes longer ends the run.
+
+    Returns:
+        (rank, world size).
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # The shared-memory collective serves DeepSpeed's inference only; building it costs two minutes on a cold start.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def leave() -> None:
+    """Wait for the others and destroy the process group; without it some ranks abort at exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def device() -> torch.device:
+    """Return the device that this rank computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

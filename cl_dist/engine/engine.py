@@ -1,0 +1,173 @@
+"""One DeepSpeed engine, and the training step with its named moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cl_dist.config.schema import Recipe
+from cl_dist.engine.distributed import device
+from cl_dist.engine.ds_config import deepspeed_config
+from cl_dist.engine.objective import keeps_logits, loss_sum, predicting_positions
+from cl_dist.engine.optimizer import build_adamw, learning_rate
+from cl_dist.errors import ClDistError
+from cl_dist.methods.base import Method, TaskPlace
+from cl_dist.models.load import LoadedModel
+from cl_dist.seeds import derive_seed
+from cl_dist.sharding import ShardView, check_deepspeed
+from cl_dist.tasks.collate import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step did on this rank."""
+
+    loss: float
+    """Mean loss per target over this rank's micro-batches."""
+
+
+class TrainingEngine:
+    """The model under DeepSpeed, the methods attached to it.
+
+    Args:
+        loaded: Model, tokenizer and objective.
+        recipe: The run's settings (`train` and `zero` are read).
+        methods: In the order in which they compose.
+
+    Raises:
+        ClDistError: The installed DeepSpeed is not one whose shards this release knows.
+    """
+
+    def __init__(self, loaded: LoadedModel, recipe: Recipe, methods: Sequence[Method]) -> None:
+        problems = check_deepspeed()
+        if problems:
+            raise ClDistError("; ".join(problems))
+        self.objective = loaded.objective
+        self.recipe = recipe
+        self.methods = methods
+        self._build(loaded.model)
+
+    def _build(self, model: torch.nn.Module) -> None:
+        import deepspeed
+
+        model.config.use_cache = False
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_adamw(model, self.recipe.train),
+            config=deepspeed_config(self.recipe),
+            dist_init_required=False,
+        )
+        self._keeps_logits = keeps_logits(model)
+        self.shards = ShardView(self._engine)
+        self.shards.allocate_moments(step=0)
+        self.shards.on_boundary(self._before_update, self._after_update)
+        for method in self.methods:
+            method.attach(self.model, self.shards, self.recipe.train.seed)
+
+    def rebuild(self) -> None:
+        """Build a new DeepSpeed engine around the same model in the same process group.
+
+        For methods that change the set of trainable parameters. The optimiser starts afresh.
+        """
+        model = self.model
+        self.destroy()
+        self._build(model)
+
+    def destroy(self) -> None:
+        """Detach the methods and take DeepSpeed's hooks out of the model."""
+        for method in self.methods:
+            method.detach()
+        self._engine.destroy()
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module that DeepSpeed runs; under stage 3 its parameters are sharded."""
+        return self._engine.module
+
+    def before_task(self, place: TaskPlace) -> None:
+        """Tell the methods that a task begins."""
+        self._place = place
+        for method in self.methods:
+            method.before_task(place)
+
+    def after_task(self, place: TaskPlace) -> None:
+        """Tell the methods that a task's last step is done."""
+        for method in self.methods:
+            method.after_task(place)
+
+    def train_step(self, step: int, batches: Sequence[Batch], global_targets: int) -> StepResult:
+        """One optimiser step over this rank's micro-batches of the global batch.
+
+        Args:
+            step: 0-based step of the task.
+            batches: `train.gradient_accumulation` micro-batches.
+            global_targets: Targets in the whole global batch, over all ranks and micro-batches.
+
+        Raises:
+            ClDistError: The loss is not a finite number.
+        """
+        self.model.train()
+        train = self.recipe.train
+        torch.manual_seed(derive_seed(train.seed, "step", self._place.index, step, torch.distributed.get_rank()))
+        self.shards.set_learning_rate(learning_rate(train, step, self._place.steps))
+        total = sum(self._micro_step(step, batch.to(device()), global_targets) for batch in batches)
+        targets = sum(batch.targets for batch in batches)
+        return StepResult(total / max(1, targets))
+
+    def _micro_step(self, step: int, batch: Batch, global_targets: int) -> float:
+        for method in self.methods:
+            method.before_forward(step, batch)
+        total = self._loss_sum(batch)
+        value = total.item()
+        if not torch.isfinite(total):
+            raise ClDistError(
+                f"task {self._place.name}, step {step}: the loss is {value} on samples {batch.indices}; "
+                "lower train.learning_rate or look at these samples"
+            )
+        loss = total * self._loss_scale(batch, global_targets)
+        for method in self.methods:
+            loss = method.before_backward(loss)
+        self._engine.backward(loss)
+        self._engine.step()
+        return value
+
+    def _loss_sum(self, batch: Batch) -> torch.Tensor:
+        """Forward pass, and the loss summed over the batch's targets."""
+        if self.objective != "causal_lm":
+            return loss_sum(self._engine(**batch.inputs).logits, batch.labels)
+        positions = predicting_positions(batch.labels)
+        if self._keeps_logits:
+            logits = self._engine(**batch.inputs, logits_to_keep=positions).logits
+        else:
+            logits = self._engine(**batch.inputs).logits[:, positions]
+        return loss_sum(logits, batch.labels[:, positions + 1])
+
+    def _loss_scale(self, batch: Batch, global_targets: int) -> float:
+        """Factor that makes the gradient of the summed loss the wanted mean.
+
+        DeepSpeed divides by the micro-batches of a step and by the ranks; the mean over all tokens needs neither.
+        """
+        if self.recipe.train.loss_average == "micro_batch":
+            return 1.0 / max(1, batch.targets)
+        pieces = self.recipe.train.gradient_accumulation * torch.distributed.get_world_size()
+        return pieces / max(1, global_targets)
+
+    def method_states(self) -> list[dict[str, Any]]:
+        """Each method's JSON state, in the order of composition."""
+        return [method.state_dict() for method in self.methods]
+
+    def load_method_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Give each method its saved state back."""
+        for method, state in zip(self.methods, states, strict=True):
+            method.load_state_dict(state)
+
+    def _before_update(self) -> None:
+        for method in self.methods:
+            method.before_update()
+
+    def _after_update(self) -> None:
+        for method in self.methods:
+            method.after_update()

@@ -1,0 +1,90 @@
+"""One task's optimiser steps: which samples, collated how, into the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from cl_dist.engine.distributed import device
+from cl_dist.engine.engine import StepResult, TrainingEngine
+from cl_dist.engine.optimizer import learning_rate
+from cl_dist.seeds import derive_seed
+from cl_dist.tasks.collate import Batch, collate, gather, mask_tokens
+from cl_dist.tasks.plan import BatchPlan
+from cl_dist.tasks.types import Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TaskTrainer:
+    """The steps of one task; any step can be taken next, whatever was before it.
+
+    Args:
+        engine: The run's engine.
+        samples: The task's encoded training samples.
+        tokenizer: For padding and, with a masked language model, for the mask token.
+        index: Position of the task in the stream.
+    """
+
+    def __init__(
+        self, engine: TrainingEngine, samples: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, index: int
+    ) -> None:
+        self._engine, self._samples, self._tokenizer, self._index = engine, samples, tokenizer, index
+        self._train = engine.recipe.train
+        self._rank = torch.distributed.get_rank()
+        self._plan = BatchPlan(
+            lengths=[len(sample.input_ids) for sample in samples],
+            micro_batch_size=self._train.micro_batch_size,
+            gradient_accumulation=self._train.gradient_accumulation,
+            ranks=torch.distributed.get_world_size(),
+            epochs=self._train.epochs,
+            max_steps=self._train.max_steps_per_task,
+            shuffle=self._train.shuffle,
+            group_by_length=self._train.group_by_length,
+            seed=derive_seed(self._train.seed, "order", index),
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the task."""
+        return self._plan.steps
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a step (0-based)."""
+        return learning_rate(self._train, step, self.steps)
+
+    def tokens(self, step: int) -> int:
+        """Real tokens in a step's global batch, inputs and (with an encoder-decoder) targets."""
+        samples = [self._samples[index] for index in self._plan.step(step)]
+        inputs = sum(len(sample.input_ids) for sample in samples)
+        seq2seq = self._engine.objective == "seq2seq_lm"
+        return inputs + (sum(len(sample.labels) for sample in samples) if seq2seq else 0)
+
+    def step(self, step: int) -> StepResult:
+        """Take optimiser step `step` (0-based), together with the other ranks."""
+        batches = [self._collate(step, indices) for indices in self._plan.micro_batches(step, self._rank)]
+        return self._engine.train_step(step, batches, self._global_targets(step, batches))
+
+    def _collate(self, step: int, indices: Sequence[int]) -> Batch:
+        decoder_start = getattr(self._engine.model.config, "decoder_start_token_id", None)
+        batch = collate(
+            gather(self._samples, indices), self._engine.objective, self._padding(), decoder_start_id=decoder_start
+        )
+        if self._engine.objective == "masked_lm":
+            batch = mask_tokens(batch, self._tokenizer, derive_seed(self._train.seed, "mask", self._index, step))
+        return batch
+
+    def _padding(self) -> int:
+        padding = self._tokenizer.pad_token_id
+        return int(self._tokenizer.eos_token_id if padding is None else padding)
+
+    def _global_targets(self, step: int, batches: Sequence[Batch]) -> int:
+        """Targets of the global batch; every rank can count them from the samples, but for those that masking draws."""
+        if self._engine.objective != "masked_lm":
+            return sum(self._samples[index].targets for index in self._plan.step(step))
+        count = torch.tensor(sum(batch.targets for batch in batches), device=device())
+        torch.distributed.all_reduce(count)
+        return int(count.item())

@@ -1,0 +1,19 @@
+"""The ways a run can end early, each with the exit code that scripts rely on."""
+
+
+class ClDistError(Exception):
+    """A failure that is told to the user as one sentence; exit code 1."""
+
+    exit_code = 1
+
+
+class BadInput(ClDistError):
+    """The recipe, the data, the model folder or the run folder is not usable; says what, where and what is allowed."""
+
+    exit_code = 2
+
+
+class Interrupted(ClDistError):
+    """The run was asked to stop and has saved its state; `--resume` goes on. Exit code 75 (EX_TEMPFAIL)."""
+
+    exit_code = 75

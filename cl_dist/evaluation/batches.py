@@ -1,0 +1,57 @@
+"""Which rank scores which samples in which batch, and how a batch is padded.
+
+Batches are cut before they are dealt to the ranks, so a batch holds the same samples, and its padding the same width,
+for any number of ranks: the scores do not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from cl_dist.tasks.collate import length_mask, pad
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """Samples that one rank scores in one go."""
+
+    indices: list[int]
+    counted: bool = True
+    """False for a repeat that only keeps this rank in step with the others."""
+
+
+def cut_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Sample indices in batches of similar length, longest first, so that memory runs out at once or not at all.
+
+    Samples of equal length keep their order; every sample is in exactly one batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def deal_batches(batches: Sequence[list[int]], rank: int, world: int, synced: bool) -> list[RankBatch]:
+    """Batches `rank`, `rank + world`, ... of the list.
+
+    With `synced` every rank gets equally many: under ZeRO-3 each forward gathers the weights from all ranks, so a rank
+    that has run out goes through the last batch of the list again, uncounted.
+    """
+    own = [RankBatch(batch) for batch in batches[rank::world]]
+    if synced:
+        rounds = -(-len(batches) // world)
+        own += [RankBatch(batches[-1], counted=False)] * (rounds - len(own))
+    return own
+
+
+def pad_side(
+    sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both int64 of shape (sequences, longest), padded on one side."""
+    real = length_mask([len(sequence) for sequence in sequences]).long()
+    if side == "right":
+        return pad([list(sequence) for sequence in sequences], pad_id).to(device), real.to(device)
+    backwards = pad([list(reversed(sequence)) for sequence in sequences], pad_id)
+    return backwards.flip(1).to(device), real.flip(1).to(device)

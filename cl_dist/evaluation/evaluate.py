@@ -1,0 +1,87 @@
+"""Scores tasks with the model that is being trained, on all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from cl_dist.config.schema import EvalConfig
+from cl_dist.evaluation.batches import cut_batches, deal_batches
+from cl_dist.evaluation.modes import Scorer, Subject, make_scorer, resolve_mode
+from cl_dist.evaluation.perplexity import perplexity
+from cl_dist.evaluation.result import Mode, Prediction, TaskScore, weighted_mean
+from cl_dist.evaluation.wrapped import evaluating
+from cl_dist.tasks.encode import Encoder, Objective
+from cl_dist.tasks.types import Task
+
+
+class Evaluator:
+    """Scores tasks; every rank calls it with the same tasks in the same order.
+
+    `model` is the module inside the engine, `objective` the resolved one, `synced` whether its weights are sharded over
+    the ranks (ZeRO-3), so that all must run the same forwards.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        objective: Objective,
+        encoder: Encoder,
+        label_names: tuple[str, ...],
+        config: EvalConfig,
+        rank: int,
+        world: int,
+        synced: bool,
+    ) -> None:
+        self._subject = Subject(model, tokenizer, objective, encoder, label_names, synced)
+        self._config = config
+        self._rank, self._world = rank, world
+
+    def check_modes(self, tasks: Iterable[Task]) -> None:
+        """Raise BadInput for the first task that cannot be scored as the settings say."""
+        for task in tasks:
+            resolve_mode(task, self._subject.objective, self._config)
+
+    def evaluate(self, task: Task) -> TaskScore:
+        """Score a task's evaluation split. A collective operation; every rank gets the score, rank 0 the predictions
+        too.
+        """
+        mode = resolve_mode(task, self._subject.objective, self._config)
+        with evaluating(self._subject.model):
+            scorer = make_scorer(mode, self._subject, task, self._config)
+            predictions = self._gather(self._score_own(scorer))
+        return self._summary(task, mode, scorer.metric, predictions)
+
+    def _score_own(self, scorer: Scorer) -> list[Prediction]:
+        """This rank's share of the predictions."""
+        batches = cut_batches(scorer.lengths, scorer.batch_size)
+        own: list[Prediction] = []
+        for batch in deal_batches(batches, self._rank, self._world, self._subject.synced):
+            predictions = scorer.score(batch.indices)
+            own += predictions if batch.counted else []
+        return own
+
+    def _gather(self, own: list[Prediction]) -> list[Prediction]:
+        """All ranks' predictions in file order."""
+        shares = [own]
+        if self._world > 1:
+            shares = [[] for _ in range(self._world)]
+            dist.all_gather_object(shares, own)
+        return sorted((prediction for share in shares for prediction in share), key=lambda prediction: prediction.index)
+
+    def _summary(self, task: Task, mode: Mode, metric: str, predictions: list[Prediction]) -> TaskScore:
+        """The task's score; sums run in file order, so that every number of ranks rounds alike."""
+        score = weighted_mean(predictions)
+        return TaskScore(
+            task=task.name,
+            mode=mode,
+            metric=metric,
+            score=score,
+            count=len(predictions),
+            predictions=predictions if self._rank == 0 else [],
+            extras={"perplexity": perplexity(score)} if mode == "perplexity" else {},
+        )

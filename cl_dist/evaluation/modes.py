@@ -1,0 +1,203 @@
+"""How a task can be scored: which mode fits which task and objective, and one scorer for each mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from cl_dist.config.schema import EvalConfig
+from cl_dist.errors import BadInput
+from cl_dist.evaluation import likelihood
+from cl_dist.evaluation.generate import generate
+from cl_dist.evaluation.perplexity import log_likelihoods, text_batch
+from cl_dist.evaluation.result import Mode, Prediction
+from cl_dist.evaluation.scores import SCORES
+from cl_dist.evaluation.wrapped import base_model
+from cl_dist.tasks.encode import Encoder, Objective
+from cl_dist.tasks.types import Task
+
+MODES: dict[Objective, tuple[Mode, ...]] = {
+    "causal_lm": ("likelihood", "generate", "perplexity"),
+    "seq2seq_lm": ("likelihood", "generate"),
+    "classification": ("likelihood",),
+    "masked_lm": ("perplexity",),
+}
+"""Modes that a model of each objective can be scored in."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under evaluation and what goes with it."""
+
+    model: nn.Module
+    """The module inside the engine; its weights may be sharded (ZeRO-3)."""
+    tokenizer: PreTrainedTokenizerBase
+    objective: Objective
+    """The resolved one."""
+    encoder: Encoder
+    label_names: tuple[str, ...]
+    """Labels of the whole stream, in the order of the classification head's outputs."""
+    synced: bool
+    """Whether all ranks must run the same forwards (ZeRO-3)."""
+
+
+class Scorer(Protocol):
+    """Scores samples of one task."""
+
+    metric: str
+    """Name of the samples' score."""
+    lengths: list[int]
+    """Tokens of each sample, in file order: what batches are sorted by."""
+    batch_size: int
+    """Most samples in a batch."""
+
+    def score(self, indices: Sequence[int]) -> list[Prediction]:
+        """Predictions for these samples, in this order; runs the same number of forwards on all ranks if synced."""
+        ...
+
+
+def resolve_mode(task: Task, objective: Objective, config: EvalConfig) -> Mode:
+    """The mode that a task is scored in; raises BadInput where the task or the model does not allow it."""
+    mode = _default_mode(task) if config.mode == "auto" else config.mode
+    where = f"eval.mode {mode}: task {task.name!r}"
+    if mode not in MODES[objective]:
+        allowed = " or ".join(MODES[objective])
+        raise BadInput(
+            f"{where} cannot be scored so with a {objective} model, which allows {allowed} (model.objective)"
+        )
+    if mode == "likelihood" and not task.labels:
+        raise BadInput(f"{where} has no labels to choose from; give the task `labels`, or use generate or auto")
+    if mode == "generate" and task.kind == "text":
+        raise BadInput(f"{where} is plain text without prompts to answer; use perplexity or auto")
+    if mode == "perplexity" and task.kind != "text":
+        raise BadInput(f"{where} is a {task.kind} task, and perplexity is for text; use auto")
+    return mode
+
+
+def make_scorer(mode: Mode, subject: Subject, task: Task, config: EvalConfig) -> Scorer:
+    """The scorer of a task in a mode that `resolve_mode` gave; raises BadInput where a sample cannot be encoded."""
+    if mode == "perplexity":
+        return PerplexityScorer(subject, task, config)
+    if mode == "generate":
+        return GenerationScorer(subject, task, config)
+    return LikelihoodScorer(subject, task, config)
+
+
+class PromptScorer:
+    """What likelihood and generation share: encoded prompts, and a score that compares texts."""
+
+    def __init__(self, subject: Subject, task: Task, config: EvalConfig) -> None:
+        self.subject, self.task, self.config = subject, task, config
+        default = "exact_match" if task.labels else "rouge_l"
+        self.metric = default if config.metric == "auto" else config.metric
+        self.batch_size = config.batch_size
+        self.prompts = [_prompt(subject.encoder, task, index) for index in range(len(task.evaluation))]
+        self.lengths = [len(prompt) for prompt in self.prompts]
+
+    def score(self, indices: Sequence[int]) -> list[Prediction]:
+        """Compare what the model answers with the references."""
+        answers = self.answer([self.prompts[index] for index in indices])
+        return [self._prediction(index, text) for index, text in zip(indices, answers, strict=True)]
+
+    def answer(self, prompts: Sequence[list[int]]) -> list[str]:
+        """The model's answers to encoded prompts."""
+        raise NotImplementedError
+
+    def _prediction(self, index: int, text: str) -> Prediction:
+        reference = self.task.evaluation[index].answer
+        return Prediction(index, text, reference, SCORES[self.metric](text, reference))
+
+
+class LikelihoodScorer(PromptScorer):
+    """Chooses the likeliest of the task's labels; of equally likely ones the first."""
+
+    def __init__(self, subject: Subject, task: Task, config: EvalConfig) -> None:
+        super().__init__(subject, task, config)
+        self._packed = False
+        if subject.objective == "classification":
+            self._label_ids = [subject.label_names.index(label) for label in task.labels]
+            return
+        self._labels = [subject.encoder.answer_ids(label) for label in task.labels]
+        if subject.objective == "causal_lm":
+            self._packed = self._can_pack()
+
+    def answer(self, prompts: Sequence[list[int]]) -> list[str]:
+        """The likeliest label for each prompt."""
+        model, pad_id = self.subject.model, self.subject.encoder.pad_id
+        if self.subject.objective == "classification":
+            scores = likelihood.head_scores(model, prompts, self._label_ids, pad_id)
+        elif self.subject.objective == "seq2seq_lm":
+            scores = likelihood.seq2seq_scores(model, prompts, self._labels, pad_id, self.batch_size)
+        else:
+            scores = likelihood.causal_scores(model, prompts, self._labels, pad_id, self._packed, self.batch_size)
+        return [self.task.labels[choice] for choice in scores.argmax(dim=1).tolist()]
+
+    def _can_pack(self) -> bool:
+        """Decided for the whole task and from the same inputs on all ranks, so that they agree."""
+        columns = max(self.lengths) + sum(len(label) for label in self._labels)
+        model, pad_id = self.subject.model, self.subject.encoder.pad_id
+        return likelihood.can_pack(model, columns) and likelihood.packing_agrees(
+            model, self.prompts[0], self._labels[:2], pad_id
+        )
+
+
+class GenerationScorer(PromptScorer):
+    """Compares what the model writes with the reference."""
+
+    def answer(self, prompts: Sequence[list[int]]) -> list[str]:
+        """The greedy continuation of each prompt."""
+        subject = self.subject
+        texts = generate(
+            subject.model,
+            subject.tokenizer,
+            prompts,
+            subject.encoder.pad_id,
+            self.config.max_new_tokens,
+            subject.synced,
+        )
+        return [text.strip() for text in texts]
+
+
+class PerplexityScorer:
+    """Mean log-likelihood of the target tokens of the evaluation split, chunk by chunk."""
+
+    metric = "log_likelihood"
+
+    def __init__(self, subject: Subject, task: Task, config: EvalConfig) -> None:
+        self._subject = subject
+        self._chunks = subject.encoder.text_chunks(task.evaluation)
+        if not self._chunks:
+            raise BadInput(f"task {task.name!r}: the evaluation text is too short to predict a token of it")
+        self.lengths = [len(chunk.input_ids) for chunk in self._chunks]
+        vocabulary = base_model(subject.model).config.get_text_config().vocab_size
+        self.batch_size = max(1, min(config.batch_size, likelihood.MAX_LOGITS // (max(self.lengths) * vocabulary)))
+
+    def score(self, indices: Sequence[int]) -> list[Prediction]:
+        """Log-likelihood per target token, weighted by the number of target tokens."""
+        subject = self._subject
+        chunks = [self._chunks[index] for index in indices]
+        batch = text_batch(chunks, subject.objective, subject.tokenizer, subject.encoder.pad_id)
+        sums = log_likelihoods(subject.model, batch, shifted=subject.objective == "causal_lm")
+        return [
+            Prediction(index, "", "", total / tokens, tokens)
+            for index, (total, tokens) in zip(indices, sums, strict=True)
+        ]
+
+
+def _default_mode(task: Task) -> Mode:
+    """What `auto` means for a task."""
+    if task.labels:
+        return "likelihood"
+    return "perplexity" if task.kind == "text" else "generate"
+
+
+def _prompt(encoder: Encoder, task: Task, index: int) -> list[int]:
+    """The encoded prompt of an evaluation sample; an empty one gives the model nothing to answer from."""
+    ids = encoder.prompt_ids(task.evaluation[index].prompt)
+    if not ids:
+        raise BadInput(f"task {task.name!r}: evaluation sample {index} has an empty prompt")
+    return ids

@@ -1,0 +1,43 @@
+"""Questions to a model that may be wrapped by peft and sharded by DeepSpeed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model itself, below peft's wrapper if there is one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the transformers model's forward names this argument."""
+    return argument in inspect.signature(type(base_model(model)).forward).parameters
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where inputs must be; a sharded parameter keeps its device even while it holds nothing."""
+    return next(model.parameters()).device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients inside; afterwards every module is back in the mode it was in.
+
+    `no_grad`, not `inference_mode`: ZeRO-3 keeps the tensors it gathers, and an inference tensor cannot be trained on.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

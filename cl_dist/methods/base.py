@@ -1,0 +1,63 @@
+"""The method protocol: named moments of a run, each of which does nothing unless a method says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from cl_dist.sharding import ShardView
+    from cl_dist.tasks.collate import Batch
+
+
+@dataclass(frozen=True)
+class TaskPlace:
+    """Where in the stream a task stands."""
+
+    index: int
+    """0-based position in the stream."""
+    name: str
+    steps: int
+    """Optimiser steps of this task."""
+
+
+class Method:
+    """A continual-learning method. The engine calls the moments in this order in every run:
+
+    `attach`, then for each task `before_task`, for each step (`before_forward`, `before_backward`) per micro-batch,
+    `before_update`, `after_update`, and finally `after_task`.
+    """
+
+    def attach(self, model: torch.nn.Module, shards: ShardView, seed: int) -> None:
+        """The engine was built (or rebuilt) around `model`; its training state is seen through `shards`."""
+
+    def detach(self) -> None:
+        """The engine is about to be taken apart: remove every hook."""
+
+    def before_task(self, place: TaskPlace) -> None:
+        """A task begins."""
+
+    def before_forward(self, step: int, batch: Batch) -> None:
+        """A micro-batch of optimiser step `step` (0-based in its task) is about to go through the model in training."""
+
+    def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the loss to differentiate: `loss` (a scalar, already scaled), or with a penalty added."""
+        return loss
+
+    def before_update(self) -> None:
+        """Gradients are reduced; norm, clipping and optimiser come next. Once per optimiser step."""
+
+    def after_update(self) -> None:
+        """The optimiser has stepped and the model has its new weights."""
+
+    def after_task(self, place: TaskPlace) -> None:
+        """A task's last step is done; its state is not yet saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-serialisable state that a resume needs beyond the recipe; empty when there is none."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state that `state_dict` gave."""

@@ -1,0 +1,23 @@
+"""From a recipe's `method` to objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cl_dist.config.schema import MethodConfig, MiguConfig, SequentialConfig
+from cl_dist.methods.base import Method
+from cl_dist.methods.migu import Migu
+from cl_dist.methods.sequential import Sequential
+
+
+def build_methods(configs: Sequence[MethodConfig]) -> list[Method]:
+    """Return one object per entry, in the order in which they compose."""
+    return [_build(config) for config in configs]
+
+
+def _build(config: MethodConfig) -> Method:
+    match config:
+        case MiguConfig():
+            return Migu(config)
+        case SequentialConfig():
+            return Sequential()

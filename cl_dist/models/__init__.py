@@ -1,0 +1,1 @@
+"""The language model: built or loaded (sharded where ZeRO-3 asks), its adapters, its tracked layers, its export."""

@@ -1,0 +1,232 @@
+"""What can be told about a model before anything expensive happens: reads small files only, imports no torch.
+
+`check_model_config` is meant for the first seconds of a run; `models.load` repeats nothing of it and refuses what
+only the loaded configuration can show.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from cl_dist.config.schema import BUILTIN_MODELS, ModelConfig
+from cl_dist.errors import BadInput
+
+Family = Literal["decoder", "encoder", "encoder-decoder"]
+Objective = Literal["causal_lm", "seq2seq_lm", "classification", "masked_lm"]
+
+BUILTIN_PREFIX = "builtin:"
+OBJECTIVES: dict[Family, tuple[Objective, ...]] = {
+    "decoder": ("causal_lm", "classification"),
+    "encoder": ("classification", "masked_lm"),
+    "encoder-decoder": ("seq2seq_lm",),
+}
+"""What each family can be trained to do; the first is what `objective: auto` means."""
+
+BUILTIN_FAMILIES: dict[str, Family] = {
+    "builtin:llama-tiny": "decoder",
+    "builtin:t5-tiny": "encoder-decoder",
+    "builtin:roberta-tiny": "encoder",
+}
+
+TEXT_ARCHITECTURES = (
+    "ForCausalLM",
+    "LMHeadModel",
+    "ForConditionalGeneration",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "Model",
+)
+"""Endings of the class names that a text model's config.json can have under `architectures`."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+HEADER_LIMIT = 100 * 2**20
+"""Bytes; safetensors itself refuses longer headers."""
+
+
+def check_model_config(model: ModelConfig, label_names: Sequence[str] | None = None) -> None:
+    """Raise BadInput where `model` cannot be loaded, as far as names and small files show it.
+
+    `label_names` are the stream's labels where they are known already. A Hugging Face id is not looked up here.
+    """
+    name = model.name_or_path
+    if name.startswith(BUILTIN_PREFIX):
+        _check_builtin(model)
+    elif (folder := local_folder(name)) is not None:
+        _check_folder(folder, model)
+    if model.objective == "classification" and label_names is not None and not label_names:
+        raise BadInput(
+            "model.objective: classification needs a stream whose tasks have labels, and none of these has any"
+        )
+
+
+def resolve_objective(objective: str, family: Family, name: str) -> Objective:
+    """The objective that `auto` stands for, or `objective` itself where a model of this `family` can have it."""
+    allowed = OBJECTIVES[family]
+    if objective == "auto":
+        return allowed[0]
+    for candidate in allowed:
+        if objective == candidate:
+            return candidate
+    raise BadInput(
+        f"model.objective: {name} is of the {family} family, which allows {' and '.join(allowed)}, not {objective}"
+    )
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that `name` means, or None where it is a Hugging Face id.
+
+    Raises BadInput for a name that can only be a path where no folder is there.
+    """
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser it leaves the name of an unknown user alone
+    if path.is_dir():
+        return path
+    if path.is_file():
+        hint = (
+            f"its folder {path.parent} goes here and {path.name} into model.gguf_file" if is_gguf(path) else "a folder"
+        )
+        raise BadInput(f"model.name_or_path: {name} is a file, allowed is {hint}")
+    if _looks_like_path(name):
+        raise BadInput(
+            f"model.name_or_path: there is no folder {path}; allowed are a folder in Hugging Face format, "
+            f"a Hugging Face id (owner/name) or one of {', '.join(BUILTIN_MODELS)}"
+        )
+    return None
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file's name says that it is in GGUF format."""
+    return path.suffix.lower() == ".gguf"
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether `name` cannot be a Hugging Face id, which is `name` or `owner/name`."""
+    return not name.strip() or name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
+
+
+def _check_builtin(model: ModelConfig) -> None:
+    if model.name_or_path not in BUILTIN_FAMILIES:
+        raise BadInput(
+            f"model.name_or_path: there is no built-in model {model.name_or_path}; "
+            f"allowed are {', '.join(BUILTIN_MODELS)}"
+        )
+    if model.gguf_file is not None:
+        raise BadInput(
+            f"model.gguf_file: {model.gguf_file} is given, but {model.name_or_path} is built in and has no files; "
+            "leave gguf_file out, or name the GGUF file's folder in model.name_or_path"
+        )
+    resolve_objective(model.objective, BUILTIN_FAMILIES[model.name_or_path], model.name_or_path)
+
+
+def _check_folder(folder: Path, model: ModelConfig) -> None:
+    if model.gguf_file is not None:
+        _check_gguf_file(folder, model.gguf_file)
+        return
+    config = _read_config(folder)
+    _check_architecture(config, folder)
+    if config.get("is_encoder_decoder"):
+        resolve_objective(model.objective, "encoder-decoder", str(folder))
+    if not model.trust_remote_code and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise BadInput(f"model.name_or_path: {folder} has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
+    for file in _weight_files(folder):
+        check_safetensors(file)
+
+
+def _check_gguf_file(folder: Path, name: str) -> None:
+    """The file must lie in the folder itself and begin with the format's four-letter mark."""
+    there = sorted(path.name for path in folder.iterdir() if is_gguf(path))
+    if name not in there:
+        listed = ", ".join(there) if there else "none at all"
+        raise BadInput(f"model.gguf_file: there is no {name} in {folder}; its .gguf files: {listed}")
+    with open(folder / name, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise BadInput(
+                f"model.gguf_file: {folder / name} is not a GGUF file (it does not begin with the mark GGUF)"
+            )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise BadInput(f"model.name_or_path: {folder} has no config.json{_instead_of_config(folder)}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"model.name_or_path: {file} is not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise BadInput(f"model.name_or_path: {file} must hold a JSON object, it holds a {type(config).__name__}")
+    return config
+
+
+def _instead_of_config(folder: Path) -> str:
+    """A hint from what lies in the folder."""
+    if (folder / "adapter_config.json").is_file():
+        return "; it holds an adapter, and what is needed is the whole model that the adapter belongs to"
+    if gguf := sorted(path.name for path in folder.iterdir() if is_gguf(path)):
+        return f"; to load a GGUF file set model.gguf_file to one of {', '.join(gguf)}"
+    return "; expected is a model folder as written by save_pretrained"
+
+
+def _check_architecture(config: dict[str, Any], folder: Path) -> None:
+    architectures = config.get("architectures") or []
+    if architectures and not any(str(name).endswith(TEXT_ARCHITECTURES) for name in architectures):
+        raise unsupported_architecture(str(folder), ", ".join(map(str, architectures)))
+    if not architectures and "model_type" not in config:
+        raise BadInput(f"model.name_or_path: {folder / 'config.json'} names neither architectures nor model_type")
+
+
+def unsupported_architecture(name: str, architecture: str) -> BadInput:
+    """The error for a model that is none of the three families."""
+    return BadInput(
+        f"model.name_or_path: {name} is a {architecture}; allowed are text models that are decoders (as Llama), "
+        "encoders (as RoBERTa) or encoder-decoders (as T5)"
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the folder: those of the index where there is one, which must all be there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("model*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BadInput(f"model.name_or_path: {index} is not a safetensors index ({error})") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise BadInput(f"model.name_or_path: {index} names files that are not there: {', '.join(missing)}")
+    return [folder / name for name in names]
+
+
+def check_safetensors(file: Path) -> None:
+    """Raise BadInput where a safetensors file is cut off or its header is damaged.
+
+    The layout is 8 bytes of header length (little endian), a JSON header, then the tensors; the header says where the
+    last one ends, and that must be the end of the file.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length) if 0 < length <= min(size - 8, HEADER_LIMIT) else b""
+    try:
+        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
+        raise BadInput(f"model.name_or_path: {file} is damaged, its safetensors header cannot be read") from error
+    if expected != size:
+        raise BadInput(
+            f"model.name_or_path: {file} is damaged or cut off: it has {size} bytes, its header says {expected}"
+        )

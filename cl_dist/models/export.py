@@ -1,0 +1,61 @@
+"""Writes a model or its adapter in Hugging Face format, from weights that were collected beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def export_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state_dict: Mapping[str, Tensor],
+) -> None:
+    """Write `model` with the weights of `state_dict` and the tokenizer into `folder`, loadable with `from_pretrained`.
+
+    `state_dict` has whole CPU tensors by the names of `model.named_parameters()`: all of them, or, where `model` is a
+    PeftModel, at least the trainable ones; only the adapter is written then. The model's own parameters are not read,
+    they may be sharded. One process calls. Raises ValueError where a tensor is missing or has another shape than the
+    model's.
+    """
+    adapter = isinstance(model, PeftModel)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapter}
+    _check_complete(parameters, state_dict)
+    weights = {name: state_dict[name].detach().contiguous() for name in parameters}
+    if isinstance(model, PeftModel):
+        _save_adapter(model, folder, weights)
+    else:
+        model.save_pretrained(folder, state_dict={**weights, **_buffers(model)})
+    tokenizer.save_pretrained(folder)
+
+
+def _check_complete(parameters: Mapping[str, torch.nn.Parameter], state_dict: Mapping[str, Tensor]) -> None:
+    """Every parameter's tensor is there, in its full shape (which ZeRO-3 keeps in `ds_shape`)."""
+    if missing := [name for name in parameters if name not in state_dict]:
+        raise ValueError(f"{len(missing)} tensors are missing from the weights to be written, {missing[0]} first")
+    for name, parameter in parameters.items():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if tuple(state_dict[name].shape) != shape:
+            raise ValueError(f"{name} has the shape {tuple(state_dict[name].shape)}, the model's is {shape}")
+
+
+def _buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The persistent buffers: no stage of ZeRO shards them."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+
+
+def _save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Adapter weights and configuration, without peft's model card, an empty form.
+
+    The embedding is never part of an adapter here, and peft's own check for that would look the base model up on the
+    hub.
+    """
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)

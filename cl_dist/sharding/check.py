@@ -1,0 +1,61 @@
+"""Does the installed DeepSpeed look the way this package relies on?
+
+Gradient shards, master weights and moments live in private attributes of DeepSpeed. They are named here once; a release in
+which one is missing is refused at start-up, instead of training with a mask that silently does nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata, util
+from pathlib import Path
+
+DEEPSPEED_VERSION = "0.19.8"
+
+_ATTRIBUTES = {
+    "runtime/engine.py": ("_take_model_step", "def clip_fp32_gradients"),
+    "runtime/zero/stage_1_and_2.py": (
+        "single_partition_of_fp32_groups",
+        "norm_for_param_grads",
+        "_hp_mapping",
+        "def update_lp_params",
+        "def get_param_id",
+    ),
+    "runtime/zero/stage3.py": (
+        "fp32_partitioned_groups_flat",
+        "grad_position",
+        "def _get_fp32_grad_state_partition",
+        "def _reassign_or_swap_out_partitioned_parameters",
+        "persistent_parameters",
+        "norm_for_param_grads",
+    ),
+    "runtime/bf16_optimizer.py": ("_hp_grad", "def update_lp_params"),
+    "runtime/fp16/unfused_optimizer.py": ("fp32_groups", "fp16_groups"),
+    "utils/tensor_fragment.py": ("lp_fragment_address", "hp_fragment_address", "def get_lp_grad_fragment"),
+}
+
+
+def check_deepspeed() -> list[str]:
+    """Return one sentence per thing that does not fit; an empty list means that the installed DeepSpeed can be used.
+
+    Reads the installed release's files without importing it (an import takes seconds).
+    """
+    spec = util.find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        return ["deepspeed is not installed (pip install cl-dist installs the release that is needed)"]
+    problems = []
+    version = metadata.version("deepspeed").split("+")[0]
+    if version != DEEPSPEED_VERSION:
+        problems.append(f"deepspeed {version} is installed; this release of cl_dist reads the shards of {DEEPSPEED_VERSION}")
+    return problems + _missing_attributes(Path(spec.origin).parent)
+
+
+def _missing_attributes(root: Path) -> list[str]:
+    problems = []
+    for name, attributes in _ATTRIBUTES.items():
+        file = root / name
+        source = file.read_text(encoding="utf-8") if file.exists() else ""
+        missing = [attribute for attribute in attributes if attribute not in source]
+        if missing:
+            problems.append(f"deepspeed/{name} lacks {', '.join(missing)}, which cl_dist.sharding reads")
+    return problems
+

@@ -1,0 +1,132 @@
+"""Rank-local views of the training state by parameter name, the same under every ZeRO stage.
+
+Methods, checkpoints and the coordinator go through `ShardView`; they never ask which stage they run under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from cl_dist.errors import ClDistError
+from cl_dist.sharding.layouts import MOMENTS, FlatGroups, Layout, Partitioned, Replicated, WholeGradient
+from cl_dist.sharding.shard import Shard
+
+
+class ShardView:
+    """The pieces of gradient, float32 master weight and AdamW moments that this rank holds, by parameter name.
+
+    Args:
+        engine: A `deepspeed.DeepSpeedEngine` of stage 0 to 3 with an AdamW optimiser.
+
+    Raises:
+        ClDistError: The engine keeps its state in a way that is not covered (NVMe offload, round-robin gradients, ...).
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.layout = _layout_of(engine)
+        self.params = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
+
+    @property
+    def names(self) -> list[str]:
+        """Trainable parameters, in model order."""
+        return list(self.params)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds everything (stage 0), so that one rank's copy is the whole state."""
+        return self.layout.replicated
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of the whole parameter."""
+        param = self.params[name]
+        return getattr(param, "ds_shape", param.shape)
+
+    def numel(self, name: str) -> int:
+        """Elements of the whole parameter."""
+        return self.shape(name).numel()
+
+    def gradient(self, name: str) -> Shard | None:
+        """Reduced gradient, a live view; only between the reduction and the optimiser step (`on_boundary`)."""
+        return self.layout.gradient(self.params[name])
+
+    def gradient_changed(self, name: str) -> None:
+        """Call after editing a gradient, so that clipping uses its new norm."""
+        self.layout.gradient_changed(self.params[name])
+
+    def master(self, name: str) -> Shard | None:
+        """Float32 master weight, a live view; `publish` after editing it."""
+        return self.layout.master(self.params[name])
+
+    def moments(self, name: str) -> dict[str, Shard]:
+        """AdamW's `exp_avg` and `exp_avg_sq`, live views; empty before the first step."""
+        return self.layout.moments(self.params[name])
+
+    def publish(self) -> None:
+        """Make the model's weights follow the masters on all ranks (collective)."""
+        self.layout.publish()
+
+    def on_boundary(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Call `before` once a step between reduction and norm, clipping and update, and `after` after the update."""
+        take_step = self._engine._take_model_step
+
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            before()
+            take_step(*args, **kwargs)
+            after()
+
+        self._engine._take_model_step = wrapped
+
+    def reset_optimizer(self) -> None:
+        """Forget both moments and the step count, in place: AdamW starts afresh."""
+        for state in self._optimizer_states():
+            for value in state.values():
+                value.zero_()
+
+    @property
+    def optimizer_step(self) -> int:
+        """AdamW's step count (its bias correction); 0 before the first step."""
+        return int(max((float(state["step"]) for state in self._optimizer_states()), default=0))
+
+    def allocate_moments(self, step: int) -> None:
+        """Create the moments where AdamW has not yet done so (zeros) and set the step count: what a resume fills."""
+        for flat in self.layout.flat_tensors():
+            state = self.layout.inner.state[flat]
+            for name in MOMENTS:
+                state.setdefault(name, torch.zeros_like(flat.detach()))
+            state["step"] = torch.tensor(float(step), device=flat.device)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set every group's learning rate for the next step."""
+        for group in self.layout.inner.param_groups:
+            group["lr"] = learning_rate
+
+    def _optimizer_states(self) -> Iterator[dict[str, torch.Tensor]]:
+        for flat in self.layout.flat_tensors():
+            state = self.layout.inner.state.get(flat)
+            if state:
+                yield state
+
+
+def _layout_of(engine: Any) -> Layout:
+    """Choose the layout by DeepSpeed's optimiser class; refuse what is not covered."""
+    optimizer = engine.optimizer
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return Replicated(engine, optimizer)
+    if kind == "FP16_UnfusedOptimizer":
+        return Replicated(engine, optimizer.optimizer)
+    if kind == "DeepSpeedZeroOptimizer":
+        if optimizer.round_robin_gradients:
+            raise ClDistError("zero.deepspeed: round_robin_gradients is not supported (its shards are mapped wrongly)")
+        return FlatGroups(engine, optimizer.optimizer)
+    if kind == "BF16_Optimizer":
+        return WholeGradient(engine, optimizer.optimizer)
+    if kind == "DeepSpeedZeroOptimizer_Stage3":
+        if optimizer.swap_optimizer:
+            raise ClDistError("zero.deepspeed: optimiser state on NVMe is not supported; offload to the CPU instead")
+        return Partitioned(engine, optimizer.optimizer)
+    raise ClDistError(f"DeepSpeed's {kind} is not supported; use ZeRO stage 0 to 3 in float32 or bfloat16")

@@ -1,0 +1,16 @@
+"""The run folder: what is done, the state that an interrupted run goes on from, and who may write there.
+
+| module | what it knows |
+|---|---|
+| `run_folder` | which file lies where |
+| `preflight` | whether a recipe may run in a folder; told before any model is built |
+| `manifest` | what of the stream is done |
+| `lock` | one run at a time in a folder |
+| `atomic` | writing so that a kill at any moment leaves the old or the new version, never half of one |
+| `integrity` | checksums, and the error for what fails them |
+| `ledger` | the manifest, the log and the metrics while a run is under way |
+| `spans` | tensors, by parameter name and position, for any number of ranks and any ZeRO stage |
+| `snapshot` | the training state of all ranks as spans |
+
+Only `spans` and `snapshot` import torch: the rest is needed before and beside training, and must load quickly.
+"""

@@ -1,0 +1,175 @@
+"""Files and folders that are replaced as a whole: a kill at any moment leaves the old version or the new one.
+
+A file is written under a temporary name in the same folder, forced to the disk and renamed. A folder is filled in a
+staging folder beside its final place and swapped in by two renames; `recover` undoes a swap that was cut off between
+them. Temporary names start with a dot and end in `.tmp-…` or `.replaced`, so that no task can be named like one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cl_dist.errors import ClDistError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def telling_full_disk(path: Path) -> Iterator[None]:
+    """Turn full-disk errors inside the block into a `ClDistError` that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        raise ClDistError(
+            f"no space left on the disk of {path}: nothing was replaced and the last complete state there is intact; "
+            "free some space and go on with --resume"
+        ) from error
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Whether an error says that the disk, or the user's quota, is full."""
+    if isinstance(error, OSError):
+        return error.errno in _DISK_FULL
+    # safetensors and tokenizers, written in Rust, only give the operating system's number in their text.
+    return any(f"(os error {number})" in str(error) for number in _DISK_FULL)
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file `path` by `text` (UTF-8) atomically and durably; `ClDistError` where the disk is full."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with telling_full_disk(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with NaN and infinity replaced by None: JSON has no such numbers, and other programs refuse them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file `path` by `value` as indented JSON, as `write_text` does; NaN and infinity become null."""
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Append `value` to `path` as one line of JSON; a line that a kill cut off is closed first, and harms no other."""
+    line = json.dumps(finite(value), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with telling_full_disk(path), path.open("ab") as file:
+        file.write(line if _ends_with_newline(path) else b"\n" + line)
+
+
+def _ends_with_newline(path: Path) -> bool:
+    """Whether a file is empty or its last byte ends a line."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def staging(folder: Path) -> Path:
+    """Where the next version of `folder` is put together; the same for every rank."""
+    return folder.with_name(f".{folder.name}.tmp-staging")
+
+
+def _replaced(folder: Path) -> Path:
+    """Where the old version of `folder` waits until the new one is in place."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def stage(folder: Path) -> Path:
+    """Make an empty staging folder for `folder` and return it (one rank does this before all of them write there)."""
+    temporary = staging(folder)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    with telling_full_disk(folder):
+        temporary.mkdir(parents=True)
+    return temporary
+
+
+def publish(folder: Path) -> None:
+    """Put the staging folder in the place of `folder` (one rank does this after all of them have written).
+
+    Everything is on the disk before the first rename. An older version is moved aside, and deleted last.
+    """
+    temporary, replaced = staging(folder), _replaced(folder)
+    with telling_full_disk(folder):
+        _sync_tree(temporary)
+        if folder.exists():
+            os.rename(folder, replaced)
+        os.rename(temporary, folder)
+        sync(folder.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Force a folder with everything in it to the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(place, name))
+        sync(Path(place))
+
+
+@contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """`stage` and `publish` for a single process: yields the folder to write in; on an error nothing is replaced."""
+    temporary = stage(folder)
+    try:
+        with telling_full_disk(folder):
+            yield temporary
+        publish(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def recover(root: Path) -> None:
+    """Undo what killed writes left anywhere below `root`: finish or revert swaps, delete temporary files and folders.
+
+    Only for the holder of the run's lock: another writer's unfinished files would go too.
+    """
+    for replaced in list(root.rglob(".*.replaced")):
+        folder = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
+        if folder.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, folder)
+    for leftover in list(root.rglob(".*.tmp-*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)

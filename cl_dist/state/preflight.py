@@ -1,0 +1,191 @@
+"""May this recipe run in this folder? Answered before any model is built; imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from cl_dist.config.schema import Recipe
+from cl_dist.errors import BadInput
+from cl_dist.state.lock import RunLock, refuse_if_locked
+from cl_dist.state.manifest import Manifest
+from cl_dist.state.run_folder import RunFolder
+
+FREE_SETTINGS = ("launch", "output_dir", "checkpoint", "eval.batch_size")
+"""Settings that may differ on resume: they change how a run is done, not what comes out."""
+
+_SHOWN_DIFFERENCES = 8
+_RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+def preflight(output_dir: Path, recipe: Recipe, *, resume: bool, fresh: bool) -> None:
+    """Raise `BadInput` unless `recipe` may run in `output_dir`; makes the folder and its parents where need be.
+
+    resume: go on with the run in the folder. fresh: start anew, the old run is put aside afterwards (`set_aside`).
+    """
+    if resume and fresh:
+        raise BadInput("--resume and --fresh exclude each other: go on with the old run, or put it aside")
+    folder = RunFolder(output_dir)
+    if resume and not os.path.exists(output_dir):
+        raise BadInput(_nothing_to_resume(folder))
+    _require_folder(output_dir)
+    _require_writable(output_dir)
+    _require_run_or_empty(folder)
+    refuse_if_locked(folder.lock)
+    if resume:
+        _require_resumable(folder, recipe)
+    elif folder.manifest.exists() and not fresh:
+        raise BadInput(_both_ways_out(folder))
+
+
+def set_aside(output_dir: Path) -> Path | None:
+    """Rename the run in `output_dir` to `<name>.old-<time>` and return the new path; None where there is none.
+
+    Raises `BadInput` where the run is in use or the folder cannot be renamed.
+    """
+    folder = RunFolder(output_dir)
+    if not folder.manifest.exists():
+        return None
+    with RunLock(folder.lock):
+        target = _unused(output_dir.absolute(), f"{datetime.now():%Y%m%d-%H%M%S}")
+        try:
+            output_dir.absolute().rename(target)
+        except OSError as error:
+            raise BadInput(f"--fresh: {output_dir} cannot be renamed to {target.name}: {error.strerror}") from error
+    return target
+
+
+def _unused(output_dir: Path, stamp: str) -> Path:
+    """A name for the old run that is not taken (two runs may be put aside within a second)."""
+    target, count = output_dir.with_name(f"{output_dir.name}.old-{stamp}"), 1
+    while target.exists():
+        count += 1
+        target = output_dir.with_name(f"{output_dir.name}.old-{stamp}-{count}")
+    return target
+
+
+def _require_folder(output_dir: Path) -> None:
+    """Make the folder; `BadInput` where that is impossible."""
+    if os.path.isfile(output_dir):
+        raise BadInput(f"output_dir {output_dir} is a file; it must be a folder, or a path that is free")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BadInput(f"output_dir {output_dir} cannot be made: {reason}") from error
+
+
+def _require_writable(output_dir: Path) -> None:
+    """Try to make a file in the folder: permissions, quotas and read-only mounts all show there."""
+    try:
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise BadInput(f"output_dir {output_dir} is not writable: {error.strerror}") from error
+
+
+def _require_run_or_empty(folder: RunFolder) -> None:
+    """Refuse a folder with other people's files: neither a run, nor one that was killed before its first manifest."""
+    if folder.manifest.exists() or _was_started(folder):
+        return
+    names = sorted(path.name for path in folder.path.iterdir())
+    if names:
+        raise BadInput(
+            f"output_dir {folder.path} holds {names[0]} but no manifest.json, so it is not a run folder: "
+            "choose a free path or an empty folder"
+        )
+
+
+def _was_started(folder: RunFolder) -> bool:
+    """Whether a run took its lock here and was killed before its first manifest."""
+    own = {folder.lock, folder.config, folder.log}
+    unfinished = (".config.yaml.tmp-", ".manifest.json.tmp-")
+    files = folder.path.iterdir()
+    return folder.lock.exists() and all(path in own or path.name.startswith(unfinished) for path in files)
+
+
+def _both_ways_out(folder: RunFolder) -> str:
+    """The sentence for a folder that holds a run already."""
+    manifest = Manifest.read(folder.manifest)
+    done = f"{manifest.completed} of {len(manifest.tasks)} tasks done"
+    return (
+        f"{folder.path} holds a run already ({done}): go on with --resume, or put it aside with --fresh and start anew"
+    )
+
+
+def _nothing_to_resume(folder: RunFolder) -> str:
+    """The sentence for --resume where there is no run."""
+    return f"--resume: {folder.path} holds no run; leave --resume out to start one"
+
+
+def _require_resumable(folder: RunFolder, recipe: Recipe) -> None:
+    """Refuse to resume where there is no run, or another recipe's."""
+    if not folder.manifest.exists():
+        if _was_started(folder):  # nothing was done yet: resuming is starting
+            return
+        raise BadInput(_nothing_to_resume(folder))
+    Manifest.read(folder.manifest)
+    differences = changed_settings(_stored_config(folder.config), _RECIPE.dump_python(recipe, mode="json"))
+    if differences:
+        shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
+        more = len(differences) - _SHOWN_DIFFERENCES
+        rest = f"; and {more} more" if more > 0 else ""
+        raise BadInput(
+            f"--resume: the recipe is not the one that {folder.path} was started with: {shown}{rest}; "
+            f"only {', '.join(FREE_SETTINGS)} may differ"
+        )
+
+
+def _stored_config(path: Path) -> dict[str, Any]:
+    """The recipe that a run was started with, with the defaults of settings that it does not mention."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stored: dict[str, Any] = _RECIPE.dump_python(_RECIPE.validate_python(document), mode="json")
+    except FileNotFoundError as error:
+        raise BadInput(f"--resume: {path} is missing, so the recipe cannot be compared") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "recipe"
+        raise BadInput(f"{path} is damaged: {where}: {first['msg']}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BadInput(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    return stored
+
+
+def changed_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between two recipes (plain dicts) and changes results, as `key: old in the run, new now`."""
+    old, new = dict(_settings(stored)), dict(_settings(wanted))
+    return [
+        f"{key}: {_shown(old, key)} in the run, {_shown(new, key)} now"
+        for key in dict.fromkeys([*old, *new])
+        if not _is_free(key) and (key not in old or key not in new or old[key] != new[key])
+    ]
+
+
+def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a nested recipe with its dotted key, such as `stream.tasks[0].name`."""
+    if isinstance(value, Mapping) and value:
+        for name, entry in value.items():
+            yield from _settings(entry, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, Sequence) and not isinstance(value, str) and value:
+        for position, entry in enumerate(value):
+            yield from _settings(entry, f"{key}[{position}]")
+    else:
+        yield key, value
+
+
+def _is_free(key: str) -> bool:
+    """Whether a setting, or the component that it belongs to, may differ on resume."""
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_SETTINGS)
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    """A setting's value for a message."""
+    return repr(settings[key]) if key in settings else "not set"

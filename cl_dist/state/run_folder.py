@@ -1,0 +1,128 @@
+"""Which file of a run lies where.
+
+| place | content |
+|---|---|
+| `config.yaml` | the resolved recipe |
+| `manifest.json` | what is done |
+| `metrics.json` | accuracy matrix and metrics |
+| `log.jsonl` | one record per line |
+| `tasks/NN-name/model/` | weights or adapter, in Hugging Face format |
+| `tasks/NN-name/predictions/` | predictions after the task |
+| `tasks/NN-name/state/` | what the next task starts from |
+| `checkpoint/task-NN-step-NNNNNN/` | what an interrupted task goes on from |
+| `.lock` | held by the run that writes here |
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cl_dist.errors import BadInput
+from cl_dist.state import atomic
+
+_TASK_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+_CHECKPOINT_NAME = re.compile(r"task-(\d{2,})-step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class TaskFolder:
+    """What is kept of one task, below `tasks/NN-name`."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        """Model or adapter after the task, in Hugging Face format."""
+        return self.path / "model"
+
+    @property
+    def predictions(self) -> Path:
+        """Predictions after the task."""
+        return self.path / "predictions"
+
+    @property
+    def state(self) -> Path:
+        """State of the methods and of the training after the task."""
+        return self.path / "state"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places in a run folder; makes none of them but where a method says so."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """What is done (`cl_dist.state.manifest.Manifest`)."""
+        return self.path / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The accuracy matrix and the metrics."""
+        return self.path / "metrics.json"
+
+    @property
+    def log(self) -> Path:
+        """One JSON record per line."""
+        return self.path / "log.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Lock file (`cl_dist.state.lock.RunLock`)."""
+        return self.path / ".lock"
+
+    @property
+    def tasks(self) -> Path:
+        """Folder of what is kept per task."""
+        return self.path / "tasks"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints inside a task."""
+        return self.path / "checkpoint"
+
+    def task(self, position: int, name: str) -> TaskFolder:
+        """Folder of the task at `position` (from 0; folders count from 01); `BadInput` for any other name."""
+        if not _TASK_NAME.fullmatch(name):
+            raise BadInput(f"task name {name!r}: letters, digits, '-', '_' and '.' are allowed, at most 100 of them")
+        return TaskFolder(self.tasks / f"{position + 1:02d}-{name}")
+
+    def checkpoint(self, task: int, step: int) -> Path:
+        """Folder of the checkpoint after `step` optimiser steps of task `task` (from 0; folders count from 01)."""
+        return self.checkpoints / f"task-{task + 1:02d}-step-{step:06d}"
+
+    def stored_checkpoints(self) -> list[Path]:
+        """Complete checkpoints, the newest first."""
+        found = [path for path in self.checkpoints.glob("task-*") if _CHECKPOINT_NAME.fullmatch(path.name)]
+        return sorted(found, key=_task_and_step, reverse=True)
+
+    def keep_newest(self, count: int) -> None:
+        """Delete all checkpoints but the newest `count`."""
+        for path in self.stored_checkpoints()[count:]:
+            shutil.rmtree(path)
+
+    def append_log(self, record: dict[str, Any]) -> None:
+        """Append a record to the log."""
+        atomic.append_line(self.log, record)
+
+    def recover(self) -> None:
+        """Clear away what killed writes left; only with the lock held."""
+        atomic.recover(self.path)
+
+
+def _task_and_step(checkpoint: Path) -> tuple[int, int]:
+    """Position (from 1) and step in the name of a checkpoint's folder."""
+    match = _CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise ValueError(f"{checkpoint} is not named like a checkpoint")
+    return int(match[1]), int(match[2])

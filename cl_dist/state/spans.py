@@ -1,0 +1,175 @@
+"""Tensors of the training state by parameter name and position: any number of ranks and any ZeRO stage can read them.
+
+Under every ZeRO stage a rank holds flat pieces of parameters. So each rank writes the spans [start, stop) that it holds
+of each quantity ("master", "exp_avg", a method's own) of each parameter (row-major, flattened), and a reader asks for
+the spans that *it* needs, whoever wrote them. A folder holds, per rank:
+
+- `rank-00000.safetensors`: the tensors, one per span, named `quantity/parameter@start`;
+- `rank-00000.json`: the index of the spans, and size and checksum of the tensor file; sealed by its own checksum.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cl_dist.state.atomic import sync, telling_full_disk
+from cl_dist.state.integrity import CheckpointDamaged, file_sha256, read_sealed, write_sealed
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of a flattened parameter-shaped tensor."""
+
+    start: int
+    """Position of the first element in the flattened parameter."""
+    data: torch.Tensor
+    """(stop - start,), any dtype that safetensors knows, on any device."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a piece of a flat tensor."""
+        if self.data.dim() != 1 or self.start < 0:
+            raise ValueError(f"a span is one-dimensional and starts at 0 or later, not {self.start}, {self.data.shape}")
+
+    @property
+    def stop(self) -> int:
+        """Position after the last element."""
+        return self.start + self.data.numel()
+
+
+@dataclass(frozen=True)
+class StoredSpan:
+    """One entry of a rank's index: where a span's elements [start, stop) lie."""
+
+    quantity: str
+    parameter: str
+    start: int
+    stop: int
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        """Name of the tensor in the rank's file."""
+        return f"{self.quantity}/{self.parameter}@{self.start}"
+
+
+def write_spans(folder: Path, rank: int, spans: Mapping[str, Mapping[str, Span]]) -> dict[str, Any]:
+    """Write one rank's spans, `spans[quantity][parameter]`, into `folder`; both files are on the disk on return.
+
+    Spans may be views of one buffer, as ZeRO's are, but must not overlap in memory. Returns the index as stored.
+    Raises `ClDistError` where the disk is full, `ValueError` for a quantity with a `/`.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    entries: list[dict[str, Any]] = []
+    for quantity, by_parameter in spans.items():
+        if "/" in quantity:
+            raise ValueError(f"the name of a quantity has no '/': {quantity!r}")
+        for parameter, span in by_parameter.items():
+            dtype = str(span.data.dtype).removeprefix("torch.")
+            stored = StoredSpan(quantity, parameter, span.start, span.stop, dtype)
+            tensors[stored.key] = span.data.detach().cpu().contiguous()
+            entries.append(asdict(stored))
+    path = folder / f"{_stem(rank)}.safetensors"
+    with telling_full_disk(path):
+        save_file(tensors, path)
+        sync(path)
+    index = {"format": FORMAT_VERSION, "bytes": path.stat().st_size, "sha256": file_sha256(path), "spans": entries}
+    write_sealed(path.with_suffix(".json"), index)
+    return index
+
+
+def _stem(rank: int) -> str:
+    """Name of a rank's two files, without the suffix."""
+    return f"rank-{rank:05d}"
+
+
+class SpanReader:
+    """Reads any span of what all ranks wrote into a folder, and only the bytes that it needs."""
+
+    def __init__(self, folder: Path, ranks: int | None = None) -> None:
+        """Read the indexes of all ranks; `ranks`, where known, is how many must be there.
+
+        Raises `CheckpointDamaged` where a file is missing, has another size than was written, or an index is damaged.
+        """
+        self.folder = folder
+        found = sorted(folder.glob("rank-*.json"))
+        stems = [path.stem for path in found] if ranks is None else [_stem(rank) for rank in range(ranks)]
+        if not stems:
+            raise CheckpointDamaged(f"{folder} holds no rank-*.json: it is no stored state, or an incomplete one")
+        self._sha256: dict[Path, str] = {}
+        self._handles: dict[Path, Any] = {}
+        self._stored: dict[tuple[str, str], list[tuple[StoredSpan, Path]]] = defaultdict(list)
+        for stem in stems:
+            self._add_index(folder / f"{stem}.json")
+
+    def _add_index(self, path: Path) -> None:
+        """Take one rank's index in."""
+        index = read_sealed(path)
+        if index["format"] != FORMAT_VERSION:
+            raise CheckpointDamaged(f"{path} has format {index['format']}; this version reads {FORMAT_VERSION}")
+        tensors = path.with_suffix(".safetensors")
+        if not tensors.is_file():
+            raise CheckpointDamaged(f"{tensors} is missing")
+        if (size := tensors.stat().st_size) != index["bytes"]:
+            raise CheckpointDamaged(f"{tensors} is damaged: {size} bytes where {index['bytes']} were written")
+        self._sha256[tensors] = index["sha256"]
+        for entry in index["spans"]:
+            stored = StoredSpan(**entry)
+            self._stored[stored.quantity, stored.parameter].append((stored, tensors))
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare the files' checksums; `CheckpointDamaged` names a file that differs.
+
+        Ranks share the work by giving their number and how many they are: every `parts`-th file is read.
+        """
+        for path in sorted(self._sha256)[part::parts]:
+            if file_sha256(path) != self._sha256[path]:
+                raise CheckpointDamaged(f"{path} is damaged: its content does not match its checksum")
+
+    def parameters(self, quantity: str) -> list[str]:
+        """Names of the parameters that a quantity is stored for, sorted; empty where there is no such quantity."""
+        return sorted(parameter for name, parameter in self._stored if name == quantity)
+
+    def read(self, quantity: str, parameter: str, start: int, stop: int) -> torch.Tensor:
+        """The elements [start, stop) of a quantity of a parameter, (stop - start,) in the stored dtype, on the CPU.
+
+        Raises `CheckpointDamaged` where they are not all stored or a file cannot be read.
+        """
+        stored = self._stored.get((quantity, parameter), [])
+        dtypes = {span.dtype for span, _ in stored}
+        if len(dtypes) != 1:
+            problem = f"is stored as {', '.join(sorted(dtypes))}" if dtypes else "is not stored"
+            raise CheckpointDamaged(f"{quantity} of {parameter} {problem} in {self.folder}")
+        result = torch.empty(stop - start, dtype=getattr(torch, dtypes.pop()))
+        position = start
+        while position < stop:
+            span, path = self._covering(stored, position, f"{quantity} of {parameter}")
+            end = min(span.stop, stop)
+            result[position - start : end - start] = self._slice(path, span, position, end)
+            position = end
+        return result
+
+    def _covering(self, stored: Sequence[tuple[StoredSpan, Path]], position: int, what: str) -> tuple[StoredSpan, Path]:
+        """The span that holds `position` and reaches furthest beyond it."""
+        candidates = [entry for entry in stored if entry[0].start <= position < entry[0].stop]
+        if not candidates:
+            raise CheckpointDamaged(f"{what}: no rank has stored element {position} in {self.folder}")
+        return max(candidates, key=lambda entry: entry[0].stop)
+
+    def _slice(self, path: Path, span: StoredSpan, start: int, stop: int) -> torch.Tensor:
+        """The elements [start, stop) of the parameter out of one stored span."""
+        try:
+            if path not in self._handles:
+                self._handles[path] = safe_open(path, framework="pt")
+            return self._handles[path].get_slice(span.key)[start - span.start : stop - span.start]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointDamaged(f"{path} is damaged: {error}") from error

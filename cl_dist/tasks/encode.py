@@ -1,0 +1,200 @@
+"""From prompts and answers to token ids, under each training objective. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from cl_dist.config.schema import TrainConfig
+from cl_dist.errors import BadInput
+from cl_dist.tasks.types import IGNORE, Encoded, Example, Kind, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Objective = Literal["causal_lm", "seq2seq_lm", "classification", "masked_lm"]
+Side = Literal["middle", "left", "right"]
+
+LEARNABLE: dict[Objective, tuple[Kind, ...]] = {
+    "causal_lm": ("classification", "generation", "text"),
+    "seq2seq_lm": ("classification", "generation"),
+    "classification": ("classification",),
+    "masked_lm": ("text",),
+}
+"""The kinds of task that each objective can learn."""
+
+ANCHOR = ":"
+"""Answers are tokenised behind this text, to get the ids that they have behind a prompt."""
+
+
+def label_names(tasks: Iterable[Task]) -> tuple[str, ...]:
+    """The labels of all tasks, each once, in the order in which they first appear."""
+    return tuple(dict.fromkeys(label for task in tasks for label in task.labels))
+
+
+def cut(ids: list[int], room: int, side: Side) -> list[int]:
+    """At most `room` of the ids: without their middle, their start (`left`) or their end (`right`)."""
+    if len(ids) <= room:
+        return ids
+    kept_at_end = {"middle": room // 2, "left": room, "right": 0}[side]
+    return ids[: room - kept_at_end] + ids[len(ids) - kept_at_end :]
+
+
+def find_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after a text, such as BOS, EOS, CLS and SEP."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+class Encoder:
+    """Tokenises the samples of a stream for one model; a pure function of its arguments."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        objective: Objective,
+        train: TrainConfig,
+        label_names: tuple[str, ...],
+    ) -> None:
+        """`label_names` are the labels of the whole stream; a classifier's outputs are numbered by them.
+
+        Raises BadInput for a tokenizer without the tokens that the objective needs, for a `max_length` without room
+        for a prompt, and for a label that is too long.
+        """
+        self._tokenizer = tokenizer
+        self._objective = objective
+        self._config = train
+        self._class_of = {name: number for number, name in enumerate(label_names)}
+        self._answers: dict[str, list[int]] = {}
+        self._prefix, self._suffix = find_special_tokens(tokenizer)
+        self._generative = objective in ("causal_lm", "seq2seq_lm")
+        if objective == "causal_lm":
+            self._suffix = []  # an answer or the next document follows
+        self._check_tokenizer()
+        lengths = [len(self._fitting_answer(name, f"label {name!r}")) for name in label_names if self._generative]
+        self._reserve = max(lengths, default=min(train.max_target_length, train.max_length // 2))
+
+    @property
+    def pad_id(self) -> int:
+        """Id to pad with: the tokenizer's padding token, else its end-of-sequence token."""
+        pad = self._tokenizer.pad_token_id
+        return int(pad if pad is not None else self._tokenizer.eos_token_id)
+
+    def train(self, task: Task) -> list[Encoded]:
+        """The task's training samples in file order; for text its chunks.
+
+        Raises BadInput where the objective cannot learn this kind of task, and for an answer that is too long, naming
+        the sample.
+        """
+        self._check_kind(task)
+        if task.kind == "text":
+            return self.text_chunks(task.train)
+        prompts = self._tokenize([example.prompt for example in task.train])
+        return [
+            self._sample(index, ids, example.answer, f"task {task.name!r}, training sample {index}")
+            for index, (ids, example) in enumerate(zip(prompts, task.train, strict=True))
+        ]
+
+    def text_chunks(self, documents: Iterable[Example]) -> list[Encoded]:
+        """Documents joined and cut into chunks of at most `max_length` tokens, special tokens included.
+
+        Labels are the ids themselves, IGNORE at the special tokens that start or end a chunk and at a decoder's first
+        token. For `masked_lm` the labels mark what `mask_tokens` may mask.
+        """
+        ends = [self._tokenizer.eos_token_id] if self._objective == "causal_lm" else []
+        tokenised = self._tokenize([document.answer for document in documents])
+        stream = [token for ids in tokenised for token in (*ids, *ends)]
+        room = self._config.max_length - len(self._prefix) - len(self._suffix)
+        chunks = [self._chunk(start // room, stream[start : start + room]) for start in range(0, len(stream), room)]
+        return [chunk for chunk in chunks if chunk.targets]
+
+    def prompt_ids(self, prompt: str, answer_length: int | None = None) -> list[int]:
+        """Ids of a prompt with the tokenizer's special tokens, cut to `max_length`.
+
+        A decoder's prompt leaves room for an answer of `answer_length` tokens; without it, for the stream's longest
+        label, else for the longest allowed answer, but at most half of `max_length`.
+        """
+        return self._framed(self._tokenize([prompt])[0], self._reserve if answer_length is None else answer_length)
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Ids of an answer as they follow any prompt, with end-of-sequence at their end."""
+        if answer not in self._answers:
+            self._answers[answer] = [*self._bare_answer(answer), int(self._tokenizer.eos_token_id)]
+        return list(self._answers[answer])
+
+    def _bare_answer(self, answer: str) -> list[int]:
+        """Ids of an answer: alone as the target of an encoder-decoder, else after a space that follows a prompt."""
+        if self._objective == "seq2seq_lm":
+            return self._tokenize([answer])[0]
+        anchored, anchor, spaced = self._tokenize([f"{ANCHOR} {answer}", ANCHOR, f" {answer}"])
+        return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else spaced
+
+    def _sample(self, index: int, prompt: list[int], answer: str, where: str) -> Encoded:
+        """One tokenised prompt put together with its answer, as the objective has it."""
+        if not self._generative:
+            return Encoded(index, self._framed(prompt, 0), [self._class_of[answer]])
+        target = self._fitting_answer(answer, where)
+        source = self._framed(prompt, len(target))
+        if self._objective == "seq2seq_lm":
+            return Encoded(index, source, target)
+        return Encoded(index, source + target, [IGNORE] * len(source) + target)
+
+    def _chunk(self, index: int, ids: list[int]) -> Encoded:
+        """One chunk of text between the special tokens."""
+        labels = [IGNORE] * len(self._prefix) + ids + [IGNORE] * len(self._suffix)
+        if self._objective == "causal_lm":
+            labels[0] = IGNORE
+        return Encoded(index, self._prefix + ids + self._suffix, labels)
+
+    def _framed(self, prompt: list[int], answer_length: int) -> list[int]:
+        """A prompt cut to what `max_length` leaves, between the special tokens; a decoder's answer counts, too."""
+        taken = len(self._prefix) + len(self._suffix) + (answer_length if self._objective == "causal_lm" else 0)
+        room = max(self._config.max_length - taken, 0)
+        return self._prefix + cut(prompt, room, self._config.truncate) + self._suffix
+
+    def _fitting_answer(self, answer: str, where: str) -> list[int]:
+        """Ids of an answer; BadInput, which says `where` it is from, if it is longer than the settings allow."""
+        ids = self.answer_ids(answer)
+        limit = self._config.max_target_length
+        if len(ids) > limit:
+            raise BadInput(f"{where}: the answer takes {len(ids)} tokens, but train.max_target_length is {limit}")
+        # A decoder needs something of the prompt as well: it could not predict the answer's first token from nothing.
+        needed = len(self._prefix) + 1 + len(ids)
+        if self._objective == "causal_lm" and needed > self._config.max_length:
+            raise BadInput(
+                f"{where}: the answer takes {len(ids)} tokens, so train.max_length must be at least {needed}, "
+                f"not {self._config.max_length}"
+            )
+        return ids
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text without special tokens."""
+        if not texts:
+            return []
+        encoded: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return encoded
+
+    def _check_tokenizer(self) -> None:
+        """BadInput where tokens that the objective needs are missing, or leave no room in `max_length`."""
+        if self._generative and self._tokenizer.eos_token_id is None:
+            raise BadInput(f"the tokenizer has no end-of-sequence token, which {self._objective} needs")
+        if self._objective == "masked_lm" and self._tokenizer.mask_token_id is None:
+            raise BadInput("the tokenizer has no mask token, which masked_lm needs")
+        if self._tokenizer.pad_token_id is None and self._tokenizer.eos_token_id is None:
+            raise BadInput("the tokenizer has neither a padding nor an end-of-sequence token to pad with")
+        needed = len(self._prefix) + len(self._suffix) + 1
+        if self._config.max_length < needed:
+            raise BadInput(
+                f"train.max_length is {self._config.max_length}, but with the tokenizer's special tokens it must be at "
+                f"least {needed}"
+            )
+
+    def _check_kind(self, task: Task) -> None:
+        """BadInput where the objective cannot learn this kind of task."""
+        kinds = LEARNABLE[self._objective]
+        if task.kind not in kinds:
+            raise BadInput(f"task {task.name!r} is {task.kind}, but {self._objective} learns {' or '.join(kinds)} only")

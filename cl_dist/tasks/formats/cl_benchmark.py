@@ -1,0 +1,138 @@
+"""CL_Benchmark, as O-LoRA and MIGU use it: `<root>/<GROUP>/<dataset>/{train,dev,test}.json` with `labels.json` beside.
+
+A record is `{"sentence", "label"}`; the prompt is made of the group's instruction, the labels and the sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cl_dist.errors import BadInput
+from cl_dist.tasks.formats.files import (
+    choose_evaluation,
+    enumerate_names,
+    json_type,
+    make_example,
+    match_name,
+    missing,
+    parse_json,
+    read_json_list,
+    read_json_split,
+    read_text,
+    require_folder,
+)
+from cl_dist.tasks.formats.source import RawTask, Source
+from cl_dist.tasks.types import Example
+
+INSTRUCTION_FILE = "instruction_config.json"
+
+PUBLISHED_INSTRUCTIONS: dict[str, str] = {
+    group: f"{question} Choose one from the option.\n"
+    for group, question in {
+        "NLI": 'What is the logical relationship between the "sentence 1" and the "sentence 2"?',
+        "QQP": 'Whether the "first sentence" and the "second sentence" have the same meaning?',
+        "SC": "What is the sentiment of the following paragraph?",
+        "TC": "What is the topic of the following paragraph?",
+        "BoolQA": "According to the following passage, is the question true or false?",
+        "MultiRC": "According to the following passage and question, is the candidate answer true or false?",
+        "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence?",
+    }.items()
+}
+"""The benchmark's instruction of each group."""
+
+BARE_GROUPS = frozenset({"COPA"})
+"""Groups whose sentences ask their question themselves: the benchmark gives them neither instruction nor options."""
+
+
+def read(source: Source) -> RawTask:
+    """Read one data set; `path` is its folder, or the root in which the task's name is looked up."""
+    folder = find_dataset(require_folder(source.path()), source.task.name)
+    labels = source.task.labels or read_labels(folder / "labels.json")
+    convert = partial(make_prompted, head=prompt_head(source, folder, labels))
+    evaluation = choose_evaluation(source.stream.eval_split, {s: folder / f"{s}.json" for s in ("test", "dev")})
+    return RawTask(
+        train=read_json_split(folder / "train.json", convert),
+        evaluation=read_json_split(evaluation, convert),
+        labels=labels,
+        kind="classification",
+    )
+
+
+def find_dataset(path: Path, name: str) -> Path:
+    """The data set's folder: `path` itself, or the one of that name in it or in one of its groups (case aside)."""
+    if (path / "train.json").is_file():
+        return path
+    folders = [file.parent for pattern in ("*/train.json", "*/*/train.json") for file in sorted(path.glob(pattern))]
+    if not folders:
+        raise missing(path / "train.json")
+    names = match_name(name, {folder.name for folder in folders})
+    found = [folder for folder in folders if folder.name in names]
+    if len(found) > 1:
+        raise BadInput(
+            f"{name!r} is ambiguous below {path}: {enumerate_names(map(str, found))}; give the folder as path"
+        )
+    if not found:
+        available = enumerate_names({folder.name for folder in folders})
+        raise BadInput(f"no data set {name!r} below {path}; it has: {available}")
+    return found[0]
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """The strings in `labels.json`, in its order; BadInput where it is anything but a list of strings."""
+    labels = read_json_list(path)
+    for index, label in enumerate(labels):
+        if not isinstance(label, str):
+            raise BadInput(f"{path}, record {index}: a label must be a string, not {json_type(label)}")
+    return tuple(label.strip() for label in labels)
+
+
+def make_prompted(record: object, head: str) -> Example:
+    """Example whose prompt is head + sentence + the cue to answer."""
+    example = make_example(record, "sentence", "label")
+    return Example(prompt=f"{head}{example.prompt}\nAnswer:", answer=example.answer)
+
+
+def prompt_head(source: Source, folder: Path, labels: tuple[str, ...]) -> str:
+    """What stands before the sentence: the group's instruction and the options; nothing for a bare group.
+
+    Raises BadInput for a group without a known instruction.
+    """
+    group = folder.parent.name
+    file = instruction_file(source, folder)
+    instructions = PUBLISHED_INSTRUCTIONS | (read_instructions(file) if file else {})
+    if group in instructions:
+        return f"{instructions[group]}Option: {', '.join(labels)} \n"
+    if group in BARE_GROUPS:
+        return ""
+    raise BadInput(
+        f"no instruction for group {group!r} of {folder}: known groups are {enumerate_names(instructions)}; "
+        "name a file that has it in stream.instruction_file"
+    )
+
+
+def instruction_file(source: Source, folder: Path) -> Path | None:
+    """The file that the recipe names, else the nearest one in the folders above the data set, else None."""
+    if source.stream.instruction_file is not None:
+        return source.resolve(source.stream.instruction_file)
+    above = [parent / INSTRUCTION_FILE for parent in (folder, *folder.absolute().parents[:3])]
+    return next((path for path in above if path.is_file()), None)
+
+
+def read_instructions(path: Path) -> dict[str, str]:
+    """Each group's first instruction (the benchmark's `single` strategy); groups without one are left out."""
+    content = parse_json(read_text(path), path)
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} must hold a JSON object of groups, not {json_type(content)}")
+    return {group: first_instruction(entries, group, path) for group, entries in content.items() if entries}
+
+
+def first_instruction(entries: Any, group: str, path: Path) -> str:
+    """Text of a group's first instruction; BadInput where the group is not a list of `{"instruction": text}`."""
+    first = entries[0] if isinstance(entries, list) else None
+    text = first.get("instruction") if isinstance(first, Mapping) else None
+    if not isinstance(text, str):
+        raise BadInput(f"{path}: group {group!r} must be a list of objects with a text `instruction`")
+    return text

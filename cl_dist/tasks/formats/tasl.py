@@ -1,0 +1,39 @@
+"""The format of TaSL and KIF: `<root>/{train,dev,test}/<task>_T5.json`, each a list of `{"id", "input", "output"}`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from cl_dist.errors import BadInput
+from cl_dist.tasks.formats.files import (
+    choose_evaluation,
+    enumerate_names,
+    make_example,
+    match_name,
+    read_json_split,
+    require_folder,
+)
+from cl_dist.tasks.formats.source import RawTask, Source
+
+SUFFIX = "_T5.json"
+
+
+def read(source: Source) -> RawTask:
+    """Read the task of this name below the root given as `path`."""
+    root = require_folder(source.path())
+    file_name = find_task(require_folder(root / "train"), source.task.name) + SUFFIX
+    evaluation = choose_evaluation(source.stream.eval_split, {s: root / s / file_name for s in ("test", "dev")})
+    convert = partial(make_example, input_field="input", output_field="output")
+    return RawTask(
+        train=read_json_split(root / "train" / file_name, convert), evaluation=read_json_split(evaluation, convert)
+    )
+
+
+def find_task(folder: Path, name: str) -> str:
+    """The task's name as its file spells it; BadInput lists the tasks that are there."""
+    available = [path.name.removesuffix(SUFFIX) for path in folder.glob(f"*{SUFFIX}")]
+    found = match_name(name, available)
+    if not found:
+        raise BadInput(f"no file {folder / (name + SUFFIX)}; the folder has tasks: {enumerate_names(available)}")
+    return found[0]

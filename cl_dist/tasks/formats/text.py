@@ -1,0 +1,54 @@
+"""Plain text for (continual) pre-training: every line that is not blank is one document.
+
+`path` is a folder with `train.txt` (else every other `*.txt`, in the order of their names) and `test.txt` or
+`dev.txt`, or the training file `<name>.txt`, with `<name>.test.txt` or `<name>.dev.txt` beside it. Without an
+evaluation file the training text serves, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from cl_dist.tasks.formats.files import choose_evaluation, missing, read_text
+from cl_dist.tasks.formats.jsonl import DEV_NAMES, evaluation_files, split_files
+from cl_dist.tasks.formats.source import RawTask, Source, Split
+from cl_dist.tasks.types import Example
+
+logger = logging.getLogger(__name__)
+
+
+def read(source: Source) -> RawTask:
+    """Read the documents of one task."""
+    path = source.path()
+    if not path.exists():
+        raise missing(path)
+    train, evaluation = folder_files(path, source.stream.eval_split) if path.is_dir() else single_file(source, path)
+    return RawTask(train=read_documents(train), evaluation=read_documents(evaluation), kind="text")
+
+
+def single_file(source: Source, path: Path) -> tuple[list[Path], list[Path]]:
+    """Training and evaluation files where the recipe names one file."""
+    train, evaluation = split_files(path, ".txt", source.stream.eval_split)
+    return [train], [evaluation]
+
+
+def folder_files(folder: Path, wanted: str) -> tuple[list[Path], list[Path]]:
+    """Training and evaluation files of a folder; BadInput where it holds no text for training."""
+    candidates = evaluation_files(folder, "", ".txt")
+    others = [p for p in sorted(folder.glob("*.txt")) if p.stem not in ("test", *DEV_NAMES)]
+    train = [folder / "train.txt"] if (folder / "train.txt").is_file() else others
+    if not train:
+        raise missing(folder / "train.txt")
+    if not any(path.is_file() for path in candidates.values()):
+        logger.warning("no evaluation file %s: evaluating on the training text", candidates[wanted])
+        return train, train
+    return train, [choose_evaluation(wanted, candidates)]
+
+
+def read_documents(paths: list[Path]) -> Split:
+    """The documents of the files, in order; numbered by line within the whole."""
+    lines = [line.strip() for path in paths for line in read_text(path).split("\n")]
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line]
+    origin = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} files)"
+    return Split([Example("", line) for _, line in numbered], origin, [number for number, _ in numbered], "line")

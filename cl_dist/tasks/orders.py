@@ -1,0 +1,71 @@
+"""The orders in which the papers learn their tasks, and the order folders that come with CL_Benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cl_dist.errors import BadInput
+from cl_dist.tasks.formats.files import enumerate_names, json_type, missing, parse_json, read_text, require_folder
+
+ORDERS: dict[str, tuple[str, ...]] = {
+    order: tuple(names.split())
+    for order, names in {
+        "1": "dbpedia amazon yahoo agnews",
+        "2": "dbpedia amazon agnews yahoo",
+        "3": "yahoo amazon agnews dbpedia",
+        "4": "mnli cb wic copa qqp boolqa rte imdb yelp amazon sst-2 dbpedia agnews multirc yahoo",
+        "5": "multirc boolqa wic mnli cb copa qqp rte imdb sst-2 dbpedia agnews yelp amazon yahoo",
+        "6": "yelp amazon mnli cb copa qqp rte imdb sst-2 dbpedia agnews yahoo multirc boolqa wic",
+        "superni-1": "1572 363 1290 181 002 1510 639 1729 073 1590 748 511 591 1687 875",
+        "superni-2": "748 073 1590 639 1572 1687 591 363 1510 1729 181 511 002 1290 875",
+    }.items()
+}
+"""Orders 1 to 3: standard benchmark; 4 to 6: long benchmark; superni: task numbers of Super-NaturalInstructions."""
+
+
+def read_order(folder: Path) -> list[str]:
+    """Data sets in the order in which a CL_Benchmark order folder learns them.
+
+    The folder has one sub-folder a stage. `train_tasks.json` names the data set that the stage learns, and
+    `test_tasks.json` all those learnt up to then; the sub-folders' names carry no order, so it is read off how the
+    test lists grow.
+
+    Raises BadInput where a stage learns other than one data set, or the test lists do not grow by one stage at a time.
+    """
+    stages = [read_stage(path) for path in sorted(require_folder(folder).iterdir()) if path.is_dir()]
+    if not stages:
+        raise missing(folder / "*" / "train_tasks.json")
+    stages.sort(key=lambda stage: len(stage[1]))
+    order = [name for name, _ in stages]
+    for position, (name, tested) in enumerate(stages, start=1):
+        if tested != set(order[:position]):
+            raise BadInput(
+                f"{folder}: the order cannot be read off, since stage {name!r} tests {enumerate_names(tested)} "
+                "where each stage must test the data sets learnt so far"
+            )
+    return order
+
+
+def read_stage(folder: Path) -> tuple[str, set[str]]:
+    """The data set that a stage learns, and those that it tests."""
+    learnt = read_task_list(folder / "train_tasks.json")
+    if len(learnt) != 1:
+        raise BadInput(f"{folder / 'train_tasks.json'} must name one data set, not {enumerate_names(learnt)}")
+    return learnt[0], set(read_task_list(folder / "test_tasks.json"))
+
+
+def read_task_list(path: Path) -> list[str]:
+    """The data sets that a `*_tasks.json` names, over all of its groups."""
+    content = parse_json(read_text(path), path)
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} must hold a JSON object of groups, not {json_type(content)}")
+    return [dataset_name(entry, path) for entries in content.values() for entry in entries]
+
+
+def dataset_name(entry: Any, path: Path) -> str:
+    """Name in one entry of a task list; BadInput for an entry without one."""
+    name = entry.get("dataset name") if isinstance(entry, dict) else None
+    if not isinstance(name, str):
+        raise BadInput(f"{path}: every entry must be an object with a text `dataset name`")
+    return name

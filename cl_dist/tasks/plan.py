@@ -1,0 +1,122 @@
+"""Which samples make up which batch on which rank: pure index arithmetic, the same on every rank and after a resume."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from math import ceil
+
+FILLER = -1
+"""Index of a place in a micro-batch that no sample takes."""
+
+MEGABATCH = 50
+"""Global batches within which samples are sorted by length: enough to find similar ones, few enough to stay random."""
+
+
+class BatchPlan:
+    """The batches of one task's training.
+
+    A function of its arguments alone: any step can be asked for, in any order. Only the product of `micro_batch_size`,
+    `gradient_accumulation` and `ranks` decides which samples a step learns, so another split of it learns the same.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        micro_batch_size: int,
+        gradient_accumulation: int,
+        ranks: int,
+        epochs: int,
+        max_steps: int | None,
+        shuffle: bool,
+        group_by_length: bool,
+        seed: int,
+    ) -> None:
+        """`lengths` are the samples' lengths in tokens; `group_by_length` has an effect only with `shuffle`.
+
+        Raises ValueError where there is no sample.
+        """
+        if not lengths:
+            raise ValueError("a batch plan needs at least one sample")
+        self._lengths = lengths
+        self._micro_batch_size = micro_batch_size
+        self._accumulation = gradient_accumulation
+        self._ranks = ranks
+        self._max_steps = max_steps
+        self._epochs = epochs
+        self._shuffle = shuffle
+        self._group_by_length = group_by_length
+        self._seed = seed
+        self._cached: tuple[int, Sequence[int]] = (-1, ())
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of a full optimiser step over all ranks."""
+        return self._micro_batch_size * self._accumulation * self._ranks
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one pass; the last one may be short."""
+        return ceil(len(self._lengths) / self.global_batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole task."""
+        total = self._epochs * self.steps_per_epoch
+        return total if self._max_steps is None else min(total, self._max_steps)
+
+    def step(self, step: int) -> list[int]:
+        """Sample indices of a step's global batch, without fillers. Raises IndexError outside `0 <= step < steps`."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        start = batch * self.global_batch_size
+        return list(self._order(epoch)[start : start + self.global_batch_size])
+
+    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
+        """A rank's `gradient_accumulation` micro-batches of a step, each of `micro_batch_size` indices.
+
+        The rank has one consecutive piece of the global batch. A short batch is spread evenly over ranks and over
+        micro-batches, which are then filled up with FILLER at their end.
+        """
+        own = share(self.step(step), self._ranks, rank)
+        pieces = [share(own, self._accumulation, number) for number in range(self._accumulation)]
+        return [piece + [FILLER] * (self._micro_batch_size - len(piece)) for piece in pieces]
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        """All sample indices in the order of an epoch; the last epoch asked for is kept."""
+        if self._cached[0] != epoch:
+            self._cached = (epoch, self._draw_order(epoch))
+        return self._cached[1]
+
+    def _draw_order(self, epoch: int) -> Sequence[int]:
+        """The order of an epoch, drawn from seed and epoch alone."""
+        if not self._shuffle:
+            return range(len(self._lengths))
+        rng = random.Random(f"{self._seed}/{epoch}")
+        order = list(range(len(self._lengths)))
+        rng.shuffle(order)
+        return self._grouped(order, rng) if self._group_by_length else order
+
+    def _grouped(self, order: list[int], rng: random.Random) -> list[int]:
+        """The shuffled order with similar lengths side by side; its global batches again in random order.
+
+        A short last batch stays last.
+        """
+        size = self.global_batch_size
+        mega = MEGABATCH * size
+        by_length = [
+            index
+            for start in range(0, len(order), mega)
+            for index in sorted(order[start : start + mega], key=self._lengths.__getitem__, reverse=True)
+        ]
+        full = [by_length[start : start + size] for start in range(0, len(order) - size + 1, size)]
+        rng.shuffle(full)
+        return [index for batch in full for index in batch] + by_length[len(full) * size :]
+
+
+def share(items: list[int], parts: int, number: int) -> list[int]:
+    """The `number`-th of `parts` consecutive pieces of a list; lengths differ by at most one, longer pieces first."""
+    quotient, remainder = divmod(len(items), parts)
+    start = number * quotient + min(number, remainder)
+    return items[start : start + quotient + (number < remainder)]

@@ -1,0 +1,49 @@
+"""What a task is, before and after tokenisation. Plain data; imports nothing of the project."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+IGNORE = -100
+"""Label of a position that takes no part in the loss (PyTorch's `ignore_index`)."""
+
+Kind = Literal["classification", "generation", "text"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record: the prompt that the model sees and the answer that it should give (`text`: prompt empty, answer the text)."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the stream, read and checked."""
+
+    name: str
+    kind: Kind
+    train: Sequence[Example]
+    evaluation: Sequence[Example]
+    labels: tuple[str, ...] = ()
+    """Allowed answers of a classification task, in a fixed order; else empty."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised sample."""
+
+    index: int
+    """Position in the task's split; -1 marks a filler that evens out ranks and is counted nowhere."""
+    input_ids: list[int]
+    labels: list[int]
+    """causal_lm and masked_lm: as long as input_ids, IGNORE where there is no loss (not shifted). seq2seq_lm: the answer.
+    classification: one number, the label's index in the stream-wide label list."""
+
+    @property
+    def targets(self) -> int:
+        """Number of positions that take part in the loss."""
+        return sum(label != IGNORE for label in self.labels)

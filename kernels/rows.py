@@ -1,0 +1,60 @@
+"""Row arithmetic of flat shards: which rows of a matrix does a piece of the flattened matrix hold?
+
+ZeRO cuts the flattened parameters of a model at arbitrary places, so that the first and the last row of a rank's piece may be
+partial. Every function here is plain integer arithmetic; nothing is allocated or copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+
+class RowSegment(NamedTuple):
+    """A run of rows inside a flat piece, all of the same width (a partial row is a segment of one row)."""
+
+    row: int
+    """First row of the matrix in this segment."""
+    count: int
+    """Number of rows."""
+    offset: int
+    """Where the segment starts in the flat piece, in elements."""
+    width: int
+    """Elements per row: the row length, or less for a partial first or last row."""
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the segment of `flat` (1-D, any dtype) as a `(count, width)` view."""
+        return flat.narrow(0, self.offset, self.count * self.width).view(self.count, self.width)
+
+
+def row_segments(start: int, numel: int, row_length: int) -> list[RowSegment]:
+    """Split elements `[start, start + numel)` of a flattened matrix into at most three runs of rows.
+
+    Args:
+        start: First element of the piece, counted in the flattened matrix.
+        numel: Elements in the piece; 0 gives no segment.
+        row_length: Elements of a whole row (`in_features` of a linear layer's weight; 1 for a bias).
+
+    Raises:
+        ValueError: A negative number, or a row length below one.
+    """
+    if start < 0 or numel < 0 or row_length < 1:
+        raise ValueError(f"no such piece: start {start}, numel {numel}, row length {row_length}")
+    return list(_segments(start, start + numel, row_length))
+
+
+def _segments(start: int, stop: int, row_length: int) -> Iterator[RowSegment]:
+    first = start
+    row, inside = divmod(start, row_length)
+    if inside and start < stop:
+        width = min(row_length - inside, stop - start)
+        yield RowSegment(row, 1, 0, width)
+        row, start = row + 1, start + width
+    whole = (stop - start) // row_length
+    if whole > 0:
+        yield RowSegment(row, whole, start - first, row_length)
+        row, start = row + whole, start + whole * row_length
+    if start < stop:
+        yield RowSegment(row, 1, start - first, stop - start)

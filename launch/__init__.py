@@ -1,0 +1,1 @@
+"""Ranks: found where a launcher made them, started on this machine where none did."""

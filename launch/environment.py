@@ -1,0 +1,186 @@
+"""Is this process a rank already, and of whose making? Read off the environment of torchrun, deepspeed, MPI and Slurm.
+
+Sources: torchrun's environment variables (docs.pytorch.org, elastic/run), Open MPI's mpirun manual (OMPI_COMM_WORLD_*),
+MPICH's hydra (PMI_*, MPI_LOCALRANKID), srun's manual (output environment variables).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from cl_dist.errors import BadInput
+
+DEFAULT_ADDRESS = "127.0.0.1"
+FIRST_PORT = 20000
+"""Ports for a rendezvous are picked from this one up, below Linux's range for outgoing connections (32768)."""
+PORTS = 10000
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Rank among the processes of this machine; chooses the device."""
+    source: str
+    """Who made the ranks, for messages."""
+
+
+@dataclass(frozen=True)
+class _Launcher:
+    """Names of a launcher's environment variables."""
+
+    source: str
+    rank: str
+    world_size: str
+    local_rank: str
+    local_size: str
+    job: str
+    """A variable that is the same on all ranks of a job and differs between jobs."""
+
+    def counts(self, environment: Mapping[str, str]) -> bool:
+        """Whether the launcher's variables say that this process is one of its ranks."""
+        return self.rank in environment and self.world_size in environment
+
+
+@dataclass(frozen=True)
+class _Slurm(_Launcher):
+    """srun. A batch script has the variables of its job too, and is no rank: only a step of several tasks counts."""
+
+    def counts(self, environment: Mapping[str, str]) -> bool:
+        """Whether this process is one of several tasks of a job step."""
+        return super().counts(environment) and "SLURM_STEP_ID" in environment and environment[self.world_size] != "1"
+
+
+_TORCH = _Launcher("torchrun or deepspeed", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+_OPEN_MPI = _Launcher(
+    "Open MPI's mpirun",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "PMIX_NAMESPACE",
+)
+_SRUN = _Slurm("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_JOB_ID")
+_MPICH = _Launcher("MPICH's mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_PORT")
+_LAUNCHERS = (_TORCH, _OPEN_MPI, _SRUN, _MPICH)
+
+
+def find_ranks(environment: Mapping[str, str]) -> Ranks | None:
+    """This process's rank as its launcher set it, or None where no launcher made it.
+
+    Raises BadInput for numbers that cannot be, half of a pair, and two launchers that disagree.
+    """
+    _refuse_half(environment)
+    found = [_read(launcher, environment) for launcher in _LAUNCHERS if launcher.counts(environment)]
+    if not found:
+        return None
+    first = found[0]
+    for other in found[1:]:
+        if _disagree(first, other, environment):
+            raise BadInput(
+                f"environment: {first.source} says rank {first.rank} of {first.world_size}, but {other.source} says "
+                f"{other.rank} of {other.world_size}; unset the variables of the one that did not start this run"
+            )
+    return first
+
+
+def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
+    """Set what torch.distributed reads (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) where it is not set.
+
+    Raises BadInput where the ranks are on several machines and nothing tells the address of the first.
+    """
+    environment["RANK"] = str(ranks.rank)
+    environment["WORLD_SIZE"] = str(ranks.world_size)
+    environment["LOCAL_RANK"] = str(ranks.local_rank)
+    launcher = next(launcher for launcher in _LAUNCHERS if launcher.source == ranks.source)
+    if not environment.get("MASTER_ADDR"):
+        environment["MASTER_ADDR"] = _address(ranks, launcher, environment)
+    if not environment.get("MASTER_PORT"):
+        environment["MASTER_PORT"] = str(_port(launcher, environment))
+
+
+def _disagree(inner: Ranks, outer: Ranks, environment: Mapping[str, str]) -> bool:
+    """Whether two launchers' ranks exclude each other.
+
+    Launchers nest: srun starts one torchrun or one MPI daemon per node. Then the inner ranks are at least as many, and
+    torchrun numbers its own as it likes. Fewer of them, or as many in another order, are variables left over in the
+    shell.
+    """
+    by_hand = inner.source == _TORCH.source and "TORCHELASTIC_RUN_ID" not in environment
+    if by_hand and inner.world_size == outer.world_size:
+        return inner.rank != outer.rank
+    return inner.world_size < outer.world_size
+
+
+def _refuse_half(environment: Mapping[str, str]) -> None:
+    for present, absent in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if present in environment and absent not in environment:
+            raise BadInput(
+                f"environment: {present} is {environment[present]}, but {absent} is not set; a launcher sets both, "
+                "unset it to run without one"
+            )
+
+
+def _read(launcher: _Launcher, environment: Mapping[str, str]) -> Ranks:
+    rank = _number(launcher.rank, environment)
+    world_size = _number(launcher.world_size, environment)
+    local_rank = _number(launcher.local_rank, environment, default=_guess_local_rank(launcher, environment, rank))
+    if world_size < 1 or rank >= world_size or local_rank > rank:
+        raise BadInput(
+            f"environment: {launcher.rank}={rank}, {launcher.world_size}={world_size} and {launcher.local_rank}="
+            f"{local_rank} cannot be; a rank is below the number of ranks and a local rank not above the rank"
+        )
+    return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, source=launcher.source)
+
+
+def _guess_local_rank(launcher: _Launcher, environment: Mapping[str, str], rank: int) -> int | None:
+    """The rank itself where all ranks are known to be on this machine."""
+    return rank if _is_one_machine(launcher, environment) else None
+
+
+def _number(name: str, environment: Mapping[str, str], default: int | None = None) -> int:
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        raise BadInput(f"environment: {name} is {text or 'not set'}; it must be a whole number, at least 0")
+    return int(text)
+
+
+def _is_one_machine(launcher: _Launcher, environment: Mapping[str, str]) -> bool:
+    if launcher is _SRUN:
+        return environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES")) == "1"
+    world_size = environment[launcher.world_size]
+    return world_size == "1" or environment.get(launcher.local_size) == world_size
+
+
+def _address(ranks: Ranks, launcher: _Launcher, environment: Mapping[str, str]) -> str:
+    if _is_one_machine(launcher, environment):
+        return DEFAULT_ADDRESS
+    if launcher is _SRUN and (nodes := environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST"))):
+        return first_node(nodes)
+    raise BadInput(
+        f"environment: MASTER_ADDR is not set, and the {ranks.world_size} ranks of {ranks.source} are not all on this "
+        "machine; set it to the address of rank 0's machine"
+    )
+
+
+def _port(launcher: _Launcher, environment: Mapping[str, str]) -> int:
+    """A port that all ranks of a job derive alike, and other jobs on the machine most likely otherwise."""
+    job = f"{environment.get(launcher.job, '')}.{environment.get('SLURM_STEP_ID', '')}"
+    return FIRST_PORT + zlib.crc32(job.encode()) % PORTS
+
+
+def first_node(nodes: str) -> str:
+    """The first host of Slurm's short form: `gpu[03-07,12],login` begins with `gpu03`."""
+    head, bracket, rest = nodes.partition("[")
+    if not bracket or "," in head:
+        return head.partition(",")[0]
+    inside, _, tail = rest.partition("]")
+    first = inside.partition(",")[0].partition("-")[0]
+    return f"{head}{first}{tail.partition(',')[0]}"

@@ -1,0 +1,320 @@
+"""Starts the ranks of a run on this machine, watches them, and makes their ends into one.
+
+The ranks are in sessions of their own: a Ctrl-C in the terminal reaches the launcher alone, which passes it on once.
+They die with the launcher (`child.die_with_launcher`), and all of them die soon after the first that fails.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from cl_dist.launch import child
+from cl_dist.launch.child import Failure
+
+DONE, INTERRUPTED = 0, 75
+ADDRESS = "127.0.0.1"
+POLL_SECONDS = 0.05
+PORT_ATTEMPTS = 3
+SAME_REQUEST_SECONDS = 0.5
+KEPT_LINES = 20
+"""Lines of output that are kept of every rank but the first."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SHARED_MEMORY = Path("/dev/shm")
+"""Where DeepSpeed puts its buffers."""
+DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""One of these is there where a CUDA or ROCm driver is loaded (the last one under Windows)."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a launch ended."""
+
+    exit_code: int
+    message: str | None = None
+    """What to tell the user last; None where all is well or the failed rank has told it itself."""
+    output: tuple[str, ...] = ()
+    """Last lines of the failed rank, where they were not shown yet."""
+
+
+@dataclass
+class _Rank:
+    """One started rank."""
+
+    index: int
+    process: subprocess.Popen[str]
+    failure_file: Path
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
+    reader: threading.Thread | None = None
+    ended: float | None = None
+    """Seconds since the epoch."""
+    stopped: bool = False
+    """Whether the launcher had sent it a signal before it ended."""
+
+    @property
+    def returncode(self) -> int | None:
+        """As subprocess has it: None while it runs, negative for a signal."""
+        return self.process.returncode
+
+    def look(self) -> None:
+        """Note whether the rank has ended; where it failed, end what it had started too."""
+        if self.ended is not None:
+            return
+        state = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if state is None:
+            return
+        self.ended = time.time()
+        if state.si_code != os.CLD_EXITED or state.si_status not in (DONE, INTERRUPTED):
+            self._signal_group(signal.SIGKILL)  # before it is reaped: until then nobody else can get its id
+        self.process.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended otherwise than done or interrupted with its state saved."""
+        return self.returncode not in (None, DONE, INTERRUPTED)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the rank, not to what it may have started (a compiler, say)."""
+        if self.returncode is None:
+            self.stopped = True
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End the rank and all that it started."""
+        if self.returncode is None:
+            self.stopped = True
+            self._signal_group(signal.SIGKILL)
+
+    def _signal_group(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+def launch(
+    command: Sequence[str], processes: int, environment: Mapping[str, str], grace_seconds: float = 5.0
+) -> Ending:
+    """Run `command` as `processes` ranks and wait for all of them.
+
+    The first rank has this process's output. SIGINT, SIGTERM, SIGUSR1 and SIGHUP are passed on as SIGTERM, once; the
+    second one kills the ranks. When a rank fails the others are asked to stop and, `grace_seconds` later, killed.
+    """
+    for attempt in range(1, PORT_ATTEMPTS + 1):
+        port = find_free_port()
+        ending = _Launch(processes, environment, port, grace_seconds).run(command)
+        # Another program may take the port between our look at it and rank 0's.
+        if attempt == PORT_ATTEMPTS or "EADDRINUSE" not in (ending.message or ""):
+            break
+    return ending
+
+
+def find_free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((ADDRESS, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def rank_environment(base: Mapping[str, str], index: int, processes: int, port: int) -> dict[str, str]:
+    """The environment of rank `index`: `base`, its place in the job, and what the machine asks for."""
+    environment = dict(base)
+    environment.update(
+        RANK=str(index),
+        LOCAL_RANK=str(index),
+        WORLD_SIZE=str(processes),
+        LOCAL_WORLD_SIZE=str(processes),
+        MASTER_ADDR=ADDRESS,
+        MASTER_PORT=str(port),
+    )
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    if not has_gpu(base):
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    return environment
+
+
+def has_gpu(environment: Mapping[str, str]) -> bool:
+    """Whether torch may find a GPU, as far as that shows without loading torch."""
+    if environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    return any(Path(file).exists() for file in DEVICE_FILES)
+
+
+class _Launch:
+    """One attempt at running all ranks."""
+
+    def __init__(self, processes: int, environment: Mapping[str, str], port: int, grace_seconds: float) -> None:
+        self.processes = processes
+        self.environment = environment
+        self.port = port
+        self.grace_seconds = grace_seconds
+        self.ranks: list[_Rank] = []
+        self.requests = 0
+        """Times that a signal asked to stop."""
+        self.last_request = 0.0
+        self.answered = 0
+        self.deadline: float | None = None
+
+    def run(self, command: Sequence[str]) -> Ending:
+        """Start the ranks, wait for all of them, and say how that went."""
+        with tempfile.TemporaryDirectory(prefix="cl-dist-") as folder, self._signals_counted():
+            try:
+                for index in range(self.processes):
+                    self.ranks.append(self._start(command, index, Path(folder)))
+                while any(rank.returncode is None for rank in self.ranks):
+                    self._watch()
+                    time.sleep(POLL_SECONDS)
+            finally:
+                self._clean_up()
+            return self._ending()
+
+    def _start(self, command: Sequence[str], index: int, folder: Path) -> _Rank:
+        failure_file = folder / f"rank-{index}.json"
+        environment = rank_environment(self.environment, index, self.processes, self.port)
+        environment[child.LAUNCHER_PID] = str(os.getpid())
+        environment[child.FAILURE_FILE] = str(failure_file)
+        captured = index > 0
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if captured else None,
+            stderr=subprocess.STDOUT if captured else None,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        rank = _Rank(index, process, failure_file)
+        if process.stdout is not None:
+            rank.reader = threading.Thread(target=_keep_lines, args=(process.stdout, rank.lines), daemon=True)
+            rank.reader.start()
+        return rank
+
+    @contextmanager
+    def _signals_counted(self) -> Iterator[None]:
+        """Count the signals that ask to stop; `_watch` answers them. One that is ignored (nohup) stays ignored."""
+
+        def count(number: int, frame: FrameType | None) -> None:
+            # make, uv and Slurm may send what the terminal sends too: that is one request, not an impatient second one.
+            now = time.monotonic()
+            if now - self.last_request > SAME_REQUEST_SECONDS:
+                self.requests += 1
+            self.last_request = now
+
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        heeded = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+        for number in heeded:
+            signal.signal(number, count)
+        try:
+            yield
+        finally:
+            for number in heeded:
+                signal.signal(number, before[number])
+
+    def _watch(self) -> None:
+        """One look at the ranks: pass signals on, note who ended, and end the rest once one failed."""
+        self._answer_requests()
+        for rank in self.ranks:
+            rank.look()
+        if self.deadline is None and any(rank.failed for rank in self.ranks):
+            self._signal_all(signal.SIGTERM)
+            self.deadline = time.monotonic() + self.grace_seconds
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self._kill_all()
+
+    def _answer_requests(self) -> None:
+        if self.requests > self.answered:
+            self.answered = self.requests
+            if self.requests == 1:
+                self._signal_all(signal.SIGTERM)
+            else:
+                self._kill_all()
+
+    def _signal_all(self, number: int) -> None:
+        for rank in self.ranks:
+            rank.signal(number)
+
+    def _kill_all(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+
+    def _clean_up(self) -> None:
+        """End what is left, and remove what killed ranks leave behind."""
+        self._kill_all()
+        for rank in self.ranks:
+            rank.process.wait()
+            if rank.reader is not None:
+                rank.reader.join(timeout=1.0)
+        # DeepSpeed's name of a buffer: user, address and port of the rendezvous, rank (csrc/cpu/comm/shm.cpp). The port
+        # was ours, so no other run's buffer matches.
+        for buffer in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{ADDRESS}_{self.port}_*"):
+            buffer.unlink(missing_ok=True)
+
+    def _ending(self) -> Ending:
+        failed = [rank for rank in self.ranks if rank.failed]
+        if not failed:
+            return self._peaceful_ending()
+        if self.requests and all(rank.returncode == -signal.SIGTERM for rank in failed):
+            return Ending(INTERRUPTED, "stopped outside of training; the same command with --resume goes on")
+        if self.requests > 1:
+            return Ending(1, "killed by a second signal; --resume goes on from the last state that was saved")
+        codes = {rank.returncode for rank in failed}
+        return self._blame(failed, exit_code=2 if 2 in codes else 1)
+
+    def _peaceful_ending(self) -> Ending:
+        interrupted = [rank for rank in self.ranks if rank.returncode == INTERRUPTED]
+        if not interrupted:
+            return Ending(DONE)
+        failure = child.read_failure(interrupted[0].failure_file)
+        return Ending(INTERRUPTED, failure.message if failure else None)
+
+    def _blame(self, failed: Sequence[_Rank], exit_code: int) -> Ending:
+        """The rank that failed first, in its own words where it left any."""
+        failures = {rank.index: child.read_failure(rank.failure_file) for rank in failed}
+        culprit = min(failed, key=lambda rank: _order_of_failing(rank, failures[rank.index]))
+        own = failures[culprit.index]
+        if own is None:
+            return Ending(exit_code, f"rank {culprit.index} {_describe_end(culprit)}", tuple(culprit.lines))
+        shared = self.processes == 1 or all(other and other.message == own.message for other in failures.values())
+        prefix = "" if shared and len(failed) == self.processes else f"rank {culprit.index}: "
+        return Ending(exit_code, prefix + own.message)
+
+
+def _keep_lines(stream: IO[str], lines: deque[str]) -> None:
+    """Read a rank's output to its end, so that it never blocks, and keep the last lines."""
+    with stream:
+        for line in stream:
+            lines.append(line.rstrip("\n"))
+
+
+def _order_of_failing(rank: _Rank, failure: Failure | None) -> tuple[int, float]:
+    """Sorts the rank that failed by itself before those that failed because of it.
+
+    A rank killed from outside is noticed a moment later than the broken connections that its death causes, so it sorts
+    first; not so SIGABRT, which torch raises on itself when a peer is gone. A rank that we stopped sorts last.
+    """
+    killed = (rank.returncode or 0) < 0 and rank.returncode != -signal.SIGABRT
+    if failure is not None:
+        return 1, failure.time
+    if rank.stopped and killed:
+        return 2, rank.ended or 0.0
+    return (0 if killed else 1), rank.ended or 0.0
+
+
+def _describe_end(rank: _Rank) -> str:
+    code = rank.returncode or 0
+    if code >= 0:
+        return f"ended with exit code {code}"
+    return f"was killed by {signal.Signals(-code).name}"

@@ -1,0 +1,51 @@
+"""What is installed, and from which folder."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="cl-dist",
+    version="0.1.0",
+    description="Distributed continual learning for language models: MIGU and KIF on DeepSpeed ZeRO shards",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # The folders kernels/ and launch/ stay at the top level but are imported below cl_dist: a top-level module named
+    # `kernels` would be taken for the PyPI package of that name, which transformers looks for.
+    packages=[*find_packages(include=["cl_dist", "cl_dist.*"]), "cl_dist.kernels", "cl_dist.launch"],
+    package_dir={"cl_dist.kernels": "kernels", "cl_dist.launch": "launch"},
+    package_data={"cl_dist": ["py.typed", "recipes/*.yaml"]},
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed==0.19.8",  # cl_dist.sharding reads its private attributes: one release at a time, checked at start-up
+        "transformers>=5.20,<6",
+        "peft>=0.21,<0.22",
+        "datasets>=5.2,<6",
+        "accelerate>=1.15,<2",
+        "safetensors>=0.8",
+        "sentencepiece>=0.2",
+        "gguf>=0.19",
+        "rouge-score>=0.1.2",
+        "pydantic>=2.14,<3",
+        "PyYAML>=6.0.3",
+        "rich>=15",
+    ],
+    extras_require={
+        "mpi": ["mpi4py>=4.1"],
+        "triton": ["triton>=3.8; platform_system == 'Linux'"],
+        "dev": [
+            "hypothesis>=6.168",
+            "mypy>=2.4",
+            "pre-commit>=4.6",
+            "pytest>=9.2",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17",
+            "types-PyYAML",
+        ],
+    },
+    entry_points={"console_scripts": ["cl-dist = cl_dist.cli:main"]},
+)

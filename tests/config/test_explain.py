@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from cl_dist.config import schema
+from cl_dist.config.explain import explain
+from cl_dist.config.fields import Setting, info_of, method_classes, settings_of
+from cl_dist.config.schema import Recipe
+
+SETTINGS = list(settings_of(Recipe))
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.key)
+def test_every_setting_says_what_it_is_and_may_be(setting: Setting) -> None:
+    assert len(setting.help) > 10
+    assert setting.help.endswith((".", "`."))
+    assert setting.allowed
+    assert setting.key in explain()
+
+
+def test_no_component_of_the_schema_is_left_out() -> None:
+    components = {cls for cls in vars(schema).values() if isinstance(cls, type) and dataclasses.is_dataclass(cls)}
+    reached = {setting.component for setting in SETTINGS} | set(method_classes().values()) | {Recipe, None}
+    assert components <= reached
+    assert len(SETTINGS) == sum(len(info_of(cls)) for cls in components)
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed", "default"),
+    [
+        ("model.name_or_path", "a text", None),
+        ("model.lora.target_modules", "a list of texts, or all-linear", "all-linear"),
+        ("train.max_steps_per_task", "a whole number, at least 1, or null", "null"),
+        ("train.learning_rate", "a number, above 0", "0.0001"),
+        ("train.seed", "a whole number, at least 0, below 2147483648", "42"),
+        ("zero.stage", "0, 1, 2, 3", "2"),
+        ("method(migu).threshold", "a number, at least 0, below 1", "0.7"),
+        ("method[]", "a list of mappings", "sequential"),
+        ("stream.tasks[]", "a list of mappings, at least 1 entry", None),
+        ("stream.tasks[].name", "a text, at least 1 character, at most 100 characters", None),
+        ("eval", "a mapping of settings", ""),
+    ],
+)
+def test_what_is_allowed_in_words(key: str, allowed: str, default: str | None) -> None:
+    setting = next(setting for setting in SETTINGS if setting.key == key)
+    assert (setting.allowed, setting.default) == (allowed, default)
+
+
+def test_the_text_of_one_setting() -> None:
+    assert (
+        "zero.offload\n    true or false (default: false)\n"
+        "    Keep the optimiser's state in CPU memory (stages 1 to 3).\n" in explain()
+    )

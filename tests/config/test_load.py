@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes, to_dict
+from cl_dist.config.schema import MiguConfig, SequentialConfig
+from cl_dist.config.yaml_text import render_yaml
+from cl_dist.errors import BadInput
+
+
+def minimal() -> dict[str, Any]:
+    """The smallest recipe that loads."""
+    return {
+        "model": {"name_or_path": "builtin:llama-tiny"},
+        "stream": {"tasks": [{"name": "spring", "format": "builtin"}]},
+    }
+
+
+def write(path: Path, data: dict[str, Any]) -> str:
+    """Write a recipe file and return its path as typed on a command line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render_yaml(data), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_and_its_dump_loads_to_the_same(name: str, tmp_path: Path) -> None:
+    recipe, _ = load_recipe(name)
+    dumped = tmp_path / "elsewhere" / "config.yaml"
+    dumped.parent.mkdir()
+    dumped.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(str(dumped))[0] == recipe
+
+
+def test_the_shipped_recipes_are_there() -> None:
+    assert shipped_recipes() == ["quickstart", "standard-order1", "standard-order2", "standard-order3"]
+
+
+def test_quickstart_is_two_ranks_zero_2_and_at_least_four_built_in_tasks() -> None:
+    recipe, _ = load_recipe("quickstart")
+    assert (recipe.launch.processes, recipe.zero.stage) == (2, 2)
+    assert len(recipe.stream.tasks) >= 4
+    assert {task.format for task in recipe.stream.tasks} == {"builtin"}
+
+
+@pytest.mark.parametrize(
+    ("number", "order"),
+    [
+        (1, "dbpedia amazon yahoo agnews"),
+        (2, "dbpedia amazon agnews yahoo"),
+        (3, "yahoo amazon agnews dbpedia"),
+    ],
+)
+def test_the_standard_orders_are_the_published_ones(number: int, order: str) -> None:
+    recipe, _ = load_recipe(f"standard-order{number}")
+    assert [task.name for task in recipe.stream.tasks] == order.split()
+    assert recipe.method == (MiguConfig(name="migu", threshold=0.7),)
+
+
+def test_output_dir_is_named_after_the_recipe_where_it_is_absent(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path / "mine.yaml", minimal()))[0].output_dir == "runs/mine"
+    recipe, _ = load_recipe(write(tmp_path / "mine.yaml", {**minimal(), "output_dir": "elsewhere"}))
+    assert recipe.output_dir == "elsewhere"
+
+
+@pytest.mark.parametrize("given", [None, {"name": "sequential"}, [{"name": "sequential"}], {}])
+def test_one_method_may_be_absent_a_mapping_or_a_list(given: Any, tmp_path: Path) -> None:
+    data = minimal() if given is None else {**minimal(), "method": given}
+    file = write(tmp_path / "mine.yaml", data)
+    if given == {}:
+        with pytest.raises(BadInput, match=r"^method.name: missing; allowed: sequential, migu$"):
+            load_recipe(file)
+    else:
+        assert load_recipe(file)[0].method == (SequentialConfig(),)
+
+
+@pytest.mark.parametrize(
+    ("train", "longest"),
+    [({}, 50), ({"max_length": 200}, 50), ({"max_length": 32}, 16), ({"max_length": 32, "max_target_length": 4}, 4)],
+)
+def test_the_longest_answer_leaves_room_for_the_prompt(train: dict[str, int], longest: int, tmp_path: Path) -> None:
+    recipe, _ = load_recipe(write(tmp_path / "mine.yaml", {**minimal(), "train": train}))
+    assert recipe.train.max_target_length == longest
+
+
+def test_to_dict_spells_every_setting_out_in_json_types() -> None:
+    data = to_dict(load_recipe("quickstart")[0])
+    assert data["method"] == [{"name": "sequential"}]
+    assert data["model"]["lora"] is None
+    assert isinstance(data["stream"]["tasks"], list)
+    assert data["zero"] == {"stage": 2, "offload": False, "deepspeed": {}}
+
+
+class TestPaths:
+    """Paths of data mean the same from the recipe and from the run folder's config.yaml."""
+
+    def tasks(self, *paths: str | None) -> list[dict[str, str | None]]:
+        return [{"name": f"t{number}", "format": "jsonl", "path": path} for number, path in enumerate(paths)]
+
+    def test_they_start_from_the_recipes_folder(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "a" / "mine.yaml", {**minimal(), "stream": {"root": "data", "tasks": self.tasks("x")}})
+        recipe, folder = load_recipe(file)
+        assert folder == tmp_path / "a"
+        assert recipe.stream.root == str(tmp_path / "a" / "data")
+        assert recipe.stream.tasks[0].path == "x"
+
+    def test_without_a_root_the_recipes_folder_is_the_root(self, tmp_path: Path) -> None:
+        file = write(tmp_path / "a" / "mine.yaml", {**minimal(), "stream": {"tasks": self.tasks("x")}})
+        assert load_recipe(file)[0].stream.root == str(tmp_path / "a")
+
+    def test_one_beside_the_recipe_and_not_below_the_root_becomes_absolute(self, tmp_path: Path) -> None:
+        for folder in ("a/data/both", "a/both", "a/beside"):
+            (tmp_path / folder).mkdir(parents=True)
+        stream = {"root": "data", "tasks": self.tasks("both", "beside", "nowhere")}
+        recipe, _ = load_recipe(write(tmp_path / "a" / "mine.yaml", {**minimal(), "stream": stream}))
+        assert [task.path for task in recipe.stream.tasks] == ["both", str(tmp_path / "a/beside"), "nowhere"]
+
+    def test_a_root_typed_on_the_command_line_starts_from_the_working_directory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = write(tmp_path / "a" / "mine.yaml", {**minimal(), "stream": {"tasks": self.tasks("x")}})
+        monkeypatch.chdir(tmp_path)
+        assert load_recipe(file, ["stream.root=data"])[0].stream.root == str(tmp_path / "data")
+
+    def test_a_shipped_recipes_paths_start_from_the_working_directory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        recipe, folder = load_recipe("standard-order1")
+        assert (recipe.stream.root, folder) == (str(tmp_path / "data/long_sequence"), tmp_path)
+
+    def test_a_stream_without_paths_is_left_alone(self) -> None:
+        assert load_recipe("quickstart")[0].stream.root is None

@@ -1,0 +1,22 @@
+"""What every test runs under; set before anything imports torch or transformers."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from hypothesis import configuration, settings
+
+GPU_DEVICES = (Path("/dev/nvidia0"), Path("/dev/kfd"))
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores
+if not any(device.exists() for device in GPU_DEVICES):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+# Nothing is left in the repository, and a test does not depend on what an earlier run has found.
+configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "cl_dist-hypothesis"))
+settings.register_profile("cl_dist", database=None, deadline=None)
+settings.load_profile("cl_dist")

@@ -1,0 +1,134 @@
+"""Rank side of test_exactness: many cases in one start of the ranks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from cl_dist.config.schema import MiguConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
+from cl_dist.engine.distributed import join
+from cl_dist.engine.engine import TrainingEngine
+from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.migu import Migu
+from cl_dist.models.checkpointing import enable_activation_checkpointing
+from cl_dist.models.load import LoadedModel
+from cl_dist.models.tracked import tracked_linears
+from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_model, samples, whole
+from tests.oracle import Dense, Settings
+
+QUANTITIES = ("master", "exp_avg", "exp_avg_sq")
+
+
+def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Train every case with cl_dist and densely; say how far apart they are and which rows moved."""
+    join(timeout_seconds=120)
+    return [Case(**case).run() for case in cases]
+
+
+class Case:
+    """One configuration, trained both ways."""
+
+    def __init__(
+        self, stage: int, dtype: str = "float32", accumulation: int = 1, clip: float | None = None, decay: float = 0.0,
+        recompute: bool = False, mask: str = "gradient", family: str = "llama", magnitude: str = "per_token", steps: int = 3,
+        offload: bool = False, threshold: float = 0.7, masked: bool = True, deepspeed: dict[str, Any] | None = None,
+        eps: float = 1e-2,
+    ) -> None:  # fmt: skip
+        self.family, self.steps, self.accumulation, self.dtype = family, steps, accumulation, dtype
+        self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        self.micro = 4 // self.world
+        self.recipe = Recipe(
+            model=ModelConfig(name_or_path="odd"),
+            stream=StreamConfig(tasks=(TaskConfig(name="t", format="builtin"),)),
+            train=TrainConfig(
+                micro_batch_size=self.micro, gradient_accumulation=accumulation, learning_rate=1e-2, eps=eps,
+                weight_decay=decay, clip=clip, dtype=dtype,  # type: ignore[arg-type]
+            ),
+            zero=ZeroConfig(stage=stage, offload=offload, deepspeed=deepspeed or {}),  # type: ignore[arg-type]
+            output_dir="unused",
+        )  # fmt: skip
+        self.config = MiguConfig(
+            name="migu", mask=mask, magnitude=magnitude, threshold=threshold, first_task="masked" if masked else "dense"  # type: ignore[arg-type]
+        )
+        model = odd_model(family).to(getattr(torch, dtype))
+        dense = copy.deepcopy(model)
+        settings = Settings(
+            threshold=threshold, mask=mask, magnitude=magnitude, eps=eps, weight_decay=decay, clip=clip, masked=masked
+        )
+        self.dense = Dense(dense, tracked_linears(dense, "blocks"), settings)
+        if recompute:
+            enable_activation_checkpointing(model)
+        self.migu = Migu(self.config)
+        self.engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), self.recipe, [self.migu])  # type: ignore[arg-type]
+
+    def run(self) -> dict[str, Any]:
+        """Train `steps` steps; compare after the last one."""
+        place = TaskPlace(index=0, name="t", steps=self.steps)
+        self.engine.before_task(place)
+        start = whole(self.engine.shards, "master")
+        report: dict[str, Any] = {"flips": 0, "frozen_moved": 0, "moved_wrong": 0}
+        for step in range(self.steps):
+            before = {quantity: whole(self.engine.shards, quantity) for quantity in QUANTITIES}
+            self._step(step, report)
+            after = {quantity: whole(self.engine.shards, quantity) for quantity in QUANTITIES}
+            if self.config.mask == "update" and self.migu.keep:
+                report["frozen_moved"] += self._moved_dropped(before, after)
+            if step == 0 and self.recipe.train.weight_decay == 0 and self.migu.keep:
+                report["moved_wrong"] += self._moved_otherwise(before["master"], after["master"])
+        self._compare(start, report)
+        self.engine.destroy()
+        return report
+
+    def _step(self, step: int, report: dict[str, Any]) -> None:
+        per_rank = self.micro * self.accumulation
+        batch = samples(self.family, per_rank * self.world, seed=step)
+        chunks = [batch[r * per_rank : (r + 1) * per_rank] for r in range(self.world)]
+        everyone = [micro_batches(self.family, chunk, self.micro) for chunk in chunks]
+        targets = sum(b.targets for rank in everyone for b in rank)
+        self.engine.train_step(step, everyone[self.rank], targets)
+        forwards = [(mean_loss(b, self.family, targets), b.token_masks) for rank in everyone for b in rank]
+        chosen = {name: self.migu.keep[f"{name}.weight"] for name in self.dense.layers} if self.migu.keep else {}
+        self.dense.step(forwards, chosen=chosen)
+        report["flips"] += sum(int((self.dense.keep[name] != keep).sum()) for name, keep in chosen.items())
+
+    def _moved_dropped(self, before: dict[str, Any], after: dict[str, Any]) -> int:
+        """Elements of dropped rows (weight or moment) that changed at all."""
+        return sum(
+            int((before[quantity][name][~keep] != after[quantity][name][~keep]).sum())
+            for quantity in QUANTITIES
+            for name, keep in self.migu.keep.items()
+        )
+
+    def _moved_otherwise(self, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> int:
+        """Weights in which the rows that moved are not exactly the kept ones."""
+        wrong = 0
+        for name, keep in self.migu.keep.items():
+            moved = (before[name] != after[name]).reshape(keep.numel(), -1).any(1)
+            wrong += int(not torch.equal(moved, keep))
+        return wrong
+
+    def _compare(self, start: dict[str, torch.Tensor], report: dict[str, Any]) -> None:
+        end, model = whole(self.engine.shards, "master"), self.engine.model
+        movement = max(float((end[n] - start[n]).abs().max()) for n in end)
+        report["error"] = max(float((end[n] - self.dense.masters[n].detach()).abs().max()) for n in end)
+        report["relative"] = report["error"] / movement
+        for moment in ("exp_avg", "exp_avg_sq"):
+            held = whole(self.engine.shards, moment)
+            dense = {n: self.dense.optimizer.state[m][moment] for n, m in self.dense.masters.items()}
+            scale = max(float(t.abs().max()) for t in dense.values())
+            report[moment] = max(float((held[n] - dense[n]).abs().max()) for n in held) / scale
+        report["published"] = _published_error(model, end)
+        report["kept"] = {n: [int(k.sum()), k.numel()] for n, k in self.migu.keep.items()}
+
+
+def _published_error(model: torch.nn.Module, masters: dict[str, torch.Tensor]) -> float:
+    """Largest difference between the model's own weights and its masters, in the model's precision."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    worst = 0.0
+    for name, param in model.named_parameters():
+        with GatheredParameters([param]):
+            worst = max(worst, float((param.detach() - masters[name].to(param.dtype)).abs().max()))
+    return worst

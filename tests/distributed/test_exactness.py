@@ -1,0 +1,96 @@
+"""MIGU on ZeRO shards equals MIGU on one process in plain PyTorch, at every stage and any number of ranks."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+
+STAGES = (0, 1, 2, 3)
+WORLDS = (1, 2)
+FACTORS: dict[str, tuple[Any, Any]] = {
+    "dtype": ("float32", "bfloat16"),
+    "accumulation": (1, 3),
+    "clip": (None, 0.1),
+    "decay": (0.0, 0.1),
+    "recompute": (False, True),
+    "mask": ("gradient", "update"),
+}
+SELECTION = [
+    dict(zip(FACTORS, (values[i] for values, i in zip(FACTORS.values(), row, strict=True)), strict=True))
+    for row in [
+        (0, 0, 0, 0, 0, 0),
+        (0, 1, 1, 1, 0, 1),
+        (0, 0, 1, 0, 1, 1),
+        (1, 1, 0, 0, 1, 1),
+        (1, 0, 0, 1, 0, 1),
+        (1, 1, 1, 0, 0, 0),
+        (0, 1, 0, 1, 1, 0),
+        (1, 0, 1, 1, 1, 0),
+    ]
+]
+PAIRED = [{"stage": stage, **settings} for settings in SELECTION for stage in STAGES]
+SPECIAL: list[dict[str, Any]] = [
+    {"stage": 1, "offload": True, "clip": 0.1, "accumulation": 3, "mask": "update"},
+    {"stage": 2, "offload": True, "clip": 0.1},
+    {"stage": 3, "offload": True, "clip": 0.1, "accumulation": 3, "decay": 0.1, "mask": "update"},
+    {"stage": 0, "family": "t5", "accumulation": 3, "mask": "update", "clip": 0.1},
+    {"stage": 2, "family": "t5"},
+    {"stage": 3, "family": "t5", "recompute": True},
+    {"stage": 1, "family": "roberta", "mask": "update"},
+    {"stage": 3, "family": "roberta", "clip": 0.1},
+    {"stage": 2, "magnitude": "batch", "threshold": 0.45},
+    {"stage": 3, "threshold": 0.0},
+    {"stage": 2, "masked": False, "clip": 0.1, "decay": 0.1},
+    {"stage": 1, "dtype": "bfloat16", "clip": 0.1, "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}}},
+    {"stage": 2, "clip": 0.1, "deepspeed": {"zero_optimization": {"reduce_bucket_size": 500, "allgather_bucket_size": 500}}},
+    {"stage": 3, "clip": 0.1, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}},
+]
+CASES = PAIRED + SPECIAL
+
+ULPS_OF_ONE = 2.4e-7
+"""Two units in the last place of weights near one (the norm weights): all that float32 may differ in."""
+BFLOAT16_STEP = 2**-7
+"""Relative spacing of bfloat16: gradients are reduced in it, so moments and movement may differ by a few of these."""
+
+
+def test_the_selection_covers_every_pair_of_settings() -> None:
+    for (first, first_values), (second, second_values) in combinations(FACTORS.items(), 2):
+        for pair in product(first_values, second_values):
+            assert any((row[first], row[second]) == pair for row in SELECTION), (first, second, pair)
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[int, list[dict[str, Any]]]:
+    """Every case at every world size; the ranks of a world are started once."""
+    job = "tests.distributed.exactness_jobs:run_cases"
+    return {world: run_ranks(job, world, {"cases": CASES}, timeout=900)[0] for world in WORLDS}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda number: "-".join(map(str, CASES[number].values())))
+def test_equals_the_dense_oracle(reports: dict[int, list[dict[str, Any]]], world: int, case: int) -> None:
+    report, settings = reports[world][case], CASES[case]
+    assert report["frozen_moved"] == 0, "mask: update let an element of a dropped row move"
+    assert report["moved_wrong"] == 0, "the rows that moved are not the rows that were kept"
+    assert report["published"] == 0.0, "the model's weights are not its masters"
+    if settings.get("dtype") == "bfloat16":
+        rows = sum(total for _, total in report["kept"].values())
+        assert report["flips"] <= 0.01 * rows * 3, "more rows differ than rounding at the threshold explains"
+        assert max(report["relative"], report["exp_avg"], report["exp_avg_sq"]) <= 4 * BFLOAT16_STEP
+    else:
+        assert report["flips"] == 0
+        assert report["error"] <= ULPS_OF_ONE
+        assert report["exp_avg"] <= 1e-6
+        assert report["exp_avg_sq"] <= 2e-6  # a square: twice the relative error
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_number_of_kept_rows_is_the_published_one(reports: dict[int, list[dict[str, Any]]], world: int) -> None:
+    report = reports[world][0]
+    assert len(report["kept"]) == 14  # q, k, v, o, gate, up, down of two blocks
+    for kept, rows in report["kept"].values():
+        assert kept == rows - -(-7 * (rows - 1) // 10)

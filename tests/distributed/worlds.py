@@ -1,0 +1,100 @@
+"""What the distributed tests train: tiny models of odd shapes, fixed batches, and whole tensors put together from shards."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from cl_dist.sharding import ShardView
+from cl_dist.tasks.collate import Batch, collate
+from cl_dist.tasks.types import IGNORE, Encoded
+
+VOCABULARY = 59
+CLASSES = 5
+OBJECTIVES = {"llama": "causal_lm", "t5": "seq2seq_lm", "roberta": "classification"}
+
+
+def odd_model(family: str, seed: int = 0) -> torch.nn.Module:
+    """A model whose parameter sizes no world size divides evenly (33, 47, 59 are odd), without dropout."""
+    torch.manual_seed(seed)
+    if family == "llama":
+        config: Any = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=33, intermediate_size=47, num_hidden_layers=2, num_attention_heads=3,
+            num_key_value_heads=1, head_dim=10, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+    if family == "t5":
+        config = T5Config(
+            vocab_size=VOCABULARY, d_model=33, d_kv=11, d_ff=47, num_layers=2, num_heads=3, dropout_rate=0.0,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, feed_forward_proj="gated-gelu",
+        )  # fmt: skip
+        return T5ForConditionalGeneration(config)
+    config = RobertaConfig(
+        vocab_size=VOCABULARY, hidden_size=33, intermediate_size=47, num_hidden_layers=2, num_attention_heads=3,
+        max_position_embeddings=64, type_vocab_size=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        num_labels=CLASSES, pad_token_id=0,
+    )  # fmt: skip
+    return RobertaForSequenceClassification(config)
+
+
+def samples(family: str, count: int, seed: int = 0) -> list[Encoded]:
+    """Random sequences of 4 to 11 tokens; the answer is the last third."""
+    draw = random.Random(seed)
+    return [_sample(family, index, draw) for index in range(count)]
+
+
+def _sample(family: str, index: int, draw: random.Random) -> Encoded:
+    ids = [draw.randrange(3, VOCABULARY) for _ in range(draw.randrange(4, 12))]
+    if family == "roberta":
+        return Encoded(index, ids, [draw.randrange(CLASSES)])
+    if family == "t5":
+        return Encoded(index, ids, [draw.randrange(3, VOCABULARY) for _ in range(draw.randrange(2, 6))])
+    prompt = 2 * len(ids) // 3
+    return Encoded(index, ids, [IGNORE] * prompt + ids[prompt:])
+
+
+def micro_batches(family: str, chunk: list[Encoded], size: int) -> list[Batch]:
+    """Cut consecutive samples into micro-batches."""
+    pieces = [chunk[i : i + size] for i in range(0, len(chunk), size)]
+    return [collate(piece, OBJECTIVES[family], pad_id=0, decoder_start_id=0) for piece in pieces]
+
+
+def mean_loss(batch: Batch, family: str, targets: int) -> Any:
+    """A function from a model to its loss on `batch`: the sum over answer tokens divided by `targets`."""
+
+    def loss(model: torch.nn.Module) -> torch.Tensor:
+        logits = model(**batch.inputs).logits.float()
+        labels = batch.labels
+        if family == "llama":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        chosen = labels.reshape(-1) != IGNORE
+        picked = torch.log_softmax(logits.reshape(-1, logits.shape[-1])[chosen], -1)
+        return -picked.gather(1, labels.reshape(-1, 1)[chosen]).sum() / targets
+
+    return loss
+
+
+def whole(shards: ShardView, quantity: str) -> dict[str, torch.Tensor]:
+    """Put `master`, `exp_avg` or `exp_avg_sq` together from all ranks' shards, by parameter name, in the parameter's shape."""
+    mine = {}
+    for name in shards.names:
+        shard = shards.master(name) if quantity == "master" else shards.moments(name).get(quantity)
+        if shard is not None:
+            mine[name] = (shard.start, shard.data.clone())
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    result = {name: torch.full((shards.numel(name),), float("nan")) for name in shards.names}
+    for held in everyone:
+        for name, (start, data) in held.items():
+            result[name][start : start + data.numel()] = data
+    return {name: flat.view(shards.shape(name)) for name, flat in result.items()}

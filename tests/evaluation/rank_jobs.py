@@ -1,0 +1,127 @@
+"""What the ranks of tests/evaluation do, alone or as two; called by tests.ranks, results are JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cl_dist.config.schema import EvalConfig, LoraConfig, ModelConfig, TrainConfig
+from cl_dist.evaluation.evaluate import Evaluator
+from cl_dist.models.load import LoadedModel, load_model
+from cl_dist.models.lora import add_lora
+from cl_dist.tasks.encode import Encoder, label_names
+from cl_dist.tasks.types import Example, Task
+
+SEED = 3
+WORDS = ("apple", "river", "seven", "cloud", "stone", "paper", "green", "night", "quick")
+LABELS = ("yes", "not", "may")
+
+
+def sentence(number: int) -> str:
+    """A text whose length and words differ with the number."""
+    return " ".join(WORDS[(number * 5 + place * place) % len(WORDS)] for place in range(1 + number * 3 % 7))
+
+
+def classification(samples: int, name: str = "classify") -> Task:
+    """A task with three labels of equal length, so that none is favoured for being short."""
+    examples = tuple(Example(f"{sentence(n)}\nAnswer:", LABELS[n % 3]) for n in range(samples))
+    return Task(name, "classification", examples, examples, LABELS)
+
+
+def generation(samples: int) -> Task:
+    """A task with free answers."""
+    examples = tuple(Example(f"{sentence(n)}\nContinue:", sentence(n + 1)) for n in range(samples))
+    return Task("continue", "generation", examples, examples)
+
+
+def text(samples: int) -> Task:
+    """A task of documents."""
+    examples = tuple(Example("", sentence(n) + ".") for n in range(samples))
+    return Task("read", "text", examples, examples)
+
+
+def load(case: dict[str, Any], zero3_config: dict[str, Any] | None, label_count: int) -> LoadedModel:
+    """The case's model, with adapters that change its answers where the case has `lora`."""
+    config = ModelConfig(name_or_path=case["model"], objective=case.get("objective", "auto"))
+    loaded = load_model(
+        config, label_count, zero3_config=zero3_config, dtype=torch.float32, seed=SEED, cache_dir=Path("unused")
+    )
+    if not case.get("lora"):
+        return loaded
+    adapted = add_lora(loaded.model, LoraConfig(r=2), loaded.objective, SEED)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:  # zero at first, and not sharded before the engine is built
+                parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(SEED))
+    return LoadedModel(adapted, loaded.tokenizer, loaded.objective)  # type: ignore[arg-type]
+
+
+def tasks_of(case: dict[str, Any]) -> list[Task]:
+    """Uneven numbers of batches over two ranks, and one task with a single sample."""
+    makers = {"classification": classification, "generation": generation, "text": text}
+    return [makers[kind](samples) for kind, samples in case["tasks"]]
+
+
+def evaluator(
+    loaded: LoadedModel, model: nn.Module, case: dict[str, Any], rank: int = 0, world: int = 1, synced: bool = False
+) -> Evaluator:
+    """An evaluator of the case's tasks with batches of three."""
+    names = label_names(tasks_of(case))
+    encoder = Encoder(loaded.tokenizer, loaded.objective, TrainConfig(max_length=48, max_target_length=16), names)
+    config = EvalConfig(batch_size=3, max_new_tokens=6, mode=case.get("mode", "auto"))
+    return Evaluator(model, loaded.tokenizer, loaded.objective, encoder, names, config, rank, world, synced)
+
+
+def evaluate_alone(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """The case's scores in this process, without DeepSpeed."""
+    loaded = load(case, None, len(label_names(tasks_of(case))))
+    return [asdict(evaluator(loaded, loaded.model, case).evaluate(task)) for task in tasks_of(case)]
+
+
+def evaluate_on_ranks(cases: list[dict[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
+    """Per case: this rank's scores before and after two training steps that leave the weights as they are."""
+    deepspeed.init_distributed("gloo", verbose=False)
+    return [_evaluate_engine(case) for case in cases]
+
+
+def _evaluate_engine(case: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    config = _settings(case["stage"])
+    loaded = load(case, config if case["stage"] == 3 else None, len(label_names(tasks_of(case))))
+    trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
+    engine = deepspeed.initialize(model=loaded.model, optimizer=torch.optim.SGD(trained, lr=0.0), config=config)[0]
+    scorer = evaluator(loaded, engine.module, case, dist.get_rank(), dist.get_world_size(), case["stage"] == 3)
+    before = [asdict(scorer.evaluate(task)) for task in tasks_of(case)]
+    for _ in range(2):
+        _step(engine, loaded)
+    after = [asdict(scorer.evaluate(task)) for task in tasks_of(case)]
+    engine.destroy()
+    return {"before": before, "after": after}
+
+
+def _step(engine: deepspeed.DeepSpeedEngine, loaded: LoadedModel) -> None:
+    """One training step by the model's own loss."""
+    inputs = loaded.tokenizer(["What is this?", "Some other text."], return_tensors="pt", padding=True)
+    labels = torch.tensor([2, 0]) if loaded.objective == "classification" else inputs["input_ids"]
+    engine.train()
+    engine.backward(engine(**inputs, labels=labels).loss)
+    engine.step()
+
+
+def _settings(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "reduce_bucket_size": 20_000,
+            "stage3_prefetch_bucket_size": 10_000,
+        },
+    }

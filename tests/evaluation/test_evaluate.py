@@ -1,0 +1,274 @@
+"""Scoring of whole tasks: modes, metrics, order, modes of the modules; and two ranks against one process."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cl_dist.config.schema import EvalConfig
+from cl_dist.errors import BadInput
+from cl_dist.evaluation.evaluate import Evaluator
+from cl_dist.evaluation.modes import MODES, resolve_mode
+from cl_dist.evaluation.result import Prediction, weighted_mean, write_predictions
+from cl_dist.models.load import LoadedModel
+from cl_dist.tasks.types import Task
+from tests.evaluation import rank_jobs
+from tests.evaluation.tiny import scaled
+from tests.ranks import run_ranks
+
+LLAMA, T5, ROBERTA = "builtin:llama-tiny", "builtin:t5-tiny", "builtin:roberta-tiny"
+CLASSIFY, CONTINUE, READ = rank_jobs.classification(7), rank_jobs.generation(7), rank_jobs.text(20)
+
+
+def built(model: str, tasks: list[Any], **case: Any) -> tuple[Evaluator, LoadedModel]:
+    """An evaluator in this process, and its model."""
+    whole = {"model": model, "tasks": tasks, **case}
+    loaded = rank_jobs.load(whole, None, len(rank_jobs.LABELS))
+    return rank_jobs.evaluator(loaded, loaded.model, whole), loaded
+
+
+def test_likelihood_chooses_the_label_of_least_loss() -> None:
+    evaluator, loaded = built(LLAMA, [["classification", 7]])
+    score = evaluator.evaluate(CLASSIFY)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    for index, (prediction, example) in enumerate(zip(score.predictions, CLASSIFY.evaluation, strict=True)):
+        losses = []
+        for label in CLASSIFY.labels:
+            prompt = tokenizer(example.prompt)["input_ids"]
+            answer = [*tokenizer(f" {label}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            labels = torch.tensor([[-100] * len(prompt) + answer])
+            with torch.no_grad():
+                mean = model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss
+            losses.append(float(mean) * len(answer))
+        best = CLASSIFY.labels[losses.index(min(losses))]
+        assert prediction == Prediction(index, best, example.answer, float(best == example.answer))
+    assert (score.mode, score.metric, score.count) == ("likelihood", "exact_match", 7)
+    assert score.score == sum(prediction.score for prediction in score.predictions) / 7
+
+
+def test_equally_likely_labels_give_the_first() -> None:
+    evaluator, loaded = built(LLAMA, [["classification", 3]])
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.zero_()
+    task = replace(CLASSIFY, labels=("no", "ye", "ok"))
+    assert {prediction.prediction for prediction in evaluator.evaluate(task).predictions} == {"no"}
+
+
+def test_classification_head_is_restricted_to_the_tasks_labels() -> None:
+    evaluator, loaded = built(ROBERTA, [["classification", 7]])
+    with torch.no_grad():
+        loaded.model.get_parameter("classifier.out_proj.bias").copy_(torch.tensor([50.0, 1.0, 25.0]))
+    all_labels = evaluator.evaluate(CLASSIFY)
+    some = evaluator.evaluate(replace(CLASSIFY, labels=(rank_jobs.LABELS[1], rank_jobs.LABELS[2])))
+    assert {prediction.prediction for prediction in all_labels.predictions} == {rank_jobs.LABELS[0]}
+    assert {prediction.prediction for prediction in some.predictions} == {rank_jobs.LABELS[2]}
+
+
+def test_generation_scores() -> None:
+    evaluator, _ = built(LLAMA, [["generation", 7]])
+    score = evaluator.evaluate(CONTINUE)
+    assert (score.mode, score.metric) == ("generate", "rouge_l")
+    evaluator, _ = built(LLAMA, [["classification", 7]], mode="generate")
+    score = evaluator.evaluate(CLASSIFY)
+    assert (score.mode, score.metric) == ("generate", "exact_match")
+    assert all(prediction.prediction == prediction.prediction.strip() for prediction in score.predictions)
+
+
+def test_causal_perplexity_is_that_of_the_models_own_loss() -> None:
+    evaluator, loaded = built(LLAMA, [["text", 20]])
+    score = evaluator.evaluate(READ)
+    encoder = evaluator._subject.encoder
+    total, tokens = 0.0, 0
+    for chunk in encoder.text_chunks(READ.evaluation):
+        ids, labels = torch.tensor([chunk.input_ids]), torch.tensor([chunk.labels])
+        with torch.no_grad():
+            total += float(loaded.model(input_ids=ids, labels=labels).loss) * chunk.targets
+        tokens += chunk.targets
+    assert len(score.predictions) == score.count > 1
+    assert score.metric == "log_likelihood"
+    assert score.score == pytest.approx(-total / tokens, rel=1e-5)
+    assert score.extras["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
+
+
+def test_masked_perplexity_is_the_same_every_time_and_of_the_right_size() -> None:
+    evaluator, loaded = built(ROBERTA, [["text", 20]], objective="masked_lm")
+    first, second = evaluator.evaluate(READ), evaluator.evaluate(READ)
+    assert first == second
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.zero_()
+    uniform = evaluator.evaluate(READ)
+    assert uniform.extras["perplexity"] == pytest.approx(loaded.model.config.vocab_size, rel=1e-4)
+    weights = [prediction.weight for prediction in uniform.predictions]
+    chunks = evaluator._subject.encoder.text_chunks(READ.evaluation)
+    assert 0.05 < sum(weights) / sum(chunk.targets for chunk in chunks) < 0.3
+
+
+def test_training_modes_are_restored_and_dropout_is_off() -> None:
+    evaluator, loaded = built(LLAMA, [["classification", 7]], lora=True)
+    model: nn.Module = loaded.model
+    model.train()
+    frozen = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    frozen.eval()
+    seen: list[bool] = []
+    frozen.register_forward_hook(lambda module, *_: seen.append(module.training or torch.is_grad_enabled()))
+    evaluator.evaluate(CLASSIFY)
+    assert seen
+    assert not any(seen)
+    assert [module for module in model.modules() if not module.training] == [frozen]
+    assert torch.is_grad_enabled()
+
+
+def test_training_modes_are_restored_after_an_error() -> None:
+    evaluator, loaded = built(LLAMA, [["classification", 7]])
+    loaded.model.train()
+    loaded.model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluator.evaluate(CLASSIFY)
+    assert all(module.training for module in loaded.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("task", "objective", "mode", "expected"),
+    [
+        (CLASSIFY, "causal_lm", "auto", "likelihood"),
+        (CLASSIFY, "seq2seq_lm", "auto", "likelihood"),
+        (CLASSIFY, "classification", "auto", "likelihood"),
+        (CLASSIFY, "causal_lm", "generate", "generate"),
+        (CONTINUE, "seq2seq_lm", "auto", "generate"),
+        (READ, "causal_lm", "auto", "perplexity"),
+        (READ, "masked_lm", "perplexity", "perplexity"),
+    ],
+)
+def test_modes(task: Task, objective: Any, mode: Any, expected: str) -> None:
+    assert resolve_mode(task, objective, EvalConfig(mode=mode)) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "objective", "mode", "message"),
+    [
+        (CONTINUE, "causal_lm", "likelihood", "'continue' has no labels to choose from"),
+        (READ, "causal_lm", "likelihood", "'read' has no labels to choose from"),
+        (READ, "causal_lm", "generate", "'read' is plain text without prompts"),
+        (
+            READ,
+            "seq2seq_lm",
+            "auto",
+            "'read' cannot be scored so with a seq2seq_lm model, which allows likelihood or gen",
+        ),
+        (CLASSIFY, "classification", "generate", "'classify' cannot be scored so with a classification model"),
+        (CLASSIFY, "classification", "perplexity", "'classify' cannot be scored so with a classification model"),
+        (CONTINUE, "classification", "auto", "'continue' cannot be scored so with a classification model"),
+        (
+            CLASSIFY,
+            "masked_lm",
+            "auto",
+            "'classify' cannot be scored so with a masked_lm model, which allows perplexity",
+        ),
+        (CLASSIFY, "causal_lm", "perplexity", "'classify' is a classification task, and perplexity is for text"),
+    ],
+)
+def test_impossible_modes(task: Task, objective: Any, mode: Any, message: str) -> None:
+    with pytest.raises(BadInput, match=message) as error:
+        resolve_mode(task, objective, EvalConfig(mode=mode))
+    assert "eval.mode" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_check_modes_names_the_first_bad_task() -> None:
+    evaluator, _ = built(ROBERTA, [["classification", 7]])
+    evaluator.check_modes([CLASSIFY])
+    with pytest.raises(BadInput, match="'continue'"):
+        evaluator.check_modes([CLASSIFY, CONTINUE, READ])
+
+
+def test_every_objective_has_modes() -> None:
+    assert set(MODES) == {"causal_lm", "seq2seq_lm", "classification", "masked_lm"}
+
+
+def test_weighted_mean() -> None:
+    assert weighted_mean([Prediction(0, "", "", 1.0, 3), Prediction(1, "", "", 0.0, 1)]) == 0.75
+    with pytest.raises(ValueError, match="nothing to take the mean of"):
+        weighted_mean([])
+
+
+def test_predictions_are_written_as_json_lines(tmp_path: Path) -> None:
+    predictions = [Prediction(0, "zwei\nZeilen", "ü", 0.5), Prediction(1, "b", "c", 0.0, 4)]
+    write_predictions(tmp_path / "new" / "predictions.jsonl", predictions)
+    lines = (tmp_path / "new" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [Prediction(**json.loads(line)) for line in lines] == predictions
+
+
+KINDS = [["classification", 7], ["classification", 1], ["generation", 7]]
+CASES: list[dict[str, Any]] = [
+    *[{"model": LLAMA, "tasks": [*KINDS, ["text", 20]], "stage": stage} for stage in (2, 3)],
+    {"model": LLAMA, "tasks": KINDS, "stage": 3, "lora": True},
+    {"model": T5, "tasks": KINDS, "stage": 3},
+    {"model": T5, "tasks": KINDS, "stage": 3, "lora": True},
+    {"model": ROBERTA, "tasks": KINDS[:2], "stage": 3},
+    {"model": ROBERTA, "tasks": [["text", 20]], "stage": 3, "objective": "masked_lm"},
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The built-in models with wider weights, which answer differently to different prompts, saved to folders."""
+    made = {}
+    for name, objective in ((LLAMA, "auto"), (T5, "auto"), (ROBERTA, "auto"), (ROBERTA, "masked_lm")):
+        loaded = rank_jobs.load({"model": name, "objective": objective}, None, len(rank_jobs.LABELS))
+        folder = str(tmp_path_factory.mktemp("model"))
+        scaled(loaded.model).save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        made[name + objective] = folder
+    return made
+
+
+def on_disk(case: dict[str, Any], folders: dict[str, str]) -> dict[str, Any]:
+    """The case with its model's folder."""
+    return {**case, "model": folders[case["model"] + case.get("objective", "auto")]}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folders: dict[str, str]) -> list[list[dict[str, Any]]]:
+    """What each of two ranks found for each case."""
+    cases = [on_disk(case, folders) for case in CASES]
+    return run_ranks("tests.evaluation.rank_jobs:evaluate_on_ranks", world=2, arguments={"cases": cases}, timeout=300)
+
+
+def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Equal, scores up to rounding: a gathered weight may lie in memory otherwise aligned than a plain one."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        wanted = pytest.approx(value, rel=1e-5) if isinstance(value, float | dict) else value
+        assert found[name] == wanted, name
+
+
+def assert_varied(scores: list[dict[str, Any]]) -> None:
+    """A model that always says the same would hide samples that were mixed up."""
+    for score in scores:
+        told = {(prediction["prediction"], prediction["score"]) for prediction in score["predictions"]}
+        assert len(told) > 1 or score["count"] == 1
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{c['model'][8:]}-{c['stage']}" for c in CASES])
+def test_two_ranks_score_like_one_process(
+    two_ranks: list[list[dict[str, Any]]], folders: dict[str, str], number: int
+) -> None:
+    first, second = (rank[number] for rank in two_ranks)
+    alone = rank_jobs.evaluate_alone(on_disk(CASES[number], folders))
+    assert_varied(alone)
+    for moment in ("before", "after"):
+        for task, expected in enumerate(alone):
+            found = dict(first[moment][task])
+            for prediction, wanted in zip(found.pop("predictions"), expected["predictions"], strict=True):
+                close(prediction, wanted)
+            close(found, {name: value for name, value in expected.items() if name != "predictions"})
+            assert second[moment][task] == {**first[moment][task], "predictions": []}

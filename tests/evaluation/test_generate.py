@@ -1,0 +1,78 @@
+"""Batched generation against transformers' own, one prompt at a time."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedTokenizerFast
+
+from cl_dist.evaluation.generate import generate
+from tests.evaluation.tiny import PAD, llama, t5, word_tokenizer
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30]]
+NEW_TOKENS = 8
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer()
+
+
+def one_by_one(model: Any, tokenizer: PreTrainedTokenizerFast, first_new: int | None) -> list[str]:
+    """Greedy texts by the model's own generate; `first_new` is where new tokens start, None for after the prompt."""
+    texts = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        sequence = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS
+        )[0]
+        start = len(prompt) if first_new is None else first_new
+        texts += tokenizer.batch_decode([sequence[start:]], skip_special_tokens=True)
+    return texts
+
+
+def test_llama(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = llama()
+    texts = generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False)
+    assert texts == one_by_one(model, tokenizer, None)
+    assert len({len(text.split()) for text in texts}) > 1, "one sequence at least should end early"
+
+
+def test_llama_with_adapters(tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = generate(llama(), tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False)
+    model = get_peft_model(
+        llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    model.eval()
+    texts = generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False)
+    assert texts == one_by_one(model, tokenizer, None)
+    assert texts != plain
+
+
+def test_t5(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = t5()
+    assert generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False) == one_by_one(model, tokenizer, 1)
+
+
+def test_settings_of_the_model_play_no_part(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = llama()
+    expected = generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False)
+    settings = model.generation_config
+    settings.update(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, min_new_tokens=7, max_length=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False) == expected
+    assert model.generation_config is settings
+    assert caplog.records == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_limit_of_new_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = generate(llama(), tokenizer, PROMPTS, PAD, 3, synced=False)
+    assert max(len(text.split()) for text in texts) == 3

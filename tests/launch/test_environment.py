@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cl_dist.errors import BadInput
+from cl_dist.launch.environment import FIRST_PORT, PORTS, Ranks, export_ranks, find_ranks, first_node
+
+
+def torch_variables(rank: str = "1", world: str = "4", local: str = "1") -> dict[str, str]:
+    return {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+def open_mpi(rank: str = "1", world: str = "4", local: str = "1", local_size: str = "4") -> dict[str, str]:
+    names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+    return {**dict(zip(names, (rank, world, local, local_size), strict=True)), "PMIX_NAMESPACE": "prterun-host-17@1"}
+
+
+def srun(rank: str = "1", tasks: str = "4", local: str = "1", nodes: str = "1") -> dict[str, str]:
+    return {
+        "SLURM_JOB_ID": "17",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": rank,
+        "SLURM_NTASKS": tasks,
+        "SLURM_LOCALID": local,
+        "SLURM_STEP_NUM_NODES": nodes,
+        "SLURM_STEP_NODELIST": "gpu[03-04]",
+    }
+
+
+def mpich(rank: str = "1", size: str = "2") -> dict[str, str]:
+    return {"PMI_RANK": rank, "PMI_SIZE": size, "MPI_LOCALRANKID": rank, "MPI_LOCALNRANKS": size, "PMI_PORT": "h:1"}
+
+
+BATCH_SCRIPT = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize("environment", [{}, BATCH_SCRIPT, srun(rank="0", tasks="1", local="0"), {"LOCAL_RANK": "0"}])
+def test_where_no_launcher_made_ranks_there_is_none(environment: dict[str, str]) -> None:
+    assert find_ranks(environment) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (torch_variables(), Ranks(1, 4, 1, "torchrun or deepspeed")),
+        (open_mpi(), Ranks(1, 4, 1, "Open MPI's mpirun")),
+        (open_mpi(rank="0", world="1", local="0"), Ranks(0, 1, 0, "Open MPI's mpirun")),
+        (srun(rank="2", local="0"), Ranks(2, 4, 0, "srun")),
+        (mpich(), Ranks(1, 2, 1, "MPICH's mpiexec")),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, Ranks(1, 2, 1, "torchrun or deepspeed")),
+    ],
+)
+def test_each_launcher_is_recognised(environment: dict[str, str], expected: Ranks) -> None:
+    assert find_ranks(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "source"),
+    [
+        # One torchrun per node under srun, its ranks numbered as its rendezvous likes.
+        (srun(rank="1", tasks="2", local="0", nodes="2"), torch_variables("0", "8", "0"), "torchrun or deepspeed"),
+        (
+            srun(rank="1", tasks="2", local="0"),
+            {**torch_variables("0", "2", "0"), "TORCHELASTIC_RUN_ID": "x"},
+            "torchrun or deepspeed",
+        ),
+        # mpirun starts its daemons with srun.
+        (srun(rank="1", tasks="2", local="0", nodes="2"), open_mpi("2", "4", "0", "2"), "Open MPI's mpirun"),
+    ],
+)
+def test_of_nested_launchers_the_inner_one_counts(outer: dict[str, str], inner: dict[str, str], source: str) -> None:
+    ranks = find_ranks({**outer, **inner})
+    assert ranks is not None
+    assert ranks.source == source
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "RANK is 0, but WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+        (torch_variables(rank="4"), "RANK=4, WORLD_SIZE=4 and LOCAL_RANK=1 cannot be"),
+        (torch_variables(rank="0", local="1"), "LOCAL_RANK=1 cannot be"),
+        (torch_variables(world="0"), "WORLD_SIZE=0"),
+        (torch_variables(rank="-1"), "RANK is -1; it must be a whole number, at least 0"),
+        (torch_variables(world="two"), "WORLD_SIZE is two; it must be a whole number"),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, "LOCAL_RANK is not set; it must be"),
+        ({**open_mpi(), **torch_variables("0", "1", "0")}, "says rank 0 of 1, but Open MPI's mpirun says 1 of 4"),
+        ({**srun(), **torch_variables("0", "4", "0")}, "says rank 0 of 4, but srun says 1 of 4"),
+    ],
+)
+def test_what_cannot_be_is_refused(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(BadInput) as error:
+        find_ranks(environment)
+    assert str(error.value).startswith("environment: ")
+    assert message in str(error.value)
+
+
+def exported(environment: dict[str, str]) -> dict[str, str]:
+    ranks = find_ranks(environment)
+    assert ranks is not None
+    environment = dict(environment)
+    export_ranks(ranks, environment)
+    return environment
+
+
+def test_torch_gets_what_torchrun_set() -> None:
+    assert exported(torch_variables()) == torch_variables()
+
+
+def test_on_one_machine_the_address_is_its_own() -> None:
+    environment = exported(open_mpi())
+    assert {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")} == {
+        "RANK": "1",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    assert FIRST_PORT <= int(environment["MASTER_PORT"]) < FIRST_PORT + PORTS
+
+
+def test_over_several_machines_srun_tells_the_first() -> None:
+    assert exported(srun(nodes="2"))["MASTER_ADDR"] == "gpu03"
+
+
+def test_over_several_machines_mpi_does_not_tell_and_the_user_must() -> None:
+    environment = open_mpi(local_size="2")
+    with pytest.raises(BadInput, match="MASTER_ADDR is not set, and the 4 ranks of Open MPI's mpirun are not all on this"):
+        exported(environment)
+    assert exported({**environment, "MASTER_ADDR": "node1"})["MASTER_ADDR"] == "node1"
+
+
+def test_the_port_is_the_same_on_all_ranks_and_another_in_another_job() -> None:
+    ports = [exported(srun(rank=str(rank), local="0"))["MASTER_PORT"] for rank in range(4)]
+    assert len(set(ports)) == 1
+    assert exported({**srun(), "SLURM_JOB_ID": "18"})["MASTER_PORT"] != ports[0]
+    assert exported({**srun(), "SLURM_STEP_ID": "1"})["MASTER_PORT"] != ports[0]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a,b", "a"), ("gpu[03-07,12],login", "gpu03"), ("gpu[3,5-6]", "gpu3"), ("a,gpu[1-2]", "a"),
+     ("r[1-2]-ib,x", "r1-ib")],
+)  # fmt: skip
+def test_the_first_of_slurms_node_list(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
+
+
+@given(world=st.integers(1, 64), data=st.data())
+def test_ranks_survive_the_export(world: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(0, world - 1))
+    local = data.draw(st.integers(0, rank))
+    environment = exported(open_mpi(str(rank), str(world), str(local), str(world)))
+    again = find_ranks({name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")})
+    assert again is not None
+    assert (again.rank, again.world_size, again.local_rank) == (rank, world, local)

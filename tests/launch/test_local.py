@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cl_dist.launch import local
+from cl_dist.launch.local import Ending, find_free_port, has_gpu, launch, rank_environment
+
+PATIENCE_SECONDS = 30.0
+
+PRELUDE = """
+import json, os, signal, sys, time
+from cl_dist.launch.child import die_with_launcher, report_failure
+die_with_launcher(os.environ)
+rank = int(os.environ["RANK"])
+def fail(code, message):
+    report_failure(os.environ, code, message)
+    sys.exit(code)
+def wait_for_the_others():
+    open(f"ready-{rank}", "w").close()
+    while not all(os.path.exists(f"ready-{other}") for other in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.01)
+def checkpoint_when_asked():
+    def stop(number, frame):
+        with open(f"asked-{rank}", "a") as file:
+            file.write("x")
+        time.sleep(0.3)
+        fail(75, "stopped after step 3")
+    signal.signal(signal.SIGTERM, stop)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of the ranks."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def script(body: str) -> list[str]:
+    """A command that runs a rank with this body."""
+    return [sys.executable, "-c", PRELUDE + body]
+
+
+def start(body: str, processes: int = 2, grace_seconds: float = 1.0) -> Ending:
+    """Launch ranks with this body."""
+    return launch(script(body), processes, os.environ, grace_seconds)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait, but not for ever."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_ranks_find_their_place_and_each_other(folder: Path) -> None:
+    ending = start("json.dump(dict(os.environ), open(f'env-{rank}', 'w'))", processes=3)
+    assert ending == Ending(0)
+    environments = [json.loads((folder / f"env-{rank}").read_text()) for rank in range(3)]
+    assert [environment["RANK"] for environment in environments] == ["0", "1", "2"]
+    assert [environment["LOCAL_RANK"] for environment in environments] == ["0", "1", "2"]
+    assert {(e["WORLD_SIZE"], e["LOCAL_WORLD_SIZE"], e["MASTER_ADDR"]) for e in environments} == {("3", "3", "127.0.0.1")}
+    assert len({environment["MASTER_PORT"] for environment in environments}) == 1
+
+
+def test_a_process_of_a_rank_starts_in_its_own_session(folder: Path) -> None:
+    start("open(f'session-{rank}', 'w').write(str(os.getsid(0) == os.getpid()))")
+    assert (folder / "session-1").read_text() == "True"
+
+
+def test_threads_are_shared_out_unless_the_user_says_otherwise() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert rank_environment({}, 0, 1, 1)["OMP_NUM_THREADS"] == str(cores)
+    assert rank_environment({}, 0, 2 * cores, 1)["OMP_NUM_THREADS"] == "1"
+    assert rank_environment({"OMP_NUM_THREADS": "7"}, 0, 2, 1)["OMP_NUM_THREADS"] == "7"
+
+
+def test_deepspeed_is_told_to_use_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(local, "DEVICE_FILES", (str(tmp_path / "absent"),))
+    assert rank_environment({}, 0, 1, 1)["DS_ACCELERATOR"] == "cpu"
+    assert rank_environment({"DS_ACCELERATOR": "xpu"}, 0, 1, 1)["DS_ACCELERATOR"] == "xpu"
+    monkeypatch.setattr(local, "DEVICE_FILES", (str(tmp_path),))
+    assert "DS_ACCELERATOR" not in rank_environment({}, 0, 1, 1)
+    assert has_gpu({"CUDA_VISIBLE_DEVICES": "1,2"})
+    assert not has_gpu({"CUDA_VISIBLE_DEVICES": ""})
+    assert not has_gpu({"CUDA_VISIBLE_DEVICES": "-1"})
+
+
+def test_only_the_first_ranks_output_is_shown(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    start("print('out of', rank, flush=True); print('err of', rank, file=sys.stderr)")
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err) == ("out of 0\n", "err of 0\n")
+
+
+def test_a_rank_that_writes_a_lot_is_not_blocked(folder: Path) -> None:
+    assert start("print('x' * 1_000_000)") == Ending(0)
+
+
+class TestFailures:
+    """One rank fails: the others go down with it and its own words come last."""
+
+    def test_a_killed_rank_takes_the_others_down(self, folder: Path) -> None:
+        ending = start("wait_for_the_others()\nos.kill(os.getpid(), 9) if rank == 1 else time.sleep(600)")
+        assert ending == Ending(1, "rank 1 was killed by SIGKILL")
+
+    def test_one_that_ignores_being_asked_is_killed(self, folder: Path) -> None:
+        began = time.monotonic()
+        body = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwait_for_the_others()\nrank or fail(1, 'no')\ntime.sleep(600)"
+        assert start(body) == Ending(1, "rank 0: no")
+        assert time.monotonic() - began < PATIENCE_SECONDS
+
+    def test_what_a_failed_rank_had_started_is_ended_too(self, folder: Path) -> None:
+        body = "import subprocess\nopen('pid', 'w').write(str(subprocess.Popen(['sleep', '600']).pid))\nfail(1, 'no')"
+        start(body, processes=1)
+        wait_until(lambda: not is_alive(int((folder / "pid").read_text())))
+
+    @pytest.mark.parametrize(
+        ("body", "code"),
+        [
+            ("fail(2 if rank else 1, 'no')", 2),
+            ("fail(3, 'no')", 1),
+            ("fail(75, 'stopped')", 75),
+            ("wait_for_the_others()\nfail(75, 'stopped') if rank else fail(1, 'no')", 1),
+            ("fail(75, 'stopped') if rank else None", 75),
+        ],
+    )
+    def test_the_exit_code(self, body: str, code: int, folder: Path) -> None:
+        assert start(body).exit_code == code
+
+    def test_the_rank_that_failed_first_is_the_one_that_speaks(self, folder: Path) -> None:
+        body = "wait_for_the_others()\nrank == 2 and fail(1, 'the disk is full')\ntime.sleep(0.4)\nfail(1, 'lost my peer')"
+        assert start(body, processes=3) == Ending(1, "rank 2: the disk is full")
+
+    def test_a_killed_rank_speaks_before_those_that_noticed_first(self, folder: Path) -> None:
+        body = "wait_for_the_others()\nos.kill(os.getpid(), 9) if rank else fail(1, 'connection closed by peer')"
+        assert start(body).message == "rank 1 was killed by SIGKILL"
+
+    def test_one_that_aborts_over_a_lost_peer_does_not(self, folder: Path) -> None:
+        body = "wait_for_the_others()\nrank and fail(1, 'the disk is full')\ntime.sleep(0.4)\nos.abort()"
+        assert start(body).message == "rank 1: the disk is full"
+
+    def test_what_all_ranks_say_is_said_once_and_without_a_rank(self, folder: Path) -> None:
+        assert start("wait_for_the_others()\nfail(2, 'train.epochs: no')") == Ending(2, "train.epochs: no")
+
+    def test_a_rank_that_leaves_no_words_is_quoted(self, folder: Path) -> None:
+        ending = start("rank and sys.exit('import failed')\ntime.sleep(600)")
+        assert ending == Ending(1, "rank 1 ended with exit code 1", ("import failed",))
+
+    def test_a_taken_port_is_tried_again(self, folder: Path) -> None:
+        body = """
+with open(f"ports-{rank}", "a") as file:
+    file.write(os.environ["MASTER_PORT"] + " ")
+if len(open(f"ports-{rank}").read().split()) < 3:
+    fail(1, "DistNetworkError: EADDRINUSE")
+"""
+        assert start(body, processes=1) == Ending(0)
+        assert len(set((folder / "ports-0").read_text().split())) == 3
+
+    def test_a_free_port_can_be_bound(self) -> None:
+        assert 1024 < find_free_port() < 65536
+
+    def test_only_this_launchs_buffers_are_removed(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(local, "SHARED_MEMORY", folder)
+        other = folder / f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_1_0"
+        other.touch()
+        name = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{{os.environ['MASTER_PORT']}}_{{rank}}"
+        start(f"open(f'{name.replace(chr(39), chr(34))}', 'w').close(); os.kill(os.getpid(), 9)")
+        assert [path for path in folder.glob("deepspeed*")] == [other]
+
+
+LAUNCHER = """
+import os, sys
+from pathlib import Path
+from cl_dist.launch.local import launch
+Path("launcher").write_text(str(os.getpid()))
+ending = launch([sys.executable, "-c", sys.argv[1]], 2, os.environ, 1.0)
+print(ending.message)
+sys.exit(ending.exit_code)
+"""
+
+
+class TestSignals:
+    """The launcher as a process of its own, which gets signals."""
+
+    @pytest.fixture
+    def launcher(self, folder: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+        """Start a launcher whose ranks run a body; kill it in the end."""
+        started: list[subprocess.Popen[str]] = []
+
+        def begin(body: str, *prefix: str) -> subprocess.Popen[str]:
+            command = [*prefix, sys.executable, "-c", LAUNCHER, PRELUDE + body]
+            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            wait_until(lambda: all((folder / f"ready-{rank}").exists() for rank in range(2)))
+            return started[-1]
+
+        yield begin
+        for process in started:
+            process.kill()
+            process.communicate()
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+    def test_one_is_passed_on_once_and_the_ranks_save(
+        self, number: int, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]
+    ) -> None:
+        process = launcher("checkpoint_when_asked()\nwait_for_the_others()\ntime.sleep(600)")
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        assert (process.returncode, output) == (75, "stopped after step 3\n")
+        assert [(folder / f"asked-{rank}").read_text() for rank in range(2)] == ["x", "x"]
+
+    def test_two_at_once_are_one_request(self, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]) -> None:
+        process = launcher("checkpoint_when_asked()\nwait_for_the_others()\ntime.sleep(600)")
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 75
+
+    def test_a_second_one_kills(self, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]) -> None:
+        process = launcher("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwait_for_the_others()\ntime.sleep(600)")
+        process.send_signal(signal.SIGINT)
+        time.sleep(2 * local.SAME_REQUEST_SECONDS)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 1
+        assert output.startswith("killed by a second signal")
+
+    def test_ranks_that_do_not_listen_yet_just_end(
+        self, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]
+    ) -> None:
+        process = launcher("wait_for_the_others()\ntime.sleep(600)")
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 75
+
+    def test_what_is_ignored_stays_ignored(self, folder: Path, launcher: Callable[..., subprocess.Popen[str]]) -> None:
+        process = launcher("wait_for_the_others()\ntime.sleep(1)", "nohup")
+        process.send_signal(signal.SIGHUP)
+        process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 0
+
+    def test_a_killed_launcher_takes_its_ranks_along(
+        self, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]
+    ) -> None:
+        body = "open(f'pid-{rank}', 'w').write(str(os.getpid()))\nwait_for_the_others()\ntime.sleep(600)"
+        process = launcher(body)
+        pids = [int((folder / f"pid-{rank}").read_text()) for rank in range(2)]
+        assert all(is_alive(pid) for pid in pids)
+        process.kill()
+        wait_until(lambda: not any(is_alive(pid) for pid in pids))
+
+    def test_a_rank_whose_launcher_is_gone_already_ends_at_once(self, folder: Path) -> None:
+        environment = {**os.environ, "CL_DIST_LAUNCHER_PID": "1", "RANK": "0"}
+        end = subprocess.run(script("print('alive')"), env=environment, capture_output=True, text=True, check=False)
+        assert (end.returncode, end.stdout) == (-signal.SIGKILL, "")

@@ -1,0 +1,1 @@
+"""Tests of cl_dist.models."""

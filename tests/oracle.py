@@ -1,0 +1,129 @@
+"""The truth that distributed training is held against: MIGU on one process, in plain PyTorch.
+
+Written from the formulas (arXiv 2406.17245) without a line of cl_dist: hooks keep whole outputs, `torch.quantile` finds the
+threshold, `.grad` is masked in place. Slow, and easy to believe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Settings:
+    """What one dense run does."""
+
+    threshold: float = 0.7
+    mask: str = "gradient"
+    magnitude: str = "per_token"
+    lr: float = 1e-2
+    eps: float = 1e-2
+    weight_decay: float = 0.0
+    clip: float | None = None
+    masked: bool = True
+    bias: bool = True
+
+
+@dataclass
+class Dense:
+    """A model with float32 masters; `model` itself may be bfloat16."""
+
+    model: torch.nn.Module
+    layers: dict[str, torch.nn.Linear]
+    settings: Settings
+    masters: dict[str, torch.nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.masters = {n: torch.nn.Parameter(p.detach().float().clone()) for n, p in trainable.items()}
+        decay = [p for p in self.masters.values() if p.ndim >= 2]
+        rest = [p for p in self.masters.values() if p.ndim < 2]
+        s = self.settings
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}], lr=s.lr, eps=s.eps
+        )
+        self.magnitudes: dict[str, torch.Tensor] = {}
+        self.keep: dict[str, torch.Tensor] = {}
+
+    def step(
+        self,
+        forwards: Sequence[tuple[Callable[[torch.nn.Module], torch.Tensor], dict[str, torch.Tensor]]],
+        chosen: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """One step over `forwards`: (function from model to a loss, real-token masks). Gradients of the losses add up.
+
+        `chosen` puts other masks in the place of the ones computed here (which are kept in `keep` all the same).
+        """
+        sums: dict[str, torch.Tensor] = {}
+        for loss_of, token_masks in forwards:
+            outputs: dict[str, torch.Tensor] = {}
+            handles = [m.register_forward_hook(_keeper(outputs, n)) for n, m in self.layers.items()]
+            loss = loss_of(self.model)
+            for handle in handles:
+                handle.remove()
+            loss.backward()
+            for name, output in outputs.items():
+                sums[name] = sums.get(name, 0) + self._magnitude(output, token_masks[_kind(name)])
+        self.magnitudes = sums
+        self.keep = {name: m >= torch.quantile(m, self.settings.threshold) for name, m in sums.items()}
+        self._update(self.keep if chosen is None else chosen)
+
+    def _magnitude(self, output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        y = output.double()[tokens].abs()
+        if self.settings.magnitude == "per_token":
+            norm = y.sum(-1, keepdim=True)
+            y = torch.where(norm > 0, y / norm, 0.0)
+        return y.sum(0)
+
+    def _update(self, keep: dict[str, torch.Tensor]) -> None:
+        params = dict(self.model.named_parameters())
+        rows = {}
+        if self.settings.masked:
+            rows = {f"{n}.weight": k for n, k in keep.items()}
+            if self.settings.bias:
+                rows |= {f"{n}.bias": k for n, k in keep.items() if f"{n}.bias" in self.masters}
+        for name, master in self.masters.items():
+            grad = params[name].grad
+            master.grad = torch.zeros_like(master) if grad is None else grad.float()
+            if name in rows:
+                master.grad[~rows[name]] = 0
+        if self.settings.clip:
+            torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.settings.clip)
+        before = self._snapshot(rows) if self.settings.mask == "update" else {}
+        self.optimizer.step()
+        for name, tensors in before.items():
+            for now, old in zip(self._state(name), tensors, strict=True):
+                now.data[~rows[name]] = old[~rows[name]]
+        self.model.zero_grad(set_to_none=True)
+        for name, master in self.masters.items():
+            params[name].data.copy_(master.data)
+
+    def _state(self, name: str) -> list[torch.Tensor]:
+        master = self.masters[name]
+        state = self.optimizer.state.get(master, {})
+        return [master] + [state[k] for k in ("exp_avg", "exp_avg_sq") if k in state]
+
+    def _snapshot(self, rows: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+        for name in rows:
+            state = self.optimizer.state[self.masters[name]]
+            if not state:
+                zeros = torch.zeros_like(self.masters[name])
+                state.update(step=torch.tensor(0.0), exp_avg=zeros.detach(), exp_avg_sq=zeros.detach().clone())
+        return {name: [t.detach().clone() for t in self._state(name)] for name in rows}
+
+
+def _keeper(outputs: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
+    def keep(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        outputs[name] = output.detach()
+
+    return keep
+
+
+def _kind(name: str) -> str:
+    """T5: encoder layers, and the decoder's cross-attention keys and values, run over source tokens."""
+    if "decoder." not in name:
+        return "input"
+    return "input" if any(part in name for part in ("EncDecAttention.k", "EncDecAttention.v")) else "target"

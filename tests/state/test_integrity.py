@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from cl_dist.state.integrity import CheckpointDamaged, file_sha256, read_sealed, write_sealed
+
+
+def test_sealed_content_comes_back(tmp_path: Path) -> None:
+    content = {"step": 3, "loss": 0.1, "names": ["é", None, True], 10: "ten", 9: (1, 2)}
+    write_sealed(tmp_path / "state.json", content)
+    expected = {"step": 3, "loss": 0.1, "names": ["é", None, True], "10": "ten", "9": [1, 2]}
+    assert read_sealed(tmp_path / "state.json") == expected
+
+
+def test_changed_content_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_sealed(path, {"step": 3})
+    path.write_text(path.read_text().replace('"step": 3', '"step": 4'))
+    with pytest.raises(CheckpointDamaged, match=r"state\.json is damaged: its content does not match its checksum"):
+        read_sealed(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "7", '{"content": 1}', '{"content": 1, "sha256"', b"\xff\xfe{}"])
+def test_what_is_no_sealed_json_is_damaged(tmp_path: Path, text: str | bytes) -> None:
+    path = tmp_path / "state.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(CheckpointDamaged, match=r"state\.json is damaged"):
+        read_sealed(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointDamaged, match=r"state\.json is missing"):
+        read_sealed(tmp_path / "state.json")
+
+
+def test_numbers_that_json_cannot_hold_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_sealed(tmp_path / "state.json", {"loss": float("nan")})
+
+
+def test_a_file_is_hashed_whole(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 10_000  # more than one chunk
+    (tmp_path / "file").write_bytes(content)
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()

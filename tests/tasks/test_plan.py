@@ -1,0 +1,143 @@
+"""Index arithmetic of batches, by its properties."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cl_dist.tasks.plan import FILLER, MEGABATCH, BatchPlan, share
+
+PLANS = st.fixed_dictionaries(
+    {
+        "lengths": st.lists(st.integers(1, 50), min_size=1, max_size=70),
+        "micro_batch_size": st.integers(1, 4),
+        "gradient_accumulation": st.integers(1, 3),
+        "ranks": st.integers(1, 4),
+        "epochs": st.integers(1, 3),
+        "max_steps": st.none() | st.integers(1, 20),
+        "shuffle": st.booleans(),
+        "group_by_length": st.booleans(),
+        "seed": st.integers(0, 3),
+    }
+)
+
+
+def make_plan(**changes: Any) -> BatchPlan:
+    """A plan of 10 samples, one rank, batches of 4, in file order."""
+    defaults: dict[str, Any] = {
+        "lengths": [1] * 10, "micro_batch_size": 4, "gradient_accumulation": 1, "ranks": 1, "epochs": 1,
+        "max_steps": None, "shuffle": False, "group_by_length": False, "seed": 0,
+    }  # fmt: skip
+    return BatchPlan(**{**defaults, **changes})
+
+
+@given(PLANS)
+def test_every_sample_once_an_epoch(arguments: dict[str, Any]) -> None:
+    plan = BatchPlan(**{**arguments, "max_steps": None})
+    for epoch in range(arguments["epochs"]):
+        first = epoch * plan.steps_per_epoch
+        batches = [plan.step(step) for step in range(first, first + plan.steps_per_epoch)]
+        assert sorted(i for batch in batches for i in batch) == list(range(len(arguments["lengths"])))
+        assert {len(batch) for batch in batches[:-1]} <= {plan.global_batch_size}
+
+
+@given(PLANS)
+def test_ranks_have_equal_shapes_and_together_the_global_batch(arguments: dict[str, Any]) -> None:
+    plan = BatchPlan(**arguments)
+    for step in range(plan.steps):
+        ranks = [plan.micro_batches(step, rank) for rank in range(arguments["ranks"])]
+        assert all(len(micro_batches) == arguments["gradient_accumulation"] for micro_batches in ranks)
+        assert {len(micro) for rank in ranks for micro in rank} == {arguments["micro_batch_size"]}
+        assert [i for rank in ranks for micro in rank for i in micro if i != FILLER] == plan.step(step)
+
+
+@given(PLANS)
+def test_short_batch_is_spread_evenly(arguments: dict[str, Any]) -> None:
+    plan = BatchPlan(**arguments)
+    ranks = [plan.micro_batches(plan.steps - 1, rank) for rank in range(arguments["ranks"])]
+    counts = [sum(i != FILLER for micro in rank for i in micro) for rank in ranks]
+    assert max(counts) - min(counts) <= 1
+    for rank in ranks:
+        sizes = [sum(i != FILLER for i in micro) for micro in rank]
+        assert max(sizes) - min(sizes) <= 1
+        assert all(FILLER not in micro[:size] for micro, size in zip(rank, sizes, strict=True))
+
+
+@given(PLANS, st.randoms(use_true_random=False))
+def test_any_order_of_asking_gives_the_same(arguments: dict[str, Any], rng: Any) -> None:
+    plan = BatchPlan(**arguments)
+    in_order = [plan.step(step) for step in range(plan.steps)]
+    steps = list(range(plan.steps))
+    rng.shuffle(steps)
+    assert [plan.step(step) for step in steps] == [in_order[step] for step in steps]
+    assert BatchPlan(**arguments).step(plan.steps - 1) == in_order[-1]
+
+
+@given(PLANS, st.integers(1, 3))
+def test_the_product_alone_decides_the_global_batch(arguments: dict[str, Any], factor: int) -> None:
+    plan = BatchPlan(**{**arguments, "gradient_accumulation": arguments["gradient_accumulation"] * factor})
+    other = BatchPlan(**{**arguments, "ranks": arguments["ranks"] * factor})
+    assert [plan.step(step) for step in range(plan.steps)] == [other.step(step) for step in range(other.steps)]
+
+
+def test_file_order_takes_consecutive_samples_and_splits_them_over_ranks() -> None:
+    plan = make_plan(ranks=2, micro_batch_size=2, gradient_accumulation=1)
+    assert [plan.step(step) for step in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [plan.micro_batches(0, rank) for rank in (0, 1)] == [[[0, 1]], [[2, 3]]]
+    assert [plan.micro_batches(2, rank) for rank in (0, 1)] == [[[8, FILLER]], [[9, FILLER]]]
+
+
+def test_epochs_differ_and_seeds_differ() -> None:
+    plan = make_plan(lengths=[1] * 100, epochs=2, shuffle=True)
+    other = make_plan(lengths=[1] * 100, epochs=2, shuffle=True, seed=1)
+    assert plan.step(0) != plan.step(plan.steps_per_epoch)
+    assert plan.step(0) != other.step(0)
+    assert plan.step(0) != [0, 1, 2, 3]
+
+
+def test_steps_are_capped() -> None:
+    assert make_plan(epochs=3).steps == 9
+    assert make_plan(epochs=3, max_steps=5).steps == 5
+    assert make_plan(epochs=3, max_steps=50).steps == 9
+    with pytest.raises(IndexError, match="step 5 of 5"):
+        make_plan(epochs=3, max_steps=5).step(5)
+
+
+def test_grouped_batches_hold_similar_lengths_in_random_order() -> None:
+    lengths = [(i * 7919) % 200 for i in range(200)]
+    plan = make_plan(lengths=lengths, shuffle=True, group_by_length=True)
+    batches = [[lengths[i] for i in plan.step(step)] for step in range(plan.steps)]
+    assert all(max(batch) - min(batch) == 3 for batch in batches)
+    assert batches != sorted(batches, reverse=True)
+
+
+def test_grouping_sorts_no_further_than_a_megabatch() -> None:
+    lengths = list(range(4 * MEGABATCH * 2))
+    plan = make_plan(lengths=lengths, shuffle=True, group_by_length=True)
+    assert any(max(batch) - min(batch) > 3 for batch in (plan.step(step) for step in range(plan.steps)))
+
+
+def test_no_samples() -> None:
+    with pytest.raises(ValueError, match="at least one sample"):
+        make_plan(lengths=[])
+
+
+@given(st.lists(st.integers(), max_size=30), st.integers(1, 7))
+def test_shares_are_consecutive_and_even(items: list[int], parts: int) -> None:
+    pieces = [share(items, parts, number) for number in range(parts)]
+    assert [item for piece in pieces for item in piece] == items
+    assert [len(piece) for piece in pieces] == sorted((len(piece) for piece in pieces), reverse=True)
+    assert len(pieces[0]) - len(pieces[-1]) <= 1
+
+
+def test_a_million_samples_are_ordered_once_an_epoch() -> None:
+    plan = make_plan(lengths=range(1_000_000), shuffle=True, group_by_length=True)
+    plan.step(0)
+    start = time.perf_counter()
+    for step in range(0, plan.steps, 1000):
+        plan.micro_batches(step, 0)
+    assert time.perf_counter() - start < 1.0  # 250 steps; drawing the order anew for each would take minutes

@@ -1,0 +1,181 @@
+"""Every format, read from small files."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from cl_dist.tasks.formats.cl_benchmark import PUBLISHED_INSTRUCTIONS
+from tests.tasks.data import as_lines, load_one, records, write_json, write_lines
+
+
+def cl_benchmark(root: Path, group: str = "TC", name: str = "news") -> Path:
+    """A CL_Benchmark data set with 6 training and 4 test samples."""
+    folder = root / group / name
+    write_json(folder / "train.json", records("sentence", "label", 6))
+    write_json(folder / "test.json", records("sentence", "label", 4, "t"))
+    write_json(folder / "labels.json", ["yes", "no"])
+    return folder
+
+
+def test_cl_benchmark_prompt_has_instruction_options_sentence_and_cue(tmp_path: Path) -> None:
+    cl_benchmark(tmp_path)
+    task = load_one(tmp_path, "news", format="cl_benchmark", path=".")
+    instruction = "What is the topic of the following paragraph? Choose one from the option.\n"
+    assert task.train[1].prompt == f"{instruction}Option: yes, no \nquestion 1\nAnswer:"
+    assert task.train[1].answer == "no"
+    assert (task.kind, task.labels) == ("classification", ("yes", "no"))
+    assert (len(task.train), len(task.evaluation)) == (6, 4)
+
+
+def test_cl_benchmark_copa_sentence_stands_alone(tmp_path: Path) -> None:
+    cl_benchmark(tmp_path, "COPA", "COPA")
+    assert load_one(tmp_path, "copa", format="cl_benchmark", path=".").train[0].prompt == "question 0\nAnswer:"
+
+
+@pytest.mark.parametrize("path", ["bench", "bench/TC", "bench/TC/News"])
+def test_cl_benchmark_data_set_is_found_from_root_group_and_folder(tmp_path: Path, path: str) -> None:
+    cl_benchmark(tmp_path / "bench", "TC", "News")
+    assert len(load_one(tmp_path, "news", format="cl_benchmark", path=path).train) == 6
+
+
+def test_cl_benchmark_exact_name_goes_before_other_case(tmp_path: Path) -> None:
+    cl_benchmark(tmp_path, "TC", "News")
+    write_json(cl_benchmark(tmp_path, "SC", "news") / "train.json", records("sentence", "label", 8))
+    assert len(load_one(tmp_path, "news", format="cl_benchmark", path=".").train) == 8
+
+
+def test_cl_benchmark_instruction_file_beside_the_data_is_used(tmp_path: Path) -> None:
+    cl_benchmark(tmp_path / "bench")
+    write_json(tmp_path / "bench/instruction_config.json", {"TC": [{"instruction": "Pick.\n"}], "SC": []})
+    task = load_one(tmp_path, "news", format="cl_benchmark", path="bench")
+    assert task.train[0].prompt.startswith("Pick.\nOption: yes, no \n")
+
+
+def test_cl_benchmark_instruction_file_of_the_recipe_goes_first(tmp_path: Path) -> None:
+    cl_benchmark(tmp_path / "bench")
+    write_json(tmp_path / "bench/instruction_config.json", {"TC": [{"instruction": "Pick.\n"}]})
+    write_json(tmp_path / "mine.json", {"TC": [{"instruction": "Choose.\n"}, {"instruction": "Other.\n"}]})
+    stream = {"instruction_file": "mine.json", "root": "bench"}
+    task = load_one(tmp_path, "news", format="cl_benchmark", stream=stream)
+    assert task.train[0].prompt.startswith("Choose.\n")
+
+
+def test_cl_benchmark_group_missing_in_the_file_has_its_published_text(tmp_path: Path) -> None:
+    cl_benchmark(tmp_path, "SC")
+    write_json(tmp_path / "instruction_config.json", {"TC": [{"instruction": "Pick.\n"}]})
+    task = load_one(tmp_path, "news", format="cl_benchmark", path=".")
+    assert task.train[0].prompt.startswith(PUBLISHED_INSTRUCTIONS["SC"])
+
+
+def test_tasl_reads_the_task_by_its_name(tmp_path: Path) -> None:
+    write_json(tmp_path / "train/sst_T5.json", records("input", "output", 6))
+    write_json(tmp_path / "test/sst_T5.json", records("input", "output", 4, "t"))
+    task = load_one(tmp_path, "SST", format="tasl", path=".")
+    assert [e.prompt for e in task.evaluation] == ["question t0", "question t1", "question t2", "question t3"]
+    assert task.labels == ("no", "yes")
+
+
+@pytest.mark.parametrize("path", [".", "science"])
+def test_trace_reads_prompt_and_answer(tmp_path: Path, path: str) -> None:
+    write_json(tmp_path / "science/train.json", records("prompt", "answer", 6))
+    write_json(tmp_path / "science/eval.json", records("prompt", "answer", 3))
+    task = load_one(tmp_path, "science", {"eval_split": "dev"}, format="trace", path=path)
+    assert (len(task.train), len(task.evaluation)) == (6, 3)
+
+
+def test_dev_serves_where_there_is_no_test_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_json(tmp_path / "train/a_T5.json", records("input", "output", 6))
+    write_json(tmp_path / "dev/a_T5.json", records("input", "output", 3))
+    with caplog.at_level(logging.WARNING):
+        assert len(load_one(tmp_path, "a", format="tasl", path=".").evaluation) == 3
+    assert "no test file" in caplog.text
+    assert "evaluating on" in caplog.text
+
+
+@pytest.mark.parametrize(("wanted", "count"), [("test", 3), ("dev", 4)])
+@pytest.mark.parametrize("dev", ["dev", "eval", "validation"])
+def test_jsonl_folder_has_three_names_for_dev(tmp_path: Path, wanted: str, count: int, dev: str) -> None:
+    for name, number in (("train", 6), ("test", 3), (dev, 4)):
+        write_lines(tmp_path / f"d/{name}.jsonl", as_lines(records("input", "output", number)))
+    assert len(load_one(tmp_path, stream={"eval_split": wanted}, path="d").evaluation) == count
+
+
+@pytest.mark.parametrize(("train", "test"), [("a", "a.test"), ("a.train", "a.test"), ("train", "test")])
+def test_jsonl_file_has_its_evaluation_file_beside_it(tmp_path: Path, train: str, test: str) -> None:
+    write_lines(tmp_path / f"{train}.jsonl", as_lines(records("input", "output", 6)))
+    write_lines(tmp_path / f"{test}.jsonl", as_lines(records("input", "output", 3)))
+    assert len(load_one(tmp_path, path=f"{train}.jsonl").evaluation) == 3
+
+
+def test_jsonl_lone_file_serves_twice_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_lines(tmp_path / "a.jsonl", as_lines(records("input", "output", 6)))
+    with caplog.at_level(logging.WARNING):
+        task = load_one(tmp_path, path="a.jsonl")
+    assert task.train == task.evaluation
+    assert "the training file" in caplog.text
+
+
+def test_jsonl_takes_other_fields_blank_lines_and_line_separators(tmp_path: Path) -> None:
+    lines = ['{"q": "one\u2028two", "a": " x "}', "", '{"q": "three", "a": "y"}']
+    write_lines(tmp_path / "a.jsonl", lines)
+    task = load_one(tmp_path, path="a.jsonl", input_field="q", output_field="a")
+    assert [(e.prompt, e.answer) for e in task.train] == [("one\u2028two", "x"), ("three", "y")]
+
+
+def test_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"input": "q", "output": "a"}\r\n')
+    assert load_one(tmp_path, path="a.jsonl").train[0].prompt == "q"
+
+
+def test_text_has_one_document_a_line(tmp_path: Path) -> None:
+    write_lines(tmp_path / "c/train.txt", ["first", "", "  second  "])
+    write_lines(tmp_path / "c/test.txt", ["third"])
+    write_lines(tmp_path / "c/notes.txt", ["not part of it"])
+    task = load_one(tmp_path, format="text", path="c")
+    assert [e.answer for e in task.train] == ["first", "second"]
+    assert [e.answer for e in task.evaluation] == ["third"]
+    assert (task.kind, task.labels) == ("text", ())
+
+
+def test_text_folder_without_train_takes_all_other_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_lines(tmp_path / "c/b.txt", ["two"])
+    write_lines(tmp_path / "c/a.txt", ["one"])
+    with caplog.at_level(logging.WARNING):
+        task = load_one(tmp_path, format="text", path="c")
+    assert [e.answer for e in task.train] == [e.answer for e in task.evaluation] == ["one", "two"]
+    assert "evaluating on the training text" in caplog.text
+
+
+def test_text_file_by_itself(tmp_path: Path) -> None:
+    write_lines(tmp_path / "corpus.txt", ["one", "two"])
+    write_lines(tmp_path / "corpus.dev.txt", ["three"])
+    task = load_one(tmp_path, format="text", path="corpus.txt")
+    assert [e.answer for e in task.evaluation] == ["three"]
+
+
+def test_huggingface_saved_to_disk_has_class_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    splits = {
+        split: datasets.Dataset.from_dict({"text": ["u", "v", "w"], "label": [1, 0, 1]}, features=features)
+        for split in ("train", "validation")
+    }
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    task = load_one(tmp_path, format="huggingface", path="saved", input_field="text", output_field="label")
+    assert [e.answer for e in task.train] == ["good", "bad", "good"]
+    assert task.labels == ("bad", "good")
+
+
+def test_huggingface_folder_of_data_files(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    for split in ("train", "test"):
+        write_lines(tmp_path / f"files/{split}.jsonl", as_lines(records("input", "output", 6)))
+    task = load_one(tmp_path, format="huggingface", path="files")
+    assert (len(task.train), task.labels) == (6, ("no", "yes"))

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {"cl_dist": ROOT / "cl_dist", "cl_dist.kernels": ROOT / "kernels", "cl_dist.launch": ROOT / "launch"}
+
+LAYERS = [
+    {"", "errors", "recipes", "seeds"},
+    {"config", "kernels", "launch", "progress"},
+    {"sharding", "models", "tasks"},
+    {"engine", "methods", "evaluation", "state"},
+    {"coordinator", "assembly"},
+    {"cli", "__main__"},
+]
+"""Components from the bottom up. One imports lower layers and, without a circle, its neighbours; "" is cl_dist itself."""
+LAYER = {component: number for number, layer in enumerate(LAYERS) for component in layer}
+
+TORCH_FREE = ["cl_dist.config", "cl_dist.config.load", "cl_dist.tasks.stream", "cl_dist.state.preflight", "cl_dist.cli"]
+HEAVY = ("torch", "transformers", "deepspeed", "datasets")
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Dotted name and file of every module of the product."""
+    for package, folder in SOURCES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            yield ".".join(part for part in parts if part != "__init__"), path
+
+
+def component(module: str) -> str:
+    """`cl_dist.state.spans` -> `state`."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imported(path: Path, module: str) -> Iterator[str]:
+    """Names of the cl_dist modules that a file imports, at its top or inside functions."""
+    names = {name for name, _ in modules()}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "cl_dist")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            if node.module and node.module.split(".")[0] == "cl_dist":
+                full = (f"{node.module}.{alias.name}" for alias in node.names)
+                yield from (name if name in names else node.module for name in full)
+
+
+def component_graph() -> dict[str, dict[str, str]]:
+    """For each component the components that it imports, each with one place where it does."""
+    graph: dict[str, dict[str, str]] = defaultdict(dict)
+    for module, path in modules():
+        for target in imported(path, module):
+            if component(target) != component(module):
+                graph[component(module)].setdefault(component(target), f"{module} imports {target}")
+    return graph
+
+
+def test_every_component_has_its_layer() -> None:
+    assert {component(module) for module, _ in modules()} <= set(LAYER)
+
+
+def test_imports_point_down() -> None:
+    graph = component_graph()
+    up = [graph[source][target] for source in graph for target in graph[source] if LAYER[source] < LAYER[target]]
+    assert graph
+    assert up == []
+
+
+def test_neighbours_do_not_import_each_other_in_a_circle() -> None:
+    TopologicalSorter({source: set(targets) for source, targets in component_graph().items()}).prepare()
+
+
+@pytest.mark.parametrize(("source", "allowed"), [("kernels", {"errors"}), ("launch", {"", "errors", "config"})])
+def test_kernels_and_launch_stand_by_themselves(source: str, allowed: set[str]) -> None:
+    assert {where for target, where in component_graph()[source].items() if target not in allowed} == set()
+
+
+def test_only_the_command_line_starts_ranks() -> None:
+    users = {source for source, targets in component_graph().items() if "launch" in targets}
+    assert users <= {"cli"}
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_what_checks_the_input_loads_no_framework(module: str) -> None:
+    code = f"import {module}, sys; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_neither_kernels_nor_launch_shadows_a_package() -> None:
+    code = "import importlib.util as u; print([name for name in ('kernels', 'launch') if u.find_spec(name)])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ["sh", "make", "cat", "env", "rm", "touch"]
+
+
+def make(tmp_path: Path, commands: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`make install` in a copy of the set-up files, on a machine that has just the given commands."""
+    for name in ("Makefile", "setup.py", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    (tmp_path / "bin").mkdir()
+    for name in COMMANDS:
+        commands.setdefault(name, str(shutil.which(name)))
+    for name, target in commands.items():
+        (tmp_path / "bin" / name).symlink_to(target)
+    environment = {"PATH": str(tmp_path / "bin")}
+    command = [str(tmp_path / "bin" / "make"), "install", *arguments]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+def test_without_python(tmp_path: Path) -> None:
+    done = make(tmp_path, {})
+    assert done.returncode == 2
+    assert "cl_dist cannot be set up: python3 is not there. Install Python 3.10 or later" in done.stderr
+
+
+def test_without_a_compiler(tmp_path: Path) -> None:
+    done = make(tmp_path, {}, f"PYTHON={sys.executable}")
+    assert done.returncode == 2
+    assert "cl_dist cannot be set up: there is no C++ compiler (c++), which DeepSpeed needs" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def interpreter(body: str, tmp_path: Path) -> str:
+    """A Python that differs from this one in one respect, as sitecustomize sees to."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(body)
+    script = tmp_path / "other-python"
+    script.write_text(f'#!{shutil.which("sh")}\nPYTHONPATH="{folder}" exec "{sys.executable}" "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.parametrize(
+    ("difference", "message"),
+    [
+        ("import sys; sys.version_info = (3, 9, 18)", "is too old, Python 3.10 or later is needed"),
+        ("import sys; sys.modules['ensurepip'] = None", "has no venv. Install it (Debian: apt-get install"),
+        ("import sysconfig; sysconfig.get_path = lambda name: '/'", "(Python.h), which DeepSpeed compiles against"),
+    ],
+)
+def test_with_an_unfit_python(tmp_path: Path, difference: str, message: str) -> None:
+    done = make(tmp_path, {}, f"PYTHON={interpreter(difference, tmp_path)}")
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_the_lock_names_no_registry_and_pins_everything() -> None:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pin = re.compile(r'[a-z0-9-]+==[\w.!]+(; python_version (<|>=) "3\.\d+")?')
+    assert [line for line in lines if not pin.fullmatch(line) and not line.startswith("#")] == []
+    assert "torch==2.13.0" in lines
+
+
+def test_this_environment_is_the_locked_one() -> None:
+    if Path(sys.prefix).name != ".venv":
+        pytest.skip("this is not the environment that the Makefile makes")
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--quiet", "-r", "requirements.lock"]
+    done = subprocess.run([*command, "--no-index"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
