@@ -21,13 +21,14 @@ setup(
     package_data={"cl_dist": ["py.typed", "recipes/*.yaml"]},
     install_requires=[
         "torch>=2.6",
-        "deepspeed==0.19.8",  # cl_dist.sharding reads its private attributes: one release at a time, checked at start-up
+        "deepspeed==0.19.8",  # cl_dist.sharding reads its private attributes: one release at a time, checked at start
         "transformers>=5.20,<6",
         "peft>=0.21,<0.22",
         "datasets>=5.2,<6",
         "accelerate>=1.15,<2",
         "safetensors>=0.8",
         "sentencepiece>=0.2",
+        "protobuf>=6",  # transformers reads tokenizers that come as a sentencepiece model alone with it
         "gguf>=0.19",
         "rouge-score>=0.1.2",
         "pydantic>=2.14,<3",

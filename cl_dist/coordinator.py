@@ -20,6 +20,7 @@ from cl_dist.config.load import dump_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.distributed import join, leave
 from cl_dist.engine.memory import peak_memory_per_rank
+from cl_dist.engine.quiet import quiet_libraries
 from cl_dist.engine.stop import StopRequest
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import BadInput, Interrupted
@@ -61,6 +62,7 @@ def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter) -
         BadInput: The recipe, its data or its model is not usable, or another run holds the folder.
         Interrupted: A signal asked the run to stop; its state is saved.
     """
+    quiet_libraries()
     rank, world = join(recipe.launch.timeout_seconds)
     folder = RunFolder(Path(recipe.output_dir))
     with ExitStack() as stack:
@@ -87,6 +89,7 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
     Raises:
         BadInput: The saved model or the data is not usable.
     """
+    quiet_libraries()
     rank, _ = join(recipe.launch.timeout_seconds)
     folder = RunFolder(Path(recipe.output_dir)).task(task_index, recipe.stream.tasks[task_index].name)
     tasks, evaluator = build_saved(recipe, recipe_dir, folder.model)

@@ -1,5 +1,6 @@
 """What a run tells while it runs: a progress bar in a terminal, plain lines elsewhere, nothing on ranks other than
-0."""
+0.
+"""
 
 from __future__ import annotations
 
@@ -205,7 +206,8 @@ class BarReporter:
 
 def format_matrix(tasks: Sequence[str], matrix: Sequence[Row]) -> str:
     """The accuracy matrix as a table: a row per trained task, the first one before training; `-` where not
-    evaluated."""
+    evaluated.
+    """
     labels = ["before", *(f"after {name}" for name in tasks)][: len(matrix)]
     left = max(map(len, labels), default=0)
     widths = [max(len(name), 6) for name in tasks]

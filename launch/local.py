@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -142,6 +143,8 @@ def rank_environment(base: Mapping[str, str], index: int, processes: int, port: 
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     if not has_gpu(base):
         environment.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls ninja, which lies beside Python in a virtual environment that need not be activated.
+    environment["PATH"] = os.pathsep.join([*filter(None, [base.get("PATH")]), str(Path(sys.executable).parent)])
     return environment
 
 
@@ -204,7 +207,7 @@ class _Launch:
 
     @contextmanager
     def _signals_counted(self) -> Iterator[None]:
-        """Count the signals that ask to stop; `_watch` answers them. One that is ignored (nohup) stays ignored."""
+        """Count the signals that ask to stop; `_watch` answers them. SIGHUP stays ignored where it is (nohup)."""
 
         def count(number: int, frame: FrameType | None) -> None:
             # make, uv and Slurm may send what the terminal sends too: that is one request, not an impatient second one.
@@ -214,7 +217,7 @@ class _Launch:
             self.last_request = now
 
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        heeded = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+        heeded = [number for number in STOP_SIGNALS if number != signal.SIGHUP or before[number] != signal.SIG_IGN]
         for number in heeded:
             signal.signal(number, count)
         try:

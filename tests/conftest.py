@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import configuration, settings
+
+from tests.zygote import Zygote
 
 GPU_DEVICES = (Path("/dev/nvidia0"), Path("/dev/kfd"))
 
@@ -20,3 +24,11 @@ if not any(device.exists() for device in GPU_DEVICES):
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "cl_dist-hypothesis"))
 settings.register_profile("cl_dist", database=None, deadline=None)
 settings.load_profile("cl_dist")
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """One parent process for all runs of a file."""
+    parent = Zygote()
+    yield parent
+    parent.close()

@@ -21,7 +21,7 @@ LAYERS = [
     {"coordinator", "assembly"},
     {"cli", "__main__"},
 ]
-"""Components from the bottom up. One imports lower layers and, without a circle, its neighbours; "" is cl_dist itself."""
+"""Components from the bottom up. One imports lower layers and, without a circle, its neighbours; "" is the package."""
 LAYER = {component: number for number, layer in enumerate(LAYERS) for component in layer}
 
 TORCH_FREE = ["cl_dist.config", "cl_dist.config.load", "cl_dist.tasks.stream", "cl_dist.state.preflight", "cl_dist.cli"]

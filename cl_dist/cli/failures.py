@@ -22,7 +22,7 @@ def guarded(arguments: Namespace) -> int:
     except KeyboardInterrupt:
         return _end(Interrupted.exit_code, "stopped before anything was started", arguments.debug)
     except BrokenPipeError:  # the reader of our output (`| head`) has had enough
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - Python flushes it when it exits
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - Python flushes it when it exits
         return 1
     except Exception as error:  # a bug, here or in a library
         summary = " ".join(str(error).split())

@@ -29,7 +29,7 @@ def method_classes() -> dict[str, type]:
 
 
 def info_of(cls: type) -> dict[str, FieldInfo]:
-    """pydantic's knowledge of a component's fields, by name."""
+    """Pydantic's knowledge of a component's fields, by name."""
     fields: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
     return fields
 

@@ -27,7 +27,8 @@ class Override:
     @property
     def order(self) -> int:
         """Methods first, then their names, then the rest: so the order of `--set method.name` and its settings is
-        free."""
+        free.
+        """
         if self.path == ("method",):
             return 0
         return 1 if self.changes_method else 2

@@ -1,5 +1,6 @@
 """Paths of data in a recipe, made absolute once: a run folder's config.yaml then means the same as the recipe it came
-from."""
+from.
+"""
 
 from __future__ import annotations
 

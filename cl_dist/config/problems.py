@@ -75,10 +75,10 @@ def _sentence(key: str, problem: Mapping[str, Any]) -> str:
         case "missing":
             setting = _settings()[known]
             return f"{key}: missing; give {setting.allowed}: {setting.help}"
-        case "dataclass_type" | "dict_type" | "model_attributes_type":
-            return f"{key or 'recipe'}: {show(problem['input'])} is not a mapping of settings"
-        case "union_tag_not_found" | "union_tag_invalid":
+        case _ if known == "method":  # an entry of the list: which method it is could not be told
             return _method_sentence(key, problem["input"])
+        case "dataclass_type" | "dict_type":
+            return f"{key}: {show(problem['input'])} is not a mapping of settings"
     return f"{key}: {show(problem['input'])} is not allowed; allowed: {_allowed(known, problem['input'])}"
 
 

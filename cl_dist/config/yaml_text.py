@@ -60,7 +60,8 @@ def _problem(text: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
 
 def _scalar(kind: str, convert: Callable[[str], Any]) -> Callable[[_Loader, yaml.ScalarNode], Any]:
     """A constructor that turns a scalar's text into a value with `convert`, and a ValueError into a problem with a
-    line."""
+    line.
+    """
 
     def construct(loader: _Loader, node: yaml.ScalarNode) -> Any:
         text = str(loader.construct_scalar(node))

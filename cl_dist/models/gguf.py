@@ -12,15 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.utils.hub import cached_file
 
 from cl_dist.errors import BadInput
-
-LOADING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, ImportError, SafetensorError)
-"""What transformers, tokenizers, gguf and safetensors raise for a model that is not there, damaged or unknown to them."""
 
 
 def converted_gguf(source: str, gguf_file: str, cache_dir: Path) -> Path:
@@ -33,9 +29,7 @@ def converted_gguf(source: str, gguf_file: str, cache_dir: Path) -> Path:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         try:
             _convert_once(source, gguf_file, cache_dir)
-        except (
-            LOADING_ERRORS
-        ) as raised:  # told on every rank below: one that raised alone would leave the others waiting
+        except Exception as raised:  # told on every rank below: one that raised alone would leave the others waiting
             error = f"model.gguf_file: {gguf_file} of {source} cannot be converted ({raised})"
     for told in _from_all_ranks(error):
         if told is not None:
@@ -79,7 +73,7 @@ def _convert(source: str, gguf_file: str, folder: Path) -> None:
 
 
 def _forget_quantisation(model: PreTrainedModel) -> None:
-    """The weights are plain float32 by now, but transformers refuses to save a model that is still marked as quantised."""
+    """The weights are plain float32 by now, but transformers saves no model that is marked as quantised."""
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         if hasattr(model, mark):
             delattr(model, mark)

@@ -63,7 +63,7 @@ def _initial(name: str, owner: nn.Module, shape: torch.Size, config: PreTrainedC
         return torch.ones(shape)
     generator = torch.Generator().manual_seed(named_seed(seed, name))
     if ".lora_A." in name:
-        # Kaiming-uniform with a = sqrt(5), which is the bound 1 / sqrt(fan-in): the default of nn.Linear, and peft's for A.
+        # Kaiming-uniform with a = sqrt(5), that is a bound of 1 / sqrt(fan-in): peft's default for A.
         bound = 1.0 / math.sqrt(shape[1])
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     value = torch.empty(shape).normal_(0.0, _std(name, shape, config), generator=generator)

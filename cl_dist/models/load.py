@@ -35,7 +35,7 @@ from cl_dist.models.check import (
     resolve_objective,
     unsupported_architecture,
 )
-from cl_dist.models.gguf import LOADING_ERRORS, converted_gguf
+from cl_dist.models.gguf import converted_gguf
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.structure import head_prefixes, is_below
 
@@ -90,7 +90,7 @@ def load_model(
 
 
 def family_of(config: PreTrainedConfig, name: str) -> Family:
-    """Whether the configuration is that of a decoder, an encoder or an encoder-decoder; BadInput where it is none of them."""
+    """The family that the configuration belongs to; BadInput where it is none of them."""
     kind = type(config)
     if config.is_encoder_decoder and kind in AutoModelForSeq2SeqLM._model_mapping:
         return "encoder-decoder"
@@ -135,7 +135,7 @@ def _tokenizer(model: ModelConfig, source: str | None, config: PreTrainedConfig)
 def _fit_to_task(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, objective: Objective, label_count: int, name: str
 ) -> None:
-    """Enter the number of labels and the padding id into `config`; BadInput where tokenizer and objective do not fit."""
+    """Enter labels and padding id into `config`; BadInput where tokenizer and objective do not fit."""
     if objective == "classification":
         if label_count < 1:
             raise BadInput(f"model.objective: {name} as a classifier needs a stream whose tasks have labels")
@@ -147,8 +147,8 @@ def _fit_to_task(
             raise BadInput(f"model.name_or_path: the tokenizer of {name} has no {token} token, which {objective} needs")
     if len(tokenizer) > config.vocab_size:
         raise BadInput(
-            f"model.name_or_path: the tokenizer of {name} has {len(tokenizer)} entries, but its model has embeddings for "
-            f"{config.vocab_size} only"
+            f"model.name_or_path: the tokenizer of {name} has {len(tokenizer)} entries, but its model has embeddings "
+            f"for {config.vocab_size} only"
         )
 
 
@@ -219,7 +219,9 @@ def _told_as_bad_input(model: ModelConfig) -> Iterator[None]:
     """What the libraries raise for a model that is not there, damaged or unknown becomes one sentence."""
     try:
         yield
-    except LOADING_ERRORS as error:
+    except BadInput:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself
         raise BadInput(f"model.name_or_path: {model.name_or_path} cannot be loaded: {_reason(error)}") from error
 
 

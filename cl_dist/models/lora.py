@@ -43,7 +43,8 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, objective: Objective, see
         task_type=TASK_TYPES[objective],
         base_model_name_or_path=model.name_or_path,
     )
-    # peft itself calls what transformers warns of, and would keep the adapters of a bfloat16 model in float32; the engine has float32 master weights for all of them.
+    # peft would keep the adapters of a bfloat16 model in float32; the engine has float32 master weights for all of
+    # them. The warning is about a call of peft's own.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         adapted = peft.get_peft_model(model, configuration, autocast_adapter_dtype=False)
@@ -78,7 +79,7 @@ def _targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     if unknown or not lora.target_modules:
         endings = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
         raise BadInput(
-            f"model.lora.target_modules: the model has no linear layer named {', '.join(unknown) or '(the list is empty)'}; "
+            f"model.lora.target_modules: the model has no linear layer {', '.join(unknown) or '(the list is empty)'}; "
             f"allowed are all-linear or a list of {endings}"
         )
     return [name for name in linear if any(_ends(name, ending) for ending in lora.target_modules)]

@@ -1,4 +1,4 @@
-"""Which part of a model a layer belongs to: the transformer blocks, the output head, or neither (embeddings, poolers)."""
+"""Which part of a model a layer belongs to: the blocks, the output head, or neither (embeddings, poolers)."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ KEY_OR_VALUE = frozenset({"k", "v", "k_proj", "v_proj", "key", "value", "key_pro
 
 
 def tracked_linears(model: nn.Module, layers: Literal["blocks", "all"]) -> dict[str, nn.Linear]:
-    """The trainable linear layers inside the transformer blocks (`blocks`), and those of the output head as well (`all`).
+    """The trainable linear layers inside the transformer blocks, with `all` those of the output head as well.
 
     With LoRA the matrices A and B are such layers, each by itself, and the frozen layers beside them are not. The
     keys are names of `model.named_modules()`, in model order, so that `key + ".weight"` is a name of
@@ -26,8 +26,8 @@ def tracked_linears(model: nn.Module, layers: Literal["blocks", "all"]) -> dict[
     tracked = {name: linear for name, linear in _trainable_linears(model) if is_below(name, prefixes)}
     if not tracked:
         raise BadInput(
-            f"method.layers: {type(base_model(model)).__name__} has no trainable nn.Linear layer inside transformer blocks, "
-            "which MIGU needs; use another model, or LoRA"
+            f"method.layers: {type(base_model(model)).__name__} has no trainable nn.Linear layer inside transformer "
+            "blocks, which MIGU needs; use another model, or LoRA"
         )
     _refuse_shared_weights(model, tracked)
     return tracked
@@ -41,7 +41,7 @@ def _trainable_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _refuse_shared_weights(model: nn.Module, tracked: dict[str, nn.Linear]) -> None:
-    """A mask on a shared weight's rows would also mask what its other owner learns, by magnitudes that it never showed."""
+    """Masking a shared weight's rows would also mask what its other owner learns, unseen by the magnitudes."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):

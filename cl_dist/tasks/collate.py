@@ -93,7 +93,7 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
 
 
 def length_mask(lengths: list[int]) -> Tensor:
-    """bool (rows, longest): True at the first `lengths[i]` places of row i."""
+    """Bool (rows, longest): True at the first `lengths[i]` places of row i."""
     return torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
 
 

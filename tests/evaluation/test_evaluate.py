@@ -116,10 +116,11 @@ def test_training_modes_are_restored_and_dropout_is_off() -> None:
     evaluator, loaded = built(LLAMA, [["classification", 7]], lora=True)
     model: nn.Module = loaded.model
     model.train()
-    frozen = next(module for module in model.modules() if isinstance(module, nn.Linear))
-    frozen.eval()
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    frozen = linears[0].eval()
     seen: list[bool] = []
-    frozen.register_forward_hook(lambda module, *_: seen.append(module.training or torch.is_grad_enabled()))
+    for linear in linears:
+        linear.register_forward_hook(lambda module, *_: seen.append(module.training or torch.is_grad_enabled()))
     evaluator.evaluate(CLASSIFY)
     assert seen
     assert not any(seen)

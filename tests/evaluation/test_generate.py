@@ -58,6 +58,14 @@ def test_t5(tokenizer: PreTrainedTokenizerFast) -> None:
     assert generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False) == one_by_one(model, tokenizer, 1)
 
 
+def test_start_of_the_decoder_is_not_part_of_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = t5()
+    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 5
+    texts = generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False)
+    assert texts == one_by_one(model, tokenizer, 1)
+    assert max(len(text.split()) for text in texts) <= NEW_TOKENS
+
+
 def test_settings_of_the_model_play_no_part(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from cl_dist.evaluation.likelihood import (
     seq2seq_scores,
     visible_columns,
 )
-from tests.evaluation.tiny import EOS, PAD, VOCABULARY, bloom, gpt2, llama, mistral, roberta, t5
+from tests.evaluation.tiny import EOS, PAD, VOCABULARY, bloom, full_logits_llama, gpt2, llama, mistral, roberta, t5
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30]]
 LABELS = [[31, EOS], [32, 33, 34, EOS], [31, 35, EOS], [36, 37, 38, 39, 40, EOS]]
@@ -57,7 +57,7 @@ def test_llama(attention: str, packed: bool) -> None:
     assert_close(scores, causal_oracle(model, PROMPTS, LABELS), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("build", [gpt2, lambda: mistral(window=40)])
+@pytest.mark.parametrize("build", [gpt2, full_logits_llama, lambda: mistral(window=40)])
 def test_other_decoders_that_pack(build: Callable[[], Any]) -> None:
     model = build()
     assert can_pack(model, columns=40)

@@ -45,11 +45,13 @@ def test_forgetting_counts_a_score_from_before_the_task_was_trained() -> None:
 
 
 def test_only_seen_tasks_evaluated() -> None:
-    matrix: list[list[float | None]] = [[None, None], [0.9, None], [0.6, 0.8]]
+    matrix: list[list[float | None]] = [[None] * 3, [0.9, None, None], [0.6, 0.8, None], [0.7, 0.7, 0.5]]
     metrics = all_metrics(matrix)
     assert metrics["forward_transfer_zero_shot"] is None
-    assert metrics["backward_transfer"] == pytest.approx(-0.3)
-    assert metrics["forgetting"] == pytest.approx(0.3)
+    assert metrics["backward_transfer"] == pytest.approx(((0.7 - 0.9) + (0.7 - 0.8)) / 2)
+    assert metrics["forgetting"] == pytest.approx(((0.9 - 0.7) + (0.8 - 0.7)) / 2)
+    matrix[2][0] = None
+    assert all_metrics(matrix)["forgetting"] is None
 
 
 def test_stream_not_finished() -> None:

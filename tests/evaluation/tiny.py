@@ -55,6 +55,19 @@ def llama(attention: str = "sdpa") -> Any:
     return scaled(model)
 
 
+class FullLogitsLlama(LlamaForCausalLM):
+    """A Llama that, like models with code of their own, cannot be told to compute some logits only."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> Any:
+        """Logits of all positions."""
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+
+
+def full_logits_llama() -> Any:
+    """A model whose forward knows neither `logits_to_keep` nor `use_cache`."""
+    return scaled(FullLogitsLlama(LlamaConfig(**DECODER)))
+
+
 def mistral(window: int) -> Any:
     """A decoder with a sliding window."""
     return scaled(MistralForCausalLM(MistralConfig(**DECODER, sliding_window=window)))

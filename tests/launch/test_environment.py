@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
+from cl_dist.launch.environment import FIRST_PORT, PORTS, Ranks, export_ranks, find_ranks, first_node
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_dist.errors import BadInput
-from cl_dist.launch.environment import FIRST_PORT, PORTS, Ranks, export_ranks, find_ranks, first_node
 
 
 def torch_variables(rank: str = "1", world: str = "4", local: str = "1") -> dict[str, str]:
@@ -127,7 +127,9 @@ def test_over_several_machines_srun_tells_the_first() -> None:
 
 def test_over_several_machines_mpi_does_not_tell_and_the_user_must() -> None:
     environment = open_mpi(local_size="2")
-    with pytest.raises(BadInput, match="MASTER_ADDR is not set, and the 4 ranks of Open MPI's mpirun are not all on this"):
+    with pytest.raises(
+        BadInput, match="MASTER_ADDR is not set, and the 4 ranks of Open MPI's mpirun are not all on this"
+    ):
         exported(environment)
     assert exported({**environment, "MASTER_ADDR": "node1"})["MASTER_ADDR"] == "node1"
 

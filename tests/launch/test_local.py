@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from cl_dist.launch import local
 from cl_dist.launch.local import Ending, find_free_port, has_gpu, launch, rank_environment
 
@@ -77,7 +76,9 @@ def test_ranks_find_their_place_and_each_other(folder: Path) -> None:
     environments = [json.loads((folder / f"env-{rank}").read_text()) for rank in range(3)]
     assert [environment["RANK"] for environment in environments] == ["0", "1", "2"]
     assert [environment["LOCAL_RANK"] for environment in environments] == ["0", "1", "2"]
-    assert {(e["WORLD_SIZE"], e["LOCAL_WORLD_SIZE"], e["MASTER_ADDR"]) for e in environments} == {("3", "3", "127.0.0.1")}
+    assert {(e["WORLD_SIZE"], e["LOCAL_WORLD_SIZE"], e["MASTER_ADDR"]) for e in environments} == {
+        ("3", "3", "127.0.0.1")
+    }
     assert len({environment["MASTER_PORT"] for environment in environments}) == 1
 
 
@@ -93,7 +94,15 @@ def test_threads_are_shared_out_unless_the_user_says_otherwise() -> None:
     assert rank_environment({"OMP_NUM_THREADS": "7"}, 0, 2, 1)["OMP_NUM_THREADS"] == "7"
 
 
-def test_deepspeed_is_told_to_use_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_programs_beside_python_are_found_after_the_users_own() -> None:
+    beside = str(Path(sys.executable).parent)
+    assert rank_environment({"PATH": "/a:/b"}, 0, 1, 1)["PATH"] == f"/a:/b:{beside}"
+    assert rank_environment({}, 0, 1, 1)["PATH"] == beside
+
+
+def test_deepspeed_is_told_to_use_the_cpu_where_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(local, "DEVICE_FILES", (str(tmp_path / "absent"),))
     assert rank_environment({}, 0, 1, 1)["DS_ACCELERATOR"] == "cpu"
     assert rank_environment({"DS_ACCELERATOR": "xpu"}, 0, 1, 1)["DS_ACCELERATOR"] == "xpu"
@@ -123,8 +132,8 @@ class TestFailures:
 
     def test_one_that_ignores_being_asked_is_killed(self, folder: Path) -> None:
         began = time.monotonic()
-        body = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwait_for_the_others()\nrank or fail(1, 'no')\ntime.sleep(600)"
-        assert start(body) == Ending(1, "rank 0: no")
+        body = "wait_for_the_others()\nrank or fail(1, 'no')\ntime.sleep(600)"
+        assert start("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + body) == Ending(1, "rank 0: no")
         assert time.monotonic() - began < PATIENCE_SECONDS
 
     def test_what_a_failed_rank_had_started_is_ended_too(self, folder: Path) -> None:
@@ -135,7 +144,7 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("body", "code"),
         [
-            ("fail(2 if rank else 1, 'no')", 2),
+            ("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwait_for_the_others()\nfail(2 if rank else 1, 'no')", 2),
             ("fail(3, 'no')", 1),
             ("fail(75, 'stopped')", 75),
             ("wait_for_the_others()\nfail(75, 'stopped') if rank else fail(1, 'no')", 1),
@@ -146,8 +155,8 @@ class TestFailures:
         assert start(body).exit_code == code
 
     def test_the_rank_that_failed_first_is_the_one_that_speaks(self, folder: Path) -> None:
-        body = "wait_for_the_others()\nrank == 2 and fail(1, 'the disk is full')\ntime.sleep(0.4)\nfail(1, 'lost my peer')"
-        assert start(body, processes=3) == Ending(1, "rank 2: the disk is full")
+        body = "rank == 2 and fail(1, 'the disk is full')\ntime.sleep(0.4)\nfail(1, 'lost my peer')"
+        assert start("wait_for_the_others()\n" + body, processes=3) == Ending(1, "rank 2: the disk is full")
 
     def test_a_killed_rank_speaks_before_those_that_noticed_first(self, folder: Path) -> None:
         body = "wait_for_the_others()\nos.kill(os.getpid(), 9) if rank else fail(1, 'connection closed by peer')"
@@ -181,9 +190,13 @@ if len(open(f"ports-{rank}").read().split()) < 3:
         monkeypatch.setattr(local, "SHARED_MEMORY", folder)
         other = folder / f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_1_0"
         other.touch()
-        name = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{{os.environ['MASTER_PORT']}}_{{rank}}"
-        start(f"open(f'{name.replace(chr(39), chr(34))}', 'w').close(); os.kill(os.getpid(), 9)")
-        assert [path for path in folder.glob("deepspeed*")] == [other]
+        body = """
+name = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{os.environ['MASTER_PORT']}_{rank}"
+open(name, "w").close()
+os.kill(os.getpid(), 9)
+"""
+        start(body)
+        assert list(folder.glob("deepspeed*")) == [other]
 
 
 LAUNCHER = """
@@ -250,7 +263,7 @@ class TestSignals:
         process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 75
 
-    def test_what_is_ignored_stays_ignored(self, folder: Path, launcher: Callable[..., subprocess.Popen[str]]) -> None:
+    def test_nohup_keeps_a_run_alive(self, folder: Path, launcher: Callable[..., subprocess.Popen[str]]) -> None:
         process = launcher("wait_for_the_others()\ntime.sleep(1)", "nohup")
         process.send_signal(signal.SIGHUP)
         process.communicate(timeout=PATIENCE_SECONDS)

@@ -20,7 +20,7 @@ Loader = Callable[..., LoadedModel]
 
 @pytest.fixture(scope="session")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
-    """`load(name, objective=..., labels=..., dtype=..., seed=..., gguf_file=...)`: a model loaded whole, on one process."""
+    """`load(name, objective=..., labels=..., dtype=..., seed=..., gguf_file=...)`: a model, whole."""
     cache = tmp_path_factory.mktemp("cache")
 
     def loader(
@@ -39,7 +39,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
 
 @pytest.fixture(scope="session")
 def folders(load: Loader, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Model folders by family: a decoder, an encoder-decoder and an encoder with a masked-LM head; not to be changed."""
+    """Model folders by name, the encoder with a masked-LM head; not to be changed."""
     made = {}
     for name, objective in (("llama", "auto"), ("t5", "auto"), ("roberta", "masked_lm")):
         loaded = load(f"builtin:{name}-tiny", objective, seed=77)

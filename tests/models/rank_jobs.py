@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from cl_dist.config.schema import LoraConfig, ModelConfig
 from cl_dist.errors import BadInput
@@ -78,7 +79,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def sharded(cases: list[dict[str, Any]], cache_dir: str) -> list[dict[str, Any]]:
-    """Per case: which of the loaded parameters are not sharded, the digests, and how far its steps are from dense ones."""
+    """Per case: the parameters that are not sharded, all digests, and how far its steps are from dense ones."""
     deepspeed.init_distributed("gloo", verbose=False)
     return [_sharded_case(case, cache_dir) for case in cases]
 
@@ -86,6 +87,7 @@ def sharded(cases: list[dict[str, Any]], cache_dir: str) -> list[dict[str, Any]]
 def _sharded_case(case: dict[str, Any], cache_dir: str) -> dict[str, Any]:
     loaded = load(case, cache_dir, zero3=True)
     model = loaded.model
+    assert not is_deepspeed_zero3_enabled(), "the setting must not outlive the loading"
     whole = [name for name, p in model.named_parameters() if not _is_sharded(p) and ".lora_" not in name]
     sums = checksums(model)
     found: dict[str, Any] = {

@@ -24,6 +24,7 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm",
 }
 SPECIAL = 5
+UNKNOWN = 4
 
 
 def write_gguf(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
@@ -51,11 +52,13 @@ def write_gguf(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, file
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    tokens[UNKNOWN] = "<|endoftext|>"  # what transformers takes for the unknown token, and adds where it is not there
+    tokens[-1] = tokens[SPECIAL] + tokens[SPECIAL + 1]  # readers expect at least one merge; a rare byte gives way
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if i < SPECIAL else TokenType.NORMAL for i in range(len(tokens))])
-    writer.add_token_merges([f"{tokens[SPECIAL]} {tokens[SPECIAL]}"])
+    writer.add_token_merges([f"{tokens[SPECIAL]} {tokens[SPECIAL + 1]}"])
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)

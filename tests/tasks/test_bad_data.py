@@ -218,6 +218,17 @@ def test_huggingface_splits_and_columns(tmp_path: Path) -> None:
     refuse(tmp_path, "wrong[train], record 0: field 'output' must be a string", format="huggingface", path="wrong")
 
 
+def test_huggingface_sample_without_a_class(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"input": datasets.Value("string"), "output": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    split = datasets.Dataset.from_dict({"input": ["q", "r"], "output": [1, -1]}, features=features)
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "saved"))
+    problem = "saved[train], record 1: field 'output' must be a string, not null"
+    refuse(tmp_path, problem, format="huggingface", path="saved")
+
+
 def test_huggingface_path_that_can_only_be_a_folder_is_not_looked_up(tmp_path: Path) -> None:
     refuse(tmp_path, "no file or folder", format="huggingface", path="./absent/data/set")
 

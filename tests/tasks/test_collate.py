@@ -33,12 +33,12 @@ def test_causal_batch_is_padded_on_the_right() -> None:
 
 
 def test_seq2seq_batch_shifts_the_decoder() -> None:
-    samples = [Encoded(0, [5, 6], [7, 8, 1]), Encoded(1, [5], [9, 1])]
+    samples = [Encoded(0, [5, 6], [7, 8, 1]), Encoded(1, [5], [9])]
     batch = collate(samples, "seq2seq_lm", PAD, decoder_start_id=2)
-    assert batch.labels.tolist() == [[7, 8, 1], [9, 1, IGNORE]]
-    assert tokens(batch, "decoder_input_ids") == [[2, 7, 8], [2, 9, 1]]
-    assert batch.token_masks["target"].tolist() == [[True] * 3, [True, True, False]]
-    assert (batch.targets, batch.tokens) == (5, 8)
+    assert batch.labels.tolist() == [[7, 8, 1], [9, IGNORE, IGNORE]]
+    assert tokens(batch, "decoder_input_ids") == [[2, 7, 8], [2, 9, PAD]]
+    assert batch.token_masks["target"].tolist() == [[True] * 3, [True, False, False]]
+    assert (batch.targets, batch.tokens) == (4, 7)
 
 
 def test_seq2seq_needs_a_start_token() -> None:

@@ -180,18 +180,18 @@ def test_objective_that_does_not_fit_the_task(objective: Objective, kind: Kind) 
     [
         (
             {"max_target_length": 4},
-            "task 't', training sample 1: the answer takes 5 tokens, but train.max_target_length",
+            "training sample 1: the answer takes 5 tokens, but train.max_target_length is 4",
         ),
         ({"max_length": 6}, "sample 1: the answer takes 5 tokens, so train.max_length must be at least 7, not 6"),
     ],
 )
-def test_answer_that_does_not_fit(settings: dict[str, int], problem: str) -> None:
+def test_answer_that_does_not_fit(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(BadInput, match=problem):
         make_encoder("causal_lm", **settings).train(make_task(("q", "a"), ("q", "abc")))
 
 
 def test_label_that_does_not_fit() -> None:
-    with pytest.raises(BadInput, match="label 'abc': the answer takes 5 tokens, but train.max_target_length is 4"):
+    with pytest.raises(BadInput, match=r"label 'abc': the answer takes 5 tokens, but train.max_target_length is 4"):
         make_encoder("causal_lm", labels=("abc",), max_target_length=4)
 
 

@@ -49,7 +49,7 @@ def test_stage_that_learns_two(tmp_path: Path) -> None:
 
 
 def test_broken_order_folders(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no file or folder .*train_tasks"):
+    with pytest.raises(BadInput, match=r"no file or folder .*train_tasks"):
         read_order(tmp_path)
     write_json(tmp_path / "a/train_tasks.json", {"TC": [{"name": "a"}]})
     with pytest.raises(BadInput, match="every entry must be an object with a text `dataset name`"):

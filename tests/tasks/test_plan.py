@@ -134,10 +134,10 @@ def test_shares_are_consecutive_and_even(items: list[int], parts: int) -> None:
     assert len(pieces[0]) - len(pieces[-1]) <= 1
 
 
-def test_a_million_samples_are_ordered_once_an_epoch() -> None:
-    plan = make_plan(lengths=range(1_000_000), shuffle=True, group_by_length=True)
+def test_many_samples_are_ordered_once_an_epoch() -> None:
+    plan = make_plan(lengths=range(100_000), shuffle=True, group_by_length=True)
     plan.step(0)
     start = time.perf_counter()
-    for step in range(0, plan.steps, 1000):
+    for step in range(0, plan.steps, 250):
         plan.micro_batches(step, 0)
-    assert time.perf_counter() - start < 1.0  # 250 steps; drawing the order anew for each would take minutes
+    assert time.perf_counter() - start < 1.0  # 100 steps; drawing the order anew for each takes many seconds

@@ -151,6 +151,13 @@ def test_text_folder_without_train_takes_all_other_files(tmp_path: Path, caplog:
     assert "evaluating on the training text" in caplog.text
 
 
+def test_text_for_evaluation_is_not_trained_on(tmp_path: Path) -> None:
+    write_lines(tmp_path / "c/a.txt", ["one"])
+    write_lines(tmp_path / "c/validation.txt", ["two"])
+    task = load_one(tmp_path, format="text", path="c")
+    assert ([e.answer for e in task.train], [e.answer for e in task.evaluation]) == (["one"], ["two"])
+
+
 def test_text_file_by_itself(tmp_path: Path) -> None:
     write_lines(tmp_path / "corpus.txt", ["one", "two"])
     write_lines(tmp_path / "corpus.dev.txt", ["three"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers
 from tokenizers.models import WordLevel
+from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer, Split
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -14,12 +15,15 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<mask>")
 PAD, BOS, EOS, MASK = range(4)
 
 
-def build(splitter: PreTokenizer, words: list[str], template: str, special: dict[str, str]) -> PreTrainedTokenizerFast:
+def build(
+    splitter: PreTokenizer, words: list[str], template: str, special: dict[str, str], space: Normalizer | None = None
+) -> PreTrainedTokenizerFast:
     """A word-level tokenizer; `template` places the special tokens around the text `$A`."""
     vocabulary = {token: number for number, token in enumerate((*SPECIAL, *words))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=words[0]))
     tokenizer.pre_tokenizer = splitter
-    tokenizer.decoder = decoders.Fuse()
+    if space is not None:
+        tokenizer.normalizer = space
     tokenizer.post_processor = TemplateProcessing(
         single=template, special_tokens=[(token, number) for token, number in vocabulary.items() if token in SPECIAL]
     )
@@ -41,8 +45,11 @@ def ids(text: str) -> list[int]:
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """Words with their space before them as "▁", also at the start of a text, as Llama 2 and T5 do."""
-    words = ["<unk>", "▁:", "▁yes", "▁no", "▁question", ":"]
-    return build(
-        pre_tokenizers.Metaspace(prepend_scheme="always"), words, "<s> $A", {"eos_token": "</s>", "bos_token": "<s>"}
-    )
+    """Words with "▁" for the space before them, one more put before every text, as Llama 2 does.
+
+    So " yes" alone is "▁" and "▁yes", while behind a prompt it is "▁yes" only.
+    """
+    words = ["<unk>", "▁:", "▁yes", "▁question", "▁"]
+    space = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = {"eos_token": "</s>", "bos_token": "<s>"}
+    return build(Split(Regex("▁[^▁]*"), "isolated"), words, "<s> $A", special, space)

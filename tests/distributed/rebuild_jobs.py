@@ -1,0 +1,63 @@
+"""Rank side of test_rebuild."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cl_dist.config.schema import MiguConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
+from cl_dist.engine.distributed import join
+from cl_dist.engine.engine import TrainingEngine
+from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.migu import Migu
+from cl_dist.models.load import LoadedModel
+from cl_dist.sharding import gather_state_dict
+from tests.distributed.worlds import OBJECTIVES, micro_batches, odd_model, samples
+
+FROZEN = "layers.0."
+
+
+def rebuild(stages: list[int], dtype: str) -> dict[str, dict[str, Any]]:
+    """Per stage: train two steps, freeze the first block, rebuild, train two more; the weights' sums on the way."""
+    join(timeout_seconds=120)
+    return {str(stage): _one(stage, dtype) for stage in stages}
+
+
+def _one(stage: int, dtype: str) -> dict[str, Any]:
+    recipe = Recipe(
+        model=ModelConfig(name_or_path="odd"),
+        stream=StreamConfig(tasks=(TaskConfig(name="t", format="builtin"),)),
+        train=TrainConfig(micro_batch_size=2, learning_rate=1e-2, eps=1e-2, dtype=dtype),  # type: ignore[arg-type]
+        zero=ZeroConfig(stage=stage),  # type: ignore[arg-type]
+        output_dir="unused",
+    )
+    model = odd_model("llama").to(getattr(torch, dtype))
+    migu = Migu(MiguConfig(name="migu", first_task="masked"))
+    engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES["llama"]), recipe, [migu])  # type: ignore[arg-type]
+    _train(engine, seed=0)
+    before = gather_state_dict(engine.model)
+    for name, param in engine.model.named_parameters():
+        param.requires_grad_(FROZEN not in name)
+    engine.rebuild()
+    rebuilt = gather_state_dict(engine.model)
+    _train(engine, seed=10)
+    after = gather_state_dict(engine.model)
+    report = {
+        "kept_by_rebuild": all(torch.equal(before[n], rebuilt[n]) for n in before),
+        "frozen_moved": [n for n in before if FROZEN in n and not torch.equal(before[n], after[n])],
+        "still": [n for n in before if FROZEN not in n and torch.equal(before[n], after[n])],
+        "tracked": len(migu.keep),
+        "weights": {n: tensor.double().sum().item() for n, tensor in after.items()},
+    }
+    engine.destroy()
+    return report
+
+
+def _train(engine: TrainingEngine, seed: int) -> None:
+    rank = torch.distributed.get_rank()
+    engine.before_task(TaskPlace(index=0, name="t", steps=2))
+    for step in range(2):
+        batch = samples("llama", 4, seed + step)
+        mine = micro_batches("llama", batch[2 * rank : 2 * rank + 2], 2)
+        engine.train_step(step, mine, sum(sample.targets for sample in batch))

@@ -1,0 +1,95 @@
+"""Named moments of a run at which a rank can be killed (SIGKILL: nothing is cleaned up, as in a power loss)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cl_dist import coordinator
+from cl_dist.engine.trainer import TaskTrainer
+from cl_dist.state import atomic, snapshot, spans
+from cl_dist.state.ledger import Ledger
+
+
+def arm(rank: int, moment: str, on_rank: int, count: int) -> None:
+    """Kill this process the `count`-th time that `moment` comes, if it is rank `on_rank`."""
+    if rank == on_rank:
+        MOMENTS[moment](count)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_before(owner: Any, name: str, count: int) -> None:
+    """Replace `owner.name` by a function that dies at its `count`-th call, before doing anything."""
+    original, calls = getattr(owner, name), iter(range(1, 10**9))
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == count:
+            _die()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, dying)
+
+
+def _before_step(count: int) -> None:
+    _kill_before(TaskTrainer, "step", count)
+
+
+def _half_a_tensor_file(count: int) -> None:
+    """Die with only half of a rank's tensor file on the disk."""
+    original, calls = spans.save_file, iter(range(1, 10**9))
+
+    def dying(tensors: dict[str, Any], path: Path) -> None:
+        original(tensors, path)
+        if next(calls) == count:
+            os.truncate(path, path.stat().st_size // 2)
+            _die()
+
+    spans.save_file = dying
+
+
+def _before_publishing(count: int) -> None:
+    """All files of the snapshot are written, none is in its place."""
+    _kill_before(snapshot.atomic, "publish", count)
+
+
+def _before_the_manifest(count: int) -> None:
+    """The snapshot is in its place, the manifest does not name it yet."""
+    _kill_before(Ledger, "update", count)
+
+
+def _in_evaluation(count: int) -> None:
+    _kill_before(coordinator, "write_predictions", count)
+
+
+def _in_export(count: int) -> None:
+    """The model's files are being written."""
+    _kill_before(coordinator, "export_model", count)
+
+
+def _between_renames(count: int) -> None:
+    """An old folder has been moved aside, the new one is not in its place yet."""
+    original, calls = os.rename, iter(range(1, 10**9))
+
+    def dying(source: Any, target: Any) -> None:
+        original(source, target)
+        if next(calls) == count:
+            _die()
+
+    atomic.os.rename = dying
+
+
+MOMENTS: dict[str, Callable[[int], None]] = {
+    "step": _before_step,
+    "tensor file": _half_a_tensor_file,
+    "publish": _before_publishing,
+    "manifest": _before_the_manifest,
+    "evaluation": _in_evaluation,
+    "export": _in_export,
+    "rename": _between_renames,
+}

@@ -1,0 +1,107 @@
+"""Killed at any moment and resumed, a run ends with the weights of an undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.recipes import write_recipe
+from tests.zygote import Zygote
+
+STEPS = 8
+EVERY = 3
+
+
+def recipe(folder: Path) -> Path:
+    """Two tasks of eight steps with a checkpoint after every third, dropout in the adapters to make randomness matter."""
+    return write_recipe(
+        folder,
+        model={"lora": {"r": 4, "dropout": 0.1}},
+        stream={"max_train_samples": 8 * STEPS},
+        method={"name": "migu", "mask": "update"},
+        checkpoint={"every_steps": EVERY},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    outcome = zygote.run(["run", str(recipe(folder)), "--debug"], folder, world=2)
+    assert outcome.codes == [0, 0], outcome.output
+    return folder / "run"
+
+
+def weights(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Every task's exported weights."""
+    return {file.parts[-3]: load_file(file) for file in sorted(run.glob("tasks/*/model/*.safetensors"))}
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """Weights of all tasks equal bit for bit, accuracy matrices equal."""
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys() == {"01-spring", "02-summer"}
+    for task in ours:
+        assert ours[task].keys() == theirs[task].keys()
+        for name, tensor in ours[task].items():
+            assert torch.equal(tensor, theirs[task][name]), f"{task}: {name} differs"
+    matrices = [json.loads((path / "metrics.json").read_text())["accuracy_matrix"] for path in (run, other)]
+    assert matrices[0] == matrices[1]
+
+
+MOMENTS = [
+    ("before the first step", "step", 0, 1),
+    ("inside a task, past a checkpoint", "step", 1, 5),
+    ("at the last step", "step", 0, STEPS),
+    ("inside the second task", "step", 1, STEPS + 6),
+    ("half of a checkpoint written", "tensor file", 1, 2),
+    ("half of a task's end state written", "tensor file", 0, 3),
+    ("a checkpoint written and not in its place", "publish", 0, 2),
+    ("a checkpoint in its place and not in the manifest", "manifest", 0, 4),
+    ("a task's end state in its place", "rename", 0, 3),
+    ("while evaluating", "evaluation", 0, 4),
+    ("while the model is written", "export", 0, 1),
+    ("between two tasks", "manifest", 0, 7),
+]
+
+
+@pytest.mark.parametrize(("moment", "on_rank", "count"), [m[1:] for m in MOMENTS], ids=[m[0] for m in MOMENTS])
+def test_killed_and_resumed(
+    zygote: Zygote, undisturbed: Path, tmp_path: Path, moment: str, on_rank: int, count: int
+) -> None:
+    path = recipe(tmp_path)
+    fault = {"moment": moment, "on_rank": on_rank, "count": count}
+    outcome = zygote.run(["run", str(path)], tmp_path, world=2, fault=fault)
+    assert outcome.codes[on_rank] == -signal.SIGKILL, "the moment never came"
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    outcome = zygote.run(["run", str(path), "--resume", "--debug"], tmp_path, world=2)
+    assert outcome.codes == [0, 0], outcome.output
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+def test_killed_again_and_again(zygote: Zygote, undisturbed: Path, tmp_path: Path) -> None:
+    path, restarts = recipe(tmp_path), 0
+    while True:
+        argv = ["run", str(path), *(["--resume"] if restarts else [])]
+        fault = {"moment": "step", "on_rank": restarts % 2, "count": EVERY + 2}
+        outcome = zygote.run(argv, tmp_path, world=2, fault=fault)
+        if outcome.codes == [0, 0]:
+            break
+        restarts += 1
+        assert restarts < 12, outcome.output
+    assert restarts >= 4
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+def test_resuming_a_finished_run_changes_nothing(zygote: Zygote, undisturbed: Path, tmp_path: Path) -> None:
+    before = (undisturbed / "metrics.json").read_text()
+    path = undisturbed.parent / "recipe.yaml"
+    outcome = zygote.run(["run", str(path), "--resume"], tmp_path, world=2)
+    assert outcome.codes == [0, 0]
+    assert "finished already" in outcome.output[0]
+    assert json.loads(before)["accuracy_matrix"] == json.loads((undisturbed / "metrics.json").read_text())["accuracy_matrix"]

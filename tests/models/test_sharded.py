@@ -1,0 +1,119 @@
+"""ZeRO-3 on two ranks: models are sharded from the start, have the same weights as whole ones, and learn the same.
+
+The ranks are started once and go through all cases.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from cl_dist.config.schema import LoraConfig
+from cl_dist.models.load import AUTO_CLASSES
+from cl_dist.models.lora import add_lora
+from tests.models.conftest import SEED, Loader
+from tests.models.rank_jobs import digest
+from tests.ranks import run_ranks
+
+Case = dict[str, Any]
+
+MODELS = [
+    ("builtin:llama-tiny", "causal_lm"),
+    ("builtin:llama-tiny", "classification"),
+    ("builtin:t5-tiny", "seq2seq_lm"),
+    ("builtin:roberta-tiny", "classification"),
+    ("builtin:roberta-tiny", "masked_lm"),
+]
+# Every model in full and with adapters, one of the two with activation checkpointing.
+STEPPED: list[Case] = [
+    {"name": name, "objective": objective, "lora": lora, "steps": True, "checkpointing": lora == (number % 2 == 0)}
+    for number, (name, objective) in enumerate(MODELS)
+    for lora in (False, True)
+]
+BFLOAT16: list[Case] = [
+    {"name": name, "objective": objective, "lora": lora, "dtype": "bfloat16"}
+    for name, objective, lora in [*((name, objective, False) for name, objective in MODELS), (*MODELS[0], True)]
+]
+FOLDERS = [("llama", "causal_lm"), ("t5", "seq2seq_lm"), ("roberta", "masked_lm"), ("roberta", "classification")]
+
+
+def told(case: Case) -> str:
+    """A case's name."""
+    marks = ["lora"] * bool(case.get("lora")) + ["checkpointing"] * bool(case.get("checkpointing"))
+    return "-".join([Path(case["name"]).name, case["objective"], case.get("dtype", "float32"), *marks])
+
+
+@pytest.fixture(scope="module")
+def results(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each rank found, by the case's name."""
+    exports = tmp_path_factory.mktemp("exports")
+    on_disk = [{"name": str(folders[name]), "objective": objective} for name, objective in FOLDERS]
+    exported = [
+        {
+            "name": "builtin:roberta-tiny",
+            "objective": "classification",
+            "lora": lora,
+            "export": str(exports / str(lora)),
+        }
+        for lora in (False, True)
+    ]
+    names = [told(case) for case in STEPPED + BFLOAT16]
+    names += [f"folder-{name}-{objective}" for name, objective in FOLDERS] + ["export", "export-lora"]
+    cases = STEPPED + BFLOAT16 + on_disk + exported
+    ranks = run_ranks("tests.models.rank_jobs:sharded", 2, {"cases": cases, "cache_dir": str(exports)}, timeout=400)
+    found = {name: [rank[number] for rank in ranks] for number, name in enumerate(names)}
+    found["folders"] = [{"exports": str(exports)}]
+    return found
+
+
+def whole_digests(load: Loader, case: Case) -> dict[str, str]:
+    """The digests of the same model built whole in this process."""
+    loaded = load(case["name"], case["objective"], dtype=getattr(torch, case.get("dtype", "float32")))
+    model: torch.nn.Module = loaded.model
+    if case.get("lora"):
+        model = add_lora(loaded.model, LoraConfig(r=3), loaded.objective, SEED)
+    return {name: digest(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("case", STEPPED + BFLOAT16, ids=told)
+def test_sharded_weights_are_the_whole_models(results: dict[str, Any], load: Loader, case: Case) -> None:
+    expected = whole_digests(load, case)
+    for rank in results[told(case)]:
+        assert rank["digests"] == expected
+        assert rank["dtypes"] == [f"torch.{case.get('dtype', 'float32')}"]
+        assert all("modules_to_save" in name for name in rank["whole"]), "the base is not sharded"
+
+
+@pytest.mark.parametrize("case", STEPPED, ids=told)
+def test_steps_are_those_of_plain_pytorch(results: dict[str, Any], case: Case) -> None:
+    for rank in results[told(case)]:
+        assert rank["whole_in_engine"] == []
+        assert rank["moved"] > 1e-2
+        assert rank["difference"] < 2e-6
+
+
+@pytest.mark.parametrize(("name", "objective"), FOLDERS)
+def test_folders_load_sharded(
+    results: dict[str, Any], load: Loader, folders: dict[str, Path], name: str, objective: str
+) -> None:
+    expected = whole_digests(load, {"name": folders[name], "objective": objective})
+    for rank in results[f"folder-{name}-{objective}"]:
+        assert rank["whole"] == []
+        assert rank["digests"] == expected
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_sharded_models_are_exported_whole(results: dict[str, Any], load: Loader, lora: bool) -> None:
+    folder = Path(results["folders"][0]["exports"]) / str(lora)
+    case: Case = {"name": "builtin:roberta-tiny", "objective": "classification", "lora": lora}
+    if lora:
+        back = PeftModel.from_pretrained(load(case["name"]).model, folder, autocast_adapter_dtype=False)
+    else:
+        back = AUTO_CLASSES["classification"].from_pretrained(folder)
+    assert {name: digest(parameter.detach()) for name, parameter in back.named_parameters()} == whole_digests(
+        load, case
+    )

@@ -1,0 +1,69 @@
+"""The three model families, full and with adapters, through the whole system under ZeRO-2 and ZeRO-3 with two ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+from tests.recipes import write_recipe
+from tests.zygote import Zygote
+
+CLASSES = {
+    "llama": AutoModelForCausalLM,
+    "t5": AutoModelForSeq2SeqLM,
+    "roberta": AutoModelForSequenceClassification,
+}
+
+
+def trained(zygote: Zygote, folder: Path, family: str, stage: int, lora: bool) -> Path:
+    """Run folder after training; fails with the ranks' output where a rank failed."""
+    folder.mkdir(exist_ok=True)
+    model: dict[str, Any] = {"name_or_path": f"builtin:{family}-tiny", "lora": {"r": 4} if lora else None}
+    # A large eps: AdamW would otherwise blow rounding in tiny gradients up to whole steps.
+    path = write_recipe(folder, model=model, zero={"stage": stage}, train={"eps": 1e-3})
+    outcome = zygote.run(["run", str(path), "--debug"], folder, world=2)
+    assert outcome.codes == [0, 0], "\n".join(outcome.output)
+    return folder / "run"
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["llama", "t5", "roberta"])
+def test_both_stages_train_the_same_weights(zygote: Zygote, tmp_path: Path, family: str, lora: bool) -> None:
+    runs = [trained(zygote, tmp_path / f"zero{stage}", family, stage, lora) for stage in (2, 3)]
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    for task in ("01-spring", "02-summer"):
+        two, three = (load_file(run / "tasks" / task / "model" / name) for run in runs)
+        assert two.keys() == three.keys()
+        for key, tensor in two.items():
+            torch.testing.assert_close(tensor, three[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    matrix = json.loads((runs[0] / "metrics.json").read_text())["accuracy_matrix"]
+    assert len(matrix) == 3 and all(0 <= score <= 1 for row in matrix for score in row)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "roberta"])
+def test_what_is_saved_loads_with_transformers_alone(zygote: Zygote, tmp_path: Path, family: str) -> None:
+    run = trained(zygote, tmp_path, family, stage=3, lora=False)
+    folder = run / "tasks" / "02-summer" / "model"
+    model = CLASSES[family].from_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    first = next(iter(stored))
+    assert torch.equal(dict(model.named_parameters(remove_duplicate=False))[first].detach(), stored[first])
+    assert (folder / "tokenizer.json").exists()
+
+
+def test_a_saved_adapter_loads_with_peft_alone(zygote: Zygote, tmp_path: Path) -> None:
+    base = trained(zygote, tmp_path / "base", "llama", stage=2, lora=False) / "tasks" / "01-spring" / "model"
+    path = write_recipe(tmp_path, model={"name_or_path": str(base), "lora": {"r": 4}})
+    outcome = zygote.run(["run", str(path), "--debug"], tmp_path, world=2)
+    assert outcome.codes == [0, 0], "\n".join(outcome.output)
+    folder = tmp_path / "run" / "tasks" / "02-summer" / "model"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    moved = [float(p.detach().abs().max()) for n, p in model.named_parameters() if ".lora_B." in n]
+    assert len(moved) == 14 and max(moved) > 0

@@ -1,0 +1,131 @@
+"""Stopped by a signal through the real launcher, a run saves its state, says so with exit code 75, and resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ranks import REPOSITORY, free_port
+from tests.recipes import write_recipe
+from tests.zygote import Zygote
+
+PATIENCE_SECONDS = 120
+
+
+def slow_recipe(folder: Path) -> Path:
+    """Long enough (two times 64 steps) to be stopped in the middle."""
+    return write_recipe(folder, train={"epochs": 16}, method={"name": "sequential"})
+
+
+def start(argv: list[str], folder: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, *argv], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    """Return once the log tells of so many steps."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        log = run / "log.jsonl"
+        if log.exists() and log.read_text().count('"step"') >= steps:
+            return
+        time.sleep(0.02)
+    pytest.fail("the run took no steps")
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "tasks" / "02-summer" / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    outcome = zygote.run(["run", str(slow_recipe(folder))], folder, world=2)
+    assert outcome.codes == [0, 0], outcome.output
+    return folder / "run"
+
+
+def assert_same(run: Path, other: Path) -> None:
+    ours, theirs = last_weights(run), last_weights(other)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher(tmp_path: Path, undisturbed: Path, number: signal.Signals) -> None:
+    recipe = slow_recipe(tmp_path)
+    launcher = start(["-m", "cl_dist", "run", str(recipe)], tmp_path)
+    wait_for_steps(tmp_path / "run", 3)
+    launcher.send_signal(number)
+    output, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
+    assert launcher.returncode == 75, output
+    assert "--resume" in output.splitlines()[-1]
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "interrupted"
+    resumed = start(["-m", "cl_dist", "run", str(recipe), "--resume"], tmp_path)
+    output, _ = resumed.communicate(timeout=PATIENCE_SECONDS)
+    assert resumed.returncode == 0, output
+    assert "Traceback" not in output
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_the_launcher_killed_takes_its_ranks_along(tmp_path: Path, undisturbed: Path, zygote: Zygote) -> None:
+    recipe = slow_recipe(tmp_path)
+    launcher = start(["-m", "cl_dist", "run", str(recipe)], tmp_path)
+    wait_for_steps(tmp_path / "run", 3)
+    ranks = psutil.Process(launcher.pid).children()
+    assert len(ranks) == 2
+    launcher.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert alive == []
+    outcome = zygote.run(["run", str(recipe), "--resume"], tmp_path, world=2)
+    assert outcome.codes == [0, 0], outcome.output
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_a_rank_killed_takes_the_job_down_with_its_message_last(tmp_path: Path) -> None:
+    launcher = start(["-m", "cl_dist", "run", str(slow_recipe(tmp_path))], tmp_path)
+    wait_for_steps(tmp_path / "run", 3)
+    ranks = psutil.Process(launcher.pid).children()
+    victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
+    victim.kill()
+    output, _ = launcher.communicate(timeout=30)
+    assert launcher.returncode == 1, output
+    assert "rank 1" in output.splitlines()[-1] and "SIGKILL" in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_under_other_launchers_the_weights_are_the_same(tmp_path: Path, undisturbed: Path, launcher: str) -> None:
+    recipe, port = slow_recipe(tmp_path), str(free_port())
+    command = {
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m", "cl_dist"],
+        "deepspeed": [
+            "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators=2", f"--master_port={port}", "--module", "cl_dist",
+        ],
+    }[launcher]  # fmt: skip
+    process = start([*command, "run", str(recipe)], tmp_path)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, output
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    recipe = slow_recipe(tmp_path)
+    first = start(["-m", "cl_dist", "run", str(recipe)], tmp_path)
+    wait_for_steps(tmp_path / "run", 1)
+    second = start(["-m", "cl_dist", "run", str(recipe), "--resume"], tmp_path)
+    output, _ = second.communicate(timeout=PATIENCE_SECONDS)
+    assert second.returncode == 2
+    assert "is in use by process" in output
+    first.terminate()
+    assert first.wait(timeout=PATIENCE_SECONDS) == 75

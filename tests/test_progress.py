@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from cl_dist.progress import (
+    BarReporter,
+    LineReporter,
+    Reporter,
+    SilentReporter,
+    format_matrix,
+    format_summary,
+    make_reporter,
+)
+
+METRICS = {
+    "tasks": ["spring", "a-long-name"],
+    "accuracy_matrix": [[0.25, None], [0.75, 0.5], [0.5, 1.0]],
+    "average_performance": 0.75,
+    "backward_transfer": -0.25,
+    "forward_transfer_zero_shot": None,
+    "forgetting": 0.25,
+    "learning_accuracy": 0.875,
+    "tokens_per_second": 1234.5,
+}
+SUMMARY = """\
+                   spring  a-long-name
+before             0.2500            -
+after spring       0.7500       0.5000
+after a-long-name  0.5000       1.0000
+
+average performance (AP)           0.7500
+backward transfer (BWT)            -0.2500
+forward transfer (FWT, zero-shot)  -
+forgetting                         0.2500
+learning accuracy                  0.8750
+tokens per second                  1234
+"""
+
+
+class Terminal(StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def tell_a_run(reporter: Reporter) -> None:
+    """What a coordinator tells of a run over two tasks."""
+    reporter.run_started(METRICS["tasks"], ranks=2)  # type: ignore[arg-type]
+    for index, name in enumerate(("spring", "a-long-name")):
+        reporter.task_started(index, name, steps=2)
+        for step in (1, 2):
+            reporter.step(step, loss=0.5, tokens_per_second=100.0, lr=1e-3)
+        reporter.evaluating(name)
+        reporter.task_finished(index, [0.75, None])
+    reporter.message("[bold]said as it is[/bold]")
+    reporter.run_finished(METRICS)
+    reporter.close()
+
+
+def test_the_end_of_a_run() -> None:
+    assert format_summary(METRICS) + "\n" == SUMMARY
+
+
+def test_a_matrix_that_is_not_full_yet() -> None:
+    assert format_matrix(["a"], [[0.5]]) == "             a\nbefore  0.5000"
+
+
+def test_only_the_first_rank_tells_and_a_terminal_gets_bars() -> None:
+    assert isinstance(make_reporter(0, Terminal()), BarReporter)
+    assert isinstance(make_reporter(0, StringIO()), LineReporter)
+    for stream in (Terminal(), StringIO()):
+        assert isinstance(make_reporter(1, stream), SilentReporter)
+        tell_a_run(make_reporter(1, stream))
+        assert stream.getvalue() == ""
+
+
+def test_lines_of_a_run() -> None:
+    stream = StringIO()
+    tell_a_run(LineReporter(stream, Clock()))
+    lines = stream.getvalue().splitlines()
+    assert lines[:6] == [
+        "2 tasks on 2 ranks: spring, a-long-name",
+        "task 1/2 spring: 2 steps",
+        "  step 1/2  loss 0.5000  100 tokens/s  lr 0.001",
+        "  step 2/2  loss 0.5000  100 tokens/s  lr 0.001  0 s left",
+        "  evaluating spring",
+        "after spring: spring 0.7500",
+    ]
+    assert "[bold]said as it is[/bold]" in lines
+    assert stream.getvalue().endswith(SUMMARY)
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, list(range(100, 1001, 100))), (6.0, list(range(1, 1001)))])
+def test_a_line_is_due_at_every_tenth_and_every_few_seconds(seconds: float, steps: list[int]) -> None:
+    stream, clock = StringIO(), Clock()
+    reporter = LineReporter(stream, clock)
+    reporter.task_started(0, "spring", steps=1000)
+    for step in range(1, 1001):
+        clock.now += seconds
+        reporter.step(step, 0.5, 100.0, 1e-3)
+    told = [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()[1:]]
+    assert told == steps
+
+
+def test_the_time_left_is_reckoned_from_where_this_process_began() -> None:
+    stream, clock = StringIO(), Clock()
+    reporter = LineReporter(stream, clock)
+    reporter.task_started(0, "spring", steps=100)
+    for step, now in ((50, 1000.0), (60, 1020.0)):
+        clock.now = now
+        reporter.step(step, 0.5, 100.0, 1e-3)
+    assert stream.getvalue().splitlines()[-1].endswith("80 s left")
+
+
+def test_bars_of_a_run_leave_the_terminal_as_it_was() -> None:
+    stream = Terminal()
+    tell_a_run(BarReporter(Console(file=stream, force_terminal=True, width=120)))
+    text = stream.getvalue()
+    assert "2/2" in text
+    assert "loss 0.5000  100 tokens/s" in text
+    assert "evaluating a-long-name" in text
+    assert "[bold]said as it is[/bold]" in text
+    assert text.rstrip("\n").endswith(SUMMARY.splitlines()[-1])
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
