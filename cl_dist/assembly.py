@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.distributed import device
@@ -18,6 +20,7 @@ from cl_dist.methods.registry import build_methods
 from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.load import LoadedModel, load_model
 from cl_dist.models.lora import add_lora, load_adapter
+from cl_dist.models.structure import base_model
 from cl_dist.tasks.encode import Encoder, label_names
 from cl_dist.tasks.stream import load_stream
 from cl_dist.tasks.types import Task
@@ -72,7 +75,9 @@ def build_saved(recipe: Recipe, recipe_dir: Path, folder: Path) -> tuple[tuple[T
     loaded = load_model(
         source, len(names), zero3_config=None, dtype=_dtype(recipe), seed=recipe.train.seed, cache_dir=cache_folder()
     )
-    model = loaded.model if recipe.model.lora is None else load_adapter(loaded.model, folder)
+    model: torch.nn.Module = loaded.model
+    if source.lora is not None:
+        model = load_adapter(base_model(loaded.model), folder)
     encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
     evaluator = _evaluator(recipe, model.to(device()), loaded, encoder, names, synced=False)
     evaluator.check_modes(tasks)
@@ -92,9 +97,9 @@ def _load(recipe: Recipe, labels: int) -> LoadedModel:
         seed=recipe.train.seed,
         cache_dir=cache_folder(),
     )
-    model = loaded.model
+    model: PreTrainedModel | PeftModel = loaded.model
     if recipe.model.lora is not None:
-        model = add_lora(model, recipe.model.lora, loaded.objective, recipe.train.seed)
+        model = add_lora(base_model(loaded.model), recipe.model.lora, loaded.objective, recipe.train.seed)
     if recipe.train.activation_checkpointing:
         enable_activation_checkpointing(model)
     return LoadedModel(model, loaded.tokenizer, loaded.objective)

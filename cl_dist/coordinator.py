@@ -1,7 +1,8 @@
 """Steps through the stream: train a task, evaluate, save, go on. Knows tasks, not tensors.
 
-Every rank runs the same coordinator in one process group; rank 0 alone writes the run folder's JSON files. What is saved is saved
-before the manifest says so: after a kill at any moment the manifest names the newest state that is whole.
+Every rank runs the same coordinator in one process group; rank 0 alone writes the run folder's JSON files. What is
+saved is saved before the manifest says so: after a kill at any moment the manifest names the newest state that is
+whole.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
     for task in tasks:
         result = evaluator.evaluate(task)
         scores[task.name] = result.score
-        reporter.message(f"{task.name}: {result.score:.4f} ({result.metric} of {result.count} samples, by {result.mode})")
+        reporter.message(
+            f"{task.name}: {result.score:.4f} ({result.metric} of {result.count} samples, by {result.mode})"
+        )
         if rank == 0:
             write_predictions(folder.path / "evaluation" / f"{task.name}.jsonl", result.predictions)
     if rank == 0:
@@ -114,8 +117,8 @@ def _starting_manifest(folder: RunFolder, recipe: Recipe, world: int, resume: bo
         manifest = Manifest.read(folder.manifest)
     if manifest.world_size != world:
         raise BadInput(
-            f"--resume: the run in {folder.path} had {manifest.world_size} ranks and would now have {world}, which changes its "
-            f"global batch: start it with {manifest.world_size} (launch.processes)"
+            f"--resume: the run in {folder.path} had {manifest.world_size} ranks and would now have {world}, "
+            f"which changes its global batch: start it with {manifest.world_size} (launch.processes)"
         )
     torch.distributed.barrier()
     if not resume or manifest.status == "finished":
@@ -205,7 +208,9 @@ class Coordinator:
         return spent
 
     def _restore(self, place: TaskPlace) -> dict[str, Any]:
-        """Bring model and optimiser to where the manifest says the run is; return the saved JSON state ({}: task start)."""
+        """Bring model and optimiser to where the manifest says the run is; return the saved JSON state ({}: task
+        start).
+        """
         engine, entry = self.system.engine, self.ledger.manifest.checkpoint
         if entry is not None:
             state = load_snapshot(self.folder.path / entry.folder, engine.shards)
@@ -256,7 +261,9 @@ class Coordinator:
             if self.ledger.writer:
                 write_predictions(predictions / f"{task.name}.jsonl", result.predictions)
             extras = {"mode": result.mode, "metric": result.metric, "samples": result.count, **result.extras}
-            self.ledger.log(event="evaluation", folder=predictions.parent.name, task=task.name, score=result.score, **extras)
+            self.ledger.log(
+                event="evaluation", folder=predictions.parent.name, task=task.name, score=result.score, **extras
+            )
         return tuple(row)
 
     def _export(self, path: Path) -> None:

@@ -12,10 +12,10 @@ def row_magnitude(
 
     Args:
         output: `(..., out_features)`, floating: the layer's output Y for all tokens of a micro-batch.
-        token_mask: bool, of the leading shape of `output` (or broadcastable from its batch dimensions); tokens marked False are
-            left out. None counts every token.
-        per_token: Divide each token's absolute outputs by their sum before adding them up; a token whose outputs are all zero
-            adds zero. False adds the absolute outputs as they are (the reference code's definition).
+        token_mask: bool, of the leading shape of `output` (or broadcastable from its batch dimensions); tokens marked
+            False are left out. None counts every token.
+        per_token: Divide each token's absolute outputs by their sum before adding them up; a token whose outputs are
+            all zero adds zero. False adds the absolute outputs as they are (the reference code's definition).
 
     Returns:
         `(out_features,)` float64. Double precision so that the order of summation, hence the number of ranks, does not

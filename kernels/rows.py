@@ -1,7 +1,7 @@
 """Row arithmetic of flat shards: which rows of a matrix does a piece of the flattened matrix hold?
 
-ZeRO cuts the flattened parameters of a model at arbitrary places, so that the first and the last row of a rank's piece may be
-partial. Every function here is plain integer arithmetic; nothing is allocated or copied.
+ZeRO cuts the flattened parameters of a model at arbitrary places, so that the first and the last row of a rank's piece
+may be partial. Every function here is plain integer arithmetic; nothing is allocated or copied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class RowSegment(NamedTuple):
 
     row: int
     """First row of the matrix in this segment."""
-    count: int
+    rows: int
     """Number of rows."""
     offset: int
     """Where the segment starts in the flat piece, in elements."""
@@ -25,8 +25,8 @@ class RowSegment(NamedTuple):
     """Elements per row: the row length, or less for a partial first or last row."""
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return the segment of `flat` (1-D, any dtype) as a `(count, width)` view."""
-        return flat.narrow(0, self.offset, self.count * self.width).view(self.count, self.width)
+        """Return the segment of `flat` (1-D, any dtype) as a `(rows, width)` view."""
+        return flat.narrow(0, self.offset, self.rows * self.width).view(self.rows, self.width)
 
 
 def row_segments(start: int, numel: int, row_length: int) -> list[RowSegment]:

@@ -1,7 +1,7 @@
 """The truth that distributed training is held against: MIGU on one process, in plain PyTorch.
 
-Written from the formulas (arXiv 2406.17245) without a line of cl_dist: hooks keep whole outputs, `torch.quantile` finds the
-threshold, `.grad` is masked in place. Slow, and easy to believe.
+Written from the formulas (arXiv 2406.17245) without a line of cl_dist: hooks keep whole outputs, `torch.quantile` finds
+the threshold, `.grad` is masked in place. Slow, and easy to believe.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Dense:
         rest = [p for p in self.masters.values() if p.ndim < 2]
         s = self.settings
         self.optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}], lr=s.lr, eps=s.eps
+            [{"params": decay, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+            lr=s.lr,
+            eps=s.eps,
         )
         self.magnitudes: dict[str, torch.Tensor] = {}
         self.keep: dict[str, torch.Tensor] = {}

@@ -1,8 +1,8 @@
 """Starts `cl-dist` ranks quickly: a process that has imported everything once and forks a rank whenever it is asked to.
 
-Importing torch, transformers, deepspeed and peft takes longer than the tiny runs of the tests. The forked ranks are real processes
-with the environment that torchrun would give them; they run the real command line. The parent never computes anything, so
-that no thread is lost in the fork.
+Importing torch, transformers, deepspeed and peft takes longer than the tiny runs of the tests. The forked ranks are
+real processes with the environment that torchrun would give them; they run the real command line. The parent never
+computes anything, so that no thread is lost in the fork.
 """
 
 from __future__ import annotations
@@ -48,9 +48,18 @@ class Zygote:
     def run(
         self, argv: list[str], folder: Path, world: int = 1, fault: dict[str, Any] | None = None, timeout: float = 180.0
     ) -> Outcome:
-        """Run `cl-dist ARGV` on `world` ranks; output goes to files in `folder`. `fault` is for `tests.faults.moments`."""
-        job = {"argv": argv, "folder": str(folder), "world": world, "fault": fault, "timeout": timeout, "port": free_port()}
-        assert self._process.stdin is not None and self._process.stdout is not None
+        """Run `cl-dist ARGV` on `world` ranks; output goes to files in `folder`. `fault` is for
+        `tests.faults.moments`."""
+        job = {
+            "argv": argv,
+            "folder": str(folder),
+            "world": world,
+            "fault": fault,
+            "timeout": timeout,
+            "port": free_port(),
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         codes = json.loads(self._process.stdout.readline())
@@ -87,7 +96,7 @@ def _fork(job: dict[str, Any], rank: int) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         code = _be_rank(job, rank)
-    except BaseException:  # noqa: BLE001 - a forked child must never return into the parent's loop
+    except BaseException:
         import traceback
 
         traceback.print_exc()

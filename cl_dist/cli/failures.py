@@ -16,7 +16,9 @@ from cl_dist.launch.environment import find_ranks
 def guarded(arguments: Namespace) -> int:
     """Run the parsed command; turn whatever it raises into a message and an exit code."""
     try:
-        return int(arguments.command(arguments))
+        code = int(arguments.command(arguments))
+        sys.stdout.flush()  # here, where a closed pipe is understood, rather than when Python exits
+        return code
     except ClDistError as error:
         return _end(error.exit_code, str(error), arguments.debug)
     except KeyboardInterrupt:

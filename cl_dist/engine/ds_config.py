@@ -13,7 +13,9 @@ CPU_BUCKET_ELEMENTS = 20_000_000
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    """Return DeepSpeed's configuration; raw settings of `zero.deepspeed` are merged in last (the recipe refuses owned ones)."""
+    """Return DeepSpeed's configuration; raw settings of `zero.deepspeed` are merged in last (the recipe refuses owned
+    ones).
+    """
     train = recipe.train
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,

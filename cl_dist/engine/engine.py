@@ -16,6 +16,7 @@ from cl_dist.engine.optimizer import build_adamw, learning_rate
 from cl_dist.errors import ClDistError
 from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.models.load import LoadedModel
+from cl_dist.models.structure import base_model
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import ShardView, check_deepspeed
 from cl_dist.tasks.collate import Batch
@@ -53,14 +54,15 @@ class TrainingEngine:
     def _build(self, model: torch.nn.Module) -> None:
         import deepspeed
 
-        model.config.use_cache = False
+        base = base_model(model)
+        base.config.use_cache = False
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_adamw(model, self.recipe.train),
             config=deepspeed_config(self.recipe),
             dist_init_required=False,
         )
-        self._keeps_logits = keeps_logits(model)
+        self._keeps_logits = keeps_logits(base)
         self.shards = ShardView(self._engine)
         self.shards.allocate_moments(step=0)
         self.shards.on_boundary(self._before_update, self._after_update)

@@ -24,8 +24,8 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
     """Return the positions whose logits predict a target somewhere in a decoder's batch, `(kept,)` int64, never empty.
 
-    Position t predicts the label at t + 1. Answers are short and prompts long, so the output head runs over a few positions
-    instead of all.
+    Position t predicts the label at t + 1. Answers are short and prompts long, so the output head runs over a few
+    positions instead of all.
 
     Args:
         labels: `(batch, length)` int64, not shifted.
@@ -36,5 +36,4 @@ def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
 
 def keeps_logits(model: torch.nn.Module) -> bool:
     """Whether the model's forward can compute logits at chosen positions only (`logits_to_keep`)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    return "logits_to_keep" in inspect.signature(model.forward).parameters

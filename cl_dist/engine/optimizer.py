@@ -13,8 +13,8 @@ from cl_dist.config.schema import TrainConfig
 def build_adamw(model: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """Build AdamW over the trainable parameters, weight decay on matrices only.
 
-    The learning rate starts at zero: DeepSpeed's stage 0 in bfloat16 takes a step on zero gradients while it initialises, which
-    would otherwise already decay the weights. Every training step sets its own rate.
+    The learning rate starts at zero: DeepSpeed's stage 0 in bfloat16 takes a step on zero gradients while it
+    initialises, which would otherwise already decay the weights. Every training step sets its own rate.
     """
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -36,7 +36,9 @@ def _is_decayed(name: str, param: torch.nn.Parameter) -> bool:
 
 
 def learning_rate(train: TrainConfig, step: int, total: int) -> float:
-    """Return the rate of optimiser step `step` (0-based) of a task with `total` steps: linear warm-up, then the schedule."""
+    """Return the rate of optimiser step `step` (0-based) of a task with `total` steps: linear warm-up, then the
+    schedule.
+    """
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps
     progress = (step - train.warmup_steps) / max(1, total - train.warmup_steps)

@@ -7,7 +7,9 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars of transformers and datasets, DeepSpeed's narration and one notice about torch's own API."""
+    """Silence progress bars of transformers and datasets, DeepSpeed's narration and one notice about torch's own
+    API.
+    """
     import datasets
     import transformers
 

@@ -1,8 +1,8 @@
 """A check that costs no collective of its own: did all ranks choose the same rows in the last step?
 
-Each rank appends two numbers to a sum all-reduce that happens anyway: a fingerprint h of its masks and h squared. By the
-Cauchy-Schwarz inequality n * sum(h^2) = (sum h)^2 exactly when all n fingerprints are equal; fingerprints are integers small enough
-for double precision to be exact. A disagreement is thus seen one step later.
+Each rank appends two numbers to a sum all-reduce that happens anyway: a fingerprint h of its masks and h squared. By
+the Cauchy-Schwarz inequality n * sum(h^2) = (sum h)^2 exactly when all n fingerprints are equal; fingerprints are
+integers small enough for double precision to be exact. A disagreement is thus seen one step later.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class TaskPlace:
 
 
 class Method:
-    """A continual-learning method. The engine calls the moments in this order in every run:
+    """A continual-learning method; the engine calls its moments in the same order in every run.
 
     `attach`, then for each task `before_task`, for each step (`before_forward`, `before_backward`) per micro-batch,
     `before_update`, `after_update`, and finally `after_task`.

@@ -1,7 +1,7 @@
 """MIGU: update only the rows of each linear layer whose outputs are largest in magnitude (arXiv 2406.17245).
 
-Magnitudes are summed while the forward passes of a step run; once its gradients are reduced, one all-reduce makes the sums
-global, the top rows of every layer are kept, and the other rows' gradients are zeroed in this rank's shards.
+Magnitudes are summed while the forward passes of a step run; once its gradients are reduced, one all-reduce makes the
+sums global, the top rows of every layer are kept, and the other rows' gradients are zeroed in this rank's shards.
 """
 
 from __future__ import annotations

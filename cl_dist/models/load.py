@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -51,7 +52,7 @@ AUTO_CLASSES: dict[Objective, Any] = {
 class LoadedModel:
     """A model ready for adapters and an engine."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     objective: Objective
     """What the model is trained to do, resolved: never `auto`."""

@@ -1,7 +1,7 @@
 """Does the installed DeepSpeed look the way this package relies on?
 
-Gradient shards, master weights and moments live in private attributes of DeepSpeed. They are named here once; a release in
-which one is missing is refused at start-up, instead of training with a mask that silently does nothing.
+Gradient shards, master weights and moments live in private attributes of DeepSpeed. They are named here once; a release
+in which one is missing is refused at start-up, instead of training with a mask that silently does nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def check_deepspeed() -> list[str]:
     problems = []
     version = metadata.version("deepspeed").split("+")[0]
     if version != DEEPSPEED_VERSION:
-        problems.append(f"deepspeed {version} is installed; this release of cl_dist reads the shards of {DEEPSPEED_VERSION}")
+        problems.append(
+            f"deepspeed {version} is installed; this release of cl_dist reads the shards of {DEEPSPEED_VERSION}"
+        )
     return problems + _missing_attributes(Path(spec.origin).parent)
 
 
@@ -58,4 +60,3 @@ def _missing_attributes(root: Path) -> list[str]:
         if missing:
             problems.append(f"deepspeed/{name} lacks {', '.join(missing)}, which cl_dist.sharding reads")
     return problems
-

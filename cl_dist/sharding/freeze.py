@@ -1,8 +1,8 @@
 """Keep chosen rows bit for bit through an optimiser step: weights and both moments.
 
-A zero gradient does not stop AdamW: momentum and decoupled weight decay still move a row. The rows are therefore saved before
-the inner optimiser steps and put back right after, before DeepSpeed copies the masters into the model's weights. ZeRO steps its
-inner optimiser once per parameter group (or sub-group), so the hooks touch only what is being stepped.
+A zero gradient does not stop AdamW: momentum and decoupled weight decay still move a row. The rows are therefore saved
+before the inner optimiser steps and put back right after, before DeepSpeed copies the masters into the model's weights.
+ZeRO steps its inner optimiser once per parameter group (or sub-group), so the hooks touch only what is being stepped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RowFreezer:
     def __init__(self, shards: ShardView) -> None:
         self._shards = shards
         self._keep: Mapping[str, torch.Tensor] = {}
-        self._saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        self._saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         inner = shards.layout.inner
         self._handles = [inner.register_step_pre_hook(self._save), inner.register_step_post_hook(self._restore)]
 
@@ -43,8 +43,8 @@ class RowFreezer:
     def _save(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
         for name, keep in self._keep.items():
-            found = self._shards.layout.address(self._shards.params[name])
-            if found is not None and id(found[0]) in stepped:
+            at = self._shards.layout.address(self._shards.params[name])
+            if at is not None and id(at.flat) in stepped:
                 self._save_parameter(name, keep)
 
     def _save_parameter(self, name: str, keep: torch.Tensor) -> None:
@@ -61,7 +61,7 @@ class RowFreezer:
         shape = self._shards.shape(name)
         length = shape.numel() // shape[0]
         segments = row_segments(shard.start, shard.data.numel(), length)
-        return [(segment.view(shard.data), ~keep.narrow(0, segment.row, segment.count)) for segment in segments]
+        return [(segment.view(shard.data), ~keep.narrow(0, segment.row, segment.rows)) for segment in segments]
 
     def _restore(self, *_: Any) -> None:
         for rows, dropped, before in self._saved:

@@ -1,25 +1,42 @@
 """Where DeepSpeed keeps the pieces of the training state, one class per layout.
 
-Facts about deepspeed 0.19.8 (private attributes; `check.py` names them, tests/sharding holds them against a dense oracle):
+Facts about deepspeed 0.19.8 (private attributes; `check.py` names them, tests/distributed holds them against a dense
+oracle):
 
 - stage 0: `param.grad`; in float32 the parameter is its own master, in bfloat16 `fp32_groups` holds the masters;
-- stages 1 and 2: a rank owns one contiguous piece of each flattened parameter group; `param._hp_mapping` says which part of
-  the parameter lies in it (None: nothing) and finds the reduced gradient; with offload the gradient lies in the flat
-  partition's `.grad`, and clipping uses norms cached per parameter;
-- stage 1, bfloat16 with float32 accumulation (`BF16_Optimizer`): the reduced gradient `param._hp_grad` is whole on every rank;
-- stage 3: every parameter is cut into equal pieces, padded at the end; `grad_position` finds the piece in the flat sub-groups.
+- stages 1 and 2: a rank owns one contiguous piece of each flattened parameter group; `param._hp_mapping` says which
+  part of the parameter lies in it (None: nothing) and finds the reduced gradient; with offload the gradient lies in the
+  flat partition's `.grad`, and clipping uses norms cached per parameter;
+- stage 1, bfloat16 with float32 accumulation (`BF16_Optimizer`): the reduced gradient `param._hp_grad` is whole on
+  every rank;
+- stage 3: every parameter is cut into equal pieces, padded at the end; `grad_position` finds the piece in the flat
+  sub-groups.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from typing_extensions import override
 
 from cl_dist.sharding.shard import Shard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Address(NamedTuple):
+    """Where this rank's piece of a parameter lies among the tensors that the inner optimiser steps on."""
+
+    flat: torch.Tensor
+    """Float32 tensor that holds the piece."""
+    offset: int
+    """First element of the piece in `flat`."""
+    start: int
+    """First element of the piece in the flattened parameter."""
+    numel: int
+    """Elements of the piece."""
 
 
 class Layout(ABC):
@@ -38,8 +55,8 @@ class Layout(ABC):
         """View of the reduced gradient at the accumulation boundary; None where this rank holds nothing of it."""
 
     @abstractmethod
-    def address(self, param: torch.nn.Parameter) -> tuple[torch.Tensor, int, int, int] | None:
-        """Return (flat float32 tensor, offset in it, start in the parameter, elements); None where this rank owns nothing."""
+    def address(self, param: torch.nn.Parameter) -> Address | None:
+        """Where the master weight lies; None where this rank owns nothing of it."""
 
     @abstractmethod
     def publish(self) -> None:
@@ -50,20 +67,22 @@ class Layout(ABC):
 
     def master(self, param: torch.nn.Parameter) -> Shard | None:
         """View of the float32 master weight."""
-        found = self.address(param)
-        if found is None:
+        at = self.address(param)
+        if at is None:
             return None
-        flat, offset, start, numel = found
-        return Shard(start, flat.detach().view(-1).narrow(0, offset, numel))
+        return Shard(at.start, at.flat.detach().view(-1).narrow(0, at.offset, at.numel))
 
     def moments(self, param: torch.nn.Parameter) -> dict[str, Shard]:
         """Views of the optimiser's moments by name; empty before they exist or where this rank owns nothing."""
-        found = self.address(param)
-        if found is None:
+        at = self.address(param)
+        if at is None:
             return {}
-        flat, offset, start, numel = found
-        state = self.inner.state.get(flat, {})
-        return {name: Shard(start, state[name].view(-1).narrow(0, offset, numel)) for name in MOMENTS if name in state}
+        state = self.inner.state.get(at.flat, {})
+        return {
+            name: Shard(at.start, state[name].view(-1).narrow(0, at.offset, at.numel))
+            for name in MOMENTS
+            if name in state
+        }
 
     @abstractmethod
     def flat_tensors(self) -> list[torch.Tensor]:
@@ -82,16 +101,20 @@ class Replicated(Layout):
             for low, high in zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True):
                 self._masters.update(zip(low, high, strict=True))
 
+    @override
     def gradient(self, param: torch.nn.Parameter) -> Shard | None:
         return None if param.grad is None else Shard(0, param.grad.view(-1))
 
-    def address(self, param: torch.nn.Parameter) -> tuple[torch.Tensor, int, int, int] | None:
-        return self._masters.get(param, param), 0, 0, param.numel()
+    @override
+    def address(self, param: torch.nn.Parameter) -> Address | None:
+        return Address(self._masters.get(param, param), 0, 0, param.numel())
 
+    @override
     def publish(self) -> None:
         for low, high in self._masters.items():
             low.data.copy_(high.data)
 
+    @override
     def flat_tensors(self) -> list[torch.Tensor]:
         return [param for group in self.inner.param_groups for param in group["params"]]
 
@@ -99,6 +122,7 @@ class Replicated(Layout):
 class FlatGroups(Layout):
     """Stages 1 and 2: each rank owns one piece of every flattened parameter group."""
 
+    @override
     def gradient(self, param: torch.nn.Parameter) -> Shard | None:
         mapping = param._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
@@ -106,21 +130,26 @@ class FlatGroups(Layout):
         fragment = mapping.get_lp_grad_fragment(param._index_in_param_group)  # type: ignore[attr-defined]
         return Shard(mapping.lp_fragment_address.start, fragment.view(-1))
 
+    @override
     def gradient_changed(self, param: torch.nn.Parameter) -> None:
         shard = self.gradient(param) if self.zero.cpu_offload else None
         if shard is not None:
             self.zero.norm_for_param_grads[self.zero.get_param_id(param)] = shard.data.double().norm(2)
 
-    def address(self, param: torch.nn.Parameter) -> tuple[torch.Tensor, int, int, int] | None:
+    @override
+    def address(self, param: torch.nn.Parameter) -> Address | None:
         mapping = param._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return None
         flat = self.flat_tensors()[mapping.param_group_index]
-        return flat, mapping.hp_fragment_address.start, mapping.lp_fragment_address.start, mapping.hp_fragment_address.numel
+        master = mapping.hp_fragment_address
+        return Address(flat, master.start, mapping.lp_fragment_address.start, master.numel)
 
+    @override
     def publish(self) -> None:
         self.zero.update_lp_params()
 
+    @override
     def flat_tensors(self) -> list[torch.Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
 
@@ -128,13 +157,16 @@ class FlatGroups(Layout):
 class WholeGradient(FlatGroups):
     """Stage 1 in bfloat16 with float32 accumulation: masters as in `FlatGroups`, the gradient whole on every rank."""
 
+    @override
     def gradient(self, param: torch.nn.Parameter) -> Shard | None:
         gradient = getattr(param, "_hp_grad", None)
         return None if gradient is None else Shard(0, gradient.view(-1))
 
+    @override
     def gradient_changed(self, param: torch.nn.Parameter) -> None:
         return
 
+    @override
     def flat_tensors(self) -> list[torch.Tensor]:
         return list(self.zero.fp32_groups_flat_partition)
 
@@ -142,28 +174,33 @@ class WholeGradient(FlatGroups):
 class Partitioned(Layout):
     """Stage 3: every parameter is cut into one piece per rank."""
 
+    @override
     def gradient(self, param: torch.nn.Parameter) -> Shard | None:
         flat, _ = self.zero._get_fp32_grad_state_partition(param=param, release_swap_buffers=True)
         start, numel = self._owned(param)
         return Shard(start, flat.view(-1).narrow(0, 0, numel)) if numel else None
 
+    @override
     def gradient_changed(self, param: torch.nn.Parameter) -> None:
         if self.zero.offload_optimizer:
             shard = self.gradient(param)
             norm = torch.zeros(()) if shard is None else shard.data.double().norm(2)
             self.zero.norm_for_param_grads[self.zero.get_param_id(param)] = norm
 
-    def address(self, param: torch.nn.Parameter) -> tuple[torch.Tensor, int, int, int] | None:
+    @override
+    def address(self, param: torch.nn.Parameter) -> Address | None:
         group, offset, _ = self.zero.grad_position[self.zero.get_param_id(param)]
         start, numel = self._owned(param)
-        return (self.flat_tensors()[group], offset, start, numel) if numel else None
+        return Address(self.flat_tensors()[group], offset, start, numel) if numel else None
 
+    @override
     def publish(self) -> None:
         for group in range(len(self.flat_tensors())):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
+    @override
     def flat_tensors(self) -> list[torch.Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
 

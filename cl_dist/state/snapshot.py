@@ -1,8 +1,8 @@
 """The training state of all ranks in one folder: what a run resumes from.
 
-`state.json` says where the run was; the spans (see `spans.py`) hold float32 master weights and, where wanted, AdamW's moments, by
-parameter name and position, so that another number of ranks or another ZeRO stage can read them. Random numbers and the data
-order are functions of the recipe and the step, and need no state.
+`state.json` says where the run was; the spans (see `spans.py`) hold float32 master weights and, where wanted, AdamW's
+moments, by parameter name and position, so that another number of ranks or another ZeRO stage can read them. Random
+numbers and the data order are functions of the recipe and the step, and need no state.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def _spans(shards: ShardView, moments: bool) -> dict[str, dict[str, Span]]:
 
 
 def load_snapshot(folder: Path, shards: ShardView) -> dict[str, Any]:
-    """Fill this rank's masters (and moments, where kept; else zeros) from `folder` and publish the weights (collective).
+    """Fill this rank's masters (and moments, where kept; else zeros) from `folder` and publish the weights
+    (collective).
 
     Returns:
         The JSON values that were saved.

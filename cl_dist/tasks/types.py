@@ -14,7 +14,9 @@ Kind = Literal["classification", "generation", "text"]
 
 @dataclass(frozen=True)
 class Example:
-    """One record: the prompt that the model sees and the answer that it should give (`text`: prompt empty, answer the text)."""
+    """One record: the prompt that the model sees and the answer that it should give (`text`: prompt empty, answer the
+    text).
+    """
 
     prompt: str
     answer: str
@@ -40,7 +42,8 @@ class Encoded:
     """Position in the task's split; -1 marks a filler that evens out ranks and is counted nowhere."""
     input_ids: list[int]
     labels: list[int]
-    """causal_lm and masked_lm: as long as input_ids, IGNORE where there is no loss (not shifted). seq2seq_lm: the answer.
+    """causal_lm and masked_lm: as long as input_ids, IGNORE where there is no loss (not shifted). seq2seq_lm: the
+    answer.
     classification: one number, the label's index in the stream-wide label list."""
 
     @property

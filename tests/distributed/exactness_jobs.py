@@ -32,9 +32,9 @@ class Case:
 
     def __init__(
         self, stage: int, dtype: str = "float32", accumulation: int = 1, clip: float | None = None, decay: float = 0.0,
-        recompute: bool = False, mask: str = "gradient", family: str = "llama", magnitude: str = "per_token", steps: int = 3,
-        offload: bool = False, threshold: float = 0.7, masked: bool = True, deepspeed: dict[str, Any] | None = None,
-        eps: float = 1e-2,
+        recompute: bool = False, mask: str = "gradient", family: str = "llama", magnitude: str = "per_token",
+        steps: int = 3, offload: bool = False, threshold: float = 0.7, masked: bool = True,
+        deepspeed: dict[str, Any] | None = None, eps: float = 1e-2,
     ) -> None:  # fmt: skip
         self.family, self.steps, self.accumulation, self.dtype = family, steps, accumulation, dtype
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -50,7 +50,11 @@ class Case:
             output_dir="unused",
         )  # fmt: skip
         self.config = MiguConfig(
-            name="migu", mask=mask, magnitude=magnitude, threshold=threshold, first_task="masked" if masked else "dense"  # type: ignore[arg-type]
+            name="migu",
+            mask=mask,
+            magnitude=magnitude,
+            threshold=threshold,
+            first_task="masked" if masked else "dense",  # type: ignore[arg-type]
         )
         model = odd_model(family).to(getattr(torch, dtype))
         dense = copy.deepcopy(model)

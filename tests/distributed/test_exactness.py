@@ -46,7 +46,11 @@ SPECIAL: list[dict[str, Any]] = [
     {"stage": 3, "threshold": 0.0},
     {"stage": 2, "masked": False, "clip": 0.1, "decay": 0.1},
     {"stage": 1, "dtype": "bfloat16", "clip": 0.1, "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}}},
-    {"stage": 2, "clip": 0.1, "deepspeed": {"zero_optimization": {"reduce_bucket_size": 500, "allgather_bucket_size": 500}}},
+    {
+        "stage": 2,
+        "clip": 0.1,
+        "deepspeed": {"zero_optimization": {"reduce_bucket_size": 500, "allgather_bucket_size": 500}},
+    },
     {"stage": 3, "clip": 0.1, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}},
 ]
 CASES = PAIRED + SPECIAL

@@ -1,4 +1,5 @@
-"""What the distributed tests train: tiny models of odd shapes, fixed batches, and whole tensors put together from shards."""
+"""What the distributed tests train: tiny models of odd shapes, fixed batches, and whole tensors put together from
+shards."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def odd_model(family: str, seed: int = 0) -> torch.nn.Module:
     if family == "llama":
         config: Any = LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=33, intermediate_size=47, num_hidden_layers=2, num_attention_heads=3,
-            num_key_value_heads=1, head_dim=10, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            num_key_value_heads=1, head_dim=10, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2,
         )  # fmt: skip
         return LlamaForCausalLM(config)
     if family == "t5":
@@ -85,7 +87,8 @@ def mean_loss(batch: Batch, family: str, targets: int) -> Any:
 
 
 def whole(shards: ShardView, quantity: str) -> dict[str, torch.Tensor]:
-    """Put `master`, `exp_avg` or `exp_avg_sq` together from all ranks' shards, by parameter name, in the parameter's shape."""
+    """Put `master`, `exp_avg` or `exp_avg_sq` together from all ranks' shards, by parameter name, in the parameter's
+    shape."""
     mine = {}
     for name in shards.names:
         shard = shards.master(name) if quantity == "master" else shards.moments(name).get(quantity)

@@ -71,10 +71,10 @@ def tasks_of(case: dict[str, Any]) -> list[Task]:
 def evaluator(
     loaded: LoadedModel, model: nn.Module, case: dict[str, Any], rank: int = 0, world: int = 1, synced: bool = False
 ) -> Evaluator:
-    """An evaluator of the case's tasks with batches of three."""
+    """An evaluator of the case's tasks, with batches of three unless the case says otherwise."""
     names = label_names(tasks_of(case))
     encoder = Encoder(loaded.tokenizer, loaded.objective, TrainConfig(max_length=48, max_target_length=16), names)
-    config = EvalConfig(batch_size=3, max_new_tokens=6, mode=case.get("mode", "auto"))
+    config = EvalConfig(batch_size=case.get("batch_size", 3), max_new_tokens=6, mode=case.get("mode", "auto"))
     return Evaluator(model, loaded.tokenizer, loaded.objective, encoder, names, config, rank, world, synced)
 
 

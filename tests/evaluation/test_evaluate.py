@@ -213,7 +213,7 @@ CASES: list[dict[str, Any]] = [
     *[{"model": LLAMA, "tasks": [*KINDS, ["text", 20]], "stage": stage} for stage in (2, 3)],
     {"model": LLAMA, "tasks": KINDS, "stage": 3, "lora": True},
     {"model": T5, "tasks": KINDS, "stage": 3},
-    {"model": T5, "tasks": KINDS, "stage": 3, "lora": True},
+    {"model": T5, "tasks": KINDS, "stage": 3, "lora": True, "batch_size": 1},  # one answer ends while another goes on
     {"model": ROBERTA, "tasks": KINDS[:2], "stage": 3},
     {"model": ROBERTA, "tasks": [["text", 20]], "stage": 3, "objective": "masked_lm"},
 ]

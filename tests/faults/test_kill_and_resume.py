@@ -18,7 +18,8 @@ EVERY = 3
 
 
 def recipe(folder: Path) -> Path:
-    """Two tasks of eight steps with a checkpoint after every third, dropout in the adapters to make randomness matter."""
+    """Two tasks of eight steps with a checkpoint after every third, dropout in the adapters to make randomness
+    matter."""
     return write_recipe(
         folder,
         model={"lora": {"r": 4, "dropout": 0.1}},
@@ -104,4 +105,7 @@ def test_resuming_a_finished_run_changes_nothing(zygote: Zygote, undisturbed: Pa
     outcome = zygote.run(["run", str(path), "--resume"], tmp_path, world=2)
     assert outcome.codes == [0, 0]
     assert "finished already" in outcome.output[0]
-    assert json.loads(before)["accuracy_matrix"] == json.loads((undisturbed / "metrics.json").read_text())["accuracy_matrix"]
+    assert (
+        json.loads(before)["accuracy_matrix"]
+        == json.loads((undisturbed / "metrics.json").read_text())["accuracy_matrix"]
+    )

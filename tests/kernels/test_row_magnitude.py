@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from cl_dist.kernels import row_magnitude
 
 

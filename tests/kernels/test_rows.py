@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from cl_dist.kernels import apply_row_mask_, row_segments
 from hypothesis import given
 from hypothesis import strategies as st
-
-from cl_dist.kernels import apply_row_mask_, row_segments
 
 sizes = st.integers(1, 9)
 
@@ -18,10 +17,10 @@ def test_segments_cover_every_element_once_in_its_row(rows: int, length: int, da
     piece = torch.full((numel,), -1)
     segments = row_segments(start, numel, length)
     for segment in segments:
-        segment.view(piece).copy_(torch.arange(segment.row, segment.row + segment.count).unsqueeze(1))
+        segment.view(piece).copy_(torch.arange(segment.row, segment.row + segment.rows).unsqueeze(1))
     assert torch.equal(piece, row_of[start : start + numel])
     assert len(segments) <= 3
-    assert sum(segment.count * segment.width for segment in segments) == numel
+    assert sum(segment.rows * segment.width for segment in segments) == numel
 
 
 @given(rows=sizes, length=sizes, data=st.data())

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
+from cl_dist.kernels import kept_rows, topk_row_mask
 from hypothesis import given
 from hypothesis import strategies as st
-
-from cl_dist.kernels import kept_rows, topk_row_mask
 
 thresholds = st.floats(0, 0.999, allow_nan=False)
 

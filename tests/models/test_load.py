@@ -212,6 +212,8 @@ def test_a_gguf_file_is_the_model_that_it_holds(load: Loader, gguf_folder: Path)
     text = "Caffè, 2 + 2"
     assert loaded.tokenizer.decode(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert (loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id) == (0, 2)
+    names = {loaded.model.name_or_path, loaded.model.config._name_or_path, loaded.tokenizer.name_or_path}
+    assert names == {str(gguf_folder)}, "nothing says where the converted copy is"
 
 
 def test_a_gguf_file_is_converted_once_and_again_when_it_changes(gguf_folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
+from transformers import XLMConfig, XLMForSequenceClassification
 
 from cl_dist.config.schema import BUILTIN_MODELS, LoraConfig
 from cl_dist.errors import BadInput
@@ -39,6 +40,16 @@ def test_all_linear_is_every_layer_but_the_head(load: Loader, name: str) -> None
         assert len(heads) == 4
     else:
         assert not heads
+
+
+def test_a_head_that_peft_does_not_know_is_trained() -> None:
+    """peft looks for `classifier` and `score`; XLM's head has another name, and would be frozen as it was drawn."""
+    config = XLMConfig(vocab_size=30, emb_dim=16, n_layers=1, n_heads=2, num_labels=3)
+    model = add_lora(XLMForSequenceClassification(config), LoraConfig(r=2), "classification", SEED)
+    heads = {name for name in trained_names(model) if ".lora_" not in name}
+    assert heads == {
+        f"base_model.model.sequence_summary.modules_to_save.default.summary.{part}" for part in ("weight", "bias")
+    }
 
 
 def test_the_masked_lm_head_gets_no_adapter(load: Loader) -> None:

@@ -42,9 +42,12 @@ def test_both_stages_train_the_same_weights(zygote: Zygote, tmp_path: Path, fami
         two, three = (load_file(run / "tasks" / task / "model" / name) for run in runs)
         assert two.keys() == three.keys()
         for key, tensor in two.items():
-            torch.testing.assert_close(tensor, three[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(
+                tensor, three[key], rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
     matrix = json.loads((runs[0] / "metrics.json").read_text())["accuracy_matrix"]
-    assert len(matrix) == 3 and all(0 <= score <= 1 for row in matrix for score in row)
+    assert len(matrix) == 3
+    assert all(0 <= score <= 1 for row in matrix for score in row)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "roberta"])
@@ -66,4 +69,5 @@ def test_a_saved_adapter_loads_with_peft_alone(zygote: Zygote, tmp_path: Path) -
     folder = tmp_path / "run" / "tasks" / "02-summer" / "model"
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     moved = [float(p.detach().abs().max()) for n, p in model.named_parameters() if ".lora_B." in n]
-    assert len(moved) == 14 and max(moved) > 0
+    assert len(moved) == 14
+    assert max(moved) > 0

@@ -30,7 +30,12 @@ def slow_recipe(folder: Path) -> Path:
 def start(argv: list[str], folder: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        [sys.executable, *argv], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, *argv],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -101,7 +106,8 @@ def test_a_rank_killed_takes_the_job_down_with_its_message_last(tmp_path: Path) 
     victim.kill()
     output, _ = launcher.communicate(timeout=30)
     assert launcher.returncode == 1, output
-    assert "rank 1" in output.splitlines()[-1] and "SIGKILL" in output.splitlines()[-1]
+    assert "rank 1" in output.splitlines()[-1]
+    assert "SIGKILL" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -110,7 +116,8 @@ def test_under_other_launchers_the_weights_are_the_same(tmp_path: Path, undistur
     command = {
         "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m", "cl_dist"],
         "deepspeed": [
-            "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators=2", f"--master_port={port}", "--module", "cl_dist",
+            "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators=2", f"--master_port={port}",
+            "--module", "cl_dist",
         ],
     }[launcher]  # fmt: skip
     process = start([*command, "run", str(recipe)], tmp_path)
