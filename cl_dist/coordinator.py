@@ -63,8 +63,8 @@ def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter) -
         BadInput: The recipe, its data or its model is not usable, or another run holds the folder.
         Interrupted: A signal asked the run to stop; its state is saved.
     """
-    quiet_libraries()
     rank, world = join(recipe.launch.timeout_seconds)
+    quiet_libraries(rank)
     folder = RunFolder(Path(recipe.output_dir))
     with ExitStack() as stack:
         if rank == 0:
@@ -90,8 +90,8 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
     Raises:
         BadInput: The saved model or the data is not usable.
     """
-    quiet_libraries()
     rank, _ = join(recipe.launch.timeout_seconds)
+    quiet_libraries(rank)
     folder = RunFolder(Path(recipe.output_dir)).task(task_index, recipe.stream.tasks[task_index].name)
     tasks, evaluator = build_saved(recipe, recipe_dir, folder.model)
     scores: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -30,10 +31,11 @@ def run_on_ranks(
     """
     ranks = find_ranks(os.environ)
     if ranks is None:
-        check(True)
+        with _notices_left_to_the_run():
+            check(True)
         return _start_ranks(arguments, processes)
     if not is_launched(os.environ):
-        with told_once_per_machine():
+        with told_once_per_machine(), _notices_left_to_the_run():
             check(ranks.rank == 0)
     return _be_rank(ranks, work)
 
@@ -68,6 +70,18 @@ def _be_rank(ranks: Ranks, work: Callable[[Reporter], None]) -> int:
     finally:
         reporter.close()
     return 0
+
+
+@contextmanager
+def _notices_left_to_the_run() -> Iterator[None]:
+    """The run itself reads the same data again and tells what is worth knowing, once, on rank 0."""
+    logger = logging.getLogger("cl_dist")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

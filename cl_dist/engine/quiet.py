@@ -6,13 +6,16 @@ import logging
 import warnings
 
 
-def quiet_libraries() -> None:
-    """Silence progress bars of transformers and datasets, DeepSpeed's narration and one notice about torch's own
-    API.
+def quiet_libraries(rank: int) -> None:
+    """Silence the libraries' progress bars, DeepSpeed's narration and one notice about torch's own API.
+
+    The project's own notices are left to rank 0.
     """
     import datasets
     import transformers
 
+    if rank != 0:
+        logging.getLogger("cl_dist").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

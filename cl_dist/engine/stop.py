@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -11,23 +12,27 @@ import torch
 from cl_dist.engine.distributed import device
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAME_REQUEST_SECONDS = 0.5
+"""Signals this close together are one request: a scheduler and a launcher may both pass it on."""
 
 
 class StopRequest:
-    """Catches SIGINT, SIGTERM and SIGUSR1; a second signal ends the process at once."""
+    """Catches SIGINT, SIGTERM and SIGUSR1; a second request ends the process at once."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked_at: float | None = None
         self._previous = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        if self._asked:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif now - self._asked_at > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
-        self._asked = True
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop (collective: every rank gets the same answer)."""
-        flag = torch.tensor(int(self._asked), device=device())
+        flag = torch.tensor(int(self._asked_at is not None), device=device())
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
 

@@ -17,4 +17,8 @@ def enable_activation_checkpointing(model: nn.Module) -> None:
     base = base_model(model)
     if not base.supports_gradient_checkpointing:
         raise BadInput(f"train.activation_checkpointing: {type(base).__name__} does not support it; allowed is false")
-    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # Before transformers 5.23 the method and its argument had another name.
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

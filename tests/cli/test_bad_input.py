@@ -153,7 +153,7 @@ def test_several_problems_get_a_line_each(command: Command, recipe: Path) -> Non
     [
         (
             "quickstrat",
-            "quickstrat: no shipped recipe and no YAML file (.yaml, .yml); shipped: quickstart, standard-order1",
+            "quickstrat: no shipped recipe and no YAML file (.yaml, .yml); shipped: ",
         ),
         ("absent.yaml", "absent.yaml: the recipe cannot be read: No such file or directory"),
         ("mine", "mine: no shipped recipe"),

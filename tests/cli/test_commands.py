@@ -168,7 +168,8 @@ class TestFailures:
         reader, writer = os.pipe()
         os.close(reader)
         command = [sys.executable, "-m", "cl_dist", "methods"]
-        end = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+        end = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=environment)
         os.close(writer)
         assert (end.returncode, end.stderr) == (1, "")
 

@@ -36,7 +36,7 @@ def test_every_shipped_recipe_loads_and_its_dump_loads_to_the_same(name: str, tm
 
 
 def test_the_shipped_recipes_are_there() -> None:
-    assert shipped_recipes() == ["quickstart", "standard-order1", "standard-order2", "standard-order3"]
+    assert {"quickstart", "standard-order1", "standard-order2", "standard-order3"} <= set(shipped_recipes())
 
 
 def test_quickstart_is_two_ranks_zero_2_and_at_least_four_built_in_tasks() -> None:

@@ -213,7 +213,7 @@ CASES: list[dict[str, Any]] = [
     *[{"model": LLAMA, "tasks": [*KINDS, ["text", 20]], "stage": stage} for stage in (2, 3)],
     {"model": LLAMA, "tasks": KINDS, "stage": 3, "lora": True},
     {"model": T5, "tasks": KINDS, "stage": 3},
-    {"model": T5, "tasks": KINDS, "stage": 3, "lora": True, "batch_size": 1},  # one answer ends while another goes on
+    {"model": T5, "tasks": KINDS, "stage": 3, "lora": True, "batch_size": 1},
     {"model": ROBERTA, "tasks": KINDS[:2], "stage": 3},
     {"model": ROBERTA, "tasks": [["text", 20]], "stage": 3, "objective": "masked_lm"},
 ]
@@ -226,7 +226,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, objective in ((LLAMA, "auto"), (T5, "auto"), (ROBERTA, "auto"), (ROBERTA, "masked_lm")):
         loaded = rank_jobs.load({"model": name, "objective": objective}, None, len(rank_jobs.LABELS))
         folder = str(tmp_path_factory.mktemp("model"))
-        scaled(loaded.model).save_pretrained(folder)
+        model = scaled(loaded.model)
+        if name == LLAMA:
+            with torch.no_grad():  # likely ends: one rank is done while the other goes on
+                model.get_output_embeddings().weight[loaded.tokenizer.eos_token_id] *= 3
+        model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         made[name + objective] = folder
     return made

@@ -1,0 +1,130 @@
+"""Rank side of test_migu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cl_dist.config.schema import MiguConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
+from cl_dist.engine.distributed import join
+from cl_dist.engine.engine import TrainingEngine
+from cl_dist.errors import ClDistError
+from cl_dist.methods.agreement import Agreement
+from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.migu import Migu
+from cl_dist.models.load import LoadedModel
+from tests.distributed.worlds import OBJECTIVES, micro_batches, odd_model, samples, whole
+
+STEPS = 3
+
+
+def behaviours() -> dict[str, Any]:
+    """Everything that test_migu asks about, from one start of two ranks."""
+    join(timeout_seconds=120)
+    return {
+        "dense_first_task": _moved_rows(index=0, first_task="dense"),
+        "masked_first_task": _moved_rows(index=0, first_task="masked"),
+        "masked_second_task": _moved_rows(index=1, first_task="dense"),
+        "random": _random(),
+        "evaluation": _evaluation(),
+        "padding": {str(count): _padding(count) for count in (False, True)},
+        "bias": {str(mask): _bias_moves(mask) for mask in (False, True)},
+        "disagreement": [_agreement(differ) for differ in (False, True)],
+    }
+
+
+def _engine(family: str = "llama", **settings: Any) -> tuple[TrainingEngine, Migu]:
+    recipe = Recipe(
+        model=ModelConfig(name_or_path="odd"),
+        stream=StreamConfig(tasks=(TaskConfig(name="t", format="builtin"),)),
+        train=TrainConfig(micro_batch_size=2, learning_rate=1e-2, eps=1e-2),
+        zero=ZeroConfig(stage=2),
+        output_dir="unused",
+    )
+    migu = Migu(MiguConfig(name="migu", **settings))
+    return TrainingEngine(LoadedModel(odd_model(family), None, OBJECTIVES[family]), recipe, [migu]), migu  # type: ignore[arg-type]
+
+
+def _step(engine: TrainingEngine, step: int, family: str = "llama") -> None:
+    rank, batch = torch.distributed.get_rank(), samples(family, 4, seed=step)
+    mine = micro_batches(family, batch[2 * rank : 2 * rank + 2], 2)
+    engine.train_step(step, mine, sum(sample.targets for sample in batch))
+
+
+def _moved_rows(index: int, first_task: str) -> list[int]:
+    """[rows of the tracked weights that moved in a step, rows there are]."""
+    engine, _ = _engine(first_task=first_task)
+    engine.before_task(TaskPlace(index, "t", STEPS))
+    before = whole(engine.shards, "master")
+    _step(engine, 0)
+    after = whole(engine.shards, "master")
+    names = [name for name in before if "_proj" in name]
+    moved = sum(int((before[n] != after[n]).any(1).sum()) for n in names)
+    engine.destroy()
+    return [moved, sum(before[n].shape[0] for n in names)]
+
+
+def _random() -> dict[str, Any]:
+    """Masks of three steps with `selection: random`, as lists."""
+    engine, migu = _engine(selection="random", first_task="masked")
+    engine.before_task(TaskPlace(0, "t", STEPS))
+    masks = []
+    for step in range(STEPS):
+        _step(engine, step)
+        masks.append({name: keep.int().tolist() for name, keep in migu.keep.items()})
+    engine.destroy()
+    return {"masks": masks}
+
+
+def _evaluation() -> float:
+    """What is left in the sums after forwards in evaluation mode."""
+    engine, migu = _engine(first_task="masked")
+    engine.before_task(TaskPlace(0, "t", STEPS))
+    engine.model.eval()
+    with torch.no_grad():
+        engine.model(**micro_batches("llama", samples("llama", 2), 2)[0].inputs)
+    left = float(migu._flat.sum())
+    engine.destroy()
+    return left
+
+
+def _padding(count: bool) -> list[int]:
+    """[sum of one layer's per-token magnitudes, real tokens, all positions]: a token adds exactly one."""
+    engine, migu = _engine(count_padding=count, first_task="masked")
+    engine.before_task(TaskPlace(0, "t", STEPS))
+    batch = micro_batches("llama", samples("llama", 3, seed=5), 3)[0]
+    engine.model.train()
+    migu.before_forward(0, batch)
+    engine.model(**batch.inputs)
+    # A padding token is the zero vector in the first block; attention has filled it by the second.
+    counted = list(migu._sums.values())[-1].sum().item()
+    engine.destroy()
+    return [round(counted), batch.tokens, batch.labels.numel()]
+
+
+def _bias_moves(mask_bias: bool) -> list[bool]:
+    """Whether the biases' moved rows are the kept ones, for one layer with biases in all rows."""
+    engine, migu = _engine("roberta", mask_bias=mask_bias, first_task="masked")
+    engine.before_task(TaskPlace(0, "t", STEPS))
+    before = whole(engine.shards, "master")
+    _step(engine, 0, "roberta")
+    after = whole(engine.shards, "master")
+    name = "roberta.encoder.layer.0.output.dense"
+    moved = before[f"{name}.bias"] != after[f"{name}.bias"]
+    engine.destroy()
+    return [torch.equal(moved, migu.keep[f"{name}.weight"]), bool(moved.all())]
+
+
+def _agreement(differ: bool) -> str:
+    """The message of the check after two ranks have remembered equal or different masks."""
+    agreement = Agreement(torch.device("cpu"))
+    flipped = differ and torch.distributed.get_rank() == 1
+    agreement.remember([torch.tensor([True, False, True]), torch.tensor([flipped])])
+    message = agreement.message()
+    torch.distributed.all_reduce(message)
+    try:
+        agreement.check(message)
+    except ClDistError as error:
+        return str(error)
+    return ""

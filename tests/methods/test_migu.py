@@ -1,0 +1,65 @@
+"""What MIGU does in each of its modes, on two ranks under ZeRO-2 (exactness is in tests/distributed)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict[str, Any]]:
+    """The two ranks' observations."""
+    return run_ranks("tests.methods.migu_jobs:behaviours", 2, timeout=300)
+
+
+def published(rows: int) -> int:
+    return rows - -(-7 * (rows - 1) // 10)
+
+
+LAYERS = [30, 10, 10, 33, 47, 47, 33] * 2
+
+
+def test_the_first_task_is_dense_by_default(reports: list[dict[str, Any]]) -> None:
+    moved, rows = reports[0]["dense_first_task"]
+    assert moved == rows == sum(LAYERS)
+
+
+@pytest.mark.parametrize("case", ["masked_first_task", "masked_second_task"])
+def test_a_masked_task_moves_the_published_number_of_rows(reports: list[dict[str, Any]], case: str) -> None:
+    assert reports[0][case] == [sum(published(rows) for rows in LAYERS), sum(LAYERS)]
+
+
+def test_random_rows_are_as_many_new_each_step_and_the_same_on_all_ranks(reports: list[dict[str, Any]]) -> None:
+    masks = reports[0]["random"]["masks"]
+    assert masks == reports[1]["random"]["masks"]
+    for step in masks:
+        assert [sum(keep) for keep in step.values()] == [published(rows) for rows in LAYERS]
+    assert masks[0] != masks[1] != masks[2]
+    layers = list(masks[0].values())
+    assert layers[4] != layers[5], "two layers of equal size drew the same rows"
+
+
+def test_evaluation_counts_nothing(reports: list[dict[str, Any]]) -> None:
+    assert reports[0]["evaluation"] == 0.0
+
+
+def test_padding_is_left_out_unless_asked_for(reports: list[dict[str, Any]]) -> None:
+    counted, real, positions = reports[0]["padding"]["False"]
+    assert counted == real < positions
+    counted, real, positions = reports[0]["padding"]["True"]
+    assert counted == positions > real
+
+
+def test_a_bias_follows_its_rows_unless_left_alone(reports: list[dict[str, Any]]) -> None:
+    assert reports[0]["bias"]["True"] == [True, False]
+    assert reports[0]["bias"]["False"] == [False, True]
+
+
+def test_ranks_that_chose_different_rows_are_told_apart(reports: list[dict[str, Any]]) -> None:
+    for rank, report in enumerate(reports):
+        same, different = report["disagreement"]
+        assert same == ""
+        assert f"rank {rank}: the ranks chose different rows" in different
