@@ -49,6 +49,8 @@ def main() -> None:
 def run(options: argparse.Namespace, method: str) -> dict[str, Any]:
     """Train one method to the end and return its metrics.json."""
     out = options.out / method
+    if (out / "metrics.json").exists():
+        return read_metrics(out)
     settings = [f"method.name={method}", f"stream.root={options.data}", f"model.name_or_path={options.model}"]
     settings += [f"model.gguf_file={options.gguf}"] if options.gguf else []
     settings += [f"output_dir={out}"]
@@ -56,6 +58,11 @@ def run(options: argparse.Namespace, method: str) -> dict[str, Any]:
     command += [part for setting in settings for part in ("--set", setting)]
     command += ["--resume"] if (out / "manifest.json").exists() else []
     subprocess.run(command, check=True, stdout=sys.stderr)
+    return read_metrics(out)
+
+
+def read_metrics(out: Path) -> dict[str, Any]:
+    """Content of a finished run's metrics.json."""
     metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
     return metrics
 

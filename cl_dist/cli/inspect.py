@@ -18,6 +18,7 @@ from cl_dist.progress import format_matrix, format_summary
 from cl_dist.state.lock import refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.tasks.orders import resolve_order
 
 
 def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def recipe(arguments: Namespace) -> int:
     if arguments.explain:
         print(explain())
     elif arguments.recipe is not None:
-        print(dump_recipe(load_recipe(arguments.recipe, arguments.changes)[0]), end="")
+        print(dump_recipe(resolve_order(*load_recipe(arguments.recipe, arguments.changes))), end="")
     elif arguments.changes:
         raise BadInput("--set: no recipe to change; name one, as in: cl-dist recipe quickstart --set train.epochs=1")
     else:

@@ -11,6 +11,7 @@ from cl_dist.cli.ranks import run_on_ranks, told_once_per_machine
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.progress import Reporter
+from cl_dist.tasks.orders import resolve_order
 
 
 def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
@@ -26,6 +27,7 @@ def run(arguments: Namespace) -> int:
     """Check the recipe, its data, its model and its run folder, then train."""
     with told_once_per_machine():
         recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes)
+    recipe = resolve_order(recipe, recipe_dir)
     check = partial(_check, recipe, recipe_dir, arguments.resume, arguments.fresh)
     work = partial(_train, recipe, recipe_dir, arguments.resume)
     return run_on_ranks(arguments, recipe.launch.processes, check, work)

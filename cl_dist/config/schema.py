@@ -87,6 +87,9 @@ class ModelConfig:
         return BUILTIN_OBJECTIVES.get(self.name_or_path) if self.objective == "auto" else self.objective
 
 
+DataFormat = Literal["builtin", "cl_benchmark", "tasl", "trace", "jsonl", "text", "huggingface"]
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TaskConfig:
     """One task of the stream."""
@@ -94,7 +97,7 @@ class TaskConfig:
     name: Annotated[str, Field(min_length=1, max_length=100)]
     """Name of the task: letters, digits, `-`, `_` and `.`; it names a folder of the run and, in the benchmark formats,
     the task's files."""
-    format: Literal["builtin", "cl_benchmark", "tasl", "trace", "jsonl", "text", "huggingface"] = "jsonl"
+    format: DataFormat = "jsonl"
     """How the data is stored: `builtin` (generated), `cl_benchmark` (O-LoRA, MIGU), `tasl` (TaSL, KIF), `trace`,
     `jsonl` (`input`/`output` records), `text` (plain text, for pre-training), `huggingface` (a data set by name or
     saved to disk)."""
@@ -125,8 +128,13 @@ class TaskConfig:
 class StreamConfig:
     """The tasks, in the order in which they are learnt."""
 
-    tasks: Annotated[tuple[TaskConfig, ...], Field(min_length=1)]
-    """The tasks in order."""
+    tasks: tuple[TaskConfig, ...] = ()
+    """The tasks in order; or none, where `order` names them."""
+    order: int | str | None = None
+    """In place of `tasks`: a published order (`1` to `6`, `superni-1`, `superni-2`) or a CL_Benchmark order folder. All
+    its tasks are looked up in `root`, in the format `format`."""
+    format: DataFormat = "tasl"
+    """Format of the tasks that `order` names."""
     root: str | None = None
     """Folder that relative paths of tasks start from."""
     max_train_samples: PositiveInt | None = None
@@ -142,7 +150,10 @@ class StreamConfig:
     """A task without stated labels counts as classification when it has at most so many distinct answers."""
 
     def __post_init__(self) -> None:
-        """Refuse two tasks of one name: files and results are found by it."""
+        """Refuse a stream without tasks, and two tasks of one name: files and results are found by it."""
+        if bool(self.tasks) == (self.order is not None):
+            problem = "both are given" if self.tasks else "neither is given"
+            raise ValueError(f"tasks: a stream has either tasks or an order; {problem}")
         names = [task.name for task in self.tasks]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

@@ -1,1 +1,1 @@
-"""TODO docstring."""
+"""The DeepSpeed engine and the training step with its named moments."""

@@ -1,1 +1,1 @@
-"""Recipes that come with the package: `cl-dist run NAME`."""
+"""Recipes that come with the package: YAML files, read by `cl_dist.config.load`."""

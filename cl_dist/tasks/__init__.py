@@ -1,1 +1,1 @@
-"""The task stream: reading and checking data, tokenising it, planning batches and putting them together."""
+"""Task streams: data formats, tokenisation, batches."""

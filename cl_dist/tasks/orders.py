@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cl_dist.config.schema import Recipe, TaskConfig
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import enumerate_names, json_type, missing, parse_json, read_text, require_folder
 
@@ -22,6 +24,29 @@ ORDERS: dict[str, tuple[str, ...]] = {
     }.items()
 }
 """Orders 1 to 3: standard benchmark; 4 to 6: long benchmark; superni: task numbers of Super-NaturalInstructions."""
+
+
+def resolve_order(recipe: Recipe, recipe_dir: Path) -> Recipe:
+    """The recipe with the tasks that `stream.order` names spelt out; a recipe without an order as it is.
+
+    A relative order folder starts from `recipe_dir`. Raises BadInput where there is neither such an order nor such a
+    folder.
+    """
+    stream = recipe.stream
+    if stream.order is None:
+        return recipe
+    order = str(stream.order)
+    names = ORDERS.get(order) or read_order(_order_folder(recipe_dir, order))
+    root = str(stream.root or recipe_dir)
+    tasks = tuple(TaskConfig(name=name, format=stream.format, path=root) for name in names)
+    return replace(recipe, stream=replace(stream, tasks=tasks, order=None))
+
+
+def _order_folder(recipe_dir: Path, order: str) -> Path:
+    folder = recipe_dir / Path(order).expanduser()
+    if not folder.is_dir():
+        raise BadInput(f"stream.order: {order!r} is neither a folder nor one of {enumerate_names(ORDERS)}")
+    return folder
 
 
 def read_order(folder: Path) -> list[str]:

@@ -38,7 +38,7 @@ def test_no_component_of_the_schema_is_left_out() -> None:
         ("zero.stage", "0, 1, 2, 3", "2"),
         ("method(migu).threshold", "a number, at least 0, below 1", "0.7"),
         ("method[]", "a list of mappings", "sequential"),
-        ("stream.tasks[]", "a list of mappings, at least 1 entry", None),
+        ("stream.tasks[]", "a list of mappings", ""),
         ("stream.tasks[].name", "a text, at least 1 character, at most 100 characters", None),
         ("eval", "a mapping of settings", ""),
     ],

@@ -9,6 +9,7 @@ from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes, to_di
 from cl_dist.config.schema import MiguConfig, SequentialConfig
 from cl_dist.config.yaml_text import render_yaml
 from cl_dist.errors import BadInput
+from cl_dist.tasks.orders import resolve_order
 
 
 def minimal() -> dict[str, Any]:
@@ -55,7 +56,7 @@ def test_quickstart_is_two_ranks_zero_2_and_at_least_four_built_in_tasks() -> No
     ],
 )
 def test_the_standard_orders_are_the_published_ones(number: int, order: str) -> None:
-    recipe, _ = load_recipe(f"standard-order{number}")
+    recipe = resolve_order(*load_recipe(f"standard-order{number}"))
     assert [task.name for task in recipe.stream.tasks] == order.split()
     assert recipe.method == (MiguConfig(name="migu", threshold=0.7),)
 

@@ -54,12 +54,12 @@ def load(case: dict[str, Any], zero3_config: dict[str, Any] | None, label_count:
     )
     if not case.get("lora"):
         return loaded
-    adapted = add_lora(loaded.model, LoraConfig(r=2), loaded.objective, SEED)
+    adapted: Any = add_lora(loaded.model, LoraConfig(r=2), loaded.objective, SEED)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:  # zero at first, and not sharded before the engine is built
                 parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(SEED))
-    return LoadedModel(adapted, loaded.tokenizer, loaded.objective)  # type: ignore[arg-type]
+    return LoadedModel(adapted, loaded.tokenizer, loaded.objective)
 
 
 def tasks_of(case: dict[str, Any]) -> list[Task]:

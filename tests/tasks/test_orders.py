@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig
 from cl_dist.errors import BadInput
-from cl_dist.tasks.orders import ORDERS, read_order
+from cl_dist.tasks.orders import ORDERS, read_order, resolve_order
 from tests.tasks.data import write_json
 
 
@@ -57,3 +58,32 @@ def test_broken_order_folders(tmp_path: Path) -> None:
     write_json(tmp_path / "a/train_tasks.json", [])
     with pytest.raises(BadInput, match="must hold a JSON object of groups, not a list"):
         read_order(tmp_path)
+
+
+def test_a_published_order_becomes_tasks(tmp_path: Path) -> None:
+    recipe = resolve_order(with_order("3", root="/data"), tmp_path)
+    assert [task.name for task in recipe.stream.tasks] == ["yahoo", "amazon", "agnews", "dbpedia"]
+    assert {(task.format, task.path) for task in recipe.stream.tasks} == {("tasl", "/data")}
+    assert recipe.stream.order is None
+
+
+def test_an_order_folder_beside_the_recipe_becomes_tasks(tmp_path: Path) -> None:
+    write_stage(tmp_path / "mine", "x", ["b"], learnt=["b"])
+    write_stage(tmp_path / "mine", "y", ["b", "a"], learnt=["a"])
+    recipe = resolve_order(with_order("mine", format="cl_benchmark"), tmp_path)
+    assert [task.name for task in recipe.stream.tasks] == ["b", "a"]
+    assert {(task.format, task.path) for task in recipe.stream.tasks} == {("cl_benchmark", str(tmp_path))}
+
+
+def test_an_unknown_order_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"stream.order: '7' is neither a folder nor one of 1, 2, 3, 4, 5, 6, superni-1"):
+        resolve_order(with_order("7"), tmp_path)
+
+
+def with_order(order: str, **stream: str) -> Recipe:
+    """A recipe whose stream is an order."""
+    return Recipe(
+        model=ModelConfig(name_or_path="builtin:llama-tiny"),
+        stream=StreamConfig(order=order, **stream),  # type: ignore[arg-type]
+        output_dir="unused",
+    )
