@@ -1,1 +1,1 @@
-"""Scoring of tasks during a run (label likelihood, generation, perplexity), and metrics over the accuracy matrix."""
+"""Scoring of tasks during a run (generation, label likelihood, perplexity), and metrics over the accuracy matrix."""

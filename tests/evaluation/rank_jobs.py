@@ -54,7 +54,8 @@ def load(case: dict[str, Any], zero3_config: dict[str, Any] | None, label_count:
     )
     if not case.get("lora"):
         return loaded
-    adapted: Any = add_lora(loaded.model, LoraConfig(r=2), loaded.objective, SEED)
+    model: Any = loaded.model
+    adapted = add_lora(model, LoraConfig(r=2), loaded.objective, SEED)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:  # zero at first, and not sharded before the engine is built

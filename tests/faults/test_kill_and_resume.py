@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,16 +18,18 @@ STEPS = 8
 EVERY = 3
 
 
-def recipe(folder: Path) -> Path:
-    """Two tasks of eight steps with a checkpoint after every third, dropout in the adapters to make randomness
-    matter."""
-    return write_recipe(
-        folder,
-        model={"lora": {"r": 4, "dropout": 0.1}},
-        stream={"max_train_samples": 8 * STEPS},
-        method={"name": "migu", "mask": "update"},
-        checkpoint={"every_steps": EVERY},
-    )
+def recipe(folder: Path, **changes: dict[str, Any]) -> Path:
+    """Two tasks of eight steps, a checkpoint after every third, dropout in the adapters to make randomness matter."""
+    accumulation = changes.get("train", {}).get("gradient_accumulation", 1)
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"lora": {"r": 4, "dropout": 0.1}},
+        "stream": {"max_train_samples": 8 * STEPS * accumulation},
+        "method": {"mask": "update"},
+        "checkpoint": {"every_steps": EVERY},
+    }
+    for key, value in changes.items():
+        sections[key] = {**sections.get(key, {}), **value}
+    return write_recipe(folder, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +112,29 @@ def test_resuming_a_finished_run_changes_nothing(zygote: Zygote, undisturbed: Pa
         json.loads(before)["accuracy_matrix"]
         == json.loads((undisturbed / "metrics.json").read_text())["accuracy_matrix"]
     )
+
+
+CONFIGURATIONS = [
+    {"zero": {"stage": 0}},
+    {"zero": {"stage": 1, "offload": True}, "train": {"gradient_accumulation": 2}},
+    {"zero": {"stage": 3}, "train": {"dtype": "bfloat16", "activation_checkpointing": True}},
+    {"zero": {"stage": 0}, "train": {"dtype": "bfloat16"}, "method": {"selection": "random", "first_task": "masked"}},
+    {"zero": {"stage": 2}, "train": {"keep_optimizer": True, "dtype": "bfloat16"}, "model": {"lora": None}},
+]
+
+
+@pytest.mark.parametrize("changes", CONFIGURATIONS, ids=["zero0", "zero1-offload", "zero3-bf16", "zero0-bf16", "keep"])
+def test_at_other_stages_and_in_bfloat16(zygote: Zygote, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Bit for bit as well: fresh processes round alike in bfloat16, and the state keeps the float32 masters."""
+    runs = []
+    for name, fault in (("undisturbed", None), ("killed", {"moment": "step", "on_rank": 1, "count": 13})):
+        folder = tmp_path / name
+        folder.mkdir()
+        argv = ["run", str(recipe(folder, **changes)), "--debug"]
+        outcome = zygote.run(argv, folder, world=2, fault=fault)
+        if fault is not None:
+            assert outcome.codes[1] == -signal.SIGKILL
+            outcome = zygote.run([*argv, "--resume"], folder, world=2)
+        assert outcome.codes == [0, 0], "\n".join(outcome.output)
+        runs.append(folder / "run")
+    assert_same_end(runs[1], runs[0])

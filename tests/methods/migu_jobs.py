@@ -13,6 +13,7 @@ from cl_dist.errors import ClDistError
 from cl_dist.methods.agreement import Agreement
 from cl_dist.methods.base import TaskPlace
 from cl_dist.methods.migu import Migu
+from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.load import LoadedModel
 from tests.distributed.worlds import OBJECTIVES, micro_batches, odd_model, samples, whole
 
@@ -29,21 +30,27 @@ def behaviours() -> dict[str, Any]:
         "random": _random(),
         "evaluation": _evaluation(),
         "padding": {str(count): _padding(count) for count in (False, True)},
+        "recomputed": [_counted_with_backward(recompute) for recompute in (False, True)],
         "bias": {str(mask): _bias_moves(mask) for mask in (False, True)},
         "disagreement": [_agreement(differ) for differ in (False, True)],
     }
 
 
-def _engine(family: str = "llama", **settings: Any) -> tuple[TrainingEngine, Migu]:
+def _engine(
+    family: str = "llama", accumulation: int = 1, recompute: bool = False, **settings: Any
+) -> tuple[TrainingEngine, Migu]:
     recipe = Recipe(
         model=ModelConfig(name_or_path="odd"),
         stream=StreamConfig(tasks=(TaskConfig(name="t", format="builtin"),)),
-        train=TrainConfig(micro_batch_size=2, learning_rate=1e-2, eps=1e-2),
+        train=TrainConfig(micro_batch_size=2, gradient_accumulation=accumulation, learning_rate=1e-2, eps=1e-2),
         zero=ZeroConfig(stage=2),
         output_dir="unused",
     )
     migu = Migu(MiguConfig(name="migu", **settings))
-    return TrainingEngine(LoadedModel(odd_model(family), None, OBJECTIVES[family]), recipe, [migu]), migu  # type: ignore[arg-type]
+    model = odd_model(family)
+    if recompute:
+        enable_activation_checkpointing(model)
+    return TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), recipe, [migu]), migu  # type: ignore[arg-type]
 
 
 def _step(engine: TrainingEngine, step: int, family: str = "llama") -> None:
@@ -101,6 +108,18 @@ def _padding(count: bool) -> list[int]:
     counted = list(migu._sums.values())[-1].sum().item()
     engine.destroy()
     return [round(counted), batch.tokens, batch.labels.numel()]
+
+
+def _counted_with_backward(recompute: bool) -> list[int]:
+    """[sum of one layer's per-token magnitudes, real tokens] after forward and backward of one of two micro-batches."""
+    engine, migu = _engine(first_task="masked", accumulation=2, recompute=recompute)
+    engine.before_task(TaskPlace(0, "t", STEPS))
+    batch = micro_batches("llama", samples("llama", 3, seed=5), 3)[0]
+    engine.model.train()
+    engine._micro_step(0, batch, batch.targets)
+    counted = next(iter(migu._sums.values())).sum().item()
+    engine.destroy()
+    return [round(counted), batch.tokens]
 
 
 def _bias_moves(mask_bias: bool) -> list[bool]:

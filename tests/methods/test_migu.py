@@ -53,6 +53,11 @@ def test_padding_is_left_out_unless_asked_for(reports: list[dict[str, Any]]) -> 
     assert counted == positions > real
 
 
+def test_recomputed_activations_are_counted_once(reports: list[dict[str, Any]]) -> None:
+    for counted, tokens in reports[0]["recomputed"]:
+        assert counted == tokens
+
+
 def test_a_bias_follows_its_rows_unless_left_alone(reports: list[dict[str, Any]]) -> None:
     assert reports[0]["bias"]["True"] == [True, False]
     assert reports[0]["bias"]["False"] == [False, True]
