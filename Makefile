@@ -12,14 +12,14 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Interpreters that requirements.lock serves: the oldest one supported, and one that the newest packages support.
 LOCK_PYTHONS ?= python3.10 python3.11
 
-# DeepSpeed compiles its communication operator with ninja, which lies in the virtual environment.
+# What DeepSpeed compiles at run time it builds with ninja, which lies in the virtual environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: quickstart test test-all install lint format lock clean
 
 quickstart: $(INSTALLED)  ## Train a tiny model on four built-in tasks with two ranks
-	$(BIN)/cl-dist run quickstart --fresh
+	CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(BIN)/cl-dist run quickstart --fresh
 
 test: $(INSTALLED)  ## The tests, but the slow ones
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)

@@ -18,12 +18,12 @@ from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.evaluation.evaluate import Evaluator
 from cl_dist.methods.registry import build_methods
 from cl_dist.models.checkpointing import enable_activation_checkpointing
-from cl_dist.models.load import LoadedModel, load_model
+from cl_dist.models.load import LoadedModel, check_length, load_model
 from cl_dist.models.lora import add_lora, load_adapter
 from cl_dist.models.structure import base_model
 from cl_dist.tasks.encode import Encoder, label_names
 from cl_dist.tasks.stream import load_stream
-from cl_dist.tasks.types import Task
+from cl_dist.tasks.types import Encoded, Task
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,32 @@ class System:
     tasks: tuple[Task, ...]
     loaded: LoadedModel
     encoder: Encoder
+    samples: tuple[list[Encoded], ...]
+    """Each task's encoded training samples."""
     engine: TrainingEngine
     evaluator: Evaluator
 
     def trainer(self, index: int) -> TaskTrainer:
         """Return the steps of the task at position `index` of the stream."""
-        samples = self.encoder.train(self.tasks[index])
-        return TaskTrainer(self.engine, samples, self.loaded.tokenizer, index)
+        return TaskTrainer(self.engine, self.samples[index], self.loaded.tokenizer, self.encoder.pad_id, index)
 
 
 def build_system(recipe: Recipe, recipe_dir: Path) -> System:
     """Read the data, load the model and put DeepSpeed around it (collective).
 
     Raises:
-        BadInput: Data, model or method do not fit together; every sample is encoded once before training starts.
+        BadInput: Data, model or method do not fit together; every sample is encoded before the engine is built.
     """
     tasks = load_stream(recipe.stream, recipe_dir)
     names = label_names(tasks)
     loaded = _load(recipe, len(names))
+    check_length(loaded, recipe.train.max_length)
     encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
+    samples = tuple(encoder.train(task) for task in tasks)
     engine = TrainingEngine(loaded, recipe, build_methods(recipe.method))
     evaluator = _evaluator(recipe, engine.model, loaded, encoder, names, synced=recipe.zero.stage == 3)
     evaluator.check_modes(tasks)
-    for task in tasks:
-        encoder.train(task)
-    return System(recipe, tasks, loaded, encoder, engine, evaluator)
+    return System(recipe, tasks, loaded, encoder, samples, engine, evaluator)
 
 
 def build_saved(recipe: Recipe, recipe_dir: Path, folder: Path) -> tuple[tuple[Task, ...], Evaluator]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from cl_dist.methods.base import TaskPlace
 from cl_dist.models.export import export_model
 from cl_dist.progress import Reporter
 from cl_dist.sharding import gather_state_dict
-from cl_dist.state.atomic import publishing, write_json
+from cl_dist.state.atomic import publishing, telling_full_disk, write_json
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import CheckpointEntry, Manifest
@@ -72,14 +73,52 @@ def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter) -
             stack.enter_context(RunLock(folder.lock))
             folder.recover()
         torch.distributed.barrier()
-        manifest = _starting_manifest(folder, recipe, world, resume)
-        system = build_system(recipe, recipe_dir)
-        coordinator = Coordinator(system, Ledger(folder, manifest, writer=rank == 0), reporter)
-        try:
-            return coordinator.run()
-        except Interrupted:
-            leave()
-            raise
+        ledger = Ledger(folder, _starting_manifest(folder, recipe, world, resume), writer=rank == 0)
+        if ledger.manifest.status == "finished":
+            reporter.message("this run is finished already; nothing is left to do")
+            return _finish(ledger, reporter)
+        with _failure_noted(ledger):
+            return Coordinator(build_system(recipe, recipe_dir), ledger, reporter).run()
+
+
+def _finish(ledger: Ledger, reporter: Reporter) -> dict[str, Any]:
+    """Write and report the metrics of a finished run; they follow from its manifest."""
+    metrics = _metrics(ledger.manifest)
+    ledger.write_metrics(metrics)
+    reporter.run_finished(metrics)
+    leave()
+    return metrics
+
+
+def _metrics(manifest: Manifest) -> dict[str, Any]:
+    """The content of metrics.json."""
+    seconds = sum(entry["train_seconds"] for entry in manifest.timings)
+    steps = sum(entry["steps"] for entry in manifest.timings)
+    return {
+        "tasks": list(manifest.tasks),
+        "accuracy_matrix": [list(row) for row in manifest.accuracy_matrix],
+        **all_metrics(manifest.accuracy_matrix),
+        "tokens_per_second": sum(entry["tokens"] for entry in manifest.timings) / max(seconds, 1e-9),
+        "step_seconds": seconds / max(steps, 1),
+        "peak_memory_bytes": list(manifest.peak_memory_bytes),
+        "timings": [dict(entry) for entry in manifest.timings],
+        "world_size": manifest.world_size,
+        "restarts": manifest.restarts,
+    }
+
+
+@contextmanager
+def _failure_noted(ledger: Ledger) -> Iterator[None]:
+    """Let the manifest of a run that has begun say that it failed; `--resume` goes on from what is saved."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception:
+        if ledger.folder.manifest.exists():
+            with suppress(Exception):  # a full disk, say: the first error is the one to tell
+                ledger.update(status="failed")
+        raise
 
 
 def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Reporter) -> dict[str, float]:
@@ -115,11 +154,8 @@ def _starting_manifest(folder: RunFolder, recipe: Recipe, world: int, resume: bo
     manifest = Manifest(tasks=names, world_size=world, zero_stage=recipe.zero.stage)
     if resume and folder.manifest.exists():
         manifest = Manifest.read(folder.manifest)
-    if manifest.world_size != world:
-        raise BadInput(
-            f"--resume: the run in {folder.path} had {manifest.world_size} ranks and would now have {world}, "
-            f"which changes its global batch: start it with {manifest.world_size} (launch.processes)"
-        )
+    if manifest.world_size != world:  # preflight has said so already, unless the ranks' launcher hid their number
+        raise BadInput(f"--resume: {folder.path} is a run of {manifest.world_size} ranks, not of {world}")
     torch.distributed.barrier()
     if not resume or manifest.status == "finished":
         return manifest
@@ -143,19 +179,17 @@ class Coordinator:
 
     def run(self) -> dict[str, Any]:
         """Train what is not yet trained; return the metrics."""
-        if self.ledger.manifest.status == "finished":
-            self.reporter.message("this run is finished already; nothing is left to do")
-            return self._finish()
         self.ledger.start(dump_recipe(self.recipe))
+        self._forget_stray_checkpoints()
         self.reporter.run_started([task.name for task in self.tasks], torch.distributed.get_world_size())
         self._stop = StopRequest()
         try:
             self._evaluate_untouched()
             for index in range(self._first, len(self.tasks)):
                 self._run_task(index)
+            return _finish(self.ledger, self.reporter)
         finally:
             self._stop.close()
-        return self._finish()
 
     def _evaluate_untouched(self) -> None:
         """The matrix's first row: the model before any training."""
@@ -170,7 +204,6 @@ class Coordinator:
         trainer = self.system.trainer(index)
         place = TaskPlace(index, self.tasks[index].name, trainer.steps)
         self.reporter.task_started(index, place.name, trainer.steps)
-        self.system.engine.before_task(place)
         spent = self._train(place, trainer)
         began = time.monotonic()
         seen = len(self.tasks) if self.recipe.eval.tasks == "all" else index + 1
@@ -183,6 +216,7 @@ class Coordinator:
             completed=index + 1,
             checkpoint=None,
             timings=(*manifest.timings, timings),
+            peak_memory_bytes=self._peak_memory(),
             status="finished" if index + 1 == len(self.tasks) else "running",
         )
         self._forget_older_states(index)
@@ -199,10 +233,11 @@ class Coordinator:
             result = trainer.step(step)
             seconds = time.monotonic() - began
             spent = Spent(spent.train_seconds + seconds, step + 1, spent.tokens + trainer.tokens(step))
-            speed = trainer.tokens(step) / seconds
-            self.reporter.step(step + 1, result.loss, speed, trainer.learning_rate(step))
-            self.ledger.log(event="step", task=place.name, step=step + 1, loss=result.loss, seconds=round(seconds, 4))
-            self._after_step(place, spent)
+            stop, (loss, targets) = self._stop.agreed_with(result.loss_sum, result.targets)
+            loss /= max(1.0, targets)
+            self.reporter.step(step + 1, loss, trainer.tokens(step) / seconds, trainer.learning_rate(step))
+            self.ledger.log(event="step", task=place.name, step=step + 1, loss=loss, seconds=round(seconds, 4))
+            self._after_step(place, spent, stop)
         self.system.engine.after_task(place)
         self._save(self.folder.task(place.index, place.name).state, place, spent, trained=True)
         return spent
@@ -213,20 +248,27 @@ class Coordinator:
         """
         engine, entry = self.system.engine, self.ledger.manifest.checkpoint
         if entry is not None:
-            state = load_snapshot(self.folder.path / entry.folder, engine.shards)
+            state = self._load(self.folder.path / entry.folder)
+            engine.before_task(place)
             engine.load_method_states(state["methods"])
+            self.ledger.log(event="resumed", task=place.name, step=entry.step)
             self.reporter.message(f"resuming task {place.name} after step {entry.step} of {place.steps}")
             return state
         if 0 < place.index == self._first:
             before = self.folder.task(place.index - 1, self.tasks[place.index - 1].name)
-            engine.load_method_states(load_snapshot(before.state, engine.shards)["methods"])
+            engine.load_method_states(self._load(before.state)["methods"])
         if not self.recipe.train.keep_optimizer:
             engine.shards.reset_optimizer()
+        engine.before_task(place)
         return {}
 
-    def _after_step(self, place: TaskPlace, spent: Spent) -> None:
+    def _load(self, folder: Path) -> dict[str, Any]:
+        """Fill weights, moments and the methods' tensors from a saved state; return its JSON values."""
+        engine = self.system.engine
+        return load_snapshot(folder, engine.shards, engine.method_tensors())
+
+    def _after_step(self, place: TaskPlace, spent: Spent, stop: bool) -> None:
         """Save at the interval, and stop where a signal asked for it."""
-        stop = self._stop.agreed()
         every = self.recipe.checkpoint.every_steps
         if stop or (every is not None and spent.steps % every == 0 and spent.steps < place.steps):
             self._save(self.folder.checkpoint(place.index, spent.steps), place, spent, trained=False)
@@ -236,16 +278,24 @@ class Coordinator:
     def _save(self, path: Path, place: TaskPlace, spent: Spent, *, trained: bool) -> None:
         """Save the state of all ranks, then let the manifest point to it, then forget the checkpoints before it."""
         engine = self.system.engine
+        engine.before_save()
         state = {"trained": trained, "spent": dataclasses.asdict(spent), "methods": engine.method_states()}
         moments = not trained or self.recipe.train.keep_optimizer
-        save_snapshot(path, engine.shards, state, moments=moments)
+        save_snapshot(path, engine.shards, state, moments=moments, extra=engine.method_tensors())
         entry = CheckpointEntry(task=place.index, step=spent.steps, folder=str(path.relative_to(self.folder.path)))
         self.ledger.update(checkpoint=entry)
+        self._forget_stray_checkpoints()
+
+    def _forget_stray_checkpoints(self) -> None:
+        """Only the checkpoint that the manifest names is of use; a kill may have left others."""
+        entry = self.ledger.manifest.checkpoint
         if self.ledger.writer:
-            self.folder.keep_newest(0 if trained else 1)
+            self.folder.forget_checkpoints(but=None if entry is None else self.folder.path / entry.folder)
 
     def _interrupt(self, where: str) -> None:
+        """Leave in good order; all ranks come here together."""
         self.ledger.update(status="interrupted")
+        leave()
         raise Interrupted(f"{where}; the state is saved, go on with --resume")
 
     def _evaluate(self, indices: range, predictions: Path) -> Row:
@@ -259,7 +309,8 @@ class Coordinator:
             result = self.system.evaluator.evaluate(task)
             row[index] = result.score
             if self.ledger.writer:
-                write_predictions(predictions / f"{task.name}.jsonl", result.predictions)
+                with telling_full_disk(predictions):
+                    write_predictions(predictions / f"{task.name}.jsonl", result.predictions)
             extras = {"mode": result.mode, "metric": result.metric, "samples": result.count, **result.extras}
             self.ledger.log(
                 event="evaluation", folder=predictions.parent.name, task=task.name, score=result.score, **extras
@@ -281,23 +332,8 @@ class Coordinator:
         for older in range(index):
             shutil.rmtree(self.folder.task(older, self.tasks[older].name).state, ignore_errors=True)
 
-    def _finish(self) -> dict[str, Any]:
-        """Put the metrics together, write and report them."""
-        manifest = self.ledger.manifest
-        seconds = sum(entry["train_seconds"] for entry in manifest.timings)
-        steps = sum(entry["steps"] for entry in manifest.timings)
-        metrics = {
-            "tasks": list(manifest.tasks),
-            "accuracy_matrix": [list(row) for row in manifest.accuracy_matrix],
-            **all_metrics(manifest.accuracy_matrix),
-            "tokens_per_second": sum(entry["tokens"] for entry in manifest.timings) / max(seconds, 1e-9),
-            "step_seconds": seconds / max(steps, 1),
-            "peak_memory_bytes": peak_memory_per_rank(),
-            "timings": [dict(entry) for entry in manifest.timings],
-            "world_size": manifest.world_size,
-            "restarts": manifest.restarts,
-        }
-        self.ledger.write_metrics(metrics)
-        self.reporter.run_finished(metrics)
-        leave()
-        return metrics
+    def _peak_memory(self) -> tuple[int, ...]:
+        """Each rank's peak over all restarts (collective)."""
+        now = peak_memory_per_rank()
+        before = self.ledger.manifest.peak_memory_bytes or (0,) * len(now)
+        return tuple(max(pair) for pair in zip(now, before, strict=True))

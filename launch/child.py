@@ -49,8 +49,11 @@ def report_failure(environment: Mapping[str, str], exit_code: int, message: str)
         return False
     path = Path(environment[FAILURE_FILE])
     unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(asdict(Failure(exit_code, message, time.time()))), encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(json.dumps(asdict(Failure(exit_code, message, time.time()))), encoding="utf-8")
+        unfinished.replace(path)
+    except OSError:  # the disk is full: the rank tells it itself
+        return False
     return True
 
 

@@ -30,8 +30,10 @@ ADDRESS = "127.0.0.1"
 POLL_SECONDS = 0.05
 PORT_ATTEMPTS = 3
 SAME_REQUEST_SECONDS = 0.5
-KEPT_LINES = 20
-"""Lines of output that are kept of every rank but the first."""
+KEPT_LINES = 100
+"""Lines of output that are kept of every rank but the first; as long as a traceback through the libraries."""
+SHOWN_LINES = 20
+"""How many of them are shown of a rank that ended without a word."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SHARED_MEMORY = Path("/dev/shm")
 """Where DeepSpeed puts its buffers."""
@@ -113,7 +115,7 @@ def launch(
     """
     for attempt in range(1, PORT_ATTEMPTS + 1):
         port = find_free_port()
-        ending = _Launch(processes, environment, port, grace_seconds).run(command)
+        ending = _Launch(command, processes, environment, port, grace_seconds).run()
         # Another program may take the port between our look at it and rank 0's.
         if attempt == PORT_ATTEMPTS or "EADDRINUSE" not in (ending.message or ""):
             break
@@ -158,7 +160,15 @@ def has_gpu(environment: Mapping[str, str]) -> bool:
 class _Launch:
     """One attempt at running all ranks."""
 
-    def __init__(self, processes: int, environment: Mapping[str, str], port: int, grace_seconds: float) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        processes: int,
+        environment: Mapping[str, str],
+        port: int,
+        grace_seconds: float,
+    ) -> None:
+        self.command = command
         self.processes = processes
         self.environment = environment
         self.port = port
@@ -170,12 +180,12 @@ class _Launch:
         self.answered = 0
         self.deadline: float | None = None
 
-    def run(self, command: Sequence[str]) -> Ending:
+    def run(self) -> Ending:
         """Start the ranks, wait for all of them, and say how that went."""
         with tempfile.TemporaryDirectory(prefix="cl-dist-") as folder, self._signals_counted():
             try:
                 for index in range(self.processes):
-                    self.ranks.append(self._start(command, index, Path(folder)))
+                    self.ranks.append(self._start(index, Path(folder)))
                 while any(rank.returncode is None for rank in self.ranks):
                     self._watch()
                     time.sleep(POLL_SECONDS)
@@ -183,14 +193,14 @@ class _Launch:
                 self._clean_up()
             return self._ending()
 
-    def _start(self, command: Sequence[str], index: int, folder: Path) -> _Rank:
+    def _start(self, index: int, folder: Path) -> _Rank:
         failure_file = folder / f"rank-{index}.json"
         environment = rank_environment(self.environment, index, self.processes, self.port)
         environment[child.LAUNCHER_PID] = str(os.getpid())
         environment[child.FAILURE_FILE] = str(failure_file)
         captured = index > 0
         process = subprocess.Popen(
-            command,
+            self.command,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if captured else None,
@@ -270,7 +280,7 @@ class _Launch:
         if not failed:
             return self._peaceful_ending()
         if self.requests and all(rank.returncode == -signal.SIGTERM for rank in failed):
-            return Ending(INTERRUPTED, "stopped outside of training; the same command with --resume goes on")
+            return Ending(INTERRUPTED, "stopped outside of training; what was saved is intact")
         if self.requests > 1:
             return Ending(1, "killed by a second signal; --resume goes on from the last state that was saved")
         codes = {rank.returncode for rank in failed}
@@ -289,10 +299,14 @@ class _Launch:
         culprit = min(failed, key=lambda rank: _order_of_failing(rank, failures[rank.index]))
         own = failures[culprit.index]
         if own is None:
-            return Ending(exit_code, f"rank {culprit.index} {_describe_end(culprit)}", tuple(culprit.lines))
+            return Ending(
+                exit_code, f"rank {culprit.index} {_describe_end(culprit)}", tuple(culprit.lines)[-SHOWN_LINES:]
+            )
         shared = self.processes == 1 or all(other and other.message == own.message for other in failures.values())
         prefix = "" if shared and len(failed) == self.processes else f"rank {culprit.index}: "
-        return Ending(exit_code, prefix + own.message)
+        # A traceback that the rank printed for --debug; without it a rank that explains itself prints nothing more.
+        traceback = tuple(culprit.lines) if "--debug" in self.command else ()
+        return Ending(exit_code, prefix + own.message, traceback)
 
 
 def _keep_lines(stream: IO[str], lines: deque[str]) -> None:

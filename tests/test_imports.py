@@ -24,7 +24,14 @@ LAYERS = [
 """Components from the bottom up. One imports lower layers and, without a circle, its neighbours; "" is the package."""
 LAYER = {component: number for number, layer in enumerate(LAYERS) for component in layer}
 
-TORCH_FREE = ["cl_dist.config", "cl_dist.config.load", "cl_dist.tasks.stream", "cl_dist.state.preflight", "cl_dist.cli"]
+TORCH_FREE = [
+    "cl_dist.config",
+    "cl_dist.config.load",
+    "cl_dist.tasks.stream",
+    "cl_dist.evaluation.choice",
+    "cl_dist.state.preflight",
+    "cl_dist.cli",
+]
 HEAVY = ("torch", "transformers", "deepspeed", "datasets")
 
 

@@ -70,7 +70,7 @@ def _package(name: str) -> Finding:
 
 
 def _compiler() -> Finding:
-    """DeepSpeed builds its CPU operations at the first start."""
+    """DeepSpeed and Triton compile the operators that a run asks for."""
     wanted = os.environ.get("CXX", "c++")
     found = shutil.which(wanted)
     return Finding("C++ compiler", found or f"{wanted} not found; DeepSpeed needs one", is_problem=found is None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 
 from cl_dist import __version__
 from cl_dist.cli import doctor, evaluate, inspect, run
@@ -27,6 +27,8 @@ def build_parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"cl-dist {__version__}")
+    # The deepspeed launcher puts this before the command; the rank is read from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=SUPPRESS)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     common = ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks")

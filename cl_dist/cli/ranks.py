@@ -89,7 +89,7 @@ def _interruptible() -> Iterator[None]:
     """Until the coordinator listens for signals itself, one that asks to stop ends the rank at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("stopped outside of training; the same command with --resume goes on")
+        raise Interrupted("stopped outside of training; what was saved is intact")
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:

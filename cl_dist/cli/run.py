@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from cl_dist.cli.ranks import run_on_ranks, told_once_per_machine
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
+from cl_dist.launch.environment import find_ranks
 from cl_dist.progress import Reporter
 from cl_dist.tasks.orders import resolve_order
 
@@ -35,11 +37,19 @@ def run(arguments: Namespace) -> int:
 
 def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> None:
     """Raise BadInput where the data or the model cannot be used, as far as that shows without torch."""
-    from cl_dist.models.check import check_model_config
+    from cl_dist.evaluation.choice import resolve_mode
+    from cl_dist.models.check import check_model_config, known_objective
+    from cl_dist.tasks.encode import check_kind
     from cl_dist.tasks.stream import load_stream
 
     tasks = load_stream(recipe.stream, recipe_dir)
     check_model_config(recipe.model, [label for task in tasks for label in task.labels])
+    objective = known_objective(recipe.model)
+    if objective is None:  # only loading the model will tell
+        return
+    for task in tasks:
+        check_kind(task, objective)
+        resolve_mode(task, objective, recipe.eval)
 
 
 def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: bool) -> None:
@@ -48,7 +58,9 @@ def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: b
     check_stream_and_model(recipe, recipe_dir)
     if first:
         output_dir = Path(recipe.output_dir)
-        preflight(output_dir, recipe, resume=resume, fresh=fresh)
+        ranks = find_ranks(os.environ)
+        world_size = recipe.launch.processes if ranks is None else ranks.world_size
+        preflight(output_dir, recipe, resume=resume, fresh=fresh, world_size=world_size)
         if fresh:
             set_aside(output_dir)
 

@@ -7,6 +7,8 @@ from datetime import timedelta
 
 import torch
 
+from cl_dist.errors import BadInput
+
 
 def join(timeout_seconds: float) -> tuple[int, int]:
     """Initialise torch.distributed through DeepSpeed from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
@@ -16,6 +18,9 @@ def join(timeout_seconds: float) -> tuple[int, int]:
 
     Returns:
         (rank, world size).
+
+    Raises:
+        BadInput: There are more ranks on this machine than GPUs.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -23,7 +28,7 @@ def join(timeout_seconds: float) -> tuple[int, int]:
     from deepspeed.ops import __compatible_ops__
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_own_gpu())
     # The shared-memory collective serves DeepSpeed's inference only; building it costs two minutes on a cold start.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
@@ -33,6 +38,16 @@ def join(timeout_seconds: float) -> tuple[int, int]:
         verbose=False,
     )
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _own_gpu() -> int:
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= gpus:
+        raise BadInput(
+            f"launch.processes: rank {rank} of this machine has no GPU of its own, there are {gpus}; allowed are at "
+            f"most {gpus} ranks, or any number on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
+        )
+    return rank
 
 
 def leave() -> None:

@@ -18,7 +18,7 @@ from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.structure import base_model
 from cl_dist.seeds import derive_seed
-from cl_dist.sharding import ShardView, check_deepspeed
+from cl_dist.sharding import Shard, ShardView, check_deepspeed
 from cl_dist.tasks.collate import Batch
 
 
@@ -26,8 +26,10 @@ from cl_dist.tasks.collate import Batch
 class StepResult:
     """What one optimiser step did on this rank."""
 
-    loss: float
-    """Mean loss per target over this rank's micro-batches."""
+    loss_sum: float
+    """Loss summed over the targets of this rank's micro-batches."""
+    targets: int
+    """Targets in this rank's micro-batches."""
 
 
 class TrainingEngine:
@@ -62,7 +64,7 @@ class TrainingEngine:
             config=deepspeed_config(self.recipe),
             dist_init_required=False,
         )
-        self._keeps_logits = keeps_logits(base)
+        self._keeps_logits = keeps_logits(base) and not any(method.needs_all_logits for method in self.methods)
         self.shards = ShardView(self._engine)
         self.shards.allocate_moments(step=0)
         self.shards.on_boundary(self._before_update, self._after_update)
@@ -72,7 +74,8 @@ class TrainingEngine:
     def rebuild(self) -> None:
         """Build a new DeepSpeed engine around the same model in the same process group.
 
-        For methods that change the set of trainable parameters. The optimiser starts afresh.
+        For methods that change the set of trainable parameters. The optimiser starts afresh, and in bfloat16 so do the
+        float32 masters, from the bfloat16 weights.
         """
         model = self.model
         self.destroy()
@@ -100,13 +103,16 @@ class TrainingEngine:
         for method in self.methods:
             method.after_task(place)
 
-    def train_step(self, step: int, batches: Sequence[Batch], global_targets: int) -> StepResult:
+    def train_step(
+        self, step: int, batches: Sequence[Batch], global_targets: int, real_batches: int | None = None
+    ) -> StepResult:
         """One optimiser step over this rank's micro-batches of the global batch.
 
         Args:
             step: 0-based step of the task.
             batches: `train.gradient_accumulation` micro-batches.
             global_targets: Targets in the whole global batch, over all ranks and micro-batches.
+            real_batches: Micro-batches of the global batch that are not fillers alone; None: all.
 
         Raises:
             ClDistError: The loss is not a finite number.
@@ -115,11 +121,11 @@ class TrainingEngine:
         train = self.recipe.train
         torch.manual_seed(derive_seed(train.seed, "step", self._place.index, step, torch.distributed.get_rank()))
         self.shards.set_learning_rate(learning_rate(train, step, self._place.steps))
-        total = sum(self._micro_step(step, batch.to(device()), global_targets) for batch in batches)
+        total = sum(self._micro_step(step, batch.to(device()), global_targets, real_batches) for batch in batches)
         targets = sum(batch.targets for batch in batches)
-        return StepResult(total / max(1, targets))
+        return StepResult(total, targets)
 
-    def _micro_step(self, step: int, batch: Batch, global_targets: int) -> float:
+    def _micro_step(self, step: int, batch: Batch, global_targets: int, real_batches: int | None = None) -> float:
         for method in self.methods:
             method.before_forward(step, batch)
         total = self._loss_sum(batch)
@@ -129,7 +135,7 @@ class TrainingEngine:
                 f"task {self._place.name}, step {step}: the loss is {value} on samples {batch.indices}; "
                 "lower train.learning_rate or look at these samples"
             )
-        loss = total * self._loss_scale(batch, global_targets)
+        loss = total * self._loss_scale(batch, global_targets, real_batches)
         for method in self.methods:
             loss = method.before_backward(loss)
         self._engine.backward(loss)
@@ -147,15 +153,29 @@ class TrainingEngine:
             logits = self._engine(**batch.inputs).logits[:, positions]
         return loss_sum(logits, batch.labels[:, positions + 1])
 
-    def _loss_scale(self, batch: Batch, global_targets: int) -> float:
+    def _loss_scale(self, batch: Batch, global_targets: int, real_batches: int | None) -> float:
         """Factor that makes the gradient of the summed loss the wanted mean.
 
-        DeepSpeed divides by the micro-batches of a step and by the ranks; the mean over all tokens needs neither.
+        DeepSpeed divides by the micro-batches of a step and by the ranks. The mean over all tokens needs neither, and
+        the mean of means divides by the micro-batches that hold samples.
         """
-        if self.recipe.train.loss_average == "micro_batch":
-            return 1.0 / max(1, batch.targets)
         pieces = self.recipe.train.gradient_accumulation * torch.distributed.get_world_size()
+        if self.recipe.train.loss_average == "micro_batch":
+            return pieces / (real_batches or pieces) / max(1, batch.targets)
         return pieces / max(1, global_targets)
+
+    def before_save(self) -> None:
+        """Let the methods check what is about to be saved (collective)."""
+        for method in self.methods:
+            method.before_save()
+
+    def method_tensors(self) -> dict[str, dict[str, Shard]]:
+        """All methods' live tensors; quantities are numbered by the method's place in the composition."""
+        return {
+            f"method{number}.{quantity}": shards
+            for number, method in enumerate(self.methods)
+            for quantity, shards in method.tensors().items()
+        }
 
     def method_states(self) -> list[dict[str, Any]]:
         """Each method's JSON state, in the order of composition."""

@@ -32,9 +32,14 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop (collective: every rank gets the same answer)."""
-        flag = torch.tensor(int(self._asked_at is not None), device=device())
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
+        return self.agreed_with()[0]
+
+    def agreed_with(self, *values: float) -> tuple[bool, list[float]]:
+        """`agreed`, and in the same all-reduce the sums over ranks of some numbers of the step."""
+        message = torch.tensor([self._asked_at is not None, *values], dtype=torch.float64, device=device())
+        torch.distributed.all_reduce(message)
+        asked, *sums = message.tolist()
+        return asked > 0, sums
 
     def close(self) -> None:
         """Put the former signal handlers back."""

@@ -25,14 +25,21 @@ class TaskTrainer:
     Args:
         engine: The run's engine.
         samples: The task's encoded training samples.
-        tokenizer: For padding and, with a masked language model, for the mask token.
+        tokenizer: For the mask token of a masked language model.
+        pad_id: Token that fills batches up.
         index: Position of the task in the stream.
     """
 
     def __init__(
-        self, engine: TrainingEngine, samples: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, index: int
+        self,
+        engine: TrainingEngine,
+        samples: Sequence[Encoded],
+        tokenizer: PreTrainedTokenizerBase,
+        pad_id: int,
+        index: int,
     ) -> None:
         self._engine, self._samples, self._tokenizer, self._index = engine, samples, tokenizer, index
+        self._pad_id = pad_id
         self._train = engine.recipe.train
         self._rank = torch.distributed.get_rank()
         self._plan = BatchPlan(
@@ -66,20 +73,21 @@ class TaskTrainer:
     def step(self, step: int) -> StepResult:
         """Take optimiser step `step` (0-based), together with the other ranks."""
         batches = [self._collate(step, indices) for indices in self._plan.micro_batches(step, self._rank)]
-        return self._engine.train_step(step, batches, self._global_targets(step, batches))
+        return self._engine.train_step(step, batches, self._global_targets(step, batches), self._real_batches(step))
+
+    def _real_batches(self, step: int) -> int:
+        """Micro-batches of all ranks that hold at least one sample."""
+        ranks = range(torch.distributed.get_world_size())
+        return sum(max(indices) >= 0 for rank in ranks for indices in self._plan.micro_batches(step, rank))
 
     def _collate(self, step: int, indices: Sequence[int]) -> Batch:
         decoder_start = getattr(self._engine.model.config, "decoder_start_token_id", None)
         batch = collate(
-            gather(self._samples, indices), self._engine.objective, self._padding(), decoder_start_id=decoder_start
+            gather(self._samples, indices), self._engine.objective, self._pad_id, decoder_start_id=decoder_start
         )
         if self._engine.objective == "masked_lm":
             batch = mask_tokens(batch, self._tokenizer, derive_seed(self._train.seed, "mask", self._index, step))
         return batch
-
-    def _padding(self) -> int:
-        padding = self._tokenizer.pad_token_id
-        return int(self._tokenizer.eos_token_id if padding is None else padding)
 
     def _global_targets(self, step: int, batches: Sequence[Batch]) -> int:
         """Targets of the global batch; every rank can count them from the samples, but for those that masking draws."""

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from cl_dist.config.schema import EvalConfig
 from cl_dist.evaluation.batches import cut_batches, deal_batches
-from cl_dist.evaluation.modes import Scorer, Subject, make_scorer, resolve_mode
+from cl_dist.evaluation.choice import resolve_mode
+from cl_dist.evaluation.modes import Scorer, Subject, make_scorer
 from cl_dist.evaluation.perplexity import perplexity
 from cl_dist.evaluation.result import Mode, Prediction, TaskScore, weighted_mean
 from cl_dist.evaluation.wrapped import evaluating

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from cl_dist.evaluation.batches import pad_side
-from cl_dist.evaluation.wrapped import base_model, device_of
+from cl_dist.evaluation.wrapped import device_of
+from cl_dist.models.structure import base_model
 
 
 def generate(
@@ -27,7 +28,7 @@ def generate(
     A sequence ends at the tokenizer's end of sequence token or after `max_new_tokens`. `synced` keeps all ranks in step
     until the last one is done, which ZeRO-3 needs; every rank must then call this equally often.
     """
-    base = base_model(model)
+    base: Any = base_model(model)
     is_decoder = not base.config.is_encoder_decoder
     input_ids, mask = pad_side(prompts, pad_id, "left" if is_decoder else "right", device_of(model))
     with _own_settings(base, greedy(base, tokenizer, pad_id, max_new_tokens)):

@@ -21,7 +21,8 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from cl_dist.evaluation.batches import pad_side
-from cl_dist.evaluation.wrapped import accepts, base_model, device_of
+from cl_dist.evaluation.wrapped import accepts, device_of
+from cl_dist.models.structure import base_model
 from cl_dist.tasks.collate import pad, shift_right
 from cl_dist.tasks.types import IGNORE
 
@@ -220,5 +221,6 @@ def _sums_by_label(logits: torch.Tensor, packed: PackedLabels) -> torch.Tensor:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the hidden states: that of the embeddings."""
-    dtype: torch.dtype = base_model(model).get_input_embeddings().weight.dtype
+    embeddings: Any = base_model(model).get_input_embeddings()
+    dtype: torch.dtype = embeddings.weight.dtype
     return dtype

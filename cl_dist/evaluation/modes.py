@@ -1,4 +1,4 @@
-"""How a task can be scored: which mode fits which task and objective, and one scorer for each mode."""
+"""How a task is scored: one scorer for each mode."""
 
 from __future__ import annotations
 
@@ -16,17 +16,9 @@ from cl_dist.evaluation.generate import generate
 from cl_dist.evaluation.perplexity import log_likelihoods, text_batch
 from cl_dist.evaluation.result import Mode, Prediction
 from cl_dist.evaluation.scores import SCORES
-from cl_dist.evaluation.wrapped import base_model
+from cl_dist.models.structure import base_model
 from cl_dist.tasks.encode import Encoder, Objective
 from cl_dist.tasks.types import Task
-
-MODES: dict[Objective, tuple[Mode, ...]] = {
-    "causal_lm": ("likelihood", "generate", "perplexity"),
-    "seq2seq_lm": ("likelihood", "generate"),
-    "classification": ("likelihood",),
-    "masked_lm": ("perplexity",),
-}
-"""Modes that a model of each objective can be scored in."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +50,6 @@ class Scorer(Protocol):
     def score(self, indices: Sequence[int]) -> list[Prediction]:
         """Predictions for these samples, in this order; runs the same number of forwards on all ranks if synced."""
         ...
-
-
-def resolve_mode(task: Task, objective: Objective, config: EvalConfig) -> Mode:
-    """The mode that a task is scored in; raises BadInput where the task or the model does not allow it."""
-    mode = _default_mode(task) if config.mode == "auto" else config.mode
-    where = f"eval.mode {mode}: task {task.name!r}"
-    if mode not in MODES[objective]:
-        allowed = " or ".join(MODES[objective])
-        raise BadInput(
-            f"{where} cannot be scored so with a {objective} model, which allows {allowed} (model.objective)"
-        )
-    if mode == "likelihood" and not task.labels:
-        raise BadInput(f"{where} has no labels to choose from; give the task `labels`, or use generate or auto")
-    if mode == "generate" and task.kind == "text":
-        raise BadInput(f"{where} is plain text without prompts to answer; use perplexity or auto")
-    if mode == "perplexity" and task.kind != "text":
-        raise BadInput(f"{where} is a {task.kind} task, and perplexity is for text; use auto")
-    return mode
 
 
 def make_scorer(mode: Mode, subject: Subject, task: Task, config: EvalConfig) -> Scorer:
@@ -186,13 +160,6 @@ class PerplexityScorer:
             Prediction(index, "", "", total / tokens, tokens)
             for index, (total, tokens) in zip(indices, sums, strict=True)
         ]
-
-
-def _default_mode(task: Task) -> Mode:
-    """What `auto` means for a task."""
-    if task.labels:
-        return "likelihood"
-    return "perplexity" if task.kind == "text" else "generate"
 
 
 def _prompt(encoder: Encoder, task: Task, index: int) -> list[int]:

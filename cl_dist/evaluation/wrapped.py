@@ -5,16 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
-
-def base_model(model: nn.Module) -> Any:
-    """The transformers model itself, below peft's wrapper if there is one."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+from cl_dist.models.structure import base_model
 
 
 def accepts(model: nn.Module, argument: str) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from cl_dist.sharding import ShardView
+    from cl_dist.sharding import Shard, ShardView
     from cl_dist.tasks.collate import Batch
 
 
@@ -29,6 +29,9 @@ class Method:
     `attach`, then for each task `before_task`, for each step (`before_forward`, `before_backward`) per micro-batch,
     `before_update`, `after_update`, and finally `after_task`.
     """
+
+    needs_all_logits = False
+    """Whether the output head must run over every position, not only those that predict an answer."""
 
     def attach(self, model: torch.nn.Module, shards: ShardView, seed: int) -> None:
         """The engine was built (or rebuilt) around `model`; its training state is seen through `shards`."""
@@ -55,9 +58,19 @@ class Method:
     def after_task(self, place: TaskPlace) -> None:
         """A task's last step is done; its state is not yet saved."""
 
+    def before_save(self) -> None:
+        """The state of this moment is about to be saved (all ranks come here): the last chance to refuse it."""
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-serialisable state that a resume needs beyond the recipe; empty when there is none."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state that `state_dict` gave."""
+        """Take up the state that `state_dict` gave; inside a task `before_task` has been called before."""
+
+    def tensors(self) -> dict[str, dict[str, Shard]]:
+        """Live tensors to save and restore, by quantity and parameter name; called after `attach`.
+
+        Each shard covers the elements that this rank owns, so that another number of ranks can read them.
+        """
+        return {}

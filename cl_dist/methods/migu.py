@@ -32,6 +32,7 @@ class Migu(Method):
 
     def __init__(self, config: MiguConfig) -> None:
         self.config = config
+        self.needs_all_logits = config.layers == "all"
         self.keep: dict[str, torch.Tensor] = {}
         """The current step's masks: `(out_features,)` bool by the name of the weight, True where a row is updated."""
         self._masks_this_task = False
@@ -79,6 +80,13 @@ class Migu(Method):
         if self._freezer is not None:
             self._freezer.freeze(self.keep)
 
+    def before_save(self) -> None:
+        """The check of the last step's masks would come with the next step; before a save it comes at once."""
+        if torch.distributed.get_world_size() > 1:
+            message = self._agreement.message()
+            torch.distributed.all_reduce(message)
+            self._agreement.check(message)
+
     def after_update(self) -> None:
         """Start the next step's sums from zero."""
         self._flat.zero_()
@@ -93,16 +101,18 @@ class Migu(Method):
             # A forward pass inside backward recomputes activations: those tokens were counted the first time.
             if not self._masks_this_task or not module.training or torch._C._current_graph_task_id() != -1:
                 return
-            counted = self._counted_tokens(kind)
+            counted = self._counted_tokens(kind, output)
             self._sums[name] += row_magnitude(output, counted, per_token=self.config.magnitude == "per_token")
 
         return record
 
-    def _counted_tokens(self, kind: str) -> torch.Tensor | None:
-        """`(batch, length)` bool of the tokens that count, or None for all of them."""
+    def _counted_tokens(self, kind: str, output: torch.Tensor) -> torch.Tensor | None:
+        """Bool of the leading shape of `output`: the tokens that count, or None for all of them."""
         if self.config.count_padding:
             return None
-        return self._token_masks[kind]
+        mask = self._token_masks[kind]
+        # A classifier's head runs over one vector per sample: fillers have no real token and do not count.
+        return mask.any(dim=1) if output.dim() == 2 else mask
 
     def _reduce_sums(self) -> None:
         """Sum over ranks: the only collective of a step. It carries the check that the last step's masks agreed."""

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from cl_dist.config.schema import BUILTIN_MODELS, ModelConfig
 from cl_dist.errors import BadInput
+from cl_dist.tasks.encode import Objective
 
 Family = Literal["decoder", "encoder", "encoder-decoder"]
-Objective = Literal["causal_lm", "seq2seq_lm", "classification", "masked_lm"]
 
 BUILTIN_PREFIX = "builtin:"
 OBJECTIVES: dict[Family, tuple[Objective, ...]] = {
@@ -85,6 +85,25 @@ def resolve_objective(objective: str, family: Family, name: str) -> Objective:
     raise BadInput(
         f"model.objective: {name} is of the {family} family, which allows {' and '.join(allowed)}, not {objective}"
     )
+
+
+def known_objective(model: ModelConfig) -> Objective | None:
+    """The objective that a model will be trained for, where names and small files tell; None where they do not."""
+    family = BUILTIN_FAMILIES.get(model.name_or_path) or _family_in_folder(model)
+    return None if family is None else resolve_objective(model.objective, family, model.name_or_path)
+
+
+def _family_in_folder(model: ModelConfig) -> Family | None:
+    folder = local_folder(model.name_or_path)
+    if folder is None or model.gguf_file is not None:
+        return None
+    config = _read_config(folder)
+    names = [str(name) for name in config.get("architectures") or []]
+    if config.get("is_encoder_decoder"):
+        return "encoder-decoder"
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        return "decoder"
+    return "encoder" if any(name.endswith("ForMaskedLM") for name in names) else None
 
 
 def local_folder(name: str) -> Path | None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers import __version__ as transformers_version
 from transformers.utils.hub import cached_file
 
-from cl_dist.errors import BadInput
+from cl_dist.errors import BadInput, ClDistError
 
 
 def converted_gguf(source: str, gguf_file: str, cache_dir: Path) -> Path:
@@ -29,6 +29,8 @@ def converted_gguf(source: str, gguf_file: str, cache_dir: Path) -> Path:
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         try:
             _convert_once(source, gguf_file, cache_dir)
+        except ClDistError:  # a signal that asks to stop
+            raise
         except Exception as raised:  # told on every rank below: one that raised alone would leave the others waiting
             error = f"model.gguf_file: {gguf_file} of {source} cannot be converted ({raised})"
     for told in _from_all_ranks(error):

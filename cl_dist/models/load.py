@@ -25,12 +25,11 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils import logging
 
 from cl_dist.config.schema import ModelConfig
-from cl_dist.errors import BadInput
+from cl_dist.errors import BadInput, ClDistError
 from cl_dist.models.builtin import builtin_config, byte_tokenizer
 from cl_dist.models.check import (
     BUILTIN_FAMILIES,
     Family,
-    Objective,
     check_model_config,
     local_folder,
     resolve_objective,
@@ -38,7 +37,11 @@ from cl_dist.models.check import (
 )
 from cl_dist.models.gguf import converted_gguf
 from cl_dist.models.initialise import initialise_
-from cl_dist.models.structure import head_prefixes, is_below
+from cl_dist.models.structure import base_model, head_prefixes, is_below
+from cl_dist.tasks.encode import Objective
+
+POSITION_TABLES = ("position_embeddings", "wpe")
+"""Name endings of learnt position embeddings."""
 
 AUTO_CLASSES: dict[Objective, Any] = {
     "causal_lm": AutoModelForCausalLM,
@@ -88,6 +91,21 @@ def load_model(
     built.name_or_path = built.config._name_or_path = model.name_or_path
     tokenizer.name_or_path = model.name_or_path
     return LoadedModel(built, tokenizer, objective)
+
+
+def check_length(loaded: LoadedModel, max_length: int) -> None:
+    """Raise BadInput where inputs of `max_length` tokens have no position embedding.
+
+    Rotary and relative positions (Llama, T5) have no such end; learnt ones (BERT, RoBERTa, GPT-2) do.
+    """
+    base = base_model(loaded.model)
+    tables = [module for name, module in base.named_modules() if name.endswith(POSITION_TABLES)]
+    for table in tables:
+        longest = int(table.num_embeddings) - (0 if table.padding_idx is None else int(table.padding_idx) + 1)
+        if max_length > longest:
+            raise BadInput(
+                f"train.max_length: {max_length} is too long for {base.name_or_path}, which has {longest} positions"
+            )
 
 
 def family_of(config: PreTrainedConfig, name: str) -> Family:
@@ -220,7 +238,7 @@ def _told_as_bad_input(model: ModelConfig) -> Iterator[None]:
     """What the libraries raise for a model that is not there, damaged or unknown becomes one sentence."""
     try:
         yield
-    except BadInput:
+    except ClDistError:  # a signal that asks to stop among them
         raise
     except Exception as error:  # tokenizers raises Exception itself
         raise BadInput(f"model.name_or_path: {model.name_or_path} cannot be loaded: {_reason(error)}") from error

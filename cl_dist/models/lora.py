@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from cl_dist.config.schema import LoraConfig
 from cl_dist.errors import BadInput
-from cl_dist.models.check import Objective
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.structure import LINEAR, head_prefixes, is_below
+from cl_dist.tasks.encode import Objective
 
 TASK_TYPES: dict[Objective, TaskType | None] = {
     "causal_lm": TaskType.CAUSAL_LM,

@@ -60,6 +60,7 @@ class RowFreezer:
     def _dropped_rows(self, name: str, shard: Shard, keep: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         shape = self._shards.shape(name)
         length = shape.numel() // shape[0]
+        keep = keep.to(shard.data.device)  # masters may be offloaded
         segments = row_segments(shard.start, shard.data.numel(), length)
         return [(segment.view(shard.data), ~keep.narrow(0, segment.row, segment.rows)) for segment in segments]
 

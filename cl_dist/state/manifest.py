@@ -48,9 +48,11 @@ class Manifest:
     """Newest checkpoint inside the task that is under way."""
     accuracy_matrix: tuple[tuple[float | None, ...], ...] = ()
     """Rows so far, the first one before training; None where a task was not evaluated."""
+    peak_memory_bytes: tuple[int, ...] = ()
+    """Largest memory that each rank has used so far, over all restarts."""
     restarts: int = 0
     """How often the run was resumed."""
-    timings: tuple[dict[str, float], ...] = ()
+    timings: tuple[dict[str, int | float], ...] = ()
     """Seconds by name (such as "train", "evaluate"), one entry per completed task."""
     format_version: int = FORMAT_VERSION
     """Version of this file's format."""

@@ -25,10 +25,11 @@ _SHOWN_DIFFERENCES = 8
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 
-def preflight(output_dir: Path, recipe: Recipe, *, resume: bool, fresh: bool) -> None:
+def preflight(output_dir: Path, recipe: Recipe, *, resume: bool, fresh: bool, world_size: int | None = None) -> None:
     """Raise `BadInput` unless `recipe` may run in `output_dir`; makes the folder and its parents where need be.
 
     resume: go on with the run in the folder. fresh: start anew, the old run is put aside afterwards (`set_aside`).
+    world_size: how many ranks there are going to be, where that is known.
     """
     if resume and fresh:
         raise BadInput("--resume and --fresh exclude each other: go on with the old run, or put it aside")
@@ -40,7 +41,7 @@ def preflight(output_dir: Path, recipe: Recipe, *, resume: bool, fresh: bool) ->
     _require_run_or_empty(folder)
     refuse_if_locked(folder.lock)
     if resume:
-        _require_resumable(folder, recipe)
+        _require_resumable(folder, recipe, world_size)
     elif folder.manifest.exists() and not fresh:
         raise BadInput(_both_ways_out(folder))
 
@@ -125,13 +126,18 @@ def _nothing_to_resume(folder: RunFolder) -> str:
     return f"--resume: {folder.path} holds no run; leave --resume out to start one"
 
 
-def _require_resumable(folder: RunFolder, recipe: Recipe) -> None:
+def _require_resumable(folder: RunFolder, recipe: Recipe, world_size: int | None) -> None:
     """Refuse to resume where there is no run, or another recipe's."""
     if not folder.manifest.exists():
         if _was_started(folder):  # nothing was done yet: resuming is starting
             return
         raise BadInput(_nothing_to_resume(folder))
-    Manifest.read(folder.manifest)
+    before = Manifest.read(folder.manifest).world_size
+    if world_size is not None and world_size != before:
+        raise BadInput(
+            f"--resume: the run in {folder.path} had {before} ranks and would now have {world_size}, which changes its "
+            f"global batch: start it with {before} (launch.processes)"
+        )
     differences = changed_settings(_stored_config(folder.config), _RECIPE.dump_python(recipe, mode="json"))
     if differences:
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES])

@@ -106,10 +106,11 @@ class RunFolder:
         found = [path for path in self.checkpoints.glob("task-*") if _CHECKPOINT_NAME.fullmatch(path.name)]
         return sorted(found, key=_task_and_step, reverse=True)
 
-    def keep_newest(self, count: int) -> None:
-        """Delete all checkpoints but the newest `count`."""
-        for path in self.stored_checkpoints()[count:]:
-            shutil.rmtree(path)
+    def forget_checkpoints(self, but: Path | None = None) -> None:
+        """Delete all checkpoints but the one that the manifest names (`but`), however old the others are."""
+        for path in self.stored_checkpoints():
+            if path != but:
+                shutil.rmtree(path)
 
     def append_log(self, record: dict[str, Any]) -> None:
         """Append a record to the log."""

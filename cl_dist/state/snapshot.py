@@ -13,16 +13,23 @@ from typing import Any
 
 import torch
 
-from cl_dist.sharding import ShardView
+from cl_dist.sharding import Shard, ShardView
 from cl_dist.state import atomic
-from cl_dist.state.integrity import read_sealed, write_sealed
+from cl_dist.state.integrity import CheckpointDamaged, read_sealed, write_sealed
 from cl_dist.state.spans import Span, SpanReader, write_spans
 
 MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+FORMAT_VERSION = 1
 
 
-def save_snapshot(folder: Path, shards: ShardView, state: Mapping[str, Any], *, moments: bool) -> None:
+def save_snapshot(
+    folder: Path,
+    shards: ShardView,
+    state: Mapping[str, Any],
+    *,
+    moments: bool,
+    extra: Mapping[str, Mapping[str, Shard]] | None = None,
+) -> None:
     """Write the state of all ranks into `folder`, which appears whole or not at all (collective).
 
     Args:
@@ -30,6 +37,7 @@ def save_snapshot(folder: Path, shards: ShardView, state: Mapping[str, Any], *, 
         shards: The engine's shards.
         state: JSON values to keep beside the tensors.
         moments: Keep AdamW's moments too (inside a task), not only the weights.
+        extra: The methods' own tensors, by quantity and parameter.
 
     Raises:
         ClDistError: The disk is full; what was there before is intact.
@@ -40,29 +48,31 @@ def save_snapshot(folder: Path, shards: ShardView, state: Mapping[str, Any], *, 
     torch.distributed.barrier()
     writers = 1 if shards.replicated else torch.distributed.get_world_size()
     if rank < writers:
-        write_spans(atomic.staging(folder), rank, _spans(shards, moments))
+        held = {**_quantities(shards, moments), **(extra or {})}
+        write_spans(atomic.staging(folder), rank, {quantity: _spans(pieces) for quantity, pieces in held.items()})
     torch.distributed.barrier()
     if rank == 0:
-        tensors = {"writers": writers, "moments": moments, "optimizer_step": shards.optimizer_step}
+        tensors = {
+            "format": FORMAT_VERSION,
+            "writers": writers,
+            "moments": moments,
+            "optimizer_step": shards.optimizer_step,
+        }
         write_sealed(atomic.staging(folder) / "state.json", {**state, **tensors})
         atomic.publish(folder)
     torch.distributed.barrier()
 
 
-def _spans(shards: ShardView, moments: bool) -> dict[str, dict[str, Span]]:
-    spans: dict[str, dict[str, Span]] = {MASTER: {}}
-    for name in shards.names:
-        master = shards.master(name)
-        if master is not None:
-            spans[MASTER][name] = Span(master.start, master.data)
-        for moment, shard in shards.moments(name).items() if moments else ():
-            spans.setdefault(moment, {})[name] = Span(shard.start, shard.data)
-    return spans
+def _spans(held: Mapping[str, Shard]) -> dict[str, Span]:
+    return {name: Span(shard.start, shard.data) for name, shard in held.items()}
 
 
-def load_snapshot(folder: Path, shards: ShardView) -> dict[str, Any]:
-    """Fill this rank's masters (and moments, where kept; else zeros) from `folder` and publish the weights
-    (collective).
+def load_snapshot(
+    folder: Path, shards: ShardView, extra: Mapping[str, Mapping[str, Shard]] | None = None
+) -> dict[str, Any]:
+    """Fill this rank's masters from `folder` and publish the weights (collective).
+
+    Moments are filled where they were kept and are zero otherwise; the methods' own tensors (`extra`) are filled too.
 
     Returns:
         The JSON values that were saved.
@@ -71,16 +81,28 @@ def load_snapshot(folder: Path, shards: ShardView) -> dict[str, Any]:
         CheckpointDamaged: A file is missing or not what was written.
     """
     state = read_sealed(folder / "state.json")
+    if state["format"] != FORMAT_VERSION:
+        raise CheckpointDamaged(f"{folder} has format {state['format']}; this release reads {FORMAT_VERSION}")
     reader = SpanReader(folder, state["writers"])
     reader.verify(torch.distributed.get_rank(), torch.distributed.get_world_size())
     if state["moments"]:
         shards.allocate_moments(state["optimizer_step"])
     else:
         shards.reset_optimizer()
-    for name in shards.names:
-        views = {MASTER: shards.master(name), **(shards.moments(name) if state["moments"] else {})}
-        for quantity, shard in views.items():
-            if shard is not None:
-                shard.data.copy_(reader.read(quantity, name, shard.start, shard.stop))
+    for quantity, held in {**_quantities(shards, state["moments"]), **(extra or {})}.items():
+        for name, shard in held.items():
+            shard.data.copy_(reader.read(quantity, name, shard.start, shard.stop))
     shards.publish()
     return state
+
+
+def _quantities(shards: ShardView, moments: bool) -> dict[str, dict[str, Shard]]:
+    """This rank's live masters and, where wanted, moments, by quantity and parameter."""
+    held: dict[str, dict[str, Shard]] = {MASTER: {}}
+    for name in shards.names:
+        master = shards.master(name)
+        if master is not None:
+            held[MASTER][name] = master
+        for moment, shard in shards.moments(name).items() if moments else ():
+            held.setdefault(moment, {})[name] = shard
+    return held

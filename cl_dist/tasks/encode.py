@@ -32,6 +32,15 @@ def label_names(tasks: Iterable[Task]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(label for task in tasks for label in task.labels))
 
 
+def check_kind(task: Task, objective: Objective) -> None:
+    """Raise BadInput where the objective cannot learn this kind of task."""
+    kinds = LEARNABLE[objective]
+    if task.kind not in kinds:
+        raise BadInput(
+            f"task {task.name!r} is {task.kind}, but a model trained by {objective} learns {' or '.join(kinds)} only"
+        )
+
+
 def cut(ids: list[int], room: int, side: Side) -> list[int]:
     """At most `room` of the ids: without their middle, their start (`left`) or their end (`right`)."""
     if len(ids) <= room:
@@ -90,7 +99,7 @@ class Encoder:
         Raises BadInput where the objective cannot learn this kind of task, and for an answer that is too long, naming
         the sample.
         """
-        self._check_kind(task)
+        check_kind(task, self._objective)
         if task.kind == "text":
             return self.text_chunks(task.train)
         prompts = self._tokenize([example.prompt for example in task.train])
@@ -192,9 +201,3 @@ class Encoder:
                 f"train.max_length is {self._config.max_length}, but with the tokenizer's special tokens it must be at "
                 f"least {needed}"
             )
-
-    def _check_kind(self, task: Task) -> None:
-        """BadInput where the objective cannot learn this kind of task."""
-        kinds = LEARNABLE[self._objective]
-        if task.kind not in kinds:
-            raise BadInput(f"task {task.name!r} is {task.kind}, but {self._objective} learns {' or '.join(kinds)} only")

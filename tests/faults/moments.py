@@ -84,6 +84,18 @@ def _between_renames(count: int) -> None:
     atomic.os.rename = dying
 
 
+def _asked_to_stop(count: int) -> None:
+    """Not killed: the process gets a SIGTERM, as from a scheduler."""
+    original, calls = TaskTrainer.step, iter(range(1, 10**9))
+
+    def asked(self: TaskTrainer, step: int) -> Any:
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step)
+
+    TaskTrainer.step = asked  # type: ignore[method-assign]
+
+
 MOMENTS: dict[str, Callable[[int], None]] = {
     "step": _before_step,
     "tensor file": _half_a_tensor_file,
@@ -92,4 +104,5 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "evaluation": _in_evaluation,
     "export": _in_export,
     "rename": _between_renames,
+    "stop": _asked_to_stop,
 }

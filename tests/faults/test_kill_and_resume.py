@@ -102,6 +102,22 @@ def test_killed_again_and_again(zygote: Zygote, undisturbed: Path, tmp_path: Pat
     assert_same_end(tmp_path / "run", undisturbed)
 
 
+def test_a_stray_newer_checkpoint_does_not_cost_the_one_that_is_named(
+    zygote: Zygote, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Killed before the manifest named checkpoint 6, resumed, and asked to stop at an earlier step."""
+    path = recipe(tmp_path)
+    before_naming_6 = {"moment": "manifest", "on_rank": 0, "count": 4}
+    zygote.run(["run", str(path)], tmp_path, world=2, fault=before_naming_6)
+    assert (tmp_path / "run" / "checkpoint" / "task-01-step-000006").is_dir()
+    stop_after_step_5 = {"moment": "stop", "on_rank": 1, "count": 2}
+    outcome = zygote.run(["run", str(path), "--resume"], tmp_path, world=2, fault=stop_after_step_5)
+    assert outcome.codes == [75, 75], outcome.output
+    outcome = zygote.run(["run", str(path), "--resume", "--debug"], tmp_path, world=2)
+    assert outcome.codes == [0, 0], outcome.output
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
 def test_resuming_a_finished_run_changes_nothing(zygote: Zygote, undisturbed: Path, tmp_path: Path) -> None:
     before = (undisturbed / "metrics.json").read_text()
     path = undisturbed.parent / "recipe.yaml"

@@ -31,6 +31,7 @@ def behaviours() -> dict[str, Any]:
         "evaluation": _evaluation(),
         "padding": {str(count): _padding(count) for count in (False, True)},
         "recomputed": [_counted_with_backward(recompute) for recompute in (False, True)],
+        "all_layers": {family: _all_layers(family) for family in ("llama", "roberta")},
         "bias": {str(mask): _bias_moves(mask) for mask in (False, True)},
         "disagreement": [_agreement(differ) for differ in (False, True)],
     }
@@ -120,6 +121,19 @@ def _counted_with_backward(recompute: bool) -> list[int]:
     counted = next(iter(migu._sums.values())).sum().item()
     engine.destroy()
     return [round(counted), batch.tokens]
+
+
+def _all_layers(family: str) -> list[list[int]]:
+    """Per head layer [rows that moved, rows] in a step with `layers: all`."""
+    engine, migu = _engine(family, layers="all", first_task="masked")
+    engine.before_task(TaskPlace(0, "t", STEPS))
+    before = whole(engine.shards, "master")
+    _step(engine, 0, family)
+    after = whole(engine.shards, "master")
+    heads = [name for name in migu.keep if name.startswith(("lm_head", "classifier")) and name.endswith("weight")]
+    moved = [[int((before[name] != after[name]).any(1).sum()), before[name].shape[0]] for name in heads]
+    engine.destroy()
+    return moved
 
 
 def _bias_moves(mask_bias: bool) -> list[bool]:

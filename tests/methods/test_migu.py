@@ -58,6 +58,12 @@ def test_recomputed_activations_are_counted_once(reports: list[dict[str, Any]]) 
         assert counted == tokens
 
 
+def test_the_output_head_is_masked_with_layers_all(reports: list[dict[str, Any]]) -> None:
+    ((moved, rows),) = reports[0]["all_layers"]["llama"]
+    assert (moved, rows) == (published(59), 59)
+    assert reports[0]["all_layers"]["roberta"] == [[published(33), 33], [published(5), 5]]
+
+
 def test_a_bias_follows_its_rows_unless_left_alone(reports: list[dict[str, Any]]) -> None:
     assert reports[0]["bias"]["True"] == [True, False]
     assert reports[0]["bias"]["False"] == [False, True]

@@ -116,7 +116,7 @@ def test_under_other_launchers_the_weights_are_the_same(tmp_path: Path, undistur
     command = {
         "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m", "cl_dist"],
         "deepspeed": [
-            "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators=2", f"--master_port={port}",
+            "-m", "deepspeed.launcher.runner",  "--num_accelerators=2", f"--master_port={port}",
             "--module", "cl_dist",
         ],
     }[launcher]  # fmt: skip

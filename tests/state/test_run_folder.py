@@ -52,7 +52,7 @@ def test_dots_are_harmless_behind_the_number(name: str) -> None:
     assert FOLDER.task(2, name).path == FOLDER.tasks / f"03-{name}"
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+def test_only_the_named_checkpoint_is_kept_however_old_it_is(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     steps = [(0, 999_999), (1, 5), (0, 1_000_000), (100, 1), (99, 2)]
     for task, step in steps:
@@ -60,10 +60,13 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     (folder.checkpoints / ".task-02-step-000009.tmp-staging").mkdir()
     newest_first = [folder.checkpoint(task, step) for task, step in sorted(steps, reverse=True)]
     assert folder.stored_checkpoints() == newest_first
-    folder.keep_newest(2)
-    assert folder.stored_checkpoints() == newest_first[:2]
+    named = newest_first[-1]
+    folder.forget_checkpoints(but=named)
+    assert folder.stored_checkpoints() == [named]
     folder.recover()
-    assert sorted(folder.checkpoints.iterdir()) == sorted(newest_first[:2])
+    assert list(folder.checkpoints.iterdir()) == [named]
+    folder.forget_checkpoints()
+    assert folder.stored_checkpoints() == []
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:

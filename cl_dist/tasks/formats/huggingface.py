@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cl_dist.errors import BadInput
+from cl_dist.errors import BadInput, ClDistError
 from cl_dist.tasks.formats.files import collect, enumerate_names, logger, make_example, missing
 from cl_dist.tasks.formats.source import RawTask, Source, Split
 
@@ -49,6 +49,8 @@ def load(source: Source) -> Mapping[str, Any]:
             dataset = datasets.load_from_disk(str(folder))
         else:
             dataset = datasets.load_dataset(str(folder) if folder.exists() else name, source.task.subset)
+    except ClDistError:  # a signal that asks to stop
+        raise
     # The library reports what is wrong with a data set, its name or the network by exceptions of many unrelated types.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

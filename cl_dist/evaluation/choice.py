@@ -1,0 +1,42 @@
+"""Which way of scoring fits which task and model. Imports no torch, so that a recipe can be checked in a second."""
+
+from __future__ import annotations
+
+from cl_dist.config.schema import EvalConfig
+from cl_dist.errors import BadInput
+from cl_dist.evaluation.result import Mode
+from cl_dist.tasks.encode import Objective
+from cl_dist.tasks.types import Task
+
+MODES: dict[Objective, tuple[Mode, ...]] = {
+    "causal_lm": ("likelihood", "generate", "perplexity"),
+    "seq2seq_lm": ("likelihood", "generate"),
+    "classification": ("likelihood",),
+    "masked_lm": ("perplexity",),
+}
+"""Modes that a model of each objective can be scored in."""
+
+
+def resolve_mode(task: Task, objective: Objective, config: EvalConfig) -> Mode:
+    """The mode that a task is scored in; raises BadInput where the task or the model does not allow it."""
+    mode = _default_mode(task) if config.mode == "auto" else config.mode
+    where = f"eval.mode {mode}: task {task.name!r}"
+    if mode not in MODES[objective]:
+        allowed = " or ".join(MODES[objective])
+        raise BadInput(
+            f"{where} cannot be scored so with a {objective} model, which allows {allowed} (model.objective)"
+        )
+    if mode == "likelihood" and not task.labels:
+        raise BadInput(f"{where} has no labels to choose from; give the task `labels`, or use generate or auto")
+    if mode == "generate" and task.kind == "text":
+        raise BadInput(f"{where} is plain text without prompts to answer; use perplexity or auto")
+    if mode == "perplexity" and task.kind != "text":
+        raise BadInput(f"{where} is a {task.kind} task, and perplexity is for text; use auto")
+    return mode
+
+
+def _default_mode(task: Task) -> Mode:
+    """What `auto` means for a task."""
+    if task.labels:
+        return "likelihood"
+    return "perplexity" if task.kind == "text" else "generate"
