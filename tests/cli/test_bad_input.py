@@ -23,6 +23,9 @@ stream:
 """
 
 BAD_SETTINGS = [
+    ("eval.mode=perplexity", "eval.mode perplexity: task "),
+    ("model.objective=masked_lm", "model.objective: builtin:llama-tiny is of the decoder family"),
+    ("stream.order=9", "stream.tasks: a stream has either tasks or an order; both are given"),
     ("train.epohcs=3", "train.epohcs: unknown key; did you mean epochs?"),
     ("learning_rate=1e-3", "learning_rate: unknown key; did you mean train.learning_rate?"),
     ("train.zzz=1", "train.zzz: unknown key; known here: epochs, max_steps_per_task, micro_batch_size"),

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForMaskedLM, ViTConfig
 from cl_dist.config.schema import ModelConfig
 from cl_dist.errors import BadInput
 from cl_dist.models.export import export_model
-from cl_dist.models.load import family_of, load_model
+from cl_dist.models.load import check_length, family_of, load_model
 from tests.models.conftest import LABELS, Loader
 from tests.models.tiny_gguf import write_gguf
 from tests.ranks import run_ranks
@@ -151,6 +151,14 @@ def test_code_of_its_own_needs_consent(load: Loader, folders: dict[str, Path], t
     (folder / "own.py").write_text("raise SystemExit('ran')", encoding="utf-8")
     with pytest.raises(BadInput, match=r"its own Python code, which runs only with model\.trust_remote_code: true"):
         load(folder)
+
+
+def test_inputs_longer_than_the_position_table_are_refused(load: Loader) -> None:
+    roberta = load("builtin:roberta-tiny")
+    check_length(roberta, 512)
+    with pytest.raises(BadInput, match=r"train.max_length: 513 is too long for builtin:roberta-tiny, which has 512"):
+        check_length(roberta, 513)
+    check_length(load("builtin:llama-tiny"), 100_000)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(

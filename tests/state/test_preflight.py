@@ -112,6 +112,14 @@ def test_a_changed_recipe_is_refused_with_what_changed(tmp_path: Path, recipe: R
     assert message in str(caught.value)
 
 
+def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    ranks = Manifest.read(tmp_path / "manifest.json").world_size
+    preflight(tmp_path, RECIPE, resume=True, fresh=False, world_size=ranks)
+    with pytest.raises(BadInput, match=rf"had {ranks} ranks and would now have {ranks + 1}, which changes its global"):
+        preflight(tmp_path, RECIPE, resume=True, fresh=False, world_size=ranks + 1)
+
+
 def test_many_differences_are_cut_short(tmp_path: Path) -> None:
     make_run(tmp_path)
     train = TrainConfig(
