@@ -155,9 +155,9 @@ def test_code_of_its_own_needs_consent(load: Loader, folders: dict[str, Path], t
 
 def test_inputs_longer_than_the_position_table_are_refused(load: Loader) -> None:
     roberta = load("builtin:roberta-tiny")
-    check_length(roberta, 512)
-    with pytest.raises(BadInput, match=r"train.max_length: 513 is too long for builtin:roberta-tiny, which has 512"):
-        check_length(roberta, 513)
+    check_length(roberta, 513)  # 514 rows, the padding token has the first
+    with pytest.raises(BadInput, match=r"train.max_length: 514 is too long for builtin:roberta-tiny, which has 513"):
+        check_length(roberta, 514)
     check_length(load("builtin:llama-tiny"), 100_000)
 
 
