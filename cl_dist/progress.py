@@ -55,10 +55,11 @@ class Reporter(Protocol):
 
 
 def make_reporter(rank: int, stream: TextIO) -> Reporter:
-    """The reporter of a rank: silent but for rank 0, which has a bar where `stream` is a terminal."""
+    """The reporter of a rank: silent but for rank 0, which has a bar where `stream` is a terminal that can draw one."""
     if rank != 0:
         return SilentReporter()
-    return BarReporter(Console(file=stream)) if stream.isatty() else LineReporter(stream)
+    console = Console(file=stream)
+    return BarReporter(console) if console.is_terminal and not console.is_dumb_terminal else LineReporter(stream)
 
 
 class SilentReporter:

@@ -78,7 +78,10 @@ def test_a_matrix_that_is_not_full_yet() -> None:
     assert format_matrix(["a"], [[0.5]]) == "             a\nbefore  0.5000"
 
 
-def test_only_the_first_rank_tells_and_a_terminal_gets_bars() -> None:
+def test_only_the_first_rank_tells_and_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert type(make_reporter(0, Terminal())) is LineReporter
+    monkeypatch.setenv("TERM", "xterm-256color")
     assert isinstance(make_reporter(0, Terminal()), BarReporter)
     assert isinstance(make_reporter(0, StringIO()), LineReporter)
     for stream in (Terminal(), StringIO()):
@@ -125,7 +128,8 @@ def test_the_time_left_is_reckoned_from_where_this_process_began() -> None:
     assert stream.getvalue().splitlines()[-1].endswith("80 s left")
 
 
-def test_bars_of_a_run_leave_the_terminal_as_it_was() -> None:
+def test_bars_of_a_run_leave_the_terminal_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
     stream = Terminal()
     tell_a_run(BarReporter(Console(file=stream, force_terminal=True, width=120)))
     text = stream.getvalue()

@@ -37,7 +37,7 @@ def check_kind(task: Task, objective: Objective) -> None:
     kinds = LEARNABLE[objective]
     if task.kind not in kinds:
         raise BadInput(
-            f"task {task.name!r} is {task.kind}, but a model trained by {objective} learns {' or '.join(kinds)} only"
+            f"task {task.name!r} is {task.kind}, but {objective} learns {' or '.join(kinds)} only (model.objective)"
         )
 
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from cl_dist.config.schema import EvalConfig
 from cl_dist.errors import BadInput
+from cl_dist.evaluation.choice import MODES, resolve_mode
 from cl_dist.evaluation.evaluate import Evaluator
-from cl_dist.evaluation.modes import MODES, resolve_mode
 from cl_dist.evaluation.result import Prediction, weighted_mean, write_predictions
 from cl_dist.models.load import LoadedModel
 from cl_dist.tasks.types import Task
