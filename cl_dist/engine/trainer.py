@@ -75,8 +75,10 @@ class TaskTrainer:
         batches = [self._collate(step, indices) for indices in self._plan.micro_batches(step, self._rank)]
         return self._engine.train_step(step, batches, self._global_targets(step, batches), self._real_batches(step))
 
-    def _real_batches(self, step: int) -> int:
-        """Micro-batches of all ranks that hold at least one sample."""
+    def _real_batches(self, step: int) -> int | None:
+        """Micro-batches of all ranks that hold at least one sample; None where the loss does not ask for them."""
+        if self._train.loss_average != "micro_batch":
+            return None
         ranks = range(torch.distributed.get_world_size())
         return sum(max(indices) >= 0 for rank in ranks for indices in self._plan.micro_batches(step, rank))
 

@@ -34,7 +34,7 @@ class Case:
         self, stage: int, dtype: str = "float32", accumulation: int = 1, clip: float | None = None, decay: float = 0.0,
         recompute: bool = False, mask: str = "gradient", family: str = "llama", magnitude: str = "per_token",
         steps: int = 3, offload: bool = False, threshold: float = 0.7, masked: bool = True,
-        deepspeed: dict[str, Any] | None = None, eps: float = 1e-2,
+        deepspeed: dict[str, Any] | None = None, eps: float = 1e-2, average: str = "tokens",
     ) -> None:  # fmt: skip
         self.family, self.steps, self.accumulation, self.dtype = family, steps, accumulation, dtype
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -44,7 +44,7 @@ class Case:
             stream=StreamConfig(tasks=(TaskConfig(name="t", format="builtin"),)),
             train=TrainConfig(
                 micro_batch_size=self.micro, gradient_accumulation=accumulation, learning_rate=1e-2, eps=eps,
-                weight_decay=decay, clip=clip, dtype=dtype,  # type: ignore[arg-type]
+                weight_decay=decay, clip=clip, dtype=dtype, loss_average=average,  # type: ignore[arg-type]
             ),
             zero=ZeroConfig(stage=stage, offload=offload, deepspeed=deepspeed or {}),  # type: ignore[arg-type]
             output_dir="unused",
@@ -92,7 +92,11 @@ class Case:
         everyone = [micro_batches(self.family, chunk, self.micro) for chunk in chunks]
         targets = sum(b.targets for rank in everyone for b in rank)
         self.engine.train_step(step, everyone[self.rank], targets)
-        forwards = [(mean_loss(b, self.family, targets), b.token_masks) for rank in everyone for b in rank]
+        every = [b for rank in everyone for b in rank]
+        means = self.recipe.train.loss_average == "micro_batch"
+        forwards = [
+            (mean_loss(b, self.family, b.targets * len(every) if means else targets), b.token_masks) for b in every
+        ]
         chosen = {name: self.migu.keep[f"{name}.weight"] for name in self.dense.layers} if self.migu.keep else {}
         self.dense.step(forwards, chosen=chosen)
         report["flips"] += sum(int((self.dense.keep[name] != keep).sum()) for name, keep in chosen.items())

@@ -44,6 +44,7 @@ SPECIAL: list[dict[str, Any]] = [
     {"stage": 3, "family": "roberta", "clip": 0.1},
     {"stage": 2, "magnitude": "batch", "threshold": 0.45},
     {"stage": 3, "threshold": 0.0},
+    {"stage": 2, "average": "micro_batch", "accumulation": 3, "clip": 0.1},
     {"stage": 2, "masked": False, "clip": 0.1, "decay": 0.1},
     {"stage": 0, "dtype": "bfloat16", "decay": 10.0},  # DeepSpeed steps once while it initialises: no decay then
     {"stage": 1, "dtype": "bfloat16", "clip": 0.1, "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}}},
