@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from cl_dist.config.schema import TrainConfig
     from cl_dist.sharding import Shard, ShardView
     from cl_dist.tasks.collate import Batch
 
@@ -33,7 +34,7 @@ class Method:
     needs_all_logits = False
     """Whether the output head must run over every position, not only those that predict an answer."""
 
-    def attach(self, model: torch.nn.Module, shards: ShardView, seed: int) -> None:
+    def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """The engine was built (or rebuilt) around `model`; its training state is seen through `shards`."""
 
     def detach(self) -> None:
