@@ -49,6 +49,7 @@ $(INSTALLED): requirements.lock requirements-triton.lock setup.py
 	@sh tools/check_machine.sh $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
-	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet --requirement requirements-triton.lock
+	$(BIN)/python -m pip show --quiet triton 2>/dev/null || \
+	    $(BIN)/python -m pip install --quiet --requirement requirements-triton.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

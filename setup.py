@@ -21,7 +21,7 @@ setup(
     package_dir={f"cl_dist.{name}": name for name in TOP_LEVEL},
     package_data={"cl_dist": ["py.typed", "recipes/*.yaml"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",
         "deepspeed==0.19.8",  # cl_dist.sharding reads its private attributes: one release at a time, checked at start
         "transformers>=5.20,<6",
         "peft>=0.21,<0.22",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def _stage(word: str) -> int:
 
 def _writable(word: str) -> Path:
     path = Path(word)
-    if path.is_dir() or not path.parent.is_dir():
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(word)
     return path
 

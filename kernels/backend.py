@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import types
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,9 +19,16 @@ import numba
 import torch
 from numba.np.ufunc.parallel import threading_layer
 
+OLDEST_TRITON = (3, 4)
+"""The first release with everything that the kernels use (masked histograms); an older one counts as absent."""
+
+
 try:
     import triton
     import triton.language as tl
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        triton = tl = None
 except ImportError:  # Triton is an extra; a file with kernels imports without it
     triton = tl = None
 
@@ -133,15 +141,24 @@ def cpu_part(function: Callable[..., Any]) -> Any:
 
 
 def _compiled(function: Callable[..., Any], parallel: bool) -> Any:
-    # numba's cache on disk goes by the name alone: the two variants need different ones.
-    name = f"{function.__name__}_{'parallel' if parallel else 'serial'}"
+    options: dict[str, Any] = {"parallel": parallel, "fastmath": set(FAST_MATH), "error_model": "numpy", "nogil": True}
+    # numba's cache on disk knows the function by its name alone, not by how it is to be compiled.
+    settings = zlib.crc32(repr([parallel, sorted(FAST_MATH), options["error_model"]]).encode())
+    name = f"{function.__name__}_{'parallel' if parallel else 'serial'}_{settings:08x}"
     copy = types.FunctionType(function.__code__, function.__globals__, name)
     copy.__qualname__, copy.__module__ = name, function.__module__
-    options: dict[str, Any] = {"parallel": parallel, "fastmath": set(FAST_MATH), "error_model": "numpy", "nogil": True}
     try:
-        return numba.njit(copy, cache=True, **options)
+        kernel = numba.njit(copy, cache=True, **options)
     except RuntimeError:  # neither the package's nor the user's cache folder can be written
-        return numba.njit(copy, cache=False, **options)
+        kernel = numba.njit(copy, cache=False, **options)
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return kernel(*arguments)
+        except OSError:  # the cache's disk is full: the kernel is compiled, has not run, and is not on the disk
+            return kernel(*arguments)
+
+    return call
 
 
 class _Pool:

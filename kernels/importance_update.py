@@ -78,7 +78,8 @@ def importance_update_(
     path = path_of(param)
     if path == "torch":
         units = {"start": start, "unit_length": unit_length, "unit_sums": unit_sums}
-        reference.importance_update_(param, grad, smoothed, uncertainty, beta1=beta1, beta2=beta2, order=order, **units)
+        wide = (param.float(), grad.float())  # a product of float16 overflows
+        reference.importance_update_(*wide, smoothed, uncertainty, beta1=beta1, beta2=beta2, order=order, **units)
         return
     tensors = (param.detach(), grad.detach(), smoothed.detach(), uncertainty.detach())
     settings = (ORDERS[order], beta1, 1 - beta1, beta2, 1 - beta2)

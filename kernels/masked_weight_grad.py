@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import threading
+from contextlib import suppress
 
 import torch
 from cl_dist.kernels.backend import Launch, blocks, jit, path_of, power_of_two, tl
@@ -20,13 +22,13 @@ BLOCK_ROWS = 128
 """But at least so many rows at once: a thinner matrix product is slower."""
 
 LAZY_BYTES = 2 << 20
-"""From this size on a new gradient's rows that are not kept take no memory. Smaller ones are filled with zeros: that is
-cheaper than new pages, and nothing to a step's peak."""
+"""From this size on a new gradient's rows that are not kept take no memory. Smaller ones are filled with zeros: that
+is cheaper than new pages, and nothing to a step's peak."""
 
 ALWAYS_LAZY_BYTES = 32 << 20
 """From this size on the C library's allocator asks the system for new pages each time (the upper bound of glibc's
-adaptive limit). Below it memory is used again, and new pages pay only where a row fills one: several rows to a page, and
-the kept ones touch nearly all."""
+adaptive limit). Below it memory is used again, and new pages pay only where a row fills one: with several rows to a
+page, the kept ones touch nearly all."""
 
 GATHERED_FEATURES = 512
 """Up to so many input features a GPU reads the kept columns of `grad_output` where they are. A wider product reads each
@@ -136,7 +138,9 @@ def _put(grad: torch.Tensor | None, rows: torch.Tensor, values: torch.Tensor, ou
 
 def _fill(weight_grad: torch.Tensor, x_TI: torch.Tensor, dy_TO: torch.Tensor, rows: torch.Tensor) -> None:
     for block in _blocks(rows, x_TI):
-        weight_grad.index_copy_(0, block, dy_TO.index_select(1, block).t() @ x_TI)
+        product = _workspace(block.numel(), x_TI)
+        torch.mm(dy_TO.index_select(1, block).t(), x_TI, out=product)
+        weight_grad.index_copy_(0, block, product)
 
 
 def _add(weight_grad: torch.Tensor, x_TI: torch.Tensor, dy_TO: torch.Tensor, rows: torch.Tensor) -> None:
@@ -147,6 +151,29 @@ def _add(weight_grad: torch.Tensor, x_TI: torch.Tensor, dy_TO: torch.Tensor, row
         else:
             before.add_(dy_TK.t() @ x_TI)
         weight_grad.index_copy_(0, block, before)
+
+
+class _Workspaces(threading.local):
+    """One piece of memory per thread and dtype for the products of a block."""
+
+    def __init__(self) -> None:
+        self.flat: dict[torch.dtype, torch.Tensor] = {}
+
+
+_workspaces = _Workspaces()
+
+
+def _workspace(rows: int, x_TI: torch.Tensor) -> torch.Tensor:
+    """`(rows, in_features)` of anything, the same memory in every call: a block is large enough for the allocator to
+    give it back to the system each time, and its new pages would take as long as a fifth of the product.
+    """
+    size = rows * x_TI.shape[1]
+    if x_TI.device.type != "cpu":
+        return x_TI.new_empty(rows, x_TI.shape[1])
+    flat = _workspaces.flat.get(x_TI.dtype)
+    if flat is None or flat.numel() < size:
+        flat = _workspaces.flat[x_TI.dtype] = x_TI.new_empty(size)
+    return flat[:size].view(rows, x_TI.shape[1])
 
 
 def _blocks(rows: torch.Tensor, x_TI: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -170,6 +197,9 @@ def _zeros(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
     if not pays or like.device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
         return like.new_zeros(rows, columns)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages refuses the advice, which it does not need
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(pages, dtype=like.dtype).view(rows, columns)
 
 
@@ -204,7 +234,7 @@ def _kept_columns(dy_TO: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 def _precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: exactly, or as the user has told PyTorch's own products to do it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def _interpreted() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores
 if not any(device.exists() for device in GPU_DEVICES):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's file is imported
+# Kernels are interpreted where they can't run. Read when a kernel's file is imported; a build of PyTorch without GPUs
+# does not see one that is there.
+if not any(device.exists() for device in GPU_DEVICES) or metadata.version("torch").endswith("+cpu"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Nothing is left in the repository, and a test does not depend on what an earlier run has found.
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "cl_dist-hypothesis"))

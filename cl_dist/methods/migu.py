@@ -52,6 +52,7 @@ class Migu(Method):
         self._freezer = RowFreezer(shards) if config.mask == "update" else None
         known_in_time = train.gradient_accumulation == 1 or config.mask_scope == "micro_batch"
         self._skipper = RowSkipper(self._layers, config.mask_bias) if config.skip_rows and known_in_time else None
+        self._mask_from_here()
 
     def detach(self) -> None:
         """Remove the layer hooks and the optimiser hooks."""
@@ -65,14 +66,25 @@ class Migu(Method):
         """The first task is trained without a mask unless the recipe asks for one."""
         self._masks_this_task = place.index > 0 or self.config.first_task == "masked"
         self._task = place.index
+        self._mask_from_here()
+
+    def _mask_from_here(self) -> None:
+        """Count and skip, or do not, with nothing left of a step that broke off; also for an engine built in a task."""
         self._sums.counting = self._masks_this_task
         if self._skipper is not None:
             self._skipper.active = self._masks_this_task
+        self._start_step()
+
+    def _start_step(self) -> None:
+        self._sums.clear()
+        self._micro_batch = 0
 
     def before_forward(self, step: int, batch: Batch) -> None:
-        """Remember which tokens count."""
+        """Remember which tokens count; rows chosen for an earlier backward pass serve no other."""
         self._step = step
         self._sums.token_masks = batch.token_masks
+        if self._skipper is not None:
+            self._skipper.forget()
 
     def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Choose the rows that this micro-batch's backward pass computes."""
@@ -102,8 +114,7 @@ class Migu(Method):
 
     def after_update(self) -> None:
         """Start the next step's sums from zero."""
-        self._sums.clear()
-        self._micro_batch = 0
+        self._start_step()
         if self._skipper is not None:
             self._skipper.forget()
         if self._freezer is not None:
@@ -116,7 +127,8 @@ class Migu(Method):
             masks = [self._random_rows(number, rows) for number, rows in enumerate(self._sums.sizes)]
         else:
             masks = topk_row_masks(sums, self._sums.sizes, self.config.threshold)
-        self._agreement.remember(mask.keep for mask in masks)
+        if torch.distributed.get_world_size() > 1:  # one rank agrees with itself, and a GPU need not wait for it
+            self._agreement.remember(mask.keep for mask in masks)
         return dict(zip(self._layers, masks, strict=True))
 
     def _global_sums(self) -> torch.Tensor:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from cl_dist.benchmarks.harness import (
@@ -11,7 +12,6 @@ from cl_dist.benchmarks.harness import (
     Spread,
     Times,
     WallClock,
-    nothing,
     race,
     rotated,
 )
@@ -77,17 +77,30 @@ def test_the_order_rotates(number: int, order: str) -> None:
     assert "".join(rotated("abc", number)) == order
 
 
-def test_preparing_and_finishing_are_outside_of_the_clock() -> None:
+@pytest.fixture
+def advance(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A clock that moves only when it is told to."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def advance(seconds: float) -> None:
+        now[0] += seconds
+
+    return advance
+
+
+def test_preparing_and_finishing_are_outside_of_the_clock(advance: Callable[[float], None]) -> None:
     calls: Counter[str] = Counter()
 
     def slow(name: str) -> None:
         calls[name] += 1
-        time.sleep(0.05)
+        advance(5.0)
 
-    contestant = Contestant(nothing, prepare=lambda: slow("prepare"), finish=lambda: slow("finish"))
-    assert 0 < WallClock().seconds(contestant, 2) < 0.05
+    contestant = Contestant(lambda: advance(0.5), prepare=lambda: slow("prepare"), finish=lambda: slow("finish"))
+    assert WallClock().seconds(contestant, 2) == pytest.approx(0.5)
     assert calls == {"prepare": 2, "finish": 2}
 
 
-def test_the_mean_of_several_runs_is_measured() -> None:
-    assert WallClock().seconds(Contestant(lambda: time.sleep(0.02)), 3) == pytest.approx(0.02, rel=2)
+def test_the_mean_of_several_runs_is_measured(advance: Callable[[float], None]) -> None:
+    durations = iter([1.0, 2.0, 6.0])
+    assert WallClock().seconds(Contestant(lambda: advance(next(durations))), 3) == pytest.approx(3.0)

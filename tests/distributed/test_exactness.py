@@ -33,6 +33,7 @@ SELECTION = [
     ]
 ]
 PAIRED = [{"stage": stage, **settings} for settings in SELECTION for stage in STAGES]
+RELEASED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 SPECIAL: list[dict[str, Any]] = [
     {"stage": 1, "offload": True, "clip": 0.1, "accumulation": 3, "mask": "update"},
     {"stage": 2, "offload": True, "clip": 0.1},
@@ -53,7 +54,7 @@ SPECIAL: list[dict[str, Any]] = [
         "clip": 0.1,
         "deepspeed": {"zero_optimization": {"reduce_bucket_size": 500, "allgather_bucket_size": 500}},
     },
-    {"stage": 3, "clip": 0.1, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}},
+    {"stage": 3, "clip": 0.1, "deepspeed": RELEASED},
 ]
 SKIPPING: list[dict[str, Any]] = [
     # One micro-batch, masked on the shards all the same: the other way to the same weights.
@@ -73,6 +74,10 @@ SKIPPING: list[dict[str, Any]] = [
     {"stage": 3, "lora": True, "family": "roberta", "recompute": True},
     {"stage": 2, "lora": True, "skip": False},
     {"stage": 3, "lora": True, "accumulation": 3},
+    # Weights that ZeRO-3 really takes away between forward, recomputation and backward.
+    {"stage": 3, "recompute": True, "clip": 0.1, "deepspeed": RELEASED},
+    {"stage": 3, "recompute": True, "lora": True, "deepspeed": RELEASED},
+    {"stage": 3, "recompute": True, "dtype": "bfloat16", "family": "t5", "deepspeed": RELEASED},
 ]
 CASES = PAIRED + SPECIAL + SKIPPING
 

@@ -166,7 +166,8 @@ def test_rows_at_which_offsets_pass_32_bits(triton_path: torch.device) -> None:
     if triton_path.type == "cuda":
         pytest.skip("needs 18 GB; the interpreter needs none of it")
     stride = 2**30  # times 3 does not fit, although stride and index do
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # pages that nobody writes to take no memory
+    # Pages that nobody writes to take no memory, and none is set aside for them.
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     buffers = [mmap.mmap(-1, 2 * (3 * stride + 8), flags=private) for _ in range(3)]
     x, dy, grad = (torch.frombuffer(pages, dtype=torch.bfloat16).as_strided((4, 8), (stride, 1)) for pages in buffers)
     x[:, :], dy[:, :] = torch.arange(8.0), torch.arange(4.0).unsqueeze(1)
