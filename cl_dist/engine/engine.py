@@ -69,7 +69,7 @@ class TrainingEngine:
         self.shards.allocate_moments(step=0)
         self.shards.on_boundary(self._before_update, self._after_update)
         for method in self.methods:
-            method.attach(self.model, self.shards, self.recipe.train.seed)
+            method.attach(self.model, self.shards, self.recipe.train)
 
     def rebuild(self) -> None:
         """Build a new DeepSpeed engine around the same model in the same process group.

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cl_dist.config.schema import TrainConfig
     from cl_dist.sharding import Shard, ShardView
     from cl_dist.tasks.collate import Batch
 
@@ -32,9 +35,15 @@ class Method:
 
     needs_all_logits = False
     """Whether the output head must run over every position, not only those that predict an answer."""
+    keeps_unfused = False
+    """Whether a task's weights as trained, before `after_task` changes them, are to be kept beside its model."""
 
-    def attach(self, model: torch.nn.Module, shards: ShardView, seed: int) -> None:
+    def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """The engine was built (or rebuilt) around `model`; its training state is seen through `shards`."""
+
+    def start_message(self) -> str | None:
+        """One sentence for the log of a run that begins (after `attach`), or None."""
+        return None
 
     def detach(self) -> None:
         """The engine is about to be taken apart: remove every hook."""
@@ -56,7 +65,14 @@ class Method:
         """The optimiser has stepped and the model has its new weights."""
 
     def after_task(self, place: TaskPlace) -> None:
-        """A task's last step is done; its state is not yet saved."""
+        """A task's last step is done; its state is not yet saved. Evaluation and export come after."""
+
+    def write_results(self, folder: Path) -> None:
+        """Write what a task leaves beside its model into its `folder`, each file whole or not at all.
+
+        Rank 0 comes here when the task's end state is saved, and once more after a kill and a resume, with what
+        `tensors` and `state_dict` had kept.
+        """
 
     def before_save(self) -> None:
         """The state of this moment is about to be saved (all ranks come here): the last chance to refuse it."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cl_dist.config.schema import MiguConfig
+from cl_dist.config.schema import MiguConfig, TrainConfig
 from cl_dist.kernels import apply_row_mask_, kept_rows, row_magnitude, topk_row_mask
 from cl_dist.methods.agreement import Agreement
 from cl_dist.methods.base import Method, TaskPlace
@@ -38,9 +38,9 @@ class Migu(Method):
         self._masks_this_task = False
         self._step = 0
 
-    def attach(self, model: torch.nn.Module, shards: ShardView, seed: int) -> None:
+    def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Hook the tracked layers and lay their magnitude sums out in one flat vector."""
-        self._shards, self._model, self._seed = shards, model, seed
+        self._shards, self._model, self._seed = shards, model, train.seed
         self._layers = tracked_linears(model, self.config.layers)
         rows = [layer.out_features for layer in self._layers.values()]
         device = next(iter(self._layers.values())).weight.device

@@ -19,7 +19,7 @@ from tests.distributed.worlds import OBJECTIVES, micro_batches, odd_model, sampl
 class Marks(Method):
     """Keeps one number per element that this rank owns: three times its position in the parameter."""
 
-    def attach(self, model: torch.nn.Module, shards: ShardView, seed: int) -> None:
+    def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         self.held: dict[str, Shard] = {}
         for name in shards.names:
             master = shards.master(name)
