@@ -233,6 +233,9 @@ class KifConfig:
     orthogonal: Literal["auto"] | NonNegative = "auto"
     """Weight of the penalty that keeps LoRA's ranks orthogonal; 0 switches it off. `auto` (paper): 0.1 with LoRA, else
     0."""
+    replay_ratio: Share = 0.0
+    """Share of every past task's training samples that is mixed into a task's own (KIF-M, TaSL-M; 0.02 in the papers);
+    0: none."""
     keep_unfused: bool = False
     """Also write every task's model as it was before fusion (`unfused/` in the task's folder)."""
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from cl_dist.config.schema import TrainConfig
     from cl_dist.sharding import Shard, ShardView
     from cl_dist.tasks.collate import Batch
+    from cl_dist.tasks.types import Encoded
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class TaskPlace:
 class Method:
     """A continual-learning method; the engine calls its moments in the same order in every run.
 
-    `attach`, then for each task `before_task`, for each step (`before_forward`, `before_backward`) per micro-batch,
-    `before_update`, `after_update`, and finally `after_task`.
+    `attach`, then for each task `training_data`, `before_task`, for each step (`before_forward`, `before_backward`) per
+    micro-batch, `before_update`, `after_update`, and finally `after_task` and `write_results`.
     """
 
     needs_all_logits = False
@@ -47,6 +49,13 @@ class Method:
 
     def detach(self) -> None:
         """The engine is about to be taken apart: remove every hook."""
+
+    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Sequence[Encoded]:
+        """Samples that task `index` is to train on beside its own, out of `tasks`, the stream's training samples.
+
+        A function of the recipe alone (after `attach`): it is asked again after a resume.
+        """
+        return ()
 
     def before_task(self, place: TaskPlace) -> None:
         """A task begins."""

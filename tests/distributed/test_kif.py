@@ -83,8 +83,8 @@ def test_equals_the_dense_oracle(reports: dict[int, list[dict[str, Any]]], world
     if settings.get("dtype") == "bfloat16":
         assert max(report[quantity] for quantity in ELEMENTS + UNITS + WEIGHTS) <= 4 * BFLOAT16_STEP
         return
-    # The second order squares the error of a gradient's sum, and a rank's score multiplies four such numbers.
-    factor = 4 if settings.get("order") == "second" else 1
+    # A score is a mean of products of two numbers; a rank's multiplies two means, and the second order squares.
+    factor = (2 if settings["units"] == "rank" else 1) * (2 if settings.get("order") == "second" else 1)
     assert max(report[quantity] for quantity in UNITS) <= factor * 1e-6
     assert max(report[quantity] for quantity in ELEMENTS) <= factor * 2e-6
     assert max(report[quantity] for quantity in WEIGHTS) <= 1e-6

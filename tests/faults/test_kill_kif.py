@@ -91,12 +91,12 @@ def test_killed_and_resumed(
 
 CONFIGURATIONS: list[dict[str, Any]] = [
     {"zero": {"stage": 0}, "train": {"dtype": "bfloat16"}, "model": {"lora": None}, "method": {"units": "row"}},
-    {"zero": {"stage": 3}, "train": {"keep_optimizer": True}},
+    {"zero": {"stage": 3}, "train": {"keep_optimizer": True}, "method": {"replay_ratio": 0.25}},
     {"zero": {"stage": 1, "offload": True}, "method": {"name": "tasl"}},
 ]
 
 
-@pytest.mark.parametrize("changes", CONFIGURATIONS, ids=["zero0-bf16-row", "zero3-keep", "zero1-offload-tasl"])
+@pytest.mark.parametrize("changes", CONFIGURATIONS, ids=["zero0-bf16-row", "zero3-keep-replay", "zero1-offload-tasl"])
 def test_at_other_stages(zygote: Zygote, tmp_path: Path, changes: dict[str, Any]) -> None:
     runs = []
     for name, fault in (("undisturbed", None), ("killed", {"moment": "fusion", "on_rank": 1, "count": 2})):
@@ -109,6 +109,8 @@ def test_at_other_stages(zygote: Zygote, tmp_path: Path, changes: dict[str, Any]
             outcome = zygote.run([*argv, "--resume"], folder, world=2)
         assert outcome.codes == [0, 0], "\n".join(outcome.output)
         runs.append(folder / "run")
+    steps = [entry["steps"] for entry in json.loads((runs[0] / "metrics.json").read_text())["timings"]]
+    assert steps == [STEPS, STEPS + int(4 * changes.get("method", {}).get("replay_ratio", 0.0))]
     assert_same_results(runs[1], runs[0])
 
 

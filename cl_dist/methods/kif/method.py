@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,10 +11,12 @@ from cl_dist.config.schema import KifConfig, TrainConfig
 from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.methods.kif.importance import Importance
 from cl_dist.methods.kif.orthogonal import Orthogonality
+from cl_dist.methods.kif.replay import past_samples
 from cl_dist.methods.kif.results import write_scores
 from cl_dist.methods.kif.scores import UnitScores
 from cl_dist.methods.kif.units import LORA_A, UnitMap, spread
 from cl_dist.sharding import Shard, ShardView
+from cl_dist.tasks.types import Encoded
 
 
 class Kif(Method):
@@ -30,7 +33,7 @@ class Kif(Method):
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Cut the model into units and lay importance out along the shards."""
         lora = any(LORA_A in name for name in shards.names)
-        self._shards, self._device = shards, next(model.parameters()).device
+        self._shards, self._device, self._seed = shards, next(model.parameters()).device, train.seed
         self.units = UnitMap.build({n: tuple(shards.shape(n)) for n in shards.names}, self.config.units_for(lora))
         self.importance = Importance(shards, self.config)
         self.scores = UnitScores(len(self.units), self.config)
@@ -46,6 +49,10 @@ class Kif(Method):
             f"importance takes {8 * owned} bytes on this rank (8 for each of its {owned} parameters), "
             f"the previous task's weights {4 * owned} bytes of CPU memory"
         )
+
+    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
+        """The replay memory: a share of every past task's samples."""
+        return list(past_samples(tasks[:index], self.config.replay_ratio, self._seed))
 
     def before_update(self) -> None:
         """Add the penalty's gradient, then take the step's importance."""
