@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 
-from cl_dist.assembly import _load
+from cl_dist.assembly import cache_folder
 from cl_dist.config.schema import (
     KifConfig,
     LoraConfig,
@@ -30,9 +30,13 @@ from cl_dist.config.schema import (
     ZeroConfig,
 )
 from cl_dist.engine.distributed import join, leave
+from cl_dist.engine.ds_config import deepspeed_config
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.methods.kif import Kif
+from cl_dist.models.load import LoadedModel, load_model
+from cl_dist.models.lora import add_lora
+from cl_dist.models.structure import base_model
 from cl_dist.tasks.collate import Batch, collate
 from cl_dist.tasks.types import Encoded
 
@@ -86,9 +90,21 @@ def build(options: argparse.Namespace, methods: list[KifConfig]) -> TrainingEngi
         output_dir="unused",
     )
     chosen: list[Method] = [Kif(config) for config in methods]
-    engine = TrainingEngine(_load(recipe, labels=2), recipe, chosen)
+    engine = TrainingEngine(load(recipe), recipe, chosen)
     engine.before_task(TaskPlace(0, "t", options.blocks * options.steps))
     return engine
+
+
+def load(recipe: Recipe) -> LoadedModel:
+    """The recipe's model, with adapters where it has them."""
+    zero3 = deepspeed_config(recipe) if recipe.zero.stage == 3 else None
+    loaded = load_model(
+        recipe.model, 2, zero3_config=zero3, dtype=torch.float32, seed=recipe.train.seed, cache_dir=cache_folder()
+    )
+    if recipe.model.lora is None:
+        return loaded
+    model = add_lora(base_model(loaded.model), recipe.model.lora, loaded.objective, recipe.train.seed)
+    return LoadedModel(model, loaded.tokenizer, loaded.objective)
 
 
 def measure(options: argparse.Namespace, engines: dict[str, TrainingEngine]) -> dict[str, list[float]]:

@@ -6,13 +6,9 @@ import torch
 
 from cl_dist.config.schema import KifConfig
 from cl_dist.errors import ClDistError
+from cl_dist.methods.kif.placeholder import importance_update_
 from cl_dist.methods.kif.units import CHUNK, Part, UnitMap, add_sums_
 from cl_dist.sharding import Shard, ShardView
-
-try:
-    from cl_dist.kernels import importance_update_
-except ImportError:
-    from cl_dist.methods.kif.placeholder import importance_update_
 
 
 class Importance:

@@ -31,7 +31,7 @@ class Kif(Method):
         self.keeps_unfused = config.keep_unfused
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """Cut the model into units and lay importance out along the shards."""
+        """Cut the model into units and lay importance out along the shards; a rebuilt engine begins with none."""
         lora = any(LORA_A in name for name in shards.names)
         self._shards, self._device, self._seed = shards, next(model.parameters()).device, train.seed
         self.units = UnitMap.build({n: tuple(shards.shape(n)) for n in shards.names}, self.config.units_for(lora))
