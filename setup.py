@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+TOP_LEVEL = ("benchmarks", "kernels", "launch")
 
 setup(
     name="cl-dist",
@@ -14,10 +15,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # The folders kernels/ and launch/ stay at the top level but are imported below cl_dist: a top-level module named
-    # `kernels` would be taken for the PyPI package of that name, which transformers looks for.
-    packages=[*find_packages(include=["cl_dist", "cl_dist.*"]), "cl_dist.kernels", "cl_dist.launch"],
-    package_dir={"cl_dist.kernels": "kernels", "cl_dist.launch": "launch"},
+    # These folders stay at the top level but are imported below cl_dist: a top-level module named `kernels` would be
+    # taken for the PyPI package of that name, which transformers looks for.
+    packages=[*find_packages(include=["cl_dist", "cl_dist.*"]), *(f"cl_dist.{name}" for name in TOP_LEVEL)],
+    package_dir={f"cl_dist.{name}": name for name in TOP_LEVEL},
     package_data={"cl_dist": ["py.typed", "recipes/*.yaml"]},
     install_requires=[
         "torch>=2.6",
@@ -30,6 +31,7 @@ setup(
         "sentencepiece>=0.2",
         "protobuf>=6",  # transformers reads tokenizers that come as a sentencepiece model alone with it
         "gguf>=0.19",
+        "numba>=0.63",
         "rouge-score>=0.1.2",
         "pydantic>=2.14,<3",
         "PyYAML>=6.0.3",

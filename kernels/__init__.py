@@ -1,8 +1,23 @@
 """Row-masking operations, usable by themselves: one file per operation, nothing imported from the rest of cl_dist."""
 
 from cl_dist.kernels.apply_row_mask import apply_row_mask_
+from cl_dist.kernels.importance_update import importance_update_
+from cl_dist.kernels.masked_weight_grad import masked_weight_grad
+from cl_dist.kernels.rank_unit_scores import rank_unit_scores
 from cl_dist.kernels.row_magnitude import row_magnitude
-from cl_dist.kernels.rows import RowSegment, row_segments
-from cl_dist.kernels.topk_row_mask import kept_rows, topk_row_mask
+from cl_dist.kernels.rows import RowMask, RowSegment, row_segments
+from cl_dist.kernels.topk_row_mask import kept_rows, topk_row_mask, topk_row_masks
 
-__all__ = ["RowSegment", "apply_row_mask_", "kept_rows", "row_magnitude", "row_segments", "topk_row_mask"]
+__all__ = [
+    "RowMask",
+    "RowSegment",
+    "apply_row_mask_",
+    "importance_update_",
+    "kept_rows",
+    "masked_weight_grad",
+    "rank_unit_scores",
+    "row_magnitude",
+    "row_segments",
+    "topk_row_mask",
+    "topk_row_masks",
+]

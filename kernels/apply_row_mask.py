@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
+import numba
+import numpy as np
+import numpy.typing as npt
 import torch
-from cl_dist.kernels.rows import row_segments
+from cl_dist.kernels import reference
+from cl_dist.kernels.backend import Launch, blocks, cpu_jit, jit, path_of, tl
+
+BLOCK = 2048
+"""Elements of the shard that a GPU program covers."""
 
 
 def apply_row_mask_(shard: torch.Tensor, start: int, row_length: int, keep: torch.Tensor) -> torch.Tensor:
     """Zero, in place, every element of `shard` whose row is not kept (MIGU, arXiv 2406.17245, section 3.2).
 
+    Rows that are kept are neither read nor written.
+
     Args:
         shard: `(numel,)`, any floating dtype: elements `[start, start + numel)` of a flattened `(rows, row_length)`
-            matrix.
+            matrix. Row boundaries may lie anywhere in it.
         start: Position of the shard's first element in the flattened matrix.
         row_length: Elements per row.
         keep: `(rows,)` bool on the shard's device; True keeps a row. NaN and Inf in a row that is not kept become zero
@@ -21,11 +32,74 @@ def apply_row_mask_(shard: torch.Tensor, start: int, row_length: int, keep: torc
         `shard`.
 
     Raises:
-        ValueError: The shard reaches past the last row of the mask.
+        ValueError: The shard reaches past the last row of the mask, or a negative start, or a row length below one.
     """
+    if start < 0 or row_length < 1:
+        raise ValueError(f"no such piece: start {start}, row length {row_length}")
     if start + shard.numel() > keep.numel() * row_length:
         raise ValueError(f"shard [{start}, {start + shard.numel()}) is longer than {keep.numel()} rows of {row_length}")
-    for segment in row_segments(start, shard.numel(), row_length):
-        dropped = ~keep.narrow(0, segment.row, segment.rows)
-        segment.view(shard).masked_fill_(dropped.unsqueeze(1), 0)
+    path = path_of(shard) if shard.is_contiguous() else "torch"
+    if path == "torch":
+        reference.apply_row_mask_(shard, start, row_length, keep)
+    elif path == "cpu":
+        _on_cpu(shard, start, row_length, keep)
+    else:
+        _launch(shard, start, row_length, keep).run()
     return shard
+
+
+def _on_cpu(shard: torch.Tensor, start: int, row_length: int, keep: torch.Tensor) -> None:
+    size = shard.element_size()
+    data = shard.detach().view(torch.uint8).numpy()
+    _zero_rows.sized(shard.numel())(data, start * size, row_length * size, keep.contiguous().numpy())
+
+
+@cpu_jit
+def _zero_rows(data: npt.NDArray[np.uint8], start: int, row_bytes: int, keep: npt.NDArray[np.bool_]) -> None:
+    """Zero bytes; a floating zero is all zero bits in every dtype."""
+    first = start // row_bytes
+    for n in numba.prange((start + data.size + row_bytes - 1) // row_bytes - first):
+        if not keep[first + n]:
+            row = (first + n) * row_bytes - start
+            data[max(row, 0) : min(row + row_bytes, data.size)] = 0
+
+
+def _launch(shard: torch.Tensor, start: int, row_length: int, keep: torch.Tensor) -> Launch:
+    """Programs cover pieces of the shard, not rows, so that their addresses are aligned wherever the rows begin.
+
+    Where every row begins and ends at a multiple of 16 bytes of the shard, 16 bytes are written at once.
+    """
+    group = math.gcd(max(1, 16 // shard.element_size()), start, row_length, shard.numel())
+    arguments = {
+        "shard": shard,
+        "keep": keep.contiguous().view(torch.uint8),
+        "start": start,
+        "numel": shard.numel(),
+        "row_length": row_length,
+        "GROUPS": BLOCK // group,
+        "GROUP": group,
+    }
+    return Launch(_zero_dropped, (blocks(shard.numel(), BLOCK),), arguments, num_warps=4)
+
+
+@jit
+def _zero_dropped(
+    shard: tl.tensor,
+    keep: tl.tensor,
+    start: tl.tensor,
+    numel: tl.tensor,
+    row_length: tl.tensor,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> None:
+    """Write zeros where the row is not kept; the elements of a group lie in one row."""
+    piece = tl.program_id(0).to(tl.int64) * (GROUPS * GROUP)
+    first = piece + start
+    row = first // row_length
+    inside = (first % row_length).to(tl.int32)  # what is left to divide fits 32 bits, which is faster
+    i_G1 = (tl.arange(0, GROUPS) * GROUP)[:, None]
+    exists_G1 = piece + i_G1 < numel
+    kept_G1 = tl.load(keep + row + (inside + i_G1) // row_length, mask=exists_G1, other=1)
+    i_GE = i_G1 + tl.arange(0, GROUP)[None, :]
+    drop_GE = tl.broadcast_to(exists_G1 & (kept_G1 == 0), (GROUPS, GROUP))
+    tl.store(shard + piece + i_GE, tl.zeros((GROUPS, GROUP), shard.dtype.element_ty), mask=drop_GE)

@@ -1,8 +1,37 @@
-"""Output magnitude of every row of a linear layer: the signal by which MIGU chooses."""
+"""Output magnitude of every row of a linear layer: the signal by which MIGU chooses.
+
+Tokens are summed in blocks of 32: float32 within a block, float64 over the blocks, always in the same order. So the
+result does not depend on the number of threads or on the order in which a GPU runs its programs.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
 import torch
+from cl_dist.kernels import reference
+from cl_dist.kernels.backend import Launch, blocks, cpu_jit, cpu_part, jit, path_of, power_of_two, tl
+from cl_dist.kernels.rows import counted_tokens
+
+TOKEN_BLOCK = 32
+"""Tokens that are summed in float32 before they are added up in float64."""
+SMALLEST_NORM = float(torch.finfo(torch.float32).tiny)
+"""A token whose absolute outputs add up to less counts as all zero: the reciprocal of its sum would overflow."""
+WIDEST_ROW = 16384
+"""Longest row, padded to a power of two, that a GPU program holds in registers and so reads from memory once."""
+TILE = 8192
+"""Elements of a GPU program's tile where rows are shorter than that."""
+WIDE_PIECE = 2048
+"""Elements of a longer row that a GPU program reads at a time."""
+FOLD_HEIGHT, FOLD_WIDTH = 16, 128
+"""Blocks and rows that a GPU program folds at a time."""
+CONVERTED_TOKENS = 64 * TOKEN_BLOCK
+"""Tokens that the CPU path converts at a time where it has to convert, which bounds the temporary."""
+FOLD_CHUNK = 1024
+"""Rows whose sums one CPU thread keeps in float64 at a time."""
 
 
 def row_magnitude(
@@ -11,20 +40,249 @@ def row_magnitude(
     """Sum a linear layer's absolute outputs over tokens (MIGU, arXiv 2406.17245, equations 3 and 4).
 
     Args:
-        output: `(..., out_features)`, floating: the layer's output Y for all tokens of a micro-batch.
-        token_mask: bool, of the leading shape of `output` (or broadcastable from its batch dimensions); tokens marked
-            False are left out. None counts every token.
+        output: `(..., out_features)`, float32, bfloat16 or float16 with any strides: the layer's output Y for all
+            tokens of a micro-batch. It may be empty. float64 is rounded to float32.
+        token_mask: bool, one entry per token, or broadcastable to the leading shape of `output`; tokens marked False
+            are left out, whatever they hold. None counts every token.
         per_token: Divide each token's absolute outputs by their sum before adding them up; a token whose outputs are
-            all zero adds zero. False adds the absolute outputs as they are (the reference code's definition).
+            all zero (or add up to less than `SMALLEST_NORM`) adds zero. False adds the absolute outputs as they are
+            (the reference code's definition).
 
     Returns:
-        `(out_features,)` float64. Double precision so that the order of summation, hence the number of ranks, does not
-        decide which of two nearly equal rows is larger.
+        `(out_features,)` float32, detached; no unit with `per_token`, that of the outputs without. With `per_token` a
+        NaN in a counted token makes every entry NaN, and an Inf makes NaN of its own row; without, each makes NaN or
+        Inf of its own row.
     """
-    magnitude_TO = output.detach().reshape(-1, output.shape[-1]).to(torch.float64).abs_()
-    if token_mask is not None:
-        magnitude_TO = magnitude_TO[token_mask.reshape(-1)]
+    path = path_of(output)
+    if path == "torch":
+        return reference.row_magnitude(output, token_mask, per_token=per_token)
+    y_TO = output.detach().reshape(-1, output.shape[-1])
+    counted_T = None if token_mask is None else counted_tokens(output, token_mask)
+    return (_on_cpu if path == "cpu" else _on_gpu)(y_TO, counted_T, per_token)
+
+
+def _on_gpu(y_TO: torch.Tensor, counted_T: torch.Tensor | None, per_token: bool) -> torch.Tensor:
+    partial_BO = torch.empty(blocks(len(y_TO), TOKEN_BLOCK), y_TO.shape[1], dtype=torch.float32, device=y_TO.device)
+    total_O = torch.empty(y_TO.shape[1], dtype=torch.float32, device=y_TO.device)
+    _sum_launch(y_TO, counted_T, per_token, partial_BO).run()
+    _fold_launch(partial_BO, total_O).run()
+    return total_O
+
+
+def _sum_launch(
+    y_TO: torch.Tensor, counted_T: torch.Tensor | None, per_token: bool, partial_BO: torch.Tensor
+) -> Launch:
+    """One program per block of tokens, which holds whole rows if they fit and else goes over them in pieces."""
+    tokens, rows = y_TO.shape
+    whole = rows <= WIDEST_ROW
+    width = power_of_two(rows) if whole else WIDE_PIECE
+    height = max(1, min(TOKEN_BLOCK, TILE // width))
+    arguments = {
+        "y": y_TO,
+        "counted": y_TO if counted_T is None else counted_T.contiguous().view(torch.uint8),
+        "partial": partial_BO,
+        "tokens": tokens,
+        "rows": rows,
+        "token_stride": y_TO.stride(0),
+        "row_stride": y_TO.stride(1),
+        "SMALLEST": SMALLEST_NORM,
+        "PER_TOKEN": per_token,
+        "MASKED": counted_T is not None,
+        "STEPS": TOKEN_BLOCK // height,
+        "HEIGHT": height,
+        "WIDTH": width,
+    }
+    warps = max(1, min(16, height * width // 1024))
+    return Launch(_sum_whole_rows if whole else _sum_wide_rows, (len(partial_BO),), arguments, num_warps=warps)
+
+
+def _fold_launch(partial_BO: torch.Tensor, total_O: torch.Tensor) -> Launch:
+    rows = total_O.numel()
+    arguments = {"partial": partial_BO, "total": total_O, "blocks": len(partial_BO), "rows": rows}
+    tile = {"HEIGHT": FOLD_HEIGHT, "WIDTH": FOLD_WIDTH}
+    return Launch(_fold_blocks, (blocks(rows, FOLD_WIDTH),), {**arguments, **tile}, num_warps=4)
+
+
+@jit
+def _tile_of(
+    y: tl.tensor,
+    counted: tl.tensor,
+    t_H1: tl.tensor,
+    j_1W: tl.tensor,
+    tokens: tl.tensor,
+    rows: tl.tensor,
+    token_stride: tl.tensor,
+    row_stride: tl.tensor,
+    MASKED: tl.constexpr,
+) -> tl.tensor:
+    """Absolute outputs of some tokens and rows in float32; zero where a token is not counted."""
+    take = t_H1 < tokens
+    if MASKED:
+        take = take & (tl.load(counted + t_H1, mask=take, other=0) != 0)
+    here = y + t_H1 * token_stride + j_1W.to(tl.int64) * row_stride
+    return tl.abs(tl.load(here, mask=take & (j_1W < rows), other=0.0).to(tl.float32))
+
+
+@jit
+def _weights(
+    norm_H: tl.tensor,
+    SMALLEST: tl.constexpr,
+) -> tl.tensor:
+    """Reciprocal of every token's sum, zero where the sum is as good as zero; NaN stays NaN."""
+    small = norm_H < SMALLEST
+    return tl.where(small, 0.0, 1.0 / tl.where(small, 1.0, norm_H))
+
+
+@jit
+def _sum_whole_rows(
+    y: tl.tensor,
+    counted: tl.tensor,
+    partial: tl.tensor,
+    tokens: tl.tensor,
+    rows: tl.tensor,
+    token_stride: tl.tensor,
+    row_stride: tl.tensor,
+    SMALLEST: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    MASKED: tl.constexpr,
+    STEPS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """Two reductions on one read: a tile's tokens are normalised and added up while it is in registers."""
+    block = tl.program_id(0).to(tl.int64)
+    j_W = tl.arange(0, WIDTH)
+    sums_HW = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    for step in range(STEPS):
+        t_H = (block * STEPS + step) * HEIGHT + tl.arange(0, HEIGHT)
+        y_HW = _tile_of(y, counted, t_H[:, None], j_W[None, :], tokens, rows, token_stride, row_stride, MASKED)
+        if PER_TOKEN:
+            y_HW *= _weights(tl.sum(y_HW, axis=1), SMALLEST)[:, None]
+        sums_HW += y_HW
+    tl.store(partial + block * rows + j_W, tl.sum(sums_HW, axis=0), mask=j_W < rows)
+
+
+@jit
+def _sum_wide_rows(
+    y: tl.tensor,
+    counted: tl.tensor,
+    partial: tl.tensor,
+    tokens: tl.tensor,
+    rows: tl.tensor,
+    token_stride: tl.tensor,
+    row_stride: tl.tensor,
+    SMALLEST: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    MASKED: tl.constexpr,
+    STEPS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """The same for rows that do not fit: a few tokens are read twice, the second time from the cache."""
+    block = tl.program_id(0).to(tl.int64)
+    for step in range(STEPS):
+        t_H = (block * STEPS + step) * HEIGHT + tl.arange(0, HEIGHT)
+        weight_H = tl.full((HEIGHT,), 1.0, tl.float32)
+        if PER_TOKEN:
+            sums_HW = tl.zeros((HEIGHT, WIDTH), tl.float32)
+            for start in range(0, rows, WIDTH):
+                j_1W = start + tl.arange(0, WIDTH)[None, :]
+                sums_HW += _tile_of(y, counted, t_H[:, None], j_1W, tokens, rows, token_stride, row_stride, MASKED)
+            weight_H = _weights(tl.sum(sums_HW, axis=1), SMALLEST)
+        for start in range(0, rows, WIDTH):
+            j_W = start + tl.arange(0, WIDTH)
+            y_HW = _tile_of(y, counted, t_H[:, None], j_W[None, :], tokens, rows, token_stride, row_stride, MASKED)
+            total_W = tl.sum(y_HW * weight_H[:, None], axis=0)
+            here = partial + block * rows + j_W
+            if step > 0:
+                total_W += tl.load(here, mask=j_W < rows)
+            tl.store(here, total_W, mask=j_W < rows)
+            tl.debug_barrier()
+
+
+@jit
+def _fold_blocks(
+    partial: tl.tensor,
+    total: tl.tensor,
+    blocks: tl.tensor,
+    rows: tl.tensor,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """Add the blocks of every row in float64; the order depends on the tile alone."""
+    j_W = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    sums_HW = tl.zeros((HEIGHT, WIDTH), tl.float64)
+    for start in range(0, blocks, HEIGHT):
+        b_H = start + tl.arange(0, HEIGHT).to(tl.int64)
+        inside = (b_H < blocks)[:, None] & (j_W < rows)[None, :]
+        sums_HW += tl.load(partial + b_H[:, None] * rows + j_W[None, :], mask=inside, other=0.0)
+    tl.store(total + j_W, tl.sum(sums_HW, axis=0).to(tl.float32), mask=j_W < rows)
+
+
+def _on_cpu(y_TO: torch.Tensor, counted_T: torch.Tensor | None, per_token: bool) -> torch.Tensor:
+    tokens, rows = y_TO.shape
+    partial_BO = np.empty((blocks(tokens, TOKEN_BLOCK), rows), np.float32)
+    counted = np.empty(0, np.bool_) if counted_T is None else counted_T.contiguous().numpy()
+    step = max(tokens, 1) if _is_readable(y_TO) else CONVERTED_TOKENS
+    for start in range(0, tokens, step):
+        bits = _bits(y_TO[start : start + step])
+        first = start // TOKEN_BLOCK
+        add_block = _sum_token_blocks.sized(bits.size)
+        add_block(bits, counted[start : start + step], per_token, partial_BO[first : first + blocks(step, TOKEN_BLOCK)])
+    total = np.empty(rows, np.float32)
+    _fold.sized(partial_BO.size)(partial_BO, total)
+    return torch.from_numpy(total)
+
+
+def _is_readable(y_TO: torch.Tensor) -> bool:
+    return y_TO.is_contiguous() and y_TO.dtype in (torch.float32, torch.bfloat16)
+
+
+def _bits(y_TO: torch.Tensor) -> npt.NDArray[Any]:
+    """Return the bits of float32 numbers, or those of bfloat16, their upper half, which numpy has no type for."""
+    if not _is_readable(y_TO):
+        y_TO = y_TO.to(torch.float32).contiguous()
+    return y_TO.view(torch.uint16 if y_TO.dtype == torch.bfloat16 else torch.uint32).numpy()
+
+
+@cpu_jit
+def _sum_token_blocks(
+    bits_TO: npt.NDArray[Any], counted_T: npt.NDArray[np.bool_], per_token: bool, partial_BO: npt.NDArray[np.float32]
+) -> None:
+    """Write every token block's sum of `|y| / norm`; `counted_T` is empty where all tokens count."""
+    for b in numba.prange(partial_BO.shape[0]):
+        partial_BO[b] = np.float32(0)
+        for t in range(b * TOKEN_BLOCK, min((b + 1) * TOKEN_BLOCK, bits_TO.shape[0])):
+            if counted_T.size == 0 or counted_T[t]:
+                _add_token(bits_TO[t], per_token, partial_BO[b])
+
+
+@cpu_part
+def _add_token(bits_O: npt.NDArray[Any], per_token: bool, sums_O: npt.NDArray[np.float32]) -> None:
+    shift = np.uint32(32 - 8 * bits_O.itemsize)
+    no_sign = np.uint32(0x7FFFFFFF)
+    weight = np.float32(1)
     if per_token:
-        norm_T1 = magnitude_TO.sum(dim=1, keepdim=True)
-        magnitude_TO = magnitude_TO / norm_T1.masked_fill_(norm_T1 == 0, 1.0)
-    return magnitude_TO.sum(dim=0)
+        norm = np.float32(0)
+        for j in range(bits_O.size):
+            norm += np.uint32(np.uint32(np.uint32(bits_O[j]) << shift) & no_sign).view(np.float32)
+        if norm < np.float32(SMALLEST_NORM):
+            return
+        weight = np.float32(1) / norm
+    for j in range(bits_O.size):
+        sums_O[j] += weight * np.uint32(np.uint32(np.uint32(bits_O[j]) << shift) & no_sign).view(np.float32)
+
+
+@cpu_jit
+def _fold(partial_BO: npt.NDArray[np.float32], total_O: npt.NDArray[np.float32]) -> None:
+    """Add the blocks of every row in float64, in ascending order."""
+    for chunk in numba.prange((total_O.size + FOLD_CHUNK - 1) // FOLD_CHUNK):
+        some = slice(chunk * FOLD_CHUNK, (chunk + 1) * FOLD_CHUNK)
+        total = total_O[some]
+        sums = np.zeros(total.size, np.float64)
+        for b in range(partial_BO.shape[0]):
+            row = partial_BO[b, some]
+            for j in range(row.size):
+                sums[j] += row[j]
+        for j in range(total.size):
+            total[j] = sums[j]

@@ -1,7 +1,8 @@
-"""Row arithmetic of flat shards: which rows of a matrix does a piece of the flattened matrix hold?
+"""Rows, tokens and pieces: what the operations share of plain index arithmetic.
 
-ZeRO cuts the flattened parameters of a model at arbitrary places, so that the first and the last row of a rank's piece
-may be partial. Every function here is plain integer arithmetic; nothing is allocated or copied.
+Which rows of a matrix does a piece of the flattened matrix hold? ZeRO cuts the flattened parameters of a model at
+arbitrary places, so that the first and the last row of a rank's piece may be partial. `row_segments` is plain integer
+arithmetic; nothing is allocated or copied.
 """
 
 from __future__ import annotations
@@ -10,6 +11,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+
+
+class RowMask(NamedTuple):
+    """The rows of one layer that are kept, in the two forms that kernels read."""
+
+    keep: torch.Tensor
+    """`(rows,)` bool, True where a row is kept."""
+    rows: torch.Tensor
+    """`(kept,)` int64, ascending: the rows where `keep` is True."""
 
 
 class RowSegment(NamedTuple):
@@ -27,6 +37,18 @@ class RowSegment(NamedTuple):
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         """Return the segment of `flat` (1-D, any dtype) as a `(rows, width)` view."""
         return flat.narrow(0, self.offset, self.rows * self.width).view(self.rows, self.width)
+
+
+def counted_tokens(output: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+    """Return `token_mask` as `(tokens,)` bool for the flattened tokens of `output`.
+
+    Args:
+        output: `(..., features)`.
+        token_mask: bool, one entry per token in any shape, or broadcastable to the leading shape of `output`.
+    """
+    if token_mask.numel() * output.shape[-1] != output.numel():
+        token_mask = token_mask.expand(output.shape[:-1])
+    return token_mask.reshape(-1)
 
 
 def row_segments(start: int, numel: int, row_length: int) -> list[RowSegment]:

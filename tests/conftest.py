@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores
 if not any(device.exists() for device in GPU_DEVICES):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's file is imported
 
 # Nothing is left in the repository, and a test does not depend on what an earlier run has found.
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "cl_dist-hypothesis"))

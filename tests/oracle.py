@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+Forwards = Sequence[tuple[Callable[[torch.nn.Module], torch.Tensor], dict[str, torch.Tensor]]]
+
 
 @dataclass
 class Settings:
@@ -25,6 +27,8 @@ class Settings:
     clip: float | None = None
     masked: bool = True
     bias: bool = True
+    rounds: int = 1
+    """Parts of a step that are masked one after the other, each by the magnitudes so far."""
 
 
 @dataclass
@@ -50,16 +54,42 @@ class Dense:
         self.magnitudes: dict[str, torch.Tensor] = {}
         self.keep: dict[str, torch.Tensor] = {}
 
-    def step(
-        self,
-        forwards: Sequence[tuple[Callable[[torch.nn.Module], torch.Tensor], dict[str, torch.Tensor]]],
-        chosen: dict[str, torch.Tensor] | None = None,
-    ) -> None:
+    def step(self, forwards: Forwards, chosen: dict[str, torch.Tensor] | None = None) -> None:
         """One step over `forwards`: (function from model to a loss, real-token masks). Gradients of the losses add up.
 
         `chosen` puts other masks in the place of the ones computed here (which are kept in `keep` all the same).
         """
-        sums: dict[str, torch.Tensor] = {}
+        if self.settings.rounds > 1:
+            return self._step_in_rounds(forwards)
+        self._backward(forwards)
+        self._update(self.keep if chosen is None else chosen)
+
+    def _step_in_rounds(self, forwards: Forwards) -> None:
+        """Mask the gradient of every round before it is added to that of the rounds before."""
+        params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        total = {n: torch.zeros_like(p) for n, p in params.items()}
+        any_round = {n: torch.zeros(layer.out_features, dtype=torch.bool) for n, layer in self.layers.items()}
+        self.magnitudes = {}
+        size = len(forwards) // self.settings.rounds
+        for first in range(0, len(forwards), size):
+            self._backward(forwards[first : first + size], self.magnitudes)
+            for name, keep in self.keep.items():
+                any_round[name] |= keep
+                for tensor in ("weight", "bias"):
+                    if f"{name}.{tensor}" in params:
+                        params[f"{name}.{tensor}"].grad[~keep] = 0
+            for name, param in params.items():
+                if param.grad is not None:
+                    total[name] += param.grad
+            self.model.zero_grad(set_to_none=True)
+        for name, param in params.items():
+            param.grad = total[name]
+        self.keep = any_round
+        self._update(any_round)
+
+    def _backward(self, forwards: Forwards, before: dict[str, torch.Tensor] | None = None) -> None:
+        """Gradients and magnitudes of `forwards`, the latter on top of those `before`; masks from the magnitudes."""
+        sums: dict[str, torch.Tensor] = dict(before or {})
         for loss_of, token_masks in forwards:
             outputs: dict[str, torch.Tensor] = {}
             handles = [m.register_forward_hook(_keeper(outputs, n)) for n, m in self.layers.items()]
@@ -71,7 +101,6 @@ class Dense:
                 sums[name] = sums.get(name, 0) + self._magnitude(output, token_masks[_kind(name)])
         self.magnitudes = sums
         self.keep = {name: m >= torch.quantile(m, self.settings.threshold) for name, m in sums.items()}
-        self._update(self.keep if chosen is None else chosen)
 
     def _magnitude(self, output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         y = output.double()[tokens].abs()

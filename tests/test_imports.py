@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = {"cl_dist": ROOT / "cl_dist", "cl_dist.kernels": ROOT / "kernels", "cl_dist.launch": ROOT / "launch"}
+SOURCES = {
+    "cl_dist": ROOT / "cl_dist",
+    "cl_dist.benchmarks": ROOT / "benchmarks",
+    "cl_dist.kernels": ROOT / "kernels",
+    "cl_dist.launch": ROOT / "launch",
+}
 
 LAYERS = [
     {"", "errors", "recipes", "seeds"},
@@ -19,6 +24,7 @@ LAYERS = [
     {"sharding", "models", "tasks"},
     {"engine", "methods", "evaluation", "state"},
     {"coordinator", "assembly"},
+    {"benchmarks"},
     {"cli", "__main__"},
 ]
 """Components from the bottom up. One imports lower layers and, without a circle, its neighbours; "" is the package."""
@@ -30,6 +36,7 @@ TORCH_FREE = [
     "cl_dist.tasks.stream",
     "cl_dist.evaluation.choice",
     "cl_dist.state.preflight",
+    "cl_dist.benchmarks.command",
     "cl_dist.cli",
 ]
 HEAVY = ("torch", "transformers", "deepspeed", "datasets")
@@ -92,8 +99,9 @@ def test_kernels_and_launch_stand_by_themselves(source: str, allowed: set[str]) 
 
 
 def test_only_the_command_line_starts_ranks() -> None:
+    """And a benchmark: the step under ZeRO is measured on ranks of its own, also where it is run as a script."""
     users = {source for source, targets in component_graph().items() if "launch" in targets}
-    assert users <= {"cli"}
+    assert users <= {"cli", "benchmarks"}
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)
@@ -104,7 +112,7 @@ def test_what_checks_the_input_loads_no_framework(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_neither_kernels_nor_launch_shadows_a_package() -> None:
-    code = "import importlib.util as u; print([name for name in ('kernels', 'launch') if u.find_spec(name)])"
+def test_no_folder_at_the_top_level_shadows_a_package() -> None:
+    code = "import importlib.util as u; print([n for n in ('benchmarks', 'kernels', 'launch') if u.find_spec(n)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert done.stdout.strip() == "[]"

@@ -15,7 +15,7 @@ COMMANDS = ["sh", "make", "cat", "env", "rm", "touch"]
 
 def make(tmp_path: Path, commands: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """`make install` in a copy of the set-up files, on a machine that has just the given commands."""
-    for name in ("Makefile", "setup.py", "requirements.lock"):
+    for name in ("Makefile", "setup.py", "requirements.lock", "requirements-triton.lock"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
     (tmp_path / "bin").mkdir()

@@ -195,6 +195,18 @@ class MiguConfig:
     """Mask the bias with its weight's rows (the reference leaves it alone: false)."""
     count_padding: bool = False
     """Count padding tokens into the magnitudes, as the reference does."""
+    skip_rows: bool = True
+    """Do not compute the masked rows of the weight gradients at all (the same gradients, in less time); needs one
+    micro-batch per step or `mask_scope: micro_batch`, otherwise the reduced gradients are masked. false: mask always
+    after the reduction."""
+    mask_scope: Literal["step", "micro_batch"] = "step"
+    """With gradient accumulation. `step`: one mask per step from all its micro-batches, exact. `micro_batch`: each
+    micro-batch is masked by the magnitudes so far in its step, an approximation that lets it skip rows."""
+
+    def __post_init__(self) -> None:
+        """Refuse a scope that only skipping can serve."""
+        if self.mask_scope == "micro_batch" and not self.skip_rows:
+            raise ValueError("mask_scope: micro_batch masks inside the backward pass, which skip_rows: false forbids")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

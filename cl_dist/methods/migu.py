@@ -1,21 +1,24 @@
 """MIGU: update only the rows of each linear layer whose outputs are largest in magnitude (arXiv 2406.17245).
 
-Magnitudes are summed while the forward passes of a step run; once its gradients are reduced, one all-reduce makes the
-sums global, the top rows of every layer are kept, and the other rows' gradients are zeroed in this rank's shards.
+Magnitudes are summed while forward passes run; one all-reduce makes the sums global and the top rows of every layer are
+kept. With one micro-batch a step that happens between forward and backward, and the backward pass skips the other rows
+(`models/skipping.py`). With more, the mask is known only after the last forward pass, so it is applied to this rank's
+shards of the reduced gradients; or, with `mask_scope: micro_batch`, each micro-batch is masked by the sums so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from cl_dist.config.schema import MiguConfig, TrainConfig
-from cl_dist.kernels import apply_row_mask_, kept_rows, row_magnitude, topk_row_mask
+from cl_dist.kernels import RowMask, apply_row_mask_, kept_rows, topk_row_masks
 from cl_dist.methods.agreement import Agreement
 from cl_dist.methods.base import Method, TaskPlace
-from cl_dist.models.tracked import token_mask_of, tracked_linears
+from cl_dist.methods.magnitudes import MagnitudeSums
+from cl_dist.models.skipping import RowSkipper
+from cl_dist.models.tracked import tracked_linears
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import RowFreezer, ShardView
 
@@ -34,27 +37,27 @@ class Migu(Method):
         self.config = config
         self.needs_all_logits = config.layers == "all"
         self.keep: dict[str, torch.Tensor] = {}
-        """The current step's masks: `(out_features,)` bool by the name of the weight, True where a row is updated."""
+        """The newest step's masks: `(out_features,)` bool by name of a weight or bias, True where a row is updated."""
         self._masks_this_task = False
         self._step = 0
+        self._micro_batch = 0
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """Hook the tracked layers and lay their magnitude sums out in one flat vector."""
-        self._shards, self._model, self._seed = shards, model, train.seed
-        self._layers = tracked_linears(model, self.config.layers)
-        rows = [layer.out_features for layer in self._layers.values()]
-        device = next(iter(self._layers.values())).weight.device
-        self._flat = torch.zeros(sum(rows), dtype=torch.float64, device=device)
-        self._sums = dict(zip(self._layers, self._flat.split(rows), strict=True))
-        self._agreement = Agreement(self._flat.device)
-        self._token_masks: dict[str, torch.Tensor] = {}
-        self._handles = [layer.register_forward_hook(self._recorder(name)) for name, layer in self._layers.items()]
-        self._freezer = RowFreezer(shards) if self.config.mask == "update" else None
+        """Hook the tracked layers, and let them skip rows where the recipe allows it."""
+        config = self.config
+        self._shards, self._seed = shards, train.seed
+        self._layers = tracked_linears(model, config.layers)
+        self._sums = MagnitudeSums(model, self._layers, config.magnitude == "per_token", config.count_padding)
+        self._agreement = Agreement(self._sums.flat.device)
+        self._freezer = RowFreezer(shards) if config.mask == "update" else None
+        known_in_time = train.gradient_accumulation == 1 or config.mask_scope == "micro_batch"
+        self._skipper = RowSkipper(self._layers, config.mask_bias) if config.skip_rows and known_in_time else None
 
     def detach(self) -> None:
         """Remove the layer hooks and the optimiser hooks."""
-        for handle in self._handles:
-            handle.remove()
+        self._sums.remove()
+        if self._skipper is not None:
+            self._skipper.remove()
         if self._freezer is not None:
             self._freezer.remove()
 
@@ -62,26 +65,36 @@ class Migu(Method):
         """The first task is trained without a mask unless the recipe asks for one."""
         self._masks_this_task = place.index > 0 or self.config.first_task == "masked"
         self._task = place.index
+        self._sums.counting = self._masks_this_task
+        if self._skipper is not None:
+            self._skipper.active = self._masks_this_task
 
     def before_forward(self, step: int, batch: Batch) -> None:
         """Remember which tokens count."""
         self._step = step
-        self._token_masks = batch.token_masks
+        self._sums.token_masks = batch.token_masks
+
+    def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Choose the rows that this micro-batch's backward pass computes."""
+        if self._masks_this_task and self._skipper is not None:
+            masks = self._choose_rows()
+            self._skipper.choose({name: mask.rows for name, mask in masks.items()})
+            self._remember(masks)
+        return loss
 
     def before_update(self) -> None:
-        """Choose the rows and zero the gradients of the others."""
+        """Zero the gradients of the rows that are not kept, unless backward has skipped them."""
         if not self._masks_this_task:
             return
-        self._reduce_sums()
-        self.keep = self._choose_rows()
-        self._agreement.remember(self.keep.values())
-        for name, keep in self.keep.items():
-            self._mask_gradient(name, keep)
+        if self._skipper is None:
+            self._remember(self._choose_rows())
+            for name, keep in self.keep.items():
+                self._mask_gradient(name, keep)
         if self._freezer is not None:
             self._freezer.freeze(self.keep)
 
     def before_save(self) -> None:
-        """The check of the last step's masks would come with the next step; before a save it comes at once."""
+        """The check of the last masks would come with the next step; before a save it comes at once."""
         if torch.distributed.get_world_size() > 1:
             message = self._agreement.message()
             torch.distributed.all_reduce(message)
@@ -89,60 +102,52 @@ class Migu(Method):
 
     def after_update(self) -> None:
         """Start the next step's sums from zero."""
-        self._flat.zero_()
+        self._sums.clear()
+        self._micro_batch = 0
+        if self._skipper is not None:
+            self._skipper.forget()
         if self._freezer is not None:
             self._freezer.freeze({})
 
-    def _recorder(self, name: str) -> Callable[[torch.nn.Module, Any, torch.Tensor], None]:
-        """Return the forward hook that adds one layer's magnitudes."""
-        kind = token_mask_of(name, self._model)
+    def _choose_rows(self) -> dict[str, RowMask]:
+        """The kept rows of every layer, from all ranks' sums so far in this step."""
+        sums = self._global_sums()
+        if self.config.selection == "random":
+            masks = [self._random_rows(number, rows) for number, rows in enumerate(self._sums.sizes)]
+        else:
+            masks = topk_row_masks(sums, self._sums.sizes, self.config.threshold)
+        self._agreement.remember(mask.keep for mask in masks)
+        return dict(zip(self._layers, masks, strict=True))
 
-        def record(module: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
-            # A forward pass inside backward recomputes activations: those tokens were counted the first time.
-            if not self._masks_this_task or not module.training or torch._C._current_graph_task_id() != -1:
-                return
-            counted = self._counted_tokens(kind, output)
-            self._sums[name] += row_magnitude(output, counted, per_token=self.config.magnitude == "per_token")
-
-        return record
-
-    def _counted_tokens(self, kind: str, output: torch.Tensor) -> torch.Tensor | None:
-        """Bool of the leading shape of `output`: the tokens that count, or None for all of them."""
-        if self.config.count_padding:
-            return None
-        mask = self._token_masks[kind]
-        # A classifier's head runs over one vector per sample: fillers have no real token and do not count.
-        return mask.any(dim=1) if output.dim() == 2 else mask
-
-    def _reduce_sums(self) -> None:
-        """Sum over ranks: the only collective of a step. It carries the check that the last step's masks agreed."""
+    def _global_sums(self) -> torch.Tensor:
+        """Sum over ranks: the only collective. It carries the check that the last masks agreed."""
+        flat = self._sums.flat
         if torch.distributed.get_world_size() == 1:
-            return
-        message = torch.cat([self._flat, self._agreement.message()])
+            return flat
+        message = torch.cat([flat, self._agreement.message()])
         torch.distributed.all_reduce(message)
-        self._agreement.check(message[self._flat.numel() :])
-        self._flat.copy_(message[: self._flat.numel()])
+        self._agreement.check(message[flat.numel() :])
+        return message[: flat.numel()]
 
-    def _choose_rows(self) -> dict[str, torch.Tensor]:
-        keep: dict[str, torch.Tensor] = {}
-        for number, (name, layer) in enumerate(self._layers.items()):
-            mask = self._random_rows(number, layer) if self.config.selection == "random" else self._largest_rows(name)
-            keep[f"{name}.weight"] = mask
-            if layer.bias is not None and layer.bias.requires_grad and self.config.mask_bias:
-                keep[f"{name}.bias"] = mask
-        return keep
-
-    def _largest_rows(self, name: str) -> torch.Tensor:
-        return topk_row_mask(self._sums[name], self.config.threshold)
-
-    def _random_rows(self, number: int, layer: torch.nn.Linear) -> torch.Tensor:
+    def _random_rows(self, number: int, rows: int) -> RowMask:
         """As many rows, drawn from (seed, task, step, layer): the same on every rank and after a resume."""
         seed = derive_seed(self._seed, "random rows", self._task, self._step, number)
         generator = torch.Generator().manual_seed(seed)
-        mask = torch.zeros(layer.out_features, dtype=torch.bool)
-        chosen = torch.randperm(layer.out_features, generator=generator)
-        mask[chosen[: kept_rows(layer.out_features, self.config.threshold)]] = True
-        return mask.to(self._flat.device)
+        chosen = torch.randperm(rows, generator=generator)[: kept_rows(rows, self.config.threshold)]
+        keep = torch.zeros(rows, dtype=torch.bool)
+        keep[chosen] = True
+        device = self._sums.flat.device
+        return RowMask(keep.to(device), chosen.sort().values.to(device))
+
+    def _remember(self, masks: dict[str, RowMask]) -> None:
+        """Keep the step's masks; of several micro-batches with masks of their own, what any of them updates."""
+        keep: dict[str, torch.Tensor] = {}
+        for name, layer in self._layers.items():
+            keep[f"{name}.weight"] = masks[name].keep
+            if layer.bias is not None and layer.bias.requires_grad and self.config.mask_bias:
+                keep[f"{name}.bias"] = masks[name].keep
+        self.keep = keep if self._micro_batch == 0 else {name: self.keep[name] | mask for name, mask in keep.items()}
+        self._micro_batch += 1
 
     def _mask_gradient(self, name: str, keep: torch.Tensor) -> None:
         shard = self._shards.gradient(name)

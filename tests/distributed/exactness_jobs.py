@@ -15,7 +15,7 @@ from cl_dist.methods.migu import Migu
 from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.tracked import tracked_linears
-from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_model, samples, whole
+from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_lora, odd_model, samples, whole
 from tests.oracle import Dense, Settings
 
 QUANTITIES = ("master", "exp_avg", "exp_avg_sq")
@@ -35,6 +35,7 @@ class Case:
         recompute: bool = False, mask: str = "gradient", family: str = "llama", magnitude: str = "per_token",
         steps: int = 3, offload: bool = False, threshold: float = 0.7, masked: bool = True,
         deepspeed: dict[str, Any] | None = None, eps: float = 1e-2, average: str = "tokens",
+        skip: bool = True, scope: str = "step", lora: bool = False,
     ) -> None:  # fmt: skip
         self.family, self.steps, self.accumulation, self.dtype = family, steps, accumulation, dtype
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -55,11 +56,20 @@ class Case:
             magnitude=magnitude,
             threshold=threshold,
             first_task="masked" if masked else "dense",  # type: ignore[arg-type]
+            skip_rows=skip,
+            mask_scope=scope,
         )
-        model = odd_model(family).to(getattr(torch, dtype))
+        model = (odd_lora if lora else odd_model)(family).to(getattr(torch, dtype))
         dense = copy.deepcopy(model)
         settings = Settings(
-            threshold=threshold, mask=mask, magnitude=magnitude, eps=eps, weight_decay=decay, clip=clip, masked=masked
+            threshold=threshold,
+            mask=mask,
+            magnitude=magnitude,
+            eps=eps,
+            weight_decay=decay,
+            clip=clip,
+            masked=masked,
+            rounds=accumulation if scope == "micro_batch" else 1,
         )
         self.dense = Dense(dense, tracked_linears(dense, "blocks"), settings)
         if recompute:
@@ -92,7 +102,7 @@ class Case:
         everyone = [micro_batches(self.family, chunk, self.micro) for chunk in chunks]
         targets = sum(b.targets for rank in everyone for b in rank)
         self.engine.train_step(step, everyone[self.rank], targets)
-        every = [b for rank in everyone for b in rank]
+        every = [b for micro_batch in zip(*everyone, strict=True) for b in micro_batch]
         means = self.recipe.train.loss_average == "micro_batch"
         forwards = [
             (mean_loss(b, self.family, b.targets * len(every) if means else targets), b.token_masks) for b in every
@@ -129,6 +139,7 @@ class Case:
             scale = max(float(t.abs().max()) for t in dense.values())
             report[moment] = max(float((held[n] - dense[n]).abs().max()) for n in held) / scale
         report["published"] = _published_error(model, end)
+        report["skipped"] = "forward" in next(iter(tracked_linears(model, "blocks").values())).__dict__
         report["kept"] = {n: [int(k.sum()), k.numel()] for n, k in self.migu.keep.items()}
 
 
@@ -143,6 +154,8 @@ def _published_error(model: torch.nn.Module, masters: dict[str, torch.Tensor]) -
 
     worst = 0.0
     for name, param in model.named_parameters():
+        if name not in masters:  # frozen
+            continue
         with GatheredParameters([param]):
             worst = max(worst, float((param.detach() - masters[name].to(param.dtype)).abs().max()))
     return worst

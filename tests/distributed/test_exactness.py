@@ -55,7 +55,26 @@ SPECIAL: list[dict[str, Any]] = [
     },
     {"stage": 3, "clip": 0.1, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}},
 ]
-CASES = PAIRED + SPECIAL
+SKIPPING: list[dict[str, Any]] = [
+    # One micro-batch, masked on the shards all the same: the other way to the same weights.
+    {"stage": 0, "skip": False},
+    {"stage": 1, "skip": False, "clip": 0.1, "mask": "update", "recompute": True},
+    {"stage": 2, "skip": False, "clip": 0.1},
+    {"stage": 3, "skip": False, "decay": 0.1, "dtype": "bfloat16"},
+    {"stage": 2, "skip": False, "family": "roberta", "offload": True, "clip": 0.1},
+    # Several micro-batches, each masked by the magnitudes so far.
+    {"stage": 0, "scope": "micro_batch", "accumulation": 3},
+    {"stage": 1, "scope": "micro_batch", "accumulation": 3, "mask": "update", "clip": 0.1},
+    {"stage": 2, "scope": "micro_batch", "accumulation": 3, "clip": 0.1, "family": "roberta"},
+    {"stage": 3, "scope": "micro_batch", "accumulation": 3, "recompute": True, "family": "t5"},
+    # Adapters: A and B are layers of their own.
+    {"stage": 0, "lora": True, "clip": 0.1},
+    {"stage": 2, "lora": True, "family": "t5", "mask": "update"},
+    {"stage": 3, "lora": True, "family": "roberta", "recompute": True},
+    {"stage": 2, "lora": True, "skip": False},
+    {"stage": 3, "lora": True, "accumulation": 3},
+]
+CASES = PAIRED + SPECIAL + SKIPPING
 
 STEPS = 3
 FLOAT32_BOUND = STEPS * 2**-23
@@ -84,6 +103,10 @@ def test_equals_the_dense_oracle(reports: dict[int, list[dict[str, Any]]], world
     assert report["frozen_moved"] == 0, "mask: update let an element of a dropped row move"
     assert report["moved_wrong"] == 0, "the rows that moved are not the rows that were kept"
     assert report["published"] == 0.0, "the model's weights are not its masters"
+    in_time = settings.get("accumulation", 1) == 1 or settings.get("scope") == "micro_batch"
+    assert report["skipped"] == (settings.get("skip", True) and in_time), (
+        "backward skips rows, or does not, against its settings"
+    )
     if settings.get("dtype") == "bfloat16":
         rows = sum(total for _, total in report["kept"].values())
         assert report["flips"] <= 0.01 * rows * STEPS, "more rows differ than rounding at the threshold explains"

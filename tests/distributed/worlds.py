@@ -16,6 +16,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from cl_dist.config.schema import LoraConfig
+from cl_dist.models.lora import add_lora
 from cl_dist.sharding import ShardView
 from cl_dist.tasks.collate import Batch, collate
 from cl_dist.tasks.types import IGNORE, Encoded
@@ -47,6 +49,17 @@ def odd_model(family: str, seed: int = 0) -> torch.nn.Module:
         num_labels=CLASSES, pad_token_id=0,
     )  # fmt: skip
     return RobertaForSequenceClassification(config)
+
+
+def odd_lora(family: str, seed: int = 0) -> torch.nn.Module:
+    """The same with adapters of rank 3 on every linear layer, none of whose matrices is zero."""
+    config = LoraConfig(r=3, alpha=6.0, dropout=0.0)
+    model = add_lora(odd_model(family, seed), config, OBJECTIVES[family], seed)  # type: ignore[arg-type]
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def samples(family: str, count: int, seed: int = 0) -> list[Encoded]:

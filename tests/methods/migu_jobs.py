@@ -32,7 +32,9 @@ def behaviours() -> dict[str, Any]:
         "padding": {str(count): _padding(count) for count in (False, True)},
         "recomputed": [_counted_with_backward(recompute) for recompute in (False, True)],
         "all_layers": {family: _all_layers(family) for family in ("llama", "roberta")},
-        "bias": {str(mask): _bias_moves(mask) for mask in (False, True)},
+        "bias": {f"{mask} {skip}": _bias_moves(mask, skip) for mask in (False, True) for skip in (False, True)},
+        "order": {scope: _order(scope) for scope in ("one", "step", "micro_batch")},
+        "left_behind": _left_behind(),
         "disagreement": [_agreement(differ) for differ in (False, True)],
     }
 
@@ -92,7 +94,7 @@ def _evaluation() -> float:
     engine.model.eval()
     with torch.no_grad():
         engine.model(**micro_batches("llama", samples("llama", 2), 2)[0].inputs)
-    left = float(migu._flat.sum())
+    left = float(migu._sums.flat.sum())
     engine.destroy()
     return left
 
@@ -106,7 +108,7 @@ def _padding(count: bool) -> list[int]:
     migu.before_forward(0, batch)
     engine.model(**batch.inputs)
     # A padding token is the zero vector in the first block; attention has filled it by the second.
-    counted = list(migu._sums.values())[-1].sum().item()
+    counted = list(migu._sums.by_layer.values())[-1].sum().item()
     engine.destroy()
     return [round(counted), batch.tokens, batch.labels.numel()]
 
@@ -118,7 +120,7 @@ def _counted_with_backward(recompute: bool) -> list[int]:
     batch = micro_batches("llama", samples("llama", 3, seed=5), 3)[0]
     engine.model.train()
     engine._micro_step(0, batch, batch.targets)
-    counted = next(iter(migu._sums.values())).sum().item()
+    counted = next(iter(migu._sums.by_layer.values())).sum().item()
     engine.destroy()
     return [round(counted), batch.tokens]
 
@@ -136,9 +138,47 @@ def _all_layers(family: str) -> list[list[int]]:
     return moved
 
 
-def _bias_moves(mask_bias: bool) -> list[bool]:
+def _order(scope: str) -> list[str]:
+    """What happens in a step of one micro-batch, or of two with this `mask_scope`."""
+    settings = {} if scope == "one" else {"mask_scope": scope}
+    engine, migu = _engine(accumulation=1 if scope == "one" else 2, first_task="masked", **settings)
+    engine.before_task(TaskPlace(0, "t", STEPS))
+    events: list[str] = []
+    all_reduce, size = torch.distributed.all_reduce, migu._sums.flat.numel()
+
+    def noted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if size <= tensor.numel() <= size + 2 and tensor.dtype == torch.float64:
+            events.append("sum")
+        return all_reduce(tensor, *args, **kwargs)
+
+    last = list(migu._layers.values())[-1]
+    last.register_forward_hook(lambda *_: events.append("forward"))
+    last.register_full_backward_pre_hook(lambda *_: events.append("backward"))
+    engine.shards.on_boundary(lambda: events.append("update"), lambda: None)
+    torch.distributed.all_reduce = noted
+    try:
+        rank = torch.distributed.get_rank()
+        mine = micro_batches("llama", samples("llama", 8, seed=1)[4 * rank : 4 * rank + 4], 2)
+        engine.train_step(0, mine[: 1 if scope == "one" else 2], 10)
+    finally:
+        torch.distributed.all_reduce = all_reduce
+    engine.destroy()
+    return events
+
+
+def _left_behind() -> list[str]:
+    """Attributes of the tracked layers that an engine has changed once it is taken apart."""
+    engine, migu = _engine(first_task="masked")
+    engine.before_task(TaskPlace(0, "t", STEPS))
+    _step(engine, 0)
+    layers = migu._layers
+    engine.destroy()
+    return [name for name, layer in layers.items() if "forward" in layer.__dict__ or layer._forward_hooks]
+
+
+def _bias_moves(mask_bias: bool, skip: bool) -> list[bool]:
     """Whether the biases' moved rows are the kept ones, for one layer with biases in all rows."""
-    engine, migu = _engine("roberta", mask_bias=mask_bias, first_task="masked")
+    engine, migu = _engine("roberta", mask_bias=mask_bias, skip_rows=skip, first_task="masked")
     engine.before_task(TaskPlace(0, "t", STEPS))
     before = whole(engine.shards, "master")
     _step(engine, 0, "roberta")

@@ -1,0 +1,153 @@
+"""Options of the benchmarks: read from the command line and checked before anything is measured. Loads no framework."""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cl_dist.benchmarks.shapes import MODELS
+
+from cl_dist.errors import BadInput
+
+DTYPES = ("float32", "bfloat16", "float16")
+ORDERS = ("first", "second", "mixed")
+DEVICES = ("cpu", "cuda")
+MEBI = 2**20
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the command line."""
+
+    flag: str
+    help: str
+    read: Callable[[str], Any]
+    """Turns one word into a value; raises ValueError for what is not allowed."""
+    allowed: str
+    """Ends the sentence "allowed is"."""
+    metavar: str = "N"
+    many: bool = False
+    """Takes several words and gives a tuple."""
+
+    @property
+    def name(self) -> str:
+        """`--zero-stage` -> `zero_stage`."""
+        return self.flag.lstrip("-").replace("-", "_")
+
+    def value(self, words: str | Sequence[str]) -> Any:
+        """The option's value, a tuple where it takes several words. Raises BadInput."""
+        return tuple(self._one(word) for word in words) if self.many else self._one(str(words))
+
+    def _one(self, word: str) -> Any:
+        try:
+            return self.read(word)
+        except ValueError as error:
+            raise BadInput(f"{self.flag} {word}: not a usable value; allowed is {self.allowed}") from error
+
+
+def add_options(
+    parser: ArgumentParser, names: Sequence[str], defaults: Mapping[str, Any], without_effect: Collection[str] = ()
+) -> None:
+    """Add the options called `names`, whose values are read by `read_options`."""
+    for name in names:
+        option = OPTIONS[name]
+        many: dict[str, Any] = {"nargs": "+", "action": "extend"} if option.many else {}
+        text = "taken, but without effect here" if name in without_effect else _help(option, defaults.get(name))
+        parser.add_argument(option.flag, dest=name, metavar=option.metavar, help=text, **many)
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+
+
+def read_options(arguments: Namespace, names: Sequence[str], defaults: Mapping[str, Any]) -> Namespace:
+    """The options' values: what was given, otherwise the default or None. Raises BadInput."""
+    values: dict[str, Any] = {"json": arguments.json}
+    for name in names:
+        given = getattr(arguments, name)
+        values[name] = defaults.get(name) if given is None else OPTIONS[name].value(given)
+    return Namespace(**values)
+
+
+def _help(option: Option, default: Any) -> str:
+    if default is None:
+        return option.help
+    text = " ".join(map(_short, default)) if isinstance(default, tuple) else _short(default)
+    return f"{option.help} (default: {text})"
+
+
+def _short(value: Any) -> str:
+    return f"{value // MEBI}Mi" if isinstance(value, int) and value and value % MEBI == 0 else str(value)
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    """A reader of whole numbers from `least` up, such as 4096 or 16Mi (times 2^20)."""
+
+    def read(word: str) -> int:
+        number = int(word[:-2]) * MEBI if word.endswith("Mi") else int(word)
+        if number < least:
+            raise ValueError(word)
+        return number
+
+    return read
+
+
+def _fraction(word: str) -> float:
+    number = float(word)
+    if not (math.isfinite(number) and 0 <= number < 1):
+        raise ValueError(word)
+    return number
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def read(word: str) -> str:
+        if word not in words:
+            raise ValueError(word)
+        return word
+
+    return read
+
+
+def _stage(word: str) -> int:
+    return int(_one_of("0", "1", "2", "3")(word))
+
+
+def _writable(word: str) -> Path:
+    path = Path(word)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(word)
+    return path
+
+
+_POSITIVE = "a whole number from 1 up"
+
+
+def _table(*options: Option) -> dict[str, Option]:
+    return {option.name: option for option in options}
+
+
+OPTIONS = _table(
+    Option("--hidden", "hidden size, one measurement for each", _whole(1), _POSITIVE, many=True),
+    Option("--tokens", "tokens of a step, one measurement for each", _whole(1), _POSITIVE, many=True),
+    Option("--threshold", "quantile T below which rows are masked", _fraction, "a number from 0 to below 1", "T"),
+    Option("--runs", "rounds, in each of which every contestant runs", _whole(1), _POSITIVE),
+    Option("--dtype", ", ".join(DTYPES), _one_of(*DTYPES), ", ".join(DTYPES), "NAME"),
+    Option("--threads", "threads of PyTorch (default: PyTorch's choice)", _whole(1), _POSITIVE),
+    Option("--device", "cpu or cuda (default: cuda where there is one)", _one_of(*DEVICES), "cpu, cuda", "NAME"),
+    Option(
+        "--csv", "also write the numbers to this file", _writable, "a file in a folder that is there", metavar="FILE"
+    ),
+    Option("--shapes", f"the layers of a model: {', '.join(MODELS)}", _one_of(*MODELS), ", ".join(MODELS), "NAME"),
+    Option("--layers", "transformer layers", _whole(1), _POSITIVE),
+    Option("--intermediate", "width of the MLP (default: as in published models)", _whole(1), _POSITIVE),
+    Option("--lora", "train adapters of rank R on all linear layers instead of the weights", _whole(1), _POSITIVE, "R"),
+    Option("--processes", "train under DeepSpeed with N ranks on this machine", _whole(1), _POSITIVE),
+    Option("--zero-stage", "DeepSpeed's ZeRO stage, with --processes (default: 2)", _stage, "0, 1, 2, 3"),
+    Option("--elements", "elements of the parameter, one measurement for each", _whole(1), _POSITIVE, many=True),
+    Option("--order", ", ".join(ORDERS), _one_of(*ORDERS), ", ".join(ORDERS), "NAME"),
+    Option("--rank", "rank of the LoRA module", _whole(1), _POSITIVE, "R"),
+    Option("--memory", "yes: also measure peak memory, each way in a process of its own; no: do not",
+           _one_of("yes", "no"), "yes, no", "yes|no"),
+)  # fmt: skip
+"""Every option by its name; each benchmark has some of them."""

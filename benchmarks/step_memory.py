@@ -1,0 +1,66 @@
+"""Peak memory of a training step, each way in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from cl_dist.benchmarks.memory import peak
+from cl_dist.benchmarks.training import WAYS, StepSize, build_model, token_ids
+
+from cl_dist.errors import ClDistError
+
+MEASURED = ("dense", "masked")
+
+
+def peaks(size: StepSize, device: torch.device) -> dict[str, Any]:
+    """Bytes at the peak of a step: `peak_memory_bytes` of the whole process, `step_memory_bytes` added by the step.
+
+    Raises ClDistError where a process fails.
+    """
+    found = {way: _in_fresh_process(way, size, device) for way in MEASURED}
+    return {
+        "peak_memory_bytes": {way: numbers[0] for way, numbers in found.items()},
+        "step_memory_bytes": {way: numbers[1] for way, numbers in found.items()},
+    }
+
+
+def _in_fresh_process(way: str, size: StepSize, device: torch.device) -> list[int | None]:
+    task = {"way": way, "size": asdict(size), "device": str(device), "threads": torch.get_num_threads()}
+    command = [sys.executable, "-m", "cl_dist.benchmarks.step_memory", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ClDistError(f"measuring the memory of the {way} step failed: {last}")
+    numbers: list[int | None] = json.loads(done.stdout.splitlines()[-1])
+    return numbers
+
+
+def measure(way: str, size: StepSize, device: torch.device) -> list[int | None]:
+    """Peak of the process and growth above what was in use before, during one step.
+
+    All ways have run once before, in any process: what they load and compile is not part of the difference.
+    """
+    model, ids = build_model(size, device), token_ids(size).to(device)
+    ways = {name: WAYS[name](model, ids, size.threshold) for name in MEASURED}
+    for other in ways.values():
+        other.prepare()
+        other.step()
+        other.remove()
+    ways[way].prepare()
+    found = peak(ways[way].step, device)
+    return [None, None] if found is None else [found.highest, found.highest - found.before]
+
+
+def _main(task: dict[str, Any]) -> None:
+    torch.set_num_threads(task["threads"])
+    print(json.dumps(measure(task["way"], StepSize(**task["size"]), torch.device(task["device"]))))
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))

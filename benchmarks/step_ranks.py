@@ -1,0 +1,165 @@
+"""Masked and dense training steps under DeepSpeed, on ranks that are started on this machine.
+
+One engine trains in turn as in MIGU's first task, which is dense, and as in its second, which is masked. The clock runs
+from the start of the step to the end of `Migu.before_update`: the optimiser comes after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from cl_dist.benchmarks.harness import Contestant, Times, race
+from cl_dist.benchmarks.training import StepSize, build_model, token_ids
+from cl_dist.launch.child import die_with_launcher, report_failure
+from cl_dist.launch.local import launch
+
+from cl_dist.config.schema import MiguConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
+from cl_dist.engine.distributed import device, join, leave
+from cl_dist.engine.engine import TrainingEngine
+from cl_dist.engine.quiet import quiet_libraries
+from cl_dist.errors import ClDistError
+from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.migu import Migu
+from cl_dist.models.load import LoadedModel
+from cl_dist.tasks.collate import Batch, collate
+from cl_dist.tasks.types import Encoded
+
+DEFAULT_STAGE = 2
+WAYS = ("dense", "masked")
+"""What MIGU does in the first and in the second task of a stream."""
+MANY_STEPS = 1_000_000
+"""Of the learning rate's schedule."""
+TIMEOUT_SECONDS = 600.0
+
+
+def race_on_ranks(size: StepSize, stage: int, options: Namespace) -> tuple[Times, int]:
+    """Start `--processes` ranks, let them measure, and return the slowest rank's times, and each rank's threads.
+
+    Raises ClDistError where a rank fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="cl-dist-bench-") as folder:
+        result = Path(folder) / "times.json"
+        task = {"size": asdict(size), "stage": stage, "runs": options.runs, "result": str(result)}
+        command = [sys.executable, "-m", "cl_dist.benchmarks.step_ranks", json.dumps(task)]
+        ending = launch(command, options.processes, _environment(options))
+        if ending.exit_code != 0:
+            raise ClDistError("\n".join([*ending.output, f"measuring on {options.processes} ranks: {ending.message}"]))
+        found = json.loads(result.read_text(encoding="utf-8"))
+        return Times(found["seconds"]), int(found["threads"])
+
+
+def _environment(options: Namespace) -> dict[str, str]:
+    environment = dict(os.environ)
+    if options.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(options.threads)
+    if options.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return environment
+
+
+class Timed(Migu):
+    """MIGU that notes when it is done with the gradients."""
+
+    done = 0.0
+
+    def before_update(self) -> None:
+        """The optimiser's work begins."""
+        super().before_update()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.done = time.perf_counter()
+
+
+class RankClock:
+    """Time until the gradients are ready, of the rank that takes longest.
+
+    Args:
+        method: Notes when that is.
+    """
+
+    def __init__(self, method: Timed) -> None:
+        self._method = method
+
+    def seconds(self, contestant: Contestant, repeats: int) -> float:
+        """Mean time of one run; a step is long enough to be measured once."""
+        contestant.prepare()
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        contestant.run()
+        elapsed = torch.tensor(self._method.done - start, dtype=torch.float64, device=device())
+        torch.distributed.all_reduce(elapsed, op=torch.distributed.ReduceOp.MAX)
+        return float(elapsed)
+
+
+class Trainer:
+    """One engine and one batch.
+
+    Args:
+        size: Of the step, on every rank.
+        stage: DeepSpeed's.
+    """
+
+    def __init__(self, size: StepSize, stage: int) -> None:
+        recipe = Recipe(
+            model=ModelConfig(name_or_path="unused"),
+            stream=StreamConfig(tasks=(TaskConfig(name="unused", format="builtin"),)),
+            train=TrainConfig(micro_batch_size=1, dtype=size.dtype),
+            zero=ZeroConfig(stage=stage),  # type: ignore[arg-type]
+            output_dir="unused",
+        )
+        self.method = Timed(MiguConfig(name="migu", threshold=size.threshold))
+        loaded = LoadedModel(build_model(size, torch.device("cpu")), None, "causal_lm")  # type: ignore[arg-type]
+        self._engine = TrainingEngine(loaded, recipe, [self.method])
+        self._batch = _batch(size)
+        self._step = 0
+
+    def contestant(self, index: int) -> Contestant:
+        """A step of the task at that place in the stream."""
+        place = TaskPlace(index=index, name=WAYS[index], steps=MANY_STEPS)
+        return Contestant(self._train_step, prepare=lambda: self._engine.before_task(place))
+
+    def _train_step(self) -> None:
+        world = torch.distributed.get_world_size()
+        self._engine.train_step(self._step, [self._batch], self._batch.targets * world)
+        self._step += 1
+
+
+def _batch(size: StepSize) -> Batch:
+    ids = token_ids(size, seed=torch.distributed.get_rank())[0].tolist()
+    return collate([Encoded(0, ids, ids)], "causal_lm", pad_id=0, decoder_start_id=0)
+
+
+def _serve(task: Namespace) -> None:
+    """Be one rank; the first one writes the result."""
+    rank, _ = join(TIMEOUT_SECONDS)
+    quiet_libraries(rank)
+    trainer = Trainer(StepSize(**task.size), task.stage)
+    contestants = {way: trainer.contestant(index) for index, way in enumerate(WAYS)}
+    times = race(contestants, task.runs, RankClock(trainer.method))
+    if rank == 0:
+        found = {"seconds": times.seconds, "threads": torch.get_num_threads()}
+        Path(task.result).write_text(json.dumps(found), encoding="utf-8")
+    leave()
+
+
+def _main(task: Namespace) -> int:
+    os.dup2(2, 1)  # standard output belongs to the table or the JSON document
+    die_with_launcher(os.environ)
+    try:
+        _serve(task)
+    except ClDistError as error:
+        report_failure(os.environ, error.exit_code, str(error))
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(Namespace(**json.loads(sys.argv[1]))))

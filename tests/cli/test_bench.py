@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cl_dist.benchmarks.command import BENCHMARKS
+
+from tests.cli.conftest import Command
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("--runs", "2", "--threads", "1")
+SIZES = {
+    "step": ("--hidden", "32", "--tokens", "8", "--memory", "no"),
+    "magnitude": ("--hidden", "16", "--tokens", "8"),
+    "topk": ("--hidden", "16", "--tokens", "8"),
+    "weight-grad": ("--hidden", "16", "--tokens", "8"),
+    "importance": ("--elements", "4096"),
+    "rank-scores": ("--hidden", "16"),
+}
+RATIOS = {
+    "step": ("masked_over_dense", "masked_over_reference", "reference_over_dense"),
+    "magnitude": ("fused_over_reference", "fused_over_torch", "fused_over_linear"),
+    "topk": ("fused_over_reference", "fused_over_torch"),
+    "weight-grad": ("masked_over_dense", "masked_over_reference", "masked_over_torch"),
+    "importance": ("fused_over_reference", "fused_over_in_place"),
+    "rank-scores": ("speedup", "means_over_torch"),
+}
+
+
+def spreads(value: Any) -> Iterator[dict[str, float]]:
+    """Every object with a median in a JSON document."""
+    if isinstance(value, dict):
+        if "median" in value:
+            yield value
+        for inner in value.values():
+            yield from spreads(inner)
+
+
+def run_json(command: Command, *arguments: str) -> dict[str, Any]:
+    code, output, error = command("bench", *arguments, "--json")
+    assert code == 0, error
+    document: dict[str, Any] = json.loads(output)
+    return document
+
+
+@pytest.mark.parametrize("name", list(BENCHMARKS))
+def test_every_benchmark_in_json_and_csv(command: Command, name: str) -> None:
+    document = run_json(command, name, *SIZES[name], *QUICK, "--csv", "a.csv")
+    assert document["benchmark"] == name
+    assert document["machine"]["threads"] == 1
+    (size,) = document["sizes"]
+    for ratio in RATIOS[name]:
+        assert document[ratio] == size[ratio]
+        assert set(size[ratio]) == {"median", "minimum", "maximum"}
+    found = list(spreads(document))
+    assert len(found) > 6
+    assert all(0 < spread["minimum"] <= spread["median"] <= spread["maximum"] for spread in found)
+    assert size["runs"] == 2
+    with open("a.csv", encoding="utf-8", newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert float(line[f"{RATIOS[name][0]}.median"]) == size[RATIOS[name][0]]["median"]
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "step"])
+def test_several_sizes_have_a_line_each(command: Command, name: str) -> None:
+    code, output, _ = command("bench", name, "--hidden", "16", "32", *QUICK, "--tokens", "8", "--threshold", "0.5")
+    assert code == 0
+    table = [line for line in output.splitlines() if line.startswith("|")]
+    assert len(table) == 4
+    assert len({line.count("|") for line in table}) == 1
+    assert table[2].split()[1] in ("16", "256")
+    assert table[3].split()[1] in ("32", "1024")
+
+
+def test_keys_of_the_first_size_stand_at_the_top(command: Command) -> None:
+    document = run_json(command, "weight-grad", "--hidden", "32", "16", "--tokens", "8", "4", *QUICK)
+    assert [(s["hidden"], s["tokens"]) for s in document["sizes"]] == [(32, 8), (32, 4), (16, 8), (16, 4)]
+    assert document["hidden"] == 32
+    assert document["masked_over_dense"] == document["sizes"][0]["masked_over_dense"]
+
+
+def test_shapes_of_a_model(command: Command) -> None:
+    document = run_json(command, "topk", "--shapes", "smollm2-135m", *QUICK)
+    assert (document["layers"], document["elements"]) == (210, 30 * (2 * 576 + 2 * 192 + 2 * 1536 + 576))
+
+
+class TestStep:
+    """`cl-dist bench step`"""
+
+    def test_the_sizes_stand_beside_the_ratios(self, command: Command) -> None:
+        document = run_json(command, "step", *SIZES["step"], *QUICK, "--threshold", "0.5", "--intermediate", "48")
+        sizes = {key: document[key] for key in ("hidden", "intermediate", "layers", "tokens", "threshold")}
+        assert sizes == {"hidden": 32, "intermediate": 48, "layers": 2, "tokens": 8, "threshold": 0.5}
+        assert document["gradient_error"] < 1e-5  # float32, sums of 8 products
+        assert 0.5 < document["arithmetic_limit"] < 1
+
+    def test_with_lora_there_is_little_to_skip(self, command: Command) -> None:
+        document = run_json(command, "step", *SIZES["step"], *QUICK, "--lora", "4", "--layers", "1")
+        assert (document["lora"], document["layers"]) == (4, 1)
+        assert 0.9 < document["arithmetic_limit"] < 1
+
+    @pytest.mark.slow
+    def test_memory_of_both_ways(self, command: Command) -> None:
+        document = run_json(command, "step", "--hidden", "32", "--tokens", "8", "--layers", "1", *QUICK)
+        assert set(document["peak_memory_bytes"]) == {"dense", "masked"}
+        # torch and transformers alone take more than 100 MiB.
+        assert all(number is None or number > 100 * 2**20 for number in document["peak_memory_bytes"].values())
+
+    def test_two_ranks_under_zero(self, command: Command) -> None:
+        document = run_json(
+            command, "step", *SIZES["step"], "--processes", "2", "--zero-stage", "2", "--layers", "1", *QUICK
+        )
+        assert (document["processes"], document["zero_stage"], document["threads_per_rank"]) == (2, 2, 1)
+        assert (document["masked_over_reference"], document["reference_over_dense"]) == (None, None)
+        ratio = document["masked_over_dense"]
+        assert 0 < ratio["minimum"] <= ratio["median"] <= ratio["maximum"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("step --hidden 0", "--hidden 0: not a usable value; allowed is a whole number from 1 up"),
+        ("step --hidden wide", "--hidden wide: not a usable value; allowed is a whole number from 1 up"),
+        ("step --hidden 50", "--hidden 50: attention heads do not fit in; allowed is a multiple of 16"),
+        ("step --tokens 1", "--tokens 1: one token has no next one to predict; allowed is 2 or more"),
+        ("topk --threshold 1", "--threshold 1: not a usable value; allowed is a number from 0 to below 1"),
+        ("topk --threshold nan", "--threshold nan: not a usable value; allowed is a number from 0 to below 1"),
+        ("topk --runs -1", "--runs -1: not a usable value; allowed is a whole number from 1 up"),
+        ("magnitude --dtype int8", "--dtype int8: not a usable value; allowed is float32, bfloat16, float16"),
+        ("step --zero-stage 4", "--zero-stage 4: not a usable value; allowed is 0, 1, 2, 3"),
+        ("step --zero-stage 2", "--zero-stage 2: needs ranks; allowed is together with --processes"),
+        ("step --processes 2 --lora 8", "--lora 8: measured in a single process; allowed is without --processes"),
+        ("step --processes 2 --dtype float16", "--dtype float16: not with --processes; allowed is float32, bfloat16"),
+        ("step --csv no/where.csv", "--csv no/where.csv: not a usable value; allowed is a file in a folder that is"),
+        ("weight-grad --shapes gpt2", "--shapes gpt2: not a usable value; allowed is smollm2-135m, llama2-7b, t5-l"),
+        ("weight-grad --shapes t5-large --hidden 8", "--shapes t5-large: --hidden gives the size already; allowed is"),
+        ("step --shapes t5-large --intermediate 8", "--intermediate 8: --shapes gives it already; allowed is one of"),
+        ("importance --elements 4Mi --hidden 8", "--elements: --hidden gives the size already; allowed is one of the"),
+        ("importance --elements 1.5Mi", "--elements 1.5Mi: not a usable value; allowed is a whole number from 1 up"),
+        ("importance --order third", "--order third: not a usable value; allowed is first, second, mixed"),
+    ],
+)
+def test_bad_values_are_refused_in_one_sentence(command: Command, arguments: str, sentence: str) -> None:
+    code, output, error = command("bench", *arguments.split())
+    assert (code, output) == (2, "")
+    assert error.startswith(f"cl-dist: error: {sentence}")
+    assert error.count("\n") == 1
+
+
+def test_bad_values_are_refused_before_torch_is_loaded() -> None:
+    code = (
+        "import sys; from cl_dist.cli import main\n"
+        "print(main(['bench', 'step', '--hidden', '50']), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
+
+
+def test_a_gpu_that_is_not_there(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, output, error = command("bench", "topk", "--device", "cuda")
+    assert (code, output) == (2, "")
+    assert error == "cl-dist: error: --device cuda: PyTorch finds no GPU here; allowed is cpu\n"
+
+
+def test_the_number_of_threads_is_put_back(command: Command) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    run_json(command, "rank-scores", "--hidden", "16", "--runs", "1", "--threads", str(before + 1))
+    assert torch.get_num_threads() == before
+
+
+class TestHelp:
+    """`--help` says what is measured"""
+
+    def test_of_all_benchmarks(self, command: Command) -> None:
+        code, output, _ = command("bench", "--help")
+        assert code == 0
+        text = " ".join(output.split())  # lines end where the terminal does
+        assert all(f"{name} {benchmark.summary}" in text for name, benchmark in BENCHMARKS.items())
+
+    @pytest.mark.parametrize("name", list(BENCHMARKS))
+    def test_of_one(self, command: Command, name: str) -> None:
+        code, output, _ = command("bench", name, "--help")
+        assert code == 0
+        assert BENCHMARKS[name].description in output
+        assert all(flag in output for flag in ("--hidden", "--tokens", "--threshold", "--runs", "--json"))
+
+
+def test_a_benchmark_is_a_script_too(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "rank_scores.py"), "--hidden", "16", "--json"]
+    done = subprocess.run([*command, *QUICK], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "speedup" in json.loads(done.stdout)
+    done = subprocess.run([*command, "--runs", "0"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: --runs 0: not a usable value; allowed is a whole number from 1 up\n"
+
+
+@pytest.mark.parametrize("name", list(BENCHMARKS))
+def test_every_benchmark_has_a_script_of_its_name(name: str) -> None:
+    text = (ROOT / "benchmarks" / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
+    assert text.startswith("#!/usr/bin/env python3\n")
+    assert text.endswith(f'if __name__ == "__main__":\n    main("{name}")\n')

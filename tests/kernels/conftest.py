@@ -1,0 +1,31 @@
+"""Each operation is tested on its CPU path and on its Triton kernels, interpreted where no GPU is at hand."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from cl_dist.kernels import backend
+
+
+def kernels_device() -> torch.device:
+    """Where Triton kernels run in these tests: on a GPU, or interpreted on the CPU (see tests/conftest.py)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def triton_path(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Send every operation to its Triton kernels, and return the device that their tensors have to be on."""
+    if backend.triton is None:
+        pytest.skip("Triton is not installed")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("cl_dist.kernels.") and hasattr(module, "path_of"):
+            monkeypatch.setattr(module, "path_of", lambda _: "triton")
+    return kernels_device()
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Run the test once on the CPU path and once on the Triton kernels."""
+    return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("triton_path")

@@ -1,0 +1,201 @@
+"""Every Triton kernel in the launch configurations that runs use.
+
+`test_compiled.py` checks what the compilers make of them, and `python -m tests.kernels.aot` prints it.
+
+To add a kernel, append `Case`s to `CASES`: a name, a function without arguments that builds the operation's
+`kernels.backend.Launch` (from tensors on the "meta" device, through the same function that the operation itself calls),
+which memory instructions have to be 16 bytes wide, and the occupancy that the kernel states.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import cl_dist.kernels.linear_magnitude  # noqa: F401  modules are looked up by name below: functions hide them
+import torch
+from cl_dist.kernels.backend import Launch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch and what its compiled code has to look like."""
+
+    name: str
+    build: Callable[[], Launch]
+    wide: Literal["load", "store", ""] = "load"
+    """A streaming kernel's accesses to global memory of this kind: 16 bytes per thread, on every target."""
+    narrow: int = 0
+    """Narrower accesses that the compiled code may hold beside them: of sums, one per token. Masks do not count."""
+    warps: int = 16
+    """Resident warps of 32 threads per NVIDIA multiprocessor that registers and shared memory allow (of 64)."""
+    waves: int = 32
+    """Resident waves of 64 threads per AMD compute unit (of 32)."""
+    long: bool = True
+    """Addresses are computed from the program's number in 64 bits, for tensors of more than 2^31 elements."""
+
+
+def module(name: str) -> Any:
+    """Return the module of an operation."""
+    return sys.modules[f"cl_dist.kernels.{name}"]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return a tensor without memory."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _sum(dtype: torch.dtype, tokens: int, rows: int, per_token: bool = True, masked: bool = True) -> Launch:
+    counted = meta(tokens, dtype=torch.bool) if masked else None
+    blocks = -(-tokens // module("row_magnitude").TOKEN_BLOCK)
+    return module("row_magnitude")._sum_launch(meta(tokens, rows, dtype=dtype), counted, per_token, meta(blocks, rows))
+
+
+def _fold(blocks: int, rows: int) -> Launch:
+    return module("row_magnitude")._fold_launch(meta(blocks, rows), meta(rows))
+
+
+def _linear(dtype: torch.dtype, per_token: bool) -> Launch:
+    tokens, rows, inner, operation = 8192, 4096, 4096, module("linear_magnitude")
+    partial = meta(64, 8192)
+    x, weight, y = meta(tokens, inner, dtype=dtype), meta(rows, inner, dtype=dtype), meta(tokens, rows, dtype=dtype)
+    return operation._linear_launch(x, weight, meta(rows, dtype=dtype), None, y, partial, per_token)
+
+
+def _normalise(dtype: torch.dtype) -> Launch:
+    y, partial = meta(8192, 4096, dtype=dtype), meta(256, 4096)
+    return module("linear_magnitude")._normalise_launch(y, None, meta(32, 8192), partial)
+
+
+def _choose(dtype: torch.dtype) -> Launch:
+    total, layers, integer = 224 * 4096, 224, {"dtype": torch.int64}
+    keep = meta(total, dtype=torch.bool)
+    table = meta(2, layers + 1, **integer)
+    choose = module("topk_row_mask")._choose_launch
+    return choose(meta(total, dtype=dtype), table, keep, meta(total, **integer), meta(layers, **integer))
+
+
+def _zero(dtype: torch.dtype, start: int, row_length: int) -> Launch:
+    keep = meta(4096, dtype=torch.bool)
+    return module("apply_row_mask")._launch(meta(2048 * row_length, dtype=dtype), start, row_length, keep)
+
+
+def _product(
+    dtype: torch.dtype, out_features: int, in_features: int, kept: int, into: bool = False, tf32: bool = False
+) -> Launch:
+    operation, integer = module("masked_weight_grad"), {"dtype": torch.int64}
+    gather = in_features <= operation.GATHERED_FEATURES
+    dy = meta(4096, out_features if gather else -(-kept // 16) * 16, dtype=dtype)
+    grad, settings = meta(out_features, in_features, dtype=dtype), torch.backends.cuda.matmul
+    before, settings.allow_tf32 = settings.allow_tf32, tf32
+    try:
+        return operation._weight_launch(
+            meta(4096, in_features, dtype=dtype), dy, meta(kept, **integer), grad, into, gather
+        )
+    finally:
+        settings.allow_tf32 = before
+
+
+def _bias(dtype: torch.dtype) -> Launch:
+    rows, grad = meta(1229, dtype=torch.int64), meta(4096, dtype=dtype)
+    return module("masked_weight_grad")._bias_launch(meta(4096, 4096, dtype=dtype), rows, grad, False)
+
+
+def _importance(
+    dtype: torch.dtype, unit_length: int = 0, start: int = 0, numel: int = 1 << 24, order: int = 3
+) -> Launch:
+    operation = module("importance_update")
+    tensors = meta(numel, dtype=dtype), meta(numel, dtype=dtype), meta(numel), meta(numel)
+    partial = operation._partial_sums(numel, unit_length, tensors[2].device) if unit_length else None
+    return operation._update_launch(tensors, (order, 0.85, 0.15, 0.85, 0.15), start, unit_length or 1, partial)
+
+
+def _importance_fold(unit_length: int) -> Launch:
+    operation, numel = module("importance_update"), 1 << 24
+    partial = operation._partial_sums(numel, unit_length, torch.device("meta"))
+    return operation._fold_launch(partial, numel, 0, unit_length, meta(numel // unit_length, dtype=torch.float64))
+
+
+def _importance_short(unit_length: int) -> Launch:
+    sums = meta(4096, dtype=torch.float64)
+    states = meta(4096 * unit_length), meta(4096 * unit_length)
+    return module("importance_update")._short_launch(*states, 0, unit_length, sums)
+
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+CASES = [
+    Case("row_magnitude, 8192 × 1024 bf16", partial(_sum, BF16, 8192, 1024)),
+    Case("row_magnitude, 8192 × 4096 bf16", partial(_sum, BF16, 8192, 4096)),
+    Case("row_magnitude, 8192 × 4096 fp16", partial(_sum, FP16, 8192, 4096)),
+    Case("row_magnitude, 8192 × 4096 fp32", partial(_sum, FP32, 8192, 4096)),
+    Case("row_magnitude, 8192 × 11008 bf16", partial(_sum, BF16, 8192, 11008)),
+    Case("row_magnitude, 8192 × 28672 bf16", partial(_sum, BF16, 8192, 28672), warps=32),
+    Case(
+        "row_magnitude, batch, 8192 × 4096 bf16",
+        partial(_sum, BF16, 8192, 4096, per_token=False, masked=False),
+        warps=32,
+    ),
+    Case("row_magnitude, lora_A, 8192 × 8 bf16", partial(_sum, BF16, 8192, 8), wide="", warps=32),
+    Case("row_magnitude, fold, 256 × 4096", partial(_fold, 256, 4096), warps=32, long=False),
+    # NVIDIA's loads of the product are asynchronous copies to shared memory, which are not counted.
+    Case("linear_magnitude, per token, bf16", partial(_linear, BF16, True), wide="", waves=16),
+    Case("linear_magnitude, batch, fp16", partial(_linear, FP16, False), wide="", waves=16),
+    Case("linear_magnitude, per token, fp32", partial(_linear, FP32, True), wide="", warps=8, waves=8),
+    Case("linear_magnitude, normalise, bf16", partial(_normalise, BF16), narrow=9, warps=64),
+    Case("topk_row_masks, 224 layers, fp32", partial(_choose, FP32), wide="", long=False),
+    Case("topk_row_masks, 224 layers, fp64", partial(_choose, FP64), wide="", long=False),
+    Case("apply_row_mask_, rows of 4096, bf16", partial(_zero, BF16, 0, 4096), wide="store", warps=48),
+    Case("apply_row_mask_, rows of 11008, fp32", partial(_zero, FP32, 2**33, 11008), wide="store", warps=48),
+    Case("apply_row_mask_, from any element, bf16", partial(_zero, BF16, 1, 4096), wide="", warps=48),
+    # NVIDIA's loads of products without gathering are asynchronous copies to shared memory, which are not counted.
+    Case(
+        "masked_weight_grad, 11008 × 4096 bf16", partial(_product, BF16, 11008, 4096, 3303), wide="", warps=8, waves=8
+    ),
+    Case(
+        "masked_weight_grad, 11008 × 4096 fp16", partial(_product, FP16, 11008, 4096, 3303), wide="", warps=8, waves=8
+    ),
+    Case("masked_weight_grad, 11008 × 4096 fp32", partial(_product, FP32, 11008, 4096, 3303), wide="", waves=16),
+    Case(
+        "masked_weight_grad, 11008 × 4096 tf32",
+        partial(_product, FP32, 11008, 4096, 3303, tf32=True),
+        wide="",
+        warps=8,
+        waves=8,
+    ),
+    Case(
+        "masked_weight_grad, added to, bf16",
+        partial(_product, BF16, 4096, 11008, 1229, into=True),
+        wide="",
+        warps=8,
+        waves=8,
+    ),
+    Case("masked_weight_grad, gathered, bf16", partial(_product, BF16, 4096, 512, 1229), wide="", warps=8, waves=16),
+    Case("masked_weight_grad, gathered, fp32", partial(_product, FP32, 4096, 512, 1229), wide="", warps=8, waves=16),
+    Case(
+        "masked_weight_grad, gathered, tf32",
+        partial(_product, FP32, 4096, 512, 1229, tf32=True),
+        wide="",
+        warps=8,
+        waves=8,
+    ),
+    Case("masked_weight_grad, lora_A, bf16", partial(_product, BF16, 8, 4096, 3), wide="", waves=4),
+    Case("masked_weight_grad, lora_B, bf16", partial(_product, BF16, 4096, 8, 1229), wide="", warps=8, waves=24),
+    Case("masked_weight_grad, bias, bf16", partial(_bias, BF16), wide="", warps=32, waves=32),
+    Case("importance_update_, fp32", partial(_importance, FP32), warps=40, waves=32),
+    Case("importance_update_, first order, fp32", partial(_importance, FP32, order=1), warps=40, waves=32),
+    Case(
+        "importance_update_, fp32 and no multiple of 16",
+        partial(_importance, FP32, numel=(1 << 24) - 3),
+        narrow=32,
+        waves=32,
+    ),
+    Case("importance_update_, rows, fp32", partial(_importance, FP32, 4096), warps=40, waves=32),
+    Case("importance_update_, rows, bf16 and fp32", partial(_importance, BF16, 4096), narrow=4, warps=32, waves=32),
+    Case("importance_update_, short rows, fp32", partial(_importance, FP32, 257, start=5), warps=24, waves=32),
+    Case("importance_update_, fold", partial(_importance_fold, 4096), wide="", warps=16, waves=32),
+    Case("importance_update_, rows of 8", partial(_importance_short, 8), wide="", warps=32, waves=32),
+]

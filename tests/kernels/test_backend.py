@@ -1,0 +1,104 @@
+"""Paths, threads and compiled variants."""
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cl_dist.kernels import backend, row_magnitude
+from cl_dist.kernels.backend import SMALL, Launch, blocks, cpu_jit, power_of_two
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def run(code: str) -> str:
+    """Run a program with two threads in a process of its own and return what it prints."""
+    script = "import os, sys, torch\ntorch.set_num_threads(2)\n" + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_cpu_tensors_stay_off_the_gpu_path() -> None:
+    assert backend.path_of(torch.zeros(1)) == "cpu"
+    assert backend.path_of(torch.zeros(1, device="meta")) == "torch"
+
+
+@given(number=st.integers(1, 10**6), block=st.integers(1, 5000))
+def test_sizes(number: int, block: int) -> None:
+    assert (blocks(number, block) - 1) * block < number <= blocks(number, block) * block
+    assert power_of_two(number) // 2 < number <= power_of_two(number)
+    assert power_of_two(number).bit_count() == 1
+
+
+def test_an_empty_launch_does_nothing() -> None:
+    Launch(None, (0,), {}).run()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_little_work_and_one_thread_use_no_pool(two_threads: None) -> None:
+    kernel = cpu_jit(lambda x: x)
+    assert kernel.sized(SMALL - 1) is kernel.serial
+    assert kernel.sized(SMALL) is kernel.parallel
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert kernel.sized(SMALL) is kernel.serial
+    assert torch.get_num_threads() == 1
+
+
+def test_kernels_called_from_several_threads_at_once(two_threads: None) -> None:
+    y = torch.randn(256, 1024)
+    expected = row_magnitude(y)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: row_magnitude(y), range(20)))
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_forks_before_and_after_a_kernel_has_started_threads() -> None:
+    out = run("""
+        from cl_dist.kernels import backend, row_magnitude
+
+        def in_a_child(function):
+            child = os.fork()
+            if child == 0:
+                os._exit(function())
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+        def threads_and_result():
+            return backend._pool.threads() + 10 * torch.equal(row_magnitude(y), expected)
+
+        y = torch.randn(256, 1024)
+        torch.set_num_threads(1)
+        expected = row_magnitude(y)
+        torch.set_num_threads(2)
+        check = threads_and_result
+        print(in_a_child(check), check(), in_a_child(check), check())
+    """)
+    assert out.split() == ["12", "12", "11", "12"]
+
+
+def test_without_triton_and_without_a_folder_for_compiled_code() -> None:
+    out = run("""
+        sys.modules["triton"] = None
+        from numba.core import caching
+        caching.CacheImpl._locator_classes = []
+        from cl_dist.kernels import backend, row_magnitude
+        print(backend.triton, row_magnitude(torch.ones(2, 2)).tolist())
+        print(type(backend.cpu_jit(lambda x: x).serial._cache).__name__)
+    """)
+    assert out.split("\n")[:2] == ["None [1.0, 1.0]", "NullCache"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_tensors_go_to_triton() -> None:
+    assert backend.path_of(torch.zeros(1, device="cuda")) == "triton"
