@@ -25,8 +25,8 @@ cheaper than new pages, and nothing to a step's peak."""
 
 ALWAYS_LAZY_BYTES = 32 << 20
 """From this size on the C library's allocator asks the system for new pages each time (the upper bound of glibc's
-adaptive limit). Below it memory is used again, and new pages pay only where a row fills one: several rows to a page, and
-the kept ones touch nearly all."""
+adaptive limit). Below it memory is used again, and new pages pay only where a row fills one: several rows to a page,
+and the kept ones touch nearly all."""
 
 GATHERED_FEATURES = 512
 """Up to so many input features a GPU reads the kept columns of `grad_output` where they are. A wider product reads each

@@ -248,9 +248,7 @@ def patched() -> nn.Linear:
 @pytest.mark.parametrize("layer", [Quantised(3, 2), patched()], ids=["subclass", "patched"])
 def test_a_foreign_forward_is_refused(layer: nn.Linear) -> None:
     forward = layer.__dict__.get("forward")
-    with pytest.raises(
-        BadInput, match=r"method\.skip_rows: the forward of layer l .* replaced by tests\.models"
-    ):
+    with pytest.raises(BadInput, match=r"method\.skip_rows: the forward of layer l .* replaced by tests\.models"):
         RowSkipper({"l": layer})
     assert layer.__dict__.get("forward") is forward
 
