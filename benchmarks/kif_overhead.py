@@ -5,8 +5,9 @@ Usage:
     python benchmarks/kif_overhead.py [--model builtin:llama-tiny | FOLDER] [--lora 8] [--stage 2] [--tokens 512]
     torchrun --nproc_per_node 2 benchmarks/kif_overhead.py --lora 0
 
-Both engines hold the same model and see the same batches; blocks of steps alternate, so that a busy machine slows both.
-The last column is the time of importance and penalty themselves, which a noisy machine cannot hide.
+Both engines hold the same model and see the same batches. Blocks of steps alternate and the overhead is the median of
+the ratios within a round, so that a busy machine slows both. The last column is the time that rank 0 spends in
+importance and penalty themselves, in every step but those of the warm-up; the penalty waits for the other ranks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from statistics import median
 from typing import ClassVar
 
 import torch
+from cl_dist.benchmarks.harness import Times, rotated
+from cl_dist.launch.local import find_free_port, rank_environment
 
 from cl_dist.assembly import cache_folder
 from cl_dist.config.schema import (
@@ -49,34 +52,31 @@ def main() -> None:
     parser.add_argument("--model", default="builtin:llama-tiny")
     parser.add_argument("--gguf", help="GGUF file in the model's folder")
     parser.add_argument("--lora", type=int, default=8, help="rank of the adapters; 0: full fine-tuning")
-    parser.add_argument("--stage", type=int, default=2)
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2, help="of ZeRO")
     parser.add_argument("--tokens", type=int, default=512, help="per rank and step")
     parser.add_argument("--length", type=int, default=128, help="tokens per sample")
-    parser.add_argument("--blocks", type=int, default=10, help="blocks of each kind; the first is a warm-up")
+    parser.add_argument("--blocks", type=int, default=10, help="rounds with a block of each kind, after one of warm-up")
     parser.add_argument("--steps", type=int, default=3, help="steps per block")
     options = parser.parse_args()
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29531")
+    if "RANK" not in os.environ:
+        os.environ.update(rank_environment(os.environ, 0, 1, find_free_port()))
     rank, world = join(1800)
     engines = {name: build(options, methods) for name, methods in METHODS.items()}
     times = measure(options, engines)
-    off, on = (median(times[name]) for name in ("off", "on"))
     if rank == 0:
         kind = f"LoRA r {options.lora}" if options.lora else "full"
         print("| model | trained | ZeRO | ranks | tokens a step | off | on | overhead | of it in the method |")
         print("|---|---|---|---|---|---|---|---|---|")
         print(
             f"| {Path(options.model).name} | {kind} | {options.stage} | {world} | {options.tokens * world} "
-            f"| {off * 1e3:.1f} ms | {on * 1e3:.1f} ms | {100 * (on / off - 1):+.1f} % "
+            f"| {times.spread('off').median * 1e3:.1f} ms | {times.spread('on').median * 1e3:.1f} ms "
+            f"| {100 * (times.ratio('on', 'off').median - 1):+.1f} % "
             f"| {median(Timed.seconds) * 1e3:.1f} ms |"
         )
     leave()
 
 
-METHODS = {"off": [], "on": [KifConfig(name="kif")]}
+METHODS: dict[str, list[KifConfig]] = {"off": [], "on": [KifConfig(name="kif")]}
 
 
 class Timed(Kif):
@@ -86,8 +86,10 @@ class Timed(Kif):
 
     def before_update(self) -> None:
         """Do it and note the seconds."""
+        synchronize()
         began = time.perf_counter()
         super().before_update()
+        synchronize()
         self.seconds.append(time.perf_counter() - began)
 
 
@@ -106,7 +108,7 @@ def build(options: argparse.Namespace, methods: list[KifConfig]) -> TrainingEngi
     )
     chosen: list[Method] = [Timed(config) for config in methods]
     engine = TrainingEngine(load(recipe), recipe, chosen)
-    engine.before_task(TaskPlace(0, "t", options.blocks * options.steps))
+    engine.before_task(TaskPlace(0, "t", (options.blocks + 1) * options.steps))
     return engine
 
 
@@ -122,19 +124,27 @@ def load(recipe: Recipe) -> LoadedModel:
     return LoadedModel(model, loaded.tokenizer, loaded.objective)
 
 
-def measure(options: argparse.Namespace, engines: dict[str, TrainingEngine]) -> dict[str, list[float]]:
-    """Seconds per step of every block but the first, in turns."""
-    times: dict[str, list[float]] = {name: [] for name in engines}
+def measure(options: argparse.Namespace, engines: dict[str, TrainingEngine]) -> Times:
+    """Seconds per step, in turns; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
     batch = random_batch(options)
     targets = batch.targets * torch.distributed.get_world_size()
-    for block in range(options.blocks):
-        for name, engine in engines.items():
+    for round_ in range(options.blocks + 1):
+        for name in rotated(list(engines), round_):
+            torch.distributed.barrier()
             began = time.perf_counter()
             for step in range(options.steps):
-                engine.train_step(step, [batch], targets)
-            if block > 0:
-                times[name].append((time.perf_counter() - began) / options.steps)
-    return times
+                engines[name].train_step(round_ * options.steps + step, [batch], targets)
+            synchronize()
+            seconds[name].append((time.perf_counter() - began) / options.steps)
+    del Timed.seconds[: options.steps]
+    return Times({name: each[1:] for name, each in seconds.items()})
+
+
+def synchronize() -> None:
+    """On a GPU wait until it has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def random_batch(options: argparse.Namespace) -> Batch:
