@@ -6,7 +6,7 @@ import torch
 
 from cl_dist.config.schema import KifConfig
 from cl_dist.errors import ClDistError
-from cl_dist.methods.kif.placeholder import importance_update_
+from cl_dist.kernels import importance_update_
 from cl_dist.methods.kif.units import CHUNK, Part, UnitMap, add_sums_
 from cl_dist.sharding import Shard, ShardView
 
@@ -95,7 +95,12 @@ class Importance:
         return owned.to(master.data.device)
 
     def _element_sums(self, name: str, part: Part, smoothed: Shard) -> torch.Tensor:
-        """`(part.count,)` float64: the scores of this rank's elements, added up per slice."""
+        """`(part.count,)` float64: the scores of this rank's elements, added up per slice.
+
+        The kernels' own sums do not fit. `rank_unit_scores` wants lora_A and lora_B whole, whereas a shard may end
+        anywhere inside a row or column. `importance_update_` sums neighbouring elements alone, not columns. Both take
+        the products in float32.
+        """
         sums = torch.zeros(part.count, dtype=torch.float64, device=smoothed.data.device)
         pieces = zip(smoothed.data.split(CHUNK), self.uncertainty[name].data.split(CHUNK), strict=True)
         for number, (importance, uncertainty) in enumerate(pieces):
