@@ -102,7 +102,11 @@ def build(options: argparse.Namespace, methods: list[KifConfig]) -> TrainingEngi
             lora=LoraConfig(r=options.lora) if options.lora else None,
         ),
         stream=StreamConfig(tasks=(TaskConfig(name="t", format="builtin"),)),
-        train=TrainConfig(micro_batch_size=options.tokens // options.length, max_length=options.length),
+        train=TrainConfig(
+            micro_batch_size=options.tokens // options.length,
+            max_length=options.length,
+            max_target_length=options.length // 2,
+        ),
         zero=ZeroConfig(stage=options.stage),
         output_dir="unused",
     )
