@@ -41,7 +41,8 @@ class System:
 
     def trainer(self, index: int) -> TaskTrainer:
         """Return the steps of the task at position `index` of the stream."""
-        return TaskTrainer(self.engine, self.samples[index], self.loaded.tokenizer, self.encoder.pad_id, index)
+        samples = self.engine.training_data(index, self.samples)
+        return TaskTrainer(self.engine, samples, self.loaded.tokenizer, self.encoder.pad_id, index)
 
 
 def build_system(recipe: Recipe, recipe_dir: Path) -> System:

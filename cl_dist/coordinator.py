@@ -182,6 +182,9 @@ class Coordinator:
         self.ledger.start(dump_recipe(self.recipe))
         self._forget_stray_checkpoints()
         self.reporter.run_started([task.name for task in self.tasks], torch.distributed.get_world_size())
+        for text in filter(None, (method.start_message() for method in self.system.engine.methods)):
+            self.reporter.message(text)
+            self.ledger.log(event="method", message=text)
         self._stop = StopRequest()
         try:
             self._evaluate_untouched()
@@ -209,6 +212,7 @@ class Coordinator:
         seen = len(self.tasks) if self.recipe.eval.tasks == "all" else index + 1
         row = self._evaluate(range(seen), self.folder.task(index, place.name).predictions)
         self._export(self.folder.task(index, place.name).model)
+        self._write_results(self.folder.task(index, place.name).path)
         timings = {**dataclasses.asdict(spent), "evaluate_seconds": time.monotonic() - began}
         manifest = self.ledger.manifest
         self.ledger.update(
@@ -238,9 +242,16 @@ class Coordinator:
             self.reporter.step(step + 1, loss, trainer.tokens(step) / seconds, trainer.learning_rate(step))
             self.ledger.log(event="step", task=place.name, step=step + 1, loss=loss, seconds=round(seconds, 4))
             self._after_step(place, spent, stop)
-        self.system.engine.after_task(place)
+        self._finish_task(place)
         self._save(self.folder.task(place.index, place.name).state, place, spent, trained=True)
         return spent
+
+    def _finish_task(self, place: TaskPlace) -> None:
+        """Let the methods change the weights of a trained task; keep what they were where a method asks for it."""
+        engine = self.system.engine
+        if any(method.keeps_unfused for method in engine.methods):
+            self._export(self.folder.task(place.index, place.name).unfused)
+        engine.after_task(place)
 
     def _restore(self, place: TaskPlace) -> dict[str, Any]:
         """Bring model and optimiser to where the manifest says the run is; return the saved JSON state ({}: task
@@ -324,6 +335,12 @@ class Coordinator:
         if self.ledger.writer:
             with publishing(path) as temporary:
                 export_model(model, self.system.loaded.tokenizer, temporary, weights)  # type: ignore[arg-type]
+
+    def _write_results(self, folder: Path) -> None:
+        """Let the methods put what they found out beside the task's model."""
+        if self.ledger.writer:
+            for method in self.system.engine.methods:
+                method.write_results(folder)
 
     def _forget_older_states(self, index: int) -> None:
         """A resume needs the newest task's state only; models and predictions of all tasks stay."""

@@ -116,7 +116,7 @@ class Setting:
 def settings_of(cls: type, prefix: str = "") -> Iterator[Setting]:
     """Every setting below component `cls`, depth first, in the order of the source."""
     for name, info in info_of(cls).items():
-        setting = _setting(f"{prefix}{name}", info)
+        setting = _setting(f"{prefix}{name}", info, _help(cls, name))
         yield setting
         if setting.component is not None:
             yield from settings_of(setting.component, f"{setting.key}.")
@@ -125,14 +125,20 @@ def settings_of(cls: type, prefix: str = "") -> Iterator[Setting]:
                 yield from settings_of(settings, f"method({method}).")
 
 
-def _setting(key: str, info: FieldInfo) -> Setting:
+def _help(cls: type, name: str) -> str | None:
+    """The docstring under a field; one that is inherited stands in the parent's source, where pydantic left it."""
+    fields = (info_of(base).get(name) for base in cls.__mro__ if dataclasses.is_dataclass(base))
+    return next((info.description for info in fields if info is not None and info.description), None)
+
+
+def _setting(key: str, info: FieldInfo, text: str | None) -> Setting:
     component = component_of(info.annotation)
     holds_many = get_origin(info.annotation) is tuple and (component is not None or key == "method")
     return Setting(
         key=f"{key}[]" if holds_many else key,
         allowed=describe(info.annotation, info.metadata),
         default=_default(info),
-        help=" ".join((info.description or (component and component.__doc__) or "").split()),
+        help=" ".join((text or (component and component.__doc__) or "").split()),
         component=component,
     )
 

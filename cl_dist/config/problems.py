@@ -56,12 +56,18 @@ def _key_parts(loc: Sequence[int | str]) -> tuple[list[str], list[str]]:
             shown.append(str(part))
         elif known == ["method"] and part in method_classes():  # pydantic's tag of the method
             known = [f"method({part})"]
-        elif "[" in part:  # pydantic's name for a member of a union
+        elif "[" in part or _is_plain(".".join(known)):  # pydantic's name for a member of a union
             break
         else:
             shown.append(part)
             known.append(part)
     return shown, known
+
+
+def _is_plain(key: str) -> bool:
+    """Whether a key is that of a plain value, below which there is no other setting."""
+    setting = _settings().get(key)
+    return setting is not None and setting.component is None and key != "method"
 
 
 def _sentence(key: str, problem: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ that a typing error in a recipe is told within a second.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -21,6 +21,8 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 
 BUILTIN_MODELS = ("builtin:llama-tiny", "builtin:t5-tiny", "builtin:roberta-tiny")
 FORMATS = ("builtin", "cl_benchmark", "tasl", "trace", "jsonl", "text", "huggingface")
@@ -207,7 +209,87 @@ class MiguConfig:
             raise ValueError("mask_scope: micro_batch masks inside the backward pass, which skip_rows: false forbids")
 
 
-MethodConfig = Annotated[SequentialConfig | MiguConfig, Field(discriminator="name")]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class KifConfig:
+    """KIF: importance of skill units, measured while training, decides how old and new weights are fused after every
+    task (arXiv 2408.05200).
+    """
+
+    name: Literal["kif"]
+    """Name of the method."""
+    units: Literal["auto", "matrix", "rank", "row"] = "auto"
+    """What is scored and fused as one: `rank` is one LoRA rank of a module (row of lora_A and column of lora_B),
+    `matrix` a whole parameter, `row` one row of a parameter. `auto` (paper): rank with LoRA, else matrix."""
+    order: Literal["first", "second", "mixed"] = "mixed"
+    """Importance of an element with weight w and gradient g: `first` is abs(w g), `second` its square, `mixed` (paper)
+    abs(w g - (w g)^2 / 2)."""
+    beta1: Fraction = 0.85
+    """Share of the old value in the smoothed importance."""
+    beta2: Fraction = 0.85
+    """Share of the old value in the smoothed deviation from it."""
+    fusion: Literal["adaptive", "hard"] = "adaptive"
+    """`adaptive` (paper): shares follow a softmax of the scores; `hard` (TaSL): important units keep their side's
+    weights."""
+    tau: Positive = 0.25
+    """Temperature of the adaptive fusion: the smaller, the more the larger score decides."""
+    threshold: Percent = 20.0
+    """Hard fusion: percentage of the units, from the top, that count as important."""
+    weight_new: Share = 0.3
+    """Hard fusion: share of the new weights in a unit that is important to old and new; with weight_old it is 1."""
+    weight_old: Share = 0.7
+    """Hard fusion: share of the old weights in a unit that is important to old and new."""
+    weight_neither: Share = 0.5
+    """Hard fusion: share of the new weights in a unit that is important to neither."""
+    accumulate_new: Share = 0.3
+    """Share of a task's scores in the accumulated scores; the past keeps the rest."""
+    orthogonal: Literal["auto"] | NonNegative = "auto"
+    """Weight of the penalty that keeps LoRA's ranks orthogonal; 0 switches it off. `auto` (paper): 0.1 with LoRA, else
+    0."""
+    replay_ratio: Share = 0.0
+    """Share of every past task's training samples that is mixed into a task's own (KIF-M, TaSL-M; 0.02 in the papers);
+    0: none."""
+    keep_unfused: bool = False
+    """Also write every task's model as it was before fusion (`unfused/` in the task's folder)."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that do not make a whole."""
+        if abs(self.weight_new + self.weight_old - 1.0) > 1e-9:
+            raise ValueError(
+                f"weight_new: {self.weight_new} and weight_old {self.weight_old} are not 1 together, so that fusion "
+                "would scale the weights"
+            )
+
+    def units_for(self, lora: bool) -> Literal["matrix", "rank", "row"]:
+        """The units, with `auto` resolved."""
+        if self.units != "auto":
+            return self.units
+        return "rank" if lora else "matrix"
+
+    def orthogonal_for(self, lora: bool) -> float:
+        """Weight of the penalty, with `auto` resolved."""
+        return (0.1 if lora else 0.0) if self.orthogonal == "auto" else self.orthogonal
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TaslConfig(KifConfig):
+    """TaSL, the first version of KIF: matrices are the units and fusion is hard (arXiv 2408.09857)."""
+
+    name: Literal["tasl"]  # type: ignore[assignment]  # the tag that tells the two apart
+    """Name of the method."""
+    units: Literal["auto", "matrix", "rank", "row"] = "matrix"
+    """What is scored and fused as one: `matrix` (paper) is a whole parameter, with LoRA each lora_A and each lora_B;
+    `rank`, `row` and `auto` as in kif."""
+    order: Literal["first", "second", "mixed"] = "first"
+    """Importance of an element with weight w and gradient g: `first` (paper) is abs(w g), `second` its square, `mixed`
+    abs(w g - (w g)^2 / 2)."""
+    fusion: Literal["adaptive", "hard"] = "hard"
+    """`hard` (paper): important units keep their side's weights; `adaptive` (KIF): shares follow a softmax of the
+    scores."""
+    orthogonal: Literal["auto"] | NonNegative = 0.0
+    """Weight of the penalty that keeps LoRA's ranks orthogonal; 0 (paper) switches it off, `auto` is 0.1 with LoRA."""
+
+
+MethodConfig = Annotated[SequentialConfig | MiguConfig | KifConfig | TaslConfig, Field(discriminator="name")]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -369,6 +451,19 @@ class Recipe:
             raise ValueError(f'method: "{twice}" is given twice; a method composes with others, not with itself')
         if not names:
             raise ValueError("method: the list is empty; for plain fine-tuning give the method sequential")
+        self._check_fusion([method for method in self.method if isinstance(method, KifConfig)])
+
+    def _check_fusion(self, methods: Sequence[KifConfig]) -> None:
+        if len(methods) > 1:
+            raise ValueError("method: kif and tasl both fuse the weights after a task; give one of them")
+        for method in methods:
+            if self.model.lora is None and method.units == "rank":
+                raise ValueError("method.units: rank is a rank of LoRA, and there is no model.lora; give matrix or row")
+            if self.model.lora is None and method.orthogonal_for(lora=False) > 0:
+                raise ValueError(
+                    f"method.orthogonal: {method.orthogonal} weighs a penalty on LoRA's matrices, and there is no "
+                    "model.lora; give 0"
+                )
 
     def _check_lengths(self) -> None:
         train = self.train

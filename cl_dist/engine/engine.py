@@ -20,6 +20,7 @@ from cl_dist.models.structure import base_model
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import Shard, ShardView, check_deepspeed
 from cl_dist.tasks.collate import Batch
+from cl_dist.tasks.types import Encoded
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class TrainingEngine:
     def model(self) -> torch.nn.Module:
         """The module that DeepSpeed runs; under stage 3 its parameters are sharded."""
         return self._engine.module
+
+    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
+        """The training samples of task `index`, its own first, and those that methods add."""
+        added = [sample for method in self.methods for sample in method.training_data(index, tasks)]
+        return [*tasks[index], *added]
 
     def before_task(self, place: TaskPlace) -> None:
         """Tell the methods that a task begins."""

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from cl_dist.config.schema import TrainConfig
     from cl_dist.sharding import Shard, ShardView
     from cl_dist.tasks.collate import Batch
+    from cl_dist.tasks.types import Encoded
 
 
 @dataclass(frozen=True)
@@ -27,18 +31,31 @@ class TaskPlace:
 class Method:
     """A continual-learning method; the engine calls its moments in the same order in every run.
 
-    `attach`, then for each task `before_task`, for each step (`before_forward`, `before_backward`) per micro-batch,
-    `before_update`, `after_update`, and finally `after_task`.
+    `attach`, then for each task `training_data`, `before_task`, for each step (`before_forward`, `before_backward`) per
+    micro-batch, `before_update`, `after_update`, and finally `after_task` and `write_results`.
     """
 
     needs_all_logits = False
     """Whether the output head must run over every position, not only those that predict an answer."""
+    keeps_unfused = False
+    """Whether a task's weights as trained, before `after_task` changes them, are to be kept beside its model."""
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """The engine was built (or rebuilt) around `model`; its training state is seen through `shards`."""
 
+    def start_message(self) -> str | None:
+        """One sentence for the log of a run that begins (after `attach`), or None."""
+        return None
+
     def detach(self) -> None:
         """The engine is about to be taken apart: remove every hook."""
+
+    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Sequence[Encoded]:
+        """Samples that task `index` is to train on beside its own, out of `tasks`, the stream's training samples.
+
+        A function of the recipe alone (after `attach`): it is asked again after a resume.
+        """
+        return ()
 
     def before_task(self, place: TaskPlace) -> None:
         """A task begins."""
@@ -57,7 +74,14 @@ class Method:
         """The optimiser has stepped and the model has its new weights."""
 
     def after_task(self, place: TaskPlace) -> None:
-        """A task's last step is done; its state is not yet saved."""
+        """A task's last step is done; its state is not yet saved. Evaluation and export come after."""
+
+    def write_results(self, folder: Path) -> None:
+        """Write what a task leaves beside its model into its `folder`, each file whole or not at all.
+
+        Rank 0 comes here when the task's end state is saved, and once more after a kill and a resume, with what
+        `tensors` and `state_dict` had kept.
+        """
 
     def before_save(self) -> None:
         """The state of this moment is about to be saved (all ranks come here): the last chance to refuse it."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cl_dist.config.schema import MethodConfig, MiguConfig, SequentialConfig
+from cl_dist.config.schema import KifConfig, MethodConfig, MiguConfig, SequentialConfig
 from cl_dist.methods.base import Method
+from cl_dist.methods.kif import Kif
 from cl_dist.methods.migu import Migu
 from cl_dist.methods.sequential import Sequential
 
@@ -17,6 +18,8 @@ def build_methods(configs: Sequence[MethodConfig]) -> list[Method]:
 
 def _build(config: MethodConfig) -> Method:
     match config:
+        case KifConfig():  # and TaSL's, which is one with other defaults
+            return Kif(config)
         case MiguConfig():
             return Migu(config)
         case SequentialConfig():

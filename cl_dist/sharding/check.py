@@ -26,6 +26,7 @@ _ATTRIBUTES = {
         "def _get_fp32_grad_state_partition",
         "def _reassign_or_swap_out_partitioned_parameters",
         "persistent_parameters",
+        "def _partition_all_parameters",
         "norm_for_param_grads",
     ),
     "runtime/bf16_optimizer.py": ("_hp_grad", "def update_lp_params"),

@@ -195,6 +195,8 @@ class Partitioned(Layout):
 
     @override
     def publish(self) -> None:
+        # As in DeepSpeed's own step: small parameters stay gathered, and only what is not gathered is gathered anew.
+        self.zero._partition_all_parameters()
         for group in range(len(self.flat_tensors())):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:

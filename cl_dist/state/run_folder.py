@@ -7,6 +7,8 @@
 | `metrics.json` | accuracy matrix and metrics |
 | `log.jsonl` | one record per line |
 | `tasks/NN-name/model/` | weights or adapter, in Hugging Face format |
+| `tasks/NN-name/unfused/` | the model before a method changed it at the task's end (kif, where asked for) |
+| `tasks/NN-name/units.json`, `unit_scores.safetensors` | skill units and their importance (kif, tasl) |
 | `tasks/NN-name/predictions/` | predictions after the task |
 | `tasks/NN-name/state/` | what the next task starts from |
 | `checkpoint/task-NN-step-NNNNNN/` | what an interrupted task goes on from |
@@ -38,6 +40,11 @@ class TaskFolder:
     def model(self) -> Path:
         """Model or adapter after the task, in Hugging Face format."""
         return self.path / "model"
+
+    @property
+    def unfused(self) -> Path:
+        """Model or adapter as trained, before the method changed it at the end of the task."""
+        return self.path / "unfused"
 
     @property
     def predictions(self) -> Path:

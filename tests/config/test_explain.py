@@ -37,6 +37,8 @@ def test_no_component_of_the_schema_is_left_out() -> None:
         ("train.seed", "a whole number, at least 0, below 2147483648", "42"),
         ("zero.stage", "0, 1, 2, 3", "2"),
         ("method(migu).threshold", "a number, at least 0, below 1", "0.7"),
+        ("method(kif).orthogonal", "auto, or a number, at least 0", "auto"),
+        ("method(tasl).threshold", "a number, at least 0, at most 100", "20.0"),
         ("method[]", "a list of mappings", "sequential"),
         ("stream.tasks[]", "a list of mappings", ""),
         ("stream.tasks[].name", "a text, at least 1 character, at most 100 characters", None),

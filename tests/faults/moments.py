@@ -10,6 +10,8 @@ from typing import Any
 
 from cl_dist import coordinator
 from cl_dist.engine.trainer import TaskTrainer
+from cl_dist.methods.kif import method as fusing
+from cl_dist.methods.kif import results
 from cl_dist.state import atomic, snapshot, spans
 from cl_dist.state.ledger import Ledger
 
@@ -72,6 +74,16 @@ def _in_export(count: int) -> None:
     _kill_before(coordinator, "export_model", count)
 
 
+def _in_fusion(count: int) -> None:
+    """Some of a rank's masters are fused, the others are not, and none is published."""
+    _kill_before(fusing, "spread", count)
+
+
+def _in_results(count: int) -> None:
+    """The units are written, their scores are not."""
+    _kill_before(results, "save_file", count)
+
+
 def _between_renames(count: int) -> None:
     """An old folder has been moved aside, the new one is not in its place yet."""
     original, calls = os.rename, iter(range(1, 10**9))
@@ -103,6 +115,8 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "manifest": _before_the_manifest,
     "evaluation": _in_evaluation,
     "export": _in_export,
+    "fusion": _in_fusion,
+    "results": _in_results,
     "rename": _between_renames,
     "stop": _asked_to_stop,
 }

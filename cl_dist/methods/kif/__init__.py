@@ -1,0 +1,5 @@
+"""KIF and TaSL: skill units, their importance while training, and the fusion of old and new weights after a task."""
+
+from cl_dist.methods.kif.method import Kif
+
+__all__ = ["Kif"]

@@ -1,0 +1,33 @@
+"""What a task leaves in its folder, so that anyone can recompute its fusion."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from cl_dist.methods.kif.scores import UnitScores
+from cl_dist.methods.kif.units import UnitMap
+from cl_dist.state.atomic import sync, telling_full_disk, write_text
+
+UNITS, SCORES = "units.json", "unit_scores.safetensors"
+
+
+def write_scores(folder: Path, units: UnitMap, scores: UnitScores) -> None:
+    """Write units.json (see `UnitMap.as_json`) and unit_scores.safetensors (see `UnitScores`), in the same order.
+
+    Raises:
+        ClDistError: The disk is full; older files are intact.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / UNITS, units.as_text())
+    path, temporary = folder / SCORES, folder / f".{SCORES}.tmp-{os.getpid()}"
+    with telling_full_disk(path):
+        try:
+            save_file(scores.tensors(), temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(folder)

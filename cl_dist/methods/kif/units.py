@@ -1,0 +1,181 @@
+"""Skill units as data: which slices of which parameters are scored and fused as one.
+
+- `matrix` (TaSL): every trainable parameter is a unit, with LoRA each lora_A and each lora_B.
+- `rank` (KIF): unit j of a LoRA module is row j of lora_A and column j of lora_B together. What is trained beside LoRA
+  (a classifier's head) forms units as under `matrix`.
+- `row`: every row of a parameter with two or more dimensions (an output feature of a linear layer, a token of an
+  embedding).
+
+Nothing that is trained is left out: biases and norm weights, which have one dimension, are a unit each per parameter,
+under `row` too. Units follow from names and shapes alone, in model order, so that they are the same for any number of
+ranks and any ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from cl_dist.errors import BadInput
+
+Units = Literal["matrix", "rank", "row"]
+LORA_A, LORA_B = ".lora_A.", ".lora_B."
+
+CHUNK = 1 << 22
+"""Elements whose units are looked up at a time: 32 MiB of indices."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """How one parameter is cut: along one axis into slices of one, each of which belongs to another unit; or not."""
+
+    first: int
+    """Unit of the first slice; the others follow."""
+    shape: tuple[int, ...]
+    axis: int | None
+    """Axis that is cut; None: the whole parameter belongs to one unit."""
+
+    @property
+    def count(self) -> int:
+        """Units that own a slice of the parameter."""
+        return 1 if self.axis is None else self.shape[self.axis]
+
+    @property
+    def elements(self) -> int:
+        """Elements of each slice."""
+        return math.prod(self.shape) // self.count
+
+    @property
+    def stride(self) -> int:
+        """Distance of two neighbouring slices in the flattened parameter."""
+        return math.prod(self.shape if self.axis is None else self.shape[self.axis + 1 :])
+
+    def slices(self, number: int) -> list[list[int]]:
+        """Slice `number` as one [start, stop] per dimension."""
+        whole = [[0, size] for size in self.shape]
+        if self.axis is not None:
+            whole[self.axis] = [number, number + 1]
+        return whole
+
+    def chunks(self, start: int, stop: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        """For the flattened elements `[start, stop)`: offsets from `start`, and `(<= CHUNK,)` int64 slice numbers."""
+        for position in range(start, stop, CHUNK):
+            elements = torch.arange(position, min(position + CHUNK, stop), device=device)
+            yield position - start, elements.div_(self.stride, rounding_mode="floor").remainder_(self.count)
+
+
+@dataclass(frozen=True)
+class UnitMap:
+    """All units of a model."""
+
+    names: tuple[str, ...]
+    """A unit's position is its number."""
+    parts: Mapping[str, Part]
+    """How each trainable parameter is cut, by its name."""
+
+    @staticmethod
+    def build(shapes: Mapping[str, tuple[int, ...]], units: Units) -> UnitMap:
+        """Cut the trainable parameters, given with their whole shapes in model order, into units.
+
+        Raises:
+            BadInput: Rank units without a pair of LoRA matrices.
+        """
+        builder = _Builder(shapes)
+        for name in shapes:
+            builder.add(name, units)
+        if units == "rank" and not builder.pairs:
+            raise BadInput("method.units: rank is a rank of LoRA, and the model has none; give matrix or row")
+        return UnitMap(tuple(builder.names), builder.parts)
+
+    def __len__(self) -> int:
+        """Number of units."""
+        return len(self.names)
+
+    def as_json(self) -> dict[str, list[dict[str, Any]]]:
+        """Every unit's slices: unit -> [{"parameter": name, "slices": one [start, stop] per dimension}]."""
+        units: dict[str, list[dict[str, Any]]] = {name: [] for name in self.names}
+        for parameter, part in self.parts.items():
+            for number in range(part.count):
+                unit = self.names[part.first + number]
+                units[unit].append({"parameter": parameter, "slices": part.slices(number)})
+        return units
+
+    def as_text(self) -> str:
+        """`as_json` with one unit per line: there may be a million of them."""
+        lines = (f"{json.dumps(name)}: {json.dumps(slices)}" for name, slices in self.as_json().items())
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+class _Builder:
+    """Numbers units as parameters come."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+        self.names: list[str] = []
+        self.parts: dict[str, Part] = {}
+        self.pairs = 0
+
+    def add(self, name: str, units: Units) -> None:
+        if name in self.parts:  # the second of a pair
+            return
+        pair = self._pair(name) if units == "rank" else None
+        if pair is not None:
+            self._add_pair(*pair)
+        elif units == "row" and len(self._shapes[name]) > 1:
+            self._add(name, 0, [f"{name}[{row}]" for row in range(self._shapes[name][0])])
+        else:
+            self._add(name, None, [name])
+
+    def _add(self, name: str, axis: int | None, units: list[str]) -> None:
+        self.parts[name] = Part(len(self.names), self._shapes[name], axis)
+        self.names += units
+
+    def _add_pair(self, a: str, b: str) -> None:
+        self.pairs += 1
+        module, _, rest = a.partition(LORA_A)
+        adapter = rest.removesuffix(".weight")
+        self.parts[b] = Part(len(self.names), self._shapes[b], 1)
+        self._add(a, 0, [f"{module}.lora.{adapter}[{rank}]" for rank in range(self._shapes[a][0])])
+
+    def _pair(self, name: str) -> tuple[str, str] | None:
+        """Names of lora_A `(r, in)` and lora_B `(out, r)` where `name` is one of such a pair."""
+        a, b = name.replace(LORA_B, LORA_A), name.replace(LORA_A, LORA_B)
+        if a == b or a not in self._shapes or b not in self._shapes:
+            return None
+        shape_a, shape_b = self._shapes[a], self._shapes[b]
+        fits = len(shape_a) == len(shape_b) == 2 and shape_a[0] == shape_b[1]
+        return (a, b) if fits else None
+
+
+def add_sums_(sums: torch.Tensor, values: torch.Tensor, start: int, part: Part) -> None:
+    """Add `values`, `(numel,)`, elements from `start` on of a flattened parameter, to the sums of their slices.
+
+    Args:
+        sums: `(part.count,)` float64, added to in place.
+        values: Any floating dtype; added in float64.
+        start: Position of the first value.
+        part: How the parameter is cut.
+    """
+    if part.count == 1:
+        sums += values.sum(dtype=sums.dtype)
+        return
+    for offset, slices in part.chunks(start, start + values.numel(), values.device):
+        sums.index_add_(0, slices, values.narrow(0, offset, slices.numel()).to(sums.dtype))
+
+
+def spread(values: torch.Tensor, part: Part, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each element's own value, in chunks: (offset from `start`, `(<= CHUNK,)`) for the elements `[start, stop)`.
+
+    Args:
+        values: `(part.count,)`: one per slice.
+        part: How the parameter is cut.
+        start: First element.
+        stop: One past the last.
+    """
+    for offset, slices in part.chunks(start, stop, values.device):
+        yield offset, values[slices]

@@ -1,0 +1,138 @@
+"""KIF killed in fusion, in the write of its state or of its results, and resumed: the end of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.faults.test_kill_and_resume import assert_same_end
+from tests.recipes import write_recipe
+from tests.zygote import Zygote
+
+STEPS = 4
+EVERY = 3
+TASKS = ("01-spring", "02-summer")
+
+
+def recipe(folder: Path, **changes: dict[str, Any]) -> Path:
+    """Two tasks of four steps, a checkpoint after the third."""
+    sections: dict[str, Any] = {
+        "model": {"lora": {"r": 3, "dropout": 0.1}},
+        "stream": {"max_train_samples": 8 * STEPS},
+        "method": {"name": "kif", "keep_unfused": True},
+        "checkpoint": {"every_steps": EVERY},
+    }
+    for key, value in changes.items():
+        sections[key] = {**sections.get(key, {}), **value}
+    return write_recipe(folder, **sections)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    outcome = zygote.run(["run", str(recipe(folder)), "--debug"], folder, world=2)
+    assert outcome.codes == [0, 0], outcome.output
+    assert "kif: " in outcome.output[0]
+    assert "8 for each of its" in outcome.output[0]
+    return folder / "run"
+
+
+def tensors(run: Path, pattern: str) -> dict[str, torch.Tensor]:
+    """Every tensor of the files that match, by file and name."""
+    return {
+        f"{file.relative_to(run)}:{name}": tensor
+        for file in sorted(run.glob(pattern))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_same_results(run: Path, other: Path) -> None:
+    """Scores, units and unfused weights too are the same, to the last bit."""
+    assert_same_end(run, other)
+    for pattern in ("tasks/*/unit_scores.safetensors", "tasks/*/unfused/*.safetensors"):
+        ours, theirs = tensors(run, pattern), tensors(other, pattern)
+        assert ours.keys() == theirs.keys()
+        assert {name.split("/")[1] for name in ours} == set(TASKS)
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    for task in TASKS:
+        assert (run / "tasks" / task / "units.json").read_text() == (other / "tasks" / task / "units.json").read_text()
+
+
+MOMENTS = [
+    ("half of the parameters fused", "fusion", 1, 3),
+    ("before the second task's end state is in its place", "publish", 0, 7),
+    ("half of the second task's end state written", "tensor file", 1, 4),
+    ("a checkpoint with importance, and past it", "step", 0, 2 * STEPS),
+    ("while the unfused model is written", "export", 0, 3),
+    ("while the fused model is written", "export", 0, 4),
+    ("between units and scores", "results", 0, 2),
+]
+
+
+@pytest.mark.parametrize(("moment", "on_rank", "count"), [m[1:] for m in MOMENTS], ids=[m[0] for m in MOMENTS])
+def test_killed_and_resumed(
+    zygote: Zygote, undisturbed: Path, tmp_path: Path, moment: str, on_rank: int, count: int
+) -> None:
+    path = recipe(tmp_path)
+    fault = {"moment": moment, "on_rank": on_rank, "count": count}
+    outcome = zygote.run(["run", str(path)], tmp_path, world=2, fault=fault)
+    assert outcome.codes[on_rank] == -signal.SIGKILL, "the moment never came"
+    assert len(json.loads((tmp_path / "run" / "manifest.json").read_text())["accuracy_matrix"]) == 2
+    outcome = zygote.run(["run", str(path), "--resume", "--debug"], tmp_path, world=2)
+    assert outcome.codes == [0, 0], outcome.output
+    assert_same_results(tmp_path / "run", undisturbed)
+
+
+CONFIGURATIONS: list[dict[str, Any]] = [
+    {"zero": {"stage": 0}, "train": {"dtype": "bfloat16"}, "model": {"lora": None}, "method": {"units": "row"}},
+    {"zero": {"stage": 3}, "train": {"keep_optimizer": True}, "method": {"replay_ratio": 0.25}},
+    {"zero": {"stage": 1, "offload": True}, "method": {"name": "tasl"}},
+]
+
+
+@pytest.mark.parametrize("changes", CONFIGURATIONS, ids=["zero0-bf16-row", "zero3-keep-replay", "zero1-offload-tasl"])
+def test_at_other_stages(zygote: Zygote, tmp_path: Path, changes: dict[str, Any]) -> None:
+    runs = []
+    for name, fault in (("undisturbed", None), ("killed", {"moment": "fusion", "on_rank": 1, "count": 2})):
+        folder = tmp_path / name
+        folder.mkdir()
+        argv = ["run", str(recipe(folder, **changes)), "--debug"]
+        outcome = zygote.run(argv, folder, world=2, fault=fault)
+        if fault is not None:
+            assert outcome.codes[1] == -signal.SIGKILL
+            outcome = zygote.run([*argv, "--resume"], folder, world=2)
+        assert outcome.codes == [0, 0], "\n".join(outcome.output)
+        runs.append(folder / "run")
+    steps = [entry["steps"] for entry in json.loads((runs[0] / "metrics.json").read_text())["timings"]]
+    assert steps == [STEPS, STEPS + int(4 * changes.get("method", {}).get("replay_ratio", 0.0))]
+    assert_same_results(runs[1], runs[0])
+
+
+def test_fusion_can_be_recomputed_from_what_is_kept(undisturbed: Path) -> None:
+    """The exported model is share * unfused + (1 - share) * the model before, unit by unit of units.json."""
+    first, second = (undisturbed / "tasks" / task for task in TASKS)
+    scores = load_file(second / "unit_scores.safetensors")
+    units = json.loads((second / "units.json").read_text())
+    before, new, fused = (
+        load_file(file / "adapter_model.safetensors")
+        for file in (first / "model", second / "unfused", second / "model")
+    )
+    moved = 0
+    for share, slices in zip(scores["share_new"].tolist(), units.values(), strict=True):
+        for entry in slices:
+            name = entry["parameter"].replace(".default", "")  # peft leaves the adapter's name out
+            box = tuple(slice(start, stop) for start, stop in entry["slices"])
+            assert torch.allclose(fused[name][box], share * new[name][box] + (1 - share) * before[name][box], atol=1e-7)
+            moved += int(not torch.equal(fused[name][box], new[name][box]))
+    assert moved > 0
+    past = load_file(first / "unit_scores.safetensors")["accumulated_normalised"]
+    assert torch.allclose(scores["share_new"], torch.sigmoid((scores["current_normalised"] - past) / 0.25))
+    assert torch.equal(load_file(first / "unit_scores.safetensors")["share_new"], torch.ones(len(units)).double())
+    for name, tensor in load_file(first / "unfused" / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, before[name]), "the first task was fused"
