@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numba
+import numpy as np
 import torch
 from numba.np.ufunc.parallel import threading_layer
 
@@ -32,8 +33,12 @@ try:
 except ImportError:  # Triton is an extra; a file with kernels imports without it
     triton = tl = None
 
-FAST_MATH = frozenset({"reassoc", "contract", "nsz"})
-"""What a CPU kernel may do to arithmetic: reorder sums, so that they vectorise. NaN and Inf keep their meaning."""
+LANES = 128
+"""Sums that a CPU kernel keeps side by side, so that adding to them vectorises; `fold_lanes` adds them up.
+
+Kernels are compiled for strict arithmetic. With leave to reorder sums or to fuse a product with an addition, the
+compiler uses it differently from variant to variant, and one thread and several would not give the same bits.
+"""
 
 SMALL = 1 << 15
 """Elements below which a CPU kernel does not use several threads."""
@@ -132,33 +137,56 @@ def cpu_jit(function: Callable[..., Any]) -> CpuKernel:
 
 
 def cpu_part(function: Callable[..., Any]) -> Any:
-    """Make a function that numba kernels call (a decorator). It is compiled once for both variants of its callers.
-
-    Sums over many elements belong here: compiled as part of each variant, they could be vectorised differently, and
-    then one thread and several would not give the same bits.
-    """
-    return numba.njit(function, fastmath=set(FAST_MATH), error_model="numpy", nogil=True)
+    """Make a function that numba kernels call (a decorator)."""
+    return numba.njit(function, error_model="numpy", nogil=True)
 
 
-def _compiled(function: Callable[..., Any], parallel: bool) -> Any:
-    options: dict[str, Any] = {"parallel": parallel, "fastmath": set(FAST_MATH), "error_model": "numpy", "nogil": True}
-    # numba's cache on disk knows the function by its name alone, not by how it is to be compiled.
-    settings = zlib.crc32(repr([parallel, sorted(FAST_MATH), options["error_model"]]).encode())
-    name = f"{function.__name__}_{'parallel' if parallel else 'serial'}_{settings:08x}"
-    copy = types.FunctionType(function.__code__, function.__globals__, name)
-    copy.__qualname__, copy.__module__ = name, function.__module__
-    try:
-        kernel = numba.njit(copy, cache=True, **options)
-    except RuntimeError:  # neither the package's nor the user's cache folder can be written
-        kernel = numba.njit(copy, cache=False, **options)
+@cpu_part
+def fold_lanes(lanes: Any) -> Any:
+    """Add `LANES` sums up, in a fixed order."""
+    half = LANES // 2
+    while half > 0:
+        for lane in range(half):
+            lanes[lane] += lanes[half + lane]
+        half //= 2
+    return lanes[0]
+
+
+def _compiled(function: Callable[..., Any], parallel: bool) -> Callable[..., Any]:
+    """Return `function` compiled, once for every combination of argument types."""
+    kernels: dict[tuple[Any, ...], Any] = {}
 
     def call(*arguments: Any) -> Any:
+        kinds = tuple(_kind(argument) for argument in arguments)
+        kernel = kernels.get(kinds)
+        if kernel is None:
+            kernel = kernels[kinds] = _variant(function, parallel, kinds)
         try:
             return kernel(*arguments)
         except OSError:  # the cache's disk is full: the kernel is compiled, has not run, and is not on the disk
             return kernel(*arguments)
 
     return call
+
+
+def _kind(argument: Any) -> Any:
+    """What of an argument decides the code that is compiled for it."""
+    if isinstance(argument, np.ndarray):
+        return argument.dtype.str, argument.ndim, argument.flags.c_contiguous, argument.flags.writeable
+    return type(argument).__name__
+
+
+def _variant(function: Callable[..., Any], parallel: bool, kinds: tuple[Any, ...]) -> Any:
+    options: dict[str, Any] = {"parallel": parallel, "error_model": "numpy", "nogil": True}
+    # numba's cache on disk goes by the function's name. One name for several ways to compile it would give old code for
+    # new options; one for several types, and two processes that compile at once could get each other's.
+    name = f"{function.__name__}_{zlib.crc32(repr([kinds, options]).encode()):08x}"
+    copy = types.FunctionType(function.__code__, function.__globals__, name)
+    copy.__qualname__, copy.__module__ = name, function.__module__
+    try:
+        return numba.njit(copy, cache=True, **options)
+    except RuntimeError:  # neither the package's nor the user's cache folder can be written
+        return numba.njit(copy, cache=False, **options)
 
 
 class _Pool:

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import torch
 from cl_dist.kernels import reference
-from cl_dist.kernels.backend import FAST_MATH, Launch, blocks, cpu_jit, jit, path_of, power_of_two, tl
+from cl_dist.kernels.backend import LANES, Launch, blocks, cpu_jit, cpu_part, fold_lanes, jit, path_of, power_of_two, tl
 
 ORDERS = {"first": 1, "second": 2, "mixed": 3}
 
@@ -172,7 +172,7 @@ def _update(
             unit_sums[(high - 1) // unit_length] += edges[block, 1]
 
 
-@numba.njit(fastmath=set(FAST_MATH), error_model="numpy")
+@cpu_part
 def _update_block(
     param: Any, grad: Any, smoothed: Any, uncertainty: Any, order: Any, beta1: Any, alpha1: Any, beta2: Any, alpha2: Any
 ) -> None:
@@ -189,7 +189,7 @@ def _update_block(
         uncertainty[j] = beta2 * uncertainty[j] + alpha2 * abs(importance - smoothed[j])
 
 
-@numba.njit(fastmath=set(FAST_MATH), error_model="numpy")
+@cpu_part
 def _sum_block(smoothed: Any, uncertainty: Any, start: Any, unit_length: Any, unit_sums: Any, edges: Any) -> None:
     first, last = start // unit_length, (start + smoothed.size - 1) // unit_length
     low = 0
@@ -205,13 +205,18 @@ def _sum_block(smoothed: Any, uncertainty: Any, start: Any, unit_length: Any, un
         low = high
 
 
-@numba.njit(fastmath=set(FAST_MATH), error_model="numpy")
+@cpu_part
 def _sum_unit(smoothed: Any, uncertainty: Any) -> float:
     total = 0.0
     for low in range(0, smoothed.size, CPU_PIECE):
         a, u = smoothed[low : low + CPU_PIECE], uncertainty[low : low + CPU_PIECE]
-        piece = np.float32(0)
-        for j in range(a.size):
+        lanes = np.zeros(LANES, np.float32)
+        for start in range(0, a.size - LANES + 1, LANES):
+            some_a, some_u = a[start : start + LANES], u[start : start + LANES]
+            for lane in range(LANES):
+                lanes[lane] += some_a[lane] * some_u[lane]
+        piece = fold_lanes(lanes)
+        for j in range(a.size // LANES * LANES, a.size):
             piece += a[j] * u[j]
         total += piece
     return total

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from cl_dist.kernels import reference
-from cl_dist.kernels.backend import Launch, blocks, cpu_jit, cpu_part, jit, path_of, power_of_two, tl
+from cl_dist.kernels.backend import LANES, Launch, blocks, cpu_jit, cpu_part, fold_lanes, jit, path_of, power_of_two, tl
 from cl_dist.kernels.rows import counted_tokens
 
 TOKEN_BLOCK = 32
@@ -263,8 +263,13 @@ def _add_token(bits_O: npt.NDArray[Any], per_token: bool, sums_O: npt.NDArray[np
     no_sign = np.uint32(0x7FFFFFFF)
     weight = np.float32(1)
     if per_token:
-        norm = np.float32(0)
-        for j in range(bits_O.size):
+        lanes = np.zeros(LANES, np.float32)
+        for start in range(0, bits_O.size - LANES + 1, LANES):
+            some = bits_O[start : start + LANES]
+            for lane in range(LANES):
+                lanes[lane] += np.uint32(np.uint32(np.uint32(some[lane]) << shift) & no_sign).view(np.float32)
+        norm = fold_lanes(lanes)
+        for j in range(bits_O.size // LANES * LANES, bits_O.size):
             norm += np.uint32(np.uint32(np.uint32(bits_O[j]) << shift) & no_sign).view(np.float32)
         if norm < np.float32(SMALLEST_NORM):
             return
