@@ -39,7 +39,7 @@ setup(
     ],
     extras_require={
         "mpi": ["mpi4py>=4.1"],
-        "triton": ["triton>=3.8; platform_system == 'Linux'"],
+        "triton": ["triton>=3.7; platform_system == 'Linux'"],
         "dev": [
             "hypothesis>=6.168",
             "mypy>=2.4",

@@ -23,7 +23,6 @@ from numba.np.ufunc.parallel import threading_layer
 OLDEST_TRITON = (3, 4)
 """The first release with everything that the kernels use (masked histograms); an older one counts as absent."""
 
-
 try:
     import triton
     import triton.language as tl
