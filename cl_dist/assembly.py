@@ -16,6 +16,7 @@ from cl_dist.engine.ds_config import deepspeed_config
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.evaluation.evaluate import Evaluator
+from cl_dist.heartbeat import beat
 from cl_dist.methods.registry import build_methods
 from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.load import LoadedModel, check_length, load_model
@@ -51,12 +52,16 @@ def build_system(recipe: Recipe, recipe_dir: Path) -> System:
     Raises:
         BadInput: Data, model or method do not fit together; every sample is encoded before the engine is built.
     """
+    beat("reading the data", opaque=True)
     tasks = load_stream(recipe.stream, recipe_dir)
     names = label_names(tasks)
+    beat("loading the model", opaque=True)
     loaded = _load(recipe, len(names))
     check_length(loaded, recipe.train.max_length)
+    beat("tokenising the data", opaque=True)
     encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
     samples = tuple(encoder.train(task) for task in tasks)
+    beat("building the engine", opaque=True)
     engine = TrainingEngine(loaded, recipe, build_methods(recipe.method))
     evaluator = _evaluator(recipe, engine.model, loaded, encoder, names, synced=recipe.zero.stage == 3)
     evaluator.check_modes(tasks)

@@ -20,6 +20,7 @@ import torch
 from cl_dist.assembly import System, build_saved, build_system
 from cl_dist.config.load import dump_recipe
 from cl_dist.config.schema import Recipe
+from cl_dist.engine.broken import telling_broken_collectives
 from cl_dist.engine.distributed import join, leave
 from cl_dist.engine.memory import peak_memory_per_rank
 from cl_dist.engine.quiet import quiet_libraries
@@ -28,16 +29,19 @@ from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import BadInput, Interrupted
 from cl_dist.evaluation.metrics import all_metrics
 from cl_dist.evaluation.result import write_predictions
+from cl_dist.heartbeat import beat
 from cl_dist.methods.base import TaskPlace
 from cl_dist.models.export import export_model
 from cl_dist.progress import Reporter
 from cl_dist.sharding import gather_state_dict
 from cl_dist.state.atomic import publishing, telling_full_disk, write_json
+from cl_dist.state.data_order import DataOrder
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import CheckpointEntry, Manifest
 from cl_dist.state.run_folder import RunFolder
 from cl_dist.state.snapshot import load_snapshot, save_snapshot
+from cl_dist.watchdog import End, Watchdog
 
 Row = tuple[float | None, ...]
 
@@ -49,9 +53,11 @@ class Spent:
     train_seconds: float = 0.0
     steps: int = 0
     tokens: int = 0
+    skipped: int = 0
+    """Steps that updated nothing (`train.max_skipped_steps`)."""
 
 
-def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
+def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter, end: End) -> dict[str, Any]:
     """Train the recipe's stream on this rank together with the others, and return the content of metrics.json.
 
     Args:
@@ -59,9 +65,11 @@ def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter) -
         recipe_dir: Folder that the recipe's relative paths start from.
         resume: Go on from the newest saved state in `recipe.output_dir`.
         reporter: Where progress is told.
+        end: Ends this process at once, from another thread, where the job hangs.
 
     Raises:
         BadInput: The recipe, its data or its model is not usable, or another run holds the folder.
+        JobFailed: Ranks do not answer, or the training has gone wrong.
         Interrupted: A signal asked the run to stop; its state is saved.
     """
     rank, world = join(recipe.launch.timeout_seconds)
@@ -72,7 +80,10 @@ def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter) -
             folder.path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(RunLock(folder.lock))
             folder.recover()
+            Watchdog.prepare(folder.logs)
         torch.distributed.barrier()
+        watchdog = stack.enter_context(Watchdog(folder.logs, rank, world, recipe.launch.hang_seconds, end))
+        stack.enter_context(telling_broken_collectives(rank, recipe.launch.timeout_seconds, watchdog.give_up))
         ledger = Ledger(folder, _starting_manifest(folder, recipe, world, resume), writer=rank == 0)
         if ledger.manifest.status == "finished":
             reporter.message("this run is finished already; nothing is left to do")
@@ -174,6 +185,7 @@ class Coordinator:
     def __init__(self, system: System, ledger: Ledger, reporter: Reporter) -> None:
         self.system, self.ledger, self.reporter = system, ledger, reporter
         self.recipe, self.tasks, self.folder = system.recipe, system.tasks, ledger.folder
+        self._order = DataOrder(self.folder.data_order, ledger.manifest.tasks, ledger.writer)
         self._first = ledger.manifest.completed
         """The first task that this process trains: the ones before are known from disk only."""
 
@@ -232,11 +244,14 @@ class Coordinator:
         spent = Spent(**state.get("spent", {}))
         if state.get("trained"):
             return spent
+        self._order.rewind(place.index, spent.steps)
         for step in range(spent.steps, trainer.steps):
+            beat(f"training task {place.name}, step {step + 1}")
             began = time.monotonic()
             result = trainer.step(step)
             seconds = time.monotonic() - began
-            spent = Spent(spent.train_seconds + seconds, step + 1, spent.tokens + trainer.tokens(step))
+            skipped = spent.skipped + self._note_samples(place, step, trainer.samples(step), result.skipped)
+            spent = Spent(spent.train_seconds + seconds, step + 1, spent.tokens + trainer.tokens(step), skipped)
             stop, (loss, targets) = self._stop.agreed_with(result.loss_sum, result.targets)
             loss /= max(1.0, targets)
             self.reporter.step(step + 1, loss, trainer.tokens(step) / seconds, trainer.learning_rate(step))
@@ -245,6 +260,15 @@ class Coordinator:
         self._finish_task(place)
         self._save(self.folder.task(place.index, place.name).state, place, spent, trained=True)
         return spent
+
+    def _note_samples(self, place: TaskPlace, step: int, samples: list[int], skipped: str | None) -> bool:
+        """Write down what step `step` (from 0) has learnt from, and whether it was skipped, which is returned."""
+        self._order.append(place.index, step + 1, samples, skipped is not None)
+        if skipped is None:
+            return False
+        self.reporter.message(f"step {step + 1} of task {place.name} skipped: {skipped}")
+        self.ledger.log(event="skipped", task=place.name, step=step + 1, reason=skipped, samples=samples)
+        return True
 
     def _finish_task(self, place: TaskPlace) -> None:
         """Let the methods change the weights of a trained task; keep what they were where a method asks for it."""
@@ -289,7 +313,9 @@ class Coordinator:
     def _save(self, path: Path, place: TaskPlace, spent: Spent, *, trained: bool) -> None:
         """Save the state of all ranks, then let the manifest point to it, then forget the checkpoints before it."""
         engine = self.system.engine
+        beat(f"saving the state of task {place.name}", opaque=True)
         engine.before_save()
+        self._order.sync()
         state = {"trained": trained, "spent": dataclasses.asdict(spent), "methods": engine.method_states()}
         moments = not trained or self.recipe.train.keep_optimizer
         save_snapshot(path, engine.shards, state, moments=moments, extra=engine.method_tensors())
@@ -317,6 +343,7 @@ class Coordinator:
                 self._interrupt("stopped during evaluation")
             task = self.tasks[index]
             self.reporter.evaluating(task.name)
+            beat(f"evaluating task {task.name}")
             result = self.system.evaluator.evaluate(task)
             row[index] = result.score
             if self.ledger.writer:
@@ -331,6 +358,7 @@ class Coordinator:
     def _export(self, path: Path) -> None:
         """Write the model, or its adapter, in Hugging Face format."""
         model = self.system.engine.model
+        beat("writing the model", opaque=True)
         weights = gather_state_dict(model, trainable_only=self.recipe.model.lora is not None)
         if self.ledger.writer:
             with publishing(path) as temporary:

@@ -13,6 +13,10 @@ class BadInput(ClDistError):
     exit_code = 2
 
 
+class JobFailed(ClDistError):
+    """The job as a whole cannot go on; the message names the rank that it is about, whoever tells it."""
+
+
 class Interrupted(ClDistError):
     """The run was asked to stop and has saved its state; `--resume` goes on. Exit code 75 (EX_TEMPFAIL)."""
 

@@ -24,6 +24,8 @@ class Failure:
     message: str
     time: float
     """Seconds since the epoch: the rank that failed first is the one to blame, the others lost their peer."""
+    whole_job: bool = False
+    """Whether the message is about the job and names ranks itself, whoever tells it."""
 
 
 def is_launched(environment: Mapping[str, str]) -> bool:
@@ -43,14 +45,14 @@ def die_with_launcher(environment: Mapping[str, str]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def report_failure(environment: Mapping[str, str], exit_code: int, message: str) -> bool:
+def report_failure(environment: Mapping[str, str], exit_code: int, message: str, whole_job: bool = False) -> bool:
     """Leave `message` for the launcher, which prints one for all ranks; False where no launcher waits for it."""
     if FAILURE_FILE not in environment:
         return False
     path = Path(environment[FAILURE_FILE])
     unfinished = path.with_suffix(".part")
     try:
-        unfinished.write_text(json.dumps(asdict(Failure(exit_code, message, time.time()))), encoding="utf-8")
+        unfinished.write_text(json.dumps(asdict(Failure(exit_code, message, time.time(), whole_job))), encoding="utf-8")
         unfinished.replace(path)
     except OSError:  # the disk is full: the rank tells it itself
         return False

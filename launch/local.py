@@ -34,6 +34,9 @@ KEPT_LINES = 100
 """Lines of output that are kept of every rank but the first; as long as a traceback through the libraries."""
 SHOWN_LINES = 20
 """How many of them are shown of a rank that ended without a word."""
+SUSPENDED_FACTOR, SUSPENDED_SECONDS = 1.25, 5.0
+"""A rank is stopped for so many times `hang_seconds`, and so long besides, before the launcher acts: the other ranks
+notice earlier, and leave their stacks behind."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SHARED_MEMORY = Path("/dev/shm")
 """Where DeepSpeed puts its buffers."""
@@ -65,6 +68,10 @@ class _Rank:
     """Seconds since the epoch."""
     stopped: bool = False
     """Whether the launcher had sent it a signal before it ended."""
+    suspended: float = 0.0
+    """Seconds for which it has been stopped (SIGSTOP) at a stretch."""
+    given_up: bool = False
+    """Whether it was killed for that."""
 
     @property
     def returncode(self) -> int | None:
@@ -82,6 +89,13 @@ class _Rank:
         if state.si_code != os.CLD_EXITED or state.si_status not in (DONE, INTERRUPTED):
             self._signal_group(signal.SIGKILL)  # before it is reaped: until then nobody else can get its id
         self.process.wait()
+
+    def count_suspended(self, passed: float) -> float:
+        """How long it has been stopped at a stretch, `passed` seconds after the last look."""
+        if self.returncode is None and not self.given_up:
+            stopped = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+            self.suspended = 0.0 if stopped is None else self.suspended + passed
+        return self.suspended
 
     @property
     def failed(self) -> bool:
@@ -106,16 +120,22 @@ class _Rank:
 
 
 def launch(
-    command: Sequence[str], processes: int, environment: Mapping[str, str], grace_seconds: float = 5.0
+    command: Sequence[str],
+    processes: int,
+    environment: Mapping[str, str],
+    grace_seconds: float = 5.0,
+    hang_seconds: float | None = None,
 ) -> Ending:
     """Run `command` as `processes` ranks and wait for all of them.
 
     The first rank has this process's output. SIGINT, SIGTERM, SIGUSR1 and SIGHUP are passed on as SIGTERM, once; the
-    second one kills the ranks. When a rank fails the others are asked to stop and, `grace_seconds` later, killed.
+    second one kills the ranks. When a rank fails the others are asked to stop and, `grace_seconds` later, killed. A
+    rank that is stopped (SIGSTOP) for well over `hang_seconds` is killed: by then the other ranks would have ended the
+    job themselves, if there are any that can.
     """
     for attempt in range(1, PORT_ATTEMPTS + 1):
         port = find_free_port()
-        ending = _Launch(command, processes, environment, port, grace_seconds).run()
+        ending = _Launch(command, processes, environment, port, grace_seconds, hang_seconds).run()
         # Another program may take the port between our look at it and rank 0's.
         if attempt == PORT_ATTEMPTS or "EADDRINUSE" not in (ending.message or ""):
             break
@@ -167,12 +187,15 @@ class _Launch:
         environment: Mapping[str, str],
         port: int,
         grace_seconds: float,
+        hang_seconds: float | None,
     ) -> None:
         self.command = command
         self.processes = processes
         self.environment = environment
         self.port = port
         self.grace_seconds = grace_seconds
+        self.longest_suspension = None if hang_seconds is None else SUSPENDED_FACTOR * hang_seconds + SUSPENDED_SECONDS
+        self.looked = time.monotonic()
         self.ranks: list[_Rank] = []
         self.requests = 0
         """Times that a signal asked to stop."""
@@ -241,11 +264,23 @@ class _Launch:
         self._answer_requests()
         for rank in self.ranks:
             rank.look()
+        self._give_up_suspended()
         if self.deadline is None and any(rank.failed for rank in self.ranks):
             self._signal_all(signal.SIGTERM)
             self.deadline = time.monotonic() + self.grace_seconds
         if self.deadline is not None and time.monotonic() > self.deadline:
             self._kill_all()
+
+    def _give_up_suspended(self) -> None:
+        """Kill ranks that are stopped for too long; time in which this process was stopped itself does not count."""
+        now = time.monotonic()
+        passed, self.looked = min(now - self.looked, 20 * POLL_SECONDS), now
+        if self.longest_suspension is None:
+            return
+        for rank in self.ranks:
+            if rank.count_suspended(passed) > self.longest_suspension:
+                rank.given_up = True
+                rank.kill()
 
     def _answer_requests(self) -> None:
         if self.requests > self.answered:
@@ -303,7 +338,7 @@ class _Launch:
                 exit_code, f"rank {culprit.index} {_describe_end(culprit)}", tuple(culprit.lines)[-SHOWN_LINES:]
             )
         shared = self.processes == 1 or all(other and other.message == own.message for other in failures.values())
-        prefix = "" if shared and len(failed) == self.processes else f"rank {culprit.index}: "
+        prefix = "" if own.whole_job or (shared and len(failed) == self.processes) else f"rank {culprit.index}: "
         # A traceback that the rank printed for --debug; without it a rank that explains itself prints nothing more.
         traceback = tuple(culprit.lines) if "--debug" in self.command else ()
         return Ending(exit_code, prefix + own.message, traceback)
@@ -325,7 +360,7 @@ def _order_of_failing(rank: _Rank, failure: Failure | None) -> tuple[int, float]
     killed = (rank.returncode or 0) < 0 and rank.returncode != -signal.SIGABRT
     if failure is not None:
         return 1, failure.time
-    if rank.stopped and killed:
+    if rank.stopped and killed and not rank.given_up:
         return 2, rank.ended or 0.0
     return (0 if killed else 1), rank.ended or 0.0
 
@@ -334,4 +369,11 @@ def _describe_end(rank: _Rank) -> str:
     code = rank.returncode or 0
     if code >= 0:
         return f"ended with exit code {code}"
+    if rank.given_up:
+        return f"was stopped (SIGSTOP) for {rank.suspended:.0f} s (launch.hang_seconds) and has been killed"
+    if code == -signal.SIGABRT:
+        return (
+            "was killed by SIGABRT: a library gave up, torch for example when an NCCL operation takes longer than "
+            "launch.timeout_seconds; the rank's stacks are in logs/ of the run folder"
+        )
     return f"was killed by {signal.Signals(-code).name}"

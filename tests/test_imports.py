@@ -19,8 +19,8 @@ SOURCES = {
 }
 
 LAYERS = [
-    {"", "errors", "recipes", "seeds"},
-    {"config", "kernels", "launch", "progress"},
+    {"", "errors", "heartbeat", "recipes", "seeds"},
+    {"config", "kernels", "launch", "progress", "watchdog"},
     {"sharding", "models", "tasks"},
     {"engine", "methods", "evaluation", "state"},
     {"coordinator", "assembly"},
@@ -36,6 +36,7 @@ TORCH_FREE = [
     "cl_dist.tasks.stream",
     "cl_dist.evaluation.choice",
     "cl_dist.state.preflight",
+    "cl_dist.watchdog",
     "cl_dist.benchmarks.command",
     "cl_dist.cli",
 ]

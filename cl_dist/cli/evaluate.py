@@ -34,7 +34,8 @@ def evaluate(arguments: Namespace) -> int:
         recipe, recipe_dir = load_recipe(str(folder.config), arguments.changes)
     recipe = replace(recipe, output_dir=arguments.run)  # it may have been moved since
     check = partial(_check, recipe, recipe_dir)
-    return run_on_ranks(arguments, recipe.launch.processes, check, partial(_evaluate, recipe, recipe_dir, index))
+    work = partial(_evaluate, recipe, recipe_dir, index)
+    return run_on_ranks(arguments, recipe.launch.processes, check, work, recipe.launch.hang_seconds)
 
 
 def _find_task(manifest: Manifest, name: str | None, folder: RunFolder) -> int:

@@ -8,7 +8,7 @@ import traceback
 from argparse import Namespace
 from contextlib import suppress
 
-from cl_dist.errors import BadInput, ClDistError, Interrupted
+from cl_dist.errors import BadInput, ClDistError, Interrupted, JobFailed
 from cl_dist.launch.child import report_failure
 from cl_dist.launch.environment import find_ranks
 
@@ -20,7 +20,7 @@ def guarded(arguments: Namespace) -> int:
         sys.stdout.flush()  # here, where a closed pipe is understood, rather than when Python exits
         return code
     except ClDistError as error:
-        return _end(error.exit_code, str(error), arguments.debug)
+        return _end(error.exit_code, str(error), arguments.debug, whole_job=isinstance(error, JobFailed))
     except KeyboardInterrupt:
         return _end(Interrupted.exit_code, "stopped before anything was started", arguments.debug)
     except BrokenPipeError:  # the reader of our output (`| head`) has had enough
@@ -32,18 +32,26 @@ def guarded(arguments: Namespace) -> int:
         return _end(1, message, arguments.debug)
 
 
-def tell(exit_code: int, message: str) -> None:
-    """Print a failure's sentence, or several, to standard error."""
+def tell(exit_code: int, message: str, whole_job: bool = False) -> None:
+    """Print a failure's sentence, or several, to standard error; which rank it is, unless it is about the job."""
     kind = "interrupted" if exit_code == Interrupted.exit_code else "error"
+    prefix = "" if whole_job else _rank_prefix()
     for line in message.splitlines():
-        print(f"cl-dist: {kind}: {_rank_prefix()}{line}", file=sys.stderr, flush=True)
+        print(f"cl-dist: {kind}: {prefix}{line}", file=sys.stderr, flush=True)
 
 
-def _end(exit_code: int, message: str, debug: bool) -> int:
+def end_now(message: str, speaks: bool) -> None:
+    """End this process, whatever its main thread is doing; `speaks`: this is the rank to print the job's message."""
+    if not report_failure(os.environ, JobFailed.exit_code, message, whole_job=True) and speaks:
+        tell(JobFailed.exit_code, message, whole_job=True)
+    os._exit(JobFailed.exit_code)
+
+
+def _end(exit_code: int, message: str, debug: bool, whole_job: bool = False) -> int:
     if debug:
         traceback.print_exc()
-    if not report_failure(os.environ, exit_code, message):
-        tell(exit_code, message)
+    if not report_failure(os.environ, exit_code, message, whole_job):
+        tell(exit_code, message, whole_job)
     return exit_code
 
 

@@ -22,18 +22,23 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def run_on_ranks(
-    arguments: Namespace, processes: int, check: Callable[[bool], None], work: Callable[[Reporter], None]
+    arguments: Namespace,
+    processes: int,
+    check: Callable[[bool], None],
+    work: Callable[[Reporter], None],
+    hang_seconds: float | None,
 ) -> int:
     """Do `work` on every rank and return the exit code.
 
     `check(first)` raises BadInput for unusable input; it runs before any rank is started, or on every rank where
-    another launcher has started them. `first` is False on ranks that leave the run folder to rank 0.
+    another launcher has started them. `first` is False on ranks that leave the run folder to rank 0. A rank that we
+    started and that is stopped (SIGSTOP) for well over `hang_seconds` is killed.
     """
     ranks = find_ranks(os.environ)
     if ranks is None:
         with _notices_left_to_the_run():
             check(True)
-        return _start_ranks(arguments, processes)
+        return _start_ranks(arguments, processes, hang_seconds)
     if not is_launched(os.environ):
         with told_once_per_machine(), _notices_left_to_the_run():
             check(ranks.rank == 0)
@@ -52,8 +57,9 @@ def told_once_per_machine() -> Iterator[None]:
         raise
 
 
-def _start_ranks(arguments: Namespace, processes: int) -> int:
-    ending = launch([sys.executable, "-m", "cl_dist", *arguments.argv], processes, os.environ)
+def _start_ranks(arguments: Namespace, processes: int, hang_seconds: float | None) -> int:
+    command = [sys.executable, "-m", "cl_dist", *arguments.argv]
+    ending = launch(command, processes, os.environ, hang_seconds=hang_seconds)
     for line in ending.output:
         print(line, file=sys.stderr)
     if ending.message is not None:

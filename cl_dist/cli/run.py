@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cl_dist.cli.failures import end_now
 from cl_dist.cli.ranks import run_on_ranks, told_once_per_machine
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
@@ -32,7 +33,7 @@ def run(arguments: Namespace) -> int:
     recipe = resolve_order(recipe, recipe_dir)
     check = partial(_check, recipe, recipe_dir, arguments.resume, arguments.fresh)
     work = partial(_train, recipe, recipe_dir, arguments.resume)
-    return run_on_ranks(arguments, recipe.launch.processes, check, work)
+    return run_on_ranks(arguments, recipe.launch.processes, check, work, recipe.launch.hang_seconds)
 
 
 def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> None:
@@ -68,4 +69,4 @@ def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: b
 def _train(recipe: Recipe, recipe_dir: Path, resume: bool, reporter: Reporter) -> None:
     from cl_dist.coordinator import run
 
-    run(recipe, recipe_dir, resume=resume, reporter=reporter)
+    run(recipe, recipe_dir, resume=resume, reporter=reporter, end=end_now)

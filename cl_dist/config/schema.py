@@ -344,6 +344,12 @@ class TrainConfig:
     loss_average: Literal["tokens", "micro_batch"] = "tokens"
     """`tokens`: the mean over all answer tokens of the global batch, the same for any number of ranks. `micro_batch`:
     the mean of the micro-batches' means (as older Trainers do)."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 0
+    """How many optimiser steps in a row may be left out because the loss or the gradient's norm is NaN or infinite: no
+    rank changes weights, moments or what methods measure then. The next one ends the run; 0: the first."""
+    check_replicas_every: PositiveInt | None = None
+    """Compare the ranks' weights every so many steps of a task, and end the run where they differ; under stage 3 only
+    those that every rank holds whole. null: never."""
 
     def __post_init__(self) -> None:
         """Refuse grouping by length in file order."""
@@ -392,6 +398,10 @@ class LaunchConfig:
     used."""
     timeout_seconds: Positive = 1800.0
     """A collective operation that takes longer than this ends the run."""
+    hang_seconds: Positive | None = 1800.0
+    """A job none of whose ranks gets anything done for so long (a micro-batch, an evaluation batch, a file, a part of
+    loading) is ended, with every rank's stacks in the run folder; null: never. Longer than the longest of these; not
+    longer than timeout_seconds, whose end of a run says less."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

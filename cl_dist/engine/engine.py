@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from cl_dist.config.schema import Recipe
-from cl_dist.engine.distributed import device
+from cl_dist.engine.distributed import device, set_timeout
 from cl_dist.engine.ds_config import deepspeed_config
+from cl_dist.engine.guard import UpdateGuard
 from cl_dist.engine.objective import keeps_logits, loss_sum, predicting_positions
 from cl_dist.engine.optimizer import build_adamw, learning_rate
+from cl_dist.engine.replicas import check_replicas
 from cl_dist.errors import ClDistError
+from cl_dist.heartbeat import beat
 from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.structure import base_model
@@ -31,6 +34,8 @@ class StepResult:
     """Loss summed over the targets of this rank's micro-batches."""
     targets: int
     """Targets in this rank's micro-batches."""
+    skipped: str | None = None
+    """Why nothing was updated; None: it was."""
 
 
 class TrainingEngine:
@@ -65,10 +70,12 @@ class TrainingEngine:
             config=deepspeed_config(self.recipe),
             dist_init_required=False,
         )
+        set_timeout(self.recipe.launch.timeout_seconds)
         self._keeps_logits = keeps_logits(base) and not any(method.needs_all_logits for method in self.methods)
         self.shards = ShardView(self._engine)
         self.shards.allocate_moments(step=0)
-        self.shards.on_boundary(self._before_update, self._after_update)
+        self._guard = UpdateGuard(self.shards, self.recipe.train.max_skipped_steps)
+        self.shards.on_boundary(self._before_update, self._after_update, self._guard.allows, self._update_skipped)
         for method in self.methods:
             method.attach(self.model, self.shards, self.recipe.train)
 
@@ -121,31 +128,35 @@ class TrainingEngine:
             real_batches: Micro-batches of the global batch that are not fillers alone; None: all.
 
         Raises:
-            ClDistError: The loss is not a finite number.
+            JobFailed: The loss or the gradient's norm is not a finite number and no (further) step may be skipped, or
+                the ranks no longer hold the same weights; on all ranks alike.
         """
         self.model.train()
         train = self.recipe.train
+        where = f"task {self._place.name}, step {step + 1}"
+        self._guard.begin(where)
         torch.manual_seed(derive_seed(train.seed, "step", self._place.index, step, torch.distributed.get_rank()))
         self.shards.set_learning_rate(learning_rate(train, step, self._place.steps))
         total = sum(self._micro_step(step, batch.to(device()), global_targets, real_batches) for batch in batches)
         targets = sum(batch.targets for batch in batches)
-        return StepResult(total, targets)
+        every = train.check_replicas_every
+        if every is not None and (step + 1) % every == 0:
+            check_replicas(self.model, where)
+        return StepResult(total, targets, self._guard.skipped)
 
     def _micro_step(self, step: int, batch: Batch, global_targets: int, real_batches: int | None = None) -> float:
         for method in self.methods:
             method.before_forward(step, batch)
         total = self._loss_sum(batch)
-        value = total.item()
-        if not torch.isfinite(total):
-            raise ClDistError(
-                f"task {self._place.name}, step {step}: the loss is {value} on samples {batch.indices}; "
-                "lower train.learning_rate or look at these samples"
-            )
+        # Backward runs with a loss that is not finite too: the other ranks take part in its collectives.
+        value = self._guard.note_loss(total, batch.indices)
+        beat()
         loss = total * self._loss_scale(batch, global_targets, real_batches)
         for method in self.methods:
             loss = method.before_backward(loss)
         self._engine.backward(loss)
         self._engine.step()
+        beat()
         return value
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
@@ -199,3 +210,7 @@ class TrainingEngine:
     def _after_update(self) -> None:
         for method in self.methods:
             method.after_update()
+
+    def _update_skipped(self) -> None:
+        for method in self.methods:
+            method.update_skipped()

@@ -70,6 +70,10 @@ class TaskTrainer:
         seq2seq = self._engine.objective == "seq2seq_lm"
         return inputs + (sum(len(sample.labels) for sample in samples) if seq2seq else 0)
 
+    def samples(self, step: int) -> list[int]:
+        """A step's global batch, as positions in the task's training data (what methods add comes last there)."""
+        return self._plan.step(step)
+
     def step(self, step: int) -> StepResult:
         """Take optimiser step `step` (0-based), together with the other ranks."""
         batches = [self._collate(step, indices) for indices in self._plan.micro_batches(step, self._rank)]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from cl_dist.heartbeat import beat
 from cl_dist.models.structure import base_model
 
 
@@ -26,13 +27,17 @@ def device_of(model: nn.Module) -> torch.device:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout and no gradients inside; afterwards every module is back in the mode it was in.
 
+    Every forward pass is a mark of progress: a long answer takes many.
+
     `no_grad`, not `inference_mode`: ZeRO-3 keeps the tensors it gathers, and an inference tensor cannot be trained on.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
+    marks = base_model(model).register_forward_pre_hook(lambda *_: beat())
     try:
         with torch.no_grad():
             yield
     finally:
+        marks.remove()
         for module in training:
             module.training = True

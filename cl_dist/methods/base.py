@@ -73,6 +73,12 @@ class Method:
     def after_update(self) -> None:
         """The optimiser has stepped and the model has its new weights."""
 
+    def update_skipped(self) -> None:
+        """In place of the two moments before: loss or gradient were not finite, and the step changes nothing.
+
+        What was collected for the step is to be forgotten.
+        """
+
     def after_task(self, place: TaskPlace) -> None:
         """A task's last step is done; its state is not yet saved. Evaluation and export come after."""
 

@@ -112,6 +112,10 @@ class Migu(Method):
             torch.distributed.all_reduce(message)
             self._agreement.check(message)
 
+    def update_skipped(self) -> None:
+        """The sums of a step that is not finite are no use to the next one."""
+        self.after_update()
+
     def after_update(self) -> None:
         """Start the next step's sums from zero."""
         self._start_step()

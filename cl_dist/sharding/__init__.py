@@ -9,17 +9,32 @@ from cl_dist.sharding.check import DEEPSPEED_VERSION, check_deepspeed
 if TYPE_CHECKING:
     from cl_dist.sharding.freeze import RowFreezer
     from cl_dist.sharding.gather import gather_state_dict
+    from cl_dist.sharding.replicas import replica_checksums
     from cl_dist.sharding.shard import Shard
     from cl_dist.sharding.view import ShardView
 
-__all__ = ["DEEPSPEED_VERSION", "RowFreezer", "Shard", "ShardView", "check_deepspeed", "gather_state_dict"]
+__all__ = [
+    "DEEPSPEED_VERSION",
+    "RowFreezer",
+    "Shard",
+    "ShardView",
+    "check_deepspeed",
+    "gather_state_dict",
+    "replica_checksums",
+]
 
 
 def __getattr__(name: str) -> object:
     """Import what needs torch only when it is asked for: `check_deepspeed` alone must stay cheap."""
     from importlib import import_module
 
-    homes = {"gather_state_dict": "gather", "RowFreezer": "freeze", "Shard": "shard", "ShardView": "view"}
+    homes = {
+        "gather_state_dict": "gather",
+        "replica_checksums": "replicas",
+        "RowFreezer": "freeze",
+        "Shard": "shard",
+        "ShardView": "view",
+    }
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"cl_dist.sharding.{homes[name]}"), name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from cl_dist.heartbeat import beat
+
 
 def gather_state_dict(model: torch.nn.Module, trainable_only: bool = False) -> dict[str, torch.Tensor]:
     """Collect the model's weights in CPU memory of rank 0 (collective; the other ranks get an empty dict).
@@ -25,6 +27,7 @@ def gather_state_dict(model: torch.nn.Module, trainable_only: bool = False) -> d
         with GatheredParameters([param]):
             if first:
                 weights[name] = param.detach().to("cpu", copy=True)
+        beat()
     if first and not trainable_only:
         weights.update(_persistent_buffers(model))
     return weights

@@ -16,6 +16,8 @@ oracle):
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +89,23 @@ class Layout(ABC):
     @abstractmethod
     def flat_tensors(self) -> list[torch.Tensor]:
         """The tensors that the inner optimiser steps on."""
+
+    @contextmanager
+    def optimizer_paused(self) -> Iterator[None]:
+        """Let DeepSpeed go through its step, with all that it keeps account of, while the inner optimiser does nothing.
+
+        Its hooks do not run either: they belong to `Optimizer.step`, which is hidden meanwhile.
+        """
+        # Stage 3 has a second optimiser for the share that an offload ratio leaves on the GPU.
+        both = (self.inner, getattr(self.zero, "backup_optimizer", None))
+        optimizers = [optimizer for optimizer in both if optimizer is not None]
+        for optimizer in optimizers:
+            optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for optimizer in optimizers:
+                del optimizer.__dict__["step"]
 
 
 class Replicated(Layout):

@@ -69,16 +69,52 @@ class ShardView:
         """Make the model's weights follow the masters on all ranks (collective)."""
         self.layout.publish()
 
-    def on_boundary(self, before: Callable[[], None], after: Callable[[], None]) -> None:
-        """Call `before` once a step between reduction and norm, clipping and update, and `after` after the update."""
+    def gradient_norm(self) -> torch.Tensor:
+        """Norm of all that this rank holds of the reduced gradient, a scalar where it lies; when `gradient` can be."""
+        held = (self.gradient(name) for name in self.names)
+        return torch.nn.utils.get_total_norm([shard.data for shard in held if shard is not None])
+
+    def non_finite_gradient(self) -> str | None:
+        """A parameter whose reduced gradient is NaN or infinite in an element that this rank holds."""
+        for name in self.names:
+            shard = self.gradient(name)
+            if shard is not None and not shard.data.isfinite().all():
+                return name
+        return None
+
+    def on_boundary(
+        self,
+        before: Callable[[], None],
+        after: Callable[[], None],
+        allowed: Callable[[], bool] = lambda: True,
+        skipped: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Call `before` once a step between reduction and norm, clipping and update, and `after` after the update.
+
+        Where `allowed`, asked first and with the same answer on all ranks, says no, weights, moments and step count
+        stay as they are to the last bit, the step's gradients are forgotten, and `skipped` is called in place of both.
+        """
         take_step = self._engine._take_model_step
 
         def wrapped(*args: Any, **kwargs: Any) -> None:
+            if not allowed():
+                self._forget_gradients()
+                with self.layout.optimizer_paused():
+                    take_step(*args, **kwargs)
+                return skipped()
             before()
             take_step(*args, **kwargs)
-            after()
+            return after()
 
         self._engine._take_model_step = wrapped
+
+    def _forget_gradients(self) -> None:
+        """Zero what would otherwise poison norms and overflow checks while DeepSpeed goes through its step."""
+        for name in self.names:
+            shard = self.gradient(name)
+            if shard is not None:
+                shard.data.zero_()
+                self.gradient_changed(name)
 
     def reset_optimizer(self) -> None:
         """Forget both moments and the step count, in place: AdamW starts afresh."""

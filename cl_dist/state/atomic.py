@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.errors import ClDistError
+from cl_dist.heartbeat import beat
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -51,6 +52,7 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    beat()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.errors import ClDistError
+from cl_dist.heartbeat import beat
 from cl_dist.state.atomic import write_json
 
 _CHUNK_BYTES = 1 << 20
@@ -23,6 +24,7 @@ def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
+            beat()
     return digest.hexdigest()
 
 

@@ -18,8 +18,15 @@ from cl_dist.state.lock import RunLock, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
 
-FREE_SETTINGS = ("launch", "output_dir", "checkpoint", "eval.batch_size")
-"""Settings that may differ on resume: they change how a run is done, not what comes out."""
+FREE_SETTINGS = (
+    "launch",
+    "output_dir",
+    "checkpoint",
+    "eval.batch_size",
+    "train.max_skipped_steps",
+    "train.check_replicas_every",
+)
+"""Settings that may differ on resume: they change how a run is done, not what comes out of a step that is healthy."""
 
 _SHOWN_DIFFERENCES = 8
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
@@ -106,7 +113,7 @@ def _require_run_or_empty(folder: RunFolder) -> None:
 
 def _was_started(folder: RunFolder) -> bool:
     """Whether a run took its lock here and was killed before its first manifest."""
-    own = {folder.lock, folder.config, folder.log}
+    own = {folder.lock, folder.config, folder.log, folder.logs}
     unfinished = (".config.yaml.tmp-", ".manifest.json.tmp-")
     files = folder.path.iterdir()
     return folder.lock.exists() and all(path in own or path.name.startswith(unfinished) for path in files)

@@ -6,6 +6,8 @@
 | `manifest.json` | what is done |
 | `metrics.json` | accuracy matrix and metrics |
 | `log.jsonl` | one record per line |
+| `data_order.jsonl` | which samples each optimiser step learnt from, one line per step |
+| `logs/` | stacks of ranks that hung or crashed (`stack-rank<N>.txt`); heartbeats while the run lasts |
 | `tasks/NN-name/model/` | weights or adapter, in Hugging Face format |
 | `tasks/NN-name/unfused/` | the model before a method changed it at the task's end (kif, where asked for) |
 | `tasks/NN-name/units.json`, `unit_scores.safetensors` | skill units and their importance (kif, tasl) |
@@ -82,6 +84,16 @@ class RunFolder:
     def log(self) -> Path:
         """One JSON record per line."""
         return self.path / "log.jsonl"
+
+    @property
+    def data_order(self) -> Path:
+        """Which samples each optimiser step learnt from (`cl_dist.state.data_order.DataOrder`)."""
+        return self.path / "data_order.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of heartbeats and stacks (`cl_dist.watchdog`)."""
+        return self.path / "logs"
 
     @property
     def lock(self) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cl_dist.heartbeat import beat
 from cl_dist.sharding import Shard, ShardView
 from cl_dist.state import atomic
 from cl_dist.state.integrity import CheckpointDamaged, read_sealed, write_sealed
@@ -92,6 +93,7 @@ def load_snapshot(
     for quantity, held in {**_quantities(shards, state["moments"]), **(extra or {})}.items():
         for name, shard in held.items():
             shard.data.copy_(reader.read(quantity, name, shard.start, shard.stop))
+            beat()
     shards.publish()
     return state
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput
+from cl_dist.heartbeat import beat
 from cl_dist.tasks.types import IGNORE, Encoded, Example, Kind, Task
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ LEARNABLE: dict[Objective, tuple[Kind, ...]] = {
 }
 """The kinds of task that each objective can learn."""
 
+_TEXTS_AT_ONCE = 10_000
 ANCHOR = ":"
 """Answers are tokenised behind this text, to get the ids that they have behind a prompt."""
 
@@ -182,9 +184,11 @@ class Encoder:
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text without special tokens."""
-        if not texts:
-            return []
-        encoded: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        encoded: list[list[int]] = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = list(texts[start : start + _TEXTS_AT_ONCE])
+            encoded += self._tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+            beat()
         return encoded
 
     def _check_tokenizer(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cl_dist.config.schema import StreamConfig, TaskConfig
 from cl_dist.errors import BadInput
+from cl_dist.heartbeat import beat
 from cl_dist.tasks.formats import READERS
 from cl_dist.tasks.formats.files import enumerate_names
 from cl_dist.tasks.formats.source import RawTask, Source, Split
@@ -24,6 +25,7 @@ def load_stream(stream: StreamConfig, recipe_dir: Path) -> tuple[Task, ...]:
 def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path) -> Task:
     """Read and check one task; BadInput names it."""
     source = Source(task, stream, recipe_dir)
+    beat()
     try:
         return build_task(source, READERS[task.format](source))
     except BadInput as error:

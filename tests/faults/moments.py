@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cl_dist import coordinator
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.methods.kif import method as fusing
@@ -96,16 +98,36 @@ def _between_renames(count: int) -> None:
     atomic.os.rename = dying
 
 
-def _asked_to_stop(count: int) -> None:
-    """Not killed: the process gets a SIGTERM, as from a scheduler."""
+def _before_the_step_of(count: int, act: Callable[[], None]) -> None:
+    """Call `act` before the `count`-th step."""
     original, calls = TaskTrainer.step, iter(range(1, 10**9))
 
-    def asked(self: TaskTrainer, step: int) -> Any:
+    def acting(self: TaskTrainer, step: int) -> Any:
         if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGTERM)
+            act()
         return original(self, step)
 
-    TaskTrainer.step = asked  # type: ignore[method-assign]
+    TaskTrainer.step = acting  # type: ignore[method-assign]
+
+
+def _dead_loop(count: int) -> None:
+    """Not killed: the rank computes for ever."""
+
+    def loop_for_ever() -> None:
+        while True:
+            pass
+
+    _before_the_step_of(count, loop_for_ever)
+
+
+def _extra_collective(count: int) -> None:
+    """Not killed: the rank waits in a collective operation that no other rank takes part in."""
+    _before_the_step_of(count, torch.distributed.barrier)
+
+
+def _asked_to_stop(count: int) -> None:
+    """Not killed: the process gets a SIGTERM, as from a scheduler."""
+    _before_the_step_of(count, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 MOMENTS: dict[str, Callable[[int], None]] = {
@@ -119,4 +141,6 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "results": _in_results,
     "rename": _between_renames,
     "stop": _asked_to_stop,
+    "dead loop": _dead_loop,
+    "extra collective": _extra_collective,
 }

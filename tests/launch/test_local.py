@@ -183,6 +183,12 @@ sys.exit(1)
         ending = start("rank and sys.exit('import failed')\ntime.sleep(600)")
         assert ending == Ending(1, "rank 1 ended with exit code 1", ("import failed",))
 
+    def test_what_is_said_of_the_whole_job_names_no_rank_but_its_own(self, folder: Path) -> None:
+        body = (
+            "rank or report_failure(os.environ, 1, 'rank 1 gives no sign of life', whole_job=True)\nrank or sys.exit(1)"
+        )
+        assert start(body + "\ntime.sleep(600)") == Ending(1, "rank 1 gives no sign of life")
+
     def test_a_taken_port_is_tried_again(self, folder: Path) -> None:
         body = """
 with open(f"ports-{rank}", "a") as file:
@@ -218,6 +224,40 @@ ending = launch([sys.executable, "-c", sys.argv[1]], 2, os.environ, 1.0)
 print(ending.message)
 sys.exit(ending.exit_code)
 """
+
+
+class TestStopped:
+    """A rank that SIGSTOP has stopped can do nothing for itself, and one that is alone has nobody who would notice."""
+
+    @pytest.fixture(autouse=True)
+    def hurried(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Act soon after `hang_seconds`."""
+        monkeypatch.setattr(local, "SUSPENDED_SECONDS", 0.5)
+
+    def test_it_is_killed_in_time_and_named(self, folder: Path) -> None:
+        began = time.monotonic()
+        body = "rank and os.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(600)"
+        ending = launch(script(body), 2, os.environ, 1.0, hang_seconds=1.0)
+        assert ending.exit_code == 1
+        assert (ending.message or "").startswith("rank 1 was stopped (SIGSTOP) for 2 s (launch.hang_seconds)")
+        assert time.monotonic() - began < PATIENCE_SECONDS
+
+    def test_one_that_goes_on_begins_anew(self, folder: Path) -> None:
+        process = subprocess.Popen(["sleep", "600"], text=True)
+        rank = local._Rank(0, process, folder / "failure")
+        assert rank.count_suspended(2.0) == 0.0
+        for _ in range(2):
+            process.send_signal(signal.SIGSTOP)
+            wait_until(lambda: rank.count_suspended(2.0) > 0.0)
+            assert [rank.count_suspended(2.0) for _ in range(2)] == [4.0, 6.0]
+            process.send_signal(signal.SIGCONT)
+            wait_until(lambda: rank.count_suspended(2.0) == 0.0)
+        process.kill()
+        process.wait()
+
+    def test_without_a_limit_it_is_waited_for(self, folder: Path) -> None:
+        wake = "import subprocess\nsubprocess.Popen(['sh', '-c', f'sleep 2; kill -CONT {os.getpid()}'])\n"
+        assert start(wake + "os.kill(os.getpid(), signal.SIGSTOP)", processes=1) == Ending(0)
 
 
 class TestSignals:

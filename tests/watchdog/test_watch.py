@@ -1,0 +1,184 @@
+"""Real processes with real watchdogs; no torch, so that a rank starts in a fraction of a second."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import REPOSITORY
+
+HANG_SECONDS = 3.0
+"""On a busy machine a healthy process may not run for a second."""
+PATIENCE_SECONDS = 30.0
+FILES = (".heartbeat-rank0.json", ".heartbeat-rank1.json")
+
+PRELUDE = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from cl_dist.heartbeat import beat
+from cl_dist.watchdog import Watchdog
+rank, world, folder, hang = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
+def end(message, speaks):
+    print(message if speaks else "(silent)", flush=True)
+    os._exit(9)
+def work(seconds):
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        beat("working")
+        time.sleep(0.02)
+def wait():
+    beat("waiting")
+    time.sleep(600)
+def dead_loop():
+    beat("looping")
+    while True:
+        pass
+with Watchdog(folder, rank, world, hang, end) as dog:
+    work(0.3)
+"""
+
+
+class Ranks:
+    """Ranks that each run a body."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, *bodies: str, hang: float = HANG_SECONDS) -> None:
+        for rank, body in enumerate(bodies):
+            lines = "".join(f"    {line}\n" for line in body.splitlines())
+            command = [sys.executable, "-c", PRELUDE + lines, str(rank), str(len(bodies)), str(self.folder), str(hang)]
+            environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+            self.processes.append(
+                subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            )
+
+    def end(self, rank: int) -> tuple[int, str]:
+        """Exit code and output."""
+        output, _ = self.processes[rank].communicate(timeout=PATIENCE_SECONDS)
+        return self.processes[rank].returncode, output
+
+    def stack(self, rank: int) -> str:
+        return (self.folder / f"stack-rank{rank}.txt").read_text()
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Ranks]:
+    started = Ranks(tmp_path / "logs")
+    yield started
+    for process in started.processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_healthy_run_is_left_alone_and_leaves_nothing(ranks: Ranks) -> None:
+    """One rank waits for well over the limit while the other works."""
+    ranks.start("work(5)", "time.sleep(5)")
+    assert [ranks.end(rank) for rank in range(2)] == [(0, ""), (0, "")]
+    assert list(ranks.folder.iterdir()) == []
+
+
+def test_a_stopped_rank_is_named_and_the_others_end(ranks: Ranks) -> None:
+    ranks.start("wait()", "os.kill(os.getpid(), signal.SIGSTOP)", "wait()")
+    began = time.monotonic()
+    ends = [ranks.end(0), ranks.end(2)]
+    assert time.monotonic() - began < 3 * HANG_SECONDS + 5  # Python starts within it
+    assert [code for code, _ in ends] == [9, 9]
+    said = [output for _, output in ends if output != "(silent)\n"]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "no progress for 3 s (launch.hang_seconds): rank 1 gives no sign of life, last seen while working"
+    )
+    assert "in wait" in ranks.stack(0)
+    assert "in wait" in ranks.stack(2)
+    assert ranks.processes[1].poll() is None, "a stopped process cannot end itself"
+
+
+def test_a_dead_loop_is_named_with_its_place(ranks: Ranks) -> None:
+    """The rank that waits for it has gone on for longer."""
+    ranks.start("work(0.5)\nwait()", "dead_loop()")
+    ends = [ranks.end(rank) for rank in range(2)]
+    assert [code for code, _ in ends] == [9, 9]
+    assert "rank 1 has made no progress for" in ends[0][1] + ends[1][1]
+    assert "while looping, and the others wait for it" in ends[0][1] + ends[1][1]
+    assert "in dead_loop" in ranks.stack(1)
+    assert "in wait" in ranks.stack(0)
+    assert "MainThread" in ranks.stack(1)
+
+
+def test_a_rank_alone(ranks: Ranks) -> None:
+    ranks.start("dead_loop()")
+    code, output = ranks.end(0)
+    assert code == 9
+    assert output.startswith("no progress for 3 s (launch.hang_seconds): stuck while looping; stacks are in")
+
+
+def test_time_in_which_all_are_suspended_does_not_count(ranks: Ranks) -> None:
+    """As with `scontrol suspend`: without a mark for longer than the limit, and yet nobody hangs."""
+    ranks.start("time.sleep(1)\nwork(1)", "time.sleep(1)\nwork(1)")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not all((ranks.folder / name).exists() for name in FILES):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for process in ranks.processes:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(4.0)
+    for process in ranks.processes:
+        process.send_signal(signal.SIGCONT)
+    assert [ranks.end(rank) for rank in range(2)] == [(0, ""), (0, "")]
+
+
+def test_a_library_at_work_makes_no_marks_but_uses_the_processor(ranks: Ranks) -> None:
+    at_work = "beat('loading', opaque=True)\nbegan = time.monotonic()\nwhile time.monotonic() - began < 5: pass"
+    ranks.start(at_work, "beat('loading', opaque=True)\ntime.sleep(5)")
+    assert [ranks.end(rank) for rank in range(2)] == [(0, ""), (0, "")]
+
+
+def test_a_library_that_waits_for_ever_does_not(ranks: Ranks) -> None:
+    """The watchdog's own use of the processor is no work."""
+    ranks.start(*["beat('loading', opaque=True)\ntime.sleep(600)"] * 2, hang=1.0)
+    assert [ranks.end(rank)[0] for rank in range(2)] == [9, 9]
+
+
+def test_a_rank_that_gives_up_makes_the_others_write_their_stacks(ranks: Ranks) -> None:
+    """Well before `hang_seconds`: its collective operation took too long."""
+    gives_up = "time.sleep(1.5)\nprint(dog.give_up('rank 0 waited', 'a traceback'), flush=True)"
+    ranks.start(gives_up, "dead_loop()", hang=6)
+    code, output = ranks.end(0)
+    assert code == 0
+    assert output.startswith("rank 0 waited; rank 1 has made no progress for")
+    assert ranks.end(1) == (9, "(silent)\n")
+    assert "in dead_loop" in ranks.stack(1)
+    assert "a traceback" in ranks.stack(0)
+
+
+def test_what_a_crash_in_c_leaves(ranks: Ranks) -> None:
+    """As torch does when an NCCL operation takes too long."""
+    ranks.start("def deep():\n    os.abort()\ndeep()")
+    assert ranks.end(0)[0] == -signal.SIGABRT
+    assert "in deep" in ranks.stack(0)
+
+
+def test_a_folder_that_does_not_answer_keeps_nobody(ranks: Ranks) -> None:
+    """Files become a pipe that nobody reads: opening it blocks, as does a file server that is gone."""
+    ranks.start("(folder / '.hang.json').unlink(missing_ok=True)\nos.mkfifo(folder / '.hang.json')\nwait()", "wait()")
+    ends = [ranks.end(rank) for rank in range(2)]
+    assert [code for code, _ in ends] == [9, 9]
+    assert all("does not answer" in output for _, output in ends)
+
+
+def test_preparing_forgets_a_former_job(tmp_path: Path) -> None:
+    from cl_dist.watchdog import Watchdog
+
+    for name in (*FILES, ".hang.json", "stack-rank1.txt"):
+        (tmp_path / name).write_text("x")
+    Watchdog.prepare(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["stack-rank1.txt"]
