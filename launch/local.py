@@ -34,7 +34,7 @@ KEPT_LINES = 100
 """Lines of output that are kept of every rank but the first; as long as a traceback through the libraries."""
 SHOWN_LINES = 20
 """How many of them are shown of a rank that ended without a word."""
-SUSPENDED_FACTOR, SUSPENDED_SECONDS = 1.25, 5.0
+SUSPENDED_FACTOR, SUSPENDED_SECONDS = 1.5, 15.0
 """A rank is stopped for so many times `hang_seconds`, and so long besides, before the launcher acts: the other ranks
 notice earlier, and leave their stacks behind."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -11,8 +11,8 @@ import torch
 from cl_dist.errors import JobFailed
 from cl_dist.heartbeat import last_beat
 
-_TIMED_OUT = ("Timed out waiting", "timed out", "timeout")
-"""Of Gloo; of the rendezvous's store and of NCCL, as they come."""
+_TIMED_OUT = ("timed out", "timeout")
+"""Of Gloo, the rendezvous and NCCL, in small letters."""
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed")
 
 GiveUp = Callable[[str, str], str]
@@ -37,7 +37,7 @@ def telling_broken_collectives(rank: int, timeout_seconds: float, give_up: GiveU
         if any(sign in text for sign in _LOST):
             lost = f"rank {rank} lost another rank, which has ended or is out of reach, while {phase}"
             raise JobFailed(f"{lost}; --resume goes on from the last saved state") from error
-        if not any(sign in text for sign in _TIMED_OUT):
+        if not any(sign in text.lower() for sign in _TIMED_OUT):
             raise
         waited = f"rank {rank} waited longer than {timeout_seconds:g} s (launch.timeout_seconds) for the others"
         raise JobFailed(give_up(f"{waited} while {phase}", traceback.format_exc())) from error

@@ -7,7 +7,9 @@ from datetime import timedelta
 
 import torch
 
+from cl_dist.engine.broken import telling_broken_collectives
 from cl_dist.errors import BadInput
+from cl_dist.heartbeat import beat
 
 
 def join(timeout_seconds: float) -> tuple[int, int]:
@@ -21,6 +23,7 @@ def join(timeout_seconds: float) -> tuple[int, int]:
 
     Raises:
         BadInput: There are more ranks on this machine than GPUs.
+        JobFailed: Not all ranks come within the time.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -31,12 +34,15 @@ def join(timeout_seconds: float) -> tuple[int, int]:
         torch.cuda.set_device(_own_gpu())
     # The shared-memory collective serves DeepSpeed's inference only; building it costs two minutes on a cold start.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
-        auto_mpi_discovery=False,
-        verbose=False,
-    )
+    beat(f"meeting at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
+    rank = int(os.environ.get("RANK", "0"))
+    with telling_broken_collectives(rank, timeout_seconds, lambda reason, _: reason):
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            auto_mpi_discovery=False,
+            verbose=False,
+        )
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 

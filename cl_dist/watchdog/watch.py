@@ -73,8 +73,7 @@ class Watchdog:
         """Why they are not."""
         self._beat, self._looked = last_beat(), time.monotonic()
         self._used = 0.0
-        """Processor time of the process but for the watchdog, at the last look."""
-        self._used_by_post = 0.0
+        """Processor time of the process but for the watchdog's, at the last look."""
         self._pulse = Pulse(0, 0.0, self._beat.phase, waiting=False)
         self._note: str | None = None
         """Message of the rank that ends the job."""
@@ -146,7 +145,7 @@ class Watchdog:
         now, beat = time.monotonic(), last_beat()
         passed = min(now - self._looked, 2 * self._interval)
         age = min(now - beat.time, passed) if beat.number != self._beat.number else self._pulse.age + passed
-        used = time.process_time() - time.thread_time() - self._used_by_post
+        used = time.process_time() - sum(_processor_time(thread) for thread in self._threads)
         if beat.opaque and used - self._used > BUSY_SECONDS:
             age = 0.0
         self._used = used
@@ -182,7 +181,6 @@ class Watchdog:
                 self._lookout.look(self._awake)
             else:
                 self._lookout.forget()
-            self._used_by_post = time.thread_time()
             self._posted = self._awake
 
     def _read_note(self) -> str | None:
@@ -225,6 +223,13 @@ class Watchdog:
             if all(pulse is not None and pulse.told for pulse in pulses):
                 return
             time.sleep(min(self._interval, 0.1))
+
+
+def _processor_time(thread: threading.Thread) -> float:
+    """Seconds that a thread has used so far."""
+    if thread.ident is None or not thread.is_alive():
+        return 0.0
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
 def _in_collective() -> bool:

@@ -51,13 +51,13 @@ def test_a_stopped_rank(tmp_path: Path, undisturbed: Path, zygote: Zygote) -> No
     victim.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     output, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
-    assert time.monotonic() - began < 2 * HANG_SECONDS + 5
+    assert time.monotonic() - began < 3 * HANG_SECONDS
     last = output.splitlines()[-1]
     assert launcher.returncode == 1, output
     assert last.startswith("cl-dist: error: no progress for 8 s (launch.hang_seconds): rank 1 gives no sign of life, ")
     assert "while training task spring, step" in last
     assert "Traceback" not in output
-    assert "all_reduce" in stack(tmp_path / "run", 0) or "backward" in stack(tmp_path / "run", 0)
+    assert "distributed_c10d.py" in stack(tmp_path / "run", 0)
     assert not victim.is_running()
     outcome = zygote.run(["run", str(recipe), "--resume"], tmp_path, world=2)
     assert outcome.codes == [0, 0], outcome.output

@@ -69,6 +69,8 @@ def test_a_run_that_was_killed_before_its_first_manifest_starts_again(tmp_path: 
     folder = make_run(tmp_path)
     folder.manifest.rename(tmp_path / ".manifest.json.tmp-123")
     folder.lock.write_text("")
+    folder.logs.mkdir()
+    (folder.logs / ".heartbeat-rank0.json").write_text("{}")
     preflight(tmp_path, RECIPE, resume=resume, fresh=False)
 
 

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cl_dist.engine.broken import telling_broken_collectives
+from cl_dist.errors import JobFailed
+from cl_dist.heartbeat import beat
+from tests.ranks import REPOSITORY, free_port, rank_environment
+
+CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:33024"
+TIMED_OUT = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation"
+)
+
+
+def told(error: Exception) -> tuple[str, list[str]]:
+    """The message that comes out, and the reasons that were given up for."""
+    given_up: list[str] = []
+
+    def give_up(reason: str, traceback: str) -> str:
+        given_up.append(reason)
+        assert str(error) in traceback
+        return f"{reason}; stacks are there"
+
+    beat("training task a, step 3")
+    with pytest.raises(JobFailed) as caught, telling_broken_collectives(2, 5.0, give_up):
+        raise error
+    return str(caught.value), given_up
+
+
+def test_a_lost_rank() -> None:
+    message, given_up = told(RuntimeError(CLOSED))
+    assert message.startswith("rank 2 lost another rank, which has ended or is out of reach, while training task a, ")
+    assert given_up == []
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError(TIMED_OUT), torch.distributed.DistStoreError("wait timeout after 5000ms, keys: /0")]
+)
+def test_one_that_takes_too_long(error: Exception) -> None:
+    message, given_up = told(error)
+    reason = "rank 2 waited longer than 5 s (launch.timeout_seconds) for the others while training task a, step 3"
+    assert (message, given_up) == (f"{reason}; stacks are there", [reason])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("the connection to the database timed out"),
+        torch.distributed.DistNetworkError("The server socket has failed to listen, name: EADDRINUSE"),
+    ],
+)
+def test_other_errors_are_let_through(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, telling_broken_collectives(0, 5.0, lambda reason, _: reason):
+        raise error
+    assert caught.value is error
+
+
+def test_a_rank_that_nobody_joins() -> None:
+    code = """
+from cl_dist.engine.distributed import join
+from cl_dist.errors import JobFailed
+try:
+    join(timeout_seconds=2)
+except JobFailed as error:
+    print(error)
+"""
+    port = free_port()
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **rank_environment(0, 2, port)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = (
+        f"rank 0 waited longer than 2 s (launch.timeout_seconds) for the others while meeting at 127.0.0.1:{port}"
+    )
+    assert done.stdout.strip() == expected
