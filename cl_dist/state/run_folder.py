@@ -8,7 +8,7 @@
 | `log.jsonl` | one record per line |
 | `tasks/NN-name/model/` | weights or adapter, in Hugging Face format |
 | `tasks/NN-name/unfused/` | the model before a method changed it at the task's end (kif, where asked for) |
-| `tasks/NN-name/units.json`, `unit_scores.safetensors` | skill units and their importance (kif, tasl) |
+| `tasks/NN-name/units.json`, `unit_scores.safetensors` | skill units and their importance (kif, tasl, recurrent_kif) |
 | `tasks/NN-name/predictions/` | predictions after the task |
 | `tasks/NN-name/state/` | what the next task starts from |
 | `checkpoint/task-NN-step-NNNNNN/` | what an interrupted task goes on from |

@@ -89,17 +89,31 @@ def test_killed_and_resumed(
     assert_same_results(tmp_path / "run", undisturbed)
 
 
-CONFIGURATIONS: list[dict[str, Any]] = [
-    {"zero": {"stage": 0}, "train": {"dtype": "bfloat16"}, "model": {"lora": None}, "method": {"units": "row"}},
-    {"zero": {"stage": 3}, "train": {"keep_optimizer": True}, "method": {"replay_ratio": 0.25}},
-    {"zero": {"stage": 1, "offload": True}, "method": {"name": "tasl"}},
-]
+RECURRENT = {"name": "recurrent_kif", "inner_steps": 2, "outer_steps": 1, "replay_ratio": 0.25}
+"""Two cycles of three steps; the last checkpoint before the second one's fusion lies after its first step."""
+
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "zero0-bf16-row": (
+        {"zero": {"stage": 0}, "train": {"dtype": "bfloat16"}, "model": {"lora": None}, "method": {"units": "row"}},
+        STEPS,
+        2,
+    ),
+    "zero3-keep-replay": (
+        {"zero": {"stage": 3}, "train": {"keep_optimizer": True}, "method": {"replay_ratio": 0.25}},
+        STEPS + 1,
+        2,
+    ),
+    "zero1-offload-tasl": ({"zero": {"stage": 1, "offload": True}, "method": {"name": "tasl"}}, STEPS, 2),
+    "zero2-recurrent": ({"method": RECURRENT, "checkpoint": {"every_steps": 4}}, STEPS + 2, 70),
+}
+"""What is changed, the second task's steps, and which call of the fusion's arithmetic is the last one."""
 
 
-@pytest.mark.parametrize("changes", CONFIGURATIONS, ids=["zero0-bf16-row", "zero3-keep-replay", "zero1-offload-tasl"])
-def test_at_other_stages(zygote: Zygote, tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_at_other_stages(zygote: Zygote, tmp_path: Path, name: str) -> None:
+    changes, second_task, count = CONFIGURATIONS[name]
     runs = []
-    for name, fault in (("undisturbed", None), ("killed", {"moment": "fusion", "on_rank": 1, "count": 2})):
+    for name, fault in (("undisturbed", None), ("killed", {"moment": "fusion", "on_rank": 1, "count": count})):
         folder = tmp_path / name
         folder.mkdir()
         argv = ["run", str(recipe(folder, **changes)), "--debug"]
@@ -110,7 +124,7 @@ def test_at_other_stages(zygote: Zygote, tmp_path: Path, changes: dict[str, Any]
         assert outcome.codes == [0, 0], "\n".join(outcome.output)
         runs.append(folder / "run")
     steps = [entry["steps"] for entry in json.loads((runs[0] / "metrics.json").read_text())["timings"]]
-    assert steps == [STEPS, STEPS + int(4 * changes.get("method", {}).get("replay_ratio", 0.0))]
+    assert steps == [STEPS, second_task]
     assert_same_results(runs[1], runs[0])
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
-from cl_dist.methods.kif.scores import UnitScores
 from cl_dist.methods.kif.units import UnitMap
 from cl_dist.state.atomic import sync, telling_full_disk, write_text
 
 UNITS, SCORES = "units.json", "unit_scores.safetensors"
 
 
-def write_scores(folder: Path, units: UnitMap, scores: UnitScores) -> None:
-    """Write units.json (see `UnitMap.as_json`) and unit_scores.safetensors (see `UnitScores`), in the same order.
+def write_scores(folder: Path, units: UnitMap, scores: Mapping[str, torch.Tensor]) -> None:
+    """Write units.json (see `UnitMap.as_json`) and unit_scores.safetensors (`scores`, by name), in the same order.
 
     Raises:
         ClDistError: The disk is full; older files are intact.
@@ -25,7 +26,7 @@ def write_scores(folder: Path, units: UnitMap, scores: UnitScores) -> None:
     path, temporary = folder / SCORES, folder / f".{SCORES}.tmp-{os.getpid()}"
     with telling_full_disk(path):
         try:
-            save_file(scores.tensors(), temporary)
+            save_file(dict(scores), temporary)
             sync(temporary)
             os.replace(temporary, path)
         finally:
