@@ -32,9 +32,11 @@ NO_VALUE = {SEQUENTIAL: "#e6e6e6", DIVERGING: "#9e9e9e"}
 """Colours that do not occur in the maps."""
 BORDER = {SEQUENTIAL: "white", DIVERGING: GREY}
 """Of blocks and rows, where numbers do not tell cells apart."""
-LABEL = 26
+LABEL = 30
 """Characters of a label; of a longer one the middle is left out."""
-CELL, ROW = 0.55, 0.3
+LETTER = 0.075
+"""Inches: width of a letter of 8 points."""
+CELL, ROW = 0.6, 0.3
 """Inches: width of a cell with a number in it; height of a row."""
 WIDE = 12.0
 """Inches: width of a picture of the whole stream or the whole model."""
@@ -61,6 +63,11 @@ def short(text: str) -> str:
     return text if len(text) <= LABEL else f"{text[:half]}…{text[-half:]}"
 
 
+def fit(labels: Sequence[str], room: float) -> bool:
+    """Whether labels in 8 point letters stand beside each other in `room` inches each."""
+    return max((len(short(label)) for label in labels), default=0) * LETTER <= room
+
+
 def numbered_heat_map(
     axes: Axes,
     values: Floats,
@@ -84,7 +91,7 @@ def numbered_heat_map(
         colour = "white" if dark else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     _label_rows(axes, rows)
-    _label_columns(axes, range(len(columns)), columns, crowded=len(columns) > 4)
+    _label_columns(axes, range(len(columns)), columns, CELL)
     return image
 
 
@@ -101,7 +108,7 @@ def block_heat_map(
         axes.axhline(row - 0.5, color=border, linewidth=0.6)
     labels = [label for label, _ in columns.blocks]
     _label_rows(axes, rows)
-    _label_columns(axes, ends - widths / 2, labels, crowded=len(labels) > 6)
+    _label_columns(axes, ends - widths / 2, labels, WIDE * 0.8 * widths.min() / widths.sum())
     return image
 
 
@@ -125,8 +132,10 @@ def _label_rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.tick_params(length=0)
 
 
-def _label_columns(axes: Axes, places: Sequence[float] | Floats | range, labels: Sequence[str], crowded: bool) -> None:
-    style = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if crowded else {"rotation": 0, "ha": "center"}
+def _label_columns(axes: Axes, places: Sequence[float] | Floats | range, labels: Sequence[str], room: float) -> None:
+    """Labels below an axis, each of which has `room` inches, slanted where that is too little."""
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    style = {"ha": "center"} if fit(labels, room) else slanted
     axes.set_xticks(places, [short(label) for label in labels], fontsize=8, **style)
 
 

@@ -37,12 +37,12 @@ CAPTIONS = {
     "loss.png": "Training loss over the optimiser steps; dashed lines are the borders of tasks. Where a task has 40 "
     "steps or more, the strong line is the mean over a twentieth of them.",
     "unit_importance.png": "Importance of the skill units to each task: the scores that fusion uses, min-max "
-    "normalised per task (1: the task's most important unit). The colours are logarithmic; 0.0001 and less are one "
+    "normalised per task (1: the task's most important unit). The colours are logarithmic; 0.00001 and less are one "
     "colour. Where there are many units, a column is a module and its colour the mean of its units, weighted by their "
     "number of elements: [unit_importance.csv](unit_importance.csv) has every unit.",
     "task_correlation.png": "Pearson's correlation of two tasks' normalised unit scores. Where all units of a task "
-    "have the same score it is not defined and shown as –. [task_correlation.csv](task_correlation.csv) has the "
-    "numbers.",
+    "have the same score, or one that is not a number, it is not defined and shown as –. "
+    "[task_correlation.csv](task_correlation.csv) has the numbers.",
     "fusion.png": "What fusion did to every module: the share of the weights after the task (new) in the mixture with "
     "those before it (old), as the mean over the module's units by elements. The colours are centred on one half. "
     "The first task is not fused. [fusion.csv](fusion.csv) also has the least and the largest share of a module's "

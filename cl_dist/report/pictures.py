@@ -23,6 +23,7 @@ from cl_dist.report.drawing import (
     add_colour_bar,
     block_heat_map,
     draw,
+    fit,
     numbered_heat_map,
     short,
 )
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 Matrix = Sequence[Sequence[float | None]]
 
-LEAST_IMPORTANCE = 1e-4
+LEAST_IMPORTANCE = 1e-5
 """Where the colours of importance begin: it spans many orders of magnitude."""
 PANELS = 5
 """Panels beside each other."""
@@ -59,7 +60,7 @@ def accuracy_matrix(tasks: Sequence[str], matrix: Matrix) -> bytes:
         axes.set(xlabel="scored on", ylabel="model")
         add_colour_bar(figure, image, axes, "score")
 
-    return draw((2.8 + max(4, len(tasks)) * CELL * 1.1, 1.3 + len(values) * ROW), paint)
+    return draw((2.8 + max(4, len(tasks)) * CELL, 1.3 + len(values) * ROW), paint)
 
 
 def scores(tasks: Sequence[str], matrix: Matrix) -> bytes:
@@ -75,7 +76,7 @@ def scores(tasks: Sequence[str], matrix: Matrix) -> bytes:
                 axes.set_visible(False)
                 continue
             _score_panel(axes, values, panel)
-            axes.set_title(short(tasks[panel]), fontsize=9)
+            axes.set_title(short(tasks[panel]), fontsize=8)
         _style_score_panels(grid, values, len(tasks))
         figure.supxlabel("tasks trained", fontsize=9)
         figure.supylabel("score", fontsize=9)
@@ -149,8 +150,8 @@ def _style_loss(axes: Axes, starts: Floats, trained: Sequence[str]) -> None:
     axes.set(xlabel="optimiser step, over the whole stream", ylabel="training loss", xlim=(0.5, starts[-1] + 0.5))
     axes.grid(axis="y", color=LIGHT, linewidth=0.6)
     top = axes.secondary_xaxis("top")
-    crowded = len(trained) > 6
-    style = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if crowded else {}
+    room = WIDE * 0.75 * float(np.diff(starts).min() / starts[-1])
+    style = {} if fit(trained, room) else {"rotation": 40, "ha": "left", "rotation_mode": "anchor"}
     top.set_xticks((starts[:-1] + starts[1:]) / 2 + 0.5, [short(name) for name in trained], fontsize=8, **style)
     top.tick_params(length=0)
 
@@ -168,7 +169,7 @@ def unit_importance(tasks: Sequence[str], units: UnitResults) -> bytes:
         axes.set(xlabel=columns.what, ylabel="task")
         add_colour_bar(figure, image, axes, "importance (min-max)")
 
-    return draw((WIDE, 2.0 + len(tasks) * ROW), paint)
+    return draw((WIDE, 2.0 + max(4, len(tasks)) * ROW), paint)
 
 
 def task_correlation(tasks: Sequence[str], correlations: Floats) -> bytes:
@@ -202,7 +203,7 @@ def fusion(tasks: Sequence[str], units: UnitResults) -> bytes:
             axes.set(xlabel=columns.what, ylabel="fused task")
             add_colour_bar(figure, image, axes, label)
 
-    return draw((WIDE, (1.9 + (len(tasks) - 1) * ROW) * len(shown)), paint)
+    return draw((WIDE, (2.0 + max(4, len(tasks) - 1) * ROW) * len(shown)), paint)
 
 
 def _around_half(shares: Floats) -> Normalize:

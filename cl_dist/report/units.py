@@ -87,9 +87,10 @@ class UnitTable:
         """Smallest and largest value of a module's units: two of `(tasks, modules)`, from `(tasks, units)`."""
         shape = (len(values), len(self.modules))
         low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
-        for task, row in enumerate(values):
-            np.minimum.at(low[task], self.module, row[self.unit])
-            np.maximum.at(high[task], self.module, row[self.unit])
+        with np.errstate(invalid="ignore"):  # NaN makes both NaN
+            for task, row in enumerate(values):
+                np.minimum.at(low[task], self.module, row[self.unit])
+                np.maximum.at(high[task], self.module, row[self.unit])
         return low, high
 
 

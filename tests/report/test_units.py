@@ -64,6 +64,12 @@ class TestTable:
         low, high = self.table.extremes(np.array([[0.2, 0.4, 0.9, 0.3]]))
         assert (low.tolist(), high.tolist()) == ([[0.2, 0.3]], [[0.4, 0.9]])
 
+    def test_the_extremes_of_what_is_no_number_are_none_either(self) -> None:
+        with np.errstate(invalid="raise"):
+            low, high = self.table.extremes(np.array([[0.2, np.nan, 0.9, 0.3]]))
+        assert np.isnan([low[0, 0], high[0, 0]]).all()
+        assert (low[0, 1], high[0, 1]) == (0.3, 0.9)
+
     def test_a_unit_of_two_modules_counts_in_both(self) -> None:
         slices = [{"parameter": "a.weight", "slices": [[0, 3]]}, {"parameter": "b.weight", "slices": [[0, 1]]}]
         table = UnitTable.from_json({"both": slices, "b": [{"parameter": "b.bias", "slices": [[0, 1]]}]})
