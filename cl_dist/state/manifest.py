@@ -65,6 +65,14 @@ class Manifest:
             raise ValueError(f"completed is {self.completed} of {len(self.tasks)} tasks")
         if self.checkpoint is not None and self.checkpoint.task != self.completed:
             raise ValueError(f"the checkpoint is of task {self.checkpoint.task}, {self.completed} are completed")
+        self._check_matrix()
+
+    def _check_matrix(self) -> None:
+        rows = len(self.accuracy_matrix)
+        if rows > self.completed + 1:
+            raise ValueError(f"the accuracy matrix has {rows} rows, {self.completed} tasks are completed")
+        if any(len(row) != len(self.tasks) for row in self.accuracy_matrix):
+            raise ValueError(f"a row of the accuracy matrix does not have {len(self.tasks)} scores, one per task")
 
     def write(self, path: Path) -> None:
         """Replace the file `path`, atomically and durably."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cl_dist.report.write import write_report
 from tests.faults.test_kill_and_resume import assert_same_end
 from tests.recipes import write_recipe
 from tests.zygote import Zygote
@@ -126,6 +128,18 @@ def test_at_other_stages(zygote: Zygote, tmp_path: Path, name: str) -> None:
     steps = [entry["steps"] for entry in json.loads((runs[0] / "metrics.json").read_text())["timings"]]
     assert steps == [STEPS, second_task]
     assert_same_results(runs[1], runs[0])
+
+
+def test_a_report_can_be_made_of_what_is_kept(undisturbed: Path, tmp_path: Path) -> None:
+    report = write_report(undisturbed, tmp_path / "report")
+    assert (len(report.files), report.missing) == (10, ())
+    scores = load_file(undisturbed / "tasks" / TASKS[1] / "unit_scores.safetensors")
+    with (tmp_path / "report" / "fusion.csv").open() as file:
+        shares = [row for row in csv.DictReader(file) if row["task"] == "summer"]
+    # The ranks of a module have the same size, and its ranks follow each other.
+    expected = scores["share_new"].reshape(len(shares), -1)
+    assert [float(row["new_mean"]) for row in shares] == pytest.approx(expected.mean(1).tolist())
+    assert [float(row["new_max"]) for row in shares] == expected.amax(1).tolist()
 
 
 def test_fusion_can_be_recomputed_from_what_is_kept(undisturbed: Path) -> None:

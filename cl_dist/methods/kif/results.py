@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 
 from cl_dist.methods.kif.units import UnitMap
 from cl_dist.state.atomic import sync, telling_full_disk, write_text
-
-UNITS, SCORES = "units.json", "unit_scores.safetensors"
+from cl_dist.state.run_folder import TaskFolder
 
 
 def write_scores(folder: Path, units: UnitMap, scores: Mapping[str, torch.Tensor]) -> None:
@@ -22,8 +21,9 @@ def write_scores(folder: Path, units: UnitMap, scores: Mapping[str, torch.Tensor
         ClDistError: The disk is full; older files are intact.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / UNITS, units.as_text())
-    path, temporary = folder / SCORES, folder / f".{SCORES}.tmp-{os.getpid()}"
+    write_text(TaskFolder(folder).units, units.as_text())
+    path = TaskFolder(folder).unit_scores
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with telling_full_disk(path):
         try:
             save_file(dict(scores), temporary)
