@@ -17,5 +17,6 @@
 | `stored_recipe` | the recipe that a run was started with |
 | `elastic` | the same global batch on another number of ranks |
 
-Only `spans`, `snapshot` and `together` import torch: the rest is needed before and beside training, and must load quickly.
+Only `spans`, `snapshot` and `together` import torch: the rest is needed before and beside training, and must load
+quickly.
 """

@@ -2,8 +2,7 @@
 
 What differs: a step on one rank sums the same gradients in another order (two micro-batches on one rank in place of one
 on each of two), and pads them to other lengths. AdamW divides by the root of the second moment plus eps; an eps of 1e-3
-keeps it from blowing the rounding of a gradient near zero up to a whole step. Largest differences that were measured:
-see TOLERANCE.
+keeps it from blowing the rounding of a gradient near zero up to a whole step.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from tests.zygote import Outcome, Zygote
 STEPS = 6
 EVERY = 2
 EPS = 1e-3
-TOLERANCE = 2e-6
+TOLERANCE = 1e-6
+"""The largest difference that was measured is 2.2e-7, two units in the last place of a weight near 1."""
 
 MIGU = {"name": "migu", "mask": "update", "first_task": "masked"}
 KIF = {"name": "kif"}
@@ -46,6 +46,7 @@ def recipe(folder: Path, stage: int, case: dict[str, Any]) -> Path:
         "train": train,
         "zero": {"stage": stage},
         "checkpoint": {"every_steps": EVERY},
+        "eval": {"before_training": False, "tasks": "seen"},
     }
     return write_recipe(folder, **sections)
 
@@ -96,7 +97,6 @@ def test_other_ranks_and_stages_end_with_the_same_weights(zygote: Zygote, tmp_pa
     assert outcome.codes == [0, 0], "\n".join(outcome.output)
     undisturbed = tmp_path / "undisturbed" / "run"
     run, outputs = disturbed(zygote, tmp_path / "disturbed", case)
-    print(name, largest_difference(run, undisturbed))
     assert largest_difference(run, undisturbed) < TOLERANCE
     assert outputs[0].splitlines()[0] == (
         "resuming with ranks 1 (2 before), zero.stage 3 (1 before), train.gradient_accumulation 2 (1 before); "
