@@ -32,6 +32,7 @@ setup(
         "protobuf>=6",  # transformers reads tokenizers that come as a sentencepiece model alone with it
         "gguf>=0.19",
         "numba>=0.63",
+        "matplotlib>=3.10,<4",
         "rouge-score>=0.1.2",
         "pydantic>=2.14,<3",
         "PyYAML>=6.0.3",

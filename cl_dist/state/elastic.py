@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cl_dist.config.schema import MiguConfig, Recipe, TrainConfig
+from cl_dist.config.methods import MiguConfig
+from cl_dist.config.schema import Recipe, TrainConfig
 from cl_dist.errors import BadInput
 from cl_dist.state.manifest import Manifest, Segment
 from cl_dist.state.stored_recipe import stored_recipe

@@ -101,6 +101,14 @@ class Manifest:
         for entry in self.checkpoints:
             if entry.task != self.completed:
                 raise ValueError(f"the checkpoint is of task {entry.task}, {self.completed} are completed")
+        self._check_matrix()
+
+    def _check_matrix(self) -> None:
+        rows = len(self.accuracy_matrix)
+        if rows > self.completed + 1:
+            raise ValueError(f"the accuracy matrix has {rows} rows, {self.completed} tasks are completed")
+        if any(len(row) != len(self.tasks) for row in self.accuracy_matrix):
+            raise ValueError(f"a row of the accuracy matrix does not have {len(self.tasks)} scores, one per task")
 
     @property
     def checkpoint(self) -> CheckpointEntry | None:

@@ -8,10 +8,11 @@
 | `log.jsonl` | one record per line |
 | `tasks/NN-name/model/` | weights or adapter, in Hugging Face format |
 | `tasks/NN-name/unfused/` | the model before a method changed it at the task's end (kif, where asked for) |
-| `tasks/NN-name/units.json`, `unit_scores.safetensors` | skill units and their importance (kif, tasl) |
+| `tasks/NN-name/units.json`, `unit_scores.safetensors` | skill units and their importance (kif, tasl, recurrent_kif) |
 | `tasks/NN-name/predictions/` | predictions after the task |
 | `tasks/NN-name/state/` | what the next task starts from |
 | `checkpoint/task-NN-step-NNNNNN/` | what an interrupted task goes on from |
+| `report/` | tables and pictures that `cl-dist report` makes from all this |
 | `.lock` | held by the run that writes here |
 """
 
@@ -46,6 +47,16 @@ class TaskFolder:
     def unfused(self) -> Path:
         """Model or adapter as trained, before the method changed it at the end of the task."""
         return self.path / "unfused"
+
+    @property
+    def units(self) -> Path:
+        """Skill units: unit -> slices of parameters (methods that fuse)."""
+        return self.path / "units.json"
+
+    @property
+    def unit_scores(self) -> Path:
+        """Importance of the skill units and their shares in fusion, in the order of `units` (methods that fuse)."""
+        return self.path / "unit_scores.safetensors"
 
     @property
     def predictions(self) -> Path:
@@ -83,6 +94,11 @@ class RunFolder:
     def log(self) -> Path:
         """One JSON record per line."""
         return self.path / "log.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """Folder of the tables and pictures that are made from the run."""
+        return self.path / "report"
 
     @property
     def lock(self) -> Path:

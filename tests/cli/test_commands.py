@@ -184,4 +184,5 @@ def test_a_whole_run_and_its_status(command: Command, tmp_path: Path) -> None:
     assert "average performance (AP)" in output.splitlines()[-6]
     assert len(json.loads((tmp_path / "here/metrics.json").read_text())["accuracy_matrix"]) == 2
     assert command("status", "here")[1].startswith("status      finished\ntasks done  1 of 1\n")
+    assert command("report", "here")[1].endswith("wrote here/report/loss.png\n")
     assert command("run", "quickstart", "--set=output_dir=here")[0] == 2

@@ -11,8 +11,8 @@ from typing import Any
 
 from cl_dist import coordinator
 from cl_dist.engine.trainer import TaskTrainer
-from cl_dist.methods.kif import method as fusing
 from cl_dist.methods.kif import results
+from cl_dist.methods.kif import weights as fusing
 from cl_dist.state import atomic, snapshot, spans
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.schedule import CheckpointSchedule

@@ -64,6 +64,8 @@ def test_a_manifest_of_format_1_is_read(
         ({"tasks": None}, "is damaged: tasks: "),
         ({"surprise": 1}, "is damaged: surprise: "),
         ({"accuracy_matrix": [["high"]]}, r"is damaged: accuracy_matrix\.0\.0: "),
+        ({"accuracy_matrix": [[0.5, 0.5]]}, "a row of the accuracy matrix does not have 3 scores, one per task"),
+        ({"accuracy_matrix": [[0.5] * 3] * 2}, "the accuracy matrix has 2 rows, 0 tasks are completed"),
     ],
 )
 def test_a_bad_manifest_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:

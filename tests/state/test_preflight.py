@@ -11,11 +11,11 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
+from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import (
     CheckpointConfig,
     EvalConfig,
     LaunchConfig,
-    MiguConfig,
     ModelConfig,
     Recipe,
     StreamConfig,

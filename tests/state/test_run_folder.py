@@ -15,17 +15,20 @@ FOLDER = RunFolder(Path("/runs/r"))
 
 def test_places() -> None:
     task = FOLDER.task(0, "dbpedia")
-    places = [FOLDER.config, FOLDER.manifest, FOLDER.metrics, FOLDER.log, FOLDER.lock]
-    places += [task.model, task.predictions, task.state]
+    places = [FOLDER.config, FOLDER.manifest, FOLDER.metrics, FOLDER.log, FOLDER.report, FOLDER.lock]
+    places += [task.model, task.predictions, task.state, task.units, task.unit_scores]
     assert [str(place.relative_to("/runs/r")) for place in places] == [
         "config.yaml",
         "manifest.json",
         "metrics.json",
         "log.jsonl",
+        "report",
         ".lock",
         "tasks/01-dbpedia/model",
         "tasks/01-dbpedia/predictions",
         "tasks/01-dbpedia/state",
+        "tasks/01-dbpedia/units.json",
+        "tasks/01-dbpedia/unit_scores.safetensors",
     ]
     assert FOLDER.checkpoint(1, 200) == Path("/runs/r/checkpoint/task-02-step-000200")
 
