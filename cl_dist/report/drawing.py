@@ -86,7 +86,7 @@ def numbered_heat_map(
     """
     image = _heat_map(axes, values, colours)
     for (row, column), value in np.ndenumerate(values):
-        dark = not np.isnan(value) and _luminance(image.to_rgba(value)) < 0.4
+        dark = not np.isnan(value) and _luminance([float(part) for part in image.to_rgba(value)]) < 0.4
         text = "–" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
         colour = "white" if dark else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)

@@ -151,7 +151,7 @@ def _style_loss(axes: Axes, starts: Floats, trained: Sequence[str]) -> None:
     axes.grid(axis="y", color=LIGHT, linewidth=0.6)
     top = axes.secondary_xaxis("top")
     room = WIDE * 0.75 * float(np.diff(starts).min() / starts[-1])
-    style = {} if fit(trained, room) else {"rotation": 40, "ha": "left", "rotation_mode": "anchor"}
+    style: dict[str, Any] = {} if fit(trained, room) else {"rotation": 40, "ha": "left", "rotation_mode": "anchor"}
     top.set_xticks((starts[:-1] + starts[1:]) / 2 + 0.5, [short(name) for name in trained], fontsize=8, **style)
     top.tick_params(length=0)
 
