@@ -31,9 +31,13 @@ CASES: dict[str, dict[str, Any]] = {
     "migu-full": {"method": [MIGU], "model": {"lora": None}},
     "kif-lora": {"method": [KIF], "model": {"lora": {"r": 3}}},
     "migu-lora": {"method": [MIGU], "model": {"lora": {"r": 3}}},
+    "recurrent-lora": {
+        "method": [{"name": "recurrent_kif", "replay_ratio": 0.25, "inner_steps": 3, "outer_steps": 1}],
+        "model": {"lora": {"r": 3}},
+    },
     "migu-kif-full": {"method": [MIGU, {**KIF, "units": "row"}], "model": {"lora": None}},
 }
-CHEAP = ("migu-full", "kif-lora")
+FAST = ("migu-full", "kif-lora")
 
 
 def recipe(folder: Path, stage: int, case: dict[str, Any]) -> Path:
@@ -88,9 +92,7 @@ def disturbed(zygote: Zygote, folder: Path, case: dict[str, Any]) -> tuple[Path,
     return folder / "run", [first, outcome.output[0]]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in CHEAP else pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES])
 def test_other_ranks_and_stages_end_with_the_same_weights(zygote: Zygote, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     outcome = start(zygote, tmp_path / "undisturbed", case, 2, 2)
