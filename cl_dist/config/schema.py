@@ -283,7 +283,13 @@ class CheckpointConfig:
     """State that an interrupted run resumes from; the end of every task is always saved."""
 
     every_steps: PositiveInt | None = 200
-    """Save inside a task every so many optimiser steps; null: only at the end of tasks and when asked to stop."""
+    """Save inside a task every so many optimiser steps; null: not for that reason."""
+    every_minutes: Positive | None = None
+    """Save inside a task once so many minutes have passed since the last save; null: not for that reason. Without
+    every_steps and every_minutes a task's state is saved at its end and when the run is asked to stop."""
+    keep: PositiveInt = 2
+    """How many of the newest saved states of the task under way are kept: where the newest is damaged, a resume goes on
+    from the one before it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -74,7 +74,9 @@ class Page:
         run, manifest = self.run, self.run.manifest
         yield f"# Run {run.folder.path.resolve().name}"
         yield f"{len(run.done)} of {len(manifest.tasks)} tasks are done; status: {manifest.status}."
-        ranks = f"{manifest.world_size}, ZeRO stage {manifest.zero_stage}"
+        # A manifest of format 1 has no segments: its run had one number of ranks and one stage.
+        layouts = manifest.segments or (manifest,)
+        ranks = "; then ".join(f"{layout.world_size}, ZeRO stage {layout.zero_stage}" for layout in layouts)
         lines = [*_settings(run.settings), ["ranks", ranks], ["restarts", str(manifest.restarts)]]
         yield markdown(["setting", "value"], lines, text=(0, 1))
         if run.settings:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,11 +130,14 @@ class RunFolder:
         found = [path for path in self.checkpoints.glob("task-*") if _CHECKPOINT_NAME.fullmatch(path.name)]
         return sorted(found, key=_task_and_step, reverse=True)
 
-    def forget_checkpoints(self, but: Path | None = None) -> None:
-        """Delete all checkpoints but the one that the manifest names (`but`), however old the others are."""
+    def forget_checkpoints(self, but: Collection[Path] = ()) -> None:
+        """Delete all checkpoints but those that the manifest names (`but`), however old the others are.
+
+        One that cannot be deleted now (an open file on NFS) is tried again the next time.
+        """
         for path in self.stored_checkpoints():
-            if path != but:
-                shutil.rmtree(path)
+            if path not in but:
+                shutil.rmtree(path, ignore_errors=True)
 
     def append_log(self, record: dict[str, Any]) -> None:
         """Append a record to the log."""

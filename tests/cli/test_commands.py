@@ -61,7 +61,7 @@ class TestStatus:
 
     def test_of_a_run_that_was_killed(self, command: Command, tmp_path: Path) -> None:
         checkpoint = CheckpointEntry(task=1, step=40, folder="checkpoint/task-02-step-000040")
-        manifest = replace(MANIFEST, completed=1, checkpoint=checkpoint, accuracy_matrix=MATRIX[:2], restarts=3)
+        manifest = replace(MANIFEST, completed=1, checkpoints=(checkpoint,), accuracy_matrix=MATRIX[:2], restarts=3)
         manifest.write(tmp_path / "manifest.json")
         code, output, _ = command("status", tmp_path)
         assert code == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from cl_dist.errors import BadInput
 from cl_dist.report.write import PAGE, Report, write_report
+from cl_dist.state.manifest import Manifest, Segment
 from cl_dist.state.run_folder import RunFolder
 from tests.report.runs import llama_lora, write_run, write_units
 
@@ -122,6 +124,15 @@ def test_a_run_without_units(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", LONG[:4], 4)
     assert list(write_report(folder.path).files) == PLAIN
     assert "unit" not in (folder.report / PAGE).read_text()
+
+
+def test_the_ranks_of_all_segments_are_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ["a", "b"], 1)
+    first = Segment(task=0, step=0, world_size=2, zero_stage=1, micro_batch_size=4, gradient_accumulation=1)
+    second = replace(first, step=2, world_size=1, zero_stage=3, gradient_accumulation=2)
+    replace(Manifest.read(folder.manifest), segments=(first, second)).write(folder.manifest)
+    page = (write_report(folder.path).folder / PAGE).read_text()
+    assert "| ranks | 2, ZeRO stage 1; then 1, ZeRO stage 3 |" in page
 
 
 def test_fifteen_tasks(tmp_path: Path) -> None:

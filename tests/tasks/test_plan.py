@@ -84,6 +84,26 @@ def test_the_product_alone_decides_the_global_batch(arguments: dict[str, Any], f
     assert [plan.step(step) for step in range(plan.steps)] == [other.step(step) for step in range(other.steps)]
 
 
+@given(PLANS, st.data())
+def test_a_run_that_changes_its_split_on_the_way_learns_every_sample_in_the_same_step(
+    arguments: dict[str, Any], data: st.DataObject
+) -> None:
+    """The samples of all ranks and micro-batches, step by step, whatever splits of the global batch come and go."""
+    plan = BatchPlan(**arguments)
+    size = plan.global_batch_size
+    splits = [(r, m) for r in range(1, size + 1) for m in range(1, size + 1) if size % (r * m) == 0]
+    seen: list[list[int]] = []
+    while len(seen) < plan.steps:
+        ranks, micro = data.draw(st.sampled_from(splits))
+        split = {"ranks": ranks, "micro_batch_size": micro, "gradient_accumulation": size // (ranks * micro)}
+        resumed = BatchPlan(**{**arguments, **split})
+        assert resumed.steps == plan.steps
+        for step in range(len(seen), data.draw(st.integers(len(seen) + 1, plan.steps))):
+            pieces = [piece for rank in range(ranks) for piece in resumed.micro_batches(step, rank)]
+            seen.append([index for piece in pieces for index in piece if index != FILLER])
+    assert seen == [plan.step(step) for step in range(plan.steps)]
+
+
 def test_file_order_takes_consecutive_samples_and_splits_them_over_ranks() -> None:
     plan = make_plan(ranks=2, micro_batch_size=2, gradient_accumulation=1)
     assert [plan.step(step) for step in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
