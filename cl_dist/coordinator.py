@@ -20,6 +20,7 @@ import torch
 from cl_dist.assembly import System, build_saved, build_system
 from cl_dist.config.load import dump_recipe
 from cl_dist.config.schema import Recipe
+from cl_dist.engine.deadline import Deadline, SecondsLeft, no_limit
 from cl_dist.engine.distributed import join, leave
 from cl_dist.engine.memory import peak_memory_per_rank
 from cl_dist.engine.quiet import quiet_libraries
@@ -51,7 +52,9 @@ class Spent:
     tokens: int = 0
 
 
-def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
+def run(
+    recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter, seconds_left: SecondsLeft = no_limit
+) -> dict[str, Any]:
     """Train the recipe's stream on this rank together with the others, and return the content of metrics.json.
 
     Args:
@@ -59,10 +62,11 @@ def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter) -
         recipe_dir: Folder that the recipe's relative paths start from.
         resume: Go on from the newest saved state in `recipe.output_dir`.
         reporter: Where progress is told.
+        seconds_left: How long the job may still run, asked on rank 0; None: for ever.
 
     Raises:
         BadInput: The recipe, its data or its model is not usable, or another run holds the folder.
-        Interrupted: A signal asked the run to stop; its state is saved.
+        Interrupted: A signal asked the run to stop, or its time is nearly over; its state is saved.
     """
     rank, world = join(recipe.launch.timeout_seconds)
     quiet_libraries(rank)
@@ -78,7 +82,8 @@ def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter) -
             reporter.message("this run is finished already; nothing is left to do")
             return _finish(ledger, reporter)
         with _failure_noted(ledger):
-            return Coordinator(build_system(recipe, recipe_dir), ledger, reporter).run()
+            deadline = Deadline(seconds_left if rank == 0 else no_limit)
+            return Coordinator(build_system(recipe, recipe_dir), ledger, reporter, deadline).run()
 
 
 def _finish(ledger: Ledger, reporter: Reporter) -> dict[str, Any]:
@@ -169,11 +174,13 @@ class Coordinator:
         system: Stream, model, engine and evaluator.
         ledger: What is done so far.
         reporter: Where progress is told.
+        deadline: The end of the job's time.
     """
 
-    def __init__(self, system: System, ledger: Ledger, reporter: Reporter) -> None:
+    def __init__(self, system: System, ledger: Ledger, reporter: Reporter, deadline: Deadline) -> None:
         self.system, self.ledger, self.reporter = system, ledger, reporter
         self.recipe, self.tasks, self.folder = system.recipe, system.tasks, ledger.folder
+        self.deadline = deadline
         self._first = ledger.manifest.completed
         """The first task that this process trains: the ones before are known from disk only."""
 
@@ -185,7 +192,7 @@ class Coordinator:
         for text in filter(None, (method.start_message() for method in self.system.engine.methods)):
             self.reporter.message(text)
             self.ledger.log(event="method", message=text)
-        self._stop = StopRequest()
+        self._stop = StopRequest(self.deadline.is_near)
         try:
             self._evaluate_untouched()
             for index in range(self._first, len(self.tasks)):
@@ -236,6 +243,7 @@ class Coordinator:
             began = time.monotonic()
             result = trainer.step(step)
             seconds = time.monotonic() - began
+            self.deadline.stepped(seconds)
             spent = Spent(spent.train_seconds + seconds, step + 1, spent.tokens + trainer.tokens(step))
             stop, (loss, targets) = self._stop.agreed_with(result.loss_sum, result.targets)
             loss /= max(1.0, targets)
@@ -281,6 +289,8 @@ class Coordinator:
     def _after_step(self, place: TaskPlace, spent: Spent, stop: bool) -> None:
         """Save at the interval, and stop where a signal asked for it."""
         every = self.recipe.checkpoint.every_steps
+        if stop and self.deadline.is_near():
+            self.reporter.message("the job's time is nearly over")
         if stop or (every is not None and spent.steps % every == 0 and spent.steps < place.steps):
             self._save(self.folder.checkpoint(place.index, spent.steps), place, spent, trained=False)
         if stop:
@@ -292,7 +302,8 @@ class Coordinator:
         engine.before_save()
         state = {"trained": trained, "spent": dataclasses.asdict(spent), "methods": engine.method_states()}
         moments = not trained or self.recipe.train.keep_optimizer
-        save_snapshot(path, engine.shards, state, moments=moments, extra=engine.method_tensors())
+        with self.deadline.saving():
+            save_snapshot(path, engine.shards, state, moments=moments, extra=engine.method_tensors())
         entry = CheckpointEntry(task=place.index, step=spent.steps, folder=str(path.relative_to(self.folder.path)))
         self.ledger.update(checkpoint=entry)
         self._forget_stray_checkpoints()

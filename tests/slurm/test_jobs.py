@@ -1,0 +1,247 @@
+"""`cl-dist slurm --submit` on a real cluster: it trains over two nodes, and whatever interrupts it, it ends with the
+weights of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from cl_dist.launch.scheduler import JobState, job_state
+from safetensors.torch import load_file
+
+from tests import mpi
+from tests.launch.test_mpi import ASK
+from tests.ranks import REPOSITORY
+from tests.recipes import write_recipe
+from tests.slurm.cluster import NETWORK, Cluster, missing
+from tests.zygote import Zygote
+
+REASON = missing()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+
+PATIENCE_SECONDS = 90.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="cld-", dir="/tmp"))  # sockets lie there: the path must be short
+    cluster = Cluster(folder, nodes=2)
+    try:
+        cluster.start()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("SLURM_CONF", "PATH"):
+                patch.setenv(name, cluster.environment[name])
+            yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class Run:
+    """A run that is submitted as a job."""
+
+    cluster: Cluster
+    folder: Path
+    recipe: Path
+    job: str = ""
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`cl-dist ARGUMENTS`, as a user calls it."""
+        environment = {**self.cluster.environment, "PYTHONPATH": str(REPOSITORY)}
+        return subprocess.run(
+            [sys.executable, "-m", "cl_dist", *arguments],
+            cwd=self.folder, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    def submit(self, *options: str) -> None:
+        done = self.command("slurm", str(self.recipe), *options, "--submit")
+        assert done.returncode == 0, done.stderr
+        self.job = done.stdout.split()[2].rstrip(":")
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def state(self) -> JobState:
+        state = job_state(self.job)
+        assert state is not None
+        return state
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.run.glob("slurm/*/*.log")))
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of the job's ranks, on whatever node."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                variables = process.environ()
+                ours = variables.get("SLURM_JOB_ID") == self.job and "SLURM_STEP_ID" in variables
+                if ours and "cl_dist" in process.cmdline():
+                    found.append(process)
+        return found
+
+    def steps(self) -> int:
+        log = self.run / "log.jsonl"
+        return log.read_text().count('"step"') if log.exists() else 0
+
+    def wait_for_steps(self, more: int) -> None:
+        before = self.steps()
+        self.wait_for(lambda: self.steps() >= before + more, "steps of the run")
+
+    def wait_for_end(self, expected: str = "COMPLETED") -> None:
+        self.wait_for(lambda: not self.state.is_alive, "end of the job")
+        assert self.state.state == expected, self.log()
+
+    def wait_for(self, condition: object, what: str) -> None:
+        try:
+            self.cluster.wait_for(condition, what, PATIENCE_SECONDS)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}; {self.state}\n{self.log()}") from error
+
+    def status(self) -> list[str]:
+        done = self.command("status", str(self.run))
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+
+@pytest.fixture
+def a_run(cluster: Cluster, tmp_path: Path) -> Run:
+    folder = tmp_path / 'it\'s $(mine), 50% "ü"'  # nothing in a path may mislead Slurm or bash
+    folder.mkdir()
+    return Run(cluster, folder, long_recipe(folder))
+
+
+def long_recipe(folder: Path) -> Path:
+    """Two times 64 steps."""
+    return write_recipe(folder, train={"epochs": 16}, method={"name": "sequential"})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    outcome = zygote.run(["run", str(long_recipe(folder))], folder, world=2)
+    assert outcome.codes == [0, 0], outcome.output
+    return weights(folder / "run")
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "tasks" / "02-summer" / "model" / "model.safetensors")
+
+
+def assert_weights(run: Path, expected: dict[str, torch.Tensor]) -> None:
+    ours = weights(run)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
+
+
+def test_a_job_trains_over_two_nodes_to_the_end(a_run: Run, undisturbed: dict[str, torch.Tensor]) -> None:
+    a_run.submit("--nodes", "2", "--gpus-per-node", "1", "--time", "30")
+    second = a_run.command("slurm", str(a_run.recipe), "--nodes", "2", "--submit")
+    assert second.returncode == 2
+    assert f"job {a_run.job} of {a_run.run} is " in second.stderr
+    a_run.wait_for_steps(1)
+    ranks = sorted((process.environ() for process in a_run.ranks()), key=lambda variables: variables["SLURM_PROCID"])
+    assert [variables["SLURMD_NODENAME"] for variables in ranks] == ["node1", "node2"]
+    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in ranks] == ["0", "0"]
+    assert a_run.status()[0] == "status      running"
+    a_run.wait_for_end()
+    assert_weights(a_run.run, undisturbed)
+    lines = a_run.status()
+    assert lines[0] == "status      finished"
+    assert any(line.startswith(f"job         {a_run.job} COMPLETED") for line in lines)
+    assert {path.name for path in (a_run.run / "slurm" / "01").iterdir()} == {
+        "job.sh", "job.json", "recipe.yaml", f"slurm-{a_run.job}.log"
+    }  # fmt: skip
+    assert f"job {a_run.job} on node[1-2], restart 0 of at most 20" in a_run.log()
+
+
+def test_requeued_and_signalled_it_goes_on_until_its_restarts_are_spent(
+    a_run: Run, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    a_run.submit("--nodes", "2", "--max-restarts", "1")
+    a_run.wait_for_steps(3)
+    a_run.cluster.ask("scontrol", "requeue", a_run.job)  # what preemption does
+    a_run.wait_for(lambda: a_run.state.restarts == 1, "restart")
+    a_run.wait_for_steps(3)
+    assert "            restarted 1 times, at most 1" in a_run.status()
+    a_run.cluster.ask("scancel", "--signal=USR1", "--batch", a_run.job)
+    a_run.wait_for_end("FAILED")
+    assert a_run.log().count("stopped after step") >= 2
+    assert "stopped with its state saved, and not restarted: --max-restarts is 1" in a_run.log()
+    assert a_run.status()[0] == "status      interrupted; --resume goes on"
+    a_run.submit("--nodes", "2", "--resume")
+    a_run.wait_for_end()
+    assert_weights(a_run.run, undisturbed)
+    assert json.loads((a_run.run / "manifest.json").read_text())["restarts"] == 2
+
+
+def test_before_its_time_limit_it_saves_and_requeues_itself(a_run: Run, undisturbed: dict[str, torch.Tensor]) -> None:
+    a_run.submit("--nodes", "2", "--time", "1", "--warn-seconds", "0")
+    a_run.wait_for_steps(3)
+    ranks = a_run.ranks()
+    assert len(ranks) == 2
+    for process in ranks:  # a long step, which costs the test no computing
+        process.send_signal(signal.SIGSTOP)
+    a_run.wait_for(lambda: a_run.state.run_time > "00:00:45", "time that passes")
+    for process in ranks:
+        process.send_signal(signal.SIGCONT)
+    a_run.wait_for(lambda: a_run.state.restarts == 1, "restart")
+    a_run.wait_for_end()
+    assert "the job's time is nearly over" in a_run.log()
+    assert "restart 1 of at most 20 follows" in a_run.log()
+    assert_weights(a_run.run, undisturbed)
+
+
+def test_mpi_tells_where_ranks_on_two_nodes_meet(cluster: Cluster, tmp_path: Path) -> None:
+    reason = mpi.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    (tmp_path / "ask.py").write_text(ASK)
+    command = shlex.join([*mpi.MPIRUN, "-np", "2", "--map-by", "node", sys.executable, "ask.py"])
+    done = subprocess.run(
+        ["sbatch", "--nodes=2", "--ntasks-per-node=1", "--wait", "--output=log", f"--wrap={command}"],
+        cwd=tmp_path, env={**cluster.environment, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, (tmp_path / "log").read_text()
+    found = [json.loads((tmp_path / f"answer-{rank}.json").read_text()) for rank in range(2)]
+    assert [(answer["rank"], answer["local_rank"]) for answer in found] == [(0, 0), (1, 0)]
+    assert {answer["to"] for answer in found} == {f"{NETWORK}.1"}
+    assert len({answer["port"] for answer in found}) == 1
+
+
+def test_a_cancelled_job_is_not_started_again(a_run: Run) -> None:
+    a_run.submit("--nodes", "2")
+    a_run.wait_for(lambda: a_run.state.state == "RUNNING", "start of the job")
+    a_run.cluster.ask("scancel", a_run.job)
+    a_run.wait_for_end("CANCELLED")
+    assert a_run.state.restarts == 0
+
+
+def test_without_a_node_that_died_it_goes_on_alone(a_run: Run, undisturbed: dict[str, torch.Tensor]) -> None:
+    a_run.submit("--nodes", "2")
+    a_run.wait_for_steps(3)
+    a_run.cluster.kill_node("node2")
+    a_run.wait_for(lambda: a_run.state.state == "PENDING", "requeue")
+    assert a_run.state.restarts == 1
+    assert a_run.status()[0] == "status      killed; --resume goes on"
+    a_run.cluster.ask("scancel", a_run.job)
+    a_run.wait_for_end("CANCELLED")
+    a_run.submit("--nodes", "1", "--ranks-per-node", "2", "--resume")
+    a_run.wait_for_end()
+    assert_weights(a_run.run, undisturbed)
