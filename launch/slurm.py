@@ -57,7 +57,7 @@ _OWN_OPTIONS = {
     "signal": "--warn-seconds",
 }
 """Options of sbatch that an option of ours sets."""
-_FIXED_OPTIONS = ("ntasks", "output", "error", "open-mode", "requeue", "no-requeue", "array", "wrap", "chdir", "export")
+_FIXED_OPTIONS = ("ntasks", "output", "error", "open-mode", "requeue", "no-requeue", "array", "wrap", "chdir")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from cl_dist.cli.failures import tell
+from cl_dist.cli.failures import SIGNALLED, tell
 from cl_dist.errors import BadInput, Interrupted
 from cl_dist.launch.child import is_launched
 from cl_dist.launch.environment import Ranks, export_ranks, find_ranks
@@ -91,7 +91,12 @@ def _interruptible() -> Iterator[None]:
     """Until the coordinator listens for signals itself, one that asks to stop ends the rank at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("stopped outside of training; what was saved is intact")
+        error = Interrupted("stopped outside of training; what was saved is intact")
+        if not is_launched(os.environ):
+            # A launcher that is not ours may have sent this because another rank failed. Exit code 75 would make a
+            # batch script believe that all ranks have agreed to stop.
+            error.exit_code = SIGNALLED + number
+        raise error
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:

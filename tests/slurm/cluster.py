@@ -8,20 +8,26 @@ FOLDER` keeps a cluster until Ctrl-C and says how to talk to it.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+
+import pytest
 
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
-BRIDGE, CABLE = "cld-bridge", "cld-node"
-NETWORK = "10.213.87"
 CONTROLLER = "cldctl"
-PORT = 16817
+FIRST_PORT = 16817
+CLUSTERS = 8
+"""As many may be up at the same time."""
 PATIENCE_SECONDS = 60.0
 
 CONFIGURATION = """\
@@ -33,8 +39,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits for the old credential to expire.
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+# A requeued job waits for the old credential to expire; less than 5 seconds is not believed.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -56,7 +62,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf
 SlurmdTimeout=6
 SlurmctldTimeout=30
 MessageTimeout=5
-KillWait=10
+KillWait=20
 ReturnToService=1
 GresTypes=gpu
 {nodes}
@@ -104,6 +110,9 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder = folder
+        self._claim, self._index = _claim_index()
+        self.network = f"10.213.{self._index}"
+        """Of the nodes and the controller: node1 is .1, the controller .254."""
         self.names = [f"node{number}" for number in range(1, nodes + 1)]
         self.environment = {**os.environ, "PATH": search_path(), "SLURM_CONF": str(folder / "slurm.conf")}
         """For Slurm's commands."""
@@ -114,9 +123,10 @@ class Cluster:
         self._clear_network()
         self._write_configuration()
         self._start_munge()
-        self._run("ip", "link", "add", BRIDGE, "type", "bridge")
-        self._run("ip", "address", "add", f"{NETWORK}.254/24", "dev", BRIDGE)
-        self._run("ip", "link", "set", BRIDGE, "up")
+        bridge = self._bridge
+        self._run("ip", "link", "add", bridge, "type", "bridge")
+        self._run("ip", "address", "add", f"{self.network}.254/24", "dev", bridge)
+        self._run("ip", "link", "set", bridge, "up")
         controller = f"hostname {CONTROLLER}; exec slurmctld -D -i -f {self.folder}/slurm.conf"
         self._start_daemon("slurmctld", "unshare", "--uts", "sh", "-c", controller)
         for name in self.names:
@@ -130,21 +140,31 @@ class Cluster:
         for name in reversed(self._daemons):
             self._kill(self._daemons[name])
         self._clear_network()
+        self._claim.close()
+
+    @property
+    def _bridge(self) -> str:
+        return f"cld{self._index}"
+
+    def _cable(self, node: str) -> str:
+        return f"{self._bridge}-{node}"
+
+    def _address(self, node: str) -> str:
+        return f"{self.network}.{node.removeprefix('node')}"
 
     def start_node(self, name: str) -> None:
         """Switch a node on."""
-        number = name.removeprefix("node")
-        script = NODE.format(name=name, folder=self.folder, address=f"{NETWORK}.{number}")
+        script = NODE.format(name=name, folder=self.folder, address=self._address(name))
         namespaces = ["--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         process = self._start_daemon(name, "unshare", *namespaces, "bash", "-c", script)
         self.wait_for(lambda: self._has_own_network(process), f"the network of {name}")
-        cable = f"{CABLE}{number}"
+        cable = self._cable(name)
         self._run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(process.pid))
-        self._run("ip", "link", "set", cable, "master", BRIDGE, "up")
+        self._run("ip", "link", "set", cable, "master", self._bridge, "up")
 
     def kill_node(self, name: str) -> None:
         """Cut a node's power: nothing in it can say goodbye, on the network neither."""
-        self._run("ip", "link", "delete", f"{CABLE}{name.removeprefix('node')}")
+        self._run("ip", "link", "delete", self._cable(name))
         self._kill(self._daemons.pop(name))
 
     def node_states(self) -> dict[str, str]:
@@ -170,15 +190,16 @@ class Cluster:
     def _write_configuration(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "state").mkdir()
-        addresses = {name: f"{NETWORK}.{number}" for number, name in enumerate(self.names, start=1)}
+        addresses = {name: self._address(name) for name in self.names}
+        port = FIRST_PORT + 10 * self._index
         for name in self.names:
             others = [f"{address} {other}" for other, address in addresses.items() if other != name]
-            lines = ["127.0.0.1 localhost", f"127.0.1.1 {name}", f"{NETWORK}.254 {CONTROLLER}", *others]
+            lines = ["127.0.0.1 localhost", f"127.0.1.1 {name}", f"{self.network}.254 {CONTROLLER}", *others]
             (self.folder / f"hosts-{name}").write_text("\n".join(lines) + "\n")
         nodes = (f"NodeName={name} NodeAddr={address} CPUs=2 RealMemory=4000 Gres=gpu:1 State=UNKNOWN"
                  for name, address in addresses.items())  # fmt: skip
         self._write_file("slurm.conf", CONFIGURATION.format(
-            folder=self.folder, network=NETWORK, controller=CONTROLLER, port=PORT, node_port=PORT + 1,
+            folder=self.folder, network=self.network, controller=CONTROLLER, port=port, node_port=port + 1,
             nodes="\n".join(nodes),
         ))  # fmt: skip
         # Detecting cgroups ends slurmd where there are none; named, the plugin does nothing.
@@ -225,11 +246,38 @@ class Cluster:
 
     def _clear_network(self) -> None:
         """Also what a cluster that was killed has left."""
-        for link in (BRIDGE, *(f"{CABLE}{number}" for number in range(1, len(self.names) + 1))):
+        for link in (self._bridge, *map(self._cable, self.names)):
             subprocess.run(["ip", "link", "delete", link], env=self.environment, capture_output=True, check=False)
 
     def _run(self, *command: str) -> None:
         subprocess.run(command, env=self.environment, check=True)
+
+
+def _claim_index() -> tuple[IO[str], int]:
+    """A number that no other cluster on this machine has, and the file whose lock keeps it so."""
+    for index in range(CLUSTERS):
+        file = Path(tempfile.gettempdir(), f"cl_dist-cluster-{index}.lock").open("a", encoding="utf-8")  # noqa: SIM115 - held
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file, index
+        file.close()
+    raise RuntimeError(f"{CLUSTERS} clusters are up already")
+
+
+@contextmanager
+def running_cluster(nodes: int) -> Iterator[Cluster]:
+    """A cluster that this process's Slurm commands talk to."""
+    folder = Path(tempfile.mkdtemp(prefix="cld-", dir="/tmp"))  # sockets lie there: the path must be short
+    cluster = Cluster(folder, nodes)
+    try:
+        cluster.start()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("SLURM_CONF", "PATH"):
+                patch.setenv(name, cluster.environment[name])
+            yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main(folder: Path) -> None:

@@ -5,15 +5,13 @@ weights of an undisturbed run.
 from __future__ import annotations
 
 import json
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -22,11 +20,9 @@ import torch
 from cl_dist.launch.scheduler import JobState, job_state
 from safetensors.torch import load_file
 
-from tests import mpi
-from tests.launch.test_mpi import ASK
 from tests.ranks import REPOSITORY
 from tests.recipes import write_recipe
-from tests.slurm.cluster import NETWORK, Cluster, missing
+from tests.slurm.cluster import Cluster, missing, running_cluster
 from tests.zygote import Zygote
 
 REASON = missing()
@@ -38,17 +34,8 @@ PATIENCE_SECONDS = 240.0
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="cld-", dir="/tmp"))  # sockets lie there: the path must be short
-    cluster = Cluster(folder, nodes=2)
-    try:
-        cluster.start()
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("SLURM_CONF", "PATH"):
-                patch.setenv(name, cluster.environment[name])
-            yield cluster
-    finally:
-        cluster.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+    with running_cluster(nodes=2) as cluster:
+        yield cluster
 
 
 @dataclass
@@ -122,10 +109,21 @@ class Run:
 
 
 @pytest.fixture
-def a_run(cluster: Cluster, tmp_path: Path) -> Run:
-    folder = tmp_path / 'it\'s $(mine), 50% "ü"'  # nothing in a path may mislead Slurm or bash
-    folder.mkdir()
-    return Run(cluster, folder, long_recipe(folder))
+def runs(cluster: Cluster, tmp_path: Path) -> Callable[[], Run]:
+    """Makes runs that are ready to be submitted."""
+    numbers = count(1)
+
+    def make() -> Run:
+        folder = tmp_path / f"it's $(mine), 50% 'ü' {next(numbers)}"  # no path may mislead Slurm or bash
+        folder.mkdir()
+        return Run(cluster, folder, long_recipe(folder))
+
+    return make
+
+
+@pytest.fixture
+def a_run(runs: Callable[[], Run]) -> Run:
+    return runs()
 
 
 def long_recipe(folder: Path) -> Path:
@@ -199,49 +197,19 @@ def check_ending(run: Run, expected: dict[str, torch.Tensor]) -> None:
     assert f"job {run.job} on node[1-2], restart 0 of at most 20" in run.log()
 
 
-def test_requeued_and_signalled_it_goes_on_until_its_restarts_are_spent(
-    a_run: Run, undisturbed: dict[str, torch.Tensor]
-) -> None:
-    a_run.submit("--nodes", "2", "--max-restarts", "1")
+def test_requeued_and_signalled_it_goes_on(a_run: Run, undisturbed: dict[str, torch.Tensor]) -> None:
+    a_run.submit("--nodes", "2")
     a_run.wait_for_steps(3)
     a_run.cluster.ask("scontrol", "requeue", a_run.job)  # what preemption does
     a_run.wait_for(lambda: a_run.state.restarts == 1, "restart")
     a_run.wait_for_steps(3)
-    assert "            restarted 1 times, at most 1" in a_run.status()
+    assert "            restarted 1 times, at most 20" in a_run.status()
     a_run.cluster.ask("scancel", "--signal=USR1", "--batch", a_run.job)
-    a_run.wait_for_end("FAILED")
-    assert a_run.log().count("stopped after step") >= 2
-    assert "stopped with its state saved, and not restarted: --max-restarts is 1" in a_run.log()
-    assert a_run.status()[0] == "status      interrupted; --resume goes on"
-    a_run.submit("--nodes", "2", "--resume")
+    a_run.wait_for(lambda: a_run.state.restarts == 2, "restart")
     a_run.wait_for_end()
-    assert_weights(a_run.run, undisturbed)
+    assert a_run.log().count("stopped after step") >= 2
     assert json.loads((a_run.run / "manifest.json").read_text())["restarts"] == 2
-
-
-def test_mpi_tells_where_ranks_on_two_nodes_meet(cluster: Cluster, tmp_path: Path) -> None:
-    reason = mpi.missing()
-    if reason is not None:
-        pytest.skip(reason)
-    (tmp_path / "ask.py").write_text(ASK)
-    command = shlex.join([*mpi.MPIRUN, "-np", "2", "--map-by", "node", sys.executable, "ask.py"])
-    done = subprocess.run(
-        ["sbatch", "--nodes=2", "--ntasks-per-node=1", "--wait", "--output=log", f"--wrap={command}"],
-        cwd=tmp_path, env={**cluster.environment, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, (tmp_path / "log").read_text()
-    found = [json.loads((tmp_path / f"answer-{rank}.json").read_text()) for rank in range(2)]
-    assert [(answer["rank"], answer["local_rank"]) for answer in found] == [(0, 0), (1, 0)]
-    assert {answer["to"] for answer in found} == {f"{NETWORK}.1"}
-    assert len({answer["port"] for answer in found}) == 1
-
-
-def test_a_cancelled_job_is_not_started_again(a_run: Run) -> None:
-    a_run.submit("--nodes", "2")
-    a_run.wait_for(lambda: a_run.state.state == "RUNNING", "start of the job")
-    a_run.cluster.ask("scancel", a_run.job)
-    a_run.wait_for_end("CANCELLED")
-    assert a_run.state.restarts == 0
+    assert_weights(a_run.run, undisturbed)
 
 
 def test_without_a_node_that_died_it_goes_on_alone(a_run: Run, undisturbed: dict[str, torch.Tensor]) -> None:
