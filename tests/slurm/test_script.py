@@ -21,7 +21,7 @@ from tests import mpi
 from tests.launch.test_mpi import ASK
 from tests.launch.test_slurm import NASTY
 from tests.ranks import REPOSITORY
-from tests.slurm.cluster import Cluster, missing, running_cluster
+from tests.slurm.cluster import PATIENCE_SECONDS, Cluster, missing, running_cluster
 
 REASON = missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -92,9 +92,9 @@ class Job:
         self.wait_for(lambda: all(file.exists() for file in files), "ranks that are started")
         return [json.loads(file.read_text()) for file in files]
 
-    def wait_for(self, condition: object, what: str) -> None:
+    def wait_for(self, condition: object, what: str, patience: float = PATIENCE_SECONDS) -> None:
         try:
-            self.cluster.wait_for(condition, what)
+            self.cluster.wait_for(condition, what, patience)
         except TimeoutError as error:
             raise AssertionError(f"{error}; {self.state}\n{self.log()}") from error
 
@@ -201,3 +201,17 @@ def test_mpi_tells_where_ranks_on_two_nodes_meet(cluster: Cluster, tmp_path: Pat
     assert [(answer["rank"], answer["local_rank"]) for answer in found] == [(0, 0), (1, 0)]
     assert {answer["to"] for answer in found} == {f"{cluster.network}.1"}
     assert len({answer["port"] for answer in found}) == 1
+
+
+@pytest.mark.slow
+def test_warned_and_even_past_its_time_limit_it_requeues_itself(cluster: Cluster, tmp_path: Path) -> None:
+    for name in ("warned", "late"):
+        (tmp_path / name).mkdir()
+    warned = Job(cluster, tmp_path / "warned", "train", time="2", warn_seconds=60)
+    late = Job(cluster, tmp_path / "late", "train", time="1", warn_seconds=0)
+    for job in (warned, late):
+        job.started()
+        job.wait_for(lambda job=job: job.state.restarts == 1, "restart", patience=150.0)
+        job.ends_as("COMPLETED", restarts=1)
+    assert "DUE TO TIME LIMIT" not in warned.log()
+    assert "DUE TO TIME LIMIT" in late.log()
