@@ -63,6 +63,7 @@ SlurmdTimeout=6
 SlurmctldTimeout=30
 MessageTimeout=5
 KillWait=20
+MinJobAge=3600
 ReturnToService=1
 GresTypes=gpu
 {nodes}

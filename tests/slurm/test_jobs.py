@@ -8,10 +8,9 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import psutil
@@ -84,6 +83,11 @@ class Run:
                     found.append(process)
         return found
 
+    def signal_ranks(self, number: int) -> None:
+        for process in self.ranks():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
     def steps(self) -> int:
         log = self.run / "log.jsonl"
         return log.read_text().count('"step"') if log.exists() else 0
@@ -109,26 +113,17 @@ class Run:
 
 
 @pytest.fixture
-def runs(cluster: Cluster, tmp_path: Path) -> Callable[[], Run]:
-    """Makes runs that are ready to be submitted."""
-    numbers = count(1)
-
-    def make() -> Run:
-        folder = tmp_path / f"it's $(mine), 50% 'ü' {next(numbers)}"  # no path may mislead Slurm or bash
-        folder.mkdir()
-        return Run(cluster, folder, long_recipe(folder))
-
-    return make
-
-
-@pytest.fixture
-def a_run(runs: Callable[[], Run]) -> Run:
-    return runs()
+def a_run(cluster: Cluster, tmp_path: Path) -> Iterator[Run]:
+    folder = tmp_path / "it's $(mine), 50% 'ü'"  # no path may mislead Slurm or bash
+    folder.mkdir()
+    run = Run(cluster, folder, long_recipe(folder))
+    yield run
+    cluster.ask("scancel", run.job)
 
 
 def long_recipe(folder: Path) -> Path:
-    """Two times 64 steps."""
-    return write_recipe(folder, train={"epochs": 16}, method={"name": "sequential"})
+    """Two times 160 steps: some seconds, so that a job can be caught in the middle of them."""
+    return write_recipe(folder, train={"epochs": 40}, method={"name": "sequential"})
 
 
 @pytest.fixture(scope="module")
@@ -149,52 +144,38 @@ def assert_weights(run: Path, expected: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.items())
 
 
-def test_two_jobs_on_the_same_nodes_end_and_the_one_with_a_time_limit_requeues_itself(
-    runs: Callable[[], Run], undisturbed: dict[str, torch.Tensor]
+@pytest.fixture(scope="module")
+def limited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A job of two minutes in the middle of a step that takes long, but no computing from the other jobs."""
+    folder = tmp_path_factory.mktemp("limited")
+    run = Run(cluster, folder, long_recipe(folder))
+    run.submit("--nodes", "2", "--time", "2", "--warn-seconds", "0")
+    run.wait_for(lambda: run.steps() >= 3 or run.state.restarts, "steps of the run")
+    run.signal_ranks(signal.SIGSTOP)
+    return run
+
+
+def test_beside_another_job_it_trains_over_two_nodes_to_the_end(
+    limited: Run, a_run: Run, undisturbed: dict[str, torch.Tensor]
 ) -> None:
-    limited, plain = runs(), runs()
-    limited.submit("--nodes", "2", "--time", "1", "--warn-seconds", "0")
-    limited.wait_for(lambda: limited.steps() >= 3 or limited.state.restarts, "steps of the run")
-    ranks = limited.ranks()
-    for process in ranks:  # a long step, which takes no computing from the other job
-        process.send_signal(signal.SIGSTOP)
-    submit_and_look_on(plain)
-    limited.wait_for(lambda: limited.state.run_time > "00:00:45" or limited.state.restarts, "time that passes")
-    for process in ranks:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGCONT)
-    check_ending(plain, undisturbed)
-    limited.wait_for_end()
-    assert limited.state.restarts >= 1
-    assert "the job's time is nearly over" in limited.log()
-    assert "restart 1 of at most 20 follows" in limited.log()
-    assert_weights(limited.run, undisturbed)
-
-
-def submit_and_look_on(run: Run) -> None:
-    """Submit a run of two nodes with a GPU each, try to submit it again, and look at its ranks."""
-    run.submit("--nodes", "2", "--gpus-per-node", "1", "--time", "30")
-    second = run.command("slurm", str(run.recipe), "--nodes", "2", "--submit")
+    a_run.submit("--nodes", "2", "--gpus-per-node", "1", "--time", "30")
+    second = a_run.command("slurm", str(a_run.recipe), "--nodes", "2", "--submit")
     assert second.returncode == 2
-    assert f"job {run.job} of {run.run} is " in second.stderr
-    run.wait_for_steps(1)
-    ranks = sorted((process.environ() for process in run.ranks()), key=lambda variables: variables["SLURM_PROCID"])
+    assert f"job {a_run.job} of {a_run.run} is " in second.stderr
+    a_run.wait_for_steps(1)
+    ranks = sorted((process.environ() for process in a_run.ranks()), key=lambda variables: variables["SLURM_PROCID"])
     assert [variables["SLURMD_NODENAME"] for variables in ranks] == ["node1", "node2"]
     assert [variables["CUDA_VISIBLE_DEVICES"] for variables in ranks] == ["0", "0"]
-    assert run.status()[0] == "status      running"
-
-
-def check_ending(run: Run, expected: dict[str, torch.Tensor]) -> None:
-    """Wait for the end and check results, status and what lies in the run folder."""
-    run.wait_for_end()
-    assert_weights(run.run, expected)
-    lines = run.status()
+    assert a_run.status()[0] == "status      running"
+    a_run.wait_for_end()
+    assert_weights(a_run.run, undisturbed)
+    lines = a_run.status()
     assert lines[0] == "status      finished"
-    assert any(line.startswith(f"job         {run.job} COMPLETED") for line in lines)
-    assert {path.name for path in (run.run / "slurm" / "01").iterdir()} == {
-        "job.sh", "job.json", "recipe.yaml", f"slurm-{run.job}.log"
+    assert any(line.startswith(f"job         {a_run.job} COMPLETED") for line in lines)
+    assert {path.name for path in (a_run.run / "slurm" / "01").iterdir()} == {
+        "job.sh", "job.json", "recipe.yaml", f"slurm-{a_run.job}.log"
     }  # fmt: skip
-    assert f"job {run.job} on node[1-2], restart 0 of at most 20" in run.log()
+    assert f"job {a_run.job} on node[1-2], restart 0 of at most 20" in a_run.log()
 
 
 def test_requeued_and_signalled_it_goes_on(a_run: Run, undisturbed: dict[str, torch.Tensor]) -> None:
@@ -203,13 +184,23 @@ def test_requeued_and_signalled_it_goes_on(a_run: Run, undisturbed: dict[str, to
     a_run.cluster.ask("scontrol", "requeue", a_run.job)  # what preemption does
     a_run.wait_for(lambda: a_run.state.restarts == 1, "restart")
     a_run.wait_for_steps(3)
-    assert "            restarted 1 times, at most 20" in a_run.status()
     a_run.cluster.ask("scancel", "--signal=USR1", "--batch", a_run.job)
     a_run.wait_for(lambda: a_run.state.restarts == 2, "restart")
+    assert "            restarted 2 times, at most 20" in a_run.status()
     a_run.wait_for_end()
     assert a_run.log().count("stopped after step") >= 2
     assert json.loads((a_run.run / "manifest.json").read_text())["restarts"] == 2
     assert_weights(a_run.run, undisturbed)
+
+
+def test_before_its_time_limit_it_saves_and_requeues_itself(limited: Run, undisturbed: dict[str, torch.Tensor]) -> None:
+    limited.wait_for(lambda: limited.state.run_time > "00:01:42" or limited.state.restarts, "time that passes")
+    limited.signal_ranks(signal.SIGCONT)
+    limited.wait_for_end()
+    assert limited.state.restarts >= 1
+    assert "the job's time is nearly over" in limited.log()
+    assert "restart 1 of at most 20 follows" in limited.log()
+    assert_weights(limited.run, undisturbed)
 
 
 def test_without_a_node_that_died_it_goes_on_alone(a_run: Run, undisturbed: dict[str, torch.Tensor]) -> None:
