@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 JOB = "tests.distributed.composition_jobs:train"
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["zero2", "zero3"])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=["zero2", "zero3"])
 def masked(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same steps with rows skipped in backward and with rows zeroed after the reduction."""
     skipped, zeroed = (
