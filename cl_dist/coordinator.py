@@ -21,6 +21,7 @@ import torch
 from cl_dist.assembly import System, build_saved, build_system
 from cl_dist.config.load import dump_recipe
 from cl_dist.config.schema import Recipe
+from cl_dist.engine.deadline import Deadline, SecondsLeft, no_limit
 from cl_dist.engine.distributed import join, leave
 from cl_dist.engine.memory import peak_memory_per_rank
 from cl_dist.engine.quiet import quiet_libraries
@@ -57,7 +58,9 @@ class Spent:
     tokens: int = 0
 
 
-def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
+def run(
+    recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter, seconds_left: SecondsLeft = no_limit
+) -> dict[str, Any]:
     """Train the recipe's stream on this rank together with the others, and return the content of metrics.json.
 
     Args:
@@ -65,10 +68,11 @@ def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter) -
         recipe_dir: Folder that the recipe's relative paths start from.
         resume: Go on from the newest saved state in `recipe.output_dir`.
         reporter: Where progress is told.
+        seconds_left: How long the job may still run, asked on rank 0; None: for ever.
 
     Raises:
         BadInput: The recipe, its data or its model is not usable, or another run holds the folder.
-        Interrupted: A signal asked the run to stop; its state is saved.
+        Interrupted: A signal asked the run to stop, or its time is nearly over; its state is saved.
     """
     rank, world = join(recipe.launch.timeout_seconds)
     quiet_libraries(rank)
@@ -87,7 +91,8 @@ def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter) -
         with _failure_noted(ledger):
             system = build_system(resumed.recipe, recipe_dir)
             _tell_what_is_new(resumed, system, reporter)
-            return Coordinator(system, ledger, reporter).run()
+            deadline = Deadline(seconds_left if rank == 0 else no_limit)
+            return Coordinator(system, ledger, reporter, deadline).run()
 
 
 def _finish(ledger: Ledger, reporter: Reporter) -> dict[str, Any]:
@@ -194,11 +199,13 @@ class Coordinator:
         system: Stream, model, engine and evaluator.
         ledger: What is done so far.
         reporter: Where progress is told.
+        deadline: The end of the job's time.
     """
 
-    def __init__(self, system: System, ledger: Ledger, reporter: Reporter) -> None:
+    def __init__(self, system: System, ledger: Ledger, reporter: Reporter, deadline: Deadline) -> None:
         self.system, self.ledger, self.reporter = system, ledger, reporter
         self.recipe, self.tasks, self.folder = system.recipe, system.tasks, ledger.folder
+        self.deadline = deadline
         self._checkpoints = Checkpoints(ledger, self.recipe.checkpoint.keep, reporter.message)
         self._schedule = CheckpointSchedule(self.recipe.checkpoint)
         self._first = ledger.manifest.completed
@@ -212,7 +219,7 @@ class Coordinator:
         for text in filter(None, (method.start_message() for method in self.system.engine.methods)):
             self.reporter.message(text)
             self.ledger.log(event="method", message=text)
-        self._stop = StopRequest()
+        self._stop = StopRequest(self.deadline.is_near)
         try:
             self._evaluate_untouched()
             for index in range(self._first, len(self.tasks)):
@@ -266,6 +273,7 @@ class Coordinator:
             began = time.monotonic()
             result = trainer.step(step)
             seconds = time.monotonic() - began
+            self.deadline.stepped(seconds)
             spent = Spent(spent.train_seconds + seconds, step + 1, spent.tokens + trainer.tokens(step))
             stop, (loss, targets, minutes_over) = self._stop.agreed_with(
                 result.loss_sum, result.targets, self._schedule.minutes_over()
@@ -345,6 +353,8 @@ class Coordinator:
     def _after_step(self, place: TaskPlace, spent: Spent, stop: bool, minutes_over: bool) -> None:
         """Save where it is due, and stop where a signal asked for it."""
         due = spent.steps < place.steps and self._schedule.due(spent.steps, minutes_over)
+        if stop and self.deadline.is_near():
+            self.reporter.message("the job's time is nearly over")
         if stop or due:
             self._save(self.folder.checkpoint(place.index, spent.steps), place, spent, trained=False)
         if stop:
@@ -357,7 +367,8 @@ class Coordinator:
         engine.before_save()
         state = {"trained": trained, "spent": dataclasses.asdict(spent), "methods": engine.method_states()}
         moments = not trained or self.recipe.train.keep_optimizer
-        save_snapshot(path, engine.shards, state, moments=moments, extra=engine.method_tensors())
+        with self.deadline.saving():
+            save_snapshot(path, engine.shards, state, moments=moments, extra=engine.method_tensors())
         folder = str(path.relative_to(self.folder.path))
         self._checkpoints.add(CheckpointEntry(task=place.index, step=spent.steps, folder=folder))
         self._schedule.restart()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -134,12 +134,12 @@ def _label_rows(axes: Axes, labels: Sequence[str]) -> None:
 
 def _label_columns(axes: Axes, places: Sequence[float] | Floats | range, labels: Sequence[str], room: float) -> None:
     """Labels below an axis, each of which has `room` inches, slanted where that is too little."""
-    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    style = {"ha": "center"} if fit(labels, room) else slanted
+    slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    style: dict[str, Any] = {"ha": "center"} if fit(labels, room) else slanted
     axes.set_xticks(places, [short(label) for label in labels], fontsize=8, **style)
 
 
-def _luminance(rgba: Sequence[float]) -> float:
-    """Brightness of a colour, 0 to 1 (ITU-R BT.709)."""
+def _luminance(rgba: Any) -> float:
+    """Brightness of a colour, a sequence of red, green, blue and opacity, 0 to 1 (ITU-R BT.709)."""
     red, green, blue = rgba[:3]
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

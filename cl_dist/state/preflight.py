@@ -104,7 +104,7 @@ def _require_run_or_empty(folder: RunFolder) -> None:
     """Refuse a folder with other people's files: neither a run, nor one that was killed before its first manifest."""
     if folder.manifest.exists() or _was_started(folder):
         return
-    names = sorted(path.name for path in folder.path.iterdir())
+    names = sorted(path.name for path in folder.path.iterdir() if path != folder.slurm)
     if names:
         raise BadInput(
             f"output_dir {folder.path} holds {names[0]} but no manifest.json, so it is not a run folder: "
@@ -114,7 +114,7 @@ def _require_run_or_empty(folder: RunFolder) -> None:
 
 def _was_started(folder: RunFolder) -> bool:
     """Whether a run took its lock here and was killed before its first manifest."""
-    own = {folder.lock, folder.config, folder.log}
+    own = {folder.lock, folder.config, folder.log, folder.slurm}
     unfinished = (".config.yaml.tmp-", ".manifest.json.tmp-")
     files = folder.path.iterdir()
     return folder.lock.exists() and all(path in own or path.name.startswith(unfinished) for path in files)

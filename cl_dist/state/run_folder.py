@@ -13,11 +13,13 @@
 | `tasks/NN-name/state/` | what the next task starts from |
 | `checkpoint/task-NN-step-NNNNNN/` | what an interrupted task goes on from |
 | `report/` | tables and pictures that `cl-dist report` makes from all this |
+| `slurm/NN/` | batch script, recipe and log of a Slurm job (`cl-dist slurm`) |
 | `.lock` | held by the run that writes here |
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Collection
@@ -29,6 +31,7 @@ from cl_dist.errors import BadInput
 from cl_dist.state import atomic
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+_SLURM_NAME = re.compile(r"\d{2,}")
 _CHECKPOINT_NAME = re.compile(r"task-(\d{2,})-step-(\d{6,})")
 
 
@@ -67,6 +70,36 @@ class TaskFolder:
     def state(self) -> Path:
         """State of the methods and of the training after the task."""
         return self.path / "state"
+
+
+@dataclass(frozen=True)
+class SlurmRecord:
+    """What is kept of a Slurm job, below `slurm/NN`; the job's log lies there too."""
+
+    path: Path
+
+    @property
+    def script(self) -> Path:
+        """Batch script as submitted."""
+        return self.path / "job.sh"
+
+    @property
+    def recipe(self) -> Path:
+        """Resolved recipe that the job runs."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def job(self) -> Path:
+        """Slurm's number of the job, written once it is submitted."""
+        return self.path / "job.json"
+
+    def read_job(self) -> dict[str, Any]:
+        """Number (`job`), time and restarts allowed of the job; `BadInput` where the file is damaged."""
+        try:
+            job = json.loads(self.job.read_text(encoding="utf-8"))
+            return {"job": str(job["job"]), "max_restarts": int(job["max_restarts"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{self.job} is damaged: {error!r}") from error
 
 
 @dataclass(frozen=True)
@@ -115,6 +148,23 @@ class RunFolder:
         """Folder of the checkpoints inside a task."""
         return self.path / "checkpoint"
 
+    @property
+    def slurm(self) -> Path:
+        """Folder of the run's Slurm jobs; may be there before the run is."""
+        return self.path / "slurm"
+
+    def new_slurm_record(self) -> SlurmRecord:
+        """Where the next Slurm job of the run belongs; the folder is not made."""
+        return SlurmRecord(self.slurm / f"{1 + max(map(_number, self._slurm_folders()), default=0):02d}")
+
+    def newest_slurm_record(self) -> SlurmRecord | None:
+        """Of the Slurm job that was submitted last."""
+        submitted = [path for path in self._slurm_folders() if (path / "job.json").exists()]
+        return SlurmRecord(max(submitted, key=_number)) if submitted else None
+
+    def _slurm_folders(self) -> list[Path]:
+        return [path for path in self.slurm.glob("*") if _SLURM_NAME.fullmatch(path.name)]
+
     def task(self, position: int, name: str) -> TaskFolder:
         """Folder of the task at `position` (from 0; folders count from 01); `BadInput` for any other name."""
         if not _TASK_NAME.fullmatch(name):
@@ -146,6 +196,10 @@ class RunFolder:
     def recover(self) -> None:
         """Clear away what killed writes left; only with the lock held."""
         atomic.recover(self.path)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name)
 
 
 def _task_and_step(checkpoint: Path) -> tuple[int, int]:

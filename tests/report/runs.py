@@ -59,7 +59,7 @@ def write_units(
     state = UnitScores(len(unit_map), KifConfig(name="kif", **config))
     for position, vector in enumerate(scores):
         state.take(vector.double(), first=position == 0)
-        write_scores(folder.task(position, manifest.tasks[position]).path, unit_map, state)
+        write_scores(folder.task(position, manifest.tasks[position]).path, unit_map, state.tensors())
     return unit_map
 
 

@@ -73,6 +73,17 @@ def test_a_run_that_was_killed_before_its_first_manifest_starts_again(tmp_path: 
     preflight(tmp_path, RECIPE, resume=resume, fresh=False)
 
 
+def test_a_folder_that_a_slurm_job_was_submitted_from_holds_no_run_yet(tmp_path: Path) -> None:
+    (tmp_path / "slurm" / "01").mkdir(parents=True)
+    (tmp_path / "slurm" / "01" / "job.sh").write_text("")
+    preflight(tmp_path, RECIPE, resume=False, fresh=False)
+    (tmp_path / ".lock").write_text("")  # killed before its first manifest
+    preflight(tmp_path, RECIPE, resume=False, fresh=False)
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(BadInput, match="but no manifest"):
+        preflight(tmp_path, RECIPE, resume=False, fresh=False)
+
+
 def test_settings_that_change_no_result_may_differ(tmp_path: Path) -> None:
     make_run(tmp_path)
     recipe = replace(
