@@ -257,6 +257,7 @@ class Coordinator:
             peak_memory_bytes=self._peak_memory(),
             status="finished" if index + 1 == len(self.tasks) else "running",
         )
+        self._checkpoints.forget_strays()
         self._forget_older_states(index)
         self.reporter.task_finished(index, list(row))
 

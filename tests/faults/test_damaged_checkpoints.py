@@ -21,6 +21,8 @@ def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("undisturbed")
     outcome = zygote.run(["run", str(recipe(folder)), "--debug"], folder, world=2)
     assert outcome.codes == [0, 0], outcome.output
+    states = [path.name for path in folder.glob("run/checkpoint/*")] + list(folder.glob("run/tasks/*/state"))
+    assert states == [folder / "run" / "tasks" / "02-summer" / "state"], "what no resume needs takes room"
     return folder / "run"
 
 
