@@ -19,7 +19,7 @@ setup(
     # taken for the PyPI package of that name, which transformers looks for.
     packages=[*find_packages(include=["cl_dist", "cl_dist.*"]), *(f"cl_dist.{name}" for name in TOP_LEVEL)],
     package_dir={f"cl_dist.{name}": name for name in TOP_LEVEL},
-    package_data={"cl_dist": ["py.typed", "recipes/*.yaml"]},
+    package_data={"cl_dist": ["py.typed", "recipes/*.yaml"], "cl_dist.launch": ["job.sh"]},
     install_requires=[
         "torch>=2.8",
         "deepspeed==0.19.8",  # cl_dist.sharding reads its private attributes: one release at a time, checked at start
@@ -32,6 +32,7 @@ setup(
         "protobuf>=6",  # transformers reads tokenizers that come as a sentencepiece model alone with it
         "gguf>=0.19",
         "numba>=0.63",
+        "matplotlib>=3.10,<4",
         "rouge-score>=0.1.2",
         "pydantic>=2.14,<3",
         "PyYAML>=6.0.3",

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""SmolLM2-135M on order 1 of the real benchmark, sequential and MIGU: both accuracy matrices as a Markdown page.
+r"""SmolLM2-135M on order 1 of the real benchmark with several methods: their accuracy matrices as a Markdown page.
 
 Usage:
     python benchmarks/first_run.py --data FOLDER --model FOLDER --gguf FILE --out runs/first > table.md
+    python benchmarks/first_run.py ... --out runs/kif --methods sequential,kif,tasl,recurrent_kif \
+        --set "model.lora={r: 8}" --set train.learning_rate=1e-3 > table.md
 
-Runs that are finished are not repeated, interrupted ones are resumed. docs/results/first-run.md holds what it printed.
+Runs that are finished are not repeated, interrupted ones are resumed. docs/results/first-run.md and kif-order1.md hold
+what it printed.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-METHODS = ("sequential", "migu")
 SUMMARY = {
     "average_performance": "AP",
     "backward_transfer": "BWT",
@@ -29,15 +31,17 @@ SUMMARY = {
 
 
 def main() -> None:
-    """Run both methods and print the page's tables."""
+    """Run the methods and print the page's tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder in TaSL layout")
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--gguf", help="GGUF file in that folder")
     parser.add_argument("--out", type=Path, default=Path("runs/first"))
     parser.add_argument("--recipe", default="smollm-order1")
+    parser.add_argument("--methods", default="sequential,migu", help="names, separated by commas")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs")
     options = parser.parse_args()
-    results = {method: run(options, method) for method in METHODS}
+    results = {method: run(options, method) for method in options.methods.split(",")}
     print(
         f"Machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, Linux, no GPU.\n"
     )
@@ -53,7 +57,7 @@ def run(options: argparse.Namespace, method: str) -> dict[str, Any]:
         return read_metrics(out)
     settings = [f"method.name={method}", f"stream.root={options.data}", f"model.name_or_path={options.model}"]
     settings += [f"model.gguf_file={options.gguf}"] if options.gguf else []
-    settings += [f"output_dir={out}"]
+    settings += [f"output_dir={out}", *options.set]
     command = [sys.executable, "-m", "cl_dist", "run", options.recipe]
     command += [part for setting in settings for part in ("--set", setting)]
     command += ["--resume"] if (out / "manifest.json").exists() else []

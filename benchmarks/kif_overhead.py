@@ -24,16 +24,8 @@ from cl_dist.benchmarks.harness import Times, rotated
 from cl_dist.launch.local import find_free_port, rank_environment
 
 from cl_dist.assembly import cache_folder
-from cl_dist.config.schema import (
-    KifConfig,
-    LoraConfig,
-    ModelConfig,
-    Recipe,
-    StreamConfig,
-    TaskConfig,
-    TrainConfig,
-    ZeroConfig,
-)
+from cl_dist.config.methods import KifConfig
+from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join, leave
 from cl_dist.engine.ds_config import deepspeed_config
 from cl_dist.engine.engine import TrainingEngine

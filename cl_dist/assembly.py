@@ -43,7 +43,8 @@ class System:
     def trainer(self, index: int) -> TaskTrainer:
         """Return the steps of the task at position `index` of the stream."""
         samples = self.engine.training_data(index, self.samples)
-        return TaskTrainer(self.engine, samples, self.loaded.tokenizer, self.encoder.pad_id, index)
+        memory = self.engine.memory(index, self.samples)
+        return TaskTrainer(self.engine, samples, self.loaded.tokenizer, self.encoder.pad_id, index, memory)
 
 
 def build_system(recipe: Recipe, recipe_dir: Path) -> System:

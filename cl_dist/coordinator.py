@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,31 @@ from cl_dist.assembly import System, build_saved, build_system
 from cl_dist.config.load import dump_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.broken import telling_broken_collectives
+from cl_dist.engine.deadline import Deadline, SecondsLeft, no_limit
 from cl_dist.engine.distributed import join, leave
 from cl_dist.engine.memory import peak_memory_per_rank
 from cl_dist.engine.quiet import quiet_libraries
 from cl_dist.engine.stop import StopRequest
 from cl_dist.engine.trainer import TaskTrainer
-from cl_dist.errors import BadInput, Interrupted
+from cl_dist.errors import Interrupted
 from cl_dist.evaluation.metrics import all_metrics
 from cl_dist.evaluation.result import write_predictions
 from cl_dist.heartbeat import beat
 from cl_dist.methods.base import TaskPlace
-from cl_dist.models.export import export_model
+from cl_dist.models.dropout import has_dropout
+from cl_dist.models.export import export_model, is_readable_export
 from cl_dist.progress import Reporter
 from cl_dist.sharding import gather_state_dict
 from cl_dist.state.atomic import publishing, telling_full_disk, write_json
+from cl_dist.state.checkpoints import Checkpoints
 from cl_dist.state.data_order import DataOrder
+from cl_dist.state.elastic import Resumption, appended, resumption, segment, with_segments
+from cl_dist.state.integrity import CheckpointDamaged
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import CheckpointEntry, Manifest
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.state.schedule import CheckpointSchedule
 from cl_dist.state.snapshot import load_snapshot, save_snapshot
 from cl_dist.watchdog import End, Watchdog
 
@@ -57,7 +64,15 @@ class Spent:
     """Steps that updated nothing (`train.max_skipped_steps`)."""
 
 
-def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter, end: End) -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    recipe_dir: Path,
+    *,
+    resume: bool,
+    reporter: Reporter,
+    end: End,
+    seconds_left: SecondsLeft = no_limit,
+) -> dict[str, Any]:
     """Train the recipe's stream on this rank together with the others, and return the content of metrics.json.
 
     Args:
@@ -66,11 +81,12 @@ def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter, e
         resume: Go on from the newest saved state in `recipe.output_dir`.
         reporter: Where progress is told.
         end: Ends this process at once, from another thread, where the job hangs.
+        seconds_left: How long the job may still run, asked on rank 0; None: for ever.
 
     Raises:
         BadInput: The recipe, its data or its model is not usable, or another run holds the folder.
         JobFailed: Ranks do not answer, or the training has gone wrong.
-        Interrupted: A signal asked the run to stop; its state is saved.
+        Interrupted: A signal asked the run to stop, or its time is nearly over; its state is saved.
     """
     rank, world = join(recipe.launch.timeout_seconds)
     quiet_libraries(rank)
@@ -84,12 +100,16 @@ def run(recipe: Recipe, recipe_dir: Path, *, resume: bool, reporter: Reporter, e
         torch.distributed.barrier()
         watchdog = stack.enter_context(Watchdog(folder.logs, rank, world, recipe.launch.hang_seconds, end))
         stack.enter_context(telling_broken_collectives(rank, recipe.launch.timeout_seconds, watchdog.give_up))
-        ledger = Ledger(folder, _starting_manifest(folder, recipe, world, resume), writer=rank == 0)
-        if ledger.manifest.status == "finished":
+        manifest, resumed = _starting_point(folder, recipe, world, resume)
+        ledger = Ledger(folder, manifest, writer=rank == 0)
+        if manifest.status == "finished":
             reporter.message("this run is finished already; nothing is left to do")
             return _finish(ledger, reporter)
         with _failure_noted(ledger):
-            return Coordinator(build_system(recipe, recipe_dir), ledger, reporter).run()
+            system = build_system(resumed.recipe, recipe_dir)
+            _tell_what_is_new(resumed, system, reporter)
+            deadline = Deadline(seconds_left if rank == 0 else no_limit)
+            return Coordinator(system, ledger, reporter, deadline).run()
 
 
 def _finish(ledger: Ledger, reporter: Reporter) -> dict[str, Any]:
@@ -114,6 +134,8 @@ def _metrics(manifest: Manifest) -> dict[str, Any]:
         "peak_memory_bytes": list(manifest.peak_memory_bytes),
         "timings": [dict(entry) for entry in manifest.timings],
         "world_size": manifest.world_size,
+        "zero_stage": manifest.zero_stage,
+        "segments": [dataclasses.asdict(segment) for segment in manifest.segments],
         "restarts": manifest.restarts,
     }
 
@@ -159,18 +181,32 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
     return scores
 
 
-def _starting_manifest(folder: RunFolder, recipe: Recipe, world: int, resume: bool) -> Manifest:
-    """Read or make the manifest on every rank, before rank 0 changes it."""
-    names = tuple(task.name for task in recipe.stream.tasks)
-    manifest = Manifest(tasks=names, world_size=world, zero_stage=recipe.zero.stage)
+def _starting_point(folder: RunFolder, recipe: Recipe, world: int, resume: bool) -> tuple[Manifest, Resumption]:
+    """Read or make the manifest on every rank, before rank 0 changes it; and the recipe as these ranks run it."""
+    resumed = Resumption(recipe, note=None, new_split=False)
     if resume and folder.manifest.exists():
         manifest = Manifest.read(folder.manifest)
-    if manifest.world_size != world:  # preflight has said so already, unless the ranks' launcher hid their number
-        raise BadInput(f"--resume: {folder.path} is a run of {manifest.world_size} ranks, not of {world}")
+        if manifest.status != "finished":
+            manifest = with_segments(manifest, folder.config)
+            resumed = resumption(recipe, manifest.segments[-1], world, folder.path)
+    else:
+        names = tuple(task.name for task in recipe.stream.tasks)
+        first = segment(recipe, world)
+        manifest = Manifest(tasks=names, world_size=world, zero_stage=recipe.zero.stage, segments=(first,))
     torch.distributed.barrier()
     if not resume or manifest.status == "finished":
-        return manifest
-    return dataclasses.replace(manifest, status="running", restarts=manifest.restarts + 1)
+        return manifest, resumed
+    manifest = dataclasses.replace(manifest, status="running", restarts=manifest.restarts + 1)
+    return dataclasses.replace(manifest, world_size=world, zero_stage=recipe.zero.stage), resumed
+
+
+def _tell_what_is_new(resumed: Resumption, system: System, reporter: Reporter) -> None:
+    """One line where these ranks do not train as the ones before, or not as the recipe says."""
+    if resumed.note is None:
+        return
+    drawn = resumed.new_split and has_dropout(system.engine.model)
+    dropout = "; dropout draws other numbers than it would have, so the weights will not be exactly the same"
+    reporter.message(resumed.note + (dropout if drawn else ""))
 
 
 class Coordinator:
@@ -180,11 +216,15 @@ class Coordinator:
         system: Stream, model, engine and evaluator.
         ledger: What is done so far.
         reporter: Where progress is told.
+        deadline: The end of the job's time.
     """
 
-    def __init__(self, system: System, ledger: Ledger, reporter: Reporter) -> None:
+    def __init__(self, system: System, ledger: Ledger, reporter: Reporter, deadline: Deadline) -> None:
         self.system, self.ledger, self.reporter = system, ledger, reporter
         self.recipe, self.tasks, self.folder = system.recipe, system.tasks, ledger.folder
+        self.deadline = deadline
+        self._checkpoints = Checkpoints(ledger, self.recipe.checkpoint.keep, reporter.message)
+        self._schedule = CheckpointSchedule(self.recipe.checkpoint)
         self._order = DataOrder(self.folder.data_order, ledger.manifest.tasks, ledger.writer)
         self._first = ledger.manifest.completed
         """The first task that this process trains: the ones before are known from disk only."""
@@ -192,12 +232,12 @@ class Coordinator:
     def run(self) -> dict[str, Any]:
         """Train what is not yet trained; return the metrics."""
         self.ledger.start(dump_recipe(self.recipe))
-        self._forget_stray_checkpoints()
+        self._checkpoints.forget_strays()
         self.reporter.run_started([task.name for task in self.tasks], torch.distributed.get_world_size())
         for text in filter(None, (method.start_message() for method in self.system.engine.methods)):
             self.reporter.message(text)
             self.ledger.log(event="method", message=text)
-        self._stop = StopRequest()
+        self._stop = StopRequest(self.deadline.is_near)
         try:
             self._evaluate_untouched()
             for index in range(self._first, len(self.tasks)):
@@ -217,7 +257,7 @@ class Coordinator:
 
     def _run_task(self, index: int) -> None:
         trainer = self.system.trainer(index)
-        place = TaskPlace(index, self.tasks[index].name, trainer.steps)
+        place = TaskPlace(index, self.tasks[index].name, trainer.steps, trainer.cycles)
         self.reporter.task_started(index, place.name, trainer.steps)
         spent = self._train(place, trainer)
         began = time.monotonic()
@@ -230,11 +270,12 @@ class Coordinator:
         self.ledger.update(
             accuracy_matrix=(*manifest.accuracy_matrix, row),
             completed=index + 1,
-            checkpoint=None,
+            checkpoints=(),
             timings=(*manifest.timings, timings),
             peak_memory_bytes=self._peak_memory(),
             status="finished" if index + 1 == len(self.tasks) else "running",
         )
+        self._checkpoints.forget_strays()
         self._forget_older_states(index)
         self.reporter.task_finished(index, list(row))
 
@@ -244,19 +285,24 @@ class Coordinator:
         spent = Spent(**state.get("spent", {}))
         if state.get("trained"):
             return spent
+        self._begin_segment(place, spent.steps)
+        self._schedule.restart()
         self._order.rewind(place.index, spent.steps)
         for step in range(spent.steps, trainer.steps):
             beat(f"training task {place.name}, step {step + 1}")
             began = time.monotonic()
             result = trainer.step(step)
             seconds = time.monotonic() - began
+            self.deadline.stepped(seconds)
             skipped = spent.skipped + self._note_samples(place, step, trainer.samples(step), result.skipped)
             spent = Spent(spent.train_seconds + seconds, step + 1, spent.tokens + trainer.tokens(step), skipped)
-            stop, (loss, targets) = self._stop.agreed_with(result.loss_sum, result.targets)
+            stop, (loss, targets, minutes_over) = self._stop.agreed_with(
+                result.loss_sum, result.targets, self._schedule.minutes_over()
+            )
             loss /= max(1.0, targets)
             self.reporter.step(step + 1, loss, trainer.tokens(step) / seconds, trainer.learning_rate(step))
             self.ledger.log(event="step", task=place.name, step=step + 1, loss=loss, seconds=round(seconds, 4))
-            self._after_step(place, spent, stop)
+            self._after_step(place, spent, stop, minutes_over > 0)
         self._finish_task(place)
         self._save(self.folder.task(place.index, place.name).state, place, spent, trained=True)
         return spent
@@ -277,57 +323,89 @@ class Coordinator:
             self._export(self.folder.task(place.index, place.name).unfused)
         engine.after_task(place)
 
+    def _begin_segment(self, place: TaskPlace, step: int) -> None:
+        """Let the manifest say which ranks compute the steps from here on."""
+        now = segment(self.recipe, torch.distributed.get_world_size(), place.index, step)
+        segments = appended(self.ledger.manifest.segments, now)
+        if segments != self.ledger.manifest.segments:
+            self.ledger.update(segments=segments)
+
     def _restore(self, place: TaskPlace) -> dict[str, Any]:
-        """Bring model and optimiser to where the manifest says the run is; return the saved JSON state ({}: task
-        start).
+        """Bring model and optimiser to where the manifest says the run is, or as near to it as the saved states allow;
+        return the saved JSON state ({}: task start).
         """
-        engine, entry = self.system.engine, self.ledger.manifest.checkpoint
-        if entry is not None:
-            state = self._load(self.folder.path / entry.folder)
+        engine = self.system.engine
+        found = self._checkpoints.restore(self._load)
+        if found is not None:
+            self._checkpoints.forget_after(found.entry)
             engine.before_task(place)
-            engine.load_method_states(state["methods"])
-            self.ledger.log(event="resumed", task=place.name, step=entry.step)
-            self.reporter.message(f"resuming task {place.name} after step {entry.step} of {place.steps}")
-            return state
-        if 0 < place.index == self._first:
-            before = self.folder.task(place.index - 1, self.tasks[place.index - 1].name)
-            engine.load_method_states(self._load(before.state)["methods"])
-        if not self.recipe.train.keep_optimizer:
-            engine.shards.reset_optimizer()
+            engine.load_method_states(found.state["methods"])
+            self.ledger.log(event="resumed", task=place.name, step=found.entry.step)
+            self.reporter.message(f"resuming task {place.name} after step {found.entry.step} of {place.steps}")
+            return found.state
+        self._restore_task_start(place)
         engine.before_task(place)
         return {}
+
+    def _restore_task_start(self, place: TaskPlace) -> None:
+        """The end state of the task before, from disk where this process has not trained it."""
+        engine = self.system.engine
+        if 0 < place.index == self._first:
+            before = self.folder.task(place.index - 1, self.tasks[place.index - 1].name)
+            engine.load_method_states(self._load_end_state(before.state)["methods"])
+        if self.ledger.manifest.checkpoints:  # all of them are damaged
+            self._checkpoints.forget_after(None)
+            self.ledger.log(event="resumed", task=place.name, step=0)
+            self.reporter.message(f"no saved state inside task {place.name} is intact: training it from its beginning")
+        if not self.recipe.train.keep_optimizer:
+            engine.shards.reset_optimizer()
+
+    def _load_end_state(self, folder: Path) -> dict[str, Any]:
+        """Load the state that a task starts from; there is no older one to go back to."""
+        try:
+            return self._load(folder)
+        except CheckpointDamaged as error:
+            raise CheckpointDamaged(f"{error}; there is no older state to resume from; {self._intact()}") from error
+
+    def _intact(self) -> str:
+        """What of the run a damaged state does not touch."""
+        done = self.tasks[: self._first]
+        models = [self.folder.task(index, task.name).model for index, task in enumerate(done)]
+        readable = [task.name for task, model in zip(done, models, strict=True) if is_readable_export(model)]
+        names = ", ".join(readable) or "no task"
+        return f"intact are the scores so far and, in {self.folder.tasks}, the models after {names}"
 
     def _load(self, folder: Path) -> dict[str, Any]:
         """Fill weights, moments and the methods' tensors from a saved state; return its JSON values."""
         engine = self.system.engine
         return load_snapshot(folder, engine.shards, engine.method_tensors())
 
-    def _after_step(self, place: TaskPlace, spent: Spent, stop: bool) -> None:
-        """Save at the interval, and stop where a signal asked for it."""
-        every = self.recipe.checkpoint.every_steps
-        if stop or (every is not None and spent.steps % every == 0 and spent.steps < place.steps):
+    def _after_step(self, place: TaskPlace, spent: Spent, stop: bool, minutes_over: bool) -> None:
+        """Save where it is due, and stop where a signal asked for it."""
+        due = spent.steps < place.steps and self._schedule.due(spent.steps, minutes_over)
+        if stop and self.deadline.is_near():
+            self.reporter.message("the job's time is nearly over")
+        if stop or due:
             self._save(self.folder.checkpoint(place.index, spent.steps), place, spent, trained=False)
         if stop:
             self._interrupt(f"stopped after step {spent.steps} of task {place.name}")
 
     def _save(self, path: Path, place: TaskPlace, spent: Spent, *, trained: bool) -> None:
-        """Save the state of all ranks, then let the manifest point to it, then forget the checkpoints before it."""
+        """Save the state of all ranks, then let the manifest name it, then forget those that are too old."""
+        began = time.monotonic()
         engine = self.system.engine
         beat(f"saving the state of task {place.name}", opaque=True)
         engine.before_save()
         self._order.sync()
         state = {"trained": trained, "spent": dataclasses.asdict(spent), "methods": engine.method_states()}
         moments = not trained or self.recipe.train.keep_optimizer
-        save_snapshot(path, engine.shards, state, moments=moments, extra=engine.method_tensors())
-        entry = CheckpointEntry(task=place.index, step=spent.steps, folder=str(path.relative_to(self.folder.path)))
-        self.ledger.update(checkpoint=entry)
-        self._forget_stray_checkpoints()
-
-    def _forget_stray_checkpoints(self) -> None:
-        """Only the checkpoint that the manifest names is of use; a kill may have left others."""
-        entry = self.ledger.manifest.checkpoint
-        if self.ledger.writer:
-            self.folder.forget_checkpoints(but=None if entry is None else self.folder.path / entry.folder)
+        with self.deadline.saving():
+            save_snapshot(path, engine.shards, state, moments=moments, extra=engine.method_tensors())
+        folder = str(path.relative_to(self.folder.path))
+        self._checkpoints.add(CheckpointEntry(task=place.index, step=spent.steps, folder=folder))
+        self._schedule.restart()
+        seconds = round(time.monotonic() - began, 4)
+        self.ledger.log(event="saved", task=place.name, step=spent.steps, folder=folder, seconds=seconds)
 
     def _interrupt(self, where: str) -> None:
         """Leave in good order; all ranks come here together."""
@@ -378,7 +456,6 @@ class Coordinator:
             shutil.rmtree(self.folder.task(older, self.tasks[older].name).state, ignore_errors=True)
 
     def _peak_memory(self) -> tuple[int, ...]:
-        """Each rank's peak over all restarts (collective)."""
-        now = peak_memory_per_rank()
-        before = self.ledger.manifest.peak_memory_bytes or (0,) * len(now)
-        return tuple(max(pair) for pair in zip(now, before, strict=True))
+        """Each rank's peak over all restarts, some of which may have had fewer ranks (collective)."""
+        pairs = zip_longest(peak_memory_per_rank(), self.ledger.manifest.peak_memory_bytes, fillvalue=0)
+        return tuple(max(pair) for pair in pairs)

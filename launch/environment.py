@@ -6,16 +6,16 @@ MPICH's hydra (PMI_*, MPI_LOCALRANKID), srun's manual (output environment variab
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+
+from cl_dist.launch.hosts import expand_nodes, interface_towards
+from cl_dist.launch.rendezvous import derived_port
 
 from cl_dist.errors import BadInput
 
 DEFAULT_ADDRESS = "127.0.0.1"
-FIRST_PORT = 20000
-"""Ports for a rendezvous are picked from this one up, below Linux's range for outgoing connections (32768)."""
-PORTS = 10000
+INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ _OPEN_MPI = _Launcher(
 _SRUN = _Slurm("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_JOB_ID")
 _MPICH = _Launcher("MPICH's mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_PORT")
 _LAUNCHERS = (_TORCH, _OPEN_MPI, _SRUN, _MPICH)
+MPI_SOURCES = (_OPEN_MPI.source, _MPICH.source)
 
 
 def find_ranks(environment: Mapping[str, str]) -> Ranks | None:
@@ -90,7 +91,8 @@ def find_ranks(environment: Mapping[str, str]) -> Ranks | None:
 
 
 def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
-    """Set what torch.distributed reads (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) where it is not set.
+    """Set what torch.distributed reads: RANK, WORLD_SIZE, LOCAL_RANK, and where they are not set MASTER_ADDR,
+    MASTER_PORT and, over several machines, GLOO_SOCKET_IFNAME.
 
     Raises BadInput where the ranks are on several machines and nothing tells the address of the first.
     """
@@ -102,6 +104,8 @@ def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
         environment["MASTER_ADDR"] = _address(ranks, launcher, environment)
     if not environment.get("MASTER_PORT"):
         environment["MASTER_PORT"] = str(_port(launcher, environment))
+    if not environment.get(INTERFACE) and not _is_one_machine(launcher, environment):
+        _choose_interface(launcher, environment)
 
 
 def _disagree(inner: Ranks, outer: Ranks, environment: Mapping[str, str]) -> bool:
@@ -171,16 +175,28 @@ def _address(ranks: Ranks, launcher: _Launcher, environment: Mapping[str, str]) 
 
 
 def _port(launcher: _Launcher, environment: Mapping[str, str]) -> int:
-    """A port that all ranks of a job derive alike, and other jobs on the machine most likely otherwise."""
-    job = f"{environment.get(launcher.job, '')}.{environment.get('SLURM_STEP_ID', '')}"
-    return FIRST_PORT + zlib.crc32(job.encode()) % PORTS
+    """Of a job whose launcher set none. It is not tried whether it is free: only rank 0's machine could tell."""
+    return derived_port(f"{environment.get(launcher.job, '')}.{environment.get('SLURM_STEP_ID', '')}")
+
+
+def _choose_interface(launcher: _Launcher, environment: MutableMapping[str, str]) -> None:
+    """Let Gloo listen where the other machines reach it.
+
+    By itself Gloo listens on the address of this machine's own name, which on many systems is a loopback address
+    (127.0.1.1 in /etc/hosts). NCCL looks for an interface by itself, and for InfiniBand first.
+    """
+    interface = interface_towards(_other_machines(launcher, environment))
+    if interface is not None:
+        environment[INTERFACE] = interface
+
+
+def _other_machines(launcher: _Launcher, environment: Mapping[str, str]) -> Iterator[str]:
+    """Names or addresses of machines of the job, without this one where that can be told."""
+    if launcher is _SRUN and (nodes := environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST"))):
+        yield from (node for node in expand_nodes(nodes) if node != environment.get("SLURMD_NODENAME"))
+    yield environment["MASTER_ADDR"]
 
 
 def first_node(nodes: str) -> str:
     """The first host of Slurm's short form: `gpu[03-07,12],login` begins with `gpu03`."""
-    head, bracket, rest = nodes.partition("[")
-    if not bracket or "," in head:
-        return head.partition(",")[0]
-    inside, _, tail = rest.partition("]")
-    first = inside.partition(",")[0].partition("-")[0]
-    return f"{head}{first}{tail.partition(',')[0]}"
+    return next(expand_nodes(nodes))

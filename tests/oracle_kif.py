@@ -1,7 +1,8 @@
-"""The truth that KIF and TaSL are held against: one process, plain PyTorch, written from the formulas.
+"""The truth that KIF and its relatives are held against: one process, plain PyTorch, written from the formulas.
 
-arXiv 2408.05200 (KIF) and 2408.09857 (TaSL), without a line of cl_dist. Units are written out one by one as lists of
-boxes, the outer product of a rank unit is built, the penalty is a part of the loss. Slow, and easy to believe.
+arXiv 2408.05200 (KIF), 2408.09857 (TaSL) and 2502.17510 (Recurrent-KIF), without a line of cl_dist. Units are written
+out one by one as lists of boxes, the outer product of a rank unit is built, the penalty is a part of the loss. Slow,
+and easy to believe.
 """
 
 from __future__ import annotations
@@ -140,6 +141,54 @@ class Dense:
     def _publish(self) -> None:
         for name, master in self.masters.items():
             self.params[name].data.copy_(master.data)
+
+
+class DenseRecurrent(Dense):
+    """Recurrent-KIF: `start_cycle`, steps, `turn`, steps on past samples, `end_cycle`, and again."""
+
+    def start_task(self) -> None:
+        super().start_task()
+        self.past_importance = {n: torch.zeros_like(m) for n, m in self.masters.items()}
+        self.past_deviation = {n: torch.zeros_like(m) for n, m in self.masters.items()}
+
+    def start_cycle(self) -> None:
+        self.start = {n: m.detach().clone() for n, m in self.masters.items()}
+
+    def turn(self) -> None:
+        self.inner_end = {n: m.detach().clone() for n, m in self.masters.items()}
+
+    def past_step(self, losses: Sequence[Callable[[torch.nn.Module], torch.Tensor]]) -> None:
+        """One step whose importance is that to the past."""
+        self._swap()
+        self.step(losses)
+        self._swap()
+
+    @torch.no_grad()
+    def end_cycle(self) -> None:
+        """Score both kinds of steps and fuse the two changes."""
+        s = self.settings
+        self.scores = {unit: self._score(unit) for unit in self.units}
+        self._swap()
+        self.past_scores = {unit: self._score(unit) for unit in self.units}
+        self._swap()
+        cut, past_cut = (_percentile(list(x.values()), 100 - s.threshold) for x in (self.scores, self.past_scores))
+        table = {
+            (True, True): (s.weight_new, s.weight_old),
+            (True, False): (1.0, 0.0),
+            (False, True): (0.0, 1.0),
+            (False, False): (s.weight_neither, 1 - s.weight_neither),
+        }
+        self.pairs = {u: table[self.scores[u] > cut, self.past_scores[u] > past_cut] for u in self.units}
+        for unit, (m, n) in self.pairs.items():
+            for name, box in unit:
+                at = _index(box)
+                start, turned, end = self.start[name][at], self.inner_end[name][at], self.masters[name][at]
+                self.masters[name][at] = start + m * (turned - start) + n * (end - turned)
+        self._publish()
+
+    def _swap(self) -> None:
+        self.importance, self.past_importance = self.past_importance, self.importance
+        self.deviation, self.past_deviation = self.past_deviation, self.deviation
 
 
 def units_of(shapes: dict[str, tuple[int, ...]], kind: str) -> list[Unit]:

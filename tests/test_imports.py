@@ -23,7 +23,7 @@ LAYERS = [
     {"config", "kernels", "launch", "progress", "watchdog"},
     {"sharding", "models", "tasks"},
     {"engine", "methods", "evaluation", "state"},
-    {"coordinator", "assembly"},
+    {"coordinator", "assembly", "report"},
     {"benchmarks"},
     {"cli", "__main__"},
 ]
@@ -37,10 +37,11 @@ TORCH_FREE = [
     "cl_dist.evaluation.choice",
     "cl_dist.state.preflight",
     "cl_dist.watchdog",
+    "cl_dist.report.write",
     "cl_dist.benchmarks.command",
     "cl_dist.cli",
 ]
-HEAVY = ("torch", "transformers", "deepspeed", "datasets")
+HEAVY = ("torch", "transformers", "deepspeed", "datasets", "matplotlib")
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -12,6 +12,9 @@ from cl_dist.errors import BadInput, ClDistError, Interrupted, JobFailed
 from cl_dist.launch.child import report_failure
 from cl_dist.launch.environment import find_ranks
 
+SIGNALLED = 128
+"""Exit codes above it are this plus the signal that ended a process."""
+
 
 def guarded(arguments: Namespace) -> int:
     """Run the parsed command; turn whatever it raises into a message and an exit code."""
@@ -34,7 +37,7 @@ def guarded(arguments: Namespace) -> int:
 
 def tell(exit_code: int, message: str, whole_job: bool = False) -> None:
     """Print a failure's sentence, or several, to standard error; which rank it is, unless it is about the job."""
-    kind = "interrupted" if exit_code == Interrupted.exit_code else "error"
+    kind = "interrupted" if exit_code == Interrupted.exit_code or exit_code > SIGNALLED else "error"
     prefix = "" if whole_job else _rank_prefix()
     for line in message.splitlines():
         print(f"cl-dist: {kind}: {prefix}{line}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
+from cl_dist.cli.slurm import newest_job, status_lines
 from cl_dist.config.explain import explain
 from cl_dist.config.fields import method_classes
 from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes
@@ -37,8 +38,14 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
 def status(arguments: Namespace) -> int:
     """Print how far a run is and what it has measured."""
     folder = RunFolder(Path(arguments.run))
+    job = newest_job(folder)
+    if job is not None and not folder.manifest.exists():
+        print("\n".join(["status      not started", *status_lines(job)]))
+        return 0
     manifest = Manifest.read(folder.manifest)
-    print("\n".join(_progress_lines(manifest, _is_running(folder))))
+    # A lock is not seen from every machine, but Slurm knows.
+    running = _is_running(folder) or (job is not None and job.state is not None and job.state.state == "RUNNING")
+    print("\n".join([*_progress_lines(manifest, running), *(() if job is None else status_lines(job))]))
     if folder.metrics.exists():
         print("\n" + format_summary(_read_metrics(folder.metrics)))
     elif manifest.accuracy_matrix:

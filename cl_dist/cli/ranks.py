@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from cl_dist.cli.failures import tell
+from cl_dist.cli.failures import SIGNALLED, tell
 from cl_dist.errors import BadInput, Interrupted
 from cl_dist.launch.child import is_launched
 from cl_dist.launch.environment import Ranks, export_ranks, find_ranks
 from cl_dist.launch.local import launch
+from cl_dist.launch.mpi import ask_mpi
 from cl_dist.progress import Reporter, make_reporter
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -68,6 +69,7 @@ def _start_ranks(arguments: Namespace, processes: int, hang_seconds: float | Non
 
 
 def _be_rank(ranks: Ranks, work: Callable[[Reporter], None]) -> int:
+    ranks = ask_mpi(ranks, os.environ)
     export_ranks(ranks, os.environ)
     reporter = make_reporter(ranks.rank, sys.stdout)
     try:
@@ -95,11 +97,21 @@ def _interruptible() -> Iterator[None]:
     """Until the coordinator listens for signals itself, one that asks to stop ends the rank at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("stopped outside of training; what was saved is intact")
+        error = Interrupted("stopped outside of training; what was saved is intact")
+        if not is_launched(os.environ):
+            # A launcher that is not ours may have sent this because another rank failed. Exit code 75 would make a
+            # batch script believe that all ranks have agreed to stop.
+            error.exit_code = SIGNALLED + number
+        raise error
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
+    except Interrupted:
+        # Launchers end the other ranks as soon as the first one has left with an exit code that is not 0. Those are
+        # about to leave with the same one, which tells the batch script that all is saved.
+        before = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

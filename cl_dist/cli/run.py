@@ -13,6 +13,7 @@ from cl_dist.cli.ranks import run_on_ranks, told_once_per_machine
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.launch.environment import find_ranks
+from cl_dist.launch.scheduler import TimeLeft
 from cl_dist.progress import Reporter
 from cl_dist.tasks.orders import resolve_order
 
@@ -69,4 +70,5 @@ def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: b
 def _train(recipe: Recipe, recipe_dir: Path, resume: bool, reporter: Reporter) -> None:
     from cl_dist.coordinator import run
 
-    run(recipe, recipe_dir, resume=resume, reporter=reporter, end=end_now)
+    time_left = TimeLeft(os.environ)
+    run(recipe, recipe_dir, resume=resume, reporter=reporter, end=end_now, seconds_left=time_left)

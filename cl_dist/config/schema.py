@@ -12,17 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=False)
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Percent = Annotated[float, Field(ge=0.0, le=100.0)]
+from cl_dist.config.methods import MethodConfig, SequentialConfig, UnitConfig
+from cl_dist.config.ranges import STRICT, Fraction, NonNegative, Positive, PositiveInt
 
 BUILTIN_MODELS = ("builtin:llama-tiny", "builtin:t5-tiny", "builtin:roberta-tiny")
 FORMATS = ("builtin", "cl_benchmark", "tasl", "trace", "jsonl", "text", "huggingface")
@@ -163,136 +157,6 @@ class StreamConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SequentialConfig:
-    """Plain sequential fine-tuning (SeqFT, SeqLoRA): the lower bound."""
-
-    name: Literal["sequential"] = "sequential"
-    """Name of the method."""
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class MiguConfig:
-    """MIGU, magnitude-based gradient updating (arXiv 2406.17245)."""
-
-    name: Literal["migu"]
-    """Name of the method."""
-    threshold: Fraction = 0.7
-    """Quantile T of a layer's output magnitudes below which a row gets no gradient."""
-    mask: Literal["gradient", "update"] = "gradient"
-    """`gradient` (paper): rows not kept get a zero gradient, so momentum and weight decay still move them. `update`:
-    rows not kept keep their weights and both moments bit for bit."""
-    magnitude: Literal["per_token", "batch"] = "per_token"
-    """`per_token` (paper): every token's output is L1-normalised before the sum. `batch` (reference code): plain sum of
-    absolute outputs."""
-    selection: Literal["magnitude", "random"] = "magnitude"
-    """`random` keeps as many rows, drawn at random each step: the paper's ablation."""
-    first_task: Literal["dense", "masked"] = "dense"
-    """Whether the first task of the stream is trained without a mask (reference and default) or with one."""
-    layers: Literal["blocks", "all"] = "blocks"
-    """`blocks`: every linear layer inside the transformer blocks; `all`: the output head too (as the reference
-    does)."""
-    mask_bias: bool = True
-    """Mask the bias with its weight's rows (the reference leaves it alone: false)."""
-    count_padding: bool = False
-    """Count padding tokens into the magnitudes, as the reference does."""
-    skip_rows: bool = True
-    """Do not compute the masked rows of the weight gradients at all (the same gradients, in less time); needs one
-    micro-batch per step or `mask_scope: micro_batch`, otherwise the reduced gradients are masked. false: mask always
-    after the reduction."""
-    mask_scope: Literal["step", "micro_batch"] = "step"
-    """With gradient accumulation. `step`: one mask per step from all its micro-batches, exact. `micro_batch`: each
-    micro-batch is masked by the magnitudes so far in its step, an approximation that lets it skip rows."""
-
-    def __post_init__(self) -> None:
-        """Refuse a scope that only skipping can serve."""
-        if self.mask_scope == "micro_batch" and not self.skip_rows:
-            raise ValueError("mask_scope: micro_batch masks inside the backward pass, which skip_rows: false forbids")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class KifConfig:
-    """KIF: importance of skill units, measured while training, decides how old and new weights are fused after every
-    task (arXiv 2408.05200).
-    """
-
-    name: Literal["kif"]
-    """Name of the method."""
-    units: Literal["auto", "matrix", "rank", "row"] = "auto"
-    """What is scored and fused as one: `rank` is one LoRA rank of a module (row of lora_A and column of lora_B),
-    `matrix` a whole parameter, `row` one row of a parameter. `auto` (paper): rank with LoRA, else matrix."""
-    order: Literal["first", "second", "mixed"] = "mixed"
-    """Importance of an element with weight w and gradient g: `first` is abs(w g), `second` its square, `mixed` (paper)
-    abs(w g - (w g)^2 / 2)."""
-    beta1: Fraction = 0.85
-    """Share of the old value in the smoothed importance."""
-    beta2: Fraction = 0.85
-    """Share of the old value in the smoothed deviation from it."""
-    fusion: Literal["adaptive", "hard"] = "adaptive"
-    """`adaptive` (paper): shares follow a softmax of the scores; `hard` (TaSL): important units keep their side's
-    weights."""
-    tau: Positive = 0.25
-    """Temperature of the adaptive fusion: the smaller, the more the larger score decides."""
-    threshold: Percent = 20.0
-    """Hard fusion: percentage of the units, from the top, that count as important."""
-    weight_new: Share = 0.3
-    """Hard fusion: share of the new weights in a unit that is important to old and new; with weight_old it is 1."""
-    weight_old: Share = 0.7
-    """Hard fusion: share of the old weights in a unit that is important to old and new."""
-    weight_neither: Share = 0.5
-    """Hard fusion: share of the new weights in a unit that is important to neither."""
-    accumulate_new: Share = 0.3
-    """Share of a task's scores in the accumulated scores; the past keeps the rest."""
-    orthogonal: Literal["auto"] | NonNegative = "auto"
-    """Weight of the penalty that keeps LoRA's ranks orthogonal; 0 switches it off. `auto` (paper): 0.1 with LoRA, else
-    0."""
-    replay_ratio: Share = 0.0
-    """Share of every past task's training samples that is mixed into a task's own (KIF-M, TaSL-M; 0.02 in the papers);
-    0: none."""
-    keep_unfused: bool = False
-    """Also write every task's model as it was before fusion (`unfused/` in the task's folder)."""
-
-    def __post_init__(self) -> None:
-        """Refuse shares that do not make a whole."""
-        if abs(self.weight_new + self.weight_old - 1.0) > 1e-9:
-            raise ValueError(
-                f"weight_new: {self.weight_new} and weight_old {self.weight_old} are not 1 together, so that fusion "
-                "would scale the weights"
-            )
-
-    def units_for(self, lora: bool) -> Literal["matrix", "rank", "row"]:
-        """The units, with `auto` resolved."""
-        if self.units != "auto":
-            return self.units
-        return "rank" if lora else "matrix"
-
-    def orthogonal_for(self, lora: bool) -> float:
-        """Weight of the penalty, with `auto` resolved."""
-        return (0.1 if lora else 0.0) if self.orthogonal == "auto" else self.orthogonal
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class TaslConfig(KifConfig):
-    """TaSL, the first version of KIF: matrices are the units and fusion is hard (arXiv 2408.09857)."""
-
-    name: Literal["tasl"]  # type: ignore[assignment]  # the tag that tells the two apart
-    """Name of the method."""
-    units: Literal["auto", "matrix", "rank", "row"] = "matrix"
-    """What is scored and fused as one: `matrix` (paper) is a whole parameter, with LoRA each lora_A and each lora_B;
-    `rank`, `row` and `auto` as in kif."""
-    order: Literal["first", "second", "mixed"] = "first"
-    """Importance of an element with weight w and gradient g: `first` (paper) is abs(w g), `second` its square, `mixed`
-    abs(w g - (w g)^2 / 2)."""
-    fusion: Literal["adaptive", "hard"] = "hard"
-    """`hard` (paper): important units keep their side's weights; `adaptive` (KIF): shares follow a softmax of the
-    scores."""
-    orthogonal: Literal["auto"] | NonNegative = 0.0
-    """Weight of the penalty that keeps LoRA's ranks orthogonal; 0 (paper) switches it off, `auto` is 0.1 with LoRA."""
-
-
-MethodConfig = Annotated[SequentialConfig | MiguConfig | KifConfig | TaslConfig, Field(discriminator="name")]
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """One task's training."""
 
@@ -429,7 +293,13 @@ class CheckpointConfig:
     """State that an interrupted run resumes from; the end of every task is always saved."""
 
     every_steps: PositiveInt | None = 200
-    """Save inside a task every so many optimiser steps; null: only at the end of tasks and when asked to stop."""
+    """Save inside a task every so many optimiser steps; null: not for that reason."""
+    every_minutes: Positive | None = None
+    """Save inside a task once so many minutes have passed since the last save; null: not for that reason. Without
+    every_steps and every_minutes a task's state is saved at its end and when the run is asked to stop."""
+    keep: PositiveInt = 2
+    """How many of the newest saved states of the task under way are kept: where the newest is damaged, a resume goes on
+    from the one before it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -461,11 +331,11 @@ class Recipe:
             raise ValueError(f'method: "{twice}" is given twice; a method composes with others, not with itself')
         if not names:
             raise ValueError("method: the list is empty; for plain fine-tuning give the method sequential")
-        self._check_fusion([method for method in self.method if isinstance(method, KifConfig)])
+        self._check_fusion([method for method in self.method if isinstance(method, UnitConfig)])
 
-    def _check_fusion(self, methods: Sequence[KifConfig]) -> None:
+    def _check_fusion(self, methods: Sequence[UnitConfig]) -> None:
         if len(methods) > 1:
-            raise ValueError("method: kif and tasl both fuse the weights after a task; give one of them")
+            raise ValueError("method: kif, tasl and recurrent_kif all fuse weights; give one of them")
         for method in methods:
             if self.model.lora is None and method.units == "rank":
                 raise ValueError("method.units: rank is a rank of LoRA, and there is no model.lora; give matrix or row")

@@ -17,7 +17,7 @@ from cl_dist.engine.optimizer import build_adamw, learning_rate
 from cl_dist.engine.replicas import check_replicas
 from cl_dist.errors import ClDistError
 from cl_dist.heartbeat import beat
-from cl_dist.methods.base import Method, TaskPlace
+from cl_dist.methods.base import Memory, Method, TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.structure import base_model
 from cl_dist.seeds import derive_seed
@@ -104,6 +104,11 @@ class TrainingEngine:
         """The training samples of task `index`, its own first, and those that methods add."""
         added = [sample for method in self.methods for sample in method.training_data(index, tasks)]
         return [*tasks[index], *added]
+
+    def memory(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Memory | None:
+        """Past samples that task `index` learns in steps of their own; the first method that has some decides."""
+        memories = (method.memory(index, tasks) for method in self.methods)
+        return next((memory for memory in memories if memory is not None), None)
 
     def before_task(self, place: TaskPlace) -> None:
         """Tell the methods that a task begins."""

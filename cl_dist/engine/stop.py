@@ -1,10 +1,11 @@
-"""Being asked to stop: a signal sets a flag, and all ranks act on it at the same step."""
+"""Being asked to stop, by a signal or because the time is nearly over: all ranks act on it at the same step."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -17,9 +18,14 @@ SAME_REQUEST_SECONDS = 0.5
 
 
 class StopRequest:
-    """Catches SIGINT, SIGTERM and SIGUSR1; a second request ends the process at once."""
+    """Catches SIGINT, SIGTERM and SIGUSR1; a second request ends the process at once.
 
-    def __init__(self) -> None:
+    Args:
+        is_due: Asked at every step: whether this rank must stop without a signal.
+    """
+
+    def __init__(self, is_due: Callable[[], bool] = lambda: False) -> None:
+        self._is_due = is_due
         self._asked_at: float | None = None
         self._previous = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
@@ -36,7 +42,8 @@ class StopRequest:
 
     def agreed_with(self, *values: float) -> tuple[bool, list[float]]:
         """`agreed`, and in the same all-reduce the sums over ranks of some numbers of the step."""
-        message = torch.tensor([self._asked_at is not None, *values], dtype=torch.float64, device=device())
+        wanted = self._asked_at is not None or self._is_due()
+        message = torch.tensor([wanted, *values], dtype=torch.float64, device=device())
         torch.distributed.all_reduce(message)
         asked, *sums = message.tolist()
         return asked > 0, sums

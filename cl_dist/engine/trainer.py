@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +13,13 @@ from cl_dist.engine.engine import StepResult, TrainingEngine
 from cl_dist.engine.optimizer import learning_rate
 from cl_dist.seeds import derive_seed
 from cl_dist.tasks.collate import Batch, collate, gather, mask_tokens
-from cl_dist.tasks.plan import BatchPlan
+from cl_dist.tasks.plan import BatchPlan, Cycles, InterleavedPlan
 from cl_dist.tasks.types import Encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from cl_dist.methods.base import Memory
 
 
 class TaskTrainer:
@@ -28,6 +31,7 @@ class TaskTrainer:
         tokenizer: For the mask token of a masked language model.
         pad_id: Token that fills batches up.
         index: Position of the task in the stream.
+        memory: Encoded samples of past tasks that are learnt in steps of their own, in between.
     """
 
     def __init__(
@@ -37,22 +41,39 @@ class TaskTrainer:
         tokenizer: PreTrainedTokenizerBase,
         pad_id: int,
         index: int,
+        memory: Memory | None = None,
     ) -> None:
         self._engine, self._samples, self._tokenizer, self._index = engine, samples, tokenizer, index
         self._pad_id = pad_id
         self._train = engine.recipe.train
         self._rank = torch.distributed.get_rank()
-        self._plan = BatchPlan(
+        self.cycles: Cycles | None = None
+        """How steps on own samples and on the memory alternate; None without a memory."""
+        own = self._batch_plan(samples, self._train.epochs, self._train.max_steps_per_task, "order")
+        self._plan: BatchPlan | InterleavedPlan = own
+        if memory is not None:
+            self.cycles = Cycles(own.steps, memory.inner, memory.outer)
+            self._plan = InterleavedPlan(own, self._memory_plan(memory, self.cycles), self.cycles, len(samples))
+            self._samples = [*samples, *memory.samples]
+
+    def _batch_plan(self, samples: Sequence[Encoded], epochs: int, max_steps: int | None, order: str) -> BatchPlan:
+        return BatchPlan(
             lengths=[len(sample.input_ids) for sample in samples],
             micro_batch_size=self._train.micro_batch_size,
             gradient_accumulation=self._train.gradient_accumulation,
             ranks=torch.distributed.get_world_size(),
-            epochs=self._train.epochs,
-            max_steps=self._train.max_steps_per_task,
+            epochs=epochs,
+            max_steps=max_steps,
             shuffle=self._train.shuffle,
             group_by_length=self._train.group_by_length,
-            seed=derive_seed(self._train.seed, "order", index),
+            seed=derive_seed(self._train.seed, order, self._index),
         )
+
+    def _memory_plan(self, memory: Memory, cycles: Cycles) -> BatchPlan:
+        """As many passes over the memory as its steps take."""
+        once = self._batch_plan(memory.samples, 1, None, "memory order")
+        epochs = ceil(cycles.outer_steps / once.steps_per_epoch)
+        return self._batch_plan(memory.samples, epochs, cycles.outer_steps, "memory order")
 
     @property
     def steps(self) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cl_dist.config.schema import TrainConfig
     from cl_dist.sharding import Shard, ShardView
     from cl_dist.tasks.collate import Batch
+    from cl_dist.tasks.plan import Cycles
     from cl_dist.tasks.types import Encoded
 
 
@@ -26,6 +27,19 @@ class TaskPlace:
     name: str
     steps: int
     """Optimiser steps of this task."""
+    cycles: Cycles | None = None
+    """How steps on own samples and on those of `Method.memory` alternate; None: all are on own ones."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Samples of past tasks that are learnt in steps of their own, between those of a task."""
+
+    samples: Sequence[Encoded]
+    inner: int
+    """After so many steps on the task's own samples ..."""
+    outer: int
+    """... come so many on these."""
 
 
 class Method:
@@ -56,6 +70,10 @@ class Method:
         A function of the recipe alone (after `attach`): it is asked again after a resume.
         """
         return ()
+
+    def memory(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Memory | None:
+        """Samples that task `index` learns in steps of their own (see `training_data`), or None."""
+        return None
 
     def before_task(self, place: TaskPlace) -> None:
         """A task begins."""

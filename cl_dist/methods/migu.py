@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cl_dist.config.schema import MiguConfig, TrainConfig
+from cl_dist.config.methods import MiguConfig
+from cl_dist.config.schema import TrainConfig
 from cl_dist.kernels import RowMask, apply_row_mask_, kept_rows, topk_row_masks
 from cl_dist.methods.agreement import Agreement
 from cl_dist.methods.base import Method, TaskPlace

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cl_dist.config.schema import KifConfig, MethodConfig, MiguConfig, SequentialConfig
+from cl_dist.config.methods import KifConfig, MethodConfig, MiguConfig, RecurrentKifConfig, SequentialConfig
 from cl_dist.methods.base import Method
-from cl_dist.methods.kif import Kif
+from cl_dist.methods.kif import Kif, RecurrentKif
 from cl_dist.methods.migu import Migu
 from cl_dist.methods.sequential import Sequential
 
@@ -20,6 +20,8 @@ def _build(config: MethodConfig) -> Method:
     match config:
         case KifConfig():  # and TaSL's, which is one with other defaults
             return Kif(config)
+        case RecurrentKifConfig():
+            return RecurrentKif(config)
         case MiguConfig():
             return Migu(config)
         case SequentialConfig():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +34,18 @@ def export_model(
     else:
         model.save_pretrained(folder, state_dict={**weights, **_buffers(model)})
     tokenizer.save_pretrained(folder)
+
+
+def is_readable_export(folder: Path) -> bool:
+    """Whether `folder` holds weights, and every file of them has its header and all the bytes that it speaks of."""
+    files = list(folder.glob("*.safetensors"))
+    try:
+        for file in files:
+            with safe_open(file, framework="pt"):
+                pass
+    except (SafetensorError, OSError):
+        return False
+    return bool(files)
 
 
 def _check_complete(parameters: Mapping[str, torch.nn.Parameter], state_dict: Mapping[str, Tensor]) -> None:

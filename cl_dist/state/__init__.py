@@ -11,6 +11,12 @@
 | `ledger` | the manifest, the log and the metrics while a run is under way |
 | `spans` | tensors, by parameter name and position, for any number of ranks and any ZeRO stage |
 | `snapshot` | the training state of all ranks as spans |
+| `together` | work that fails on all ranks where it fails on one |
+| `schedule` | when a checkpoint inside a task is due |
+| `checkpoints` | which saved states are kept, and which of them a resume can use |
+| `stored_recipe` | the recipe that a run was started with |
+| `elastic` | the same global batch on another number of ranks |
 
-Only `spans` and `snapshot` import torch: the rest is needed before and beside training, and must load quickly.
+Only `spans`, `snapshot` and `together` import torch: the rest is needed before and beside training, and must load
+quickly.
 """

@@ -55,19 +55,24 @@ def sync(path: Path) -> None:
     beat()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` by `text` (UTF-8) atomically and durably; `ClDistError` where the disk is full."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file `path` by `content` atomically and durably; `ClDistError` where the disk is full."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with telling_full_disk(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file `path` by `text` (UTF-8), as `write_bytes` does."""
+    write_bytes(path, text.encode())
 
 
 def finite(value: Any) -> Any:

@@ -25,6 +25,10 @@ class Ledger:
     def start(self, recipe_text: str) -> None:
         """Write the resolved recipe and the manifest: from here on the folder holds a run."""
         if self.writer:
+            if self.folder.manifest.exists():
+                # Before the recipe, whose split may be new: only the manifest's segments say for sure what the global
+                # batch is.
+                self.manifest.write(self.folder.manifest)
             write_text(self.folder.config, recipe_text)
         self.update()
 

@@ -13,7 +13,8 @@ from cl_dist import __version__
 from cl_dist.errors import BadInput
 from cl_dist.state.atomic import write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: a list of checkpoints in place of one, and segments."""
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -31,25 +32,59 @@ class CheckpointEntry:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Segment:
+    """Optimiser steps that were computed by as many ranks under one ZeRO stage, up to where the next segment begins."""
+
+    task: int
+    """Position in the stream, from 0, of the task in which it begins."""
+    step: int
+    """Optimiser steps of that task that were done before."""
+    world_size: int
+    """Number of ranks."""
+    zero_stage: int
+    """ZeRO stage."""
+    micro_batch_size: int
+    """Samples per rank and forward pass."""
+    gradient_accumulation: int
+    """Micro-batches per optimiser step and rank."""
+
+    @property
+    def split(self) -> tuple[int, int, int]:
+        """How the global batch is divided: ranks, samples per micro-batch, micro-batches per rank."""
+        return self.world_size, self.micro_batch_size, self.gradient_accumulation
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of an optimiser step over all ranks: the same in all segments of a run."""
+        return self.world_size * self.micro_batch_size * self.gradient_accumulation
+
+    def same_layout(self, other: Segment) -> bool:
+        """Whether steps of both were computed alike."""
+        return self.split == other.split and self.zero_stage == other.zero_stage
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Manifest:
     """State of a run; `dataclasses.replace` makes the next one."""
 
     tasks: tuple[str, ...]
     """Names of the tasks, in order."""
     world_size: int
-    """Number of ranks that wrote this."""
+    """Number of ranks of the newest start."""
     zero_stage: int
-    """ZeRO stage that it ran under."""
+    """ZeRO stage of the newest start."""
     status: Literal["running", "interrupted", "finished", "failed"] = "running"
     """`running` also stands in the folder of a run that was killed."""
     completed: int = 0
     """Number of tasks that are trained, evaluated and saved."""
-    checkpoint: CheckpointEntry | None = None
-    """Newest checkpoint inside the task that is under way."""
+    checkpoints: tuple[CheckpointEntry, ...] = ()
+    """Saved states of the task that is under way, the newest last."""
+    segments: tuple[Segment, ...] = ()
+    """Which ranks computed which steps, in order; empty in a manifest of format 1."""
     accuracy_matrix: tuple[tuple[float | None, ...], ...] = ()
     """Rows so far, the first one before training; None where a task was not evaluated."""
     peak_memory_bytes: tuple[int, ...] = ()
-    """Largest memory that each rank has used so far, over all restarts."""
+    """Largest memory that each rank has used so far, over all restarts; as long as the largest number of ranks."""
     restarts: int = 0
     """How often the run was resumed."""
     timings: tuple[dict[str, int | float], ...] = ()
@@ -63,8 +98,22 @@ class Manifest:
         """Refuse a manifest that contradicts itself."""
         if not 0 <= self.completed <= len(self.tasks):
             raise ValueError(f"completed is {self.completed} of {len(self.tasks)} tasks")
-        if self.checkpoint is not None and self.checkpoint.task != self.completed:
-            raise ValueError(f"the checkpoint is of task {self.checkpoint.task}, {self.completed} are completed")
+        for entry in self.checkpoints:
+            if entry.task != self.completed:
+                raise ValueError(f"the checkpoint is of task {entry.task}, {self.completed} are completed")
+        self._check_matrix()
+
+    def _check_matrix(self) -> None:
+        rows = len(self.accuracy_matrix)
+        if rows > self.completed + 1:
+            raise ValueError(f"the accuracy matrix has {rows} rows, {self.completed} tasks are completed")
+        if any(len(row) != len(self.tasks) for row in self.accuracy_matrix):
+            raise ValueError(f"a row of the accuracy matrix does not have {len(self.tasks)} scores, one per task")
+
+    @property
+    def checkpoint(self) -> CheckpointEntry | None:
+        """Newest saved state of the task that is under way."""
+        return self.checkpoints[-1] if self.checkpoints else None
 
     def write(self, path: Path) -> None:
         """Replace the file `path`, atomically and durably."""
@@ -81,7 +130,7 @@ class Manifest:
                 f"this is cl_dist {__version__}, which reads formats up to {FORMAT_VERSION}"
             )
         try:
-            return _ADAPTER.validate_python(document)
+            return _ADAPTER.validate_python(_upgraded(document) if version == 1 else document)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "manifest"
@@ -89,6 +138,13 @@ class Manifest:
 
 
 _ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)
+
+
+def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of format 1, which named one checkpoint or none, in today's format."""
+    rest = {key: value for key, value in document.items() if key != "checkpoint"}
+    entry = document.get("checkpoint")
+    return {**rest, "checkpoints": [] if entry is None else [entry], "format_version": FORMAT_VERSION}
 
 
 def _read_object(path: Path) -> dict[str, Any]:

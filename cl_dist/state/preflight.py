@@ -9,27 +9,30 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
-
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
+from cl_dist.state.elastic import resumption, with_segments
 from cl_dist.state.lock import RunLock, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.state.stored_recipe import as_plain, stored_recipe
 
 FREE_SETTINGS = (
     "launch",
     "output_dir",
     "checkpoint",
     "eval.batch_size",
+    "zero.stage",
+    "zero.offload",
+    "train.micro_batch_size",
+    "train.gradient_accumulation",
     "train.max_skipped_steps",
     "train.check_replicas_every",
 )
-"""Settings that may differ on resume: they change how a run is done, not what comes out of a step that is healthy."""
+"""Settings that may differ on resume: they change how a run is done, not what a healthy step does (`elastic` keeps
+the product of micro_batch_size, gradient_accumulation and ranks)."""
 
 _SHOWN_DIFFERENCES = 8
-_RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 
 def preflight(output_dir: Path, recipe: Recipe, *, resume: bool, fresh: bool, world_size: int | None = None) -> None:
@@ -103,7 +106,7 @@ def _require_run_or_empty(folder: RunFolder) -> None:
     """Refuse a folder with other people's files: neither a run, nor one that was killed before its first manifest."""
     if folder.manifest.exists() or _was_started(folder):
         return
-    names = sorted(path.name for path in folder.path.iterdir())
+    names = sorted(path.name for path in folder.path.iterdir() if path != folder.slurm)
     if names:
         raise BadInput(
             f"output_dir {folder.path} holds {names[0]} but no manifest.json, so it is not a run folder: "
@@ -113,7 +116,7 @@ def _require_run_or_empty(folder: RunFolder) -> None:
 
 def _was_started(folder: RunFolder) -> bool:
     """Whether a run took its lock here and was killed before its first manifest."""
-    own = {folder.lock, folder.config, folder.log, folder.logs}
+    own = {folder.lock, folder.config, folder.log, folder.logs, folder.slurm}
     unfinished = (".config.yaml.tmp-", ".manifest.json.tmp-")
     files = folder.path.iterdir()
     return folder.lock.exists() and all(path in own or path.name.startswith(unfinished) for path in files)
@@ -139,13 +142,8 @@ def _require_resumable(folder: RunFolder, recipe: Recipe, world_size: int | None
         if _was_started(folder):  # nothing was done yet: resuming is starting
             return
         raise BadInput(_nothing_to_resume(folder))
-    before = Manifest.read(folder.manifest).world_size
-    if world_size is not None and world_size != before:
-        raise BadInput(
-            f"--resume: the run in {folder.path} had {before} ranks and would now have {world_size}, which changes its "
-            f"global batch: start it with {before} (launch.processes)"
-        )
-    differences = changed_settings(_stored_config(folder.config), _RECIPE.dump_python(recipe, mode="json"))
+    manifest = Manifest.read(folder.manifest)
+    differences = changed_settings(as_plain(stored_recipe(folder.config)), as_plain(recipe))
     if differences:
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
         more = len(differences) - _SHOWN_DIFFERENCES
@@ -154,22 +152,9 @@ def _require_resumable(folder: RunFolder, recipe: Recipe, world_size: int | None
             f"--resume: the recipe is not the one that {folder.path} was started with: {shown}{rest}; "
             f"only {', '.join(FREE_SETTINGS)} may differ"
         )
-
-
-def _stored_config(path: Path) -> dict[str, Any]:
-    """The recipe that a run was started with, with the defaults of settings that it does not mention."""
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        stored: dict[str, Any] = _RECIPE.dump_python(_RECIPE.validate_python(document), mode="json")
-    except FileNotFoundError as error:
-        raise BadInput(f"--resume: {path} is missing, so the recipe cannot be compared") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "recipe"
-        raise BadInput(f"{path} is damaged: {where}: {first['msg']}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise BadInput(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    return stored
+    if world_size is not None and manifest.status != "finished":
+        before = with_segments(manifest, folder.config).segments[-1]
+        resumption(recipe, before, world_size, folder.path)
 
 
 def changed_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -10,17 +10,21 @@
 | `logs/` | stacks of ranks that hung or crashed (`stack-rank<N>.txt`); heartbeats while the run lasts |
 | `tasks/NN-name/model/` | weights or adapter, in Hugging Face format |
 | `tasks/NN-name/unfused/` | the model before a method changed it at the task's end (kif, where asked for) |
-| `tasks/NN-name/units.json`, `unit_scores.safetensors` | skill units and their importance (kif, tasl) |
+| `tasks/NN-name/units.json`, `unit_scores.safetensors` | skill units and their importance (kif, tasl, recurrent_kif) |
 | `tasks/NN-name/predictions/` | predictions after the task |
 | `tasks/NN-name/state/` | what the next task starts from |
 | `checkpoint/task-NN-step-NNNNNN/` | what an interrupted task goes on from |
+| `report/` | tables and pictures that `cl-dist report` makes from all this |
+| `slurm/NN/` | batch script, recipe and log of a Slurm job (`cl-dist slurm`) |
 | `.lock` | held by the run that writes here |
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from cl_dist.errors import BadInput
 from cl_dist.state import atomic
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+_SLURM_NAME = re.compile(r"\d{2,}")
 _CHECKPOINT_NAME = re.compile(r"task-(\d{2,})-step-(\d{6,})")
 
 
@@ -49,6 +54,16 @@ class TaskFolder:
         return self.path / "unfused"
 
     @property
+    def units(self) -> Path:
+        """Skill units: unit -> slices of parameters (methods that fuse)."""
+        return self.path / "units.json"
+
+    @property
+    def unit_scores(self) -> Path:
+        """Importance of the skill units and their shares in fusion, in the order of `units` (methods that fuse)."""
+        return self.path / "unit_scores.safetensors"
+
+    @property
     def predictions(self) -> Path:
         """Predictions after the task."""
         return self.path / "predictions"
@@ -57,6 +72,36 @@ class TaskFolder:
     def state(self) -> Path:
         """State of the methods and of the training after the task."""
         return self.path / "state"
+
+
+@dataclass(frozen=True)
+class SlurmRecord:
+    """What is kept of a Slurm job, below `slurm/NN`; the job's log lies there too."""
+
+    path: Path
+
+    @property
+    def script(self) -> Path:
+        """Batch script as submitted."""
+        return self.path / "job.sh"
+
+    @property
+    def recipe(self) -> Path:
+        """Resolved recipe that the job runs."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def job(self) -> Path:
+        """Slurm's number of the job, written once it is submitted."""
+        return self.path / "job.json"
+
+    def read_job(self) -> dict[str, Any]:
+        """Number (`job`), time and restarts allowed of the job; `BadInput` where the file is damaged."""
+        try:
+            job = json.loads(self.job.read_text(encoding="utf-8"))
+            return {"job": str(job["job"]), "max_restarts": int(job["max_restarts"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{self.job} is damaged: {error!r}") from error
 
 
 @dataclass(frozen=True)
@@ -96,6 +141,11 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def report(self) -> Path:
+        """Folder of the tables and pictures that are made from the run."""
+        return self.path / "report"
+
+    @property
     def lock(self) -> Path:
         """Lock file (`cl_dist.state.lock.RunLock`)."""
         return self.path / ".lock"
@@ -109,6 +159,23 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints inside a task."""
         return self.path / "checkpoint"
+
+    @property
+    def slurm(self) -> Path:
+        """Folder of the run's Slurm jobs; may be there before the run is."""
+        return self.path / "slurm"
+
+    def new_slurm_record(self) -> SlurmRecord:
+        """Where the next Slurm job of the run belongs; the folder is not made."""
+        return SlurmRecord(self.slurm / f"{1 + max(map(_number, self._slurm_folders()), default=0):02d}")
+
+    def newest_slurm_record(self) -> SlurmRecord | None:
+        """Of the Slurm job that was submitted last."""
+        submitted = [path for path in self._slurm_folders() if (path / "job.json").exists()]
+        return SlurmRecord(max(submitted, key=_number)) if submitted else None
+
+    def _slurm_folders(self) -> list[Path]:
+        return [path for path in self.slurm.glob("*") if _SLURM_NAME.fullmatch(path.name)]
 
     def task(self, position: int, name: str) -> TaskFolder:
         """Folder of the task at `position` (from 0; folders count from 01); `BadInput` for any other name."""
@@ -125,11 +192,14 @@ class RunFolder:
         found = [path for path in self.checkpoints.glob("task-*") if _CHECKPOINT_NAME.fullmatch(path.name)]
         return sorted(found, key=_task_and_step, reverse=True)
 
-    def forget_checkpoints(self, but: Path | None = None) -> None:
-        """Delete all checkpoints but the one that the manifest names (`but`), however old the others are."""
+    def forget_checkpoints(self, but: Collection[Path] = ()) -> None:
+        """Delete all checkpoints but those that the manifest names (`but`), however old the others are.
+
+        One that cannot be deleted now (an open file on NFS) is tried again the next time.
+        """
         for path in self.stored_checkpoints():
-            if path != but:
-                shutil.rmtree(path)
+            if path not in but:
+                shutil.rmtree(path, ignore_errors=True)
 
     def append_log(self, record: dict[str, Any]) -> None:
         """Append a record to the log."""
@@ -138,6 +208,10 @@ class RunFolder:
     def recover(self) -> None:
         """Clear away what killed writes left; only with the lock held."""
         atomic.recover(self.path)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name)
 
 
 def _task_and_step(checkpoint: Path) -> tuple[int, int]:

@@ -7,17 +7,20 @@ numbers and the data order are functions of the recipe and the step, and need no
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cl_dist.errors import ClDistError
 from cl_dist.heartbeat import beat
 from cl_dist.sharding import Shard, ShardView
 from cl_dist.state import atomic
 from cl_dist.state.integrity import CheckpointDamaged, read_sealed, write_sealed
 from cl_dist.state.spans import Span, SpanReader, write_spans
+from cl_dist.state.together import together
 
 MASTER = "master"
 FORMAT_VERSION = 1
@@ -43,25 +46,36 @@ def save_snapshot(
     Raises:
         ClDistError: The disk is full; what was there before is intact.
     """
-    rank = torch.distributed.get_rank()
-    if rank == 0:
-        atomic.stage(folder)
-    torch.distributed.barrier()
     writers = 1 if shards.replicated else torch.distributed.get_world_size()
+    tensors = {
+        "format": FORMAT_VERSION,
+        "writers": writers,
+        "moments": moments,
+        "optimizer_step": shards.optimizer_step,
+    }
+    held = {**_quantities(shards, moments), **(extra or {})}
+    first = torch.distributed.get_rank() == 0
+    try:
+        together(lambda: atomic.stage(folder) if first else None)
+        together(lambda: _write_own(folder, writers, held))
+        together(lambda: _seal(folder, {**state, **tensors}) if first else None)
+    except ClDistError:
+        if first:  # half a state is of no use, and on a full disk its room is needed
+            shutil.rmtree(atomic.staging(folder), ignore_errors=True)
+        raise
+
+
+def _write_own(folder: Path, writers: int, held: Mapping[str, Mapping[str, Shard]]) -> None:
+    """Write this rank's spans where it is one of the `writers`."""
+    rank = torch.distributed.get_rank()
     if rank < writers:
-        held = {**_quantities(shards, moments), **(extra or {})}
         write_spans(atomic.staging(folder), rank, {quantity: _spans(pieces) for quantity, pieces in held.items()})
-    torch.distributed.barrier()
-    if rank == 0:
-        tensors = {
-            "format": FORMAT_VERSION,
-            "writers": writers,
-            "moments": moments,
-            "optimizer_step": shards.optimizer_step,
-        }
-        write_sealed(atomic.staging(folder) / "state.json", {**state, **tensors})
-        atomic.publish(folder)
-    torch.distributed.barrier()
+
+
+def _seal(folder: Path, state: Mapping[str, Any]) -> None:
+    """Add the JSON values and put everything in its place."""
+    write_sealed(atomic.staging(folder) / "state.json", state)
+    atomic.publish(folder)
 
 
 def _spans(held: Mapping[str, Shard]) -> dict[str, Span]:
@@ -74,6 +88,7 @@ def load_snapshot(
     """Fill this rank's masters from `folder` and publish the weights (collective).
 
     Moments are filled where they were kept and are zero otherwise; the methods' own tensors (`extra`) are filled too.
+    Everything is checked before anything is filled: where a state is damaged, all ranks raise and none has changed.
 
     Returns:
         The JSON values that were saved.
@@ -81,11 +96,7 @@ def load_snapshot(
     Raises:
         CheckpointDamaged: A file is missing or not what was written.
     """
-    state = read_sealed(folder / "state.json")
-    if state["format"] != FORMAT_VERSION:
-        raise CheckpointDamaged(f"{folder} has format {state['format']}; this release reads {FORMAT_VERSION}")
-    reader = SpanReader(folder, state["writers"])
-    reader.verify(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    state, reader = together(lambda: _checked(folder, shards, extra or {}))
     if state["moments"]:
         shards.allocate_moments(state["optimizer_step"])
     else:
@@ -96,6 +107,21 @@ def load_snapshot(
             beat()
     shards.publish()
     return state
+
+
+def _checked(
+    folder: Path, shards: ShardView, extra: Mapping[str, Mapping[str, Shard]]
+) -> tuple[dict[str, Any], SpanReader]:
+    """Read what is not a tensor, and make sure that the tensors are whole and all there for this rank."""
+    state = read_sealed(folder / "state.json")
+    if state["format"] != FORMAT_VERSION:
+        raise CheckpointDamaged(f"{folder} has format {state['format']}; this release reads {FORMAT_VERSION}")
+    reader = SpanReader(folder, state["writers"])
+    reader.verify(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    for quantity, held in {**_quantities(shards, state["moments"]), **extra}.items():
+        for name, shard in held.items():
+            reader.require(quantity, name, shard.start, shard.stop)
+    return state, reader
 
 
 def _quantities(shards: ShardView, moments: bool) -> dict[str, dict[str, Shard]]:

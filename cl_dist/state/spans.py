@@ -11,7 +11,7 @@ the spans that *it* needs, whoever wrote them. A folder holds, per rank:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,11 @@ class SpanReader:
         Ranks share the work by giving their number and how many they are: every `parts`-th file is read.
         """
         for path in sorted(self._sha256)[part::parts]:
-            if file_sha256(path) != self._sha256[path]:
+            try:
+                found = file_sha256(path)
+            except OSError as error:  # the disk cannot read it
+                raise CheckpointDamaged(f"{path} is damaged: {error.strerror}") from error
+            if found != self._sha256[path]:
                 raise CheckpointDamaged(f"{path} is damaged: its content does not match its checksum")
 
     def parameters(self, quantity: str) -> list[str]:
@@ -144,19 +148,35 @@ class SpanReader:
 
         Raises `CheckpointDamaged` where they are not all stored or a file cannot be read.
         """
+        stored = self.require(quantity, parameter, start, stop)
+        result = torch.empty(stop - start, dtype=getattr(torch, stored[0][0].dtype))
+        for span, path, first, last in self._pieces(quantity, parameter, start, stop):
+            result[first - start : last - start] = self._slice(path, span, first, last)
+        return result
+
+    def require(self, quantity: str, parameter: str, start: int, stop: int) -> Sequence[tuple[StoredSpan, Path]]:
+        """Raise `CheckpointDamaged` unless the elements [start, stop) are all stored, in one dtype; reads no tensor.
+
+        Returns the stored spans of the quantity, with their files.
+        """
         stored = self._stored.get((quantity, parameter), [])
         dtypes = {span.dtype for span, _ in stored}
         if len(dtypes) != 1:
             problem = f"is stored as {', '.join(sorted(dtypes))}" if dtypes else "is not stored"
             raise CheckpointDamaged(f"{quantity} of {parameter} {problem} in {self.folder}")
-        result = torch.empty(stop - start, dtype=getattr(torch, dtypes.pop()))
-        position = start
+        for _ in self._pieces(quantity, parameter, start, stop):
+            pass
+        return stored
+
+    def _pieces(
+        self, quantity: str, parameter: str, start: int, stop: int
+    ) -> Iterator[tuple[StoredSpan, Path, int, int]]:
+        """Stored spans that make up [start, stop) together: span, file, first and last element to take from it."""
+        stored, position = self._stored[quantity, parameter], start
         while position < stop:
             span, path = self._covering(stored, position, f"{quantity} of {parameter}")
-            end = min(span.stop, stop)
-            result[position - start : end - start] = self._slice(path, span, position, end)
-            position = end
-        return result
+            yield span, path, position, min(span.stop, stop)
+            position = span.stop
 
     def _covering(self, stored: Sequence[tuple[StoredSpan, Path]], position: int, what: str) -> tuple[StoredSpan, Path]:
         """The span that holds `position` and reaches furthest beyond it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 
 FILLER = -1
@@ -113,6 +114,85 @@ class BatchPlan:
         full = [by_length[start : start + size] for start in range(0, len(order) - size + 1, size)]
         rng.shuffle(full)
         return [index for batch in full for index in batch] + by_length[len(full) * size :]
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """Steps on a task's own samples that alternate with steps on samples of past tasks: `inner` of the one, then
+    `outer` of the other, and again. A last, shorter run of own steps is followed by `outer` steps too.
+    """
+
+    own: int
+    """Steps on own samples in the whole task."""
+    inner: int
+    outer: int
+
+    @property
+    def steps(self) -> int:
+        """All steps."""
+        return self.own + self.outer * ceil(self.own / self.inner)
+
+    @property
+    def outer_steps(self) -> int:
+        """Steps on past samples."""
+        return self.steps - self.own
+
+    def locate(self, step: int) -> tuple[bool, int]:
+        """Whether a step learns past samples, and its number among the steps of its kind."""
+        cycle, position = divmod(step, self.inner + self.outer)
+        inner = self._inner(cycle)
+        if position < inner:
+            return False, cycle * self.inner + position
+        return True, cycle * self.outer + position - inner
+
+    def starts(self, step: int) -> bool:
+        """Whether a step is the first of a cycle."""
+        return step % (self.inner + self.outer) == 0
+
+    def turns(self, step: int) -> bool:
+        """Whether a step is the first on past samples of its cycle."""
+        cycle, position = divmod(step, self.inner + self.outer)
+        return position == self._inner(cycle)
+
+    def ends(self, step: int) -> bool:
+        """Whether a step is the last of a cycle."""
+        cycle, position = divmod(step, self.inner + self.outer)
+        return position == self._inner(cycle) + self.outer - 1
+
+    def _inner(self, cycle: int) -> int:
+        return min(self.inner, self.own - cycle * self.inner)
+
+
+class InterleavedPlan:
+    """A plan over own samples and one over past ones, in cycles; past samples are numbered behind the own ones."""
+
+    def __init__(self, own: BatchPlan, past: BatchPlan, cycles: Cycles, first_past: int) -> None:
+        self._own, self._past, self._cycles, self._first_past = own, past, cycles, first_past
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of both kinds."""
+        return self._cycles.steps
+
+    def step(self, step: int) -> list[int]:
+        """Sample indices of a step's global batch, without fillers. Raises IndexError outside `0 <= step < steps`."""
+        past, number = self._locate(step)
+        return self._shifted(self._past.step(number)) if past else self._own.step(number)
+
+    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
+        """As `BatchPlan.micro_batches`."""
+        past, number = self._locate(step)
+        if not past:
+            return self._own.micro_batches(number, rank)
+        return [self._shifted(indices) for indices in self._past.micro_batches(number, rank)]
+
+    def _locate(self, step: int) -> tuple[bool, int]:
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        return self._cycles.locate(step)
+
+    def _shifted(self, indices: list[int]) -> list[int]:
+        return [index if index == FILLER else index + self._first_past for index in indices]
 
 
 def share(items: list[int], parts: int, number: int) -> list[int]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cl_dist.benchmarks import step
+from cl_dist.benchmarks.shapes import VOCABULARY
 from cl_dist.benchmarks.training import WAYS, Masked, StepSize, build_model, operations, token_ids
 from cl_dist.kernels import reference
 
@@ -86,12 +87,12 @@ def test_operations_of_a_step() -> None:
     blocks = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48)
     kept = {32: 10, 16: 5, 48: 15}  # N - ceil(0.7 (N - 1))
     dropped = 2 * sum((o - kept[o]) * i for o, i in [(32, 32)] * 2 + [(16, 32)] * 2 + [(48, 32)] * 2 + [(32, 48)])
-    dense = 6 * 12 * (blocks + 2048 * 32) + 12 * 12**2 * 32 * 2
+    dense = 6 * 12 * (blocks + VOCABULARY * 32) + 12 * 12**2 * 32 * 2
     assert operations(build_model(SIZE, CPU), SIZE) == {"dense": dense, "masked": dense - 2 * 12 * dropped}
 
 
 def test_frozen_layers_have_no_weight_gradient() -> None:
-    linears = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48) + 2048 * 32
+    linears = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48) + VOCABULARY * 32
     adapters = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
     model = build_model(LORA, CPU)
     assert operations(model, LORA)["dense"] == 12 * (4 * linears + 6 * adapters) + 12 * 12**2 * 32 * 2

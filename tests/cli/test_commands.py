@@ -52,7 +52,7 @@ class TestRecipe:
 def test_methods_are_listed_with_what_they_are(command: Command) -> None:
     code, output, _ = command("methods")
     assert code == 0
-    assert [line.split()[0] for line in output.splitlines()] == ["sequential", "migu", "kif", "tasl"]
+    assert [line.split()[0] for line in output.splitlines()] == ["sequential", "migu", "kif", "tasl", "recurrent_kif"]
     assert "arXiv 2406.17245" in output
 
 
@@ -61,7 +61,7 @@ class TestStatus:
 
     def test_of_a_run_that_was_killed(self, command: Command, tmp_path: Path) -> None:
         checkpoint = CheckpointEntry(task=1, step=40, folder="checkpoint/task-02-step-000040")
-        manifest = replace(MANIFEST, completed=1, checkpoint=checkpoint, accuracy_matrix=MATRIX[:2], restarts=3)
+        manifest = replace(MANIFEST, completed=1, checkpoints=(checkpoint,), accuracy_matrix=MATRIX[:2], restarts=3)
         manifest.write(tmp_path / "manifest.json")
         code, output, _ = command("status", tmp_path)
         assert code == 0
@@ -184,4 +184,5 @@ def test_a_whole_run_and_its_status(command: Command, tmp_path: Path) -> None:
     assert "average performance (AP)" in output.splitlines()[-6]
     assert len(json.loads((tmp_path / "here/metrics.json").read_text())["accuracy_matrix"]) == 2
     assert command("status", "here")[1].startswith("status      finished\ntasks done  1 of 1\n")
+    assert command("report", "here")[1].endswith("wrote here/report/loss.png\n")
     assert command("run", "quickstart", "--set=output_dir=here")[0] == 2

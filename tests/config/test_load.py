@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes, to_dict
-from cl_dist.config.schema import MiguConfig, SequentialConfig
+from cl_dist.config.methods import MiguConfig, SequentialConfig
 from cl_dist.config.yaml_text import render_yaml
 from cl_dist.errors import BadInput
 from cl_dist.tasks.orders import resolve_order
@@ -72,7 +72,9 @@ def test_one_method_may_be_absent_a_mapping_or_a_list(given: Any, tmp_path: Path
     data = minimal() if given is None else {**minimal(), "method": given}
     file = write(tmp_path / "mine.yaml", data)
     if given == {}:
-        with pytest.raises(BadInput, match=r"^method.name: missing; allowed: sequential, migu, kif, tasl$"):
+        with pytest.raises(
+            BadInput, match=r"^method.name: missing; allowed: sequential, migu, kif, tasl, recurrent_kif$"
+        ):
             load_recipe(file)
     else:
         assert load_recipe(file)[0].method == (SequentialConfig(),)

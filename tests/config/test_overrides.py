@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from cl_dist.config.load import load_recipe
+from cl_dist.config.methods import MiguConfig, SequentialConfig
 from cl_dist.config.overrides import apply_overrides, parse_override
-from cl_dist.config.schema import MiguConfig, SequentialConfig
 from cl_dist.errors import BadInput
 
 

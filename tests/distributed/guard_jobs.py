@@ -8,24 +8,17 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.schema import (
-    KifConfig,
-    MiguConfig,
-    ModelConfig,
-    Recipe,
-    StreamConfig,
-    TaskConfig,
-    TrainConfig,
-    ZeroConfig,
-)
+from cl_dist.config.methods import KifConfig, MiguConfig, RecurrentKifConfig
+from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import StepResult, TrainingEngine
 from cl_dist.engine.replicas import check_replicas
 from cl_dist.errors import ClDistError
-from cl_dist.methods.base import TaskPlace
-from cl_dist.methods.kif import Kif
+from cl_dist.methods.base import Method, TaskPlace
+from cl_dist.methods.kif import Kif, RecurrentKif
 from cl_dist.methods.migu import Migu
 from cl_dist.models.load import LoadedModel
+from cl_dist.tasks.plan import Cycles
 from tests.distributed.kif_jobs import together
 from tests.distributed.worlds import OBJECTIVES, micro_batches, odd_model, samples, whole
 
@@ -35,27 +28,53 @@ POISONED = "layers.1.mlp.down_proj.weight"
 BAD_RANK = 1
 
 
-def run_skips(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per case: what a bad step changed, and how far the end is from that of an engine without it."""
+def run_all(skips: list[dict[str, Any]], stops: list[dict[str, Any]], stages: list[int]) -> dict[str, Any]:
+    """All in one start of the ranks.
+
+    `skips`: what a bad step changed, and how far the end is from that of an engine without it. `stops`: this rank's
+    outcome of each step, `done`, why it was skipped, or what stopped it. `replicas`, for each of `stages`: parameters
+    compared, and what is said when one rank's weight changes.
+    """
     join(timeout_seconds=120)
-    return [_skip(**case) for case in cases]
+    return {
+        "skips": [_skip(**case) for case in skips],
+        "stops": [_stops(**case) for case in stops],
+        "cycle": _cycle(stage=2),
+        "replicas": [_replicas(stage) for stage in stages],
+    }
 
 
-def run_stops(cases: list[dict[str, Any]]) -> list[list[str]]:
-    """Per case this rank's outcome of each step: `done`, why it was skipped, or what stopped it."""
-    join(timeout_seconds=120)
-    return [_stops(**case) for case in cases]
+def _cycle(stage: int) -> dict[str, Any]:
+    """Recurrent-KIF whose cycle ends with a bad step: what differs from fusing without that step."""
+    engine = _in_a_cycle(stage)
+    before = whole(engine.shards, "master")
+    with _poisoned(engine, "gradient"):
+        skipped = _step(engine, 3).skipped
+    after = whole(engine.shards, "master")
+    engine.destroy()
+    other = _in_a_cycle(stage)
+    method = other.methods[0]
+    assert isinstance(method, RecurrentKif)
+    method._fuse()
+    fused = whole(other.shards, "master")
+    other.destroy()
+    return {"skipped": skipped, "fused": len(_different(before, after)), "differs": _different(after, fused)}
 
 
-def run_replicas(stages: list[int]) -> list[dict[str, Any]]:
-    """Per stage: parameters compared, and what is said when one rank's weight changes."""
-    join(timeout_seconds=120)
-    return [_replicas(stage) for stage in stages]
+def _in_a_cycle(stage: int) -> TrainingEngine:
+    """After two steps on the task and one of two on the past."""
+    config = RecurrentKifConfig(name="recurrent_kif", units="matrix", threshold=40.0, orthogonal=0.0)
+    engine = _engine(stage, methods=[RecurrentKif(config)])
+    engine.before_task(TaskPlace(1, "t", 8, cycles=Cycles(own=4, inner=2, outer=2)))
+    for step in range(3):
+        _step(engine, step)
+    return engine
 
 
 def _engine(
     stage: int, dtype: str = "float32", accumulation: int = 1, offload: bool = False, clip: float | None = 0.1,
     deepspeed: dict[str, Any] | None = None, max_skipped: int = 1, check_every: int | None = None,
+    methods: list[Method] | None = None,
 ) -> TrainingEngine:  # fmt: skip
     recipe = Recipe(
         model=ModelConfig(name_or_path="odd"),
@@ -69,7 +88,7 @@ def _engine(
         output_dir="unused",
     )  # fmt: skip
     model = odd_model(FAMILY).to(getattr(torch, dtype))
-    methods = [
+    methods = methods or [
         Migu(MiguConfig(name="migu", mask="update", first_task="masked")),
         Kif(KifConfig(name="kif", units="matrix")),
     ]

@@ -7,16 +7,8 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.schema import (
-    KifConfig,
-    LoraConfig,
-    ModelConfig,
-    Recipe,
-    StreamConfig,
-    TaskConfig,
-    TrainConfig,
-    ZeroConfig,
-)
+from cl_dist.config.methods import KifConfig
+from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.methods.base import TaskPlace
@@ -47,13 +39,16 @@ class Case:
         self, stage: int, units: str, order: str = "mixed", fusion: str = "adaptive", lora: bool = False,
         family: str = "llama", dtype: str = "float32", accumulation: int = 1, clip: float | None = None,
         offload: bool = False, orthogonal: float = 0.0, keep_optimizer: bool = False,
-        deepspeed: dict[str, Any] | None = None, **constants: float,
+        deepspeed: dict[str, Any] | None = None, importance_dtype: str = "float32", **constants: float,
     ) -> None:  # fmt: skip
         self.family, self.accumulation, self.dtype = family, accumulation, dtype
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         self.micro = 4 // self.world
         adapters = LoraConfig(r=RANKS, alpha=RANKS) if lora else None
-        config = KifConfig(name="kif", units=units, order=order, fusion=fusion, orthogonal=orthogonal, **constants)  # type: ignore[arg-type]
+        config = KifConfig(
+            name="kif", units=units, order=order, fusion=fusion, orthogonal=orthogonal,  # type: ignore[arg-type]
+            importance_dtype=importance_dtype, **constants,  # type: ignore[arg-type]
+        )  # fmt: skip
         recipe = Recipe(
             model=ModelConfig(name_or_path="odd", lora=adapters),
             stream=StreamConfig(tasks=(TaskConfig(name="t", format="builtin"),)),

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.schema import MiguConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
+from cl_dist.config.methods import MiguConfig
+from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.methods.base import TaskPlace

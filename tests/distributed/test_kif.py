@@ -50,6 +50,8 @@ SPECIAL: list[dict[str, Any]] = [
      "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}}},
     {"stage": 2, "units": "row", "dtype": "bfloat16"},
     {"stage": 3, "units": "rank", "dtype": "bfloat16", "accumulation": 3, "orthogonal": 0.1},
+    {"stage": 2, "units": "matrix", "importance_dtype": "bfloat16"},
+    {"stage": 3, "units": "rank", "importance_dtype": "bfloat16", "order": "second"},
 ]  # fmt: skip
 CASES = [{"lora": case["units"] == "rank", **case} for case in SELECTION + SPECIAL]
 
@@ -82,6 +84,10 @@ def test_equals_the_dense_oracle(reports: dict[int, list[dict[str, Any]]], world
     assert report["left"] == 0.0, "the next task's importance does not start at zero"
     if settings.get("dtype") == "bfloat16":
         assert max(report[quantity] for quantity in ELEMENTS + UNITS + WEIGHTS) <= 4 * BFLOAT16_STEP
+        return
+    if settings.get("importance_dtype") == "bfloat16":
+        assert max(report[quantity] for quantity in ELEMENTS + UNITS + WEIGHTS) <= 4 * BFLOAT16_STEP
+        assert min(report[quantity] for quantity in ELEMENTS) > 1e-6, "importance was kept in float32"
         return
     # A score is a mean of products of two numbers; a rank's multiplies two means, and the second order squares.
     factor = (2 if settings["units"] == "rank" else 1) * (2 if settings.get("order") == "second" else 1)

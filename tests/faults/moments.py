@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 
 from cl_dist import coordinator
 from cl_dist.engine.trainer import TaskTrainer
-from cl_dist.methods.kif import method as fusing
 from cl_dist.methods.kif import results
+from cl_dist.methods.kif import weights as fusing
 from cl_dist.state import atomic, snapshot, spans
 from cl_dist.state.ledger import Ledger
+from cl_dist.state.schedule import CheckpointSchedule
 
 
 def arm(rank: int, moment: str, on_rank: int, count: int) -> None:
@@ -130,6 +132,35 @@ def _asked_to_stop(count: int) -> None:
     _before_the_step_of(count, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
+def _full_disk(count: int) -> None:
+    """Not killed: somebody else fills the disk just before this rank writes its tensors."""
+    original, calls = spans.save_file, iter(range(1, 10**9))
+
+    def filling(tensors: dict[str, Any], path: Path) -> None:
+        if next(calls) == count:
+            fill(next(folder for folder in path.parents if folder.is_mount()) / "filler")
+        original(tensors, path)
+
+    spans.save_file = filling
+
+
+def fill(path: Path) -> None:
+    """Write zeros into a file until the disk has no room left."""
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def _clock_ahead(count: int) -> None:
+    """Not killed: at its `count`-th look this rank's clock says that the minutes of the interval are over."""
+    original, calls = CheckpointSchedule.minutes_over, iter(range(1, 10**9))
+
+    def ahead(self: CheckpointSchedule) -> bool:
+        return next(calls) == count or original(self)
+
+    CheckpointSchedule.minutes_over = ahead  # type: ignore[method-assign]
+
+
 MOMENTS: dict[str, Callable[[int], None]] = {
     "step": _before_step,
     "tensor file": _half_a_tensor_file,
@@ -143,4 +174,6 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "stop": _asked_to_stop,
     "dead loop": _dead_loop,
     "extra collective": _extra_collective,
+    "full disk": _full_disk,
+    "clock": _clock_ahead,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cl_dist.report.write import write_report
 from tests.faults.test_kill_and_resume import assert_same_end
 from tests.recipes import write_recipe
 from tests.zygote import Zygote
@@ -89,17 +91,31 @@ def test_killed_and_resumed(
     assert_same_results(tmp_path / "run", undisturbed)
 
 
-CONFIGURATIONS: list[dict[str, Any]] = [
-    {"zero": {"stage": 0}, "train": {"dtype": "bfloat16"}, "model": {"lora": None}, "method": {"units": "row"}},
-    {"zero": {"stage": 3}, "train": {"keep_optimizer": True}, "method": {"replay_ratio": 0.25}},
-    {"zero": {"stage": 1, "offload": True}, "method": {"name": "tasl"}},
-]
+RECURRENT = {"name": "recurrent_kif", "inner_steps": 2, "outer_steps": 1, "replay_ratio": 0.25}
+"""Two cycles of three steps; the last checkpoint before the second one's fusion lies after its first step."""
+
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "zero0-bf16-row": (
+        {"zero": {"stage": 0}, "train": {"dtype": "bfloat16"}, "model": {"lora": None}, "method": {"units": "row"}},
+        STEPS,
+        2,
+    ),
+    "zero3-keep-replay": (
+        {"zero": {"stage": 3}, "train": {"keep_optimizer": True}, "method": {"replay_ratio": 0.25}},
+        STEPS + 1,
+        2,
+    ),
+    "zero1-offload-tasl": ({"zero": {"stage": 1, "offload": True}, "method": {"name": "tasl"}}, STEPS, 2),
+    "zero2-recurrent": ({"method": RECURRENT, "checkpoint": {"every_steps": 4}}, STEPS + 2, 70),
+}
+"""What is changed, the second task's steps, and which call of the fusion's arithmetic is the last one."""
 
 
-@pytest.mark.parametrize("changes", CONFIGURATIONS, ids=["zero0-bf16-row", "zero3-keep-replay", "zero1-offload-tasl"])
-def test_at_other_stages(zygote: Zygote, tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_at_other_stages(zygote: Zygote, tmp_path: Path, name: str) -> None:
+    changes, second_task, count = CONFIGURATIONS[name]
     runs = []
-    for name, fault in (("undisturbed", None), ("killed", {"moment": "fusion", "on_rank": 1, "count": 2})):
+    for name, fault in (("undisturbed", None), ("killed", {"moment": "fusion", "on_rank": 1, "count": count})):
         folder = tmp_path / name
         folder.mkdir()
         argv = ["run", str(recipe(folder, **changes)), "--debug"]
@@ -110,8 +126,20 @@ def test_at_other_stages(zygote: Zygote, tmp_path: Path, changes: dict[str, Any]
         assert outcome.codes == [0, 0], "\n".join(outcome.output)
         runs.append(folder / "run")
     steps = [entry["steps"] for entry in json.loads((runs[0] / "metrics.json").read_text())["timings"]]
-    assert steps == [STEPS, STEPS + int(4 * changes.get("method", {}).get("replay_ratio", 0.0))]
+    assert steps == [STEPS, second_task]
     assert_same_results(runs[1], runs[0])
+
+
+def test_a_report_can_be_made_of_what_is_kept(undisturbed: Path, tmp_path: Path) -> None:
+    report = write_report(undisturbed, tmp_path / "report")
+    assert (len(report.files), report.missing) == (10, ())
+    scores = load_file(undisturbed / "tasks" / TASKS[1] / "unit_scores.safetensors")
+    with (tmp_path / "report" / "fusion.csv").open() as file:
+        shares = [row for row in csv.DictReader(file) if row["task"] == "summer"]
+    # The ranks of a module have the same size, and its ranks follow each other.
+    expected = scores["share_new"].reshape(len(shares), -1)
+    assert [float(row["new_mean"]) for row in shares] == pytest.approx(expected.mean(1).tolist())
+    assert [float(row["new_max"]) for row in shares] == expected.amax(1).tolist()
 
 
 def test_fusion_can_be_recomputed_from_what_is_kept(undisturbed: Path) -> None:

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from cl_dist.launch.environment import FIRST_PORT, PORTS, Ranks, export_ranks, find_ranks, first_node
+from cl_dist.launch.environment import Ranks, export_ranks, find_ranks, first_node
+from cl_dist.launch.rendezvous import FIRST_PORT, PORTS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,7 +108,9 @@ def exported(environment: dict[str, str]) -> dict[str, str]:
 
 
 def test_torch_gets_what_torchrun_set() -> None:
-    assert exported(torch_variables()) == torch_variables()
+    assert exported(torch_variables()) == {**exported(torch_variables()), **torch_variables()}
+    assert exported({**torch_variables(), "GLOO_SOCKET_IFNAME": "ib0"})["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert "GLOO_SOCKET_IFNAME" not in exported({**torch_variables(), "LOCAL_WORLD_SIZE": "4"})
 
 
 def test_on_one_machine_the_address_is_its_own() -> None:

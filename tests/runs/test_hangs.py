@@ -14,18 +14,18 @@ from tests.recipes import write_recipe
 from tests.runs.test_interrupts import PATIENCE_SECONDS, assert_same, start, wait_for_steps
 from tests.zygote import Outcome, Zygote
 
-HANG_SECONDS = 8
+HANG_SECONDS = 6
 """Longer than a step or an evaluation batch of these tiny runs takes on a busy machine."""
 
 
 def hanging_recipe(folder: Path, **launch: Any) -> Path:
-    """Long enough (two times 64 steps) for a rank to be stopped in the middle."""
+    """Long enough (two times 32 steps) for a rank to be stopped in the middle."""
     return write_recipe(
         folder,
-        train={"epochs": 16},
+        train={"epochs": 8},
         method={"name": "sequential"},
         launch={"hang_seconds": HANG_SECONDS, **launch},
-        checkpoint={"every_steps": 2},
+        checkpoint={"every_steps": 8},
     )
 
 
@@ -51,11 +51,11 @@ def test_a_stopped_rank(tmp_path: Path, undisturbed: Path, zygote: Zygote) -> No
     victim.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     output, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
-    assert time.monotonic() - began < 3 * HANG_SECONDS
+    assert time.monotonic() - began < 4 * HANG_SECONDS
     last = output.splitlines()[-1]
     assert launcher.returncode == 1, output
-    assert last.startswith("cl-dist: error: no progress for 8 s (launch.hang_seconds): rank 1 gives no sign of life, ")
-    assert "while training task spring, step" in last
+    assert last.startswith("cl-dist: error: no progress for 6 s (launch.hang_seconds): rank 1 gives no sign of life, ")
+    assert "last seen while" in last
     assert "Traceback" not in output
     assert "distributed_c10d.py" in stack(tmp_path / "run", 0)
     assert not victim.is_running()
@@ -83,17 +83,17 @@ def test_a_dead_loop(tmp_path: Path, zygote: Zygote) -> None:
 
 def test_a_collective_that_takes_too_long(tmp_path: Path, zygote: Zygote) -> None:
     """Rank 0 waits for gradients, rank 1 at a barrier of its own; Gloo's own limit comes before the watchdog's."""
-    outcome = run_with(zygote, tmp_path, "extra collective", timeout_seconds=5, hang_seconds=60)
+    outcome = run_with(zygote, tmp_path, "extra collective", timeout_seconds=4, hang_seconds=20)
     assert 1 in outcome.codes
     assert 0 not in outcome.codes
     said = "".join(outcome.output)
-    assert "waited longer than 5 s (launch.timeout_seconds) for the others while training task spring, step 5" in said
+    assert "waited longer than 4 s (launch.timeout_seconds) for the others while training task spring, step 5" in said
     assert "Traceback" not in said
     assert "in barrier" in stack(tmp_path / "run", 1)
 
 
 def test_a_collective_that_takes_too_long_without_a_watchdog(tmp_path: Path, zygote: Zygote) -> None:
-    outcome = run_with(zygote, tmp_path, "dead loop", timeout_seconds=5, hang_seconds=None)
+    outcome = run_with(zygote, tmp_path, "dead loop", timeout_seconds=4, hang_seconds=None)
     assert outcome.codes == [1, -signal.SIGKILL], outcome.output
-    assert "rank 0 waited longer than 5 s (launch.timeout_seconds)" in outcome.output[0]
+    assert "rank 0 waited longer than 4 s (launch.timeout_seconds)" in outcome.output[0]
     assert "Timed out waiting" in stack(tmp_path / "run", 0)

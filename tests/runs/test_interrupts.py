@@ -15,11 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import mpi
 from tests.ranks import REPOSITORY, free_port
 from tests.recipes import write_recipe
 from tests.zygote import Zygote
 
 PATIENCE_SECONDS = 120
+NO_MPI = mpi.missing()
 
 
 def slow_recipe(folder: Path) -> Path:
@@ -28,9 +30,13 @@ def slow_recipe(folder: Path) -> Path:
 
 
 def start(argv: list[str], folder: Path) -> subprocess.Popen[str]:
+    return start_program([sys.executable, *argv], folder)
+
+
+def start_program(command: list[str], folder: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        [sys.executable, *argv],
+        command,
         cwd=folder,
         env=environment,
         text=True,
@@ -110,17 +116,24 @@ def test_a_rank_killed_takes_the_job_down_with_its_message_last(tmp_path: Path) 
     assert "SIGKILL" in output.splitlines()[-1]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "torchrun",
+        "deepspeed",
+        pytest.param("mpirun", marks=pytest.mark.skipif(NO_MPI is not None, reason=NO_MPI or "")),
+    ],
+)
 def test_under_other_launchers_the_weights_are_the_same(tmp_path: Path, undisturbed: Path, launcher: str) -> None:
-    recipe, port = slow_recipe(tmp_path), str(free_port())
+    recipe, port, python = slow_recipe(tmp_path), f"--master_port={free_port()}", sys.executable
     command = {
-        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m", "cl_dist"],
+        "mpirun": [*mpi.MPIRUN, "-np", "2", python, "-m", "cl_dist"],
+        "torchrun": [python, "-m", "torch.distributed.run", "--nproc_per_node=2", port, "-m", "cl_dist"],
         "deepspeed": [
-            "-m", "deepspeed.launcher.runner",  "--num_accelerators=2", f"--master_port={port}",
-            "--module", "cl_dist",
+            python, "-m", "deepspeed.launcher.runner", "--num_accelerators=2", port, "--module", "cl_dist"
         ],
     }[launcher]  # fmt: skip
-    process = start([*command, "run", str(recipe)], tmp_path)
+    process = start_program([*command, "run", str(recipe)], tmp_path)
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, output
     assert_same(tmp_path / "run", undisturbed)

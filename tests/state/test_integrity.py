@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,21 @@ def test_changed_content_is_damaged(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"step": 3', '"step": 4'))
     with pytest.raises(CheckpointDamaged, match=r"state\.json is damaged: its content does not match its checksum"):
         read_sealed(path)
+
+
+def test_no_flipped_bit_passes_for_what_was_written(tmp_path: Path) -> None:
+    content = {"format": 1, "bytes": 4, "spans": [{"parameter": "a.b", "start": 0, "stop": 1}], "x": [0.5, None, True]}
+    path = tmp_path / "state.json"
+    write_sealed(path, content)
+    written = path.read_bytes()
+    for position, bit in itertools.product(range(len(written)), range(8)):
+        changed = bytearray(written)
+        changed[position] ^= 1 << bit
+        path.write_bytes(changed)
+        try:
+            assert read_sealed(path) == content, f"bit {bit} of byte {position}"
+        except CheckpointDamaged:
+            continue
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "7", '{"content": 1}', '{"content": 1, "sha256"', b"\xff\xfe{}"])

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from cl_dist.errors import BadInput
-from cl_dist.state.manifest import CheckpointEntry, Manifest
+from cl_dist.state.manifest import CheckpointEntry, Manifest, Segment
 
 MANIFEST = Manifest(tasks=("a", "b", "c"), world_size=2, zero_stage=3)
+SEGMENT = Segment(task=0, step=0, world_size=2, zero_stage=3, micro_batch_size=4, gradient_accumulation=1)
 
 
 def test_a_manifest_comes_back_equal(tmp_path: Path) -> None:
@@ -17,26 +18,54 @@ def test_a_manifest_comes_back_equal(tmp_path: Path) -> None:
         MANIFEST,
         status="interrupted",
         completed=1,
-        checkpoint=CheckpointEntry(task=1, step=40, folder="checkpoint/task-02-step-000040"),
+        checkpoints=(
+            CheckpointEntry(task=1, step=20, folder="checkpoint/task-02-step-000020"),
+            CheckpointEntry(task=1, step=40, folder="checkpoint/task-02-step-000040"),
+        ),
+        segments=(SEGMENT, replace(SEGMENT, step=20, world_size=1, gradient_accumulation=2)),
         accuracy_matrix=((0.1, 0.2, None), (0.9, 0.2, None)),
         restarts=2,
         timings=({"train": 1.5, "evaluate": 0.25},),
     )
     manifest.write(tmp_path / "manifest.json")
     assert Manifest.read(tmp_path / "manifest.json") == manifest
+    assert manifest.checkpoint == manifest.checkpoints[1]
+
+
+ENTRY = {"task": 0, "step": 7, "folder": "checkpoint/task-01-step-000007"}
+
+
+@pytest.mark.parametrize(("old", "new"), [(None, ()), (ENTRY, (CheckpointEntry(**ENTRY),))])
+def test_a_manifest_of_format_1_is_read(
+    tmp_path: Path, old: dict[str, object] | None, new: tuple[CheckpointEntry, ...]
+) -> None:
+    """As the first releases wrote it: one checkpoint or null, and no segments."""
+    document = {
+        "tasks": ["a", "b"], "world_size": 2, "zero_stage": 3, "status": "running", "completed": 0, "checkpoint": old,
+        "accuracy_matrix": [[0.5, None]], "peak_memory_bytes": [1, 2], "restarts": 1, "timings": [],
+        "format_version": 1, "cl_dist_version": "0.1.0",
+    }  # fmt: skip
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    manifest = Manifest.read(tmp_path / "manifest.json")
+    assert (manifest.checkpoints, manifest.segments, manifest.restarts) == (new, (), 1)
+    manifest.write(tmp_path / "manifest.json")
+    assert json.loads((tmp_path / "manifest.json").read_text())["format_version"] == 2
+    assert Manifest.read(tmp_path / "manifest.json") == manifest
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2, "cl_dist_version": "9", "new": 1}, r"has format 2, written by cl_dist 9; .* up to 1"),
+        ({"format_version": 3, "cl_dist_version": "9", "new": 1}, r"has format 3, written by cl_dist 9; .* up to 2"),
         ({"completed": 4}, "is damaged: manifest: Value error, completed is 4 of 3 tasks"),
         ({"completed": -1}, "completed is -1 of 3 tasks"),
-        ({"checkpoint": {"task": 2, "step": 1, "folder": "x"}}, "the checkpoint is of task 2, 0 are completed"),
+        ({"checkpoints": [{"task": 2, "step": 1, "folder": "x"}]}, "the checkpoint is of task 2, 0 are completed"),
         ({"status": "asleep"}, "is damaged: status: Input should be 'running'"),
         ({"tasks": None}, "is damaged: tasks: "),
         ({"surprise": 1}, "is damaged: surprise: "),
         ({"accuracy_matrix": [["high"]]}, r"is damaged: accuracy_matrix\.0\.0: "),
+        ({"accuracy_matrix": [[0.5, 0.5]]}, "a row of the accuracy matrix does not have 3 scores, one per task"),
+        ({"accuracy_matrix": [[0.5] * 3] * 2}, "the accuracy matrix has 2 rows, 0 tasks are completed"),
     ],
 )
 def test_a_bad_manifest_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:

@@ -11,16 +11,17 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
+from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import (
     CheckpointConfig,
     EvalConfig,
     LaunchConfig,
-    MiguConfig,
     ModelConfig,
     Recipe,
     StreamConfig,
     TaskConfig,
     TrainConfig,
+    ZeroConfig,
 )
 from cl_dist.errors import BadInput
 from cl_dist.state.lock import RunLock
@@ -74,6 +75,17 @@ def test_a_run_that_was_killed_before_its_first_manifest_starts_again(tmp_path: 
     preflight(tmp_path, RECIPE, resume=resume, fresh=False)
 
 
+def test_a_folder_that_a_slurm_job_was_submitted_from_holds_no_run_yet(tmp_path: Path) -> None:
+    (tmp_path / "slurm" / "01").mkdir(parents=True)
+    (tmp_path / "slurm" / "01" / "job.sh").write_text("")
+    preflight(tmp_path, RECIPE, resume=False, fresh=False)
+    (tmp_path / ".lock").write_text("")  # killed before its first manifest
+    preflight(tmp_path, RECIPE, resume=False, fresh=False)
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(BadInput, match="but no manifest"):
+        preflight(tmp_path, RECIPE, resume=False, fresh=False)
+
+
 def test_settings_that_change_no_result_may_differ(tmp_path: Path) -> None:
     make_run(tmp_path)
     recipe = replace(
@@ -82,6 +94,8 @@ def test_settings_that_change_no_result_may_differ(tmp_path: Path) -> None:
         output_dir="elsewhere",
         checkpoint=CheckpointConfig(every_steps=3),
         eval=EvalConfig(batch_size=64),
+        zero=ZeroConfig(stage=3, offload=True),
+        train=TrainConfig(micro_batch_size=2, gradient_accumulation=4),
     )
     preflight(tmp_path, recipe, resume=True, fresh=False)
 
@@ -114,21 +128,25 @@ def test_a_changed_recipe_is_refused_with_what_changed(tmp_path: Path, recipe: R
     assert message in str(caught.value)
 
 
-def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
-    make_run(tmp_path)
-    ranks = Manifest.read(tmp_path / "manifest.json").world_size
-    preflight(tmp_path, RECIPE, resume=True, fresh=False, world_size=ranks)
-    with pytest.raises(BadInput, match=rf"had {ranks} ranks and would now have {ranks + 1}, which changes its global"):
-        preflight(tmp_path, RECIPE, resume=True, fresh=False, world_size=ranks + 1)
+def test_another_number_of_ranks_may_resume_where_it_divides_the_global_batch(tmp_path: Path) -> None:
+    """The run of RECIPE on two ranks has a global batch of 16 samples."""
+    folder = make_run(tmp_path)
+    for ranks in (1, 2, 4, 8, 16):
+        preflight(tmp_path, RECIPE, resume=True, fresh=False, world_size=ranks)
+    for ranks in (3, 32):
+        with pytest.raises(BadInput, match=rf"batch of 16 samples, which {ranks} ranks cannot share evenly"):
+            preflight(tmp_path, RECIPE, resume=True, fresh=False, world_size=ranks)
+    replace(Manifest.read(folder.manifest), status="finished", completed=2).write(folder.manifest)
+    preflight(tmp_path, RECIPE, resume=True, fresh=False, world_size=3)
 
 
 def test_many_differences_are_cut_short(tmp_path: Path) -> None:
     make_run(tmp_path)
     train = TrainConfig(
-        epochs=9, micro_batch_size=9, gradient_accumulation=9, learning_rate=9, weight_decay=9, beta1=0.5, beta2=0.5,
-        eps=9, warmup_steps=9, max_length=99,
+        epochs=9, learning_rate=9, weight_decay=9, beta1=0.5, beta2=0.5, eps=9, warmup_steps=9, max_length=99, clip=9,
+        seed=9,
     )  # fmt: skip
-    with pytest.raises(BadInput, match=r"eps: 1e-08 in the run, 9\.0 now; and 2 more; only"):
+    with pytest.raises(BadInput, match=r"max_length: 512 in the run, 99 now; and 2 more; only"):
         preflight(tmp_path, replace(RECIPE, train=train), resume=True, fresh=False)
 
 

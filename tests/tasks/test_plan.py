@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_dist.tasks.plan import FILLER, MEGABATCH, BatchPlan, share
+from cl_dist.tasks.plan import FILLER, MEGABATCH, BatchPlan, Cycles, InterleavedPlan, share
 
 PLANS = st.fixed_dictionaries(
     {
@@ -84,6 +84,26 @@ def test_the_product_alone_decides_the_global_batch(arguments: dict[str, Any], f
     assert [plan.step(step) for step in range(plan.steps)] == [other.step(step) for step in range(other.steps)]
 
 
+@given(PLANS, st.data())
+def test_a_run_that_changes_its_split_on_the_way_learns_every_sample_in_the_same_step(
+    arguments: dict[str, Any], data: st.DataObject
+) -> None:
+    """The samples of all ranks and micro-batches, step by step, whatever splits of the global batch come and go."""
+    plan = BatchPlan(**arguments)
+    size = plan.global_batch_size
+    splits = [(r, m) for r in range(1, size + 1) for m in range(1, size + 1) if size % (r * m) == 0]
+    seen: list[list[int]] = []
+    while len(seen) < plan.steps:
+        ranks, micro = data.draw(st.sampled_from(splits))
+        split = {"ranks": ranks, "micro_batch_size": micro, "gradient_accumulation": size // (ranks * micro)}
+        resumed = BatchPlan(**{**arguments, **split})
+        assert resumed.steps == plan.steps
+        for step in range(len(seen), data.draw(st.integers(len(seen) + 1, plan.steps))):
+            pieces = [piece for rank in range(ranks) for piece in resumed.micro_batches(step, rank)]
+            seen.append([index for piece in pieces for index in piece if index != FILLER])
+    assert seen == [plan.step(step) for step in range(plan.steps)]
+
+
 def test_file_order_takes_consecutive_samples_and_splits_them_over_ranks() -> None:
     plan = make_plan(ranks=2, micro_batch_size=2, gradient_accumulation=1)
     assert [plan.step(step) for step in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -141,3 +161,34 @@ def test_many_samples_are_ordered_once_an_epoch() -> None:
     for step in range(0, plan.steps, 250):
         plan.micro_batches(step, 0)
     assert time.perf_counter() - start < 1.0  # 100 steps; drawing the order anew for each takes many seconds
+
+
+@given(own=st.integers(1, 60), inner=st.integers(1, 9), outer=st.integers(1, 5))
+def test_cycles_take_every_step_of_both_kinds_once(own: int, inner: int, outer: int) -> None:
+    cycles = Cycles(own, inner, outer)
+    located = [cycles.locate(step) for step in range(cycles.steps)]
+    assert [number for past, number in located if not past] == list(range(own))
+    assert [number for past, number in located if past] == list(range(cycles.outer_steps))
+    # Written out: `inner` own steps (the last time what is left), `outer` past ones.
+    expected: list[tuple[bool, bool, bool, bool]] = []
+    left = own
+    while left:
+        now = min(inner, left)
+        own_steps = [(False, number == 0, False, False) for number in range(now)]
+        past_steps = [(True, False, number == 0, number == outer - 1) for number in range(outer)]
+        expected += own_steps + past_steps
+        left -= now
+    steps = range(cycles.steps)
+    assert expected == [(located[s][0], cycles.starts(s), cycles.turns(s), cycles.ends(s)) for s in steps]
+
+
+def test_interleaved_plan_numbers_past_samples_behind_the_own_ones() -> None:
+    own, past = make_plan(micro_batch_size=2, ranks=2, max_steps=3), make_plan(lengths=[1] * 3, ranks=2, epochs=2)
+    plan = InterleavedPlan(own, past, Cycles(own=3, inner=2, outer=1), first_past=10)
+    assert [plan.step(step) for step in range(plan.steps)] == [
+        [0, 1, 2, 3], [4, 5, 6, 7], [10, 11, 12], [8, 9], [10, 11, 12],
+    ]  # fmt: skip
+    assert plan.micro_batches(2, rank=1) == [[12, FILLER, FILLER, FILLER]]
+    assert plan.micro_batches(3, rank=0) == own.micro_batches(2, rank=0)
+    with pytest.raises(IndexError):
+        plan.step(plan.steps)

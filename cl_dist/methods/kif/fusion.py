@@ -57,12 +57,33 @@ def hard_share(
         weight_new: Share of the new weights in what is important to both.
         weight_neither: Share of the new weights in what is important to neither.
     """
+    both, neither = (weight_new, 1.0 - weight_new), (weight_neither, 1.0 - weight_neither)
+    return mask_shares(current, accumulated, threshold, both=both, neither=neither)[0]
+
+
+def mask_shares(
+    current: torch.Tensor,
+    accumulated: torch.Tensor,
+    threshold: float,
+    *,
+    both: tuple[float, float],
+    neither: tuple[float, float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shares of new and of old in every unit, from two masks: (1, 0) where it is important to the task only, (0, 1)
+    where to the past only.
+
+    Args:
+        current: The task's scores.
+        accumulated: The past tasks' scores.
+        threshold: Percentage of units, from the top, that are important.
+        both: Shares in what is important to both.
+        neither: Shares in what is important to neither.
+    """
     now, before = important(current, threshold), important(accumulated, threshold)
-    share = torch.full_like(current, weight_neither)
-    share[now & before] = weight_new
-    share[now & ~before] = 1.0
-    share[~now & before] = 0.0
-    return share
+    new, old = now.to(current.dtype), before.to(current.dtype)
+    for where, shares in ((now & before, both), (~now & ~before, neither)):
+        new[where], old[where] = shares
+    return new, old
 
 
 def accumulate(current: torch.Tensor, accumulated: torch.Tensor, new: float) -> torch.Tensor:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 import torch
 
-from cl_dist.config.schema import KifConfig
+from cl_dist.config.methods import UnitConfig
 from cl_dist.errors import ClDistError
 from cl_dist.kernels import importance_update_
 from cl_dist.methods.kif.units import CHUNK, Part, UnitMap, add_sums_
 from cl_dist.sharding import Shard, ShardView
 
+SMALL = 1 << 16
+"""A shard of so many elements or fewer is updated together with its neighbours: adapters have hundreds of small ones,
+and one call for each takes longer than the arithmetic."""
+
+GROUP = 1 << 20
+"""Elements that are updated together at most, for which weights and gradients are copied next to each other (8 MiB)."""
+
+
+class _Group(NamedTuple):
+    """Shards that are updated together, and their states."""
+
+    names: tuple[str, ...]
+    smoothed: torch.Tensor
+    uncertainty: torch.Tensor
+
 
 class Importance:
-    """Smoothed importance and uncertainty as flat float32 tensors along this rank's master weights.
+    """Smoothed importance and uncertainty as flat tensors along this rank's master weights.
 
     With p = w g from the float32 master weight and the reduced gradient before clipping, I is |p|, p^2 or |p - p^2/2|;
     smoothed = beta1 smoothed + (1 - beta1) I, then uncertainty = beta2 uncertainty + (1 - beta2) |I - smoothed|
@@ -20,30 +38,51 @@ class Importance:
 
     Args:
         shards: The engine's shards.
-        config: `order`, `beta1` and `beta2` are read.
+        config: `order`, `beta1`, `beta2` and `importance_dtype` (of both tensors; arithmetic is in float32) are read.
     """
 
-    def __init__(self, shards: ShardView, config: KifConfig) -> None:
+    def __init__(self, shards: ShardView, config: UnitConfig) -> None:
         self._shards, self._config = shards, config
-        self.smoothed = self._zeros()
-        self.uncertainty = self._zeros()
+        self._dtype = torch.bfloat16 if config.importance_dtype == "bfloat16" else torch.float32
+        self.smoothed: dict[str, Shard] = {}
+        """By parameter name; parameters of which this rank owns nothing are missing."""
+        self.uncertainty: dict[str, Shard] = {}
+        masters = ((name, shards.master(name)) for name in shards.names)
+        owned = {name: master for name, master in masters if master is not None}
+        self._groups = [self._lay_out({name: owned[name] for name in names}) for names in _grouped(owned)]
+
+    def _lay_out(self, masters: Mapping[str, Shard]) -> _Group:
+        """Make the states of some shards, one after the other in one piece of memory."""
+        sizes = [master.data.numel() for master in masters.values()]
+        device = next(iter(masters.values())).data.device
+        group = _Group(tuple(masters), *(torch.zeros(sum(sizes), dtype=self._dtype, device=device) for _ in range(2)))
+        for states, flat in ((self.smoothed, group.smoothed), (self.uncertainty, group.uncertainty)):
+            pieces = zip(masters.items(), flat.split(sizes), strict=True)
+            states.update({name: Shard(master.start, piece) for (name, master), piece in pieces})
+        return group
 
     @property
     def elements(self) -> int:
         """Elements that this rank owns."""
         return sum(shard.data.numel() for shard in self.smoothed.values())
 
+    @property
+    def bytes_per_element(self) -> int:
+        """Of both tensors together."""
+        return 2 * self._dtype.itemsize
+
     @torch.no_grad()
     def update(self) -> None:
         """Take in the step's reduced gradient; between reduction and clipping."""
-        for name, smoothed in self.smoothed.items():
-            master = self._shards.master(name)
-            assert master is not None  # it was there when the engine was built
+        for group in self._groups:
+            masters = {name: self._shards.master(name) for name in group.names}
+            weights = [master.data for master in masters.values() if master is not None]
+            gradients = [self._gradient(name, master) for name, master in masters.items() if master is not None]
             importance_update_(
-                master.data,
-                self._gradient(name, master),
-                smoothed.data,
-                self.uncertainty[name].data,
+                _in_one_piece(weights),
+                _in_one_piece(gradients),
+                group.smoothed,
+                group.uncertainty,
                 beta1=self._config.beta1,
                 beta2=self._config.beta2,
                 order=self._config.order,
@@ -78,14 +117,6 @@ class Importance:
             raise ClDistError("the importance of a skill unit is not a finite number; lower train.learning_rate")
         return scores
 
-    def _zeros(self) -> dict[str, Shard]:
-        masters = ((name, self._shards.master(name)) for name in self._shards.names)
-        return {
-            name: Shard(master.start, torch.zeros_like(master.data, dtype=torch.float32))
-            for name, master in masters
-            if master is not None
-        }
-
     def _gradient(self, name: str, master: Shard) -> torch.Tensor:
         """The gradient of the elements of `master`, where they lie; zero where the parameter got none."""
         gradient = self._shards.gradient(name)
@@ -116,3 +147,23 @@ class Importance:
         else:
             torch.distributed.all_reduce(sums)
         return sums.cpu()
+
+
+def _grouped(shards: Mapping[str, Shard]) -> list[list[str]]:
+    """Names of shards that are updated together: small neighbours, up to `GROUP` elements; large ones by
+    themselves.
+    """
+    groups: list[list[str]] = []
+    elements = GROUP
+    for name, shard in shards.items():
+        size = shard.data.numel()
+        if size > SMALL or elements + size > GROUP:
+            groups.append([])
+            elements = 0 if size <= SMALL else GROUP
+        groups[-1].append(name)
+        elements += size
+    return groups
+
+
+def _in_one_piece(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from cl_dist.config.schema import KifConfig, TrainConfig
-from cl_dist.methods.base import Method, TaskPlace
-from cl_dist.methods.kif.importance import Importance
-from cl_dist.methods.kif.orthogonal import Orthogonality
+from cl_dist.config.methods import KifConfig
+from cl_dist.config.schema import TrainConfig
+from cl_dist.methods.base import TaskPlace
 from cl_dist.methods.kif.replay import past_samples
-from cl_dist.methods.kif.results import write_scores
 from cl_dist.methods.kif.scores import UnitScores
-from cl_dist.methods.kif.units import LORA_A, UnitMap, spread
+from cl_dist.methods.kif.shared import UnitMethod
+from cl_dist.methods.kif.weights import KeptWeights
 from cl_dist.sharding import Shard, ShardView
 from cl_dist.tasks.types import Encoded
 
 
-class Kif(Method):
+class Kif(UnitMethod):
     """Knowledge identification and fusion; TaSL is the same with other settings.
 
     Args:
@@ -27,76 +25,43 @@ class Kif(Method):
     """
 
     def __init__(self, config: KifConfig) -> None:
+        super().__init__(config)
         self.config = config
-        self.keeps_unfused = config.keep_unfused
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """Cut the model into units and lay importance out along the shards; a rebuilt engine begins with none."""
-        lora = any(LORA_A in name for name in shards.names)
-        self._shards, self._device, self._seed = shards, next(model.parameters()).device, train.seed
-        self.units = UnitMap.build({n: tuple(shards.shape(n)) for n in shards.names}, self.config.units_for(lora))
-        self.importance = Importance(shards, self.config)
+        """Lay out units, importance, scores and the previous weights."""
+        super().attach(model, shards, train)
         self.scores = UnitScores(len(self.units), self.config)
-        self.fused = {name: _in_cpu_memory(shard) for name, shard in self.importance.smoothed.items()}
-        """The weights that the last task ended with, along the shards: what the next task's are fused with."""
-        self._orthogonality = Orthogonality(shards, self.config.orthogonal_for(lora), self._device)
+        self.fused = KeptWeights(shards)
+        """The weights that the last task ended with: what the next task's are fused with."""
 
     def start_message(self) -> str:
         """Units, and the memory that they cost on this rank."""
-        owned = self.importance.elements
-        return (
-            f"{self.config.name}: {len(self.units)} skill units ({next(iter(self.units.names), '')} is the first); "
-            f"importance takes {8 * owned} bytes on this rank (8 for each of its {owned} parameters), "
-            f"the previous task's weights {4 * owned} bytes of CPU memory"
-        )
+        return self._memory_message(states=1, copies=1)
 
     def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
         """The replay memory: a share of every past task's samples."""
         return list(past_samples(tasks[:index], self.config.replay_ratio, self._seed))
 
-    def before_update(self) -> None:
-        """Add the penalty's gradient, then take the step's importance."""
-        self._orthogonality.add_gradient()
-        self.importance.update()
-
     def after_task(self, place: TaskPlace) -> None:
         """Score the units, fuse, and start the next task's importance from zero."""
         self.scores.take(self.importance.unit_scores(self.units, self._device), first=place.index == 0)
         if place.index > 0:
-            self._fuse()
+            # lerp is exact where the share is 0 or 1
+            self.fused.mix(self.units, self.scores.share_new, lambda share, old, new: torch.lerp(old, new, share))
             self._shards.publish()
-        for name, before in self.fused.items():
-            before.data.copy_(self._master(name).data)
+        self.fused.keep()
         self.importance.reset()
 
-    def write_results(self, folder: Path) -> None:
-        """Leave units and scores in the task's folder."""
-        write_scores(folder, self.units, self.scores)
+    def score_tensors(self) -> Mapping[str, torch.Tensor]:
+        """See `UnitScores`."""
+        return self.scores.tensors()
 
     def tensors(self) -> dict[str, dict[str, Shard]]:
         """Importance and previous weights along the shards, and the scores, which every rank holds whole."""
         return {
             "smoothed": self.importance.smoothed,
             "uncertainty": self.importance.uncertainty,
-            "fused": self.fused,
-            "scores": {name: Shard(0, tensor) for name, tensor in self.scores.tensors().items()},
+            "fused": self.fused.shards,
+            "scores": self._scores_to_save(),
         }
-
-    def _fuse(self) -> None:
-        """Make it share * own weights + (1 - share) * the previous ones, on the float32 masters of this rank."""
-        for name, before in self.fused.items():
-            part, weights = self.units.parts[name], self._master(name).data
-            share = self.scores.share_new[part.first : part.first + part.count].to(weights)
-            for offset, each in spread(share, part, before.start, before.stop):
-                new = weights.narrow(0, offset, each.numel())
-                old = before.data.narrow(0, offset, each.numel()).to(weights.device)
-                new.copy_(torch.lerp(old, new, each))  # exact where the share is 0 or 1
-
-    def _master(self, name: str) -> Shard:
-        master = self._shards.master(name)
-        assert master is not None  # `fused` names what this rank owns
-        return master
-
-
-def _in_cpu_memory(shard: Shard) -> Shard:
-    return Shard(shard.start, torch.zeros(shard.data.numel(), dtype=torch.float32))

@@ -7,16 +7,8 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.schema import (
-    KifConfig,
-    LoraConfig,
-    ModelConfig,
-    Recipe,
-    StreamConfig,
-    TaskConfig,
-    TrainConfig,
-    ZeroConfig,
-)
+from cl_dist.config.methods import KifConfig
+from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.methods.base import TaskPlace

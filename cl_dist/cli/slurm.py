@@ -1,0 +1,191 @@
+"""`cl-dist slurm`: run a recipe as a Slurm job, and what `cl-dist status` says about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cl_dist import __version__
+from cl_dist.cli.run import check_stream_and_model
+from cl_dist.config.load import dump_recipe, load_recipe
+from cl_dist.config.schema import Recipe
+from cl_dist.errors import BadInput
+from cl_dist.launch.scheduler import JobState, job_state, require_sbatch, submit
+from cl_dist.launch.slurm import DEFAULT_RESTARTS, LOG, SlurmJob, captured_environment, job_name, quote
+from cl_dist.state.atomic import write_json, write_text
+from cl_dist.state.preflight import preflight, set_aside
+from cl_dist.state.run_folder import RunFolder, SlurmRecord
+from cl_dist.tasks.orders import resolve_order
+
+
+def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
+    """Add `slurm`; `commands` is argparse's collection of subparsers."""
+    parser = commands.add_parser(
+        "slurm",
+        parents=[changes, common],
+        help="run a recipe as a Slurm job that survives preemption and time limits",
+        description="Check a recipe, write its batch script, print or submit it. docs/slurm.md explains the script.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the job (default: 1)")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=0, metavar="G", help="GPUs on each node (default: 0, ranks on CPUs)"
+    )
+    parser.add_argument(
+        "--ranks-per-node", type=int, metavar="R", help="ranks on each node (default: one for each GPU, or 1)"
+    )
+    parser.add_argument("--cpus-per-rank", type=int, metavar="C", help="CPUs of each rank (default: Slurm's)")
+    parser.add_argument(
+        "--time", metavar="T", help="time limit, such as 90, 4:00:00 or 2-12 (default: the partition's)"
+    )
+    parser.add_argument("--partition", metavar="P", help="partition (default: the cluster's)")
+    parser.add_argument("--job-name", metavar="NAME", help="name of the job (default: the recipe's)")
+    parser.add_argument("--interface", metavar="IF", help="network interface for NCCL and Gloo, such as ib0")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=DEFAULT_RESTARTS,
+        metavar="N",
+        help=f"how often the job may be restarted (default: {DEFAULT_RESTARTS})",
+    )
+    parser.add_argument(
+        "--warn-seconds",
+        type=int,
+        metavar="S",
+        help="Slurm asks the job to stop so long before its time limit (default: 120, or a quarter of a short job)",
+    )
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        dest="options",
+        help="another option of sbatch, such as account=physics or exclusive (may be given several times)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
+    parser.add_argument("--fresh", action="store_true", help="put the run in output_dir aside and start anew")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--print", action="store_true", help="print the script and change nothing (the default)")
+    what.add_argument("--submit", action="store_true", help="keep script and recipe in the run folder, and submit")
+    parser.set_defaults(command=slurm)
+
+
+def slurm(arguments: Namespace) -> int:
+    """Check everything as `run` does, then print the batch script or submit it."""
+    if arguments.submit:
+        require_sbatch()
+    recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes)
+    recipe = resolve_order(recipe, recipe_dir)
+    job = _job(arguments, recipe)
+    # Whatever starts the run there, it gets the ranks that the job is made for.
+    recipe = replace(recipe, launch=replace(recipe.launch, processes=job.ranks), output_dir=job.run_folder)
+    check_stream_and_model(recipe, recipe_dir)
+    if not arguments.submit:
+        print(_script(job, arguments), end="")
+        return 0
+    folder = RunFolder(Path(recipe.output_dir))
+    _refuse_second_job(folder)
+    preflight(folder.path, recipe, resume=arguments.resume, fresh=arguments.fresh, world_size=job.ranks)
+    if arguments.fresh:
+        set_aside(folder.path)
+    _submit(job, recipe, folder, arguments)
+    return 0
+
+
+def _job(arguments: Namespace, recipe: Recipe) -> SlurmJob:
+    """The job as asked for, running the recipe as it was named."""
+    taken = {field.name for field in dataclasses.fields(SlurmJob)} & set(vars(arguments))
+    asked = {name: getattr(arguments, name) for name in taken}
+    name = job_name(Path(arguments.recipe).stem) if arguments.job_name is None else arguments.job_name
+    job = SlurmJob(
+        **asked,
+        name=name,
+        run_folder=os.path.abspath(recipe.output_dir),
+        working_folder=os.getcwd(),
+        python=sys.executable,
+        arguments=(),
+        environment=captured_environment(os.environ, sys.executable),
+    )
+    changes = [*arguments.changes, f"launch.processes={job.ranks}"]
+    return replace(job, arguments=("run", arguments.recipe, *(word for text in changes for word in ("--set", text))))
+
+
+def _script(job: SlurmJob, arguments: Namespace) -> str:
+    """The batch script, with the command that made it in its second line."""
+    head, _, rest = job.script().partition("\n")
+    made_by = " ".join(map(quote, ["cl-dist", *arguments.argv]))
+    return f"{head}\n# cl_dist {__version__}: {made_by}\n{rest}"
+
+
+def _submit(job: SlurmJob, recipe: Recipe, folder: RunFolder, arguments: Namespace) -> None:
+    """Keep what the job runs, so that a recipe edited meanwhile changes nothing, and hand it to Slurm."""
+    record = folder.new_slurm_record()
+    record.path.mkdir(parents=True)
+    write_text(record.recipe, dump_recipe(recipe))
+    script = _script(replace(job, arguments=("run", str(record.recipe))), arguments)
+    write_text(record.script, script)
+    number = submit(record.script, os.environ)
+    write_json(
+        record.job,
+        {"job": number, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "max_restarts": job.max_restarts},
+    )
+    print(f"submitted  job {number}: {_layout(job)}")
+    print(f"script     {record.script}")
+    print(f"log        {record.path / LOG.replace('%j', number)}")
+    print(f"follow it  cl-dist status {shlex.quote(job.run_folder)}")
+
+
+def _layout(job: SlurmJob) -> str:
+    kind = "on a GPU each" if job.gpus_per_node else "on CPUs"
+    return f"{job.nodes} node{'s' * (job.nodes > 1)}, {job.ranks_on_node} rank{'s' * (job.ranks_on_node > 1)} {kind}"
+
+
+def _refuse_second_job(folder: RunFolder) -> None:
+    """Two jobs on one run folder would exclude each other, hours later."""
+    job = newest_job(folder)
+    if job is not None and job.state is not None and job.state.is_alive:
+        raise BadInput(
+            f"job {job.number} of {folder.path} is {job.state.state} already: wait for it, or end it with "
+            f"scancel {job.number}"
+        )
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """The newest job of a run."""
+
+    number: str
+    max_restarts: int
+    record: SlurmRecord
+    state: JobState | None
+    """None where Slurm does not know it any more, or is not here."""
+
+
+def newest_job(folder: RunFolder) -> SubmittedJob | None:
+    """The job that was submitted last for a run, and how Slurm says it is; None where there is none."""
+    record = folder.newest_slurm_record()
+    if record is None:
+        return None
+    job = record.read_job()
+    return SubmittedJob(job["job"], job["max_restarts"], record, job_state(job["job"]))
+
+
+def status_lines(job: SubmittedJob) -> Iterator[str]:
+    """What `cl-dist status` says about a run's job."""
+    state = job.state
+    if state is None:
+        yield f"job         {job.number}; Slurm does not answer, or knows it no more"
+    else:
+        reason = f" ({state.reason})" if state.reason not in ("None", "") else ""
+        where = f" on {state.nodes}, for {state.run_time} of {state.time_limit}" if state.nodes else ""
+        yield f"job         {job.number} {state.state}{reason}{where}"
+        yield f"            restarted {state.restarts} times, at most {job.max_restarts}"
+    yield f"log         {job.record.path / LOG.replace('%j', job.number)}"

@@ -1,0 +1,186 @@
+"""Settings of the methods, one frozen dataclass each (see `schema` for how they are read and checked)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from cl_dist.config.ranges import STRICT, Fraction, NonNegative, Percent, Positive, PositiveInt, Share
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SequentialConfig:
+    """Plain sequential fine-tuning (SeqFT, SeqLoRA): the lower bound."""
+
+    name: Literal["sequential"] = "sequential"
+    """Name of the method."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MiguConfig:
+    """MIGU, magnitude-based gradient updating (arXiv 2406.17245)."""
+
+    name: Literal["migu"]
+    """Name of the method."""
+    threshold: Fraction = 0.7
+    """Quantile T of a layer's output magnitudes below which a row gets no gradient."""
+    mask: Literal["gradient", "update"] = "gradient"
+    """`gradient` (paper): rows not kept get a zero gradient, so momentum and weight decay still move them. `update`:
+    rows not kept keep their weights and both moments bit for bit."""
+    magnitude: Literal["per_token", "batch"] = "per_token"
+    """`per_token` (paper): every token's output is L1-normalised before the sum. `batch` (reference code): plain sum of
+    absolute outputs."""
+    selection: Literal["magnitude", "random"] = "magnitude"
+    """`random` keeps as many rows, drawn at random each step: the paper's ablation."""
+    first_task: Literal["dense", "masked"] = "dense"
+    """Whether the first task of the stream is trained without a mask (reference and default) or with one."""
+    layers: Literal["blocks", "all"] = "blocks"
+    """`blocks`: every linear layer inside the transformer blocks; `all`: the output head too (as the reference
+    does)."""
+    mask_bias: bool = True
+    """Mask the bias with its weight's rows (the reference leaves it alone: false)."""
+    count_padding: bool = False
+    """Count padding tokens into the magnitudes, as the reference does."""
+    skip_rows: bool = True
+    """Do not compute the masked rows of the weight gradients at all (the same gradients, in less time); needs one
+    micro-batch per step or `mask_scope: micro_batch`, otherwise the reduced gradients are masked. false: mask always
+    after the reduction."""
+    mask_scope: Literal["step", "micro_batch"] = "step"
+    """With gradient accumulation. `step`: one mask per step from all its micro-batches, exact. `micro_batch`: each
+    micro-batch is masked by the magnitudes so far in its step, an approximation that lets it skip rows."""
+
+    def __post_init__(self) -> None:
+        """Refuse a scope that only skipping can serve."""
+        if self.mask_scope == "micro_batch" and not self.skip_rows:
+            raise ValueError("mask_scope: micro_batch masks inside the backward pass, which skip_rows: false forbids")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class UnitConfig:
+    """What KIF and its relatives share: units, their importance, and the fixed shares of a fusion by masks."""
+
+    name: Literal["kif", "tasl", "recurrent_kif"]
+    """Name of the method."""
+    units: Literal["auto", "matrix", "rank", "row"] = "auto"
+    """What is scored and fused as one: `rank` is one LoRA rank of a module (row of lora_A and column of lora_B),
+    `matrix` a whole parameter, `row` one row of a parameter. `auto` (KIF's paper): rank with LoRA, else matrix."""
+    order: Literal["first", "second", "mixed"] = "mixed"
+    """Importance of an element with weight w and gradient g: `first` is abs(w g), `second` its square, `mixed` (KIF's
+    paper) abs(w g - (w g)^2 / 2)."""
+    beta1: Fraction = 0.85
+    """Share of the old value in the smoothed importance."""
+    beta2: Fraction = 0.85
+    """Share of the old value in the smoothed deviation from it."""
+    importance_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which importance and deviation are kept between steps; bfloat16 halves their memory."""
+    threshold: Percent = 20.0
+    """Masks: percentage of the units, from the top, that count as important."""
+    weight_new: Share = 0.3
+    """Masks: share of the new weights in a unit that is important to old and new; with weight_old it is 1."""
+    weight_old: Share = 0.7
+    """Masks: share of the old weights in a unit that is important to old and new."""
+    weight_neither: Share = 0.5
+    """Masks: share of the new weights in a unit that is important to neither."""
+    orthogonal: Literal["auto"] | NonNegative = "auto"
+    """Weight of the penalty that keeps LoRA's ranks orthogonal; 0 switches it off. `auto` (KIF's paper): 0.1 with LoRA,
+    else 0."""
+    replay_ratio: Share = 0.0
+    """Share of every past task's training samples that is kept and learnt again."""
+    keep_unfused: bool = False
+    """Also write every task's model as it was before fusion (`unfused/` in the task's folder)."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that do not make a whole."""
+        if abs(self.weight_new + self.weight_old - 1.0) > 1e-9:
+            raise ValueError(
+                f"weight_new: {self.weight_new} and weight_old {self.weight_old} are not 1 together, so that fusion "
+                "would scale the weights"
+            )
+
+    def units_for(self, lora: bool) -> Literal["matrix", "rank", "row"]:
+        """The units, with `auto` resolved."""
+        if self.units != "auto":
+            return self.units
+        return "rank" if lora else "matrix"
+
+    def orthogonal_for(self, lora: bool) -> float:
+        """Weight of the penalty, with `auto` resolved."""
+        return (0.1 if lora else 0.0) if self.orthogonal == "auto" else self.orthogonal
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class KifConfig(UnitConfig):
+    """KIF: importance of skill units, measured while training, decides how old and new weights are fused after every
+    task (arXiv 2408.05200).
+    """
+
+    name: Literal["kif"]  # the tag that tells the three apart
+    """Name of the method."""
+    fusion: Literal["adaptive", "hard"] = "adaptive"
+    """`adaptive` (paper): shares follow a softmax of the scores; `hard` (TaSL): masks; important units keep their
+    side's weights."""
+    tau: Positive = 0.25
+    """Temperature of the adaptive fusion: the smaller, the more the larger score decides."""
+    accumulate_new: Share = 0.3
+    """Share of a task's scores in the accumulated scores; the past keeps the rest."""
+    replay_ratio: Share = 0.0
+    """Share of every past task's training samples that is mixed into a task's own (KIF-M, TaSL-M; 0.02 in the papers);
+    0: none."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TaslConfig(KifConfig):
+    """TaSL, the first version of KIF: matrices are the units and fusion is hard (arXiv 2408.09857)."""
+
+    name: Literal["tasl"]  # type: ignore[assignment]
+    """Name of the method."""
+    units: Literal["auto", "matrix", "rank", "row"] = "matrix"
+    """What is scored and fused as one: `matrix` (paper) is a whole parameter, with LoRA each lora_A and each lora_B;
+    `rank`, `row` and `auto` as in kif."""
+    order: Literal["first", "second", "mixed"] = "first"
+    """Importance of an element with weight w and gradient g: `first` (paper) is abs(w g), `second` its square, `mixed`
+    abs(w g - (w g)^2 / 2)."""
+    fusion: Literal["adaptive", "hard"] = "hard"
+    """`hard` (paper): masks; important units keep their side's weights; `adaptive` (KIF): shares follow a softmax of
+    the scores."""
+    orthogonal: Literal["auto"] | NonNegative = 0.0
+    """Weight of the penalty that keeps LoRA's ranks orthogonal; 0 (paper) switches it off, `auto` is 0.1 with LoRA."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RecurrentKifConfig(UnitConfig):
+    """Recurrent-KIF, KIF's successor: steps on the task alternate with steps on a small memory of past tasks, and after
+    each such cycle the two changes are fused by the importance of either (arXiv 2502.17510).
+    """
+
+    name: Literal["recurrent_kif"]
+    """Name of the method."""
+    inner_steps: PositiveInt = 8
+    """Steps on the task's own samples in a cycle."""
+    outer_steps: PositiveInt = 4
+    """Steps on the memory in a cycle; they come on top of the task's own steps."""
+    outer_learning_rate: Positive | None = None
+    """Learning rate of the steps on the memory; null: as in the task's own."""
+    order: Literal["first", "second", "mixed"] = "first"
+    """Importance of an element with weight w and gradient g: `first` (reference code) is abs(w g), `second` its square,
+    `mixed` abs(w g - (w g)^2 / 2)."""
+    weight_new: Share = 0.4
+    """Share of the task's change in a unit that is important to the task and to the past; with weight_old it is 1."""
+    weight_old: Share = 0.6
+    """Share of the memory's change in a unit that is important to the task and to the past."""
+    weight_neither: Share = 0.5
+    """Share of the task's change in a unit that is important to neither; the rest is the memory's."""
+    orthogonal: Literal["auto"] | NonNegative = 0.0
+    """Weight of the penalty that keeps LoRA's ranks orthogonal; 0 (reference code) switches it off, `auto` is 0.1 with
+    LoRA."""
+    replay_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.02
+    """Share of every past task's training samples that makes the memory, at least one of each (paper: 0.02)."""
+    keep_unfused: bool = False
+    """Also write every task's model as it was before its last fusion (`unfused/` in the task's folder)."""
+
+
+MethodConfig = Annotated[
+    SequentialConfig | MiguConfig | KifConfig | TaslConfig | RecurrentKifConfig, Field(discriminator="name")
+]

@@ -1,0 +1,1 @@
+"""Tables and pictures from a run folder: reads what a run has left there, trains and loads nothing."""

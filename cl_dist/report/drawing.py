@@ -1,0 +1,145 @@
+"""How a picture is drawn: sizes, colours, heat maps, and the bytes of a PNG file.
+
+matplotlib is imported when something is drawn, without pyplot: nothing is kept between pictures, no display is needed
+and no other command pays for it. A picture follows from its data alone: matplotlib's own defaults whatever the user's
+are, its own font, and no date or version in the file. All colours are told apart with any colour vision.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cl_dist.report.columns import Columns
+from cl_dist.report.units import Floats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+DPI = 110
+BLUE, ORANGE = "#0072b2", "#d55e00"
+"""Of Okabe and Ito's palette."""
+GREY, PALE, LIGHT = "#767676", "#c4c4c4", "#e6e6e6"
+"""For what stands behind."""
+SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
+NO_VALUE = {SEQUENTIAL: "#e6e6e6", DIVERGING: "#9e9e9e"}
+"""Colours that do not occur in the maps."""
+BORDER = {SEQUENTIAL: "white", DIVERGING: GREY}
+"""Of blocks and rows, where numbers do not tell cells apart."""
+LABEL = 30
+"""Characters of a label; of a longer one the middle is left out."""
+LETTER = 0.075
+"""Inches: width of a letter of 8 points."""
+CELL, ROW = 0.6, 0.3
+"""Inches: width of a cell with a number in it; height of a row."""
+WIDE = 12.0
+"""Inches: width of a picture of the whole stream or the whole model."""
+
+
+def draw(size: tuple[float, float], paint: Callable[[Figure], None]) -> bytes:
+    """A PNG file of a figure of `size` inches that `paint` has filled; the same bytes for the same data."""
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    file = io.BytesIO()
+    with matplotlib.style.context("default"):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        paint(figure)
+        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+    return file.getvalue()
+
+
+def short(text: str) -> str:
+    """A text that fits beside an axis."""
+    half = (LABEL - 1) // 2
+    return text if len(text) <= LABEL else f"{text[:half]}…{text[-half:]}"
+
+
+def fit(labels: Sequence[str], room: float) -> bool:
+    """Whether labels in 8 point letters stand beside each other in `room` inches each."""
+    return max((len(short(label)) for label in labels), default=0) * LETTER <= room
+
+
+def numbered_heat_map(
+    axes: Axes,
+    values: Floats,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    colours: tuple[str, Normalize],
+) -> ScalarMappable:
+    """A heat map with the number in every cell, and a dash where it is NaN.
+
+    Args:
+        axes: Where to draw.
+        values: `(rows, columns)`.
+        rows: Labels from the top down.
+        columns: Labels from left to right.
+        colours: Name of the colour map, and the scale.
+    """
+    image = _heat_map(axes, values, colours)
+    for (row, column), value in np.ndenumerate(values):
+        dark = not np.isnan(value) and _luminance([float(part) for part in image.to_rgba(value)]) < 0.4
+        text = "–" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
+        colour = "white" if dark else "black"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    _label_rows(axes, rows)
+    _label_columns(axes, range(len(columns)), columns, CELL)
+    return image
+
+
+def block_heat_map(
+    axes: Axes, values: Floats, rows: Sequence[str], columns: Columns, colours: tuple[str, Normalize]
+) -> ScalarMappable:
+    """A heat map whose columns stand in labelled blocks; `values` is `(rows, columns)`, NaN where there is none."""
+    image, border = _heat_map(axes, values, colours), BORDER[colours[0]]
+    widths = np.array([width for _, width in columns.blocks])
+    ends = np.cumsum(widths) - 0.5
+    for end in ends[:-1]:
+        axes.axvline(end, color=border, linewidth=1.2)
+    for row in range(1, len(rows)):
+        axes.axhline(row - 0.5, color=border, linewidth=0.6)
+    labels = [label for label, _ in columns.blocks]
+    _label_rows(axes, rows)
+    _label_columns(axes, ends - widths / 2, labels, WIDE * 0.8 * widths.min() / widths.sum())
+    return image
+
+
+def add_colour_bar(figure: Figure, image: ScalarMappable, axes: Axes, label: str) -> None:
+    """A scale beside a heat map."""
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05, aspect=25)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+
+
+def _heat_map(axes: Axes, values: Floats, colours: tuple[str, Normalize]) -> ScalarMappable:
+    import matplotlib
+
+    name, norm = colours
+    cmap = matplotlib.colormaps[name].with_extremes(bad=NO_VALUE[name])
+    return axes.imshow(values, cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
+
+
+def _label_rows(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), [short(label) for label in labels], fontsize=8)
+    axes.tick_params(length=0)
+
+
+def _label_columns(axes: Axes, places: Sequence[float] | Floats | range, labels: Sequence[str], room: float) -> None:
+    """Labels below an axis, each of which has `room` inches, slanted where that is too little."""
+    slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    style: dict[str, Any] = {"ha": "center"} if fit(labels, room) else slanted
+    axes.set_xticks(places, [short(label) for label in labels], fontsize=8, **style)
+
+
+def _luminance(rgba: Any) -> float:
+    """Brightness of a colour, a sequence of red, green, blue and opacity, 0 to 1 (ITU-R BT.709)."""
+    red, green, blue = rgba[:3]
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -1,0 +1,233 @@
+"""The pictures of a report, as the bytes of PNG files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cl_dist.report.columns import columns_of_modules, columns_of_units
+from cl_dist.report.drawing import (
+    BLUE,
+    CELL,
+    DIVERGING,
+    GREY,
+    LIGHT,
+    ORANGE,
+    PALE,
+    ROW,
+    SEQUENTIAL,
+    WIDE,
+    add_colour_bar,
+    block_heat_map,
+    draw,
+    fit,
+    numbered_heat_map,
+    short,
+)
+from cl_dist.report.reading import Losses
+from cl_dist.report.units import Floats, UnitResults
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+Matrix = Sequence[Sequence[float | None]]
+
+LEAST_IMPORTANCE = 1e-5
+"""Where the colours of importance begin: it spans many orders of magnitude."""
+PANELS = 5
+"""Panels beside each other."""
+
+
+def accuracy_matrix(tasks: Sequence[str], matrix: Matrix) -> bytes:
+    """Row: after which task, the untouched model first; column: the task it is scored on. A frame marks the task that
+    was just trained.
+    """
+    from matplotlib.patches import Rectangle
+
+    values = _as_array(matrix)
+    rows = ["untouched", *(f"after {name}" for name in tasks)][: len(values)]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        image = numbered_heat_map(axes, values, rows, tasks, (SEQUENTIAL, _scale(values)))
+        for task in range(len(values) - 1):
+            axes.add_patch(Rectangle((task - 0.5, task + 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=1.8))
+        axes.set(xlabel="scored on", ylabel="model")
+        add_colour_bar(figure, image, axes, "score")
+
+    return draw((2.8 + max(4, len(tasks)) * CELL, 1.3 + len(values) * ROW), paint)
+
+
+def scores(tasks: Sequence[str], matrix: Matrix) -> bytes:
+    """A panel per task: its score over the stream, the other tasks' in grey; the mark is its own training."""
+    values = _as_array(matrix)
+    columns = min(len(tasks), PANELS)
+    rows = math.ceil(len(tasks) / columns)
+
+    def paint(figure: Figure) -> None:
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for panel, axes in enumerate(grid.flat):
+            if panel >= len(tasks):
+                axes.set_visible(False)
+                continue
+            _score_panel(axes, values, panel)
+            axes.set_title(short(tasks[panel]), fontsize=8)
+        _style_score_panels(grid, values, len(tasks))
+        figure.supxlabel("tasks trained", fontsize=9)
+        figure.supylabel("score", fontsize=9)
+
+    return draw((max(4.5, 0.6 + 2.3 * columns), 0.7 + 1.8 * rows), paint)
+
+
+def _score_panel(axes: Axes, values: Floats, task: int) -> None:
+    for other in range(values.shape[1]):
+        axes.plot(values[:, other], color=PALE, linewidth=0.8, zorder=1)
+    axes.plot(values[:, task], color=BLUE, linewidth=1.6, marker="o", markersize=3, zorder=3)
+    if task + 1 < len(values):
+        axes.axvline(task + 1, color=ORANGE, linewidth=1.0, linestyle="--", zorder=2)
+        axes.plot([task + 1], values[task + 1, task], color=ORANGE, marker="D", markersize=6, zorder=4)
+    axes.tick_params(labelsize=8)
+
+
+def _style_score_panels(grid: np.ndarray, values: Floats, tasks: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for axes in grid.flat:
+        axes.set_xlim(-0.3, tasks + 0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if _within_one(values):
+            axes.set_ylim(-0.04, 1.04)
+
+
+def loss(tasks: Sequence[str], losses: Mapping[str, Losses]) -> bytes:
+    """Training loss over the optimiser steps of the whole stream, with a line where a task begins.
+
+    Where a task has many steps, the mean over a window of a twentieth of them is drawn over the single losses.
+    """
+    trained = [name for name in tasks if losses.get(name)]
+    lengths = [max(losses[name]) for name in trained]
+    starts = np.cumsum([0, *lengths])
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for start, length, name in zip(starts, lengths, trained, strict=False):
+            _loss_of_task(axes, start, length, losses[name])
+        for border in starts[1:-1]:
+            axes.axvline(border + 0.5, color=GREY, linewidth=0.8, linestyle="--")
+        _style_loss(axes, starts, trained)
+
+    return draw((WIDE * 0.85, 4.0), paint)
+
+
+def _loss_of_task(axes: Axes, start: int, length: int, losses: Losses) -> None:
+    values = np.full(length, np.nan)
+    values[np.array(list(losses)) - 1] = list(losses.values())
+    steps = start + 1 + np.arange(length)
+    window = length // 20
+    single = length == 1
+    if window < 2:
+        axes.plot(steps, values, color=BLUE, linewidth=1.2, marker="o" if single else "", markersize=4)
+        return
+    axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.7)
+    axes.plot(steps, moving_mean(values, window), color=BLUE, linewidth=1.6)
+
+
+def moving_mean(values: Floats, window: int) -> Floats:
+    """Mean over `window` neighbours, as many of them as there are at the ends; NaN counts for nothing."""
+    known = ~np.isnan(values)
+    ones = np.ones(window)
+    counts = np.convolve(known.astype(float), ones, mode="same")
+    sums = np.convolve(np.where(known, values, 0.0), ones, mode="same")
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0.5)
+
+
+def _style_loss(axes: Axes, starts: Floats, trained: Sequence[str]) -> None:
+    axes.set(xlabel="optimiser step, over the whole stream", ylabel="training loss", xlim=(0.5, starts[-1] + 0.5))
+    axes.grid(axis="y", color=LIGHT, linewidth=0.6)
+    top = axes.secondary_xaxis("top")
+    room = WIDE * 0.75 * float(np.diff(starts).min() / starts[-1])
+    style: dict[str, Any] = {} if fit(trained, room) else {"rotation": 40, "ha": "left", "rotation_mode": "anchor"}
+    top.set_xticks((starts[:-1] + starts[1:]) / 2 + 0.5, [short(name) for name in trained], fontsize=8, **style)
+    top.tick_params(length=0)
+
+
+def unit_importance(tasks: Sequence[str], units: UnitResults) -> bytes:
+    """Task by skill unit, or by module where there are many units: normalised importance, on a logarithmic scale."""
+    from matplotlib.colors import LogNorm
+
+    columns = columns_of_units(units.table)
+    values = np.maximum(units.table.mean(units.importance, columns.of_piece, columns.count), LEAST_IMPORTANCE)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        image = block_heat_map(axes, values, tasks, columns, (SEQUENTIAL, LogNorm(LEAST_IMPORTANCE, 1.0)))
+        axes.set(xlabel=columns.what, ylabel="task")
+        add_colour_bar(figure, image, axes, "importance (min-max)")
+
+    return draw((WIDE, 2.0 + max(4, len(tasks)) * ROW), paint)
+
+
+def task_correlation(tasks: Sequence[str], correlations: Floats) -> bytes:
+    """Pearson's correlation of the tasks' unit scores; a dash where a task's scores are all the same."""
+    from matplotlib.colors import Normalize
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        image = numbered_heat_map(axes, correlations, tasks, tasks, (DIVERGING, Normalize(-1.0, 1.0)))
+        axes.set(xlabel="task", ylabel="task")
+        add_colour_bar(figure, image, axes, "correlation of unit scores")
+
+    return draw((2.6 + max(4, len(tasks)) * CELL, 1.6 + max(4, len(tasks)) * ROW), paint)
+
+
+def fusion(tasks: Sequence[str], units: UnitResults) -> bytes:
+    """Fused task (all but the first) by module: the share of the new weights, and of the old where it is not the
+    rest. One half is white; the colours end at the share that is farthest from it.
+    """
+    columns = columns_of_modules(units.table)
+    shares = {"share of the new weights": units.share_new[1:]}
+    if units.shares_are_independent:
+        shares["share of the old weights"] = units.share_old[1:]
+    shown = {label: units.table.mean(values, columns.of_piece, columns.count) for label, values in shares.items()}
+    scale = _around_half(np.stack(list(shown.values())))
+
+    def paint(figure: Figure) -> None:
+        panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+        for axes, (label, values) in zip(panels, shown.items(), strict=True):
+            image = block_heat_map(axes, values, tasks[1:], columns, (DIVERGING, scale))
+            axes.set(xlabel=columns.what, ylabel="fused task")
+            add_colour_bar(figure, image, axes, label)
+
+    return draw((WIDE, (2.0 + max(4, len(tasks) - 1) * ROW) * len(shown)), paint)
+
+
+def _around_half(shares: Floats) -> Normalize:
+    """A scale with 0.5 in its middle; a tenth of it at least, so that rounding does not look like a difference."""
+    from matplotlib.colors import Normalize
+
+    farthest = np.abs(shares[~np.isnan(shares)] - 0.5).max(initial=0.05)
+    return Normalize(0.5 - farthest, 0.5 + farthest)
+
+
+def _as_array(matrix: Matrix) -> Floats:
+    return np.array([[math.nan if score is None else score for score in row] for row in matrix])
+
+
+def _scale(values: Floats) -> Normalize:
+    """From the worst score to the best; shares from 0 to 1, so that pictures of two runs can be compared."""
+    from matplotlib.colors import Normalize
+
+    if _within_one(values) or np.isnan(values).all():
+        return Normalize(0.0, 1.0)
+    return Normalize(float(np.nanmin(values)), float(np.nanmax(values)))
+
+
+def _within_one(values: Floats) -> bool:
+    """Whether the scores are shares, such as accuracies; log-likelihoods are negative."""
+    known = values[~np.isnan(values)]
+    return known.size > 0 and bool((known >= 0).all() and (known <= 1).all())

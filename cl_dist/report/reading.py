@@ -1,0 +1,118 @@
+"""What a run folder says about a run, finished or not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cl_dist.config.yaml_text import parse_yaml
+from cl_dist.errors import BadInput
+from cl_dist.state.manifest import Manifest
+from cl_dist.state.run_folder import RunFolder
+
+Losses = dict[int, float]
+"""Training loss by optimiser step, from 1; NaN where it was not finite."""
+
+
+@dataclass
+class RunLog:
+    """What log.jsonl tells."""
+
+    losses: dict[str, Losses] = field(default_factory=dict)
+    """By task."""
+    metrics: dict[str, str] = field(default_factory=dict)
+    """The name of the score that each evaluated task has, such as exact_match."""
+    unreadable: int = 0
+    """Lines that are no records: a kill may cut one off."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run, as far as it is."""
+
+    folder: RunFolder
+    manifest: Manifest
+    settings: dict[str, Any]
+    """The resolved recipe as it was written, by whatever release; empty where there is none."""
+    log: RunLog
+
+    @property
+    def done(self) -> tuple[str, ...]:
+        """Names of the tasks that are trained, evaluated and saved."""
+        return self.manifest.tasks[: self.manifest.completed]
+
+
+def read_run(path: Path) -> RunData:
+    """Read the manifest, the recipe and the log in the run folder `path`.
+
+    Raises:
+        BadInput: There is no such folder, it holds no run, or one of these files is damaged.
+    """
+    if not path.exists():
+        raise BadInput(f"{path}: there is no such folder; give the run folder (output_dir) of a run")
+    if not path.is_dir():
+        raise BadInput(f"{path} is not a folder; give the run folder (output_dir) of a run")
+    folder = RunFolder(path)
+    manifest = Manifest.read(folder.manifest)
+    _check_rows(manifest, folder.manifest)
+    return RunData(folder, manifest, _read_settings(folder.config), read_log(folder.log, manifest.tasks))
+
+
+def _check_rows(manifest: Manifest, path: Path) -> None:
+    rows = len(manifest.accuracy_matrix)
+    if not manifest.tasks:
+        raise BadInput(f"{path} is damaged: it names no tasks")
+    if rows <= manifest.completed and manifest.completed > 0:
+        raise BadInput(f"{path} is damaged: {rows} rows of scores, but {manifest.completed} tasks are completed")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The recipe as plain values: another release may have had other settings, so none of them is checked."""
+    if not path.exists():
+        return {}
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is damaged: {error}") from error
+    if not isinstance(data, dict):
+        raise BadInput(f"{path} is damaged: it holds no settings")
+    return data
+
+
+def read_log(path: Path, tasks: tuple[str, ...]) -> RunLog:
+    """Read the log of a run over `tasks`; an absent file is an empty log, `BadInput` where it cannot be read."""
+    log = RunLog()
+    for line in _lines(path):
+        try:
+            record = json.loads(line)
+            if record.get("task") in tasks:
+                _take(log, record)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            log.unreadable += 1
+    return log
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from (line for line in file if line.strip())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _take(log: RunLog, record: dict[str, Any]) -> None:
+    if record["event"] == "evaluation":
+        log.metrics[record["task"]] = str(record["metric"])
+    elif record["event"] == "step":
+        step, loss = int(record["step"]), record["loss"]
+        losses = log.losses.setdefault(record["task"], {})
+        # A resumed run repeats the steps after its checkpoint: what follows the repeated step was undone.
+        for undone in [number for number in reversed(losses) if number >= step] if step in losses else []:
+            del losses[undone]
+        losses[step] = math.nan if loss is None else float(loss)

@@ -1,0 +1,67 @@
+"""The tables of a report: CSV for programs, Markdown for readers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
+
+from cl_dist.report.units import Floats, UnitResults
+
+FUSION_COLUMNS = ("new_mean", "new_min", "new_max", "old_mean", "old_min", "old_max")
+
+
+def importance_csv(tasks: Sequence[str], units: UnitResults) -> str:
+    """A line per skill unit: unit, modules, elements, and its normalised importance to every task."""
+    table = units.table
+    modules: list[list[str]] = [[] for _ in table.names]
+    for unit, module in zip(table.unit.tolist(), table.module.tolist(), strict=True):
+        modules[unit].append(table.modules[module])
+    sizes = table.elements_of_units().tolist()
+    columns = zip(table.names, modules, sizes, units.importance.T.tolist(), strict=True)
+    lines = ([name, " ".join(owners), int(size), *map(_cell, scores)] for name, owners, size, scores in columns)
+    return _csv(["unit", "module", "elements", *tasks], lines)
+
+
+def correlation_csv(tasks: Sequence[str], correlations: Floats) -> str:
+    """Task by task; empty where the correlation is not defined."""
+    lines = ([name, *map(_cell, row)] for name, row in zip(tasks, correlations.tolist(), strict=True))
+    return _csv(["task", *tasks], lines)
+
+
+def fusion_csv(tasks: Sequence[str], units: UnitResults) -> str:
+    """A line per task and module: mean (by elements), least and largest share of the new and of the old weights."""
+    table = units.table
+    counts = np.bincount(table.module).tolist()
+    sizes = np.bincount(table.module, table.elements).tolist()
+    shares = []
+    for values in (units.share_new, units.share_old):
+        shares += [table.mean(values, table.module, len(table.modules)), *table.extremes(values)]
+    cells = np.stack(shares, axis=-1).tolist()
+    lines = (
+        [task, module, count, int(size), *map(_cell, values)]
+        for task, of_task in zip(tasks, cells, strict=True)
+        for module, count, size, values in zip(table.modules, counts, sizes, of_task, strict=True)
+    )
+    return _csv(["task", "module", "units", "elements", *FUSION_COLUMNS], lines)
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], text: Collection[int] = (0,)) -> str:
+    """A table; the columns of numbers, which are not in `text`, are flush right."""
+    rule = ["---" if column in text else "---:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+
+
+def _csv(header: Sequence[str], lines: Iterable[Sequence[str | int | float]]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(lines)
+    return file.getvalue()
+
+
+def _cell(value: float) -> float | str:
+    return "" if math.isnan(value) else value

@@ -1,0 +1,107 @@
+"""From a run folder to the files of its report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cl_dist.errors import BadInput
+from cl_dist.report import pictures, tables
+from cl_dist.report.page import Page
+from cl_dist.report.reading import RunData, read_run
+from cl_dist.report.units import UnitResults, correlation, read_unit_results
+from cl_dist.state.atomic import write_bytes
+
+PAGE = "report.md"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    run: RunData
+    folder: Path
+    files: tuple[str, ...]
+    """Names of the files, the page first."""
+    missing: tuple[str, ...]
+    """What could not be shown, and why."""
+
+
+def write_report(run_folder: Path, out: Path | None = None) -> Report:
+    """Make the report of a run and write it into `out`, else into `report` in the run folder.
+
+    Everything is read and drawn before the first file is written; each file is replaced atomically.
+
+    Raises:
+        BadInput: There is no run in `run_folder`, one of its files is damaged, or `out` cannot be written.
+        ClDistError: The disk is full.
+    """
+    run = read_run(run_folder)
+    units = _read_units(run)
+    out = run.folder.report if out is None else out
+    _check_out(out)
+    files = dict(_files(run, units))
+    missing = tuple(_missing(run, units))
+    page = Page(run, units, files, missing).render(out)
+    _write(out, {PAGE: page.encode(), **files})
+    return Report(run, out, (PAGE, *files), missing)
+
+
+def _read_units(run: RunData) -> UnitResults | None:
+    return read_unit_results([run.folder.task(position, name) for position, name in enumerate(run.done)])
+
+
+def _files(run: RunData, units: UnitResults | None) -> Iterator[tuple[str, bytes]]:
+    """The pictures and CSV files that the run has data for."""
+    tasks, matrix = run.manifest.tasks, run.manifest.accuracy_matrix
+    if matrix:
+        yield "accuracy_matrix.png", pictures.accuracy_matrix(tasks, matrix)
+        yield "scores.png", pictures.scores(tasks, matrix)
+    if run.log.losses:
+        yield "loss.png", pictures.loss(tasks, run.log.losses)
+    if units is not None:
+        yield from _unit_files(run.done, units)
+
+
+def _unit_files(tasks: tuple[str, ...], units: UnitResults) -> Iterator[tuple[str, bytes]]:
+    yield "unit_importance.png", pictures.unit_importance(tasks, units)
+    yield "unit_importance.csv", tables.importance_csv(tasks, units).encode()
+    yield "fusion.csv", tables.fusion_csv(tasks, units).encode()
+    if len(tasks) > 1:
+        correlations = correlation(units.importance)
+        yield "task_correlation.png", pictures.task_correlation(tasks, correlations)
+        yield "task_correlation.csv", tables.correlation_csv(tasks, correlations).encode()
+        yield "fusion.png", pictures.fusion(tasks, units)
+
+
+def _missing(run: RunData, units: UnitResults | None) -> Iterator[str]:
+    left = run.manifest.tasks[len(run.done) :]
+    if left:
+        yield f"The run is not finished: nothing yet about {', '.join(left)}."
+    if not run.manifest.accuracy_matrix:
+        yield "No scores: the untouched model has not been evaluated yet."
+    if not run.log.losses:
+        yield f"No training loss: {run.folder.log.name} is not there or has no steps."
+    if run.log.unreadable:
+        yield f"{run.log.unreadable} lines of {run.folder.log.name} cannot be read and are left out."
+    if not run.settings:
+        yield f"No settings: {run.folder.config.name} is not there."
+    if units is not None and len(run.done) == 1:
+        yield "No correlation and no picture of fusion: both need two finished tasks."
+
+
+def _check_out(out: Path) -> None:
+    """Make the folder; BadInput where that cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{out}: the folder of the report cannot be made: {error.strerror}") from error
+
+
+def _write(out: Path, files: dict[str, bytes]) -> None:
+    try:
+        for name, content in files.items():
+            write_bytes(out / name, content)
+    except OSError as error:
+        raise BadInput(f"{out}: the report cannot be written there: {error.strerror}") from error

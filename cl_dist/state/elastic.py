@@ -1,0 +1,161 @@
+"""Resuming on another number of ranks or under another ZeRO stage, with the run's global batch.
+
+Which samples a step learns depends on the global batch alone (`cl_dist.tasks.plan`), so a run keeps its global batch
+and divides it anew. Imports nothing heavy: `preflight` asks before any model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cl_dist.config.methods import MiguConfig
+from cl_dist.config.schema import Recipe, TrainConfig
+from cl_dist.errors import BadInput
+from cl_dist.state.manifest import Manifest, Segment
+from cl_dist.state.stored_recipe import stored_recipe
+
+_SHOWN_COUNTS = 12
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """How a run goes on."""
+
+    recipe: Recipe
+    """The recipe with the split of the global batch that these ranks train with."""
+    note: str | None
+    """One line for the user where it is not as before or not as the recipe says."""
+    new_split: bool
+    """Whether the global batch is divided otherwise than before: what is drawn per rank (dropout) is then another."""
+
+
+def segment(recipe: Recipe, ranks: int, task: int = 0, step: int = 0) -> Segment:
+    """The segment of a run that begins at a step of a task with this recipe on so many ranks."""
+    return Segment(
+        task=task,
+        step=step,
+        world_size=ranks,
+        zero_stage=recipe.zero.stage,
+        micro_batch_size=recipe.train.micro_batch_size,
+        gradient_accumulation=recipe.train.gradient_accumulation,
+    )
+
+
+def with_segments(manifest: Manifest, config: Path) -> Manifest:
+    """The manifest; one of format 1 gets the segment that it began with from the run's stored recipe `config`."""
+    if manifest.segments:
+        return manifest
+    # A release that wrote format 1 resumed with as many ranks and the same split only.
+    first = replace(segment(stored_recipe(config), manifest.world_size), zero_stage=manifest.zero_stage)
+    return replace(manifest, segments=(first,))
+
+
+def appended(segments: Sequence[Segment], newest: Segment) -> tuple[Segment, ...]:
+    """The segments once training goes on with `newest`.
+
+    Steps from there on are computed again, so that what earlier segments had of them is gone.
+    """
+    place = (newest.task, newest.step)
+    kept = tuple(segment for segment in segments if (segment.task, segment.step) < place)
+    return kept if kept and kept[-1].same_layout(newest) else (*kept, newest)
+
+
+def resumption(recipe: Recipe, before: Segment, ranks: int, folder: Path) -> Resumption:
+    """How the run in `folder`, whose newest steps belong to the segment `before`, goes on with so many ranks.
+
+    Raises `BadInput` where the global batch cannot stay what it was, or a setting makes results depend on its split.
+    """
+    train = fitted(recipe.train, before.global_batch, ranks, folder)
+    _refuse_split_dependent(recipe, before, replace(recipe, train=train), ranks, folder)
+    recipe, asked = replace(recipe, train=train), recipe.train
+    now = segment(recipe, ranks)
+    return Resumption(recipe, _note(before, asked, now), now.split != before.split)
+
+
+def fitted(train: TrainConfig, global_batch: int, ranks: int, folder: Path) -> TrainConfig:
+    """`train` with the split of the global batch over `ranks` that is nearest to its own.
+
+    The micro-batch stays as large as it is where it divides a rank's share, and becomes the next smaller divisor
+    otherwise; `gradient_accumulation` follows. Raises `BadInput` where that is impossible.
+    """
+    size, accumulation = train.micro_batch_size, train.gradient_accumulation
+    if global_batch % (size * accumulation):
+        raise BadInput(
+            f"--resume: train.micro_batch_size {size} times train.gradient_accumulation {accumulation} does not divide "
+            f"the global batch of the run in {folder}, which stays {global_batch} samples; allowed are divisors of it"
+        )
+    share, rest = divmod(global_batch, ranks)
+    if rest:
+        raise BadInput(
+            f"--resume: the run in {folder} has a global batch of {global_batch} samples, which {ranks} ranks cannot "
+            f"share evenly; allowed: {_listed(_divisors(global_batch))}"
+        )
+    size = max(divisor for divisor in _divisors(share) if divisor <= size)
+    return replace(train, micro_batch_size=size, gradient_accumulation=share // size)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _listed(counts: Sequence[int]) -> str:
+    """`1, 2, 4 or 8`; of a long list its beginning."""
+    if len(counts) > _SHOWN_COUNTS:
+        return f"{', '.join(map(str, counts[:_SHOWN_COUNTS]))}, ... or {counts[-1]}"
+    return " or ".join(filter(None, [", ".join(map(str, counts[:-1])), str(counts[-1])]))
+
+
+def _refuse_split_dependent(recipe: Recipe, before: Segment, after: Recipe, ranks: int, folder: Path) -> None:
+    now = segment(after, ranks)
+    if now.split == before.split:
+        return
+    setting = _split_dependent(recipe, before.gradient_accumulation == now.gradient_accumulation == 1)
+    if setting is not None:
+        raise BadInput(
+            f"--resume: with {setting} the results depend on how the global batch is split, so the run in {folder} "
+            f"goes on as before only: {_spelt(before)}; now it would be {_spelt(now)}"
+        )
+
+
+def _split_dependent(recipe: Recipe, never_accumulates: bool) -> str | None:
+    """A setting under which another split of the same global batch means other gradients; None where there is none."""
+    if recipe.train.loss_average == "micro_batch":
+        return "train.loss_average: micro_batch"
+    for method in recipe.method:
+        if isinstance(method, MiguConfig):
+            if method.mask_scope == "micro_batch" and not never_accumulates:
+                return "method.mask_scope: micro_batch"
+            if method.count_padding:  # how much padding there is depends on which samples are in one micro-batch
+                return "method.count_padding: true"
+    return None
+
+
+def _spelt(layout: Segment) -> str:
+    ranks, size, accumulation = layout.split
+    plural = "" if ranks == 1 else "s"
+    return f"{ranks} rank{plural}, train.micro_batch_size {size}, train.gradient_accumulation {accumulation}"
+
+
+def _note(before: Segment, asked: TrainConfig, now: Segment) -> str | None:
+    """What is other than before, and what is other than the recipe says."""
+    changes = [
+        _change("ranks", now.world_size, before.world_size, now.world_size),
+        _change("zero.stage", now.zero_stage, before.zero_stage, now.zero_stage),
+        _change("train.micro_batch_size", now.micro_batch_size, before.micro_batch_size, asked.micro_batch_size),
+        _change(
+            "train.gradient_accumulation",
+            now.gradient_accumulation,
+            before.gradient_accumulation,
+            asked.gradient_accumulation,
+        ),
+    ]
+    told = ", ".join(filter(None, changes))
+    return f"resuming with {told}; the global batch stays {now.global_batch} samples" if told else None
+
+
+def _change(name: str, now: int, before: int, asked: int) -> str:
+    if now != before:
+        return f"{name} {now} ({before} before)"
+    return f"{name} {now} ({asked} in the recipe)" if now != asked else ""

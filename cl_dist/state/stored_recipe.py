@@ -1,0 +1,37 @@
+"""The recipe that a run was started with, as `config.yaml` keeps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from cl_dist.config.schema import Recipe
+from cl_dist.errors import BadInput
+
+_RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+
+def stored_recipe(path: Path) -> Recipe:
+    """Read a run's recipe; settings that it does not mention have their defaults.
+
+    Raises `BadInput` where the file is missing or damaged.
+    """
+    try:
+        return _RECIPE.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise BadInput(f"--resume: {path} is missing, so the recipe cannot be compared") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "recipe"
+        raise BadInput(f"{path} is damaged: {where}: {first['msg']}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BadInput(f"{path} is damaged: {' '.join(str(error).split())}") from error
+
+
+def as_plain(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as nested mappings, lists and scalars."""
+    plain: dict[str, Any] = _RECIPE.dump_python(recipe, mode="json")
+    return plain

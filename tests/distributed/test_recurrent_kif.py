@@ -1,0 +1,44 @@
+"""Recurrent-KIF on ZeRO shards equals Recurrent-KIF on one process in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+
+WORLDS = (1, 2)
+CASES: list[dict[str, Any]] = [
+    {"stage": 0, "units": "row", "order": "first"},
+    {"stage": 1, "units": "rank", "order": "mixed", "accumulation": 2, "orthogonal": 0.1},
+    {"stage": 2, "units": "row", "order": "second", "clip": 0.1},
+    {"stage": 2, "units": "rank", "order": "first", "offload": True, "outer_learning_rate": 3e-2},
+    {"stage": 3, "units": "matrix", "order": "first", "outer_learning_rate": 3e-2, "accumulation": 2},
+    {"stage": 3, "units": "rank", "order": "second", "clip": 0.1},
+    {"stage": 2, "units": "rank", "order": "first", "dtype": "bfloat16"},
+]
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[int, list[dict[str, float]]]:
+    """Every case at every world size; the ranks of a world are started once."""
+    job = "tests.distributed.recurrent_jobs:run_cases"
+    return {world: run_ranks(job, world, {"cases": CASES}, timeout=600)[0] for world in WORLDS}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda number: "-".join(map(str, CASES[number].values())))
+def test_equals_the_dense_oracle(reports: dict[int, list[dict[str, float]]], world: int, case: int) -> None:
+    report, settings = reports[world][case], CASES[case]
+    assert report["left"] == 0.0, "the next task's importance does not start at zero"
+    assert report["shares"] == 0.0, "the first task was fused"
+    assert report["kinds"] >= 3, "the masks decide too little for this to be a test"
+    assert report["share_new"] == report["share_old"] == 0.0, "other masks"
+    if settings.get("dtype") == "bfloat16":
+        assert max(report[q] for q in ("first", "fused", "current", "past")) <= 4 * 2**-7
+        return
+    # As in test_kif: a rank's score multiplies two means, and the second order squares.
+    factor = (2 if settings["units"] == "rank" else 1) * (2 if settings["order"] == "second" else 1)
+    assert max(report["first"], report["fused"]) <= 1e-6
+    assert max(report["current"], report["past"]) <= factor * 2e-6

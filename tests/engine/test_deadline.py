@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from cl_dist.engine import deadline
+from cl_dist.engine.deadline import Deadline, no_limit
+
+
+def test_without_a_limit_no_end_is_near() -> None:
+    assert not Deadline().is_near()
+    assert not Deadline(no_limit).is_near()
+
+
+def test_before_anything_is_measured_a_share_of_the_time_is_kept() -> None:
+    assert Deadline(lambda: 100.0).needed == 2 * 10 + deadline.MARGIN_SECONDS
+    assert Deadline(lambda: 1e6).needed == 2 * deadline.UNMEASURED_SECONDS + deadline.MARGIN_SECONDS
+
+
+def test_what_is_measured_counts_and_the_slowest_most() -> None:
+    end = Deadline(lambda: 100.0)
+    for seconds in (0.0, 0.2, 0.1):
+        with end.saving():
+            time.sleep(seconds)
+    assert end.needed - deadline.MARGIN_SECONDS == pytest.approx(2 * 0.2, abs=0.1)
+    end.stepped(7.0)
+    assert end.needed - deadline.MARGIN_SECONDS == pytest.approx(2 * 0.2 + 7, abs=0.1)
+
+
+def test_the_end_is_near_when_a_step_and_a_save_no_longer_fit() -> None:
+    left = 100.0
+    end = Deadline(lambda: left)
+    with end.saving():
+        pass
+    end.stepped(3.0)
+    assert not end.is_near()
+    left = 13.5
+    assert not end.is_near()
+    left = 12.9
+    assert end.is_near()
+
+
+def test_a_save_that_fails_measures_nothing() -> None:
+    end = Deadline(lambda: 100.0)
+    before = end.needed
+    with pytest.raises(OSError, match="full"), end.saving():
+        raise OSError("full")
+    assert end.needed == before

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from cl_dist.launch.scheduler import TimeLeft, job_state, parse_time_left, require_sbatch
+
+from cl_dist.errors import BadInput
+
+
+@pytest.fixture
+def without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0:07", 7.0), ("12:00", 720.0), ("1:02:03", 3723.0), ("2-03:00:00", 183600.0),
+     ("UNLIMITED", None), ("NOT_SET", None), ("INVALID", None), ("", None)],
+)  # fmt: skip
+def test_squeues_time_left(text: str, expected: float | None) -> None:
+    assert parse_time_left(text) == expected
+
+
+def test_outside_of_a_job_there_is_no_limit() -> None:
+    assert TimeLeft({})() is None
+
+
+@pytest.mark.usefixtures("without_slurm")
+def test_without_an_answer_there_is_no_limit() -> None:
+    assert TimeLeft({"SLURM_JOB_ID": "17"})() is None
+
+
+@pytest.mark.usefixtures("without_slurm")
+@pytest.mark.parametrize("left", [600, -5])
+def test_the_end_may_stand_in_the_environment(left: int) -> None:
+    seconds_left = TimeLeft({"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": str(int(time.time()) + left)})
+    answer = seconds_left()
+    assert answer is not None
+    assert left - 2 < answer <= left
+
+
+@pytest.mark.usefixtures("without_slurm")
+def test_where_slurm_is_not_here_nothing_is_known() -> None:
+    assert job_state("17") is None
+    with pytest.raises(BadInput, match="--submit: sbatch is not on this machine"):
+        require_sbatch()

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cl_dist.launch.slurm import SlurmJob, captured_environment, default_warning, job_name, quote, seconds
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cl_dist.errors import BadInput
+
+BODY = "# From here on the script is the same for every job."
+NASTY = ["$(touch broken)", "`touch broken`", "a'b", 'a"b', "\\", "a\nb", "\n#SBATCH --nodes=9\n", "!!", "*", "~", "",
+         " ", "a\r\nb", "\t", "ü", "\u2028", "\udcff", "-n", "${PATH}", "; exit 7 #", "')"]  # fmt: skip
+
+# Everything that an argument can hold: any text without NUL, and bytes that are no UTF-8 as Python has them.
+words = st.one_of(
+    st.sampled_from(NASTY),
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+    st.binary().map(lambda value: os.fsdecode(value.replace(b"\0", b"."))),
+)
+
+
+def job(**changes: Any) -> SlurmJob:
+    values = {"name": "run", "run_folder": "/r", "working_folder": "/w", "python": "/bin/python", "arguments": ["run"]}
+    return SlurmJob(**{**values, **changes})
+
+
+def in_bash(text: str, *arguments: str) -> list[str]:
+    """Words that bash makes of `arguments` after it has run `text`, in a folder where no command could make a file."""
+    printing = f"{text}\nprintf '%s\\0' {' '.join(arguments)}"
+    done = subprocess.run(["bash", "-c", printing], capture_output=True, check=True, env={}, cwd="/proc/self")
+    assert done.stderr == b""
+    return [os.fsdecode(word) for word in done.stdout.split(b"\0")[:-1]]
+
+
+@settings(max_examples=60)
+@given(arguments=st.lists(words, max_size=4), folder=words, value=words)
+@example(arguments=NASTY, folder=NASTY[0], value=NASTY[5])
+def test_no_value_breaks_out_of_the_script(arguments: list[str], folder: str, value: str) -> None:
+    made = job(arguments=arguments, run_folder=folder, working_folder=folder, python=folder, environment={"X": value})
+    head, _, _ = made.script().partition(BODY)
+    assert all(line.isprintable() for line in head.splitlines())
+    read = in_bash(head, '"$python"', '"$run_folder"', '"$working_folder"', '"$X"', '"${arguments[@]}"')
+    assert read == [folder, folder, folder, value, *arguments]
+    # What Slurm reads ends before the first of these values.
+    assert directives(made) == directives(job())
+
+
+def directives(made: SlurmJob) -> list[str]:
+    before, _, after = made.script().partition("\nset -u\n")
+    assert "#SBATCH" not in "\n".join(line[:7] for line in after.splitlines())
+    return before.splitlines()[1:]
+
+
+@given(words)
+@example("\0")
+def test_one_word_on_one_line(value: str) -> None:
+    if "\0" in value:
+        with pytest.raises(BadInput, match="NUL"):
+            quote(value)
+        return
+    assert quote(value).isprintable()
+
+
+@given(st.text())
+def test_any_name_becomes_a_jobs_name(text: str) -> None:
+    assert f"#SBATCH --job-name={job_name(text)}" in directives(job(name=job_name(text)))
+
+
+def test_what_slurm_is_asked_for() -> None:
+    made = job(
+        name="mine", nodes=2, gpus_per_node=4, cpus_per_rank=8, time="1-12:00:00", partition="a100,h100",
+        options=["account=physics", "exclusive", "constraint=[a|b]"],
+    )  # fmt: skip
+    assert directives(made) == [
+        "#SBATCH --job-name=mine",
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --cpus-per-task=8",
+        "#SBATCH --gpus-per-node=4",
+        "#SBATCH --time=1-12:00:00",
+        "#SBATCH --partition=a100,h100",
+        "#SBATCH --output=slurm-%j.log",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --signal=B:USR1@120",
+        "#SBATCH --requeue",
+        "#SBATCH --account=physics",
+        "#SBATCH --exclusive",
+        "#SBATCH --constraint=[a|b]",
+    ]
+    assert made.ranks == 8
+    assert "CUDA_VISIBLE_DEVICES" not in made.script()
+
+
+def test_without_gpus_ranks_run_on_cpus() -> None:
+    made = job(nodes=2, ranks_per_node=3)
+    assert made.ranks == 6
+    assert "export CUDA_VISIBLE_DEVICES=''\nexport DS_ACCELERATOR=cpu\n" in made.script()
+    assert not any("gpu" in line for line in directives(made))
+
+
+def test_an_interface_is_for_both_libraries() -> None:
+    script = job(interface="ib0", environment={"NCCL_SOCKET_IFNAME": "eth0"}).script()
+    assert "export NCCL_SOCKET_IFNAME=ib0\nexport" in script
+    assert "export GLOO_SOCKET_IFNAME=ib0\n" in script
+
+
+def test_the_environment_is_kept_without_secrets() -> None:
+    shell = {"PATH": "/bin", "HF_HOME": "/hf", "HF_TOKEN": "hf_x", "NCCL_IB_HCA": "mlx5", "NCCL_A B": "x", "RANK": "1"}
+    assert captured_environment(shell, "/venv/bin/python") == {
+        "PATH": "/venv/bin:/bin",
+        "HF_HOME": "/hf",
+        "NCCL_IB_HCA": "mlx5",
+    }
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-12", 129600), ("0-1:30", 5400), ("1-0:0:1", 86401)],
+)
+def test_time_limits_as_slurm_reads_them(time: str, expected: int) -> None:
+    assert seconds(time) == expected
+
+
+def test_a_short_job_is_warned_later() -> None:
+    assert [default_warning(time) for time in (None, "60", "4", "1")] == [120, 120, 60, 15]
+    assert "B:USR1@15" in job(time="1").script()
+    assert "--signal" not in job(time="1", warn_seconds=0).script()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nodes": 0}, "--nodes: 0 is too few, allowed is at least 1"),
+        ({"gpus_per_node": -1}, "--gpus-per-node: -1 is too few"),
+        ({"cpus_per_rank": 0}, "--cpus-per-rank: 0 is too few"),
+        ({"max_restarts": -1}, "--max-restarts: -1 is too few"),
+        ({"ranks_per_node": 3, "gpus_per_node": 2}, "--ranks-per-node: 3 ranks do not each have a GPU"),
+        ({"time": "soon"}, "--time: 'soon' is no time limit; write minutes"),
+        ({"time": "0"}, "--time: '0' is no time limit"),
+        ({"time": "1\n"}, "--time: "),
+        ({"name": "a b"}, "--job-name: 'a b' is not allowed; allowed are letters"),
+        ({"name": "a\n#SBATCH --x"}, "--job-name: "),
+        ({"partition": "a b"}, "--partition: 'a b' is not allowed"),
+        ({"interface": "ib0;reboot"}, "--interface: 'ib0;reboot' is not allowed"),
+        ({"warn_seconds": -1}, "--warn-seconds: -1; allowed are 0"),
+        ({"warn_seconds": 31, "time": "1"}, "--warn-seconds: 31; allowed are 0 (no warning) to 30, half of --time"),
+        ({"options": ["account='x'"]}, "--sbatch: \"account='x'\" is no option of sbatch"),
+        ({"options": ["account=x\n#SBATCH --nodes=9"]}, "--sbatch: "),
+        ({"options": ["nodes=3"]}, "--sbatch: nodes is set by --nodes"),
+        ({"options": ["array=1-3"]}, "--sbatch: array cannot be set"),
+    ],
+)
+def test_what_slurm_would_misread_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        job(**changes)
+    assert str(caught.value).startswith(message)
+
+
+def run_script(made: SlurmJob, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "job.sh"
+    script.write_text(made.script())
+    variables = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_ON_NODE": "2", **environment}
+    return subprocess.run(["bash", script], env=variables, capture_output=True, text=True, check=False)
+
+
+def test_restarts_are_bounded_whoever_restarts_the_job(tmp_path: Path) -> None:
+    done = run_script(job(max_restarts=2), tmp_path, SLURM_RESTART_COUNT="3")
+    assert done.returncode == 1
+    assert done.stdout == "cl-dist: job 17 on n1, restart 3 of at most 2\n"
+    assert "Slurm has restarted this job 3 times, --max-restarts allows 2" in done.stderr
+
+
+def test_a_folder_that_is_gone_ends_the_job(tmp_path: Path) -> None:
+    done = run_script(job(working_folder=str(tmp_path / "gone")), tmp_path, SLURM_RESTART_COUNT="2")
+    assert done.returncode == 1
+    assert "gone: No such file or directory" in done.stderr

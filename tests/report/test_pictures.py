@@ -1,0 +1,203 @@
+"""Pictures are opened again: their size, what is drawn in which colour, and that nothing but their data sways them."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cl_dist.report import pictures
+from cl_dist.report.drawing import BLUE, DPI, NO_VALUE, ORANGE, WIDE, short
+from cl_dist.report.pictures import moving_mean
+from cl_dist.report.units import UnitResults, UnitTable, correlation
+
+NAMES = [f"task{number}-of-a-name-that-is-long" for number in range(15)]
+
+
+def results(tasks: int, layers: int, units_each: int = 4, independent: bool = False) -> UnitResults:
+    """Random shares of a model of so many layers."""
+    draws = np.random.default_rng(0)
+    names = [f"m.layers.{layer}.{kind}.weight" for layer in range(layers) for kind in ("q", "k", "up")]
+    units = {f"{n}[{i}]": [{"parameter": n, "slices": [[i, i + 1]]}] for n in names for i in range(units_each)}
+    values = [draws.random((tasks, len(units))) for _ in range(3)]
+    return UnitResults(UnitTable.from_json(units), *values, shares_are_independent=independent)
+
+
+def matrix(tasks: int, rows: int | None = None) -> list[list[float | None]]:
+    draws = np.random.default_rng(1)
+    return draws.random((tasks + 1 if rows is None else rows, tasks)).tolist()
+
+
+def opened(png: bytes) -> NDArray[np.int64]:
+    """`(height, width)` colours as 0xRRGGBB."""
+    image = np.rint(matplotlib.image.imread(io.BytesIO(png), format="png")[..., :3] * 255).astype(np.int64)
+    return image @ np.array([1 << 16, 1 << 8, 1])
+
+
+def colours(png: bytes) -> int:
+    """Number of different colours."""
+    return len(np.unique(opened(png)))
+
+
+def count(png: bytes, colour: str) -> int:
+    """Pixels that have exactly this colour."""
+    return int((opened(png) == int(colour[1:], 16)).sum())
+
+
+def white(png: bytes) -> float:
+    """Share of the pixels that are white or nearly so."""
+    image = opened(png)
+    return float(np.logical_and.reduce([(image >> shift & 0xFF) > 0xF0 for shift in (0, 8, 16)]).mean())
+
+
+DRAWN: dict[str, Callable[[int], bytes]] = {
+    "accuracy_matrix": lambda tasks: pictures.accuracy_matrix(NAMES[:tasks], matrix(tasks)),
+    "scores": lambda tasks: pictures.scores(NAMES[:tasks], matrix(tasks)),
+    "loss": lambda tasks: pictures.loss(
+        NAMES[:tasks], {name: {step: 1 / step for step in range(1, 80)} for name in NAMES[:tasks]}
+    ),
+    "unit_importance": lambda tasks: pictures.unit_importance(NAMES[:tasks], results(tasks, 2)),
+    "unit_importance_by_module": lambda tasks: pictures.unit_importance(NAMES[:tasks], results(tasks, 30, 40)),
+    "task_correlation": lambda tasks: pictures.task_correlation(
+        NAMES[:tasks], correlation(results(tasks, 2).importance)
+    ),
+    "fusion": lambda tasks: pictures.fusion(NAMES[:tasks], results(tasks, 30)),
+    "fusion_of_both_shares": lambda tasks: pictures.fusion(NAMES[:tasks], results(tasks, 30, independent=True)),
+}
+
+
+@pytest.mark.parametrize("tasks", [4, 15])
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_picture_is_drawn(name: str, tasks: int) -> None:
+    image = opened(DRAWN[name](tasks))
+    height, width = image.shape
+    assert 400 <= width <= (WIDE + 1) * DPI
+    assert 200 <= height <= 13 * DPI
+    assert len(np.unique(image)) > 20
+    assert (image != 0xFFFFFF).mean() > 0.02
+
+
+@pytest.mark.parametrize("name", ["accuracy_matrix", "loss", "fusion"])
+def test_a_picture_follows_from_its_data_alone(name: str) -> None:
+    first = DRAWN[name](4)
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "savefig.dpi": 10}):
+        assert DRAWN[name](4) == first
+    assert b"matplotlib" not in first.lower()
+    assert b"tIME" not in first
+
+
+@pytest.mark.parametrize("name", ["accuracy_matrix", "scores", "loss", "unit_importance"])
+def test_one_task_is_enough(name: str) -> None:
+    assert opened(DRAWN[name](1)).shape[1] >= 400
+
+
+class TestScores:
+    """The accuracy matrix and its lines."""
+
+    def test_only_the_untouched_model(self) -> None:
+        for draw in (pictures.accuracy_matrix, pictures.scores):
+            assert colours(draw(NAMES[:3], matrix(3, rows=1))) > 20
+
+    def test_nothing_at_all_was_evaluated(self) -> None:
+        empty: list[list[float | None]] = [[None, None]] * 3
+        assert count(pictures.accuracy_matrix(["a", "b"], empty), NO_VALUE["cividis"]) > 10_000
+        assert count(pictures.scores(["a", "b"], empty), BLUE) == 0
+
+    def test_what_was_not_evaluated_is_shown_so(self) -> None:
+        full, gap = matrix(3), matrix(3)
+        gap[1][2] = None
+        shown = [count(pictures.accuracy_matrix(NAMES[:3], each), NO_VALUE["cividis"]) for each in (full, gap)]
+        assert shown[0] < 100  # edges of letters
+        assert shown[1] > 1000
+
+    def test_log_likelihoods_are_negative(self) -> None:
+        png = pictures.scores(["prose"], [[-6.05], [-5.1]])
+        assert count(png, BLUE) > 50
+        assert count(png, ORANGE) > 50
+        assert colours(pictures.accuracy_matrix(["prose"], [[-6.05], [-5.1]])) > 20
+
+    def test_as_many_marks_as_trained_tasks(self) -> None:
+        # Frames are drawn with edges of one width: twice the frames, about twice the orange.
+        framed = [count(pictures.accuracy_matrix(NAMES[:4], matrix(4, rows=rows)), ORANGE) for rows in (1, 3, 5)]
+        assert framed[0] == 0
+        assert 1.5 < framed[2] / framed[1] < 2.5
+
+
+class TestLoss:
+    """The training loss."""
+
+    def test_the_moving_mean_by_hand(self) -> None:
+        values = np.array([1.0, 2.0, math.nan, 4.0, 9.0])
+        assert moving_mean(values, 3).tolist() == pytest.approx([1.5, 1.5, 3.0, 6.5, 6.5])
+        assert np.isnan(moving_mean(np.array([math.nan, math.nan, math.nan, 1.0]), 3)[0])
+
+    def test_borders_lie_between_tasks(self) -> None:
+        losses = {name: dict.fromkeys(range(1, 11), 1.0) for name in ("a", "b", "c")}
+        two, three = (count(pictures.loss(names, losses), "#767676") for names in (("a", "b"), ("a", "b", "c")))
+        assert 0 < two < three < 3 * two
+
+    def test_gaps_single_steps_and_losses_that_are_no_numbers(self) -> None:
+        losses = {"a": {1: 2.0}, "b": {1: 1.0, 3: math.nan, 9: 0.5}, "untrained": {}}
+        assert count(pictures.loss(["a", "b", "untrained"], losses), BLUE) > 5
+        assert count(pictures.loss(["a"], {"a": {1: math.nan}}), BLUE) == 0
+
+
+class TestUnits:
+    """Importance, correlation and fusion."""
+
+    def test_a_score_that_is_no_number_is_shown_so(self) -> None:
+        units = results(4, 2)
+        assert count(pictures.unit_importance(NAMES[:4], units), NO_VALUE["cividis"]) < 100  # edges of letters
+        units.importance[2, 3] = np.nan
+        assert count(pictures.unit_importance(NAMES[:4], units), NO_VALUE["cividis"]) > 1000
+
+    def test_a_correlation_that_is_not_defined_is_shown_so(self) -> None:
+        values = results(4, 2).importance
+        values[1] = 0.0
+        assert count(pictures.task_correlation(NAMES[:4], correlation(values)), NO_VALUE["PuOr_r"]) > 2000
+
+    def test_equal_shares_are_white_all_over(self) -> None:
+        units = results(3, 4)
+        assert white(pictures.fusion(NAMES[:3], units)) < 0.7
+        units.share_new[:] = 0.5
+        assert white(pictures.fusion(NAMES[:3], units)) > 0.9
+
+    def test_fusion_leaves_out_the_first_task_alone(self) -> None:
+        units = results(3, 4)
+        before = pictures.fusion(NAMES[:3], units)
+        units.share_new[0] = 0.0
+        assert pictures.fusion(NAMES[:3], units) == before
+        units.share_new[1] = 0.0
+        assert pictures.fusion(NAMES[:3], units) != before
+
+    def test_both_shares_take_two_panels(self) -> None:
+        one, two = (opened(pictures.fusion(NAMES[:4], results(4, 4, independent=both))) for both in (False, True))
+        assert two.shape[0] == 2 * one.shape[0]
+
+
+def test_labels_are_short() -> None:
+    assert short("dbpedia") == "dbpedia"
+    assert short("x" * 30) == "x" * 30
+    assert short("start-of-a-name-that-is-too-long-for-it") == "start-of-a-nam…oo-long-for-it"
+
+
+def test_drawing_needs_neither_a_display_nor_pyplot() -> None:
+    code = (
+        "import json, sys\n"
+        "from cl_dist.report import pictures\n"
+        "before = 'matplotlib' in sys.modules\n"
+        "png = pictures.scores(['a'], [[0.5], [1.0]])\n"
+        "print(json.dumps([before, 'matplotlib.pyplot' in sys.modules, 'torch' in sys.modules, len(png) > 1000]))"
+    )
+    environment = {"PATH": "", "MPLBACKEND": "TkAgg", "HOME": "/nonexistent"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert json.loads(done.stdout) == [False, False, False, True]

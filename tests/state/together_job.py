@@ -1,0 +1,37 @@
+"""Rank side of test_together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cl_dist.errors import ClDistError
+from cl_dist.state.integrity import CheckpointDamaged
+from cl_dist.state.together import together
+
+
+def main() -> dict[str, Any]:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+
+    def fail(errors: dict[int, Exception]) -> int:
+        if rank in errors:
+            raise errors[rank]
+        return rank
+
+    full = {0: ClDistError("rank 0's disk is full"), 1: ClDistError("rank 1's disk is full")}
+    return {
+        "nothing": outcome(lambda: fail({})),
+        "expected": outcome(lambda: fail({1: CheckpointDamaged("rank 1's file is damaged")})),
+        "both": outcome(lambda: fail(full)),
+        "bug": outcome(lambda: fail({1: KeyError("bug")})),
+    }
+
+
+def outcome(work: Callable[[], int]) -> list[Any]:
+    try:
+        return [together(work), None]
+    except Exception as error:
+        return [None, f"{type(error).__name__}: {error}"]
