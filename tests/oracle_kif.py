@@ -80,6 +80,13 @@ class Dense:
         self.model.zero_grad(set_to_none=True)
         self._publish()
 
+    def measure(self, weights: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]) -> None:
+        """Take a step's importance from these numbers in place of own ones, which differ by the rounding of sums."""
+        for name, master in self.masters.items():
+            master.data.copy_(weights[name])
+            master.grad = gradients[name]
+        self._track()
+
     def _penalty(self) -> torch.Tensor:
         norms = []
         for name, matrix in self.masters.items():
@@ -159,18 +166,18 @@ class DenseRecurrent(Dense):
 
     def past_step(self, losses: Sequence[Callable[[torch.nn.Module], torch.Tensor]]) -> None:
         """One step whose importance is that to the past."""
-        self._swap()
+        self.swap()
         self.step(losses)
-        self._swap()
+        self.swap()
 
     @torch.no_grad()
     def end_cycle(self) -> None:
         """Score both kinds of steps and fuse the two changes."""
         s = self.settings
         self.scores = {unit: self._score(unit) for unit in self.units}
-        self._swap()
+        self.swap()
         self.past_scores = {unit: self._score(unit) for unit in self.units}
-        self._swap()
+        self.swap()
         cut, past_cut = (_percentile(list(x.values()), 100 - s.threshold) for x in (self.scores, self.past_scores))
         table = {
             (True, True): (s.weight_new, s.weight_old),
@@ -186,7 +193,8 @@ class DenseRecurrent(Dense):
                 self.masters[name][at] = start + m * (turned - start) + n * (end - turned)
         self._publish()
 
-    def _swap(self) -> None:
+    def swap(self) -> None:
+        """Measure the importance to the past from here on, or no longer."""
         self.importance, self.past_importance = self.past_importance, self.importance
         self.deviation, self.past_deviation = self.past_deviation, self.deviation
 

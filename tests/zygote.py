@@ -72,20 +72,26 @@ class Zygote:
         self._process.wait()
 
 
-def _serve() -> None:
+def preload() -> None:
+    """Import what a rank needs; a process that has done so may fork ranks while it computes nothing itself."""
     for name in ("deepspeed", "peft", "datasets", "cl_dist.coordinator", "cl_dist.cli"):
         import_module(name)
+
+
+def _serve() -> None:
+    preload()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         job = json.loads(line)
         Path(job["folder"]).mkdir(parents=True, exist_ok=True)
-        ranks = [_fork(job, rank) for rank in range(job["world"])]
-        answers.write(json.dumps(_wait(ranks, job["timeout"])) + "\n")
+        ranks = [fork_rank(job, rank) for rank in range(job["world"])]
+        answers.write(json.dumps(wait_for_ranks(ranks, job["timeout"])) + "\n")
         answers.flush()
 
 
-def _fork(job: dict[str, Any], rank: int) -> int:
+def fork_rank(job: dict[str, Any], rank: int) -> int:
+    """Fork rank `rank` of a job (see `Zygote.run`) and return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -112,7 +118,7 @@ def _be_rank(job: dict[str, Any], rank: int) -> int:
     return int(import_module("cl_dist.cli").main(job["argv"]))
 
 
-def _wait(ranks: list[int], timeout: float) -> list[int]:
+def wait_for_ranks(ranks: list[int], timeout: float) -> list[int]:
     """Wait for all ranks; once one has failed or time is up, the others get a moment and are killed."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + timeout

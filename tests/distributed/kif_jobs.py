@@ -11,11 +11,11 @@ from cl_dist.config.methods import KifConfig
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
-from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.methods.kif import Kif
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.lora import add_lora
-from cl_dist.sharding import Shard
+from cl_dist.sharding import Shard, ShardView
 from tests.distributed.exactness_jobs import _published_error
 from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_model, samples, whole
 from tests.oracle_kif import Dense, Settings, Unit, normalised
@@ -30,6 +30,20 @@ def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each case how far cl_dist and the oracle are apart after each task."""
     join(timeout_seconds=120)
     return [Case(**case).run() for case in cases]
+
+
+class Recorder(Method):
+    """Behind a method that measures importance: keeps the weights and reduced gradients that it saw, whole."""
+
+    def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
+        """Remember where to look."""
+        self._shards = shards
+
+    def before_update(self) -> None:
+        """Put all ranks' shards together; the gradient has the penalty's in it, and is not clipped yet."""
+        gradients = {name: self._shards.gradient(name) for name in self._shards.names}
+        held = {name: shard for name, shard in gradients.items() if shard is not None}
+        self.weights, self.gradients = whole(self._shards, "master"), together(held, self._shards)
 
 
 class Case:
@@ -68,8 +82,11 @@ class Case:
             units, order, fusion, clip=clip, orthogonal=orthogonal, keep_optimizer=keep_optimizer, **constants
         )
         self.dense = Dense(copy.deepcopy(model), settings)
+        self.given = Dense(copy.deepcopy(model), settings)
+        """The oracle again, given the weights and gradients that the ranks have."""
+        self.recorder = Recorder()
         self.kif = Kif(config)
-        self.engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), recipe, [self.kif])  # type: ignore[arg-type]
+        self.engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), recipe, [self.kif, self.recorder])  # type: ignore[arg-type]
 
     def run(self) -> dict[str, Any]:
         """Train the stream; the largest of each error over the tasks."""
@@ -86,6 +103,7 @@ class Case:
             self.engine.shards.reset_optimizer()
         self.engine.before_task(place)
         self.dense.start_task()
+        self.given.start_task()
         for step in range(STEPS):
             self._step(step, seed=10 * index + step)
         errors = {
@@ -93,10 +111,15 @@ class Case:
             "uncertainty": _apart(self._along_shards("uncertainty"), self.dense.deviation),
             "trained": _apart(whole(self.engine.shards, "master"), self.dense.masters),
         }
+        for name, trained in whole(self.engine.shards, "master").items():
+            self.given.masters[name].data.copy_(trained)
         self.engine.after_task(place)
         self.dense.end_task()
+        self.given.end_task()
         masters = whole(self.engine.shards, "master")
-        return {**errors, **self._scores(), **self._end(masters)}
+        given = {f"given {quantity}": error for quantity, error in self._scores(self.given).items()}
+        given["given fused"] = _apart(masters, self.given.masters)
+        return {**errors, **self._scores(self.dense), **given, **self._end(masters)}
 
     def _step(self, step: int, seed: int) -> None:
         per_rank = self.micro * self.accumulation
@@ -106,13 +129,14 @@ class Case:
         targets = sum(b.targets for rank in everyone for b in rank)
         self.engine.train_step(step, everyone[self.rank], targets)
         self.dense.step([mean_loss(b, self.family, targets) for rank in everyone for b in rank])
+        self.given.measure(self.recorder.weights, self.recorder.gradients)
 
     def _along_shards(self, quantity: str) -> dict[str, torch.Tensor]:
-        return together(self.kif.tensors()[quantity], self.engine)
+        return together(self.kif.tensors()[quantity], self.engine.shards)
 
-    def _scores(self) -> dict[str, float]:
+    def _scores(self, dense: Dense) -> dict[str, float]:
         """Errors of the unit scores, the units found by their slices in units.json."""
-        scores, dense = self.kif.scores, self.dense
+        scores = self.kif.scores
         units = [_unit(slices) for slices in self.kif.units.as_json().values()]
         assert set(units) == set(dense.units)
         assert len(units) == len(dense.units)
@@ -137,16 +161,16 @@ class Case:
         }
 
 
-def together(held: dict[str, Shard], engine: TrainingEngine) -> dict[str, torch.Tensor]:
+def together(held: dict[str, Shard], shards: ShardView) -> dict[str, torch.Tensor]:
     """Whole tensors out of all ranks' shards; NaN where no rank has an element."""
     mine = {name: (shard.start, shard.data.clone()) for name, shard in held.items()}
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
-    result = {name: torch.full((engine.shards.numel(name),), float("nan")) for name in engine.shards.names}
+    result = {name: torch.full((shards.numel(name),), float("nan")) for name in shards.names}
     for pieces in everyone:
         for name, (start, data) in pieces.items():
             result[name][start : start + data.numel()] = data
-    return {name: flat.view(engine.shards.shape(name)) for name, flat in result.items()}
+    return {name: flat.view(shards.shape(name)) for name, flat in result.items()}
 
 
 def _unit(slices: list[dict[str, Any]]) -> Unit:

@@ -18,7 +18,7 @@ from cl_dist.models.load import LoadedModel
 from cl_dist.models.lora import add_lora
 from cl_dist.tasks.collate import Batch
 from cl_dist.tasks.plan import Cycles
-from tests.distributed.kif_jobs import RANKS, _apart, _relative, _unit, _unpublished, together
+from tests.distributed.kif_jobs import RANKS, Recorder, _apart, _relative, _unit, _unpublished, together
 from tests.distributed.worlds import mean_loss, micro_batches, odd_model, samples, whole
 from tests.oracle_kif import DenseRecurrent, Settings
 
@@ -66,8 +66,10 @@ class Case:
             units, order, "hard", clip=clip, orthogonal=orthogonal, threshold=40.0, weight_new=0.4, weight_old=0.6
         )
         self.dense = DenseRecurrent(copy.deepcopy(model), settings)
-        self.method = RecurrentKif(config)
-        self.engine = TrainingEngine(LoadedModel(model, None, "causal_lm"), recipe, [self.method])  # type: ignore[arg-type]
+        self.given = DenseRecurrent(copy.deepcopy(model), settings)
+        """The oracle again, given the weights and gradients that the ranks have."""
+        self.method, self.recorder = RecurrentKif(config), Recorder()
+        self.engine = TrainingEngine(LoadedModel(model, None, "causal_lm"), recipe, [self.method, self.recorder])  # type: ignore[arg-type]
 
     def run(self) -> dict[str, float]:
         """Train the stream; the errors at its end."""
@@ -88,6 +90,7 @@ class Case:
         self.engine.shards.reset_optimizer()
         self.engine.before_task(place)
         self.dense.start_task()
+        self.given.start_task()
 
     def _errors_of_first_task(self) -> dict[str, float]:
         shares = self.method.scores["share_new"] - 1.0, self.method.scores["share_old"]
@@ -97,12 +100,17 @@ class Case:
     def _cycle(self, number: int, place: TaskPlace) -> float:
         """One cycle; how far apart the weights are after its fusion."""
         self.dense.start_cycle()
+        self.given.start_cycle()
         own = [0, 1] if number == 0 else [3]
         for step in own:
             self._step(step, self.dense.step)
         self.dense.turn()
+        self.given.turn()
+        self.given.swap()
         self._step(own[-1] + 1, self._past_step)
+        self.given.swap()
         self.dense.end_cycle()
+        self.given.end_cycle()
         if number == 1:
             self.engine.after_task(place)
         masters = whole(self.engine.shards, "master")
@@ -123,9 +131,10 @@ class Case:
         targets = sum(b.targets for rank in everyone for b in rank)
         self.engine.train_step(step, everyone[self.rank], targets)
         dense([mean_loss(b, "llama", targets) for rank in everyone for b in rank])
+        self.given.measure(self.recorder.weights, self.recorder.gradients)
 
     def _scores(self) -> dict[str, float]:
-        dense, scores = self.dense, self.method.scores
+        dense, given, scores = self.dense, self.given, self.method.scores
         units = [_unit(slices) for slices in self.method.units.as_json().values()]
 
         def column(values: list[float]) -> torch.Tensor:
@@ -134,12 +143,14 @@ class Case:
         return {
             "current": _relative(scores["current"], column([dense.scores[u] for u in units])),
             "past": _relative(scores["accumulated"], column([dense.past_scores[u] for u in units])),
+            "given current": _relative(scores["current"], column([given.scores[u] for u in units])),
+            "given past": _relative(scores["accumulated"], column([given.past_scores[u] for u in units])),
             "share_new": _relative(scores["share_new"], column([dense.pairs[u][0] for u in units])),
             "share_old": _relative(scores["share_old"], column([dense.pairs[u][1] for u in units])),
             "kinds": float(len(set(dense.pairs.values()))),
             "left": max(
                 float(tensor.abs().max())
                 for quantity in ("smoothed", "past_uncertainty")
-                for tensor in together(self.method.tensors()[quantity], self.engine).values()
+                for tensor in together(self.method.tensors()[quantity], self.engine.shards).values()
             ),
         }

@@ -89,7 +89,9 @@ def test_equals_the_dense_oracle(reports: dict[int, list[dict[str, Any]]], world
         assert max(report[quantity] for quantity in ELEMENTS + UNITS + WEIGHTS) <= 4 * BFLOAT16_STEP
         assert min(report[quantity] for quantity in ELEMENTS) > 1e-6, "importance was kept in float32"
         return
-    # A score is a mean of products of two numbers; a rank's multiplies two means, and the second order squares.
+    assert max(report[f"given {quantity}"] for quantity in (*UNITS, "fused")) <= 1e-6
+    # Against the oracle's own gradients, whose sums are rounded in another order: a score is a mean of products of two
+    # numbers; a rank's multiplies two means, and the second order squares.
     factor = (2 if settings["units"] == "rank" else 1) * (2 if settings.get("order") == "second" else 1)
     assert max(report[quantity] for quantity in UNITS) <= factor * 1e-6
     assert max(report[quantity] for quantity in ELEMENTS) <= factor * 2e-6

@@ -38,6 +38,7 @@ def test_equals_the_dense_oracle(reports: dict[int, list[dict[str, float]]], wor
     if settings.get("dtype") == "bfloat16":
         assert max(report[q] for q in ("first", "fused", "current", "past")) <= 4 * 2**-7
         return
+    assert max(report["given current"], report["given past"]) <= 1e-6
     # As in test_kif: a rank's score multiplies two means, and the second order squares.
     factor = (2 if settings["units"] == "rank" else 1) * (2 if settings["order"] == "second" else 1)
     assert max(report["first"], report["fused"]) <= 1e-6

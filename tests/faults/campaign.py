@@ -1,0 +1,460 @@
+"""A campaign of faults: small runs, each hit by one fault at a random moment, then resumed: a Markdown table.
+
+Usage:
+    python -m tests.faults.campaign [--runs 108] [--seed 0] [--out runs/faults]
+
+Every run is two real ranks of `cl-dist run`, forked from a process that has imported the libraries already, which ends
+the other rank when one has failed, as the launcher does. Run i of a seed is always hit by the same fault after the same
+number of events, counted by the lines of its log, and a fraction of a second. It passes when
+
+- `--resume` ends with the weights, scores and data order of a run that nothing happened to, bit for bit; or
+- where the fault took what no copy exists of, `--resume` refuses with one sentence, the models of the tasks that are
+  done are untouched, and with the damaged file put back `--resume` ends as above.
+
+Every run leaves a line in OUT/results.jsonl; called again, the campaign goes on where it was. Linux only. For the full
+disk it needs user namespaces (`unshare -Urm`); without them that fault is left out, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.ranks import free_port
+from tests.zygote import fork_rank, preload, wait_for_ranks
+
+WORLD = 2
+TIMEOUT = 300.0
+"""Seconds that a command may take on a busy machine."""
+HANG_SECONDS = 12.0
+POLL_SECONDS = 0.01
+LONGEST_DELAY = 0.4
+"""Seconds between the event that a fault waits for and the fault; longer than a step, an evaluation or a save."""
+DISK = "48m"
+"""Size of the disk that gets full."""
+INSIDE = "CL_DIST_FAULTS_NAMESPACE"
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "migu, LoRA, ZeRO-2": {
+        "model": {"name_or_path": "builtin:llama-tiny", "lora": {"r": 4, "dropout": 0.1}},
+        "method": {"name": "migu", "mask": "update"},
+        "zero": {"stage": 2},
+    },
+    "kif, LoRA, ZeRO-3": {
+        "model": {"name_or_path": "builtin:llama-tiny", "lora": {"r": 4, "dropout": 0.1}},
+        "method": {"name": "kif"},
+        "zero": {"stage": 3},
+    },
+    "sequential, full, ZeRO-1": {
+        "model": {"name_or_path": "builtin:t5-tiny"},
+        "method": {"name": "sequential"},
+        "train": {"keep_optimizer": True},
+        "zero": {"stage": 1},
+    },
+}
+"""What is trained: every family of state (masks, importance and fusion, kept moments) and every way to shard it."""
+STEPS = 10
+COMMON: dict[str, dict[str, Any]] = {
+    "stream": {
+        "tasks": [{"name": "spring", "format": "builtin"}, {"name": "summer", "format": "builtin"}],
+        "max_train_samples": 8 * STEPS,
+        "max_eval_samples": 16,
+    },
+    "train": {"micro_batch_size": 4, "learning_rate": 1e-3, "max_length": 64},
+    "launch": {"processes": 2, "hang_seconds": 120.0},
+    "checkpoint": {"every_steps": 3},
+}
+
+
+@dataclass
+class Outcome:
+    """What became of one run."""
+
+    number: int
+    fault: str
+    recipe: str
+    events: int
+    """Lines that the log had when the fault came."""
+    verdict: str = "?"
+    """`same weights`, `refused, then same weights`, or what is wrong."""
+    during: str = ""
+    """The last event of the log when the fault came."""
+    details: list[str] = field(default_factory=list)
+    """Exit codes and last messages, in order."""
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was lost."""
+        return self.verdict.endswith("same weights")
+
+
+@dataclass
+class Job:
+    """One start of the ranks."""
+
+    ranks: list[int]
+    """Their process ids."""
+    output: Path
+
+    def signal(self, number: int, *ranks: int) -> None:
+        """Send a signal to these ranks; one that has ended is a zombie until it is waited for, and takes it."""
+        for rank in ranks:
+            os.kill(self.ranks[rank], number)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no rank runs any more, whoever waits for them."""
+        return all(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z" for pid in self.ranks)
+
+    def last_line(self) -> str:
+        """The last thing that a rank said, the last rank's if there are several."""
+        texts = [file.read_text(errors="replace").strip() for file in sorted(self.output.glob("rank-*.txt"))]
+        return next((text.splitlines()[-1].strip()[:400] for text in texts if text), "")
+
+
+class Run:
+    """One run folder and the commands that work on it.
+
+    Args:
+        folder: Where recipe and run are; on a disk of its own for the fault that fills it.
+        recipe: A key of `RECIPES`.
+    """
+
+    def __init__(self, folder: Path, recipe: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.run, self.file = folder, folder / "run", folder / "recipe.yaml"
+        self.output = folder.with_name(f"{folder.name}-output")
+        """What the commands print; beside the folder, whose disk may be full."""
+        self.commands = 0
+        content: dict[str, Any] = {"output_dir": str(self.run)}
+        for section in (COMMON, RECIPES[recipe]):
+            for key, value in section.items():
+                content[key] = {**content.get(key, {}), **value}
+        self.file.write_text(yaml.safe_dump(content))
+
+    def start(self, *arguments: str) -> Job:
+        """Start `cl-dist run` on the recipe."""
+        self.commands += 1
+        output = self.output / str(self.commands)
+        output.mkdir(parents=True, exist_ok=True)
+        argv = ["run", str(self.file), *arguments]
+        job = {"argv": argv, "folder": str(output), "world": WORLD, "fault": None, "port": free_port()}
+        return Job([fork_rank(job, rank) for rank in range(WORLD)], output)
+
+    def finish(self, job: Job, outcome: Outcome, what: str) -> int:
+        """Wait for the command, and note how it ended."""
+        codes = wait_for_ranks(job.ranks, TIMEOUT)
+        said = "" if codes == [0] * WORLD else f": {job.last_line()}"
+        outcome.details.append(f"{what}: exit codes {codes}{said}")
+        return next((code for code in codes if code != 0), 0)
+
+    def resume(self, outcome: Outcome, what: str = "--resume") -> int:
+        """Go on to the end."""
+        return self.finish(self.start("--resume"), outcome, what)
+
+    def events(self) -> list[str]:
+        """Names of the log's events so far."""
+        try:
+            lines = (self.run / "log.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines:
+            with suppress(ValueError):  # the last one may be half written
+                found.append(str(json.loads(line)["event"]))
+        return found
+
+    def end_state(self) -> dict[str, Any]:
+        """Checksums of every task's weights, the accuracy matrix, and which samples were learnt when."""
+        matrix = json.loads((self.run / "metrics.json").read_text())["accuracy_matrix"]
+        return {"models": self.models(), "matrix": matrix, "order": (self.run / "data_order.jsonl").read_text()}
+
+    def models(self) -> dict[str, str]:
+        """Checksum of every task's exported weights."""
+        files = sorted(self.run.glob("tasks/*/model/*.safetensors"))
+        return {str(file.relative_to(self.run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+    def manifest(self) -> dict[str, Any]:
+        """What is done; nothing before the run has begun."""
+        try:
+            found: dict[str, Any] = json.loads((self.run / "manifest.json").read_text())
+            return found
+        except FileNotFoundError:
+            return {"checkpoints": [], "completed": 0}
+
+
+@dataclass
+class Scene:
+    """A run at the moment of its fault."""
+
+    run: Run
+    job: Job
+    random: random.Random
+    outcome: Outcome
+    backup: tuple[Path, bytes] | None = None
+    """A file as it was before it was damaged."""
+
+
+def kill_one_rank(scene: Scene) -> None:
+    """SIGKILL for one rank; the other one is ended soon after."""
+    scene.job.signal(signal.SIGKILL, scene.random.randrange(WORLD))
+    scene.run.finish(scene.job, scene.outcome, "the run")
+
+
+def kill_all(scene: Scene) -> None:
+    """SIGKILL for all ranks at once, as in a power loss."""
+    scene.job.signal(signal.SIGKILL, *range(WORLD))
+    scene.run.finish(scene.job, scene.outcome, "the run")
+
+
+def stop_one_rank(scene: Scene) -> None:
+    """SIGSTOP for one rank: nothing ends by itself, the watchdog of the other rank has to notice."""
+    stopped = scene.random.randrange(WORLD)
+    scene.job.signal(signal.SIGSTOP, stopped)
+    began = time.monotonic()
+    scene.run.finish(scene.job, scene.outcome, "the run")
+    if time.monotonic() - began > TIMEOUT:
+        scene.outcome.verdict = "the hang was not noticed"
+
+
+def ask_to_stop(scene: Scene) -> None:
+    """SIGTERM for all ranks, as before preemption."""
+    scene.job.signal(signal.SIGTERM, *range(WORLD))
+    code = scene.run.finish(scene.job, scene.outcome, "the run")
+    if code not in (0, 75, -signal.SIGTERM):  # killed by the signal where it has not begun to train
+        scene.outcome.verdict = f"asked to stop, it ended with exit code {code}"
+
+
+def truncate_newest(scene: Scene) -> None:
+    """Everything is killed, and a file of the newest saved state loses its end."""
+    kill_all(scene)
+    file = _of_the_newest_state(scene)
+    if file is not None:
+        os.truncate(file, scene.random.randrange(file.stat().st_size))
+
+
+def flip_in_newest(scene: Scene) -> None:
+    """Everything is killed, and one bit of the newest saved state is turned over."""
+    kill_all(scene)
+    file = _of_the_newest_state(scene)
+    if file is not None:
+        content = bytearray(file.read_bytes())
+        content[scene.random.randrange(len(content))] ^= 1 << scene.random.randrange(8)
+        file.write_bytes(content)
+
+
+def delete_a_file(scene: Scene) -> None:
+    """Everything is killed, and a file of any saved state is gone."""
+    kill_all(scene)
+    file = _pick(
+        scene, sorted(scene.run.run.glob("checkpoint/task-*/*")) + sorted(scene.run.run.glob("tasks/*/state/*"))
+    )
+    if file is not None:
+        file.unlink()
+
+
+def start_a_second_job(scene: Scene) -> None:
+    """A second job on the run folder; the first one goes on."""
+    arguments = ("--resume",) if scene.random.random() < 0.5 else ()
+    second = scene.run.start(*arguments)
+    code = scene.run.finish(second, scene.outcome, f"second job {' '.join(arguments)}")
+    scene.run.finish(scene.job, scene.outcome, "the run")
+    if code == 0 and "finished" not in scene.run.manifest().get("status", ""):
+        scene.outcome.verdict = "the second job was not refused"
+
+
+def fill_the_disk(scene: Scene) -> None:
+    """Somebody else takes all room there is; it is free again before the resume."""
+    filler = scene.run.folder / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+    code = scene.run.finish(scene.job, scene.outcome, "the run")
+    filler.unlink()
+    if code not in (0, 1):
+        scene.outcome.verdict = f"on the full disk it ended with exit code {code}"
+
+
+def _of_the_newest_state(scene: Scene) -> Path | None:
+    named = scene.run.manifest()["checkpoints"]
+    if named:
+        folder = scene.run.run / named[-1]["folder"]
+    else:
+        folders = sorted(scene.run.run.glob("tasks/*/state"))
+        if not folders:
+            scene.outcome.details.append("nothing was saved yet")
+            return None
+        folder = folders[-1]
+    return _pick(scene, sorted(folder.iterdir()))
+
+
+def _pick(scene: Scene, files: list[Path]) -> Path | None:
+    """A file at random, and a copy of it."""
+    files = [file for file in files if file.stat().st_size > 0]
+    if not files:
+        scene.outcome.details.append("nothing was saved yet")
+        return None
+    file = scene.random.choice(files)
+    scene.backup = (file, file.read_bytes())
+    scene.outcome.details.append(f"hit {file.relative_to(scene.run.run)}")
+    return file
+
+
+FAULTS: dict[str, Callable[[Scene], None]] = {
+    "SIGKILL of one rank": kill_one_rank,
+    "SIGKILL of everything": kill_all,
+    "SIGSTOP of one rank": stop_one_rank,
+    "SIGTERM": ask_to_stop,
+    "newest state truncated": truncate_newest,
+    "bit of the newest state flipped": flip_in_newest,
+    "file of a saved state deleted": delete_a_file,
+    "disk full": fill_the_disk,
+    "second job on the run folder": start_a_second_job,
+}
+OPTIONS: Mapping[str, tuple[str, ...]] = {"SIGSTOP of one rank": ("--set", f"launch.hang_seconds={HANG_SECONDS}")}
+"""Arguments of the run that is hit."""
+
+
+def main() -> None:
+    """Run what is left of the campaign and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=108)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/faults"))
+    options = parser.parse_args()
+    _enter_namespace()
+    preload()
+    out = options.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.jsonl"
+    done = {outcome.number for outcome in read(results)}
+    references = {name: reference(out / f"reference-{number}", name) for number, name in enumerate(RECIPES)}
+    for number in range(options.runs):
+        if number not in done:
+            outcome = hit(number, options.seed, out / f"run-{number:03d}", references)
+            with results.open("a") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
+            print(
+                f"{number:3d} {outcome.fault} after {outcome.during or 'nothing'}: {outcome.verdict}", file=sys.stderr
+            )
+    print(table(read(results)))
+
+
+def _enter_namespace() -> None:
+    """Become root of a user namespace, where small disks can be mounted; stay as one is where that is not allowed."""
+    if INSIDE in os.environ:
+        return
+    probe = ["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", "/tmp"]
+    allowed = shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True).returncode == 0
+    os.environ[INSIDE] = "yes" if allowed else "no"
+    if allowed:
+        os.execvp("unshare", ["unshare", "-Urm", sys.executable, "-m", "tests.faults.campaign", *sys.argv[1:]])
+    del FAULTS["disk full"]
+    print("small disks cannot be mounted here: the fault `disk full` is left out", file=sys.stderr)
+
+
+def read(results: Path) -> list[Outcome]:
+    """What is on record."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    return [Outcome(**json.loads(line)) for line in lines]
+
+
+def reference(folder: Path, recipe: str) -> Mapping[str, Any]:
+    """The end of a run that nothing happens to, and how many events it has."""
+    run = Run(folder, recipe)
+    if not (run.run / "metrics.json").exists():
+        shutil.rmtree(run.run, ignore_errors=True)
+        noted = Outcome(-1, "none", recipe, 0)
+        if run.finish(run.start(), noted, "the undisturbed run"):
+            raise SystemExit(f"the undisturbed run failed: {noted.details}")
+    return {**run.end_state(), "events": len(run.events())}
+
+
+def hit(number: int, seed: int, folder: Path, references: Mapping[str, Mapping[str, Any]]) -> Outcome:
+    """One run, its fault, its resume and the verdict."""
+    chance = random.Random(f"{seed}/{number}")
+    faults, recipes = list(FAULTS), list(RECIPES)
+    fault, recipe = faults[number % len(faults)], recipes[number // len(faults) % len(recipes)]
+    outcome = Outcome(number, fault, recipe, events=chance.randrange(references[recipe]["events"] - 1))
+    began = time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder.with_name(f"{folder.name}-output"), ignore_errors=True)
+    folder.mkdir()
+    if fault == "disk full":
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)], check=True)
+    run = Run(folder, recipe)
+    job = run.start(*OPTIONS.get(fault, ()))
+    while len(run.events()) < outcome.events and not job.ended:
+        time.sleep(POLL_SECONDS)
+    time.sleep(chance.uniform(0, LONGEST_DELAY))
+    outcome.during = (run.events() or [""])[-1]
+    scene = Scene(run, job, chance, outcome)
+    FAULTS[fault](scene)
+    if outcome.verdict == "?":
+        outcome.verdict = judge(scene, references[recipe])
+    outcome.seconds = round(time.monotonic() - began, 1)
+    if fault == "disk full":
+        subprocess.run(["umount", str(folder)], check=True)
+    if outcome.passed:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(run.output, ignore_errors=True)
+    return outcome
+
+
+def judge(scene: Scene, expected: Mapping[str, Any]) -> str:
+    """Resume, and compare with the undisturbed run."""
+    run = scene.run
+    if run.resume(scene.outcome) == 0:
+        return compare(run, expected)
+    if scene.backup is None:
+        return "the resume failed"
+    if any("Traceback" in file.read_text() for file in run.output.glob(f"{run.commands}/rank-*.txt")):
+        return "the resume failed with a traceback"
+    completed = run.manifest()["completed"]
+    untouched = {name: sha for name, sha in expected["models"].items() if int(name.split("/")[1][:2]) <= completed}
+    if {name: sha for name, sha in run.models().items() if name in untouched} != untouched:
+        return "refused, but models of finished tasks are damaged"
+    path, content = scene.backup
+    path.write_bytes(content)
+    if run.resume(scene.outcome, "--resume with the file put back"):
+        return "refused, and the resume with the file put back failed"
+    verdict = compare(run, expected)
+    return f"refused, then {verdict}"
+
+
+def compare(run: Run, expected: Mapping[str, Any]) -> str:
+    """`same weights`, or what differs."""
+    found = run.end_state()
+    differing = [name for name in ("models", "matrix", "order") if found[name] != expected[name]]
+    return f"differs in {', '.join(differing)}" if differing else "same weights"
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """A line for each fault."""
+    lines = ["| fault | runs | same weights | refused, then same weights | failed |", "|---|---|---|---|---|"]
+    for fault in [*dict.fromkeys(outcome.fault for outcome in outcomes), "all"]:
+        own = [outcome for outcome in outcomes if fault in (outcome.fault, "all")]
+        same = sum(outcome.verdict == "same weights" for outcome in own)
+        refused = sum(outcome.verdict == "refused, then same weights" for outcome in own)
+        lines.append(f"| {fault} | {len(own)} | {same} | {refused} | {len(own) - same - refused} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
