@@ -210,7 +210,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield go
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def wait_for_steps(run: Path, steps: int) -> None:
