@@ -135,3 +135,13 @@ def test_it_runs_to_its_end_with_a_tiny_model(name: str, tmp_path: Path, zygote:
     assert metrics["tasks"] == tasks
     assert len(metrics["accuracy_matrix"]) == len(tasks) + 1
     assert metrics["average_performance"] is not None
+
+
+def test_a_task_may_have_its_own_number_of_epochs(tmp_path: Path, zygote: Zygote) -> None:
+    tasks = "[{name: spring, format: builtin}, {name: summer, format: builtin, epochs: 3}]"
+    changes = [f"stream.tasks={tasks}", "stream.max_train_samples=8", "train.micro_batch_size=4", "train.epochs=2"]
+    changes += ["launch.processes=1", "stream.max_eval_samples=2", f"output_dir={tmp_path / 'run'}"]
+    outcome = zygote.run(["run", "quickstart", *(f"--set={change}" for change in changes)], tmp_path)
+    assert outcome.codes == [0], outcome.output[0][-3000:]
+    timings = json.loads((tmp_path / "run" / "metrics.json").read_text())["timings"]
+    assert [entry["steps"] for entry in timings] == [4, 6]

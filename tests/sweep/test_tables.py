@@ -95,6 +95,19 @@ def test_a_finished_run_without_its_metrics_and_a_damaged_one(grid: Grid, tmp_pa
     assert results_of(grid, tmp_path).missing[0].state.status == "damaged"
 
 
+def test_general_ability_has_columns_where_a_run_has_measured_it(grid: Grid, tmp_path: Path) -> None:
+    path = grid.cells[0].folder.metrics
+    path.write_text(json.dumps({**json.loads(path.read_text()), "general_ability": 0.5, "general_forgetting": -0.25}))
+    results = results_of(grid, tmp_path)
+    assert list(results.columns)[-2:] == ["general_ability", "general_forgetting"]
+    cells, *_ = csv.DictReader(io.StringIO(csv_table(results)))
+    assert (cells["general_ability"], cells["general_forgetting"]) == ("0.5", "-0.25")
+    page = markdown_page(results, "r").splitlines()
+    assert page[2].endswith("| learning accuracy | general ability | general forgetting |")
+    assert page[4].endswith("| 0.7812 ± 0.1326 | – | – |")  # the other seed has not measured it
+    assert "general ability" in latex_table(results)
+
+
 def row(order: str, method: str, *averages: float) -> Row:
     state = CellState("finished", 2, 2)
     none = dict.fromkeys(METRICS)
