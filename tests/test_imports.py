@@ -23,7 +23,7 @@ LAYERS = [
     {"config", "kernels", "launch", "progress", "watchdog"},
     {"sharding", "models", "tasks"},
     {"engine", "methods", "evaluation", "state"},
-    {"coordinator", "assembly", "report"},
+    {"coordinator", "assembly", "report", "sweep"},
     {"benchmarks"},
     {"cli", "__main__"},
 ]
@@ -38,6 +38,7 @@ TORCH_FREE = [
     "cl_dist.state.preflight",
     "cl_dist.watchdog",
     "cl_dist.report.write",
+    "cl_dist.sweep.tables",
     "cl_dist.benchmarks.command",
     "cl_dist.cli",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 
 from cl_dist import __version__
-from cl_dist.cli import bench, doctor, evaluate, inspect, report, run, slurm
+from cl_dist.cli import bench, compare, doctor, evaluate, inspect, report, run, slurm
 
 _EPILOG = """\
 examples:
@@ -41,6 +41,6 @@ def build_parser() -> ArgumentParser:
         dest="changes",
         help="change a setting of the recipe, for example train.epochs=3 (may be given several times)",
     )
-    for module in (run, slurm, evaluate, inspect, report, bench, doctor):
+    for module in (run, compare, slurm, evaluate, inspect, report, bench, doctor):
         module.add_commands(commands, common, changes)
     return parser

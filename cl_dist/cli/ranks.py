@@ -37,11 +37,11 @@ def run_on_ranks(
     """
     ranks = find_ranks(os.environ)
     if ranks is None:
-        with _notices_left_to_the_run():
+        with notices_left_to_the_run():
             check(True)
         return _start_ranks(arguments, processes, hang_seconds)
     if not is_launched(os.environ):
-        with told_once_per_machine(), _notices_left_to_the_run():
+        with told_once_per_machine(), notices_left_to_the_run():
             check(ranks.rank == 0)
     return _be_rank(ranks, work)
 
@@ -81,7 +81,7 @@ def _be_rank(ranks: Ranks, work: Callable[[Reporter], None]) -> int:
 
 
 @contextmanager
-def _notices_left_to_the_run() -> Iterator[None]:
+def notices_left_to_the_run() -> Iterator[None]:
     """The run itself reads the same data again and tells what is worth knowing, once, on rank 0."""
     logger = logging.getLogger("cl_dist")
     level = logger.level

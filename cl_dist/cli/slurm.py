@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,17 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         description="Check a recipe, write its batch script, print or submit it. docs/slurm.md explains the script.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    add_job_options(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
+    parser.add_argument("--fresh", action="store_true", help="put the run in output_dir aside and start anew")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--print", action="store_true", help="print the script and change nothing (the default)")
+    what.add_argument("--submit", action="store_true", help="keep script and recipe in the run folder, and submit")
+    parser.set_defaults(command=slurm)
+
+
+def add_job_options(parser: ArgumentParser | _ArgumentGroup) -> None:
+    """Add what a job asks Slurm for: the options that `make_job` reads."""
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the job (default: 1)")
     parser.add_argument(
         "--gpus-per-node", type=int, default=0, metavar="G", help="GPUs on each node (default: 0, ranks on CPUs)"
@@ -70,12 +81,6 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         dest="options",
         help="another option of sbatch, such as account=physics or exclusive (may be given several times)",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
-    parser.add_argument("--fresh", action="store_true", help="put the run in output_dir aside and start anew")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--print", action="store_true", help="print the script and change nothing (the default)")
-    what.add_argument("--submit", action="store_true", help="keep script and recipe in the run folder, and submit")
-    parser.set_defaults(command=slurm)
 
 
 def slurm(arguments: Namespace) -> int:
@@ -84,7 +89,7 @@ def slurm(arguments: Namespace) -> int:
         require_sbatch()
     recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes)
     recipe = resolve_order(recipe, recipe_dir)
-    job = _job(arguments, recipe)
+    job = make_job(arguments, recipe)
     # Whatever starts the run there, it gets the ranks that the job is made for.
     recipe = replace(recipe, launch=replace(recipe.launch, processes=job.ranks), output_dir=job.run_folder)
     check_stream_and_model(recipe, recipe_dir)
@@ -100,7 +105,7 @@ def slurm(arguments: Namespace) -> int:
     return 0
 
 
-def _job(arguments: Namespace, recipe: Recipe) -> SlurmJob:
+def make_job(arguments: Namespace, recipe: Recipe) -> SlurmJob:
     """The job as asked for, running the recipe as it was named."""
     taken = {field.name for field in dataclasses.fields(SlurmJob)} & set(vars(arguments))
     asked = {name: getattr(arguments, name) for name in taken}

@@ -109,6 +109,8 @@ class TaskConfig:
     """Field of a record with the answer (`jsonl` and `huggingface`)."""
     subset: str | None = None
     """Configuration name of a Hugging Face data set."""
+    epochs: PositiveInt | None = None
+    """Passes over this task's training samples; null: train.epochs."""
 
     def __post_init__(self) -> None:
         """Refuse unsafe names, and a subset that nothing would read."""

@@ -49,7 +49,8 @@ class TaskTrainer:
         self._rank = torch.distributed.get_rank()
         self.cycles: Cycles | None = None
         """How steps on own samples and on the memory alternate; None without a memory."""
-        own = self._batch_plan(samples, self._train.epochs, self._train.max_steps_per_task, "order")
+        epochs = engine.recipe.stream.tasks[index].epochs or self._train.epochs
+        own = self._batch_plan(samples, epochs, self._train.max_steps_per_task, "order")
         self._plan: BatchPlan | InterleavedPlan = own
         if memory is not None:
             self.cycles = Cycles(own.steps, memory.inner, memory.outer)

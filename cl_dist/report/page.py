@@ -105,7 +105,7 @@ class Page:
             yield f"The metrics so far, as if the stream ended with {self.run.done[-1]}:"
         values = metrics.all_metrics([row[:done] for row in matrix])
         del values["forward_transfer_single"]  # a run knows nothing of models trained on one task alone
-        lines = ([f"`{name}`", _score(value), _definition(name)] for name, value in values.items())
+        lines = ([f"`{name}`", _score(value), definition(name)] for name, value in values.items())
         header = ["metric", "value", "definition (T tasks, score a[i][j] on task j after task i)"]
         yield markdown(header, lines, text=(0, 2))
 
@@ -163,9 +163,9 @@ def _scored_by(names: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in by_name.items())
 
 
-def _definition(name: str) -> str:
-    """The first sentence of a metric's function."""
-    return (inspect.getdoc(getattr(metrics, name)) or "").partition("\n")[0]
+def definition(name: str) -> str:
+    """The first line of a metric's function; nothing for a name that has none."""
+    return (inspect.getdoc(getattr(metrics, name, None)) or "").partition("\n")[0]
 
 
 def _timing(entry: Mapping[str, float]) -> list[str]:

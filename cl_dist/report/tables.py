@@ -23,13 +23,13 @@ def importance_csv(tasks: Sequence[str], units: UnitResults) -> str:
     sizes = table.elements_of_units().tolist()
     columns = zip(table.names, modules, sizes, units.importance.T.tolist(), strict=True)
     lines = ([name, " ".join(owners), int(size), *map(_cell, scores)] for name, owners, size, scores in columns)
-    return _csv(["unit", "module", "elements", *tasks], lines)
+    return csv_text(["unit", "module", "elements", *tasks], lines)
 
 
 def correlation_csv(tasks: Sequence[str], correlations: Floats) -> str:
     """Task by task; empty where the correlation is not defined."""
     lines = ([name, *map(_cell, row)] for name, row in zip(tasks, correlations.tolist(), strict=True))
-    return _csv(["task", *tasks], lines)
+    return csv_text(["task", *tasks], lines)
 
 
 def fusion_csv(tasks: Sequence[str], units: UnitResults) -> str:
@@ -46,7 +46,7 @@ def fusion_csv(tasks: Sequence[str], units: UnitResults) -> str:
         for task, of_task in zip(tasks, cells, strict=True)
         for module, count, size, values in zip(table.modules, counts, sizes, of_task, strict=True)
     )
-    return _csv(["task", "module", "units", "elements", *FUSION_COLUMNS], lines)
+    return csv_text(["task", "module", "units", "elements", *FUSION_COLUMNS], lines)
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], text: Collection[int] = (0,)) -> str:
@@ -55,7 +55,8 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], text: Collec
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
 
 
-def _csv(header: Sequence[str], lines: Iterable[Sequence[str | int | float]]) -> str:
+def csv_text(header: Sequence[str], lines: Iterable[Sequence[str | int | float]]) -> str:
+    """A CSV file with these columns."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.cl_benchmark import PUBLISHED_INSTRUCTIONS
 from tests.tasks.data import as_lines, load_one, records, write_json, write_lines
 
@@ -76,6 +77,16 @@ def test_tasl_reads_the_task_by_its_name(tmp_path: Path) -> None:
     task = load_one(tmp_path, "SST", format="tasl", path=".")
     assert [e.prompt for e in task.evaluation] == ["question t0", "question t1", "question t2", "question t3"]
     assert task.labels == ("no", "yes")
+
+
+def test_tasl_finds_a_numbered_task_with_and_without_the_word(tmp_path: Path) -> None:
+    for name, count in {"task1572": 4, "task002": 6, "002": 8}.items():
+        for split in ("train", "test"):
+            write_json(tmp_path / split / f"{name}_T5.json", records("input", "output", count))
+    assert len(load_one(tmp_path, "1572", format="tasl", path=".").train) == 4
+    assert len(load_one(tmp_path, "002", format="tasl", path=".").train) == 8
+    with pytest.raises(BadInput, match=r"no file .*2_T5.json; the folder has tasks: 002, task002, task1572"):
+        load_one(tmp_path, "2", format="tasl", path=".")
 
 
 @pytest.mark.parametrize("path", [".", "science"])

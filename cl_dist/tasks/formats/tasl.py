@@ -31,9 +31,12 @@ def read(source: Source) -> RawTask:
 
 
 def find_task(folder: Path, name: str) -> str:
-    """The task's name as its file spells it; BadInput lists the tasks that are there."""
+    """The task's name as its file spells it; BadInput lists the tasks that are there.
+
+    A task of Super-NaturalInstructions that is named by its number is also found as `task<number>`.
+    """
     available = [path.name.removesuffix(SUFFIX) for path in folder.glob(f"*{SUFFIX}")]
-    found = match_name(name, available)
+    found = match_name(name, available) or (match_name(f"task{name}", available) if name.isdecimal() else [])
     if not found:
         raise BadInput(f"no file {folder / (name + SUFFIX)}; the folder has tasks: {enumerate_names(available)}")
     return found[0]

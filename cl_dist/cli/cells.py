@@ -1,0 +1,159 @@
+"""Runs the cells of a sweep one after the other, each as a `cl-dist run` in a process of its own.
+
+That process is in a session of its own: a Ctrl-C in the terminal reaches the sweep alone, which passes it on. It is
+asked to stop when the sweep is killed, however that happens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO
+
+from cl_dist.config.load import dump_recipe
+from cl_dist.errors import Interrupted
+from cl_dist.launch.local import STOP_SIGNALS
+from cl_dist.state.atomic import write_text
+from cl_dist.sweep.checks import state_of
+from cl_dist.sweep.folder import SweepFolder
+from cl_dist.sweep.grid import Cell
+
+_PR_SET_PDEATHSIG = 1
+_PREFIXES = ("cl-dist: error: ", "cl-dist: interrupted: ")
+"""How a run's last words begin (`cl_dist.cli.failures.tell`)."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that could not be finished."""
+
+    cell: Cell
+    reason: str
+
+
+class CellRunner:
+    """Runs cells; stops between or inside them when a signal asks for it.
+
+    Args:
+        sweep: Where the recipes of the cells are kept.
+        refresh: Called whenever a cell has ended.
+    """
+
+    def __init__(self, sweep: SweepFolder, refresh: Callable[[], None]) -> None:
+        self._sweep, self._refresh = sweep, refresh
+        self._process: subprocess.Popen[str] | None = None
+        self._asked = False
+
+    def run(self, cells: Sequence[Cell], stop_on_failure: bool) -> list[Failure]:
+        """Run what is not finished and return what failed.
+
+        Raises:
+            Interrupted: A signal asked the sweep, or a run, to stop; its state is saved.
+        """
+        failures: list[Failure] = []
+        with self._signals_passed_on():
+            for number, cell in enumerate(cells, start=1):
+                state = state_of(cell.folder)
+                if state.finished:
+                    continue
+                place = f"[{number}/{len(cells)}] {cell.name}"
+                reason = "its run folder is in use by another process"
+                if state.status != "in use":
+                    reason = self._run_cell(cell, place)
+                    self._refresh()
+                if reason:
+                    failures.append(Failure(cell, reason))
+                    print(f"{place}: failed: {reason}", flush=True)
+                if reason and stop_on_failure:
+                    break
+        return failures
+
+    def _run_cell(self, cell: Cell, place: str) -> str:
+        """Run or resume one cell; return why it failed, or nothing."""
+        resume = cell.folder.manifest.exists()
+        print(f"{place}: {'going on' if resume else 'starting'} in {cell.folder.path}", flush=True)
+        recipe = self._sweep.recipe(cell.order, cell.method, cell.seed)
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        write_text(recipe, dump_recipe(cell.recipe))
+        began = time.monotonic()
+        command = [sys.executable, "-m", "cl_dist", "run", str(recipe), *(["--resume"] if resume else [])]
+        code, words = self._wait_for(command)
+        if self._asked or code == Interrupted.exit_code:
+            self._refresh()
+            raise Interrupted(f"stopped in {cell.name}; what was saved is intact, the same command goes on")
+        if code == 0 and state_of(cell.folder).finished:
+            print(f"{place}: finished in {time.monotonic() - began:.0f} s", flush=True)
+            return ""
+        return words or f"its process ended with exit code {code}"
+
+    def _wait_for(self, command: Sequence[str]) -> tuple[int, str]:
+        """Run a command; return its exit code and the last sentence that it told of a failure."""
+        if self._asked:
+            raise Interrupted("stopped between two cells; the same command goes on")
+        words: list[str] = []
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=_stop_with_parent,
+        )
+        self._process = process
+        if self._asked:  # while it was being started
+            process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        reader = threading.Thread(target=_pass_on, args=(process.stderr, words), daemon=True)
+        reader.start()
+        code = process.wait()
+        self._process = None
+        reader.join(timeout=5.0)
+        return code, words[-1] if words else ""
+
+    @contextmanager
+    def _signals_passed_on(self) -> Iterator[None]:
+        """Signals that ask to stop reach the run; SIGHUP stays ignored where it is (nohup)."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._asked = True
+            if self._process is not None:
+                with suppress(ProcessLookupError):
+                    self._process.send_signal(signal.SIGTERM)
+
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        heeded = [number for number in STOP_SIGNALS if number != signal.SIGHUP or before[number] != signal.SIG_IGN]
+        for number in heeded:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number in heeded:
+                signal.signal(number, before[number])
+
+
+def _pass_on(stream: IO[str], words: list[str]) -> None:
+    """Print what a run says on standard error, and keep its last words."""
+    with stream:
+        for line in stream:
+            print(line, end="", file=sys.stderr, flush=True)
+            prefix = next((prefix for prefix in _PREFIXES if line.startswith(prefix)), None)
+            if prefix is not None:
+                words.append(line.removeprefix(prefix).rstrip("\n"))
+
+
+_LIBC = ctypes.CDLL(None)
+
+
+def _stop_with_parent() -> None:
+    """In the new process: have the kernel send SIGTERM when the sweep dies, however it dies. Linux only."""
+    with suppress(AttributeError):  # no prctl here
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

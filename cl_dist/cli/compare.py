@@ -1,0 +1,219 @@
+"""`cl-dist compare`: a recipe with several methods, orders and seeds, and one table of the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cl_dist.cli.cells import CellRunner, Failure
+from cl_dist.cli.ranks import notices_left_to_the_run
+from cl_dist.cli.run import check_stream_and_model
+from cl_dist.cli.slurm import add_job_options, make_job, newest_job, slurm
+from cl_dist.config.load import dump_recipe, load_recipe, to_dict
+from cl_dist.errors import BadInput, ClDistError
+from cl_dist.launch.environment import find_ranks
+from cl_dist.launch.scheduler import require_sbatch
+from cl_dist.launch.slurm import job_name, quote
+from cl_dist.state.atomic import write_text
+from cl_dist.state.lock import RunLock
+from cl_dist.sweep.checks import refuse_other_recipes, state_of
+from cl_dist.sweep.folder import TABLES, SweepFolder
+from cl_dist.sweep.grid import Cell, Grid, Request, build_grid
+from cl_dist.sweep.names import Problems
+from cl_dist.sweep.results import read_results
+from cl_dist.sweep.tables import render_tables
+
+_DESCRIPTION = """\
+Run a recipe with every method, order and seed that is named, one run after the other, and write table.md, table.csv and
+table.tex with mean and standard deviation over the seeds. Called again, it goes on: finished runs are left alone,
+interrupted and failed ones are resumed. docs/compare.md explains the folder and the table.
+"""
+_EPILOG = """\
+examples:
+  cl-dist compare standard-order1 --methods sequential,migu,kif --orders 1,2,3 --seeds 0,1,2 --out sweeps/standard
+  cl-dist compare my.yaml --methods olora,olora+migu,random=migu --set-for random:method.selection=random --out sweeps/a
+"""
+_PLAIN = re.compile(r"/[A-Za-z0-9._/+-]+")
+
+
+def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
+    """Add `compare`; `commands` is argparse's collection of subparsers."""
+    parser = commands.add_parser(
+        "compare",
+        parents=[changes, common],
+        help="run a grid of methods, orders and seeds, and write one table",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder of the runs and the tables")
+    parser.add_argument(
+        "--methods", metavar="A,B+C,NAME=D", help="methods; B+C composes, NAME=D names a row (default: the recipe's)"
+    )
+    parser.add_argument("--orders", metavar="1,2,3", help="published orders or order folders (default: the recipe's)")
+    parser.add_argument("--seeds", metavar="0,1,2", help="values of train.seed (default: the recipe's)")
+    parser.add_argument(
+        "--set-for",
+        action="append",
+        default=[],
+        metavar="METHOD:KEY=VALUE",
+        dest="method_changes",
+        help="change a setting for one entry of --methods alone (may be given several times)",
+    )
+    parser.add_argument("--stop-on-failure", action="store_true", help="do not go on with the next run after a failure")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="check everything and list the runs")
+    what.add_argument("--print", action="store_true", help="print a command for every run that is not finished")
+    what.add_argument("--table", action="store_true", help="write the tables of what is there, run nothing")
+    what.add_argument("--submit", action="store_true", help="submit a Slurm job for every run that is not finished")
+    add_job_options(parser.add_argument_group("with --submit", "as in cl-dist slurm"))
+    parser.set_defaults(command=compare)
+
+
+def compare(arguments: Namespace) -> int:
+    """Check the whole grid, then list, print, submit or run it; write the tables."""
+    if find_ranks(os.environ) is not None:
+        raise BadInput("cl-dist compare starts the ranks of its runs itself; call it without torchrun, mpirun or srun")
+    sweep = SweepFolder(arguments.out)
+    sweep.require_own()
+    if arguments.submit:
+        require_sbatch()
+    grid = build_grid(_request(arguments))
+    refuse_other_recipes(sweep, grid)
+    refresh = partial(_write_tables, sweep, grid, Path(arguments.recipe).stem)
+    if arguments.table:
+        refresh()
+        print((sweep.path / "table.md").read_text(encoding="utf-8"), end="")
+        return 0
+    with notices_left_to_the_run():
+        _check_data_and_models(grid.cells)
+    if arguments.print:
+        print("\n".join(_commands(grid.cells, arguments.recipe)))
+    elif arguments.dry_run:
+        print("\n".join(_listing(sweep, grid.cells)))
+    elif arguments.submit:
+        _submit(sweep, grid, arguments)
+        refresh()
+    else:
+        _run(sweep, grid, refresh, arguments.stop_on_failure)
+    return 0
+
+
+def _request(arguments: Namespace) -> Request:
+    request = Request(
+        recipe=arguments.recipe,
+        out=arguments.out,
+        methods=arguments.methods,
+        orders=arguments.orders,
+        seeds=arguments.seeds,
+        changes=arguments.changes,
+        method_changes=arguments.method_changes,
+    )
+    if not arguments.submit:
+        return request
+    # A cell's global batch is then what the job's ranks make of it.
+    base, _ = load_recipe(request.recipe, request.changes)
+    ranks = make_job(arguments, base).ranks
+    return replace(request, changes=[*request.changes, f"launch.processes={ranks}"])
+
+
+def _check_data_and_models(cells: Sequence[Cell]) -> None:
+    """Raise `BadInput` where data or models cannot be used; what cells share is read once."""
+    problems, seen = Problems(), set()
+    for cell in cells:
+        data = to_dict(cell.recipe)
+        key = json.dumps([data[section] for section in ("model", "stream", "eval")])
+        if key not in seen:
+            seen.add(key)
+            try:
+                check_stream_and_model(cell.recipe, cell.recipe_dir)
+            except BadInput as error:
+                problems.add(str(error))
+    problems.check()
+
+
+def _listing(sweep: SweepFolder, cells: Sequence[Cell]) -> Iterator[str]:
+    states = [state_of(cell.folder) for cell in cells]
+    counts = Counter(state.status for state in states)
+    told = ", ".join(f"{count} {status}" for status, count in counts.items())
+    yield f"{len(cells)} runs below {sweep.runs}: {told}"
+    width = max(len(cell.name) for cell in cells)
+    yield from (f"{cell.name:<{width}}  {state}" for cell, state in zip(cells, states, strict=True))
+
+
+def _commands(cells: Sequence[Cell], recipe: str) -> Iterator[str]:
+    """A command for every cell that is not finished, for a shell in this folder."""
+    for cell in cells:
+        if not state_of(cell.folder).finished:
+            path = cell.recipe.output_dir
+            changes = [*cell.changes, f"output_dir={path if _PLAIN.fullmatch(path) else json.dumps(path)}"]
+            words = ["cl-dist", "run", recipe, *(word for change in changes for word in ("--set", change))]
+            words += ["--resume"] if cell.folder.manifest.exists() else []
+            yield " ".join(map(quote, words))
+
+
+def _run(sweep: SweepFolder, grid: Grid, refresh: partial[None], stop_on_failure: bool) -> None:
+    _keep_base(sweep, grid)
+    with RunLock(sweep.lock):
+        print("\n".join(_listing(sweep, grid.cells)), flush=True)
+        refresh()
+        failures = CellRunner(sweep, refresh).run(grid.cells, stop_on_failure)
+        refresh()
+    print("\n" + (sweep.path / "table.md").read_text(encoding="utf-8"), flush=True)
+    print(f"wrote {', '.join(str(sweep.path / name) for name in TABLES)}", flush=True)
+    if failures:
+        raise ClDistError("\n".join(_told(failures, len(grid.cells))))
+
+
+def _told(failures: Sequence[Failure], total: int) -> Iterator[str]:
+    for failure in failures:
+        yield f"{failure.cell.name}: {failure.reason}"
+    yield f"{len(failures)} of {total} runs failed; the same command tries them again"
+
+
+def _submit(sweep: SweepFolder, grid: Grid, arguments: Namespace) -> None:
+    """Submit a job for every cell that is neither finished nor in the queue already."""
+    _keep_base(sweep, grid)
+    for cell in grid.cells:
+        state, job = state_of(cell.folder), newest_job(cell.folder)
+        if state.finished or state.status == "in use":
+            print(f"{cell.name}: {state}")
+            continue
+        if job is not None and job.state is not None and job.state.is_alive:
+            print(f"{cell.name}: job {job.number} is {job.state.state} already")
+            continue
+        recipe = sweep.recipe(cell.order, cell.method, cell.seed)
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        write_text(recipe, dump_recipe(cell.recipe))
+        print(f"{cell.name}:", flush=True)
+        own = {
+            "recipe": str(recipe),
+            "changes": [],
+            "job_name": job_name("-".join(filter(None, [arguments.job_name, *cell.name.split()]))),
+            "resume": cell.folder.manifest.exists(),
+            "fresh": False,
+        }
+        slurm(Namespace(**{**vars(arguments), **own}))
+
+
+def _keep_base(sweep: SweepFolder, grid: Grid) -> None:
+    try:
+        sweep.path.mkdir(parents=True, exist_ok=True)
+        if not sweep.base.exists():
+            write_text(sweep.base, dump_recipe(grid.base))
+    except OSError as error:
+        raise BadInput(f"--out {sweep.path} cannot be written: {error.strerror}") from error
+
+
+def _write_tables(sweep: SweepFolder, grid: Grid, recipe: str) -> None:
+    asked = [(cell.order, cell.method, cell.seed) for cell in grid.cells]
+    sweep.write_tables(render_tables(read_results(sweep, asked), recipe))

@@ -1,0 +1,82 @@
+"""Which file of a sweep lies where.
+
+| place | content |
+|---|---|
+| `compare.yaml` | the recipe that all cells share, as the first call resolved it |
+| `recipes/<order>-<method>-seed<k>.yaml` | the resolved recipe of a cell: what it runs |
+| `runs/<order>/<method>/seed<k>/` | the run folder of a cell |
+| `table.md`, `table.csv`, `table.tex` | the results so far |
+| `.lock` | held while cells are run here |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cl_dist.errors import BadInput
+from cl_dist.state.atomic import write_text
+
+TABLES = ("table.md", "table.csv", "table.tex")
+_SEED = re.compile(r"seed(\d+)")
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """The places in a sweep's folder."""
+
+    path: Path
+
+    @property
+    def base(self) -> Path:
+        """The recipe that all cells share."""
+        return self.path / "compare.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """Lock file (`cl_dist.state.lock.RunLock`)."""
+        return self.path / ".lock"
+
+    @property
+    def runs(self) -> Path:
+        """Folder of all run folders."""
+        return self.path / "runs"
+
+    def run(self, order: str, method: str, seed: int) -> Path:
+        """Run folder of a cell."""
+        return self.runs / order / method / f"seed{seed}"
+
+    def recipe(self, order: str, method: str, seed: int) -> Path:
+        """Resolved recipe of a cell."""
+        return self.path / "recipes" / f"{order}-{method}-seed{seed}.yaml"
+
+    def found(self) -> Iterator[tuple[str, str, int]]:
+        """Order, method and seed of every run folder that is there, sorted."""
+        for path in sorted(self.runs.glob("*/*/seed*")):
+            match = _SEED.fullmatch(path.name)
+            if match is not None and (path / "manifest.json").exists():
+                yield path.parent.parent.name, path.parent.name, int(match[1])
+
+    def require_own(self) -> None:
+        """Raise `BadInput` where the folder holds other things than a sweep, or is a file."""
+        if self.path.exists() and not self.path.is_dir():
+            raise BadInput(f"--out {self.path} is a file; it must be a folder, or a path that is free")
+        if self.base.exists() or not self.path.exists():
+            return
+        names = sorted(path.name for path in self.path.iterdir() if path not in (self.lock, self.runs))
+        if names:
+            raise BadInput(
+                f"--out {self.path} holds {names[0]} but no {self.base.name}, so it is not a folder of "
+                "cl-dist compare: choose a free path or an empty folder"
+            )
+
+    def write_tables(self, contents: dict[str, str]) -> None:
+        """Write tables by file name, each replaced atomically; `BadInput` where that cannot be."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name, text in contents.items():
+                write_text(self.path / name, text)
+        except OSError as error:
+            raise BadInput(f"--out {self.path}: the tables cannot be written there: {error.strerror}") from error

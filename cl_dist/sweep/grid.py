@@ -1,0 +1,174 @@
+"""The grid of a sweep: one cell, that is one run, for every order, method and seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cl_dist.config.fields import info_of, method_classes
+from cl_dist.config.load import load_recipe, to_dict
+from cl_dist.config.overrides import parse_override
+from cl_dist.config.schema import Recipe
+from cl_dist.errors import BadInput
+from cl_dist.state.run_folder import RunFolder
+from cl_dist.sweep.folder import SweepFolder
+from cl_dist.sweep.names import (
+    MethodChoice,
+    OrderChoice,
+    Problems,
+    order_label,
+    parse_methods,
+    parse_orders,
+    parse_seeds,
+)
+from cl_dist.tasks.orders import resolve_order
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, as typed."""
+
+    recipe: str
+    """Name of a shipped recipe, or a YAML file."""
+    out: Path
+    """Folder of the sweep."""
+    methods: str | None = None
+    """None: the recipe's own."""
+    orders: str | None = None
+    """None: the recipe's own."""
+    seeds: str | None = None
+    """None: the recipe's own."""
+    changes: Sequence[str] = ()
+    """`KEY=VALUE`, for every cell."""
+    method_changes: Sequence[str] = ()
+    """`LABEL:KEY=VALUE`, for the cells of one method."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    order: str
+    """Label of its order."""
+    method: str
+    """Label of its method."""
+    seed: int
+    recipe: Recipe
+    """Resolved; its output_dir is the cell's run folder."""
+    recipe_dir: Path
+    """Folder that relative paths of the recipe start from."""
+    changes: tuple[str, ...]
+    """What turns the recipe that was named into this one: `KEY=VALUE`, but for output_dir."""
+
+    @property
+    def name(self) -> str:
+        """`order1 migu seed0`."""
+        return f"{self.order} {self.method} seed{self.seed}"
+
+    @property
+    def folder(self) -> RunFolder:
+        """Its run folder."""
+        return RunFolder(Path(self.recipe.output_dir))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All cells of a request, in the order in which they run: seed by seed, so that every method has a first result
+    early.
+    """
+
+    base: Recipe
+    """The recipe with the changes that are for every cell."""
+    cells: tuple[Cell, ...]
+
+    def labels(self, field: str) -> list[str]:
+        """The different orders, or methods, in the order in which they were named."""
+        return list(dict.fromkeys(getattr(cell, field) for cell in self.cells))
+
+
+def build_grid(request: Request) -> Grid:
+    """Check every name and every cell's recipe; `BadInput` has a line for each problem. Reads no data."""
+    problems = Problems()
+    _refuse_owned(request, problems)
+    methods = None if request.methods is None else parse_methods(request.methods, request.method_changes, problems)
+    orders = None if request.orders is None else parse_orders(request.orders, problems)
+    seeds = None if request.seeds is None else parse_seeds(request.seeds, problems)
+    problems.check()
+    base, _ = load_recipe(request.recipe, request.changes)
+    if methods is None:
+        own = "+".join(method.name for method in base.method)
+        methods = parse_methods(own, request.method_changes, problems)
+    if orders is None:
+        orders = [OrderChoice(order_label(base.stream.order), None)]
+    elif base.stream.tasks:
+        problems.add(f"--orders: {request.recipe} names its tasks itself (stream.tasks); only stream.order can vary")
+    problems.check()
+    cells = tuple(_cells(request, base, methods, orders, seeds or [base.train.seed], problems))
+    problems.check()
+    return Grid(base, cells)
+
+
+def _refuse_owned(request: Request, problems: Problems) -> None:
+    """Refuse changes of what the grid itself sets."""
+    methods_given = "--methods gives the methods" if request.methods is not None else None
+    owners = {
+        ("output_dir",): "every cell has a folder of its own below --out",
+        ("train", "seed"): "--seeds gives the seeds" if request.seeds is not None else None,
+        ("stream", "order"): "--orders gives the orders" if request.orders is not None else None,
+        ("method",): methods_given,
+        ("method", "name"): methods_given,
+    }
+    labelled = [text.partition(":")[2] for text in request.method_changes]
+    for text in [*request.changes, *labelled]:
+        if "=" in text and (reason := owners.get(parse_override(text).path)) is not None:
+            problems.add(f"{text.partition('=')[0].strip()} cannot be set here: {reason}")
+
+
+def _cells(
+    request: Request,
+    base: Recipe,
+    methods: Sequence[MethodChoice],
+    orders: Sequence[OrderChoice],
+    seeds: Sequence[int],
+    problems: Problems,
+) -> Iterator[Cell]:
+    sweep = SweepFolder(request.out)
+    for order in orders:
+        for seed in seeds:
+            for method in methods:
+                changes = _changes(request, base, method, order, seed)
+                path = sweep.run(order.label, method.label, seed)
+                try:
+                    recipe, recipe_dir = load_recipe(request.recipe, changes)
+                    recipe = resolve_order(replace(recipe, output_dir=str(path.absolute())), recipe_dir)
+                except BadInput as error:
+                    for text in str(error).splitlines():
+                        problems.add(f"method {method.label}: {text}")
+                    continue
+                yield Cell(order.label, method.label, seed, recipe, recipe_dir, tuple(changes))
+
+
+def _changes(request: Request, base: Recipe, method: MethodChoice, order: OrderChoice, seed: int) -> list[str]:
+    """The `--set` values that make one cell, the cell's own last so that they win."""
+    changes = [*request.changes]
+    if request.methods is not None:
+        # The recipe's changes of its own method would otherwise be asked of every method.
+        changes = [text for text in changes if parse_override(text).path[0] != "method"]
+        changes.append(f"method={json.dumps(_settings(base, method.parts))}")
+    if order.order is not None:
+        changes.append(f"stream.order={order.order if order.order.isdecimal() else json.dumps(order.order)}")
+    return [*changes, f"train.seed={seed}", *method.changes]
+
+
+def _settings(base: Recipe, parts: Sequence[str]) -> list[dict[str, object]]:
+    """The methods as a recipe has them; a method that the recipe has keeps the recipe's settings."""
+    own = {entry["name"]: _without_defaults(entry) for entry in to_dict(base)["method"]}
+    return [own.get(part, {"name": part}) for part in parts]
+
+
+def _without_defaults(entry: dict[str, object]) -> dict[str, object]:
+    """A method's settings without those that have their defaults, so that commands stay short."""
+    fields = info_of(method_classes()[str(entry["name"])])
+    return {key: value for key, value in entry.items() if key == "name" or value != fields[key].default}

@@ -1,0 +1,149 @@
+"""What the options of `cl-dist compare` name: methods, orders, seeds, and settings of one method alone.
+
+Every problem is collected, so that all of them are told at once, before anything runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cl_dist.config.fields import method_classes
+from cl_dist.config.problems import did_you_mean
+from cl_dist.errors import BadInput
+from cl_dist.tasks.orders import ORDERS
+
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+OWN_ORDER = "own"
+"""Label of the order of a recipe that names its tasks itself."""
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """One entry of `--methods`."""
+
+    label: str
+    """Names its rows of the table, its folders, and it in `--set-for`."""
+    parts: tuple[str, ...]
+    """The methods that it composes, in order."""
+    changes: tuple[str, ...] = ()
+    """`KEY=VALUE` of its `--set-for`."""
+
+
+@dataclass(frozen=True)
+class OrderChoice:
+    """One entry of `--orders`."""
+
+    label: str
+    """Names its rows of the table and its folders."""
+    order: str | None
+    """The published order, or a CL_Benchmark order folder's absolute path; None: as the recipe has it."""
+
+
+class Problems:
+    """What is wrong with a command line, collected; `BadInput` where there is anything."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Note a problem; one that is noted already is not told twice."""
+        if text not in self._texts:
+            self._texts.append(text)
+
+    def check(self) -> None:
+        """Raise `BadInput` with a line for every problem."""
+        if self._texts:
+            raise BadInput("\n".join(self._texts))
+
+
+def parse_methods(text: str, settings: Sequence[str], problems: Problems) -> list[MethodChoice]:
+    """`--methods a,b+c,name=d` and `--set-for LABEL:KEY=VALUE` as choices.
+
+    `b+c` composes two methods in that order; `name=d` gives a row a name of its own, so that one method can stand in
+    the table twice with other settings.
+    """
+    entries = [_parse_method(entry.strip(), problems) for entry in text.split(",")]
+    labels = [label for label, _ in entries]
+    _refuse_twice("--methods", labels, problems)
+    changes: dict[str, list[str]] = {label: [] for label in labels}
+    for setting in settings:
+        label, colon, change = setting.partition(":")
+        if not colon or "=" not in change or "=" in label:
+            problems.add(
+                f'--set-for {setting}: not of the form METHOD:KEY=VALUE; write for example "migu:method.threshold=0.5"'
+            )
+        elif label not in changes:
+            known = ", ".join(labels)
+            problems.add(
+                f"--set-for {setting}: {label} is not in --methods, which has {known}{did_you_mean(label, labels)}"
+            )
+        else:
+            changes[label].append(change)
+    return [MethodChoice(label, parts, tuple(changes[label])) for label, parts in entries]
+
+
+def _parse_method(entry: str, problems: Problems) -> tuple[str, tuple[str, ...]]:
+    """Label and methods of one entry."""
+    label, equals, methods = entry.partition("=")
+    label, methods = (label.strip(), methods.strip()) if equals else (entry, entry)
+    known = method_classes()
+    parts = tuple(part.strip() for part in methods.split("+"))
+    for part in parts:
+        if part not in known:
+            shown = part or '""'
+            problems.add(
+                f"--methods {entry}: {shown} is not a method; allowed: {', '.join(known)}{did_you_mean(part, known)}"
+            )
+    if equals and not _LABEL.fullmatch(label):
+        problems.add(f'--methods {entry}: "{label}" cannot name a folder; allowed: letters, digits, ".", "_", "+", "-"')
+    return label, parts
+
+
+def parse_orders(text: str, problems: Problems) -> list[OrderChoice]:
+    """`--orders 1,superni-2,FOLDER` as choices."""
+    choices = [_parse_order(entry.strip(), problems) for entry in text.split(",")]
+    _refuse_twice("--orders", [choice.label for choice in choices], problems)
+    return choices
+
+
+def _parse_order(entry: str, problems: Problems) -> OrderChoice:
+    if entry in ORDERS:
+        return OrderChoice(order_label(entry), entry)
+    folder = Path(entry).expanduser().absolute()
+    if not entry or not folder.is_dir():
+        shown = entry or '""'
+        problems.add(
+            f"--orders {shown}: neither a folder nor a published order; allowed: {', '.join(ORDERS)}"
+            f"{did_you_mean(entry, ORDERS)}"
+        )
+    return OrderChoice(order_label(str(folder)), str(folder))
+
+
+def order_label(order: int | str | None) -> str:
+    """The label of an order: `order1`, `superni-1`, an order folder's name, or `own` for a recipe's own tasks."""
+    if order is None:
+        return OWN_ORDER
+    text = str(order)
+    if text in ORDERS:
+        return f"order{text}" if text.isdecimal() else text
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(text).name).strip(".-") or "order"
+
+
+def parse_seeds(text: str, problems: Problems) -> list[int]:
+    """`--seeds 0,1,2` as numbers."""
+    entries = [entry.strip() for entry in text.split(",")]
+    for entry in entries:
+        if not (entry.isascii() and entry.isdecimal() and int(entry) < 2**31):
+            problems.add(f'--seeds: "{entry}" is no seed; allowed: whole numbers from 0 to {2**31 - 1}')
+    seeds = [int(entry) for entry in entries if entry.isascii() and entry.isdecimal()]
+    _refuse_twice("--seeds", [str(seed) for seed in seeds], problems)
+    return seeds
+
+
+def _refuse_twice(option: str, labels: Sequence[str], problems: Problems) -> None:
+    for label in dict.fromkeys(labels):
+        if labels.count(label) > 1:
+            problems.add(f"{option}: {label} is given twice")

@@ -1,0 +1,148 @@
+"""The numbers of a sweep, read from its run folders alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cl_dist.errors import BadInput
+from cl_dist.evaluation.metrics import all_metrics
+from cl_dist.state.manifest import Manifest
+from cl_dist.state.run_folder import RunFolder
+from cl_dist.sweep.checks import CellState, state_of
+from cl_dist.sweep.folder import SweepFolder
+
+METRICS = {
+    "average_performance": "AP",
+    "backward_transfer": "BWT",
+    "forgetting": "forgetting",
+    "learning_accuracy": "learning accuracy",
+}
+"""The metrics of the tables (functions of `cl_dist.evaluation.metrics`), and how they are headed."""
+OPTIONAL_METRICS = {"general_ability": "general ability", "general_forgetting": "general forgetting"}
+"""Metrics that have a column where a run has measured them."""
+
+Place = tuple[str, str, int]
+"""Order, method, seed."""
+Values = Mapping[str, float | None]
+"""By metric; None where it is not there, or not defined."""
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What one run has left."""
+
+    order: str
+    method: str
+    seed: int
+    state: CellState
+    values: Values
+    """Nothing but None where the run is not finished."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one method on one order."""
+
+    order: str
+    method: str
+    cells: tuple[CellResult, ...]
+
+    @property
+    def finished(self) -> tuple[CellResult, ...]:
+        """Those that count."""
+        return tuple(cell for cell in self.cells if cell.state.finished)
+
+    def mean(self, metric: str) -> float | None:
+        """Arithmetic mean over the finished seeds."""
+        values = self._values(metric)
+        return statistics.fmean(values) if values else None
+
+    def deviation(self, metric: str) -> float | None:
+        """Sample standard deviation (n - 1) over the finished seeds; None for fewer than two."""
+        values = self._values(metric)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def _values(self, metric: str) -> list[float]:
+        """The metric of every finished seed; nothing where one of them lacks it."""
+        values = [cell.values.get(metric) for cell in self.finished]
+        known = [value for value in values if value is not None]
+        return known if len(known) == len(values) else []
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows, in the order of the table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The metrics that the tables show, and how they are headed."""
+        measured = {name for cell in self.cells for name, value in cell.values.items() if value is not None}
+        return METRICS | {name: head for name, head in OPTIONAL_METRICS.items() if name in measured}
+
+    @property
+    def cells(self) -> list[CellResult]:
+        """Every cell, row by row."""
+        return [cell for row in self.rows for cell in row.cells]
+
+    @property
+    def missing(self) -> list[CellResult]:
+        """Cells whose runs are not finished."""
+        return [cell for cell in self.cells if not cell.state.finished]
+
+    def over_orders(self) -> list[tuple[str, Values]]:
+        """For every method the mean of the orders' means; None where an order lacks it. Nothing for one order."""
+        by_method: dict[str, list[Row]] = {}
+        for row in self.rows:
+            by_method.setdefault(row.method, []).append(row)
+        orders = len({row.order for row in self.rows})
+        return [
+            (method, {name: _mean_of([row.mean(name) for row in rows], orders) for name in self.columns})
+            for method, rows in by_method.items()
+            if orders > 1
+        ]
+
+
+def _mean_of(values: Sequence[float | None], wanted: int) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == wanted else None
+
+
+def read_results(sweep: SweepFolder, asked: Iterable[Place]) -> Results:
+    """Read every cell that is asked for and every other one that lies in the sweep's folder."""
+    places = list(dict.fromkeys([*asked, *sweep.found()]))
+    orders = list(dict.fromkeys(place[0] for place in places))
+    methods = list(dict.fromkeys(place[1] for place in places))
+    rows = []
+    for order in orders:
+        for method in methods:
+            seeds = sorted(seed for known, name, seed in places if (known, name) == (order, method))
+            cells = tuple(_read_cell(sweep, order, method, seed) for seed in seeds)
+            if cells:
+                rows.append(Row(order, method, cells))
+    return Results(tuple(rows))
+
+
+def _read_cell(sweep: SweepFolder, order: str, method: str, seed: int) -> CellResult:
+    folder = RunFolder(sweep.run(order, method, seed))
+    try:
+        state = state_of(folder)
+    except BadInput:
+        state = CellState("damaged")
+    values = _read_metrics(folder) if state.finished else {}
+    return CellResult(order, method, seed, state, {name: values.get(name) for name in (*METRICS, *OPTIONAL_METRICS)})
+
+
+def _read_metrics(folder: RunFolder) -> Values:
+    """The metrics of a finished run; they follow from the manifest where metrics.json is not there (yet)."""
+    if not folder.metrics.exists():
+        return all_metrics(Manifest.read(folder.manifest).accuracy_matrix)
+    try:
+        values: dict[str, float | None] = json.loads(folder.metrics.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{folder.metrics} is damaged: {error}") from error
+    return values

@@ -1,0 +1,121 @@
+"""table.md, table.csv and table.tex of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from cl_dist.report.page import definition
+from cl_dist.report.tables import csv_text, markdown
+from cl_dist.sweep.results import Results, Row, Values
+
+NOTHING = "–"
+"""Stands where a number is missing."""
+ALL_ORDERS = "mean of orders"
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+def render_tables(results: Results, recipe: str) -> dict[str, str]:
+    """The three files by name; `recipe` heads the page."""
+    return {
+        "table.md": markdown_page(results, recipe),
+        "table.csv": csv_table(results),
+        "table.tex": latex_table(results),
+    }
+
+
+def markdown_page(results: Results, recipe: str) -> str:
+    """The table for readers, with what its columns mean and what is missing."""
+    columns = results.columns
+    header = ["order", "method", "seeds", *columns.values()]
+    lines = [[row.order, row.method, seeds_done(row), *_cells(row, columns, " ± ")] for row in results.rows]
+    lines += [[ALL_ORDERS, method, "", *_plain(values)] for method, values in results.over_orders()]
+    parts = [
+        f"# Comparison on {recipe}",
+        markdown(header, lines, text=(0, 1)),
+        "Mean ± sample standard deviation over the finished seeds; a single seed has no deviation.",
+        "\n".join(f"- {label}: `{name}`. {definition(name)}" for name, label in columns.items()),
+    ]
+    if results.missing:
+        missing = (f"- {cell.order} {cell.method} seed{cell.seed}: {cell.state}" for cell in results.missing)
+        parts += ["## What is missing", "\n".join(missing)]
+    return "\n\n".join(parts) + "\n"
+
+
+def csv_table(results: Results) -> str:
+    """A line per cell, with its seed, and two per row, with `mean` and `std` in the seed's place."""
+    header = ["order", "method", "seed", "n", "status", *results.columns]
+    return csv_text(header, _csv_lines(results))
+
+
+def _csv_lines(results: Results) -> Iterator[list[str | int | float]]:
+    columns = results.columns
+    for row in results.rows:
+        for cell in row.cells:
+            values = (cell.values.get(name) for name in columns)
+            yield [row.order, row.method, cell.seed, "", cell.state.status, *map(_raw, values)]
+    for row in results.rows:
+        count = len(row.finished)
+        yield [row.order, row.method, "mean", count, "", *(_raw(row.mean(name)) for name in columns)]
+        yield [row.order, row.method, "std", count, "", *(_raw(row.deviation(name)) for name in columns)]
+    for method, means in results.over_orders():
+        yield [ALL_ORDERS, method, "mean", "", "", *map(_raw, means.values())]
+
+
+def latex_table(results: Results) -> str:
+    """A booktabs table; orders are set apart by rules."""
+    columns = results.columns
+    lines = [
+        r"% needs \usepackage{booktabs}; mean and sample standard deviation over the finished seeds",
+        rf"\begin{{tabular}}{{llr{'r' * len(columns)}}}",
+        r"\toprule",
+        _latex_line(["order", "method", "seeds", *columns.values()]),
+    ]
+    last = None
+    for row in results.rows:
+        lines += [r"\midrule"] if row.order != last else []
+        last = row.order
+        lines.append(_latex_line([row.order, row.method, seeds_done(row)], _cells(row, columns, r" \pm ")))
+    averages = results.over_orders()
+    lines += [r"\midrule"] if averages else []
+    lines += [_latex_line([ALL_ORDERS, method, ""], _plain(values)) for method, values in averages]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def escape_latex(text: str) -> str:
+    """`text` as LaTeX prints it."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def seeds_done(row: Row) -> str:
+    """`3`, or `2 of 3` where some are missing."""
+    done, asked = len(row.finished), len(row.cells)
+    return str(done) if done == asked else f"{done} of {asked}"
+
+
+def _latex_line(words: list[str], numbers: list[str] | None = None) -> str:
+    shown = [f"${number}$" if number != NOTHING else "--" for number in numbers or []]
+    return " & ".join([*map(escape_latex, words), *shown]) + r" \\"
+
+
+def _cells(row: Row, columns: Iterable[str], sign: str) -> list[str]:
+    """Mean and deviation of every metric."""
+    return [_with_deviation(row.mean(name), row.deviation(name), sign) for name in columns]
+
+
+def _plain(values: Values) -> list[str]:
+    return [_with_deviation(value, None, "") for value in values.values()]
+
+
+def _with_deviation(mean: float | None, deviation: float | None, sign: str) -> str:
+    if mean is None:
+        return NOTHING
+    return f"{mean:.4f}" if deviation is None else f"{mean:.4f}{sign}{deviation:.4f}"
+
+
+def _raw(value: float | None) -> float | str:
+    return "" if value is None else value

@@ -1,0 +1,299 @@
+"""`cl-dist compare` as a command; tests/sweep has its grid and its tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cl_dist.config.load import dump_recipe, load_recipe
+from cl_dist.state.lock import RunLock
+from cl_dist.state.manifest import Manifest
+from cl_dist.sweep.folder import TABLES, SweepFolder
+from tests.cli.conftest import Command
+from tests.ranks import REPOSITORY
+from tests.recipes import write_recipe
+from tests.sweep.cells import finish, make_grid, matrix, stop_half_way
+
+PATIENCE_SECONDS = 600.0
+GRID = ("--methods", "sequential,migu", "--seeds", "0,1", "--out", "sweep")
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+class TestWithoutRunning:
+    """What looks and starts nothing."""
+
+    def test_a_dry_run_lists_the_grid_and_changes_nothing(self, command: Command, tmp_path: Path) -> None:
+        recipe = write_recipe(tmp_path)
+        grid = make_grid(tmp_path)
+        finish(grid.cells[0], matrix(1, 1, 1))
+        stop_half_way(grid.cells[1], matrix(1, 1, 1), "failed")
+        stop_half_way(grid.cells[2], matrix(1, 1, 1), "running")
+        before = files_in(tmp_path)
+        code, output, error = command("compare", recipe, *GRID, "--dry-run")
+        assert (code, error) == (0, "")
+        assert output.splitlines() == [
+            "4 runs below sweep/runs: 1 finished, 1 failed, 1 killed, 1 missing",
+            "own sequential seed0  finished",
+            "own migu seed0        failed, 1 of 2 tasks done",
+            "own sequential seed1  killed, 1 of 2 tasks done",
+            "own migu seed1        missing",
+        ]
+        assert files_in(tmp_path) == before
+
+    def test_prints_the_commands_of_what_is_left(self, command: Command, tmp_path: Path) -> None:
+        recipe = write_recipe(tmp_path)
+        grid = make_grid(tmp_path)
+        finish(grid.cells[0], matrix(1, 1, 1))
+        stop_half_way(grid.cells[1], matrix(1, 1, 1))
+        code, output, _ = command("compare", recipe, *GRID, "--print")
+        words = [shlex.split(line) for line in output.splitlines()]
+        assert code == 0
+        assert ["--resume" in line for line in words] == [True, False, False]
+        for cell, (program, run, name, *options) in zip(grid.cells[1:], words, strict=True):
+            assert (program, run) == ("cl-dist", "run")
+            changes = [word for word in options if word not in ("--set", "--resume")]
+            assert load_recipe(name, changes)[0] == cell.recipe
+
+    def test_writes_the_tables_of_what_is_there(self, command: Command, tmp_path: Path) -> None:
+        recipe = write_recipe(tmp_path)
+        finish(make_grid(tmp_path).cells[0], matrix(1, 0.5, 1))
+        code, output, _ = command("compare", recipe, *GRID, "--table")
+        assert code == 0
+        assert output == (tmp_path / "sweep" / "table.md").read_text()
+        assert "| own | sequential | 1 of 2 | 0.7500 | -0.5000 | 0.5000 | 1.0000 |" in output
+        assert {path.name for path in (tmp_path / "sweep").glob("table.*")} == set(TABLES)
+
+
+class TestRefusals:
+    """One sentence for each problem, before anything runs or is written."""
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            (["--methods", "migo,kiff"], ["did you mean migu?", "did you mean kif?"]),
+            (["--set", "model.name_or_path=/nowhere"], ["/nowhere"]),
+            (["--methods", "a=migu,b=migu", "--set-for", "b:stream.tasks=[{name: x, format: tasl}]"], ["task 'x'"]),
+            (["--set", "train.epochs=0"], ["train.epochs: 0 is not allowed"]),
+        ],
+    )
+    def test_bad_input(self, command: Command, tmp_path: Path, options: list[str], told: list[str]) -> None:
+        code, output, error = command("compare", write_recipe(tmp_path), "--out", "sweep", *options)
+        assert (code, output) == (2, "")
+        assert len(error.splitlines()) == len(told)
+        assert all(text in line for text, line in zip(told, error.splitlines(), strict=True))
+        assert not (tmp_path / "sweep").exists()
+
+    @pytest.mark.parametrize("change", ["train.epochs=2", "train.micro_batch_size=8"])
+    def test_another_recipe_in_the_same_folder(self, command: Command, tmp_path: Path, change: str) -> None:
+        recipe = write_recipe(tmp_path)
+        finish(make_grid(tmp_path).cells[0], matrix(1, 1, 1))
+        code, output, error = command("compare", recipe, *GRID, "--set", change)
+        assert (code, output) == (2, "")
+        assert "own/sequential/seed0: " in error
+        assert error.count("choose another --out") == 1
+
+    def test_another_setting_of_a_method_for_other_seeds(self, command: Command, tmp_path: Path) -> None:
+        recipe = write_recipe(tmp_path)
+        finish(make_grid(tmp_path).cells[1], matrix(1, 1, 1))
+        options = ("--methods", "sequential,migu", "--seeds", "7", "--out", "sweep", "--dry-run")
+        assert command("compare", recipe, *options)[0] == 0
+        code, _, error = command("compare", recipe, *options, "--set-for", "migu:method.threshold=0.5")
+        assert code == 2
+        assert "own/migu/seed0: method[0].threshold: 0.7 in the run, 0.5 now" in error
+
+    def test_another_base_than_the_first_call_had(self, command: Command, tmp_path: Path) -> None:
+        recipe = write_recipe(tmp_path)
+        sweep = SweepFolder(tmp_path / "sweep")
+        sweep.path.mkdir()
+        sweep.base.write_text(dump_recipe(make_grid(tmp_path).base))
+        assert command("compare", recipe, *GRID, "--dry-run")[0] == 0
+        code, _, error = command("compare", recipe, *GRID, "--dry-run", "--set", "train.weight_decay=0.5")
+        assert code == 2
+        assert "compare.yaml: train.weight_decay: 0.0 in the run, 0.5 now" in error
+
+    def test_a_folder_with_other_things(self, command: Command, tmp_path: Path) -> None:
+        recipe = write_recipe(tmp_path)
+        code, _, error = command("compare", recipe, "--out", ".")
+        assert code == 2
+        assert "holds recipe.yaml but no compare.yaml" in error
+        assert command("compare", recipe, "--out", recipe)[0] == 2
+
+    def test_ranks_of_another_launcher(self, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+            monkeypatch.setenv(name, value)
+        code, _, error = command("compare", write_recipe(tmp_path), *GRID)
+        assert code == 2
+        assert "starts the ranks of its runs itself" in error
+
+    def test_two_sweeps_at_once(self, command: Command, tmp_path: Path) -> None:
+        recipe = write_recipe(tmp_path)
+        (tmp_path / "sweep").mkdir()
+        with RunLock(tmp_path / "sweep" / ".lock"):
+            code, _, error = command("compare", recipe, *GRID)
+        assert code == 2
+        assert "is in use by process" in error
+
+    def test_jobs_where_there_is_no_slurm(
+        self, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PATH", "/nowhere")
+        code, _, error = command("compare", write_recipe(tmp_path), *GRID, "--submit")
+        assert (code, error[:45]) == (2, "cl-dist: error: --submit: sbatch is not on th")
+        assert not (tmp_path / "sweep").exists()
+
+
+SBATCH = """#!/bin/bash
+echo "$PWD/$2" >> "$SBATCH_LOG"
+echo $((100 + $(wc -l < "$SBATCH_LOG")))
+"""
+
+
+def test_submits_a_job_for_every_run_that_is_left(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path)
+    grid = make_grid(tmp_path, changes=["launch.processes=4"])
+    finish(grid.cells[0], matrix(1, 1, 1))
+    program = tmp_path / "bin" / "sbatch"
+    program.parent.mkdir()
+    program.write_text(SBATCH)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    monkeypatch.setenv("SBATCH_LOG", str(tmp_path / "submitted"))
+    code, output, error = command("compare", recipe, *GRID, "--submit", "--nodes", "2", "--ranks-per-node", "2")
+    assert code == 0, error
+    scripts = (tmp_path / "submitted").read_text().splitlines()
+    assert len(scripts) == 3
+    assert "own sequential seed0: finished" in output
+    assert "submitted  job 103: 2 nodes, 2 ranks on CPUs" in output
+    for cell, script in zip(grid.cells[1:], scripts, strict=True):
+        assert Path(script) == cell.folder.path / "slurm" / "01" / "job.sh"
+        assert f"#SBATCH --job-name=own-{cell.method}-seed{cell.seed}\n#SBATCH --nodes=2\n" in Path(script).read_text()
+        kept = load_recipe(str(cell.folder.path / "slurm" / "01" / "recipe.yaml"))[0]
+        assert kept == cell.recipe
+    assert "| own | migu | 0 of 2 |" in (tmp_path / "sweep" / "table.md").read_text()
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a sweep of the recipe in `tmp_path`; what a failed test leaves running is killed."""
+    started = []
+
+    def go(*options: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "cl_dist", "compare", "recipe.yaml", "--out", "sweep", *options]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+        started.append(
+            subprocess.Popen(
+                command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
+        return started[-1]
+
+    yield go
+    for process in started:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        log = run / "log.jsonl"
+        if log.exists() and log.read_text().count('"step"') >= steps:
+            return
+        time.sleep(0.02)
+    pytest.fail("the run took no steps")
+
+
+def ended(process: subprocess.Popen[str], code: int) -> str:
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == code, output
+    return output
+
+
+def manifest_of(run: Path) -> Manifest:
+    return Manifest.read(run / "manifest.json")
+
+
+def wait_until_released(run: Path) -> None:
+    """Until the run that lost its sweep has saved its state and ended."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        if manifest_of(run).status == "interrupted":
+            with RunLock(run / ".lock"):
+                return
+        time.sleep(0.05)
+    pytest.fail("the run goes on without its sweep")
+
+
+def test_a_sweep_goes_on_after_a_stop_a_failure_and_a_kill(tmp_path: Path, start: Start) -> None:
+    """Two methods and two seeds: Ctrl-C in the second run, then a run that fails, then SIGKILL while that one runs."""
+    write_recipe(tmp_path, train={"epochs": 16}, launch={"processes": 1})
+    options, runs = ("--methods", "sequential,migu", "--seeds", "0,1"), tmp_path / "sweep" / "runs" / "own"
+    first, second, third, last = (runs / name / f"seed{seed}" for seed in (0, 1) for name in ("sequential", "migu"))
+
+    sweep = start(*options)
+    wait_for_steps(second, 3)
+    assert "| own | sequential | 1 of 2 | " in (tmp_path / "sweep" / "table.md").read_text()
+    sweep.send_signal(signal.SIGINT)
+    assert "stopped in own migu seed0" in ended(sweep, 75).splitlines()[-1]
+    assert manifest_of(second).status == "interrupted"
+    finished = manifest_of(first)
+
+    third.mkdir(parents=True)
+    (third / "letter.txt").write_text("not a run")
+    output = ended(start(*options), 1).splitlines()
+    assert output[-1] == "cl-dist: error: 1 of 4 runs failed; the same command tries them again"
+    assert "own sequential seed1: output_dir" in output[-2]
+    assert [manifest_of(run).status for run in (first, second, last)] == ["finished"] * 3
+    assert table(tmp_path)["sequential", "1"]["status"] == "missing"
+    (third / "letter.txt").unlink()
+
+    sweep = start(*options)
+    wait_for_steps(third, 3)
+    sweep.kill()
+    sweep.communicate()
+    wait_until_released(third)
+
+    ended(start(*options), 0)
+    assert manifest_of(first) == finished
+    assert [manifest_of(run).restarts for run in (first, second, third, last)] == [0, 1, 1, 0]
+    assert all(manifest_of(run).status == "finished" for run in (first, second, third, last))
+    check_table(tmp_path, runs)
+
+
+def check_table(folder: Path, runs: Path) -> None:
+    """Compare table.csv with metrics.json of the four runs."""
+    lines = table(folder)
+    for method in ("sequential", "migu"):
+        scores = [json.loads((runs / method / f"seed{seed}" / "metrics.json").read_text()) for seed in (0, 1)]
+        for name in ("average_performance", "backward_transfer", "forgetting", "learning_accuracy"):
+            values = [score[name] for score in scores]
+            assert float(lines[method, "mean"][name]) == pytest.approx(statistics.mean(values), abs=1e-12)
+            assert float(lines[method, "std"][name]) == pytest.approx(statistics.stdev(values), abs=1e-12)
+
+
+def table(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Lines of table.csv by method and seed."""
+    text = (folder / "sweep" / "table.csv").read_text()
+    return {(line["method"], line["seed"]): line for line in csv.DictReader(text.splitlines())}

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cl_dist.config.load import load_recipe
+from cl_dist.config.methods import KifConfig, MiguConfig
+from cl_dist.errors import BadInput
+from cl_dist.sweep.grid import Request, build_grid
+from tests.recipes import write_recipe
+from tests.sweep.cells import make_grid
+
+
+def problems(folder: Path, **changes: object) -> list[str]:
+    with pytest.raises(BadInput) as caught:
+        make_grid(folder, **changes)  # type: ignore[arg-type]
+    return str(caught.value).splitlines()
+
+
+def test_a_cell_for_every_order_method_and_seed(tmp_path: Path) -> None:
+    request = Request("standard-order1", tmp_path, "sequential,migu", "1,2", "0,1", changes=["stream.root=/data"])
+    grid = build_grid(request)
+    assert [cell.name for cell in grid.cells] == [
+        "order1 sequential seed0",
+        "order1 migu seed0",
+        "order1 sequential seed1",
+        "order1 migu seed1",
+        "order2 sequential seed0",
+        "order2 migu seed0",
+        "order2 sequential seed1",
+        "order2 migu seed1",
+    ]
+    assert len({cell.recipe.output_dir for cell in grid.cells}) == 8
+    last = grid.cells[-1]
+    assert last.folder.path == tmp_path / "runs" / "order2" / "migu" / "seed1"
+    assert (last.recipe.train.seed, last.recipe.method[0].name) == (1, "migu")
+    assert [task.name for task in last.recipe.stream.tasks] == ["dbpedia", "amazon", "agnews", "yahoo"]
+
+
+def test_what_is_left_out_is_the_recipes_own(tmp_path: Path) -> None:
+    (cell,) = make_grid(tmp_path, methods=None, seeds=None).cells
+    assert cell.name == "own migu seed42"
+    (cell,) = build_grid(Request("standard-order3", tmp_path)).cells
+    assert cell.name == "order3 migu seed42"
+
+
+def test_a_method_keeps_the_recipes_settings_of_it(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, method={"name": "migu", "threshold": 0.25})
+    grid = build_grid(Request(str(recipe), tmp_path, "sequential,migu", changes=["method.mask=update"]))
+    method = grid.cells[1].recipe.method[0]
+    assert isinstance(method, MiguConfig)
+    assert (method.threshold, method.mask) == (0.25, "update")
+
+
+def test_compositions_and_names_of_ones_own(tmp_path: Path) -> None:
+    settings = ("both:method.1.threshold=0.5", "both:train.learning_rate=0.5", "kif:method.units=row")
+    settings += ("kif:method.orthogonal=0", "both:method.0.orthogonal=0", "both:method.0.units=matrix")
+    grid = make_grid(tmp_path, methods="kif,both=kif+migu", seeds="3", method_changes=settings)
+    alone, both = (cell.recipe for cell in grid.cells)
+    assert isinstance(alone.method[0], KifConfig)
+    assert (alone.method[0].units, alone.train.learning_rate) == ("row", 1e-3)
+    assert [method.name for method in both.method] == ["kif", "migu"]
+    assert isinstance(both.method[1], MiguConfig)
+    assert (both.method[1].threshold, both.train.learning_rate) == (0.5, 0.5)
+
+
+def test_the_printed_changes_make_the_same_recipe(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    request = Request(str(recipe), tmp_path, "migu,both=sequential+migu", seeds="7", changes=["train.epochs=3"])
+    for cell in build_grid(request).cells:
+        loaded, _ = load_recipe(str(recipe), [*cell.changes, f"output_dir={cell.recipe.output_dir}"])
+        assert loaded == cell.recipe
+
+
+def test_an_order_folder_is_typed_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = tmp_path / "my order" / "one"
+    stage.mkdir(parents=True)
+    entry = '{"TC": [{"sampling strategy": "full", "dataset name": "agnews"}]}'
+    for name in ("train_tasks.json", "test_tasks.json"):
+        (stage / name).write_text(entry)
+    recipe = tmp_path / "elsewhere" / "r.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text(yaml.safe_dump({"model": {"name_or_path": "builtin:llama-tiny"}, "stream": {"order": 1}}))
+    monkeypatch.chdir(tmp_path)
+    (cell,) = build_grid(Request(str(recipe), tmp_path, orders="my order")).cells
+    assert cell.order == "my-order"
+    assert [task.name for task in cell.recipe.stream.tasks] == ["agnews"]
+
+
+class TestRefusals:
+    """Every problem of a command line is told, and all of them at once."""
+
+    def test_all_names_at_once(self, tmp_path: Path) -> None:
+        told = problems(
+            tmp_path,
+            methods="sequental,migu+kfi,a/b=migu,migu,migu",
+            seeds="0,x,0,-1",
+            orders="1,9",
+            method_changes=["mgu:method.threshold=1", "nonsense"],
+        )
+        assert [text.partition(":")[0] for text in told] == [
+            "--methods sequental",
+            "--methods migu+kfi",
+            "--methods a/b=migu",
+            "--methods",
+            "--set-for mgu",
+            "--set-for nonsense",
+            "--orders 9",
+            "--seeds",
+            "--seeds",
+            "--seeds",
+        ]
+        assert told[0].endswith("; did you mean sequential?")
+        assert told[1].endswith("; did you mean kif?")
+
+    def test_settings_that_a_method_has_not(self, tmp_path: Path) -> None:
+        settings = ["migu:method.thresold=0.5", "hot:method.threshold=2"]
+        told = problems(tmp_path, methods="sequential,migu,hot=migu", method_changes=settings)
+        assert told == [
+            "method migu: method.thresold: unknown key; did you mean threshold?",
+            "method hot: method.threshold: 2 is not allowed; allowed: a number, at least 0, below 1",
+        ]
+
+    def test_pairs_that_do_not_go_together(self, tmp_path: Path) -> None:
+        assert problems(tmp_path, methods="migu,kif+tasl") == [
+            "method kif+tasl: method: kif, tasl and recurrent_kif all fuse weights; give one of them"
+        ]
+
+    @pytest.mark.parametrize("change", ["output_dir=x", "train.seed=1", "method.name=kif", "method=kif"])
+    def test_what_the_grid_itself_sets(self, tmp_path: Path, change: str) -> None:
+        told = problems(tmp_path, changes=[change])
+        assert told[0].startswith(f"{change.partition('=')[0]} cannot be set here: ")
+
+    def test_orders_of_a_recipe_that_names_its_tasks(self, tmp_path: Path) -> None:
+        (told,) = problems(tmp_path, orders="1")
+        assert "names its tasks itself" in told

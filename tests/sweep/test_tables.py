@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from cl_dist.sweep.checks import CellState
+from cl_dist.sweep.folder import SweepFolder
+from cl_dist.sweep.grid import Grid
+from cl_dist.sweep.results import METRICS, CellResult, Results, Row, read_results
+from cl_dist.sweep.tables import csv_table, escape_latex, latex_table, markdown_page, render_tables
+from tests.sweep.cells import finish, make_grid, matrix, stop_half_way
+
+SCORES = {
+    ("sequential", 0): matrix(0.75, 0.25, 1.0),
+    ("sequential", 1): matrix(0.5, 0.375, 0.875),
+    ("migu", 0): matrix(0.625, 0.5, 0.75),
+}
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Grid:
+    """Two methods, two seeds; the second seed of the second method is half-way."""
+    grid = make_grid(tmp_path)
+    for cell in grid.cells:
+        if (scores := SCORES.get((cell.method, cell.seed))) is not None:
+            finish(cell, scores)
+        else:
+            stop_half_way(cell, matrix(0.5, 0.5, 0.5))
+    return grid
+
+
+def results_of(grid: Grid, folder: Path) -> Results:
+    return read_results(SweepFolder(folder / "sweep"), [(cell.order, cell.method, cell.seed) for cell in grid.cells])
+
+
+def test_mean_and_deviation_follow_from_metrics_json(grid: Grid, tmp_path: Path) -> None:
+    lines = list(csv.DictReader(io.StringIO(csv_table(results_of(grid, tmp_path)))))
+    by_seed = {(line["method"], line["seed"]): line for line in lines}
+    for name in METRICS:
+        values = []
+        for seed in (0, 1):
+            path = tmp_path / "sweep" / "runs" / "own" / "sequential" / f"seed{seed}" / "metrics.json"
+            values.append(json.loads(path.read_text())[name])
+            assert float(by_seed["sequential", str(seed)][name]) == values[-1]
+        mean = (values[0] + values[1]) / 2
+        assert float(by_seed["sequential", "mean"][name]) == pytest.approx(mean, abs=1e-15)
+        # Sample standard deviation of two values.
+        deviation = abs(values[0] - values[1]) / math.sqrt(2)
+        assert float(by_seed["sequential", "std"][name]) == pytest.approx(deviation, abs=1e-15)
+    assert by_seed["sequential", "mean"]["n"] == "2"
+    assert by_seed["sequential", "mean"]["average_performance"] == "0.625"
+    assert by_seed["sequential", "mean"]["forgetting"] == "0.3125"
+
+
+def test_what_is_not_finished_counts_nowhere(grid: Grid, tmp_path: Path) -> None:
+    lines = list(csv.DictReader(io.StringIO(csv_table(results_of(grid, tmp_path)))))
+    half = next(line for line in lines if (line["method"], line["seed"]) == ("migu", "1"))
+    assert (half["status"], half["average_performance"]) == ("interrupted", "")
+    mean, std = (line for line in lines if line["method"] == "migu" and line["seed"] in ("mean", "std"))
+    assert (mean["n"], mean["average_performance"], std["average_performance"]) == ("1", "0.625", "")
+
+
+def test_the_page(grid: Grid, tmp_path: Path) -> None:
+    page = markdown_page(results_of(grid, tmp_path), "recipe").splitlines()
+    assert page[2:6] == [
+        "| order | method | seeds | AP | BWT | forgetting | learning accuracy |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| own | sequential | 2 | 0.6250 ± 0.0000 | -0.3125 ± 0.2652 | 0.3125 ± 0.2652 | 0.7812 ± 0.1326 |",
+        "| own | migu | 1 of 2 | 0.6250 | -0.1250 | 0.1250 | 0.6875 |",
+    ]
+    assert page[-1] == "- own migu seed1: interrupted, 1 of 2 tasks done"
+
+
+def test_runs_of_earlier_calls_stay_in_the_table(grid: Grid, tmp_path: Path) -> None:
+    results = read_results(SweepFolder(tmp_path / "sweep"), [("own", "kif", 5)])
+    assert [(row.method, len(row.cells), len(row.finished)) for row in results.rows] == [
+        ("kif", 1, 0),
+        ("migu", 2, 1),
+        ("sequential", 2, 2),
+    ]
+    assert str(results.missing[0].state) == "missing"
+
+
+def test_a_finished_run_without_its_metrics_and_a_damaged_one(grid: Grid, tmp_path: Path) -> None:
+    before = csv_table(results_of(grid, tmp_path))
+    first, *_, last = grid.cells
+    first.folder.metrics.unlink()
+    assert csv_table(results_of(grid, tmp_path)) == before
+    last.folder.manifest.write_text("{")
+    assert results_of(grid, tmp_path).missing[0].state.status == "damaged"
+
+
+def test_general_ability_has_columns_where_a_run_has_measured_it(grid: Grid, tmp_path: Path) -> None:
+    path = grid.cells[0].folder.metrics
+    path.write_text(json.dumps({**json.loads(path.read_text()), "general_ability": 0.5, "general_forgetting": -0.25}))
+    results = results_of(grid, tmp_path)
+    assert list(results.columns)[-2:] == ["general_ability", "general_forgetting"]
+    cells, *_ = csv.DictReader(io.StringIO(csv_table(results)))
+    assert (cells["general_ability"], cells["general_forgetting"]) == ("0.5", "-0.25")
+    page = markdown_page(results, "r").splitlines()
+    assert page[2].endswith("| learning accuracy | general ability | general forgetting |")
+    assert page[4].endswith("| 0.7812 ± 0.1326 | – | – |")  # the other seed has not measured it
+    assert "general ability" in latex_table(results)
+
+
+def row(order: str, method: str, *averages: float) -> Row:
+    state = CellState("finished", 2, 2)
+    none = dict.fromkeys(METRICS)
+    cells = [
+        CellResult(order, method, seed, state, {**none, "average_performance": value})
+        for seed, value in enumerate(averages)
+    ]
+    return Row(order, method, tuple(cells))
+
+
+class TestSeveralOrders:
+    """The mean of the orders' means."""
+
+    RESULTS = Results((row("a", "x", 0.5, 0.25), row("a", "y", 1.0), row("b", "x", 1.0), row("b", "y")))
+
+    def test_is_given_where_every_order_has_one(self) -> None:
+        values = {method: found["average_performance"] for method, found in self.RESULTS.over_orders()}
+        assert values == {"x": 0.6875, "y": None}
+        assert "| mean of orders | x |  | 0.6875 | – | – | – |" in markdown_page(self.RESULTS, "r")
+
+    def test_is_left_out_for_one_order(self) -> None:
+        assert Results((row("a", "x", 0.5),)).over_orders() == []
+
+
+class TestLatex:
+    """table.tex"""
+
+    def test_the_whole_file(self) -> None:
+        results = Results((row("order_1", "a&b", 0.5, 0.25), row("two", "a&b")))
+        assert latex_table(results).splitlines()[1:] == [
+            r"\begin{tabular}{llrrrrr}",
+            r"\toprule",
+            r"order & method & seeds & AP & BWT & forgetting & learning accuracy \\",
+            r"\midrule",
+            r"order\_1 & a\&b & 2 & $0.3750 \pm 0.1768$ & -- & -- & -- \\",
+            r"\midrule",
+            r"two & a\&b & 0 & -- & -- & -- & -- \\",
+            r"\midrule",
+            r"mean of orders & a\&b &  & -- & -- & -- & -- \\",
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+
+    def test_every_special_character(self) -> None:
+        escaped = r"\&\%\$\#\_\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}"
+        assert escape_latex("&%$#_{}~^\\") == escaped
+
+
+def test_the_three_files(grid: Grid, tmp_path: Path) -> None:
+    sweep = SweepFolder(tmp_path / "sweep")
+    sweep.write_tables(render_tables(results_of(grid, tmp_path), "recipe"))
+    assert sorted(path.name for path in sweep.path.glob("table.*")) == ["table.csv", "table.md", "table.tex"]
