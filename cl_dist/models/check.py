@@ -54,6 +54,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 HEADER_LIMIT = 100 * 2**20
 """Bytes; safetensors itself refuses longer headers."""
 
@@ -72,6 +73,26 @@ def check_model_config(model: ModelConfig, label_names: Sequence[str] | None = N
         raise BadInput(
             "model.objective: classification needs a stream whose tasks have labels, and none of these has any"
         )
+
+
+def check_chat_template(model: ModelConfig) -> None:
+    """Raise BadInput where the files of a local model show that its tokenizer has no chat template."""
+    folder = None if model.name_or_path in BUILTIN_FAMILIES else local_folder(model.name_or_path)
+    if model.gguf_file is not None or (folder is None and model.name_or_path not in BUILTIN_FAMILIES):
+        return  # only loading the tokenizer will tell
+    if folder is None or not _has_chat_template(folder):
+        raise BadInput(
+            f"train.template: chat needs a chat template, and the tokenizer of {model.name_or_path} has none; use an "
+            "instruction-tuned model, or none"
+        )
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether the folder has the template as a file of its own or in the tokenizer's settings."""
+    if any((folder / name).exists() for name in TEMPLATE_FILES):
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8", errors="replace")
 
 
 def resolve_objective(objective: str, family: Family, name: str) -> Objective:
