@@ -29,8 +29,8 @@ from cl_dist.engine.quiet import quiet_libraries
 from cl_dist.engine.stop import StopRequest
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import Interrupted
-from cl_dist.evaluation.general import UNTOUCHED, is_due
-from cl_dist.evaluation.metrics import all_metrics, general_ability, general_forgetting
+from cl_dist.evaluation.general import is_due
+from cl_dist.evaluation.metrics import UNTOUCHED, all_metrics, general_ability, general_forgetting
 from cl_dist.evaluation.result import write_predictions
 from cl_dist.heartbeat import beat
 from cl_dist.methods.base import TaskPlace

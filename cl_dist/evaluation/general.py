@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from cl_dist.config.schema import GeneralConfig
 from cl_dist.errors import BadInput, ClDistError
+from cl_dist.evaluation.metrics import UNTOUCHED
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-UNTOUCHED = "untouched"
-"""Name of the place before any training."""
 NORMALISED = "acc_norm"
 """Accuracy by likelihood per byte: the score that is published for HellaSwag and ARC, where a task has it."""
 
@@ -61,14 +60,12 @@ def check_available(config: GeneralConfig) -> None:
         )
 
 
-def is_due(config: GeneralConfig | None, place: str, tasks: Sequence[str]) -> bool:
+def is_due(config: GeneralConfig, place: str, tasks: Sequence[str]) -> bool:
     """Whether general ability is measured at `place`: `untouched`, or the name of a task of the stream."""
-    if config is None or config.after == "all":
-        return config is not None
-    names = {place}
-    names |= {"first"} if place == tasks[0] else set()
-    names |= {"last"} if place == tasks[-1] else set()
-    return not names.isdisjoint(config.after)
+    if config.after == "all" or place in config.after:
+        return True
+    ends = {"first": tasks[0], "last": tasks[-1]}
+    return place != UNTOUCHED and any(ends.get(wanted) == place for wanted in config.after)
 
 
 def load_harness_tasks(config: GeneralConfig) -> dict[str, Any]:
@@ -195,7 +192,7 @@ def read_score(results: Mapping[str, Any], name: str) -> GeneralScore | None:
 def _quiet() -> Iterator[None]:
     """Without the harness's narration and its progress bars, some of which cannot be switched off."""
     logger = logging.getLogger("lm_eval")
-    before, logger.disabled = logger.level, False
+    before = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()):

@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+UNTOUCHED = "untouched"
+"""Name of the place in the stream before any training."""
+
 Row = Sequence[float | None]
 Matrix = Sequence[Row]
 
@@ -97,7 +100,7 @@ def general_forgetting(measured: Sequence[Mapping[str, Any]], tasks: Sequence[st
 
     Beside it `learning_accuracy` says what was learnt in exchange. Negative where general ability has grown.
     """
-    before, after = _general_scores(measured, "untouched"), _general_scores(measured, tasks[-1])
+    before, after = _general_scores(measured, UNTOUCHED), _general_scores(measured, tasks[-1])
     return _mean(_difference(before.get(name), after.get(name)) for name in {**before, **after})
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from cl_dist.config.schema import BUILTIN_MODELS, ModelConfig
 from cl_dist.errors import BadInput
 from cl_dist.tasks.encode import Objective
+from cl_dist.tasks.template import no_chat_template
 
 Family = Literal["decoder", "encoder", "encoder-decoder"]
 
@@ -81,10 +82,7 @@ def check_chat_template(model: ModelConfig) -> None:
     if model.gguf_file is not None or (folder is None and model.name_or_path not in BUILTIN_FAMILIES):
         return  # only loading the tokenizer will tell
     if folder is None or not _has_chat_template(folder):
-        raise BadInput(
-            f"train.template: chat needs a chat template, and the tokenizer of {model.name_or_path} has none; use an "
-            "instruction-tuned model, or none"
-        )
+        raise no_chat_template(model.name_or_path)
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -20,6 +20,11 @@ PROBES = ("a", "Zq", "7.")
 SETTING = "train.template: chat"
 
 
+def no_chat_template(name: str) -> BadInput:
+    """The error for a model whose tokenizer has no template."""
+    return BadInput(f"{SETTING} needs a chat template, and the tokenizer of {name} has none; use a chat model, or none")
+
+
 class ChatTemplate:
     """One tokenizer's template: a user's turn that asks, and the assistant's that answers.
 
@@ -28,10 +33,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
-            raise BadInput(
-                f"{SETTING} needs a chat template, and the tokenizer of {tokenizer.name_or_path} has none; use an "
-                "instruction-tuned model, or none"
-            )
+            raise no_chat_template(tokenizer.name_or_path)
         self._tokenizer = tokenizer
         probes = [self._ids(self.user_turn(probe)) for probe in PROBES]
         self.head = _common_start(probes)
