@@ -78,10 +78,10 @@ def check_model_config(model: ModelConfig, label_names: Sequence[str] | None = N
 
 def check_chat_template(model: ModelConfig) -> None:
     """Raise BadInput where the files of a local model show that its tokenizer has no chat template."""
-    folder = None if model.name_or_path in BUILTIN_FAMILIES else local_folder(model.name_or_path)
-    if model.gguf_file is not None or (folder is None and model.name_or_path not in BUILTIN_FAMILIES):
-        return  # only loading the tokenizer will tell
-    if folder is None or not _has_chat_template(folder):
+    if model.name_or_path in BUILTIN_FAMILIES or model.gguf_file is not None:
+        return  # the built-in decoder has one; a GGUF file's tokenizer must be loaded first
+    folder = local_folder(model.name_or_path)
+    if folder is not None and not _has_chat_template(folder):
         raise no_chat_template(model.name_or_path)
 
 
