@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -146,7 +146,7 @@ class GeneralEvaluator:
         """Score one task, group or tag (collective); of a tag, and of a group without a score of its own, each task."""
         from lm_eval import simple_evaluate
 
-        from cl_dist.evaluation.harness import LiveModel
+        from cl_dist.evaluation.harness import LiveModel, from_first_rank
         from cl_dist.evaluation.wrapped import evaluating
 
         loaded = self._tasks[name]
@@ -166,8 +166,14 @@ class GeneralEvaluator:
                 numpy_random_seed=None,
                 torch_random_seed=None,
             )
-        found = {key: score for key in (name, *loaded["tasks"]) if (score := read_score(results, key)) is not None}
-        return [found[name]] if name in found else list(found.values())
+        # The harness hands the results to the first process of a machine alone.
+        return from_first_rank([] if results is None else _scores(results, name, loaded["tasks"]))
+
+
+def _scores(results: Mapping[str, Any], name: str, parts: Iterable[str]) -> list[GeneralScore]:
+    """The score of what the recipe names, else those of its parts."""
+    found = {key: score for key in (name, *parts) if (score := read_score(results, key)) is not None}
+    return [found[name]] if name in found else list(found.values())
 
 
 def read_score(results: Mapping[str, Any], name: str) -> GeneralScore | None:

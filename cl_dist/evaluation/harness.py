@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from cl_dist.models.structure import base_model
+
+T = TypeVar("T")
+
+
+def from_first_rank(value: T) -> T:
+    """Rank 0's value on every rank (collective)."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 class LiveModel(HFLM):
