@@ -94,15 +94,16 @@ def load(options: argparse.Namespace, tasks: Sequence[Task]) -> Subject:
 
 
 def pairs(subject: Subject, tasks: Sequence[Task], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A line per batch, the first batch twice."""
+    """A line per batch, a batch of each task in turn; the first batch of all twice."""
     config = EvalConfig(batch_size=options.batch, max_new_tokens=options.new_tokens)
-    number = 0
+    queue = []
     for task in tasks:
         scorers = {mode: make_scorer(mode, subject, task, config) for mode in MODES}
         batches = cut_batches(scorers["likelihood"].lengths, options.batch)
-        for batch in [batches[0], *batches] if number == 0 else batches:
-            yield score_both(scorers, task, batch, turned=number % 2 == 1)
-            number += 1
+        queue += [(place, scorers, task, batch) for place, batch in enumerate(batches)]
+    queue.sort(key=lambda entry: entry[0])
+    for number, (_, scorers, task, batch) in enumerate([queue[0], *queue]):
+        yield score_both(scorers, task, batch, turned=number % 2 == 1)
 
 
 def score_both(scorers: dict[Mode, Scorer], task: Task, batch: list[int], turned: bool) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     ]
     header += ["same answer", "generated text is a label", "right, likelihood", "right, generation"]
     groups = {
-        task: [line for line in lines if line["task"] == task] for task in dict.fromkeys(l["task"] for l in lines)
+        task: [line for line in lines if line["task"] == task] for task in dict.fromkeys(line["task"] for line in lines)
     }
     rows = [
         header,
