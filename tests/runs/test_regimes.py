@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.tasks.data import write_json, write_lines
 from tests.zygote import Zygote
 
 DOMAINS = ("restaurant", "acl", "ai", "phone", "pubmed", "camera")
-SUMMARY, VERDICT = "red sun", "blue moon shines"
+SUMMARY, VERDICT = "red sun", "blue moon glow"
 """What every sample of the generation tasks is answered with: a tiny model can learn that."""
 
 
@@ -84,10 +85,8 @@ def test_generated_answers_are_scored_by_rouge_l(instructed: Path, task: str, an
 
 
 def _rouge_l(prediction: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words; the references here are their own stems but for `shines`."""
-    found, wanted = (
-        ["shine" if word == "shines" else word for word in text.split()] for text in (prediction, reference)
-    )
+    """F1 of the longest common subsequence of words; the references' words are their own stems."""
+    found, wanted = (re.findall("[a-z0-9]+", text.lower()) for text in (prediction, reference))
     row = [0] * (len(wanted) + 1)
     for word in found:
         previous = row[:]
