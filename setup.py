@@ -39,6 +39,7 @@ setup(
         "rich>=15",
     ],
     extras_require={
+        "general": ["lm_eval>=0.4.13,<0.5"],
         "mpi": ["mpi4py>=4.1"],
         "triton": ["triton>=3.7; platform_system == 'Linux'"],
         "dev": [

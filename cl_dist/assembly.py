@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,7 +17,9 @@ from cl_dist.engine.distributed import device
 from cl_dist.engine.ds_config import deepspeed_config
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.engine.trainer import TaskTrainer
+from cl_dist.errors import BadInput
 from cl_dist.evaluation.evaluate import Evaluator
+from cl_dist.evaluation.general import GeneralEvaluator, load_harness_tasks
 from cl_dist.heartbeat import beat
 from cl_dist.methods.registry import build_methods
 from cl_dist.models.checkpointing import enable_activation_checkpointing
@@ -39,6 +43,8 @@ class System:
     """Each task's encoded training samples."""
     engine: TrainingEngine
     evaluator: Evaluator
+    general: GeneralEvaluator | None
+    """None where the recipe does not ask for general ability."""
 
     def trainer(self, index: int) -> TaskTrainer:
         """Return the steps of the task at position `index` of the stream."""
@@ -56,6 +62,7 @@ def build_system(recipe: Recipe, recipe_dir: Path) -> System:
     beat("reading the data", opaque=True)
     tasks = load_stream(recipe.stream, recipe_dir)
     names = label_names(tasks)
+    harness = load_harness_tasks(recipe.eval.general) if recipe.eval.general is not None else {}
     beat("loading the model", opaque=True)
     loaded = _load(recipe, len(names))
     check_length(loaded, recipe.train.max_length)
@@ -66,7 +73,9 @@ def build_system(recipe: Recipe, recipe_dir: Path) -> System:
     engine = TrainingEngine(loaded, recipe, build_methods(recipe.method))
     evaluator = _evaluator(recipe, engine.model, loaded, encoder, names, synced=recipe.zero.stage == 3)
     evaluator.check_modes(tasks)
-    return System(recipe, tasks, loaded, encoder, samples, engine, evaluator)
+    return System(
+        recipe, tasks, loaded, encoder, samples, engine, evaluator, _general(recipe, engine.model, loaded, harness)
+    )
 
 
 def build_saved(recipe: Recipe, recipe_dir: Path, folder: Path) -> tuple[tuple[Task, ...], Evaluator]:
@@ -81,7 +90,13 @@ def build_saved(recipe: Recipe, recipe_dir: Path, folder: Path) -> tuple[tuple[T
     if source.lora is None:
         source = replace(source, name_or_path=str(folder), gguf_file=None)
     loaded = load_model(
-        source, len(names), zero3_config=None, dtype=_dtype(recipe), seed=recipe.train.seed, cache_dir=cache_folder()
+        source,
+        len(names),
+        zero3_config=None,
+        dtype=_dtype(recipe),
+        seed=recipe.train.seed,
+        cache_dir=cache_folder(),
+        chat=recipe.train.template == "chat",
     )
     model: torch.nn.Module = loaded.model
     if source.lora is not None:
@@ -104,6 +119,7 @@ def _load(recipe: Recipe, labels: int) -> LoadedModel:
         dtype=_dtype(recipe),
         seed=recipe.train.seed,
         cache_dir=cache_folder(),
+        chat=recipe.train.template == "chat",
     )
     model: PreTrainedModel | PeftModel = loaded.model
     if recipe.model.lora is not None:
@@ -132,6 +148,18 @@ def _evaluator(
         world=torch.distributed.get_world_size(),
         synced=synced,
     )
+
+
+def _general(
+    recipe: Recipe, model: torch.nn.Module, loaded: LoadedModel, tasks: Mapping[str, Any]
+) -> GeneralEvaluator | None:
+    """What measures general ability; BadInput where the model cannot generate."""
+    if recipe.eval.general is None:
+        return None
+    if loaded.objective not in ("causal_lm", "seq2seq_lm"):
+        raise BadInput(f"eval.general: needs a model that generates text, but its objective is {loaded.objective}")
+    synced = recipe.zero.stage == 3
+    return GeneralEvaluator(model, loaded.tokenizer, tasks, recipe.eval.general, recipe.eval.batch_size, synced)
 
 
 def cache_folder() -> Path:

@@ -29,7 +29,8 @@ from cl_dist.engine.quiet import quiet_libraries
 from cl_dist.engine.stop import StopRequest
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import Interrupted
-from cl_dist.evaluation.metrics import all_metrics
+from cl_dist.evaluation.general import is_due
+from cl_dist.evaluation.metrics import UNTOUCHED, all_metrics, general_ability, general_forgetting
 from cl_dist.evaluation.result import write_predictions
 from cl_dist.heartbeat import beat
 from cl_dist.methods.base import TaskPlace
@@ -129,6 +130,9 @@ def _metrics(manifest: Manifest) -> dict[str, Any]:
         "tasks": list(manifest.tasks),
         "accuracy_matrix": [list(row) for row in manifest.accuracy_matrix],
         **all_metrics(manifest.accuracy_matrix),
+        "general": [dict(entry) for entry in manifest.general],
+        "general_ability": general_ability(manifest.general, manifest.tasks),
+        "general_forgetting": general_forgetting(manifest.general, manifest.tasks),
         "tokens_per_second": sum(entry["tokens"] for entry in manifest.timings) / max(seconds, 1e-9),
         "step_seconds": seconds / max(steps, 1),
         "peak_memory_bytes": list(manifest.peak_memory_bytes),
@@ -253,7 +257,8 @@ class Coordinator:
         row: Row = (None,) * len(self.tasks)
         if self.recipe.eval.before_training:
             row = self._evaluate(range(len(self.tasks)), self.folder.tasks / "00-untouched" / "predictions")
-        self.ledger.update(accuracy_matrix=(row,))
+        general = self._evaluate_general(UNTOUCHED)
+        self.ledger.update(accuracy_matrix=(row,), general=general)
 
     def _run_task(self, index: int) -> None:
         trainer = self.system.trainer(index)
@@ -263,12 +268,14 @@ class Coordinator:
         began = time.monotonic()
         seen = len(self.tasks) if self.recipe.eval.tasks == "all" else index + 1
         row = self._evaluate(range(seen), self.folder.task(index, place.name).predictions)
+        general = self._evaluate_general(place.name)
         self._export(self.folder.task(index, place.name).model)
         self._write_results(self.folder.task(index, place.name).path)
         timings = {**dataclasses.asdict(spent), "evaluate_seconds": time.monotonic() - began}
         manifest = self.ledger.manifest
         self.ledger.update(
             accuracy_matrix=(*manifest.accuracy_matrix, row),
+            general=general,
             completed=index + 1,
             checkpoints=(),
             timings=(*manifest.timings, timings),
@@ -432,6 +439,24 @@ class Coordinator:
                 event="evaluation", folder=predictions.parent.name, task=task.name, score=result.score, **extras
             )
         return tuple(row)
+
+    def _evaluate_general(self, place: str) -> tuple[dict[str, Any], ...]:
+        """All measurements of general ability so far, with the one after `place` where the recipe wants one."""
+        before, config = self.ledger.manifest.general, self.recipe.eval.general
+        if config is None or not is_due(config, place, self.ledger.manifest.tasks):
+            return before
+        assert self.system.general is not None
+        scores: dict[str, Any] = {}
+        for name in config.tasks:
+            if self._stop.agreed():
+                self._interrupt("stopped during evaluation")
+            self.reporter.evaluating(name)
+            beat(f"general ability: {name}")
+            for result in self.system.general.evaluate(name):
+                values = dataclasses.asdict(result)
+                self.ledger.log(event="general", after=place, **values)
+                scores[values.pop("task")] = values
+        return (*before, {"after": place, "scores": scores})
 
     def _export(self, path: Path) -> None:
         """Write the model, or its adapter, in Hugging Face format."""

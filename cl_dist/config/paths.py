@@ -16,6 +16,7 @@ def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Rec
     folder: the recipe's. typed_root: `stream.root` was typed on the command line, so it starts from the working
     directory, as everything does that is typed there. A recipe whose tasks name no path is returned as it is.
     """
+    recipe = _resolve_include_path(recipe, folder)
     stream = recipe.stream
     if stream.root is None and stream.instruction_file is None and not any(task.path for task in stream.tasks):
         return recipe
@@ -23,6 +24,18 @@ def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Rec
     tasks = tuple(replace(task, path=_beside(task.path, root, folder)) for task in stream.tasks)
     instructions = _beside(stream.instruction_file, root, folder)
     return replace(recipe, stream=replace(stream, root=str(root), tasks=tasks, instruction_file=instructions))
+
+
+def _resolve_include_path(recipe: Recipe, folder: Path) -> Recipe:
+    """The folder of task files as an absolute path: in the recipe's folder, or where it is not there in the working
+    directory, which it was typed in then.
+    """
+    general = recipe.eval.general
+    if general is None or general.include_path is None:
+        return recipe
+    path = Path(general.include_path).expanduser()
+    found = next((base / path for base in (folder, Path.cwd()) if (base / path).exists()), folder / path)
+    return replace(recipe, eval=replace(recipe.eval, general=replace(general, include_path=str(found.absolute()))))
 
 
 def _beside(written: str | None, root: Path, folder: Path) -> str | None:

@@ -19,7 +19,7 @@ from cl_dist.config.methods import MethodConfig, SequentialConfig, UnitConfig
 from cl_dist.config.ranges import STRICT, Fraction, NonNegative, Positive, PositiveInt
 
 BUILTIN_MODELS = ("builtin:llama-tiny", "builtin:t5-tiny", "builtin:roberta-tiny")
-FORMATS = ("builtin", "cl_benchmark", "tasl", "trace", "jsonl", "text", "huggingface")
+FORMATS = ("builtin", "cl_benchmark", "tasl", "trace", "superni", "jsonl", "text", "huggingface")
 BUILTIN_OBJECTIVES = {
     "builtin:llama-tiny": "causal_lm",
     "builtin:t5-tiny": "seq2seq_lm",
@@ -83,7 +83,7 @@ class ModelConfig:
         return BUILTIN_OBJECTIVES.get(self.name_or_path) if self.objective == "auto" else self.objective
 
 
-DataFormat = Literal["builtin", "cl_benchmark", "tasl", "trace", "jsonl", "text", "huggingface"]
+DataFormat = Literal["builtin", "cl_benchmark", "tasl", "trace", "superni", "jsonl", "text", "huggingface"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -95,8 +95,8 @@ class TaskConfig:
     the task's files."""
     format: DataFormat = "jsonl"
     """How the data is stored: `builtin` (generated), `cl_benchmark` (O-LoRA, MIGU), `tasl` (TaSL, KIF), `trace`,
-    `jsonl` (`input`/`output` records), `text` (plain text, for pre-training), `huggingface` (a data set by name or
-    saved to disk)."""
+    `superni` (Super-NaturalInstructions), `jsonl` (`input`/`output` records), `text` (plain text, for pre-training),
+    `huggingface` (a data set by name or saved to disk)."""
     path: str | None = None
     """Folder or file of the data; a relative path is looked up below `stream.root`, else below the recipe's folder.
     `builtin` has none."""
@@ -109,17 +109,33 @@ class TaskConfig:
     """Field of a record with the answer (`jsonl` and `huggingface`)."""
     subset: str | None = None
     """Configuration name of a Hugging Face data set."""
+<<<<<<< HEAD
     epochs: PositiveInt | None = None
     """Passes over this task's training samples; null: train.epochs."""
+=======
+    text_field: str | None = None
+    """Field of a record with a document (`jsonl` and `huggingface`): the task is text, for pre-training, and
+    `input_field` and `output_field` are not read."""
+    streaming: bool = False
+    """Read a Hugging Face data set record by record, no further than `stream.max_train_samples` and
+    `stream.max_eval_samples`, without downloading or converting the rest."""
+>>>>>>> regimes
 
     def __post_init__(self) -> None:
-        """Refuse unsafe names, and a subset that nothing would read."""
+        """Refuse unsafe names, and settings that nothing would read."""
         if not TASK_NAME.fullmatch(self.name):
             raise ValueError(
                 f'name: "{self.name}" cannot name a folder; allowed: letters, digits, "-", "_" and ".", no leading "."'
             )
         if self.format != "huggingface" and self.subset is not None:
             raise ValueError(f'subset: "{self.subset}" has a meaning for format huggingface only, not {self.format}')
+        if self.format != "huggingface" and self.streaming:
+            raise ValueError(f"streaming: true has a meaning for format huggingface only, not {self.format}")
+        if self.format not in ("huggingface", "jsonl") and self.text_field is not None:
+            raise ValueError(
+                f'text_field: "{self.text_field}" has a meaning for formats jsonl and huggingface only, '
+                f"not {self.format}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -192,6 +208,9 @@ class TrainConfig:
     gets half of it, at most 50."""
     truncate: Literal["middle", "left", "right"] = "middle"
     """Where a prompt that is too long is cut. `middle` keeps the instruction at its start and the cue at its end."""
+    template: Literal["none", "chat"] = "none"
+    """`chat`: every prompt becomes a user's turn in the tokenizer's own chat template and every answer the assistant's,
+    in training and in evaluation. Decoders only."""
     clip: Positive | None = 1.0
     """Largest gradient norm, taken after masking; null switches clipping off."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -271,6 +290,34 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class GeneralConfig:
+    """General ability: tasks of lm-evaluation-harness, run on the model between the tasks of the stream."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of tasks or groups of lm-evaluation-harness, such as hellaswag, arc_challenge, winogrande, humaneval."""
+    after: Literal["all"] | tuple[str, ...] = ("untouched", "last")
+    """When: `all`, or a list of `untouched` (before any training), `first`, `last` and names of tasks of the stream."""
+    include_path: str | None = None
+    """Folder with task files (YAML) of your own; a relative path starts from the recipe's folder."""
+    limit: PositiveInt | None = None
+    """Use only the first so many documents of each task. For trials: such scores are not comparable with others."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples in the prompt; null: what the task file says."""
+    batch_size: PositiveInt | None = None
+    """Requests per rank and forward pass; null: eval.batch_size."""
+    chat_template: bool = False
+    """Put the prompts into the tokenizer's chat template."""
+    confirm_unsafe_code: bool = False
+    """Run tasks that execute code which the model has written (humaneval), unprotected, as you, on this machine."""
+
+    def __post_init__(self) -> None:
+        """Refuse a name that is given twice: results are found by it."""
+        twice = next((name for name in self.tasks if self.tasks.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f'tasks: "{twice}" is given twice')
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvalConfig:
     """Scoring after every task."""
 
@@ -288,6 +335,8 @@ class EvalConfig:
     """Samples per rank and forward pass."""
     max_new_tokens: PositiveInt = 50
     """Longest generated answer in tokens."""
+    general: GeneralConfig | None = None
+    """General ability, by lm-evaluation-harness, beside the scores of the stream's own tasks."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -325,6 +374,8 @@ class Recipe:
         self._check_methods()
         self._check_lengths()
         self._check_evaluation()
+        self._check_template()
+        self._check_general()
 
     def _check_methods(self) -> None:
         names = [method.name for method in self.method]
@@ -363,6 +414,23 @@ class Recipe:
             raise ValueError("eval.mode: perplexity needs a language model, but its objective is classification")
         if evaluation.mode in ("likelihood", "perplexity") and evaluation.metric != "auto":
             raise ValueError(f"eval.metric: {evaluation.metric} scores generated text, eval.mode is {evaluation.mode}")
+
+    def _check_template(self) -> None:
+        objective = self.model.known_objective
+        if self.train.template == "chat" and objective not in (None, "causal_lm"):
+            raise ValueError(f"train.template: chat is for decoders, but the model's objective is {objective}")
+
+    def _check_general(self) -> None:
+        general, objective = self.eval.general, self.model.known_objective
+        if general is None:
+            return
+        if objective in ("classification", "masked_lm"):
+            raise ValueError(f"eval.general: needs a model that generates text, but its objective is {objective}")
+        names = [task.name for task in self.stream.tasks]
+        allowed = ("untouched", "first", "last", *names)
+        unknown = next((place for place in general.after if names and place not in allowed), None)
+        if general.after != "all" and unknown is not None:
+            raise ValueError(f'eval.general.after: "{unknown}" is none of all, {", ".join(allowed)}')
 
 
 def _has_setting(settings: Mapping[str, Any], key: str) -> bool:

@@ -8,7 +8,11 @@ disagree, so each variant has its own name. A metric whose inputs are not all th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+UNTOUCHED = "untouched"
+"""Name of the place in the stream before any training."""
 
 Row = Sequence[float | None]
 Matrix = Sequence[Row]
@@ -81,6 +85,29 @@ def forward_transfer_single(matrix: Matrix, single: Sequence[float] | None) -> f
 def learning_accuracy(matrix: Matrix) -> float | None:
     """LA: `mean_j a[j][j]`, how well each task is learnt when it is its turn (MER, Riemer et al. 2019)."""
     return _mean(matrix[j + 1][j] for j in range(len(matrix) - 1))
+
+
+def general_ability(measured: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> float | None:
+    """Mean score on the tasks of general ability after the last task of the stream.
+
+    `measured` are the manifest's `general` entries, `tasks` the stream's.
+    """
+    return _mean(_general_scores(measured, tasks[-1]).values())
+
+
+def general_forgetting(measured: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> float | None:
+    """Mean drop of the scores of general ability from before any training to after the last task.
+
+    Beside it `learning_accuracy` says what was learnt in exchange. Negative where general ability has grown.
+    """
+    before, after = _general_scores(measured, UNTOUCHED), _general_scores(measured, tasks[-1])
+    return _mean(_difference(before.get(name), after.get(name)) for name in {**before, **after})
+
+
+def _general_scores(measured: Sequence[Mapping[str, Any]], place: str) -> dict[str, float]:
+    """Score by task of the harness, measured after `place`; empty where it was not measured."""
+    entries = [entry["scores"] for entry in measured if entry["after"] == place]
+    return {name: float(values["score"]) for name, values in entries[-1].items()} if entries else {}
 
 
 def _backward_differences(matrix: Matrix) -> list[float | None]:

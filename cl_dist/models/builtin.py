@@ -88,6 +88,13 @@ _CONFIGURATIONS: dict[str, Callable[[], PreTrainedConfig]] = {
 _TEMPLATES: dict[Family, str] = {"decoder": "<s> $A", "encoder": "<s> $A </s>", "encoder-decoder": "$A </s>"}
 """The special tokens that encoding adds, as the published tokenizers of Llama, RoBERTa and T5 do."""
 
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""How the decoder's tokenizer writes a conversation, so that recipes for chat models can be tried out with it."""
+
 
 def byte_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     """A tokenizer with one entry per byte and five special tokens; every text survives encoding and decoding."""
@@ -107,4 +114,5 @@ def byte_tokenizer(family: Family) -> PreTrainedTokenizerFast:
         mask_token="<mask>",
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
+        chat_template=_CHAT_TEMPLATE if family == "decoder" else None,
     )

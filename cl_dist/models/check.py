@@ -15,6 +15,7 @@ from typing import Any, Literal
 from cl_dist.config.schema import BUILTIN_MODELS, ModelConfig
 from cl_dist.errors import BadInput
 from cl_dist.tasks.encode import Objective
+from cl_dist.tasks.template import no_chat_template
 
 Family = Literal["decoder", "encoder", "encoder-decoder"]
 
@@ -54,6 +55,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 HEADER_LIMIT = 100 * 2**20
 """Bytes; safetensors itself refuses longer headers."""
 
@@ -72,6 +74,23 @@ def check_model_config(model: ModelConfig, label_names: Sequence[str] | None = N
         raise BadInput(
             "model.objective: classification needs a stream whose tasks have labels, and none of these has any"
         )
+
+
+def check_chat_template(model: ModelConfig) -> None:
+    """Raise BadInput where the files of a local model show that its tokenizer has no chat template."""
+    if model.name_or_path in BUILTIN_FAMILIES or model.gguf_file is not None:
+        return  # the built-in decoder has one; a GGUF file's tokenizer must be loaded first
+    folder = local_folder(model.name_or_path)
+    if folder is not None and not _has_chat_template(folder):
+        raise no_chat_template(model.name_or_path)
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether the folder has the template as a file of its own or in the tokenizer's settings."""
+    if any((folder / name).exists() for name in TEMPLATE_FILES):
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8", errors="replace")
 
 
 def resolve_objective(objective: str, family: Family, name: str) -> Objective:

@@ -39,6 +39,7 @@ from cl_dist.models.gguf import converted_gguf
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.structure import base_model, head_prefixes, is_below
 from cl_dist.tasks.encode import Objective
+from cl_dist.tasks.template import ChatTemplate
 
 POSITION_TABLES = ("position_embeddings", "wpe")
 """Name endings of learnt position embeddings."""
@@ -69,20 +70,24 @@ def load_model(
     dtype: torch.dtype,
     seed: int,
     cache_dir: Path,
+    chat: bool = False,
 ) -> LoadedModel:
     """Build or load the model with parameters in `dtype` (float32 or bfloat16), on the CPU or, under ZeRO-3, sharded.
 
     `label_count` is the number of classes of a classifier. `zero3_config` is the DeepSpeed configuration where
     weights are to be sharded from the start: then the process group must be up, every rank has to call, and the
     configuration's precision must be `dtype`. Weights that do not come from a file (a built-in model, a new head)
-    follow from `seed` and their names. A GGUF file is converted once into `cache_dir`. Raises BadInput for anything
-    that is not there or does not fit.
+    follow from `seed` and their names. A GGUF file is converted once into `cache_dir`. `chat`: the tokenizer's chat
+    template will be used. Raises BadInput for anything that is not there or does not fit, before weights are read where
+    that shows.
     """
     check_model_config(model)
     with _quiet(), _told_as_bad_input(model):
         folder = _source(model, cache_dir)
         config = _configuration(model, folder)
         tokenizer = _tokenizer(model, folder, config)
+    if chat:
+        ChatTemplate(tokenizer)
     objective = resolve_objective(model.objective, family_of(config, model.name_or_path), model.name_or_path)
     _fit_to_task(config, tokenizer, objective, label_count, model.name_or_path)
     with _quiet(), _told_as_bad_input(model), _sharded_from_the_start(zero3_config):

@@ -83,6 +83,9 @@ class Manifest:
     """Which ranks computed which steps, in order; empty in a manifest of format 1."""
     accuracy_matrix: tuple[tuple[float | None, ...], ...] = ()
     """Rows so far, the first one before training; None where a task was not evaluated."""
+    general: tuple[dict[str, Any], ...] = ()
+    """Measurements of general ability, in order: `after` (a task's name or `untouched`) and `scores` by task of the
+    harness, each with `score`, `metric`, `metrics` and `samples`."""
     peak_memory_bytes: tuple[int, ...] = ()
     """Largest memory that each rank has used so far, over all restarts; as long as the largest number of ranks."""
     restarts: int = 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
+from cl_dist.tasks.template import ChatTemplate
 from cl_dist.tasks.types import IGNORE, Encoded, Example, Kind, Task
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ class Encoder:
     ) -> None:
         """`label_names` are the labels of the whole stream; a classifier's outputs are numbered by them.
 
-        Raises BadInput for a tokenizer without the tokens that the objective needs, for a `max_length` without room
-        for a prompt, and for a label that is too long.
+        Raises BadInput for a tokenizer without the tokens or the chat template that objective and settings need, for a
+        `max_length` without room for a prompt, and for a label that is too long.
         """
         self._tokenizer = tokenizer
         self._objective = objective
@@ -85,6 +86,10 @@ class Encoder:
         self._generative = objective in ("causal_lm", "seq2seq_lm")
         if objective == "causal_lm":
             self._suffix = []  # an answer or the next document follows
+        self._around_text = (self._prefix, self._suffix)
+        self._template = self._chat_template()
+        if self._template is not None:
+            self._prefix, self._suffix = self._template.head, self._template.cue
         self._check_tokenizer()
         lengths = [len(self._fitting_answer(name, f"label {name!r}")) for name in label_names if self._generative]
         self._reserve = max(lengths, default=min(train.max_target_length, train.max_length // 2))
@@ -104,7 +109,7 @@ class Encoder:
         check_kind(task, self._objective)
         if task.kind == "text":
             return self.text_chunks(task.train)
-        prompts = self._tokenize([example.prompt for example in task.train])
+        prompts = self._tokenize_prompts([example.prompt for example in task.train])
         return [
             self._sample(index, ids, example.answer, f"task {task.name!r}, training sample {index}")
             for index, (ids, example) in enumerate(zip(prompts, task.train, strict=True))
@@ -119,21 +124,24 @@ class Encoder:
         ends = [self._tokenizer.eos_token_id] if self._objective == "causal_lm" else []
         tokenised = self._tokenize([document.answer for document in documents])
         stream = [token for ids in tokenised for token in (*ids, *ends)]
-        room = self._config.max_length - len(self._prefix) - len(self._suffix)
+        room = self._config.max_length - sum(map(len, self._around_text))
         chunks = [self._chunk(start // room, stream[start : start + room]) for start in range(0, len(stream), room)]
         return [chunk for chunk in chunks if chunk.targets]
 
     def prompt_ids(self, prompt: str, answer_length: int | None = None) -> list[int]:
-        """Ids of a prompt with the tokenizer's special tokens, cut to `max_length`.
+        """Ids of a prompt with the tokenizer's special tokens or in its chat template, cut to `max_length`.
 
         A decoder's prompt leaves room for an answer of `answer_length` tokens; without it, for the stream's longest
         label, else for the longest allowed answer, but at most half of `max_length`.
         """
-        return self._framed(self._tokenize([prompt])[0], self._reserve if answer_length is None else answer_length)
+        (ids,) = self._tokenize_prompts([prompt])
+        return self._framed(ids, self._reserve if answer_length is None else answer_length)
 
     def answer_ids(self, answer: str) -> list[int]:
         """Ids of an answer as they follow any prompt, with end-of-sequence at their end."""
-        if answer not in self._answers:
+        if answer not in self._answers and self._template is not None:
+            self._answers[answer] = self._template.answer_ids(answer)
+        elif answer not in self._answers:
             self._answers[answer] = [*self._bare_answer(answer), int(self._tokenizer.eos_token_id)]
         return list(self._answers[answer])
 
@@ -156,10 +164,11 @@ class Encoder:
 
     def _chunk(self, index: int, ids: list[int]) -> Encoded:
         """One chunk of text between the special tokens."""
-        labels = [IGNORE] * len(self._prefix) + ids + [IGNORE] * len(self._suffix)
+        prefix, suffix = self._around_text
+        labels = [IGNORE] * len(prefix) + ids + [IGNORE] * len(suffix)
         if self._objective == "causal_lm":
             labels[0] = IGNORE
-        return Encoded(index, self._prefix + ids + self._suffix, labels)
+        return Encoded(index, prefix + ids + suffix, labels)
 
     def _framed(self, prompt: list[int], answer_length: int) -> list[int]:
         """A prompt cut to what `max_length` leaves, between the special tokens; a decoder's answer counts, too."""
@@ -174,13 +183,31 @@ class Encoder:
         if len(ids) > limit:
             raise BadInput(f"{where}: the answer takes {len(ids)} tokens, but train.max_target_length is {limit}")
         # A decoder needs something of the prompt as well: it could not predict the answer's first token from nothing.
-        needed = len(self._prefix) + 1 + len(ids)
+        needed = len(self._prefix) + len(self._suffix) + 1 + len(ids)
         if self._objective == "causal_lm" and needed > self._config.max_length:
             raise BadInput(
                 f"{where}: the answer takes {len(ids)} tokens, so train.max_length must be at least {needed}, "
                 f"not {self._config.max_length}"
             )
         return ids
+
+    def _chat_template(self) -> ChatTemplate | None:
+        """The tokenizer's template where the settings ask for it; BadInput where the objective has no turns."""
+        if self._config.template == "none":
+            return None
+        if self._objective != "causal_lm":
+            raise BadInput(f"train.template: chat is for decoders, but the model's objective is {self._objective}")
+        return ChatTemplate(self._tokenizer)
+
+    def _tokenize_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Ids of each prompt without what is put around it."""
+        if self._template is None:
+            return self._tokenize(prompts)
+        rendered = self._tokenize([self._template.user_turn(prompt) for prompt in prompts])
+        return [
+            self._template.bare(ids) or self._tokenize([prompt])[0]
+            for ids, prompt in zip(rendered, prompts, strict=True)
+        ]
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text without special tokens."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cl_dist.config.schema import TaskConfig
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.source import Split
-from cl_dist.tasks.types import Example
+from cl_dist.tasks.types import Example, Kind
 
 LISTED = 20
 """Most names that a message lists."""
@@ -109,20 +111,50 @@ def make_example(record: object, input_field: str, output_field: str) -> Example
     return Example(prompt=text_field(record, input_field), answer=text_field(record, output_field).strip())
 
 
+def make_document(record: object, field: str) -> Example:
+    """The document in one record's text field; empty where the record's is blank. BadInput for a broken record."""
+    if not isinstance(record, dict):
+        raise BadInput(f"must be an object with {field!r}, not {json_type(record)}")
+    if field in record and isinstance(record[field], str) and not record[field].strip():
+        return Example(prompt="", answer="")
+    return Example(prompt="", answer=text_field(record, field).strip())
+
+
+def converter(task: TaskConfig) -> Callable[[Any], Example]:
+    """What turns a record with the fields that the recipe names into a sample."""
+    if task.text_field is not None:
+        return partial(make_document, field=task.text_field)
+    return partial(make_example, input_field=task.input_field, output_field=task.output_field)
+
+
+def kind_of(task: TaskConfig) -> Kind | None:
+    """`text` where the recipe names a field with documents; else the answers will tell."""
+    return "text" if task.text_field is not None else None
+
+
 def collect(
     origin: Path | str,
     records: Iterable[tuple[int, Any]],
     convert: Callable[[Any], Example],
     unit: str = "record",
+    most: int | None = None,
 ) -> Split:
-    """Convert numbered records into a split; a record that `convert` refuses is named by origin and number."""
+    """Convert numbered records into a split; a record that `convert` refuses is named by origin and number.
+
+    Blank documents are passed over. With `most` no more records are read once there are so many samples.
+    """
     examples, positions = [], []
     for position, record in records:
         try:
-            examples.append(convert(record))
+            example = convert(record)
         except BadInput as error:
             raise BadInput(f"{origin}, {unit} {position}: {error}") from error
+        if not example.answer:
+            continue
+        examples.append(example)
         positions.append(position)
+        if len(examples) == most:
+            break
     return Split(examples, str(origin), positions, unit)
 
 

@@ -1,4 +1,5 @@
-"""Hugging Face data sets: by name, from a folder of data files, or saved to disk.
+"""Hugging Face data sets: by name, from a folder of data files, or saved to disk; whole, or streamed up to a number of
+samples.
 
 `datasets` is imported only when such a task is read, since that takes longer than all other checks together. Code that
 comes with a data set is never run: the library's supported releases refuse loading scripts.
@@ -8,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cl_dist.errors import BadInput, ClDistError
-from cl_dist.tasks.formats.files import collect, enumerate_names, logger, make_example, missing
+from cl_dist.tasks.formats.files import collect, converter, enumerate_names, kind_of, logger, missing
 from cl_dist.tasks.formats.source import RawTask, Source, Split
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -29,10 +30,12 @@ def read(source: Source) -> RawTask:
     if "train" not in dataset:
         raise BadInput(f"data set {name} has no split 'train'; it has: {enumerate_names(dataset)}")
     evaluation = choose_split(dataset, source.stream.eval_split, name)
+    stream, kind = source.stream, kind_of(source.task)
     return RawTask(
-        train=read_split(dataset["train"], source, f"{name}[train]"),
-        evaluation=read_split(dataset[evaluation], source, f"{name}[{evaluation}]"),
-        labels=label_names(dataset["train"], source.task.output_field),
+        train=read_split(dataset["train"], source, f"{name}[train]", stream.max_train_samples),
+        evaluation=read_split(dataset[evaluation], source, f"{name}[{evaluation}]", stream.max_eval_samples),
+        labels=None if kind else label_names(dataset["train"], source.task.output_field),
+        kind=kind,
     )
 
 
@@ -44,20 +47,29 @@ def load(source: Source) -> Mapping[str, Any]:
     folder = source.resolve(name)
     if not folder.exists() and not HUB_NAME.fullmatch(name):
         raise missing(folder)
-    try:
-        if is_saved(folder):
+    with _told_as_bad_input(name):
+        if is_saved(folder):  # its records are read where they lie: nothing is gained by streaming them
             dataset = datasets.load_from_disk(str(folder))
         else:
-            dataset = datasets.load_dataset(str(folder) if folder.exists() else name, source.task.subset)
-    except ClDistError:  # a signal that asks to stop
-        raise
-    # The library reports what is wrong with a data set, its name or the network by exceptions of many unrelated types.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadInput(f"data set {name} cannot be loaded: {reason}") from error
+            written = str(folder) if folder.exists() else name
+            dataset = datasets.load_dataset(written, source.task.subset, streaming=source.task.streaming)
     if not isinstance(dataset, Mapping):
         raise BadInput(f"data set {name} is a single split; save a DatasetDict with the splits 'train' and 'test'")
     return dataset
+
+
+@contextmanager
+def _told_as_bad_input(name: str) -> Iterator[None]:
+    """The library reports what is wrong with a data set, its name or the network by exceptions of many unrelated
+    types; each becomes one sentence.
+    """
+    try:
+        yield
+    except ClDistError:  # our own, and a signal that asks to stop
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadInput(f"data set {name} cannot be loaded: {reason}") from error
 
 
 def is_saved(folder: Path) -> bool:
@@ -80,14 +92,22 @@ def choose_split(dataset: Mapping[str, Any], wanted: str, name: str) -> str:
     return chosen
 
 
-def read_split(split: Any, source: Source, origin: str) -> Split:
-    """All records of a split, with class numbers turned into their names."""
-    fields = (source.task.input_field, source.task.output_field)
-    for field in fields:
+def read_split(split: Any, source: Source, origin: str, most: int | None) -> Split:
+    """The records of a split, with class numbers turned into their names; of a streamed one no more than `most`."""
+    task = source.task
+    fields = [task.input_field, task.output_field] if task.text_field is None else [task.text_field]
+    # What a streamed split holds may not be known before its first record.
+    for field in fields if split.column_names is not None else ():
         if field not in split.column_names:
             raise BadInput(f"{origin} has no column {field!r}; it has: {enumerate_names(split.column_names)}")
-    records = named_records(split.select_columns(list(fields)), fields[1])
-    return collect(origin, enumerate(records), partial(make_example, input_field=fields[0], output_field=fields[1]))
+    chosen = split if split.column_names is None else split.select_columns(fields)
+    with _told_as_bad_input(origin):  # a streamed split is read only here
+        return collect(
+            origin,
+            enumerate(named_records(chosen, task.output_field)),
+            converter(task),
+            most=most if task.streaming else None,
+        )
 
 
 def named_records(split: Any, output_field: str) -> Iterator[dict[str, Any]]:
@@ -102,5 +122,5 @@ def named_records(split: Any, output_field: str) -> Iterator[dict[str, Any]]:
 
 def label_names(split: Any, output_field: str) -> tuple[str, ...] | None:
     """Names of the classes where the output column is a `ClassLabel`, else None."""
-    names = getattr(split.features.get(output_field), "names", None)
+    names = getattr((split.features or {}).get(output_field), "names", None)
     return tuple(names) if names else None

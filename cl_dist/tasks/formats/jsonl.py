@@ -1,4 +1,4 @@
-"""JSON Lines: one record a line, with the prompt and the answer in fields that the recipe may name.
+"""JSON Lines: one record a line, with the prompt and the answer, or a document, in fields that the recipe may name.
 
 `path` is a folder with `train.jsonl` and `test.jsonl` or `dev.jsonl` (also `eval`, `validation`), or the training file
 `<name>.jsonl`, whose evaluation files are `<name>.test.jsonl` and `<name>.dev.jsonl` beside it. A lone file serves as
@@ -8,16 +8,16 @@ both.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cl_dist.tasks.formats.files import (
     choose_evaluation,
     collect,
+    converter,
     first_existing,
-    make_example,
+    kind_of,
     missing,
     parse_json,
     read_text,
@@ -36,8 +36,10 @@ def read(source: Source) -> RawTask:
     if not path.exists():
         raise missing(path)
     train, evaluation = split_files(path, ".jsonl", source.stream.eval_split)
-    convert = partial(make_example, input_field=source.task.input_field, output_field=source.task.output_field)
-    return RawTask(train=read_lines(train, convert), evaluation=read_lines(evaluation, convert))
+    convert = converter(source.task)
+    return RawTask(
+        train=read_lines(train, convert), evaluation=read_lines(evaluation, convert), kind=kind_of(source.task)
+    )
 
 
 def split_files(path: Path, extension: str, wanted: str) -> tuple[Path, Path]:
@@ -61,7 +63,7 @@ def evaluation_files(folder: Path, stem: str, extension: str) -> dict[str, Path]
     return {"test": folder / f"{stem}test{extension}", "dev": dev}
 
 
-def read_lines(path: Path, convert: partial[Example]) -> Split:
+def read_lines(path: Path, convert: Callable[[Any], Example]) -> Split:
     """All records of a file; blank lines are passed over but counted."""
     return collect(path, parsed_lines(path), convert, unit="line")
 

@@ -1,0 +1,207 @@
+"""General ability of the run's model: tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
+
+The harness is an optional dependency and imported only where a recipe asks for it. It is given the live model, inside
+the engine: nothing is written out and loaded again, and no second copy of the weights is needed, under ZeRO-3 either
+(`cl_dist.evaluation.harness`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_dist.config.schema import GeneralConfig
+from cl_dist.errors import BadInput, ClDistError
+from cl_dist.evaluation.metrics import UNTOUCHED
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+NORMALISED = "acc_norm"
+"""Accuracy by likelihood per byte: the score that is published for HellaSwag and ARC, where a task has it."""
+
+
+@dataclass(frozen=True)
+class GeneralScore:
+    """What the harness found for one task, the same on every rank."""
+
+    task: str
+    score: float
+    """Higher is better: `acc_norm` where the task has it, else the first metric that its file names; turned around
+    (negative) where lower is better."""
+    metric: str
+    """Which metric that is."""
+    metrics: Mapping[str, float]
+    """All metrics as the harness names them (`metric,filter`)."""
+    samples: int
+    """Documents that were scored; 0 where the harness does not say (groups)."""
+
+
+def check_available(config: GeneralConfig) -> None:
+    """Raise BadInput where the harness is not installed or the folder with own tasks is not there; imports neither
+    torch nor the harness.
+    """
+    if find_spec("lm_eval") is None:
+        raise BadInput(
+            "eval.general: lm-evaluation-harness is not installed; install it (pip install 'cl-dist[general]'), or "
+            "leave eval.general out"
+        )
+    if config.include_path is not None and not Path(config.include_path).is_dir():
+        raise BadInput(
+            f"eval.general.include_path: {config.include_path} is no folder; give one with task files (YAML)"
+        )
+
+
+def is_due(config: GeneralConfig, place: str, tasks: Sequence[str]) -> bool:
+    """Whether general ability is measured at `place`: `untouched`, or the name of a task of the stream."""
+    if config.after == "all" or place in config.after:
+        return True
+    ends = {"first": tasks[0], "last": tasks[-1]}
+    return place != UNTOUCHED and any(ends.get(wanted) == place for wanted in config.after)
+
+
+def load_harness_tasks(config: GeneralConfig) -> dict[str, Any]:
+    """The harness's task objects, data included, by the names in the recipe.
+
+    Raises BadInput for a name that the harness does not know, a task that runs code without the recipe's consent, and a
+    task whose files or data cannot be loaded.
+    """
+    check_available(config)
+    manager = _manager(config)
+    if config.confirm_unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks for it, too
+    return {name: _load(manager, name, config) for name in config.tasks}
+
+
+def _manager(config: GeneralConfig) -> Any:
+    """The harness's index of tasks. Its own thousands of files are not read where a folder of the user's has all."""
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        if config.include_path is not None:
+            own = TaskManager(include_path=config.include_path, include_defaults=False)
+            if set(config.tasks) <= set(own.all_tasks):
+                return own
+        manager = TaskManager(include_path=config.include_path)
+    for name in config.tasks:
+        if name not in manager.all_tasks:
+            where = "" if config.include_path is None else f", nor is there one in {config.include_path}"
+            raise BadInput(f"eval.general.tasks: lm-evaluation-harness has no task {name!r}{where}")
+    return manager
+
+
+def _load(manager: Any, name: str, config: GeneralConfig) -> Any:
+    """One task or group; what it says about running code is read before any of its files is run."""
+    consent = config.confirm_unsafe_code
+    if not consent and (manager.task_index[name].cfg or {}).get("unsafe_code"):
+        raise _runs_code(name)
+    try:
+        with _quiet():
+            loaded = manager.load([name])
+    except ClDistError:  # a signal that asks to stop
+        raise
+    except Exception as error:  # data sets, task files and their Python code raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadInput(f"eval.general.tasks: {name} cannot be loaded: {reason}") from error
+    if not consent and any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
+        raise _runs_code(name)
+    return loaded
+
+
+def _runs_code(name: str) -> BadInput:
+    return BadInput(
+        f"eval.general.tasks: {name} executes code that the model has written, unprotected; if you accept that on this "
+        "machine, set eval.general.confirm_unsafe_code: true"
+    )
+
+
+class GeneralEvaluator:
+    """Scores the live model; every rank calls it with the same tasks in the same order.
+
+    `tasks` are from `load_harness_tasks`; `synced` says that weights are sharded over the ranks (ZeRO-3).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: Mapping[str, Any],
+        config: GeneralConfig,
+        batch_size: int,
+        synced: bool,
+    ) -> None:
+        self._model, self._tokenizer, self._tasks, self._config = model, tokenizer, tasks, config
+        self._batch_size = config.batch_size or batch_size
+        self._synced = synced
+
+    def evaluate(self, name: str) -> list[GeneralScore]:
+        """Score one task, group or tag (collective); of a tag, and of a group without a score of its own, each task."""
+        from lm_eval import simple_evaluate
+
+        from cl_dist.evaluation.harness import LiveModel, from_first_rank
+        from cl_dist.evaluation.wrapped import evaluating
+
+        loaded = self._tasks[name]
+        parts = [*loaded["tasks"].values()]
+        with evaluating(self._model), _quiet():
+            results = simple_evaluate(
+                model=LiveModel(self._model, self._tokenizer, self._batch_size, self._synced),
+                tasks=[loaded["groups"][name]] if name in loaded["groups"] else parts,
+                num_fewshot=self._config.num_fewshot,
+                limit=self._config.limit,
+                apply_chat_template=self._config.chat_template,
+                confirm_run_unsafe_code=self._config.confirm_unsafe_code,
+                log_samples=False,
+                bootstrap_iters=0,
+                # A run's random numbers are its own affair: the harness leaves the global generators alone.
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+            )
+        # The harness hands the results to the first process of a machine alone.
+        return from_first_rank([] if results is None else _scores(results, name, loaded["tasks"]))
+
+
+def _scores(results: Mapping[str, Any], name: str, parts: Iterable[str]) -> list[GeneralScore]:
+    """The score of what the recipe names, else those of its parts."""
+    found = {key: score for key in (name, *parts) if (score := read_score(results, key)) is not None}
+    return [found[name]] if name in found else list(found.values())
+
+
+def read_score(results: Mapping[str, Any], name: str) -> GeneralScore | None:
+    """What the harness's results say about one task; None where they have no metric of it."""
+    entry = results["results"].get(name, {})
+    metrics = {
+        key: float(value)
+        for key, value in entry.items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+    }
+    if not metrics:
+        return None
+    chosen = next((key for key in metrics if key.startswith(f"{NORMALISED},")), next(iter(metrics)))
+    metric = chosen.partition(",")[0]
+    higher = results.get("higher_is_better", {}).get(name, {}).get(metric)
+    score = -metrics[chosen] if higher is False else metrics[chosen]
+    samples = int(results.get("n-samples", {}).get(name, {}).get("effective", 0))
+    return GeneralScore(name, score, metric, metrics, samples)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's narration and its progress bars, some of which cannot be switched off."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)

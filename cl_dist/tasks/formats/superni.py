@@ -1,0 +1,79 @@
+"""Super-NaturalInstructions (arXiv 2204.07705) split into files: `<task folder>/{train,dev,test}.json`, each an object
+with a `Definition` and `Instances` of `{"input", "output"}`, as the continual-learning benchmarks built on it have it.
+
+The task folder is named as the benchmark names its tasks (`task1572_samsum_summary`); the recipe gives that name or the
+number alone. The prompt is the benchmark's own without examples: definition, input, and the cue for the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cl_dist.errors import BadInput
+from cl_dist.tasks.formats.files import (
+    choose_evaluation,
+    collect,
+    enumerate_names,
+    json_type,
+    missing,
+    parse_json,
+    read_text,
+    require_folder,
+    text_field,
+)
+from cl_dist.tasks.formats.source import RawTask, Source, Split
+from cl_dist.tasks.types import Example
+
+
+def read(source: Source) -> RawTask:
+    """Read one task; `path` is its folder, or the root in which it is looked up by its name or number."""
+    folder = find_task(require_folder(source.path()), source.task.name)
+    evaluation = choose_evaluation(source.stream.eval_split, {s: folder / f"{s}.json" for s in ("test", "dev")})
+    return RawTask(train=read_instances(folder / "train.json"), evaluation=read_instances(evaluation))
+
+
+def find_task(path: Path, name: str) -> Path:
+    """`path` where it holds the task's files, else the one folder of that name or number in it or in its folders."""
+    if (path / "train.json").is_file():
+        return path
+    folders = [file.parent for pattern in ("*/train.json", "*/*/train.json") for file in sorted(path.glob(pattern))]
+    if not folders:
+        raise missing(path / "train.json")
+    number = name.lower().removeprefix("task")
+    found = [folder for folder in folders if folder.name == name] or [
+        folder for folder in folders if f"{folder.name.lower().removeprefix('task')}_".startswith(f"{number}_")
+    ]
+    if len(found) != 1:
+        problem = "no task" if not found else f"{len(found)} tasks"
+        raise BadInput(f"{problem} {name!r} below {path}; it has: {enumerate_names(folder.name for folder in folders)}")
+    return found[0]
+
+
+def read_instances(path: Path) -> Split:
+    """All instances of a file; BadInput where it has another layout."""
+    content = parse_json(read_text(path), path)
+    if not isinstance(content, dict) or not isinstance(content.get("Instances"), list):
+        raise BadInput(f"{path} must hold a JSON object with a 'Definition' and a list 'Instances'")
+    head = prompt_head(content, path)
+    return collect(path, enumerate(content["Instances"]), lambda instance: make_instance(instance, head), "instance")
+
+
+def prompt_head(content: Mapping[str, Any], path: Path) -> str:
+    """What stands before the input; of several definitions the first."""
+    definition = content.get("Definition")
+    text = definition[0] if isinstance(definition, list) and definition else definition
+    if not isinstance(text, str) or not text.strip():
+        raise BadInput(f"{path}: 'Definition' must be a text or a list of texts")
+    return f"Definition: {text.strip()}\n\nNow complete the following example -\nInput: "
+
+
+def make_instance(instance: Any, head: str) -> Example:
+    """One instance; of several outputs that are right the first is the answer."""
+    if not isinstance(instance, dict):
+        raise BadInput(f"must be an object with 'input' and 'output', not {json_type(instance)}")
+    output = instance.get("output")
+    first = {**instance, "output": output[0]} if isinstance(output, list) and output else instance
+    prompt = f"{head}{text_field(first, 'input').strip()}\nOutput:"
+    return Example(prompt=prompt, answer=text_field(first, "output").strip())

@@ -1,0 +1,109 @@
+"""lm-evaluation-harness on the live model of a run, with task files of the test's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.harness_tasks import CHOICES, write_harness_tasks
+from tests.recipes import write_recipe
+from tests.zygote import Zygote
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the extra general)")
+
+DOCUMENTS = 7
+
+
+@pytest.fixture(scope="module")
+def runs(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run folders: under both stages with general ability, and once without."""
+    root = tmp_path_factory.mktemp("general")
+    tasks = write_harness_tasks(root / "harness", DOCUMENTS)
+    general = {"tasks": ["compass", "rhyme"], "include_path": str(tasks), "after": "all", "batch_size": 3}
+    cases: dict[str, tuple[int, dict[str, Any]]] = {
+        "zero2": (2, {"general": general}),
+        "zero3": (3, {"general": general}),
+        "without": (3, {}),
+    }
+    return {name: _run(zygote, root / name, stage, evaluation) for name, (stage, evaluation) in cases.items()}
+
+
+def _run(zygote: Zygote, folder: Path, stage: int, evaluation: dict[str, Any]) -> Path:
+    folder.mkdir()
+    # A large eps: AdamW would otherwise blow rounding in tiny gradients up to whole steps.
+    path = write_recipe(folder, zero={"stage": stage}, train={"eps": 1e-3}, eval=evaluation)
+    outcome = zygote.run(["run", str(path), "--debug"], folder, world=2)
+    assert outcome.codes == [0, 0], "\n".join(outcome.output)
+    return folder / "run"
+
+
+def _metrics(run: Path) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+    return metrics
+
+
+def _oracle(run: Path, task: str, harness: Path) -> tuple[float, float]:
+    """Accuracy on compass and exact match on rhyme of the model that the run saved after `task`, by hand."""
+    folder = run / "tasks" / task / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    compass = [json.loads(line) for line in (harness / "compass.jsonl").read_text().splitlines()]
+    right = [_likeliest(model, tokenizer, each["question"]) == each["answer"] for each in compass]
+    rhyme = [json.loads(line) for line in (harness / "rhyme.jsonl").read_text().splitlines()]
+    exact = [_continued(model, tokenizer, each["question"]) == each["answer"] for each in rhyme]
+    return sum(right) / len(right), sum(exact) / len(exact)
+
+
+@torch.no_grad()
+def _likeliest(model: Any, tokenizer: Any, question: str) -> int:
+    context = tokenizer(question)["input_ids"]
+    scores = []
+    for choice in CHOICES:
+        answer = tokenizer(choice, add_special_tokens=False)["input_ids"]
+        logits = model(torch.tensor([[*context, *answer]])).logits[0].log_softmax(-1)
+        scores.append(sum(logits[len(context) - 1 + i, token].item() for i, token in enumerate(answer)))
+    return scores.index(max(scores))
+
+
+@torch.no_grad()
+def _continued(model: Any, tokenizer: Any, question: str) -> str:
+    ids = tokenizer(question)["input_ids"]
+    start = len(ids)
+    for _ in range(5):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return str(tokenizer.decode(ids[start:], skip_special_tokens=True)).partition("\n")[0]
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_scores_are_those_of_the_model_at_that_place(runs: dict[str, Path], stage: str) -> None:
+    harness = runs[stage].parents[1] / "harness"
+    general = _metrics(runs[stage])["general"]
+    assert [entry["after"] for entry in general] == ["untouched", "spring", "summer"]
+    for entry, task in zip(general[1:], ("01-spring", "02-summer"), strict=True):
+        scores = entry["scores"]
+        found = (scores["compass"]["score"], scores["rhyme"]["score"])
+        assert found == pytest.approx(_oracle(runs[stage], task, harness))
+        assert (scores["compass"]["metric"], scores["compass"]["samples"]) == ("acc", DOCUMENTS)
+        assert (scores["rhyme"]["metric"], scores["rhyme"]["samples"]) == ("exact_match", DOCUMENTS)
+    assert len({entry["scores"]["compass"]["score"] for entry in general}) > 1, "nothing moves: this shows nothing"
+
+
+def test_metrics_weigh_learning_against_forgetting(runs: dict[str, Path]) -> None:
+    metrics = _metrics(runs["zero2"])
+    first, *_, last = [[values["score"] for values in entry["scores"].values()] for entry in metrics["general"]]
+    assert metrics["general_ability"] == pytest.approx(sum(last) / 2)
+    assert metrics["general_forgetting"] == pytest.approx((sum(first) - sum(last)) / 2)
+
+
+def test_measuring_leaves_the_run_alone(runs: dict[str, Path]) -> None:
+    """Sharded weights, hooks, random numbers: training goes on as if nothing had been measured in between."""
+    with_it, without = _metrics(runs["zero3"]), _metrics(runs["without"])
+    assert with_it["accuracy_matrix"] == without["accuracy_matrix"]
+    assert without["general"] == []
+    assert without["general_ability"] is None
+    saved = "tasks/02-summer/model/model.safetensors"
+    assert (runs["zero3"] / saved).read_bytes() == (runs["without"] / saved).read_bytes()
