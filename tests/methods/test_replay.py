@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cl_dist.methods.kif.replay import past_samples
+from cl_dist.methods.replay import past_samples
 from cl_dist.tasks.types import Encoded
 
 TASKS = [[Encoded(index, [task], [task]) for index in range(count)] for task, count in enumerate((50, 7, 100))]
