@@ -134,13 +134,9 @@ class Case:
             report["apart"] = max(report["apart"], self._apart(masters))
             report["still"] += [name for name in masters if torch.equal(masters[name], before[name])]
             weights = gather_state_dict(self.engine.model, wanted=in_adapter)
-            report["changed"] += [
-                name for name in kept if name in weights and not torch.equal(kept[name], weights[name])
-            ]
-            published = [
-                float((weights[name].float() - masters[name]).abs().max()) for name in masters if name in weights
-            ]
-            report["unpublished"] = max([report["unpublished"], *published])
+            report["changed"] += [name for name in kept if not torch.equal(kept[name], weights[name])]
+            published = {name: weights[name].float() for name in masters if name in weights}  # nothing but on rank 0
+            report["unpublished"] = max([report["unpublished"], *_differences(published, masters)])
             report["trained"].append(len(masters))
             kept = weights
         report["adapters"] = len(kept) // (2 * len(self.layers))
@@ -177,16 +173,15 @@ class Case:
             self.dense.step([mean_loss(b, "llama", targets) for rank in everyone for b in rank])
 
     def _apart(self, masters: dict[str, torch.Tensor]) -> float:
-        pairs = {
-            (layer, is_a): self.dense.pairs[layer][-1][0 if is_a else 1]
-            for layer in self.layers
-            for is_a in (True, False)
-        }
-        differences = [
-            float((tensor - pairs[_layer(name), ".lora_A." in name].detach()).abs().max())
-            for name, tensor in masters.items()
-        ]
-        return float(torch.tensor(differences).max())  # NaN stays NaN
+        truth = {}
+        for name in masters:
+            a, b = self.dense.pairs[_layer(name)][-1]
+            truth[name] = (a if ".lora_A." in name else b).detach()
+        return float(torch.tensor(_differences(truth, masters)).max())  # NaN stays NaN
+
+
+def _differences(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[float]:
+    return [float((tensor - second[name]).abs().max()) for name, tensor in first.items()]
 
 
 def _layer(name: str) -> str:

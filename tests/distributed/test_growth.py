@@ -1,4 +1,4 @@
-"""IncLoRA and O-LoRA on ZeRO shards equal a dense oracle; old adapters never move, and come back out of a saved state."""
+"""IncLoRA and O-LoRA on ZeRO shards equal a dense oracle; old adapters never move, and come back from a state."""
 
 from __future__ import annotations
 
@@ -64,10 +64,8 @@ def test_every_stage_goes_on_from_the_same_state(tmp_path: Path, dtype: str) -> 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_masks_cover_the_penalty_that_comes_before_them(stage: int) -> None:
     """Whether MIGU's backward skips rows or zeroes them makes no difference; the order of the methods does."""
-    found = {
-        name: torch.tensor(weights)
-        for name, weights in run_ranks(f"{JOBS}:compositions", 2, {"stage": stage})[0].items()
-    }
+    report = run_ranks(f"{JOBS}:compositions", 2, {"stage": stage})[0]
+    found = {name: torch.tensor(weights) for name, weights in report.items()}
     for order in ("olora migu", "migu olora"):
         skipped, zeroed = found[f"{order} True"], found[f"{order} False"]
         assert torch.allclose(skipped, zeroed, rtol=1e-5, atol=1e-7), order
