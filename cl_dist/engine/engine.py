@@ -120,6 +120,7 @@ class TrainingEngine:
         """
         changed = [method.prepare_task(index) for method in self.methods]
         if any(changed):
+            beat("building the engine", opaque=True)
             self.rebuild()
 
     def before_task(self, place: TaskPlace) -> None:

@@ -85,7 +85,7 @@ def test_the_page_has_the_same_pairs() -> None:
     [
         (
             ["method.name=olora"],
-            "method: olora trains new LoRA adapters in every task, and there is no model.lora; give",
+            "method: olora trains new LoRA adapters in every task, and there is no model.lora",
         ),
         (
             ["method=[{name: replay}, {name: kif, replay_ratio: 0.02}]"],
@@ -98,7 +98,7 @@ def test_the_page_has_the_same_pairs() -> None:
         ),
         (
             ["method={name: replay, policy: reservoir}"],
-            "method.memory_size: missing; policy reservoir needs the number",
+            "method.memory_size: missing; policy reservoir needs the",
         ),
         (["method={name: replay, memory_size: 9}"], "method.memory_size: 9 has a meaning for policy reservoir only"),
         (["method={name: replay, ratio: 0}"], "method.ratio: 0 is not allowed; allowed: a number, above 0, at most 1"),
