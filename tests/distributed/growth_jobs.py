@@ -35,19 +35,21 @@ def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compositions(stage: int) -> dict[str, list[float]]:
-    """The newest adapter's weights after three tasks of O-LoRA and MIGU, in both orders and in both ways of masking."""
+    """The newest adapter's weights after two tasks of O-LoRA and MIGU: MIGU masking in backward, masking after the
+    reduction, and before the penalty is added.
+    """
     join(timeout_seconds=120)
     olora = OLoraConfig(name="olora", lambda1=0.05)
+    skipping, zeroing = (MiguConfig(name="migu", skip_rows=skip) for skip in (True, False))
+    orders = {"skipped": (olora, skipping), "zeroed": (olora, zeroing), "penalty last": (skipping, olora)}
     weights = {}
-    for skip in (True, False):
-        migu = MiguConfig(name="migu", skip_rows=skip)
-        for name, order in (("olora migu", (olora, migu)), ("migu olora", (migu, olora))):
-            case = Case(stage, methods=order)
-            for index in range(TASKS):
-                case.train_task(index)
-            masters = whole(case.engine.shards, "master")
-            weights[f"{name} {skip}"] = torch.cat([tensor.reshape(-1) for tensor in masters.values()]).tolist()
-            case.engine.destroy()
+    for name, order in orders.items():
+        case = Case(stage, methods=order)
+        for index in range(2):
+            case.train_task(index)
+        masters = whole(case.engine.shards, "master")
+        weights[name] = torch.cat([tensor.reshape(-1) for tensor in masters.values()]).tolist()
+        case.engine.destroy()
     return weights
 
 
@@ -67,7 +69,8 @@ def through_a_state(folder: str, dtype: str, stages: list[int]) -> dict[str, dic
     reports = {}
     for stage in stages:
         loaded = Case(stage, dtype=dtype, methods=(OLoraConfig(name="olora"),))
-        loaded.engine.prepare_task(TASKS)  # one too many: prepared for a later task than the state is from
+        if stage == stages[-1]:
+            loaded.engine.prepare_task(TASKS)  # one too many: prepared for a later task than the state is from
         loaded.engine.prepare_task(TASKS - 1)
         load_snapshot(Path(folder), loaded.engine.shards, loaded.engine.method_tensors())
         loaded.engine.method_tensors_loaded()
