@@ -36,6 +36,7 @@ from cl_dist.heartbeat import beat
 from cl_dist.methods.base import TaskPlace
 from cl_dist.models.dropout import has_dropout
 from cl_dist.models.export import export_model, is_readable_export
+from cl_dist.models.lora import in_adapter
 from cl_dist.progress import Reporter
 from cl_dist.sharding import gather_state_dict
 from cl_dist.state.atomic import publishing, telling_full_disk, write_json
@@ -261,17 +262,35 @@ class Coordinator:
         self.ledger.update(accuracy_matrix=(row,), general=general)
 
     def _run_task(self, index: int) -> None:
+        if not self.system.engine.trains(index):
+            self._repeat_task(index)
+            return
         trainer = self.system.trainer(index)
         place = TaskPlace(index, self.tasks[index].name, trainer.steps, trainer.cycles)
         self.reporter.task_started(index, place.name, trainer.steps)
         spent = self._train(place, trainer)
         began = time.monotonic()
-        seen = len(self.tasks) if self.recipe.eval.tasks == "all" else index + 1
+        seen = len(self.tasks) if self.recipe.eval.tasks == "all" else self._seen(index)
         row = self._evaluate(range(seen), self.folder.task(index, place.name).predictions)
         general = self._evaluate_general(place.name)
         self._export(self.folder.task(index, place.name).model)
         self._write_results(self.folder.task(index, place.name).path)
-        timings = {**dataclasses.asdict(spent), "evaluate_seconds": time.monotonic() - began}
+        self._complete(index, row, spent, time.monotonic() - began)
+        self._forget_older_states(index)
+
+    def _seen(self, index: int) -> int:
+        """How many tasks the model has learnt after task `index`: those behind it without own steps, too."""
+        later = range(index + 1, len(self.tasks))
+        return next((task for task in later if self.system.engine.trains(task)), len(self.tasks))
+
+    def _repeat_task(self, index: int) -> None:
+        """A task without steps of its own: the model is the one of the task before, and so are its scores."""
+        self.reporter.task_started(index, self.tasks[index].name, 0)
+        self._complete(index, self.ledger.manifest.accuracy_matrix[-1], Spent(), 0.0)
+
+    def _complete(self, index: int, row: Row, spent: Spent, evaluate_seconds: float) -> None:
+        """Let the manifest say that a task is trained, evaluated and saved."""
+        timings = {**dataclasses.asdict(spent), "evaluate_seconds": evaluate_seconds}
         manifest = self.ledger.manifest
         self.ledger.update(
             accuracy_matrix=(*manifest.accuracy_matrix, row),
@@ -283,7 +302,6 @@ class Coordinator:
             status="finished" if index + 1 == len(self.tasks) else "running",
         )
         self._checkpoints.forget_strays()
-        self._forget_older_states(index)
         self.reporter.task_finished(index, list(row))
 
     def _train(self, place: TaskPlace, trainer: TaskTrainer) -> Spent:
@@ -342,7 +360,10 @@ class Coordinator:
         return the saved JSON state ({}: task start).
         """
         engine = self.system.engine
-        found = self._checkpoints.restore(self._load)
+        found = None
+        if self.ledger.manifest.checkpoints:
+            engine.prepare_task(place.index)
+            found = self._checkpoints.restore(self._load)
         if found is not None:
             self._checkpoints.forget_after(found.entry)
             engine.before_task(place)
@@ -359,7 +380,9 @@ class Coordinator:
         engine = self.system.engine
         if 0 < place.index == self._first:
             before = self.folder.task(place.index - 1, self.tasks[place.index - 1].name)
+            engine.prepare_task(place.index - 1)
             engine.load_method_states(self._load_end_state(before.state)["methods"])
+        engine.prepare_task(place.index)
         if self.ledger.manifest.checkpoints:  # all of them are damaged
             self._checkpoints.forget_after(None)
             self.ledger.log(event="resumed", task=place.name, step=0)
@@ -385,7 +408,9 @@ class Coordinator:
     def _load(self, folder: Path) -> dict[str, Any]:
         """Fill weights, moments and the methods' tensors from a saved state; return its JSON values."""
         engine = self.system.engine
-        return load_snapshot(folder, engine.shards, engine.method_tensors())
+        state = load_snapshot(folder, engine.shards, engine.method_tensors())
+        engine.method_tensors_loaded()
+        return state
 
     def _after_step(self, place: TaskPlace, spent: Spent, stop: bool, minutes_over: bool) -> None:
         """Save where it is due, and stop where a signal asked for it."""
@@ -462,7 +487,7 @@ class Coordinator:
         """Write the model, or its adapter, in Hugging Face format."""
         model = self.system.engine.model
         beat("writing the model", opaque=True)
-        weights = gather_state_dict(model, trainable_only=self.recipe.model.lora is not None)
+        weights = gather_state_dict(model, wanted=in_adapter if self.recipe.model.lora is not None else None)
         if self.ledger.writer:
             with publishing(path) as temporary:
                 export_model(model, self.system.loaded.tokenizer, temporary, weights)  # type: ignore[arg-type]

@@ -43,11 +43,12 @@ def _find_task(manifest: Manifest, name: str | None, folder: RunFolder) -> int:
     done = manifest.tasks[: manifest.completed]
     if not done:
         raise BadInput(f"{folder.path}: no task is done yet, so there is no model to evaluate")
-    if name is None:
-        return len(done) - 1
-    if name not in done:
+    if name is not None and name not in done:
         raise BadInput(f"--task {name}: not among the tasks that are done in {folder.path}: {', '.join(done)}")
-    return done.index(name)
+    index = len(done) - 1 if name is None else done.index(name)
+    while index > 0 and manifest.timings[index].get("steps") == 0:  # multi_task: it has the model of the task before
+        index -= 1
+    return index
 
 
 def _check(recipe: Recipe, recipe_dir: Path, first: bool) -> None:

@@ -19,6 +19,66 @@ class SequentialConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class IncLoraConfig:
+    """IncLoRA: new LoRA adapters for every task; those of earlier tasks are frozen and stay active."""
+
+    name: Literal["inclora"]
+    """Name of the method."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OLoraConfig:
+    """O-LoRA: IncLoRA whose new adapters are kept orthogonal to the old ones (arXiv 2310.14152)."""
+
+    name: Literal["olora"]
+    """Name of the method."""
+    lambda1: NonNegative = 0.5
+    """Weight of the penalty sum(abs(A_old A_new^T)) over all modules and old adapters (reference code: 0.5)."""
+    lambda2: NonNegative = 0.0
+    """Weight of the sum of the norms of the new lora_A and lora_B (reference code: 0, on some tasks 0.1 or 0.3)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ReplayConfig:
+    """Replay: samples of past tasks are mixed into every task's own."""
+
+    name: Literal["replay"]
+    """Name of the method."""
+    policy: Literal["quota", "reservoir"] = "quota"
+    """`quota`: a share of every past task's samples, so that the memory grows with the stream; `reservoir`: a uniform
+    sample of all past samples, of fixed size (Algorithm R)."""
+    ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.02
+    """Share of every past task's training samples that is learnt again, at least one of each (`quota`)."""
+    memory_size: PositiveInt | None = None
+    """Samples in the memory, of all past tasks together (`reservoir`, which must be told)."""
+
+    def __post_init__(self) -> None:
+        """Refuse a reservoir without a size, and a size without a reservoir."""
+        if self.policy == "reservoir" and self.memory_size is None:
+            raise ValueError("memory_size: missing; policy reservoir needs the number of samples that it may hold")
+        if self.policy == "quota" and self.memory_size is not None:
+            raise ValueError(
+                f"memory_size: {self.memory_size} has a meaning for policy reservoir only; policy quota takes ratio"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PerTaskConfig:
+    """Per-task training, a bound: every task by itself, from the untouched weights."""
+
+    name: Literal["per_task"]
+    """Name of the method."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MultiTaskConfig:
+    """Multi-task training, a bound: all tasks together, in the place of the first one."""
+
+    name: Literal["multi_task"]
+    """Name of the method."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class MiguConfig:
     """MIGU, magnitude-based gradient updating (arXiv 2406.17245)."""
 
@@ -182,5 +242,15 @@ class RecurrentKifConfig(UnitConfig):
 
 
 MethodConfig = Annotated[
-    SequentialConfig | MiguConfig | KifConfig | TaslConfig | RecurrentKifConfig, Field(discriminator="name")
+    SequentialConfig
+    | IncLoraConfig
+    | OLoraConfig
+    | ReplayConfig
+    | PerTaskConfig
+    | MultiTaskConfig
+    | MiguConfig
+    | KifConfig
+    | TaslConfig
+    | RecurrentKifConfig,
+    Field(discriminator="name"),
 ]

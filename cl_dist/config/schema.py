@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from cl_dist.config.composition import GROWING, refuse_exclusive
 from cl_dist.config.methods import MethodConfig, SequentialConfig, UnitConfig
 from cl_dist.config.ranges import STRICT, Fraction, NonNegative, Positive, PositiveInt
 
@@ -384,12 +385,17 @@ class Recipe:
             raise ValueError(f'method: "{twice}" is given twice; a method composes with others, not with itself')
         if not names:
             raise ValueError("method: the list is empty; for plain fine-tuning give the method sequential")
+        refuse_exclusive(names)
         self._check_fusion([method for method in self.method if isinstance(method, UnitConfig)])
+        self._check_starts(names)
 
     def _check_fusion(self, methods: Sequence[UnitConfig]) -> None:
-        if len(methods) > 1:
-            raise ValueError("method: kif, tasl and recurrent_kif all fuse weights; give one of them")
         for method in methods:
+            if method.replay_ratio > 0 and any(other.name == "replay" for other in self.method):
+                raise ValueError(
+                    f"method: replay and {method.name} with replay_ratio {method.replay_ratio} do not compose: both "
+                    "mix past samples in; give one of them"
+                )
             if self.model.lora is None and method.units == "rank":
                 raise ValueError("method.units: rank is a rank of LoRA, and there is no model.lora; give matrix or row")
             if self.model.lora is None and method.orthogonal_for(lora=False) > 0:
@@ -397,6 +403,21 @@ class Recipe:
                     f"method.orthogonal: {method.orthogonal} weighs a penalty on LoRA's matrices, and there is no "
                     "model.lora; give 0"
                 )
+
+    def _check_starts(self, names: Sequence[str]) -> None:
+        """Methods that start every task with other weights than the ones that the task before has trained."""
+        growing = next((name for name in names if name in GROWING), None)
+        if growing is not None and self.model.lora is None:
+            raise ValueError(
+                f"method: {growing} trains new LoRA adapters in every task, and there is no model.lora; give one, such "
+                "as {r: 8}"
+            )
+        fresh = next((name for name in names if name in (*GROWING, "per_task")), None)
+        if fresh is not None and self.train.keep_optimizer:
+            raise ValueError(
+                f"train.keep_optimizer: true carries AdamW's moments into the next task, whose weights start anew with "
+                f"{fresh}; allowed: false"
+            )
 
     def _check_lengths(self) -> None:
         train = self.train

@@ -110,6 +110,19 @@ class TrainingEngine:
         memories = (method.memory(index, tasks) for method in self.methods)
         return next((memory for memory in memories if memory is not None), None)
 
+    def trains(self, index: int) -> bool:
+        """Whether task `index` has steps of its own."""
+        return all(method.trains(index) for method in self.methods)
+
+    def prepare_task(self, index: int) -> None:
+        """Let the methods make the model ready for task `index`, and build the engine anew where they change what is
+        trained (collective).
+        """
+        changed = [method.prepare_task(index) for method in self.methods]
+        if any(changed):
+            beat("building the engine", opaque=True)
+            self.rebuild()
+
     def before_task(self, place: TaskPlace) -> None:
         """Tell the methods that a task begins."""
         self._place = place
@@ -198,6 +211,11 @@ class TrainingEngine:
             for number, method in enumerate(self.methods)
             for quantity, shards in method.tensors().items()
         }
+
+    def method_tensors_loaded(self) -> None:
+        """Tell the methods that their tensors have been filled from a saved state (collective)."""
+        for method in self.methods:
+            method.tensors_loaded()
 
     def method_states(self) -> list[dict[str, Any]]:
         """Each method's JSON state, in the order of composition."""

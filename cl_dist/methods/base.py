@@ -45,14 +45,16 @@ class Memory:
 class Method:
     """A continual-learning method; the engine calls its moments in the same order in every run.
 
-    `attach`, then for each task `training_data`, `before_task`, for each step (`before_forward`, `before_backward`) per
-    micro-batch, `before_update`, `after_update`, and finally `after_task` and `write_results`.
+    `attach`, then for each task `training_data`, `prepare_task`, `before_task`, for each step (`before_forward`,
+    `before_backward`) per micro-batch, `before_update`, `after_update`, and finally `after_task` and `write_results`.
     """
 
     needs_all_logits = False
     """Whether the output head must run over every position, not only those that predict an answer."""
     keeps_unfused = False
     """Whether a task's weights as trained, before `after_task` changes them, are to be kept beside its model."""
+    adds_to_gradient = False
+    """Whether `before_update` adds to the gradients: what masks them, and comes after it, must not skip rows alone."""
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """The engine was built (or rebuilt) around `model`; its training state is seen through `shards`."""
@@ -75,8 +77,21 @@ class Method:
         """Samples that task `index` learns in steps of their own (see `training_data`), or None."""
         return None
 
+    def trains(self, index: int) -> bool:
+        """Whether task `index` has steps of its own; where not, the task before it leaves its model and its scores."""
+        return True
+
+    def prepare_task(self, index: int) -> bool:
+        """Make the model ready for task `index`; return whether the set of trained parameters has changed, so that the
+        engine must be built anew (and `attach` called again).
+
+        Comes before the state of this task is restored, or, where the task starts at its beginning, when the model is
+        as the task before left it. It may have been prepared for any task before, a later one too.
+        """
+        return False
+
     def before_task(self, place: TaskPlace) -> None:
-        """A task begins."""
+        """A task begins, or goes on after a resume: the weights are in place."""
 
     def before_forward(self, step: int, batch: Batch) -> None:
         """A micro-batch of optimiser step `step` (0-based in its task) is about to go through the model in training."""
@@ -123,3 +138,6 @@ class Method:
         Each shard covers the elements that this rank owns, so that another number of ranks can read them.
         """
         return {}
+
+    def tensors_loaded(self) -> None:
+        """What `tensors` gave has been filled from a saved state (all ranks come here)."""

@@ -4,25 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cl_dist.config.methods import KifConfig, MethodConfig, MiguConfig, RecurrentKifConfig, SequentialConfig
+from cl_dist.config.methods import (
+    IncLoraConfig,
+    KifConfig,
+    MethodConfig,
+    MiguConfig,
+    MultiTaskConfig,
+    OLoraConfig,
+    PerTaskConfig,
+    RecurrentKifConfig,
+    ReplayConfig,
+    SequentialConfig,
+)
 from cl_dist.methods.base import Method
+from cl_dist.methods.bounds import MultiTask, PerTask
+from cl_dist.methods.inclora import IncLora, OLora
 from cl_dist.methods.kif import Kif, RecurrentKif
 from cl_dist.methods.migu import Migu
+from cl_dist.methods.replay import Replay
 from cl_dist.methods.sequential import Sequential
 
 
 def build_methods(configs: Sequence[MethodConfig]) -> list[Method]:
     """Return one object per entry, in the order in which they compose."""
-    return [_build(config) for config in configs]
+    methods: list[Method] = []
+    for config in configs:
+        methods.append(_build(config, methods))
+    return methods
 
 
-def _build(config: MethodConfig) -> Method:
+def _build(config: MethodConfig, before: Sequence[Method]) -> Method:
+    """The method of one entry, after the methods `before` it."""
     match config:
         case KifConfig():  # and TaSL's, which is one with other defaults
             return Kif(config)
         case RecurrentKifConfig():
             return RecurrentKif(config)
         case MiguConfig():
-            return Migu(config)
+            return Migu(config, mask_again=any(method.adds_to_gradient for method in before))
+        case IncLoraConfig():
+            return IncLora()
+        case OLoraConfig():
+            return OLora(config)
+        case ReplayConfig():
+            return Replay(config)
+        case PerTaskConfig():
+            return PerTask()
+        case MultiTaskConfig():
+            return MultiTask()
         case SequentialConfig():
             return Sequential()

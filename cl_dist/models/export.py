@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cl_dist.models.lora import adapter_names, in_adapter, joined_adapters
 
 
 def export_model(
@@ -21,12 +24,12 @@ def export_model(
     """Write `model` with the weights of `state_dict` and the tokenizer into `folder`, loadable with `from_pretrained`.
 
     `state_dict` has whole CPU tensors by the names of `model.named_parameters()`: all of them, or, where `model` is a
-    PeftModel, at least the trainable ones; only the adapter is written then. The model's own parameters are not read,
-    they may be sharded. One process calls. Raises ValueError where a tensor is missing or has another shape than the
-    model's.
+    PeftModel, at least those `in_adapter`; only the adapter is written then, several of them as one. The model's own
+    parameters are not read, they may be sharded. One process calls. Raises ValueError where a tensor is missing or has
+    another shape than the model's.
     """
     adapter = isinstance(model, PeftModel)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapter}
+    parameters = {name: p for name, p in model.named_parameters() if not adapter or in_adapter(name, p)}
     _check_complete(parameters, state_dict)
     weights = {name: state_dict[name].detach().contiguous() for name in parameters}
     if isinstance(model, PeftModel):
@@ -65,10 +68,24 @@ def _buffers(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Adapter weights and configuration, without peft's model card, an empty form.
+    """Adapter weights and configuration, without peft's model card, an empty form. Several adapters become one, whose
+    rank is the sum of theirs.
 
     The embedding is never part of an adapter here, and peft's own check for that would look the base model up on the
     hub.
     """
-    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    names = adapter_names(model)
+    configuration = model.peft_config[names[0]]
+    scaled = copy.copy(configuration)
+    scaled.r, scaled.lora_alpha = len(names) * configuration.r, len(names) * configuration.lora_alpha
+    model.peft_config[names[0]] = scaled
+    try:
+        model.save_pretrained(
+            str(folder),
+            selected_adapters=names[:1],
+            state_dict=joined_adapters(weights, names),
+            save_embedding_layers=False,
+        )
+    finally:
+        model.peft_config[names[0]] = configuration
     (folder / "README.md").unlink(missing_ok=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import peft
+import torch
 from peft import PeftModel, TaskType
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,6 +18,7 @@ from transformers import PreTrainedModel
 from cl_dist.config.schema import LoraConfig
 from cl_dist.errors import BadInput
 from cl_dist.models.initialise import initialise_
+from cl_dist.models.names import LORA_A, LORA_B
 from cl_dist.models.structure import LINEAR, head_prefixes, is_below
 from cl_dist.tasks.encode import Objective
 
@@ -24,6 +28,9 @@ TASK_TYPES: dict[Objective, TaskType | None] = {
     "classification": TaskType.SEQ_CLS,
     "masked_lm": None,  # peft has no such task; the adapter's configuration names the model's class instead
 }
+
+FIRST_ADAPTER = "default"
+"""peft's own name for an adapter; those of later tasks are `task1`, `task2` and so on."""
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig, objective: Objective, seed: int) -> PeftModel:
@@ -48,7 +55,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, objective: Objective, see
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         adapted = peft.get_peft_model(model, configuration, autocast_adapter_dtype=False)
-    initialise_(adapted, seed, only={name for name, _ in adapted.named_parameters() if ".lora_" in name})
+    initialise_(adapted, seed, only={name for name, _ in adapted.named_parameters() if _is_lora(name)})
     return adapted
 
 
@@ -63,6 +70,97 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, str(folder))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"the adapter in {folder} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def adapter_names(model: PeftModel) -> list[str]:
+    """The model's adapters, in the order in which they were added."""
+    return list(model.peft_config)
+
+
+def grow_adapters(model: PeftModel, count: int, seed: int) -> bool:
+    """Let the model have `count` adapters like its first one, all of them active and the newest alone trained.
+
+    Adapters are added or, the newest first, taken away; what is trained beside them (a classifier's head) stays so.
+    New values follow from `seed` and the adapters' names. Where anything has changed, which is returned, an engine
+    around the model must be built anew; under ZeRO-3 that shards what is new.
+    """
+    names = adapter_names(model)
+    wanted = [FIRST_ADAPTER, *(f"task{number}" for number in range(1, count))]
+    if names == wanted:
+        return False
+    beside = {name for name, parameter in model.named_parameters() if parameter.requires_grad and not _is_lora(name)}
+    for name in reversed(names[count:]):
+        _take_away(model, name)
+    for name in wanted[len(names) :]:
+        _add(model, name, seed)
+    _activate(model, wanted)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in beside or _belongs(name, wanted[-1]))
+    return True
+
+
+def _add(model: PeftModel, name: str, seed: int) -> None:
+    """Add a copy of the first adapter with initial values of its own."""
+    configuration = copy.deepcopy(model.peft_config[FIRST_ADAPTER])
+    configuration.modules_to_save = None  # the first adapter's head serves all of them
+    # Not the subclass's method: a classifier's would add a head again.
+    PeftModel.add_adapter(model, name, configuration, autocast_adapter_dtype=False)
+    initialise_(model, seed, only={each for each, _ in model.named_parameters() if _belongs(each, name)})
+
+
+def _take_away(model: PeftModel, name: str) -> None:
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.delete_adapter(name)
+    del model.peft_config[name]
+
+
+def _activate(model: PeftModel, names: list[str]) -> None:
+    """Let every layer add up these adapters; a head, of which there is one, is left as it is."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter(names)
+    model.base_model.active_adapter = names
+
+
+def frozen_adapters(model: PeftModel) -> list[str]:
+    """Names of the parameters of the adapters that are not trained (any more), in model order."""
+    return [name for name, parameter in model.named_parameters() if _is_lora(name) and not parameter.requires_grad]
+
+
+def in_adapter(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter of a PeftModel is a part of what is exported: of any adapter, or trained beside them."""
+    return parameter.requires_grad or _is_lora(name)
+
+
+def joined_adapters(weights: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The matrices of several adapters of the same scale as those of one, whose output is the sum of theirs.
+
+    Args:
+        weights: Whole tensors by parameter name; lora_A is `(r, in)` and lora_B `(out, r)`.
+        names: The adapters, oldest first.
+
+    Returns:
+        Under the first adapter's names lora_A `(r * adapters, in)` and lora_B `(out, r * adapters)`; what belongs to no
+        adapter as it is.
+    """
+    joined = {}
+    for name, weight in weights.items():
+        if not _is_lora(name):
+            joined[name] = weight
+        elif _belongs(name, names[0]):
+            parts = [weights[name.replace(f".{names[0]}.", f".{each}.")] for each in names]
+            joined[name] = torch.cat(parts, dim=0 if LORA_A in name else 1)
+    return joined
+
+
+def _is_lora(name: str) -> bool:
+    return LORA_A in name or LORA_B in name
+
+
+def _belongs(name: str, adapter: str) -> bool:
+    """Whether a parameter is a LoRA matrix of the adapter."""
+    return _is_lora(name) and f".{adapter}." in name
 
 
 def _modules_with_weights(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ from cl_dist.sharding.check import DEEPSPEED_VERSION, check_deepspeed
 
 if TYPE_CHECKING:
     from cl_dist.sharding.freeze import RowFreezer
-    from cl_dist.sharding.gather import gather_state_dict
+    from cl_dist.sharding.gather import gather_state_dict, whole_parameters
     from cl_dist.sharding.replicas import replica_checksums
     from cl_dist.sharding.shard import Shard
     from cl_dist.sharding.view import ShardView
@@ -21,6 +21,7 @@ __all__ = [
     "check_deepspeed",
     "gather_state_dict",
     "replica_checksums",
+    "whole_parameters",
 ]
 
 
@@ -31,6 +32,7 @@ def __getattr__(name: str) -> object:
     homes = {
         "gather_state_dict": "gather",
         "replica_checksums": "replicas",
+        "whole_parameters": "gather",
         "RowFreezer": "freeze",
         "Shard": "shard",
         "ShardView": "view",

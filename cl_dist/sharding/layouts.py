@@ -16,7 +16,7 @@ oracle):
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -87,6 +87,16 @@ class Layout(ABC):
         }
 
     @abstractmethod
+    def frozen(self, param: torch.nn.Parameter) -> Shard | None:
+        """View of this rank's share of a parameter that is not trained; None where it has none. `publish_frozen`
+        follows an edit.
+        """
+
+    @abstractmethod
+    def publish_frozen(self, params: Sequence[torch.nn.Parameter]) -> None:
+        """Make the model compute with all ranks' shares of parameters that are not trained (collective)."""
+
+    @abstractmethod
     def flat_tensors(self) -> list[torch.Tensor]:
         """The tensors that the inner optimiser steps on."""
 
@@ -134,6 +144,14 @@ class Replicated(Layout):
             low.data.copy_(high.data)
 
     @override
+    def frozen(self, param: torch.nn.Parameter) -> Shard | None:
+        return Shard(0, param.detach().view(-1))
+
+    @override
+    def publish_frozen(self, params: Sequence[torch.nn.Parameter]) -> None:
+        return  # every rank's share is the whole
+
+    @override
     def flat_tensors(self) -> list[torch.Tensor]:
         return [param for group in self.inner.param_groups for param in group["params"]]
 
@@ -167,6 +185,21 @@ class FlatGroups(Layout):
     @override
     def publish(self) -> None:
         self.zero.update_lp_params()
+
+    @override
+    def frozen(self, param: torch.nn.Parameter) -> Shard | None:
+        # Every rank holds all of it; so that one alone writes each element, each has an even piece.
+        shard = _piece(param, torch.distributed.get_rank())
+        return shard if shard.data.numel() else None
+
+    @override
+    def publish_frozen(self, params: Sequence[torch.nn.Parameter]) -> None:
+        for rank in range(torch.distributed.get_world_size() if params else 0):
+            pieces = [_piece(param, rank).data for param in params]
+            flat = torch.cat(pieces)
+            torch.distributed.broadcast(flat, src=rank)
+            for piece, whole in zip(pieces, flat.split([piece.numel() for piece in pieces]), strict=True):
+                piece.copy_(whole)
 
     @override
     def flat_tensors(self) -> list[torch.Tensor]:
@@ -218,8 +251,21 @@ class Partitioned(Layout):
         self.zero._partition_all_parameters()
         for group in range(len(self.flat_tensors())):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    @override
+    def frozen(self, param: torch.nn.Parameter) -> Shard | None:
+        start, numel = self._owned(param)
+        return Shard(start, param.ds_tensor.detach().view(-1).narrow(0, 0, numel)) if numel else None  # type: ignore[attr-defined]
+
+    @override
+    def publish_frozen(self, params: Sequence[torch.nn.Parameter]) -> None:
+        self.zero._partition_all_parameters()  # small ones are kept gathered, with their old values
+        self._gather_persistent()
 
     @override
     def flat_tensors(self) -> list[torch.Tensor]:
@@ -230,3 +276,10 @@ class Partitioned(Layout):
         piece = param.partition_numel()  # type: ignore[attr-defined]
         start = piece * self.zero._get_param_partition_rank(param)
         return start, max(0, min(piece, param.ds_numel - start))  # type: ignore[attr-defined]
+
+
+def _piece(param: torch.nn.Parameter, rank: int) -> Shard:
+    """A rank's even share of the elements of a parameter that every rank holds whole; it may be empty."""
+    count, world = param.numel(), torch.distributed.get_world_size()
+    start, stop = (count * number // world for number in (rank, rank + 1))
+    return Shard(start, param.detach().view(-1).narrow(0, start, stop - start))

@@ -5,7 +5,7 @@ Methods, checkpoints and the coordinator go through `ShardView`; they never ask 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -68,6 +68,19 @@ class ShardView:
     def publish(self) -> None:
         """Make the model's weights follow the masters on all ranks (collective)."""
         self.layout.publish()
+
+    def frozen(self, names: Iterable[str]) -> dict[str, Shard]:
+        """This rank's share of parameters that are not trained, live views; missing where it has none of one.
+
+        Together the ranks' shares are everything, once (under stage 0 every rank has it all). After editing them:
+        `publish_frozen`.
+        """
+        shares = {name: self.layout.frozen(self._engine.module.get_parameter(name)) for name in names}
+        return {name: share for name, share in shares.items() if share is not None}
+
+    def publish_frozen(self, names: Iterable[str]) -> None:
+        """Make the model's weights follow the ranks' shares of parameters that are not trained (collective)."""
+        self.layout.publish_frozen([self._engine.module.get_parameter(name) for name in names])
 
     def gradient_norm(self) -> torch.Tensor:
         """Norm of all that this rank holds of the reduced gradient, a scalar where it lies; when `gradient` can be."""

@@ -9,10 +9,10 @@ import torch
 from cl_dist.config.methods import KifConfig
 from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.base import TaskPlace
-from cl_dist.methods.kif.replay import past_samples
 from cl_dist.methods.kif.scores import UnitScores
 from cl_dist.methods.kif.shared import UnitMethod
 from cl_dist.methods.kif.weights import KeptWeights
+from cl_dist.methods.replay import past_samples
 from cl_dist.sharding import Shard, ShardView
 from cl_dist.tasks.types import Encoded
 

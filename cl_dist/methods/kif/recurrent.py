@@ -11,9 +11,9 @@ from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.base import Memory, TaskPlace
 from cl_dist.methods.kif.fusion import mask_shares, minmax
 from cl_dist.methods.kif.importance import Importance
-from cl_dist.methods.kif.replay import past_samples
 from cl_dist.methods.kif.shared import UnitMethod
 from cl_dist.methods.kif.weights import KeptWeights
+from cl_dist.methods.replay import past_samples
 from cl_dist.sharding import Shard, ShardView
 from cl_dist.tasks.collate import Batch
 from cl_dist.tasks.types import Encoded

@@ -13,7 +13,8 @@ from cl_dist.methods.base import Method
 from cl_dist.methods.kif.importance import Importance
 from cl_dist.methods.kif.orthogonal import Orthogonality
 from cl_dist.methods.kif.results import write_scores
-from cl_dist.methods.kif.units import LORA_A, UnitMap
+from cl_dist.methods.kif.units import UnitMap
+from cl_dist.models.names import LORA_A
 from cl_dist.sharding import Shard, ShardView
 
 
@@ -27,6 +28,7 @@ class UnitMethod(Method):
     def __init__(self, config: UnitConfig) -> None:
         self._unit_config = config
         self.keeps_unfused = config.keep_unfused
+        self.adds_to_gradient = config.orthogonal != 0
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Cut the model into units and lay importance out along the shards; a rebuilt engine begins with none."""

@@ -22,9 +22,9 @@ from typing import Any, Literal
 import torch
 
 from cl_dist.errors import BadInput
+from cl_dist.models.names import LORA_A, LORA_B
 
 Units = Literal["matrix", "rank", "row"]
-LORA_A, LORA_B = ".lora_A.", ".lora_B."
 
 CHUNK = 1 << 22
 """Elements whose units are looked up at a time: 32 MiB of indices."""

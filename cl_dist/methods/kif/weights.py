@@ -39,6 +39,11 @@ class KeptWeights:
         for name, kept in self.shards.items():
             kept.data.copy_(self._master(name))
 
+    def put_back(self) -> None:
+        """Replace the masters by what was kept; not yet published."""
+        for name, kept in self.shards.items():
+            self._master(name).copy_(kept.data)
+
     def mix(self, units: UnitMap, values: torch.Tensor, mixture: Mixture) -> None:
         """Replace the masters by `mixture`; not yet published.
 

@@ -1,0 +1,61 @@
+"""IncLoRA and O-LoRA: every task gets LoRA adapters of its own; those of earlier tasks are frozen and stay active."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+
+from cl_dist.config.methods import OLoraConfig
+from cl_dist.config.schema import TrainConfig
+from cl_dist.methods.base import Method, TaskPlace
+from cl_dist.methods.overlap import PastOverlap
+from cl_dist.models.lora import frozen_adapters, grow_adapters
+from cl_dist.sharding import Shard, ShardView
+
+
+class IncLora(Method):
+    """One adapter per task, their outputs added up; only the newest is trained (with a classifier's head)."""
+
+    def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
+        """Note the model, whose adapters grow."""
+        assert isinstance(model, PeftModel)  # the recipe is refused otherwise
+        self._model, self._shards, self._seed = model, shards, train.seed
+
+    def prepare_task(self, index: int) -> bool:
+        """Add the task's adapter, and freeze those before it."""
+        return grow_adapters(self._model, index + 1, self._seed)
+
+    def tensors(self) -> dict[str, dict[str, Shard]]:
+        """The frozen adapters; the newest one is a part of the training state."""
+        return {"frozen": self._shards.frozen(frozen_adapters(self._model))}
+
+    def tensors_loaded(self) -> None:
+        """Let every rank have the frozen adapters whole, as before."""
+        self._shards.publish_frozen(frozen_adapters(self._model))
+
+
+class OLora(IncLora):
+    """IncLoRA whose new adapters are kept orthogonal to the old ones (arXiv 2310.14152).
+
+    Args:
+        config: The recipe's `method` entry.
+    """
+
+    adds_to_gradient = True
+
+    def __init__(self, config: OLoraConfig) -> None:
+        self.config = config
+
+    def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
+        """Lay the penalty out along the new adapter."""
+        super().attach(model, shards, train)
+        device = next(model.parameters()).device
+        self._overlap = PastOverlap(model, shards, self.config.lambda1, self.config.lambda2, device)
+
+    def before_task(self, place: TaskPlace) -> None:
+        """Take the old adapters, which are in place by now."""
+        self._overlap.gather_past(frozen_adapters(self._model))
+
+    def before_update(self) -> None:
+        """Add the penalty's gradient."""
+        self._overlap.add_gradient()

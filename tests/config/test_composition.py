@@ -1,0 +1,110 @@
+"""Which methods compose: the table, and the sentence that a recipe is refused with."""
+
+from __future__ import annotations
+
+import re
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from cl_dist.config.composition import BOUNDS, EXCLUSIONS, FUSING, GROWING, GUARDING, exclusion, refuse_exclusive
+from cl_dist.config.fields import method_classes
+from cl_dist.config.load import load_recipe
+from cl_dist.errors import BadInput
+
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
+SENSIBLE = [
+    ("olora", "migu"),
+    ("inclora", "migu"),
+    ("replay", "migu"),
+    ("replay", "kif"),
+    ("replay", "tasl"),
+    ("migu", "kif"),
+    ("inclora", "replay"),
+    ("olora", "replay"),
+    ("sequential", "per_task"),
+    ("ewc", "migu"),
+    ("lwf", "replay"),
+]
+
+
+@pytest.mark.parametrize("pair", SENSIBLE, ids="+".join)
+def test_what_makes_sense_composes_in_either_order(pair: tuple[str, str]) -> None:
+    assert exclusion(*pair) is None
+    refuse_exclusive(pair)
+    refuse_exclusive(pair[::-1])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("inclora", "olora"), "inclora and olora do not compose: both train a new adapter"),
+        (("migu", "olora", "kif"), "olora and kif do not compose: fusion mixes"),
+        (("recurrent_kif", "inclora"), "recurrent_kif and inclora do not compose: fusion mixes"),
+        (("olora", "ewc"), "olora and ewc do not compose: what the past has taught"),
+        (("agem", "inclora"), "agem and inclora do not compose"),
+        (("replay", "per_task"), "replay and per_task do not compose: per_task starts every task"),
+        (("multi_task", "migu"), "multi_task and migu do not compose: multi_task learns all tasks at once"),
+        (("per_task", "multi_task"), "per_task and multi_task do not compose: the one"),
+        (("replay", "recurrent_kif"), "replay and recurrent_kif do not compose: recurrent_kif has a memory"),
+        (("tasl", "kif"), "tasl and kif do not compose: kif, tasl and recurrent_kif all fuse weights"),
+    ],
+)
+def test_what_does_not_is_refused_by_name(names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^method: {re.escape(message)}"):
+        refuse_exclusive(names)
+
+
+def test_no_method_excludes_itself() -> None:
+    names = {*FUSING, *GROWING, *GUARDING, *BOUNDS, *method_classes()}
+    assert [name for name in names if exclusion(name, name) is not None] == []
+
+
+def test_every_name_in_the_table_is_a_method() -> None:
+    coming = set(GUARDING)  # named before they are there
+    named = {name for entry in EXCLUSIONS for name in (*entry.first, *(entry.second or ()))}
+    assert named - coming <= set(method_classes())
+
+
+def test_the_page_has_the_same_pairs() -> None:
+    """A mark in the table of docs/methods.md where two methods compose, `–` where they do not."""
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(("| + |", "| `"))]
+    table = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in rows if line.count("|") > 8]
+    columns = table[0][1:]
+    found = {(row[0], name): mark for row in table[1:] for name, mark in zip(columns, row[1:], strict=True)}
+    assert set(method_classes()) - {"sequential"} <= set(columns)
+    assert {row[0] for row in table[1:]} == set(columns)
+    for one, other in combinations(columns, 2):
+        expected = "yes" if exclusion(one, other) is None else "–"
+        assert (found[one, other], found[other, one]) == (expected, expected), (one, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["method.name=olora"],
+            "method: olora trains new LoRA adapters in every task, and there is no model.lora",
+        ),
+        (
+            ["method=[{name: replay}, {name: kif, replay_ratio: 0.02}]"],
+            "method: replay and kif with replay_ratio 0.02 do not compose: both mix past samples in; give one of them",
+        ),
+        (["method.name=per_task", "train.keep_optimizer=true"], "train.keep_optimizer: true carries AdamW's moments"),
+        (
+            ["method.name=inclora", "model.lora={r: 4}", "train.keep_optimizer=true"],
+            "train.keep_optimizer: true carries AdamW's moments into the next task, whose weights start anew with inc",
+        ),
+        (
+            ["method={name: replay, policy: reservoir}"],
+            "method.memory_size: missing; policy reservoir needs the",
+        ),
+        (["method={name: replay, memory_size: 9}"], "method.memory_size: 9 has a meaning for policy reservoir only"),
+        (["method={name: replay, ratio: 0}"], "method.ratio: 0 is not allowed; allowed: a number, above 0, at most 1"),
+        (["method={name: olora, lambda1: -1}"], "method.lambda1: -1 is not allowed; allowed: a number, at least 0"),
+    ],
+)
+def test_a_recipe_is_refused(changes: list[str], message: str) -> None:
+    with pytest.raises(BadInput, match=f"^{re.escape(message)}"):
+        load_recipe("quickstart", changes)

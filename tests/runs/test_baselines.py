@@ -1,0 +1,191 @@
+"""The baselines of the field's tables, and what composes, through the whole system under ZeRO-2 and ZeRO-3."""
+
+from __future__ import annotations
+
+import json
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cl_dist.config.load import load_recipe
+from cl_dist.tasks.stream import load_stream
+from tests.recipes import write_recipe
+from tests.zygote import Zygote
+
+STEPS = 3
+BATCH = 8
+SAMPLES = STEPS * BATCH
+TASKS = ("01-spring", "02-summer", "03-autumn")
+RANK = 4
+
+
+def trained(zygote: Zygote, folder: Path, **changes: Any) -> Path:
+    """Run folder of a run of three tasks of three steps."""
+    folder.mkdir(exist_ok=True)
+    stream = {"max_train_samples": SAMPLES, "max_eval_samples": 4, **changes.pop("stream", {})}
+    stream.setdefault("tasks", [{"name": task[3:], "format": "builtin"} for task in TASKS])
+    evaluation = {"before_training": False, **changes.pop("eval", {})}
+    path = write_recipe(folder, stream=stream, eval=evaluation, **changes)
+    outcome = zygote.run(["run", str(path), "--debug"], folder, world=2)
+    assert outcome.codes == [0, 0], "\n".join(outcome.output)
+    return folder / "run"
+
+
+def metrics(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+    return content
+
+
+def model(run: Path, task: str) -> dict[str, torch.Tensor]:
+    """What the run has exported after a task."""
+    (file,) = (run / "tasks" / task / "model").glob("*.safetensors")
+    return load_file(file)
+
+
+def learnt(run: Path, task: str) -> list[int]:
+    """Positions of the samples that a task's steps have learnt from, in the order of the steps."""
+    lines = [json.loads(line) for line in (run / "data_order.jsonl").read_text().splitlines()]
+    return [sample for line in lines if line["task"] == task for sample in line["samples"]]
+
+
+def steps(run: Path) -> list[int]:
+    return [entry["steps"] for entry in metrics(run)["timings"]]
+
+
+def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+LORA = {"model": {"lora": {"r": RANK}}}
+QUOTA = {"name": "replay", "ratio": 0.25}
+RESERVOIR = {"name": "replay", "policy": "reservoir", "memory_size": 10}
+MIGU = {"name": "migu"}
+METHODS: dict[str, dict[str, Any]] = {
+    "inclora": {"method": [{"name": "inclora"}], **LORA},
+    "olora": {"method": [{"name": "olora", "lambda2": 0.1}], **LORA},
+    "olora+migu": {"method": [{"name": "olora"}, MIGU], **LORA},
+    "inclora+migu": {"method": [{"name": "inclora"}, MIGU], **LORA},
+    "olora+replay": {"method": [{"name": "olora"}, QUOTA], **LORA},
+    "replay": {"method": [QUOTA]},
+    "reservoir": {"method": [RESERVOIR], **LORA},
+    "replay+migu": {"method": [QUOTA, MIGU]},
+    "replay+kif": {"method": [QUOTA, {"name": "kif"}], **LORA},
+    "replay+tasl": {"method": [QUOTA, {"name": "tasl"}]},
+    "per_task": {"method": [{"name": "per_task"}], **LORA},
+    "multi_task": {"method": [{"name": "multi_task"}], **LORA},
+}
+FAST = (("olora+migu", 3), ("replay+kif", 2), ("reservoir", 3))
+
+
+def samples_of(name: str) -> list[int]:
+    """Training samples of each task: own ones, and those that a memory adds."""
+    if name == "multi_task":
+        return [3 * SAMPLES, 0, 0]
+    if name == "reservoir":
+        return [SAMPLES, SAMPLES + 10, SAMPLES + 10]
+    if "replay" in name:
+        return [SAMPLES, SAMPLES + SAMPLES // 4, SAMPLES + 2 * (SAMPLES // 4)]
+    return [SAMPLES] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        pytest.param(name, stage, marks=() if (name, stage) in FAST else pytest.mark.slow)
+        for name in METHODS
+        for stage in (2, 3)
+    ],
+)
+def test_the_built_in_stream(zygote: Zygote, tmp_path: Path, name: str, stage: int) -> None:
+    run = trained(zygote, tmp_path, **METHODS[name], zero={"stage": stage})
+    for task, count in zip(TASKS, samples_of(name), strict=True):
+        assert sorted(learnt(run, task[3:])) == list(range(count)), "a sample is left out or learnt twice"
+    assert steps(run) == [ceil(count / BATCH) for count in samples_of(name)]
+    matrix = metrics(run)["accuracy_matrix"]
+    assert len(matrix) == 4
+    assert all(score is not None for row in matrix[1:] for score in row)
+    if "lora" in name.partition("+")[0]:
+        check_growth(run)
+
+
+def check_growth(run: Path) -> None:
+    """Each task's export is the one before it with more ranks, which does not touch those that were there."""
+    before: dict[str, torch.Tensor] = {}
+    for number, task in enumerate(TASKS, start=1):
+        weights = model(run, task)
+        config = json.loads((run / "tasks" / task / "model" / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"]) == (number * RANK, number * 32.0)
+        old = (number - 1) * RANK
+        for name, tensor in weights.items():
+            is_a = ".lora_A." in name
+            assert tensor.shape[0 if is_a else 1] == number * RANK
+            if before:
+                assert torch.equal(before[name], tensor[:old] if is_a else tensor[:, :old]), f"{task}: {name}"
+            new = tensor[old:] if is_a else tensor[:, old:]
+            assert new.any(), f"{task}: {name} was not trained"
+        before = weights
+
+
+def test_a_model_of_stacked_adapters_is_evaluated_as_it_was_trained(zygote: Zygote, tmp_path: Path) -> None:
+    """With a classifier's head, which stays trained; the scores of the saved model are those of the run."""
+    changes = {**METHODS["olora"], "model": {"name_or_path": "builtin:roberta-tiny", "lora": {"r": RANK}}}
+    run = trained(zygote, tmp_path, **changes, stream={"max_eval_samples": 16}, train={"learning_rate": 1e-2})
+    outcome = zygote.run(["eval", str(run)], tmp_path, world=2)
+    assert outcome.codes == [0, 0], "\n".join(outcome.output)
+    scores = json.loads((run / "tasks" / TASKS[2] / "evaluation.json").read_text())
+    assert list(scores.values()) == metrics(run)["accuracy_matrix"][3]
+    heads = [{n: t for n, t in model(run, task).items() if ".lora_" not in n} for task in TASKS]
+    assert heads[0]
+    assert all(not torch.equal(heads[1][name], tensor) for name, tensor in heads[2].items())
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_per_task_training_is_each_task_alone(zygote: Zygote, tmp_path: Path, stage: int) -> None:
+    """In file order, because the order of a shuffled task depends on its place."""
+    same: dict[str, Any] = {"zero": {"stage": stage}, "train": {"shuffle": False, "weight_decay": 0.1}}
+    bound = trained(zygote, tmp_path / "bound", method=[{"name": "per_task"}], **same)
+    alone = {"tasks": [{"name": "summer", "format": "builtin"}]}
+    single = trained(zygote, tmp_path / "alone", method=[{"name": "sequential"}], stream=alone, **same)
+    assert_same_weights(model(bound, "02-summer"), model(single, "01-summer"))
+    assert metrics(bound)["accuracy_matrix"][2][1] == metrics(single)["accuracy_matrix"][1][0]
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_multi_task_training_is_one_run_over_the_joined_data(zygote: Zygote, tmp_path: Path, stage: int) -> None:
+    same: dict[str, Any] = {"zero": {"stage": stage}, "model": {"lora": None}}
+    bound = trained(zygote, tmp_path / "bound", method=[{"name": "multi_task"}], eval={"tasks": "seen"}, **same)
+    joined = tmp_path / "joined"
+    write_joined(joined, tmp_path / "bound" / "recipe.yaml")
+    stream = {"tasks": [{"name": "all", "path": str(joined)}], "max_train_samples": 3 * SAMPLES}
+    single = trained(zygote, tmp_path / "single", method=[{"name": "sequential"}], stream=stream, **same)
+    assert_same_weights(model(bound, TASKS[0]), model(single, "01-all"))
+    found = metrics(bound)
+    rows = found["accuracy_matrix"][1:]
+    assert rows[0] == rows[1] == rows[2]
+    assert None not in rows[0], "a task that was learnt is not seen"
+    assert (found["backward_transfer"], found["forgetting"]) == (0.0, 0.0)
+    assert found["average_performance"] == found["learning_accuracy"]
+    assert steps(bound) == [3 * STEPS, 0, 0]
+    assert [path.name for path in sorted((bound / "tasks").iterdir())] == [TASKS[0]]
+    outcome = zygote.run(["eval", str(bound)], tmp_path, world=2)
+    assert outcome.codes == [0, 0], "\n".join(outcome.output)
+    scores = json.loads((bound / "tasks" / TASKS[0] / "evaluation.json").read_text())
+    assert list(scores.values()) == rows[0]
+
+
+def write_joined(folder: Path, recipe: Path) -> None:
+    """All tasks' training samples in one file, and some to evaluate on."""
+    folder.mkdir()
+    settings, place = load_recipe(str(recipe))
+    tasks = load_stream(settings.stream, place)
+    for name, examples in (
+        ("train", [example for task in tasks for example in task.train]),
+        ("test", tasks[0].evaluation),
+    ):
+        lines = [json.dumps({"input": example.prompt, "output": example.answer}) for example in examples]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
