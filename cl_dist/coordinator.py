@@ -257,7 +257,7 @@ class Coordinator:
 
     def _run_task(self, index: int) -> None:
         trainer = self.system.trainer(index)
-        place = TaskPlace(index, self.tasks[index].name, trainer.steps, trainer.cycles)
+        place = TaskPlace(index, self.tasks[index].name, trainer.steps, trainer.cycles, trainer.probe)
         self.reporter.task_started(index, place.name, trainer.steps)
         spent = self._train(place, trainer)
         began = time.monotonic()

@@ -96,12 +96,14 @@ class Migu(Method):
         return loss
 
     def before_update(self) -> None:
-        """Zero the gradients of the rows that are not kept, unless backward has skipped them."""
+        """Zero the gradients of the rows that are not kept, where backward has not left it at that."""
         if not self._masks_this_task:
             return
         if self._skipper is None:
             self._remember(self._choose_rows())
-            for name, keep in self.keep.items():
+        for name, keep in self.keep.items():
+            # Rows that backward has skipped are zero already, unless a method before this one has added to them.
+            if self._skipper is None or name in self._shards.edited:
                 self._mask_gradient(name, keep)
         if self._freezer is not None:
             self._freezer.freeze(self.keep)

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cl_dist.config.methods import KifConfig, MethodConfig, MiguConfig, RecurrentKifConfig, SequentialConfig
+from cl_dist.config.methods import (
+    AgemConfig,
+    EwcConfig,
+    KifConfig,
+    LwfConfig,
+    MethodConfig,
+    MiguConfig,
+    RecurrentKifConfig,
+    SequentialConfig,
+)
+from cl_dist.methods.agem import Agem
 from cl_dist.methods.base import Method
+from cl_dist.methods.ewc import Ewc
 from cl_dist.methods.kif import Kif, RecurrentKif
+from cl_dist.methods.lwf import Lwf
 from cl_dist.methods.migu import Migu
 from cl_dist.methods.sequential import Sequential
 
@@ -24,5 +36,11 @@ def _build(config: MethodConfig) -> Method:
             return RecurrentKif(config)
         case MiguConfig():
             return Migu(config)
+        case EwcConfig():
+            return Ewc(config)
+        case LwfConfig():
+            return Lwf(config)
+        case AgemConfig():
+            return Agem(config)
         case SequentialConfig():
             return Sequential()

@@ -39,6 +39,14 @@ class KeptWeights:
         for name, kept in self.shards.items():
             kept.data.copy_(self._master(name))
 
+    def swap(self) -> None:
+        """Exchange them with the masters, bit for bit; not yet published."""
+        for name, kept in self.shards.items():
+            master = self._master(name)
+            now = master.to(kept.data.device, copy=True)
+            master.copy_(kept.data)
+            kept.data.copy_(now)
+
     def mix(self, units: UnitMap, values: torch.Tensor, mixture: Mixture) -> None:
         """Replace the masters by `mixture`; not yet published.
 
