@@ -29,8 +29,7 @@ from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_l
 from tests.oracle_penalties import Dense, Loss, project
 
 TASKS = 3
-STEPS = 3
-"""Of which the last has half a batch."""
+"""For EWC, whose penalties add up; the others look back one task."""
 
 
 def run_all(cases: list[dict[str, Any]], quiet: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -111,7 +110,7 @@ class Case:
     def run(self) -> dict[str, Any]:
         """Train the stream; the largest of each error over the tasks."""
         worst: dict[str, float] = {}
-        for index in range(TASKS):
+        for index in range(TASKS if self.name == "ewc" else 2):
             for quantity, error in self._task(index).items():
                 worst[quantity] = max(worst.get(quantity, 0.0), error)
         report = {**worst, "measured": [[sample.index for sample in some] for some in self.measured]}
