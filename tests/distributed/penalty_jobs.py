@@ -13,6 +13,7 @@ from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig,
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.engine.trainer import TaskTrainer
+from cl_dist.errors import BadInput
 from cl_dist.methods.agem import Agem
 from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.methods.ewc import Ewc
@@ -36,13 +37,14 @@ def run_all(cases: list[dict[str, Any]], quiet: list[dict[str, Any]], pairs: lis
     """All in one start of the ranks.
 
     `cases`: how far cl_dist and the oracle are apart. `quiet`: what a measurement has changed. `pairs`: with MIGU, how
-    far skipping rows and zeroing them are apart.
+    far skipping rows and zeroing them are apart. And what is refused.
     """
     join(timeout_seconds=120)
     return {
         "cases": [Case(**case).run() for case in cases],
         "quiet": [_quiet(**case) for case in quiet],
         "pairs": [_pair(**case) for case in pairs],
+        "refused": [_refused(build_method("ewc", fisher_batch=5)), _refused(build_method("agem", memory_batch=5))],
     }
 
 
@@ -69,6 +71,15 @@ def build_engine(
         output_dir="unused",
     )  # fmt: skip
     return TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), recipe, methods)  # type: ignore[arg-type]
+
+
+def _refused(method: Method) -> str:
+    """What is said to more samples than the four of a step."""
+    try:
+        build_engine([method], odd_model("llama"), "llama", stage=2)
+    except BadInput as error:
+        return str(error)
+    return ""
 
 
 def stream(family: str, accumulation: int) -> list[list[Encoded]]:

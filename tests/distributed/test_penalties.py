@@ -111,3 +111,13 @@ def test_with_migu_skipping_and_zeroing_agree(reports: dict[int, dict[str, Any]]
     report = reports[2]["pairs"][number]
     assert report["apart"] <= 1e-6
     assert report["effect"] > 1e-4, "the method changes nothing"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_more_samples_than_a_step_holds_are_refused(reports: dict[int, dict[str, Any]], world: int) -> None:
+    fisher, memory = reports[world]["refused"]
+    assert fisher.startswith(
+        "method.fisher_batch: 5 is more than the 4 samples of an optimiser step (train.micro_batch"
+    )
+    assert memory.startswith("method.memory_batch: 5 is more than the 4 samples of an optimiser step")
+    assert memory.endswith("allowed: 1 to 4")
