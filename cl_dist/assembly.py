@@ -50,7 +50,8 @@ class System:
         """Return the steps of the task at position `index` of the stream."""
         samples = self.engine.training_data(index, self.samples)
         memory = self.engine.memory(index, self.samples)
-        return TaskTrainer(self.engine, samples, self.loaded.tokenizer, self.encoder.pad_id, index, memory)
+        tasks = self.samples[: index + 1]
+        return TaskTrainer(self.engine, samples, self.loaded.tokenizer, self.encoder.pad_id, index, memory, tasks)
 
 
 def build_system(recipe: Recipe, recipe_dir: Path) -> System:

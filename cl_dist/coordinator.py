@@ -266,7 +266,7 @@ class Coordinator:
             self._repeat_task(index)
             return
         trainer = self.system.trainer(index)
-        place = TaskPlace(index, self.tasks[index].name, trainer.steps, trainer.cycles)
+        place = TaskPlace(index, self.tasks[index].name, trainer.steps, trainer.cycles, trainer.probe)
         self.reporter.task_started(index, place.name, trainer.steps)
         spent = self._train(place, trainer)
         began = time.monotonic()

@@ -241,7 +241,63 @@ class RecurrentKifConfig(UnitConfig):
     """Also write every task's model as it was before its last fusion (`unfused/` in the task's folder)."""
 
 
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EwcConfig:
+    """EWC, elastic weight consolidation: a quadratic penalty holds back the weights that mattered to past tasks (arXiv
+    1612.00796).
+    """
+
+    name: Literal["ewc"]
+    """Name of the method."""
+    weight: NonNegative = 1.0
+    """Weight lambda of the penalty, `lambda / 2 * sum F (theta - anchor)^2`, beside the mean loss per target. 1 is what
+    Bayes' rule says for tasks of equally many samples with one target each; larger ones are common."""
+    variant: Literal["separate", "online"] = "separate"
+    """`separate` (paper): a penalty for every past task, of which the sum is kept. `online` (Schwarz et al. 2018): one
+    penalty, whose anchor is the newest weights and whose Fisher information decays."""
+    gamma: Share = 0.95
+    """`online`: what is left of the past's Fisher information when a task's is added."""
+    fisher_samples: PositiveInt | None = 128
+    """Training samples of a task, drawn by the seed, that its Fisher information is measured on; null: all."""
+    fisher_batch: PositiveInt = 1
+    """Samples whose gradients are added before they are squared. 1 is exact. More are measured at once, which takes the
+    place of the Fisher information where the samples' gradients have the mean zero; at most a global batch."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LwfConfig:
+    """LwF, learning without forgetting: the old model's responses on the new task's samples are learnt along (arXiv
+    1606.09282).
+    """
+
+    name: Literal["lwf"]
+    """Name of the method."""
+    weight: NonNegative = 1.0
+    """Weight of the divergence from the old model beside the loss, both in the mean over targets."""
+    temperature: Positive = 2.0
+    """What both models' logits are divided by (paper: 2); the divergence is multiplied by its square."""
+    top_k: PositiveInt | None = 64
+    """How many of the old model's likeliest classes (tokens) are kept for each target; the others count as one. null:
+    all, 4 bytes each."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AgemConfig:
+    """A-GEM, averaged gradient episodic memory: what in a step's gradient points against the past samples' is taken out
+    (arXiv 1812.00420).
+    """
+
+    name: Literal["agem"]
+    """Name of the method."""
+    memory_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.02
+    """Share of every past task's training samples that makes the memory, at least one of each, drawn by the seed."""
+    memory_batch: PositiveInt | None = None
+    """Samples of the memory, drawn anew for every step, whose gradient is the reference; at most a global batch, which
+    is what null takes."""
+
+
 MethodConfig = Annotated[
+<<<<<<< HEAD
     SequentialConfig
     | IncLoraConfig
     | OLoraConfig
@@ -252,5 +308,8 @@ MethodConfig = Annotated[
     | KifConfig
     | TaslConfig
     | RecurrentKifConfig,
+=======
+    SequentialConfig | MiguConfig | KifConfig | TaslConfig | RecurrentKifConfig | EwcConfig | LwfConfig | AgemConfig,
+>>>>>>> penalties
     Field(discriminator="name"),
 ]

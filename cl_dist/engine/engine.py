@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from cl_dist.errors import ClDistError
 from cl_dist.heartbeat import beat
 from cl_dist.methods.base import Memory, Method, TaskPlace
 from cl_dist.models.load import LoadedModel
+from cl_dist.models.measuring import evaluation_mode
 from cl_dist.models.structure import base_model
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import Shard, ShardView, check_deepspeed
@@ -75,7 +76,9 @@ class TrainingEngine:
         self.shards = ShardView(self._engine)
         self.shards.allocate_moments(step=0)
         self._guard = UpdateGuard(self.shards, self.recipe.train.max_skipped_steps)
-        self.shards.on_boundary(self._before_update, self._after_update, self._guard.allows, self._update_skipped)
+        self._measuring_guard = UpdateGuard(self.shards, self.recipe.train.max_skipped_steps)
+        self._take: Callable[[], None] | None = None
+        self.shards.on_boundary(self._before_update, self._after_update, self._allows, self._update_skipped)
         for method in self.methods:
             method.attach(self.model, self.shards, self.recipe.train)
 
@@ -149,6 +152,8 @@ class TrainingEngine:
             JobFailed: The loss or the gradient's norm is not a finite number and no (further) step may be skipped, or
                 the ranks no longer hold the same weights; on all ranks alike.
         """
+        for method in self.methods:
+            method.before_step(step)
         self.model.train()
         train = self.recipe.train
         where = f"task {self._place.name}, step {step + 1}"
@@ -165,10 +170,14 @@ class TrainingEngine:
     def _micro_step(self, step: int, batch: Batch, global_targets: int, real_batches: int | None = None) -> float:
         for method in self.methods:
             method.before_forward(step, batch)
-        total = self._loss_sum(batch)
+        logits, labels = self._forward(batch)
+        total = loss_sum(logits, labels)
         # Backward runs with a loss that is not finite too: the other ranks take part in its collectives.
         value = self._guard.note_loss(total, batch.indices)
         beat()
+        for method in self.methods:
+            added = method.added_loss(batch, logits, labels)
+            total = total if added is None else total + added
         loss = total * self._loss_scale(batch, global_targets, real_batches)
         for method in self.methods:
             loss = method.before_backward(loss)
@@ -177,16 +186,64 @@ class TrainingEngine:
         beat()
         return value
 
-    def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        """Forward pass, and the loss summed over the batch's targets."""
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward pass: logits, and the labels that they are to predict (shapes: `Method.added_loss`)."""
         if self.objective != "causal_lm":
-            return loss_sum(self._engine(**batch.inputs).logits, batch.labels)
+            return self._engine(**batch.inputs).logits, batch.labels
         positions = predicting_positions(batch.labels)
         if self._keeps_logits:
             logits = self._engine(**batch.inputs, logits_to_keep=positions).logits
         else:
             logits = self._engine(**batch.inputs).logits[:, positions]
-        return loss_sum(logits, batch.labels[:, positions + 1])
+        return logits, batch.labels[:, positions + 1]
+
+    def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and labels of a micro-batch (shapes: `Method.added_loss`), without dropout and without a graph
+        (collective under stage 3).
+        """
+        with evaluation_mode(self.model), torch.no_grad():
+            return self._forward(batch)
+
+    def measure(self, batches: Sequence[Batch], targets: int, what: str, take: Callable[[], None]) -> bool:
+        """Let `take` read the reduced gradient of some micro-batches' loss, between two steps (collective).
+
+        Weights, moments, step count, learning rate and what methods measure stay as they are to the last bit: DeepSpeed
+        goes through a step of its own, in which the inner optimiser is paused, and no method's moment is called. The
+        model is in evaluation mode: no dropout, and the hooks of methods let the passes go by.
+
+        Args:
+            batches: `train.gradient_accumulation` micro-batches of this rank, of any size.
+            targets: What the summed loss is divided by.
+            what: What is measured, for messages.
+            take: Called once, where `Method.before_update` would be.
+
+        Returns:
+            Whether loss and gradient of all ranks are finite; otherwise `take` is not called.
+
+        Raises:
+            JobFailed: They are not, and no (further) measurement may be left out (`train.max_skipped_steps`).
+        """
+        train = self.recipe.train
+        pieces = train.gradient_accumulation * torch.distributed.get_world_size()
+        self._measuring_guard.begin(f"task {self._place.name}, {what}")
+        # A few models drop out in a block itself, which recomputes only while it says that it trains.
+        torch.manual_seed(derive_seed(train.seed, "measure", self._place.index, what, torch.distributed.get_rank()))
+        self._take = take
+        try:
+            with evaluation_mode(self.model):
+                for batch in batches:
+                    self._measure_micro_batch(batch.to(device()), pieces / max(1, targets))
+        finally:
+            self._take = None
+        return self._measuring_guard.skipped is None
+
+    def _measure_micro_batch(self, batch: Batch, scale: float) -> None:
+        total = loss_sum(*self._forward(batch))
+        self._measuring_guard.note_loss(total, batch.indices)
+        beat()
+        self._engine.backward(total * scale)
+        self._engine.step()
+        beat()
 
     def _loss_scale(self, batch: Batch, global_targets: int, real_batches: int | None) -> float:
         """Factor that makes the gradient of the summed loss the wanted mean.
@@ -226,6 +283,14 @@ class TrainingEngine:
         for method, state in zip(self.methods, states, strict=True):
             method.load_state_dict(state)
 
+    def _allows(self) -> bool:
+        """Whether what was just reduced is to be learnt."""
+        if self._take is None:
+            return self._guard.allows()
+        if self._measuring_guard.allows():
+            self._take()
+        return False
+
     def _before_update(self) -> None:
         for method in self.methods:
             method.before_update()
@@ -235,5 +300,7 @@ class TrainingEngine:
             method.after_update()
 
     def _update_skipped(self) -> None:
+        if self._take is not None:
+            return
         for method in self.methods:
             method.update_skipped()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
 
+from cl_dist.engine.collator import Collator
 from cl_dist.engine.distributed import device
 from cl_dist.engine.engine import StepResult, TrainingEngine
 from cl_dist.engine.optimizer import learning_rate
+from cl_dist.engine.probe import Chunk, EngineProbe
 from cl_dist.seeds import derive_seed
-from cl_dist.tasks.collate import Batch, collate, gather, mask_tokens
-from cl_dist.tasks.plan import BatchPlan, Cycles, InterleavedPlan
+from cl_dist.tasks.collate import Batch, gather
+from cl_dist.tasks.plan import FILLER, BatchPlan, Cycles, InterleavedPlan
 from cl_dist.tasks.types import Encoded
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ class TaskTrainer:
         pad_id: Token that fills batches up.
         index: Position of the task in the stream.
         memory: Encoded samples of past tasks that are learnt in steps of their own, in between.
+        tasks: What methods may ask about: every task's own samples, up to and with this one.
     """
 
     def __init__(
@@ -42,9 +46,11 @@ class TaskTrainer:
         pad_id: int,
         index: int,
         memory: Memory | None = None,
+        tasks: Sequence[Sequence[Encoded]] = (),
     ) -> None:
-        self._engine, self._samples, self._tokenizer, self._index = engine, samples, tokenizer, index
-        self._pad_id = pad_id
+        self._engine, self._samples, self._index = engine, samples, index
+        decoder_start = getattr(engine.model.config, "decoder_start_token_id", None)
+        self._collator = Collator(engine.objective, tokenizer, pad_id, decoder_start)
         self._train = engine.recipe.train
         self._rank = torch.distributed.get_rank()
         self.cycles: Cycles | None = None
@@ -56,6 +62,8 @@ class TaskTrainer:
             self.cycles = Cycles(own.steps, memory.inner, memory.outer)
             self._plan = InterleavedPlan(own, self._memory_plan(memory, self.cycles), self.cycles, len(samples))
             self._samples = [*samples, *memory.samples]
+        self.probe = EngineProbe(engine, self._collator, tasks, self._learnt, self._collate)
+        """What methods ask about samples."""
 
     def _batch_plan(self, samples: Sequence[Encoded], epochs: int, max_steps: int | None, order: str) -> BatchPlan:
         return BatchPlan(
@@ -109,13 +117,24 @@ class TaskTrainer:
         return sum(max(indices) >= 0 for rank in ranks for indices in self._plan.micro_batches(step, rank))
 
     def _collate(self, step: int, indices: Sequence[int]) -> Batch:
-        decoder_start = getattr(self._engine.model.config, "decoder_start_token_id", None)
-        batch = collate(
-            gather(self._samples, indices), self._engine.objective, self._pad_id, decoder_start_id=decoder_start
-        )
-        if self._engine.objective == "masked_lm":
-            batch = mask_tokens(batch, self._tokenizer, derive_seed(self._train.seed, "mask", self._index, step))
-        return batch
+        batch = self._collator(gather(self._samples, indices), derive_seed(self._train.seed, "mask", self._index, step))
+        first = step * len(self._samples) if self._masks_anew else 0
+        return replace(batch, keys=[index if index == FILLER else first + index for index in indices])
+
+    @property
+    def _masks_anew(self) -> bool:
+        """Whether a sample is another input in every step."""
+        return self._engine.objective == "masked_lm"
+
+    def _learnt(self, rank: int) -> list[Chunk]:
+        """A rank's inputs in the whole task, each once, in micro-batches of the run's size."""
+        steps = range(self.steps)
+        pieces = [(step, piece) for step in steps for piece in self._plan.micro_batches(step, rank) if max(piece) >= 0]
+        if self._masks_anew:
+            return pieces
+        seen = list(dict.fromkeys(index for _, piece in pieces for index in piece if index != FILLER))
+        size = self._train.micro_batch_size
+        return [(0, seen[start : start + size]) for start in range(0, len(seen), size)]
 
     def _global_targets(self, step: int, batches: Sequence[Batch]) -> int:
         """Targets of the global batch; every rank can count them from the samples, but for those that masking draws."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from cl_dist.config.schema import TrainConfig
@@ -16,6 +17,43 @@ if TYPE_CHECKING:
     from cl_dist.tasks.collate import Batch
     from cl_dist.tasks.plan import Cycles
     from cl_dist.tasks.types import Encoded
+
+
+class Probe(ABC):
+    """What a method may ask of the model about samples, between the steps of a task or after its last one.
+
+    Nothing that is trained, and nothing that another method measures, changes. The model is in evaluation mode: no
+    dropout. All ranks have to ask together.
+    """
+
+    tasks: Sequence[Sequence[Encoded]]
+    """Every task's own training samples, up to and with the task in hand, in the order of the stream."""
+
+    @abstractmethod
+    def gradient(self, samples: Sequence[Encoded], take: Callable[[], None], *, mean: bool, what: str) -> bool:
+        """Let `take` read the reduced gradient of the samples' loss through the `ShardView`, as in `before_update`.
+
+        Args:
+            samples: The same on all ranks; at least one, at most a global batch.
+            take: Called once.
+            mean: The mean over the samples' targets; otherwise the sum.
+            what: What is measured, for messages.
+
+        Returns:
+            Whether loss and gradient are finite numbers. Otherwise `take` was not called.
+
+        Raises:
+            JobFailed: They are not, and `train.max_skipped_steps` measurements in a row were not before.
+        """
+
+    @abstractmethod
+    def responses(self, take: Callable[[Batch, torch.Tensor, torch.Tensor], None]) -> None:
+        """Run the model, as it is now, over every input that this rank is going to learn in the task.
+
+        Args:
+            take: Called with each micro-batch, its logits and its labels, as `Method.added_loss` is, without a graph;
+                `Batch.keys` tells the inputs apart.
+        """
 
 
 @dataclass(frozen=True)
@@ -29,6 +67,8 @@ class TaskPlace:
     """Optimiser steps of this task."""
     cycles: Cycles | None = None
     """How steps on own samples and on those of `Method.memory` alternate; None: all are on own ones."""
+    probe: Probe | None = None
+    """Asks about samples; None where an engine is driven without a `TaskTrainer`."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +85,14 @@ class Memory:
 class Method:
     """A continual-learning method; the engine calls its moments in the same order in every run.
 
+<<<<<<< HEAD
     `attach`, then for each task `training_data`, `prepare_task`, `before_task`, for each step (`before_forward`,
     `before_backward`) per micro-batch, `before_update`, `after_update`, and finally `after_task` and `write_results`.
+=======
+    `attach`, then for each task `training_data`, `before_task`, for each step `before_step`, (`before_forward`,
+    `added_loss`, `before_backward`) per micro-batch, `before_update`, `after_update`, and finally `after_task` and
+    `write_results`.
+>>>>>>> penalties
     """
 
     needs_all_logits = False
@@ -93,8 +139,24 @@ class Method:
     def before_task(self, place: TaskPlace) -> None:
         """A task begins, or goes on after a resume: the weights are in place."""
 
+    def before_step(self, step: int) -> None:
+        """Optimiser step `step` (0-based in its task) is about to begin; the task's probe can be asked."""
+
     def before_forward(self, step: int, batch: Batch) -> None:
         """A micro-batch of optimiser step `step` (0-based in its task) is about to go through the model in training."""
+
+    def added_loss(self, batch: Batch, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
+        """A loss to learn beside the micro-batch's own, summed over its targets like that one, or None.
+
+        The engine scales both alike, so that it becomes a mean over the targets of the global batch.
+
+        Args:
+            batch: The micro-batch.
+            logits: `(batch, positions, classes)`, with a classifier `(batch, classes)`, with their graph. A decoder's
+                positions are those that predict an answer of any sample.
+            labels: int64 of the leading shape of `logits`: what each position is to predict, or IGNORE.
+        """
+        return None
 
     def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the loss to differentiate: `loss` (a scalar, already scaled), or with a penalty added."""

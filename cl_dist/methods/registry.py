@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cl_dist.config.methods import (
+<<<<<<< HEAD
     IncLoraConfig,
     KifConfig,
     MethodConfig,
@@ -19,7 +20,22 @@ from cl_dist.config.methods import (
 from cl_dist.methods.base import Method
 from cl_dist.methods.bounds import MultiTask, PerTask
 from cl_dist.methods.inclora import IncLora, OLora
+=======
+    AgemConfig,
+    EwcConfig,
+    KifConfig,
+    LwfConfig,
+    MethodConfig,
+    MiguConfig,
+    RecurrentKifConfig,
+    SequentialConfig,
+)
+from cl_dist.methods.agem import Agem
+from cl_dist.methods.base import Method
+from cl_dist.methods.ewc import Ewc
+>>>>>>> penalties
 from cl_dist.methods.kif import Kif, RecurrentKif
+from cl_dist.methods.lwf import Lwf
 from cl_dist.methods.migu import Migu
 from cl_dist.methods.replay import Replay
 from cl_dist.methods.sequential import Sequential
@@ -41,6 +57,7 @@ def _build(config: MethodConfig, before: Sequence[Method]) -> Method:
         case RecurrentKifConfig():
             return RecurrentKif(config)
         case MiguConfig():
+<<<<<<< HEAD
             return Migu(config, mask_again=any(method.adds_to_gradient for method in before))
         case IncLoraConfig():
             return IncLora()
@@ -52,5 +69,14 @@ def _build(config: MethodConfig, before: Sequence[Method]) -> Method:
             return PerTask()
         case MultiTaskConfig():
             return MultiTask()
+=======
+            return Migu(config)
+        case EwcConfig():
+            return Ewc(config)
+        case LwfConfig():
+            return Lwf(config)
+        case AgemConfig():
+            return Agem(config)
+>>>>>>> penalties
         case SequentialConfig():
             return Sequential()

@@ -16,7 +16,11 @@ oracle):
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+<<<<<<< HEAD
 from collections.abc import Iterator, Sequence
+=======
+from collections.abc import Iterable, Iterator
+>>>>>>> penalties
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -66,6 +70,9 @@ class Layout(ABC):
 
     def gradient_changed(self, param: torch.nn.Parameter) -> None:  # noqa: B027 - most layouts cache nothing
         """Tell DeepSpeed that the gradient was edited (it caches norms under offload)."""
+
+    def complete_gradients(self, params: Iterable[torch.nn.Parameter]) -> None:  # noqa: B027 - most hold no more
+        """Where a rank holds more of a gradient than it owns, take the rest from those that own it (collective)."""
 
     def master(self, param: torch.nn.Parameter) -> Shard | None:
         """View of the float32 master weight."""
@@ -217,6 +224,19 @@ class WholeGradient(FlatGroups):
     @override
     def gradient_changed(self, param: torch.nn.Parameter) -> None:
         return
+
+    @override
+    def complete_gradients(self, params: Iterable[torch.nn.Parameter]) -> None:
+        # Every rank clips by the norm of what it holds, so all have to hold the same.
+        for param in params:
+            gradient, at = self.gradient(param), self.address(param)
+            if gradient is None:
+                continue
+            own = torch.zeros_like(gradient.data)
+            if at is not None:
+                own.narrow(0, at.start, at.numel).copy_(gradient.data.narrow(0, at.start, at.numel))
+            torch.distributed.all_reduce(own)
+            gradient.data.copy_(own)
 
     @override
     def flat_tensors(self) -> list[torch.Tensor]:

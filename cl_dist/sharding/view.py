@@ -29,6 +29,8 @@ class ShardView:
         self._engine = engine
         self.layout = _layout_of(engine)
         self.params = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
+        self.edited: set[str] = set()
+        """Parameters whose gradient was edited since it was reduced, in the step under way."""
 
     @property
     def names(self) -> list[str]:
@@ -55,7 +57,33 @@ class ShardView:
 
     def gradient_changed(self, name: str) -> None:
         """Call after editing a gradient, so that clipping uses its new norm."""
+        self.edited.add(name)
         self.layout.gradient_changed(self.params[name])
+
+    def own_gradient(self, name: str) -> Shard | None:
+        """The part of `gradient` that lies along `master`, a live view; None too where the parameter got none."""
+        master, gradient = self.master(name), self.gradient(name)
+        if master is None or gradient is None:
+            return None
+        return Shard(master.start, gradient.data.narrow(0, master.start - gradient.start, master.data.numel()))
+
+    def own_gradients_changed(self) -> None:
+        """Call after every rank has edited its `own_gradient` of any parameters (collective)."""
+        self.layout.complete_gradients(self.params.values())
+        for name in self.names:
+            self.gradient_changed(name)
+
+    def sum_over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over the elements that a rank owns made sums over all of them, in place (collective).
+
+        Where every rank owns everything, they become those of rank 0, to the last bit. `sums` lie where collectives
+        run.
+        """
+        if self.replicated:
+            torch.distributed.broadcast(sums, src=0)
+        else:
+            torch.distributed.all_reduce(sums)
+        return sums
 
     def master(self, name: str) -> Shard | None:
         """Float32 master weight, a live view; `publish` after editing it."""
@@ -110,6 +138,7 @@ class ShardView:
         take_step = self._engine._take_model_step
 
         def wrapped(*args: Any, **kwargs: Any) -> None:
+            self.edited.clear()
             if not allowed():
                 self._forget_gradients()
                 with self.layout.optimizer_paused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +39,9 @@ class Batch:
     """Real tokens of real samples, inputs and targets."""
     indices: list[int]
     """Each sample's position in its split; -1 for a filler."""
+    keys: list[int] = field(default_factory=list)
+    """In a task's training: a number per sample, which stands for this input among all that the task learns; -1 for a
+    filler. A masked language model's sample is another input each time that it is masked anew."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""

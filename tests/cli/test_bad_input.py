@@ -68,9 +68,17 @@ BAD_SETTINGS = [
     ("stream.tasks.5.name=x", '--set stream.tasks.5.name: "5" is no entry of stream.tasks; allowed: 0 to 1'),
     ("method=migu", 'method: "migu" is not a mapping of settings; write it as {name: ...}, allowed: sequential, '),
     ("method=[]", "method: the list is empty; for plain fine-tuning give the method sequential"),
+<<<<<<< HEAD
     ("method.name=miguu", 'method.name: "miguu" is not a method; allowed: sequential, '),
     ("method.name=miguu", "; did you mean migu?"),
     ("method={threshold: 0.5}", "method.name: missing; allowed: sequential, "),
+=======
+    (
+        "method.name=miguu",
+        'method.name: "miguu" is not a method; allowed: sequential, migu, kif, tasl, recurrent_kif, ewc, lwf, agem;',
+    ),
+    ("method={threshold: 0.5}", "method.name: missing; allowed: sequential, migu"),
+>>>>>>> penalties
     ("method.threshold=0.5", "method.threshold: unknown key; did you mean method(migu).threshold?"),
     ("method={name: migu, threshold: 1.0}", "method.threshold: 1.0 is not allowed; allowed: a number, at least 0"),
     ("method={name: kif, units: rank}", "method.units: rank is a rank of LoRA, and there is no model.lora; give"),
@@ -81,6 +89,9 @@ BAD_SETTINGS = [
     ("method=[{name: kif}, {name: tasl}]", "method: kif and tasl do not compose: kif, tasl and recurrent_kif all fuse"),
     ("method={name: recurrent_kif, replay_ratio: 0}", "method.replay_ratio: 0 is not allowed; allowed: a number,"),
     ("method={name: recurrent_kif, inner_steps: 0}", "method.inner_steps: 0 is not allowed; allowed: a whole number"),
+    ("method={name: ewc, gamma: 1.5}", "method.gamma: 1.5 is not allowed; allowed: a number, at least 0, at most 1"),
+    ("method={name: lwf, top_k: 0}", "method.top_k: 0 is not allowed; allowed: a whole number"),
+    ("method={name: agem, memory_ratio: 0}", "method.memory_ratio: 0 is not allowed; allowed: a number,"),
     ("method={name: recurrent_kif, tau: 0.3}", "method.tau: unknown key; did you mean method(kif).tau?"),
     ("method=[{name: migu}, {name: migu}]", 'method: "migu" is given twice'),
     ("zero.stage=4", "zero.stage: 4 is not allowed; allowed: 0, 1, 2, 3"),

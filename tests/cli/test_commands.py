@@ -52,7 +52,8 @@ class TestRecipe:
 def test_methods_are_listed_with_what_they_are(command: Command) -> None:
     code, output, _ = command("methods")
     assert code == 0
-    assert [line.split()[0] for line in output.splitlines()] == ["sequential", "migu", "kif", "tasl", "recurrent_kif"]
+    names = ["sequential", "migu", "kif", "tasl", "recurrent_kif", "ewc", "lwf", "agem"]
+    assert [line.split()[0] for line in output.splitlines()] == names
     assert "arXiv 2406.17245" in output
 
 

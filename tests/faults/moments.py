@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cl_dist import coordinator
+from cl_dist.engine.probe import EngineProbe
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.methods.kif import results
 from cl_dist.methods.kif import weights as fusing
@@ -81,6 +82,11 @@ def _in_export(count: int) -> None:
 def _in_fusion(count: int) -> None:
     """Some of a rank's masters are fused, the others are not, and none is published."""
     _kill_before(fusing, "spread", count)
+
+
+def _in_a_measurement(count: int) -> None:
+    """A method is about to measure a gradient."""
+    _kill_before(EngineProbe, "gradient", count)
 
 
 def _in_results(count: int) -> None:
@@ -170,6 +176,7 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "export": _in_export,
     "fusion": _in_fusion,
     "results": _in_results,
+    "measurement": _in_a_measurement,
     "rename": _between_renames,
     "stop": _asked_to_stop,
     "dead loop": _dead_loop,

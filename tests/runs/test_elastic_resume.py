@@ -35,6 +35,11 @@ CASES: dict[str, dict[str, Any]] = {
         "method": [{"name": "recurrent_kif", "replay_ratio": 0.25, "inner_steps": 3, "outer_steps": 1}],
         "model": {"lora": {"r": 3}},
     },
+    "ewc-agem-lora": {
+        "method": [{"name": "ewc", "weight": 100.0, "fisher_samples": 6}, {"name": "agem", "memory_ratio": 0.25}],
+        "model": {"lora": {"r": 3}},
+    },
+    "lwf-full": {"method": [{"name": "lwf", "top_k": 8}], "model": {"lora": None}},
     "migu-kif-full": {"method": [MIGU, {**KIF, "units": "row"}], "model": {"lora": None}},
 }
 FAST = ("migu-full", "kif-lora")

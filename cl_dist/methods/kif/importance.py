@@ -109,7 +109,7 @@ class Importance:
         sums = {name: torch.zeros(part.count, dtype=torch.float64) for name, part in units.parts.items()}
         for name, smoothed in self.smoothed.items():
             sums[name] = self._element_sums(name, units.parts[name], smoothed).cpu()
-        total = self._sum_over_ranks(torch.cat(list(sums.values())), device)
+        total = self._shards.sum_over_ranks(torch.cat(list(sums.values())).to(device)).cpu()
         scores = torch.ones(len(units), dtype=torch.float64)
         for part, slices in zip(units.parts.values(), total.split([s.numel() for s in sums.values()]), strict=True):
             scores[part.first : part.first + part.count] *= slices / part.elements
@@ -119,11 +119,8 @@ class Importance:
 
     def _gradient(self, name: str, master: Shard) -> torch.Tensor:
         """The gradient of the elements of `master`, where they lie; zero where the parameter got none."""
-        gradient = self._shards.gradient(name)
-        if gradient is None:
-            return torch.zeros_like(master.data)
-        owned = gradient.data.narrow(0, master.start - gradient.start, master.data.numel())
-        return owned.to(master.data.device)
+        owned = self._shards.own_gradient(name)
+        return torch.zeros_like(master.data) if owned is None else owned.data.to(master.data.device)
 
     def _element_sums(self, name: str, part: Part, smoothed: Shard) -> torch.Tensor:
         """`(part.count,)` float64: the scores of this rank's elements, added up per slice.
@@ -138,15 +135,6 @@ class Importance:
             # Float64: the product of two second-order numbers can be too small for float32.
             add_sums_(sums, importance.double() * uncertainty, smoothed.start + number * CHUNK, part)
         return sums
-
-    def _sum_over_ranks(self, sums: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Whole sums out of the ranks' parts; where every rank has all of them, those of rank 0, to the last bit."""
-        sums = sums.to(device)
-        if self._shards.replicated:
-            torch.distributed.broadcast(sums, src=0)
-        else:
-            torch.distributed.all_reduce(sums)
-        return sums.cpu()
 
 
 def _grouped(shards: Mapping[str, Shard]) -> list[list[str]]:
