@@ -297,7 +297,6 @@ class AgemConfig:
 
 
 MethodConfig = Annotated[
-<<<<<<< HEAD
     SequentialConfig
     | IncLoraConfig
     | OLoraConfig
@@ -307,9 +306,9 @@ MethodConfig = Annotated[
     | MiguConfig
     | KifConfig
     | TaslConfig
-    | RecurrentKifConfig,
-=======
-    SequentialConfig | MiguConfig | KifConfig | TaslConfig | RecurrentKifConfig | EwcConfig | LwfConfig | AgemConfig,
->>>>>>> penalties
+    | RecurrentKifConfig
+    | EwcConfig
+    | LwfConfig
+    | AgemConfig,
     Field(discriminator="name"),
 ]

@@ -110,17 +110,14 @@ class TaskConfig:
     """Field of a record with the answer (`jsonl` and `huggingface`)."""
     subset: str | None = None
     """Configuration name of a Hugging Face data set."""
-<<<<<<< HEAD
     epochs: PositiveInt | None = None
     """Passes over this task's training samples; null: train.epochs."""
-=======
     text_field: str | None = None
     """Field of a record with a document (`jsonl` and `huggingface`): the task is text, for pre-training, and
     `input_field` and `output_field` are not read."""
     streaming: bool = False
     """Read a Hugging Face data set record by record, no further than `stream.max_train_samples` and
     `stream.max_eval_samples`, without downloading or converting the rest."""
->>>>>>> regimes
 
     def __post_init__(self) -> None:
         """Refuse unsafe names, and settings that nothing would read."""

@@ -85,22 +85,15 @@ class Memory:
 class Method:
     """A continual-learning method; the engine calls its moments in the same order in every run.
 
-<<<<<<< HEAD
-    `attach`, then for each task `training_data`, `prepare_task`, `before_task`, for each step (`before_forward`,
-    `before_backward`) per micro-batch, `before_update`, `after_update`, and finally `after_task` and `write_results`.
-=======
-    `attach`, then for each task `training_data`, `before_task`, for each step `before_step`, (`before_forward`,
-    `added_loss`, `before_backward`) per micro-batch, `before_update`, `after_update`, and finally `after_task` and
-    `write_results`.
->>>>>>> penalties
+    `attach`, then for each task `training_data`, `prepare_task`, `before_task`, for each step `before_step`,
+    (`before_forward`, `added_loss`, `before_backward`) per micro-batch, `before_update`, `after_update`, and finally
+    `after_task` and `write_results`.
     """
 
     needs_all_logits = False
     """Whether the output head must run over every position, not only those that predict an answer."""
     keeps_unfused = False
     """Whether a task's weights as trained, before `after_task` changes them, are to be kept beside its model."""
-    adds_to_gradient = False
-    """Whether `before_update` adds to the gradients: what masks them, and comes after it, must not skip rows alone."""
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """The engine was built (or rebuilt) around `model`; its training state is seen through `shards`."""

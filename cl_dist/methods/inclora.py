@@ -41,8 +41,6 @@ class OLora(IncLora):
         config: The recipe's `method` entry.
     """
 
-    adds_to_gradient = True
-
     def __init__(self, config: OLoraConfig) -> None:
         self.config = config
 

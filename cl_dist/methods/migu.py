@@ -32,12 +32,10 @@ class Migu(Method):
 
     Args:
         config: The recipe's `method` entry.
-        mask_again: Whether methods before this one add to the gradients that backward has masked.
     """
 
-    def __init__(self, config: MiguConfig, mask_again: bool = False) -> None:
+    def __init__(self, config: MiguConfig) -> None:
         self.config = config
-        self._mask_again = mask_again
         self.needs_all_logits = config.layers == "all"
         self.keep: dict[str, torch.Tensor] = {}
         """The newest step's masks: `(out_features,)` bool by name of a weight or bias, True where a row is updated."""
@@ -98,23 +96,14 @@ class Migu(Method):
         return loss
 
     def before_update(self) -> None:
-<<<<<<< HEAD
-        """Zero the gradients of the rows that are not kept, unless backward has skipped them and nothing was added."""
-=======
         """Zero the gradients of the rows that are not kept, where backward has not left it at that."""
->>>>>>> penalties
         if not self._masks_this_task:
             return
         if self._skipper is None:
             self._remember(self._choose_rows())
-<<<<<<< HEAD
-        if self._skipper is None or self._mask_again:
-            for name, keep in self.keep.items():
-=======
         for name, keep in self.keep.items():
             # Rows that backward has skipped are zero already, unless a method before this one has added to them.
             if self._skipper is None or name in self._shards.edited:
->>>>>>> penalties
                 self._mask_gradient(name, keep)
         if self._freezer is not None:
             self._freezer.freeze(self.keep)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cl_dist.config.methods import (
-<<<<<<< HEAD
+    AgemConfig,
+    EwcConfig,
     IncLoraConfig,
     KifConfig,
+    LwfConfig,
     MethodConfig,
     MiguConfig,
     MultiTaskConfig,
@@ -17,23 +19,11 @@ from cl_dist.config.methods import (
     ReplayConfig,
     SequentialConfig,
 )
-from cl_dist.methods.base import Method
-from cl_dist.methods.bounds import MultiTask, PerTask
-from cl_dist.methods.inclora import IncLora, OLora
-=======
-    AgemConfig,
-    EwcConfig,
-    KifConfig,
-    LwfConfig,
-    MethodConfig,
-    MiguConfig,
-    RecurrentKifConfig,
-    SequentialConfig,
-)
 from cl_dist.methods.agem import Agem
 from cl_dist.methods.base import Method
+from cl_dist.methods.bounds import MultiTask, PerTask
 from cl_dist.methods.ewc import Ewc
->>>>>>> penalties
+from cl_dist.methods.inclora import IncLora, OLora
 from cl_dist.methods.kif import Kif, RecurrentKif
 from cl_dist.methods.lwf import Lwf
 from cl_dist.methods.migu import Migu
@@ -43,22 +33,17 @@ from cl_dist.methods.sequential import Sequential
 
 def build_methods(configs: Sequence[MethodConfig]) -> list[Method]:
     """Return one object per entry, in the order in which they compose."""
-    methods: list[Method] = []
-    for config in configs:
-        methods.append(_build(config, methods))
-    return methods
+    return [_build(config) for config in configs]
 
 
-def _build(config: MethodConfig, before: Sequence[Method]) -> Method:
-    """The method of one entry, after the methods `before` it."""
+def _build(config: MethodConfig) -> Method:
     match config:
         case KifConfig():  # and TaSL's, which is one with other defaults
             return Kif(config)
         case RecurrentKifConfig():
             return RecurrentKif(config)
         case MiguConfig():
-<<<<<<< HEAD
-            return Migu(config, mask_again=any(method.adds_to_gradient for method in before))
+            return Migu(config)
         case IncLoraConfig():
             return IncLora()
         case OLoraConfig():
@@ -69,14 +54,11 @@ def _build(config: MethodConfig, before: Sequence[Method]) -> Method:
             return PerTask()
         case MultiTaskConfig():
             return MultiTask()
-=======
-            return Migu(config)
         case EwcConfig():
             return Ewc(config)
         case LwfConfig():
             return Lwf(config)
         case AgemConfig():
             return Agem(config)
->>>>>>> penalties
         case SequentialConfig():
             return Sequential()

@@ -68,17 +68,9 @@ BAD_SETTINGS = [
     ("stream.tasks.5.name=x", '--set stream.tasks.5.name: "5" is no entry of stream.tasks; allowed: 0 to 1'),
     ("method=migu", 'method: "migu" is not a mapping of settings; write it as {name: ...}, allowed: sequential, '),
     ("method=[]", "method: the list is empty; for plain fine-tuning give the method sequential"),
-<<<<<<< HEAD
     ("method.name=miguu", 'method.name: "miguu" is not a method; allowed: sequential, '),
     ("method.name=miguu", "; did you mean migu?"),
     ("method={threshold: 0.5}", "method.name: missing; allowed: sequential, "),
-=======
-    (
-        "method.name=miguu",
-        'method.name: "miguu" is not a method; allowed: sequential, migu, kif, tasl, recurrent_kif, ewc, lwf, agem;',
-    ),
-    ("method={threshold: 0.5}", "method.name: missing; allowed: sequential, migu"),
->>>>>>> penalties
     ("method.threshold=0.5", "method.threshold: unknown key; did you mean method(migu).threshold?"),
     ("method={name: migu, threshold: 1.0}", "method.threshold: 1.0 is not allowed; allowed: a number, at least 0"),
     ("method={name: kif, units: rank}", "method.units: rank is a rank of LoRA, and there is no model.lora; give"),

@@ -73,12 +73,7 @@ def test_one_method_may_be_absent_a_mapping_or_a_list(given: Any, tmp_path: Path
     file = write(tmp_path / "mine.yaml", data)
     if given == {}:
         with pytest.raises(
-<<<<<<< HEAD
             BadInput, match=r"^method.name: missing; allowed: sequential, .*migu, kif, tasl, recurrent_kif$"
-=======
-            BadInput,
-            match=r"^method.name: missing; allowed: sequential, migu, kif, tasl, recurrent_kif, ewc, lwf, agem$",
->>>>>>> penalties
         ):
             load_recipe(file)
     else:

@@ -28,7 +28,6 @@ class UnitMethod(Method):
     def __init__(self, config: UnitConfig) -> None:
         self._unit_config = config
         self.keeps_unfused = config.keep_unfused
-        self.adds_to_gradient = config.orthogonal != 0
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Cut the model into units and lay importance out along the shards; a rebuilt engine begins with none."""

@@ -39,12 +39,11 @@ class KeptWeights:
         for name, kept in self.shards.items():
             kept.data.copy_(self._master(name))
 
-<<<<<<< HEAD
     def put_back(self) -> None:
         """Replace the masters by what was kept; not yet published."""
         for name, kept in self.shards.items():
             self._master(name).copy_(kept.data)
-=======
+
     def swap(self) -> None:
         """Exchange them with the masters, bit for bit; not yet published."""
         for name, kept in self.shards.items():
@@ -52,7 +51,6 @@ class KeptWeights:
             now = master.to(kept.data.device, copy=True)
             master.copy_(kept.data)
             kept.data.copy_(now)
->>>>>>> penalties
 
     def mix(self, units: UnitMap, values: torch.Tensor, mixture: Mixture) -> None:
         """Replace the masters by `mixture`; not yet published.
