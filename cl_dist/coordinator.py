@@ -53,6 +53,8 @@ from cl_dist.state.snapshot import load_snapshot, save_snapshot
 from cl_dist.watchdog import End, Watchdog
 
 Row = tuple[float | None, ...]
+General = tuple[dict[str, Any], ...]
+"""As the manifest has it."""
 
 
 @dataclasses.dataclass
@@ -275,7 +277,7 @@ class Coordinator:
         general = self._evaluate_general(place.name)
         self._export(self.folder.task(index, place.name).model)
         self._write_results(self.folder.task(index, place.name).path)
-        self._complete(index, row, spent, time.monotonic() - began)
+        self._complete(index, row, general, spent, time.monotonic() - began)
         self._forget_older_states(index)
 
     def _seen(self, index: int) -> int:
@@ -286,9 +288,10 @@ class Coordinator:
     def _repeat_task(self, index: int) -> None:
         """A task without steps of its own: the model is the one of the task before, and so are its scores."""
         self.reporter.task_started(index, self.tasks[index].name, 0)
-        self._complete(index, self.ledger.manifest.accuracy_matrix[-1], Spent(), 0.0)
+        general = self._evaluate_general(self.tasks[index].name)
+        self._complete(index, self.ledger.manifest.accuracy_matrix[-1], general, Spent(), 0.0)
 
-    def _complete(self, index: int, row: Row, spent: Spent, evaluate_seconds: float) -> None:
+    def _complete(self, index: int, row: Row, general: General, spent: Spent, evaluate_seconds: float) -> None:
         """Let the manifest say that a task is trained, evaluated and saved."""
         timings = {**dataclasses.asdict(spent), "evaluate_seconds": evaluate_seconds}
         manifest = self.ledger.manifest
@@ -465,7 +468,7 @@ class Coordinator:
             )
         return tuple(row)
 
-    def _evaluate_general(self, place: str) -> tuple[dict[str, Any], ...]:
+    def _evaluate_general(self, place: str) -> General:
         """All measurements of general ability so far, with the one after `place` where the recipe wants one."""
         before, config = self.ledger.manifest.general, self.recipe.eval.general
         if config is None or not is_due(config, place, self.ledger.manifest.tasks):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from cl_dist.config.methods import (
     AgemConfig,
@@ -18,6 +19,7 @@ from cl_dist.config.methods import (
     RecurrentKifConfig,
     ReplayConfig,
     SequentialConfig,
+    TaslConfig,
 )
 from cl_dist.methods.agem import Agem
 from cl_dist.methods.base import Method
@@ -33,32 +35,22 @@ from cl_dist.methods.sequential import Sequential
 
 def build_methods(configs: Sequence[MethodConfig]) -> list[Method]:
     """Return one object per entry, in the order in which they compose."""
-    return [_build(config) for config in configs]
+    return [_FACTORIES[type(config)](config) for config in configs]
 
 
-def _build(config: MethodConfig) -> Method:
-    match config:
-        case KifConfig():  # and TaSL's, which is one with other defaults
-            return Kif(config)
-        case RecurrentKifConfig():
-            return RecurrentKif(config)
-        case MiguConfig():
-            return Migu(config)
-        case IncLoraConfig():
-            return IncLora()
-        case OLoraConfig():
-            return OLora(config)
-        case ReplayConfig():
-            return Replay(config)
-        case PerTaskConfig():
-            return PerTask()
-        case MultiTaskConfig():
-            return MultiTask()
-        case EwcConfig():
-            return Ewc(config)
-        case LwfConfig():
-            return Lwf(config)
-        case AgemConfig():
-            return Agem(config)
-        case SequentialConfig():
-            return Sequential()
+_FACTORIES: Mapping[type, Callable[[Any], Method]] = {
+    SequentialConfig: lambda _: Sequential(),
+    IncLoraConfig: lambda _: IncLora(),
+    OLoraConfig: OLora,
+    ReplayConfig: Replay,
+    EwcConfig: Ewc,
+    LwfConfig: Lwf,
+    AgemConfig: Agem,
+    PerTaskConfig: lambda _: PerTask(),
+    MultiTaskConfig: lambda _: MultiTask(),
+    MiguConfig: Migu,
+    KifConfig: Kif,
+    TaslConfig: Kif,
+    RecurrentKifConfig: RecurrentKif,
+}
+"""By the configuration's class; TaSL is KIF with other defaults."""
