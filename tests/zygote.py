@@ -35,10 +35,11 @@ class Outcome(NamedTuple):
 class Zygote:
     """The parent process, from the outside."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
+        """`modules` are imported along with the project's own."""
         variables = {**os.environ, **rank_environment(0, 1, 0), "PYTHONPATH": str(REPOSITORY)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zygote"],
+            [sys.executable, "-m", "tests.zygote", *modules],
             env=variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -73,7 +74,7 @@ class Zygote:
 
 
 def _serve() -> None:
-    for name in ("deepspeed", "peft", "datasets", "cl_dist.coordinator", "cl_dist.cli"):
+    for name in ("deepspeed", "peft", "datasets", "cl_dist.coordinator", "cl_dist.cli", *sys.argv[1:]):
         import_module(name)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
