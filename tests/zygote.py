@@ -35,10 +35,11 @@ class Outcome(NamedTuple):
 class Zygote:
     """The parent process, from the outside."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
+        """`modules` are imported along with the project's own."""
         variables = {**os.environ, **rank_environment(0, 1, 0), "PYTHONPATH": str(REPOSITORY)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zygote"],
+            [sys.executable, "-m", "tests.zygote", *modules],
             env=variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -72,14 +73,14 @@ class Zygote:
         self._process.wait()
 
 
-def preload() -> None:
+def preload(*modules: str) -> None:
     """Import what a rank needs; a process that has done so may fork ranks while it computes nothing itself."""
-    for name in ("deepspeed", "peft", "datasets", "cl_dist.coordinator", "cl_dist.cli"):
+    for name in ("deepspeed", "peft", "datasets", "cl_dist.coordinator", "cl_dist.cli", *modules):
         import_module(name)
 
 
 def _serve() -> None:
-    preload()
+    preload(*sys.argv[1:])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -149,6 +149,6 @@ def _default(info: FieldInfo) -> str | None:
         return ""
     if info.default is PydanticUndefined:
         return None
-    if isinstance(info.default, tuple):  # the default method
-        return ", ".join(method.name for method in info.default)
+    if isinstance(info.default, tuple):  # texts, or the default method
+        return ", ".join(entry if isinstance(entry, str) else entry.name for entry in info.default)
     return info.default if isinstance(info.default, str) else json.dumps(info.default)

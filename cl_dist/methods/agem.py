@@ -14,8 +14,8 @@ import torch
 from cl_dist.config.methods import AgemConfig
 from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.base import Method, Probe, TaskPlace
-from cl_dist.methods.kif.replay import past_samples
 from cl_dist.methods.limits import check_fits_a_step, global_batch
+from cl_dist.methods.replay import past_samples
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import ShardView
 from cl_dist.tasks.types import Encoded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from tests.zygote import Zygote
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the extra general)")
 
 DOCUMENTS = 7
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """One that has imported the harness too."""
+    parent = Zygote("lm_eval.evaluator", "lm_eval.models.huggingface")
+    yield parent
+    parent.close()
 
 
 @pytest.fixture(scope="module")
