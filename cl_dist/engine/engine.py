@@ -22,7 +22,7 @@ from cl_dist.models.load import LoadedModel
 from cl_dist.models.measuring import evaluation_mode
 from cl_dist.models.structure import base_model
 from cl_dist.seeds import derive_seed
-from cl_dist.sharding import Shard, ShardView, check_deepspeed
+from cl_dist.sharding import Shard, ShardView, check_deepspeed, remove_leftovers
 from cl_dist.tasks.collate import Batch
 from cl_dist.tasks.types import Encoded
 
@@ -97,6 +97,7 @@ class TrainingEngine:
         for method in self.methods:
             method.detach()
         self._engine.destroy()
+        remove_leftovers(self.model)
 
     @property
     def model(self) -> torch.nn.Module:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,6 +76,7 @@ def _save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor]) ->
     """
     names = adapter_names(model)
     configuration = model.peft_config[names[0]]
+    assert isinstance(configuration, LoraConfig)
     scaled = copy.copy(configuration)
     scaled.r, scaled.lora_alpha = len(names) * configuration.r, len(names) * configuration.lora_alpha
     model.peft_config[names[0]] = scaled

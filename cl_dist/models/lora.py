@@ -102,6 +102,7 @@ def grow_adapters(model: PeftModel, count: int, seed: int) -> bool:
 def _add(model: PeftModel, name: str, seed: int) -> None:
     """Add a copy of the first adapter with initial values of its own."""
     configuration = copy.deepcopy(model.peft_config[FIRST_ADAPTER])
+    assert isinstance(configuration, peft.LoraConfig)
     configuration.modules_to_save = None  # the first adapter's head serves all of them
     # Not the subclass's method: a classifier's would add a head again.
     PeftModel.add_adapter(model, name, configuration, autocast_adapter_dtype=False)
@@ -120,7 +121,7 @@ def _activate(model: PeftModel, names: list[str]) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.set_adapter(names)
-    model.base_model.active_adapter = names
+    model.base_model.active_adapter = names  # type: ignore[assignment]  # peft's own annotation is of one adapter
 
 
 def frozen_adapters(model: PeftModel) -> list[str]:

@@ -9,6 +9,7 @@ from cl_dist.sharding.check import DEEPSPEED_VERSION, check_deepspeed
 if TYPE_CHECKING:
     from cl_dist.sharding.freeze import RowFreezer
     from cl_dist.sharding.gather import gather_state_dict, whole_parameters
+    from cl_dist.sharding.leftovers import remove_leftovers
     from cl_dist.sharding.replicas import replica_checksums
     from cl_dist.sharding.shard import Shard
     from cl_dist.sharding.view import ShardView
@@ -20,6 +21,7 @@ __all__ = [
     "ShardView",
     "check_deepspeed",
     "gather_state_dict",
+    "remove_leftovers",
     "replica_checksums",
     "whole_parameters",
 ]
@@ -31,6 +33,7 @@ def __getattr__(name: str) -> object:
 
     homes = {
         "gather_state_dict": "gather",
+        "remove_leftovers": "leftovers",
         "replica_checksums": "replicas",
         "whole_parameters": "gather",
         "RowFreezer": "freeze",

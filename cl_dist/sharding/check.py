@@ -29,6 +29,8 @@ _ATTRIBUTES = {
         "def _partition_all_parameters",
         "norm_for_param_grads",
     ),
+    "runtime/zero/parameter_offload.py": ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"),
+    "runtime/zero/partition_parameters.py": ("_external_params",),
     "runtime/bf16_optimizer.py": ("_hp_grad", "def update_lp_params"),
     "runtime/fp16/unfused_optimizer.py": ("fp32_groups", "fp16_groups"),
     "utils/tensor_fragment.py": ("lp_fragment_address", "hp_fragment_address", "def get_lp_grad_fragment"),

@@ -12,6 +12,7 @@ from cl_dist.config.methods import IncLoraConfig, MethodConfig, MiguConfig, OLor
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
+from cl_dist.evaluation.wrapped import evaluating
 from cl_dist.methods.base import TaskPlace
 from cl_dist.methods.registry import build_methods
 from cl_dist.models.load import LoadedModel
@@ -142,9 +143,16 @@ class Case:
             report["unpublished"] = max([report["unpublished"], *_differences(published, masters)])
             report["trained"].append(len(masters))
             kept = weights
+            self._look()
         report["adapters"] = len(kept) // (2 * len(self.layers))
         self.engine.destroy()
         return report
+
+    def _look(self) -> None:
+        """As evaluation does between two tasks: stage 3 records another order of the modules."""
+        with evaluating(self.engine.model):
+            for seed in (7, 8):
+                self.engine.model(**micro_batches("llama", samples("llama", 2, seed), 2)[0].inputs)
 
     def train_task(self, index: int, steps: int = STEPS) -> None:
         """The first `steps` steps of a task, without the oracle."""

@@ -10,6 +10,7 @@ from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
+from cl_dist.evaluation.wrapped import evaluating
 from cl_dist.methods.base import TaskPlace
 from cl_dist.methods.migu import Migu
 from cl_dist.models.load import LoadedModel
@@ -37,6 +38,7 @@ def _one(stage: int, dtype: str) -> dict[str, Any]:
     migu = Migu(MiguConfig(name="migu", first_task="masked"))
     engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES["llama"]), recipe, [migu])  # type: ignore[arg-type]
     _train(engine, seed=0)
+    _look(engine)
     before = gather_state_dict(engine.model)
     for name, param in engine.model.named_parameters():
         param.requires_grad_(FROZEN not in name)
@@ -54,6 +56,13 @@ def _one(stage: int, dtype: str) -> dict[str, Any]:
     }
     engine.destroy()
     return report
+
+
+def _look(engine: TrainingEngine) -> None:
+    """As evaluation does between two tasks: stage 3 records another order of the modules."""
+    with evaluating(engine.model):
+        engine.model(**micro_batches("llama", samples("llama", 2, seed=7), 2)[0].inputs)
+        engine.model(**micro_batches("llama", samples("llama", 2, seed=8), 2)[0].inputs)
 
 
 def _train(engine: TrainingEngine, seed: int, begin: bool = True) -> None:
