@@ -117,6 +117,7 @@ class Case:
         self.engine = build_engine([self.method], model, family, stage, dtype, accumulation, clip, offload, deepspeed)
         self.measured: list[list[Encoded]] = []
         self.projected = 0
+        self.norms = 0.0
 
     def run(self) -> dict[str, Any]:
         """Train the stream; the largest of each error over the tasks."""
@@ -124,7 +125,11 @@ class Case:
         for index in range(TASKS if self.name == "ewc" else 2):
             for quantity, error in self._task(index).items():
                 worst[quantity] = max(worst.get(quantity, 0.0), error)
-        report = {**worst, "measured": [[sample.index for sample in some] for some in self.measured]}
+        report = {
+            **worst,
+            "norms": self.norms,
+            "measured": [[sample.index for sample in some] for some in self.measured],
+        }
         if isinstance(self.method, Agem):
             report["projected"] = [self.method.projected, self.projected]
         self.engine.destroy()
@@ -136,6 +141,7 @@ class Case:
         self.dense.start_task()
         for step in range(trainer.steps):
             trainer.step(step)
+            self.norms = max(self.norms, _norms_apart(self.engine))
             batch = [self.tasks[index][number] for number in trainer.samples(step)]
             self._dense_step(index, batch)
         errors = {"trained": _apart(whole(self.engine.shards, "master"), self.dense.masters)}
@@ -201,6 +207,14 @@ class Case:
             weighted = {n: sum(f[n].double() * a[n] for f, a in self.dense.past) for n in sums}
             anchor = {n: torch.where(sums[n] > 0, weighted[n] / sums[n], held["anchor"][n]) for n in sums}
         return {"fisher": _apart(held["fisher"], sums), "anchor": _apart(held["anchor"], anchor)}
+
+
+def _norms_apart(engine: TrainingEngine) -> float:
+    """How far apart the norms are that the ranks have clipped by; 0 where DeepSpeed does not tell."""
+    norms: list[Any] = [None] * torch.distributed.get_world_size()
+    norm = engine._engine.get_global_grad_norm()
+    torch.distributed.all_gather_object(norms, None if norm is None else float(norm))
+    return 0.0 if norm is None else max(norms) - min(norms)
 
 
 def _quiet(stage: int, accumulation: int = 1, **settings: Any) -> dict[str, Any]:
