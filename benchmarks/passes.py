@@ -36,11 +36,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=160)
     options = parser.parse_args()
     lengths = prompt_lengths(options)
-    print("| ranks | task by task | in one pass | saved |\n|---:|---:|---:|---:|")
+    print(
+        "| ranks | full batches, the rest last | batches of one size | all tasks in one pass |\n|---:|---:|---:|---:|"
+    )
+    pooled = [length for each in lengths for length in each]
     for ranks in RANKS:
-        apart = sum(cost(each, options.batch, ranks) for each in lengths)
-        pooled = cost([length for each in lengths for length in each], options.batch, ranks)
-        print(f"| {ranks} | {apart} | {pooled} | {1 - pooled / apart:.1%} |")
+        full = sum(cost(each, full_batches(each, options.batch), ranks) for each in lengths)
+        even = sum(cost(each, cut_batches(each, options.batch), ranks) for each in lengths)
+        print(f"| {ranks} | {full} | {even} | {cost(pooled, cut_batches(pooled, options.batch), ranks)} |")
 
 
 def prompt_lengths(options: argparse.Namespace) -> list[list[int]]:
@@ -54,17 +57,16 @@ def prompt_lengths(options: argparse.Namespace) -> list[list[int]]:
     return [[len(encoder.prompt_ids(example.prompt)) for example in task.evaluation] for task in tasks]
 
 
-def cost(lengths: Sequence[int], batch: int, ranks: int) -> int:
+def full_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """As many full batches as there are, longest first, and what is left over."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def cost(lengths: Sequence[int], batches: Sequence[list[int]], ranks: int) -> int:
     """Padded tokens that the busiest rank computes."""
-    batches = cut_batches(lengths, batch)
-    sizes = [
-        sum(
-            len(own.indices) * max(lengths[index] for index in own.indices)
-            for own in deal_batches(batches, rank, ranks, False)
-        )
-        for rank in range(ranks)
-    ]
-    return max(sizes)
+    shares = [deal_batches(batches, rank, ranks, synced=False) for rank in range(ranks)]
+    return max(sum(len(own.indices) * max(lengths[i] for i in own.indices) for own in share) for share in shares)
 
 
 if __name__ == "__main__":
