@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -19,7 +17,7 @@ from cl_dist.engine.engine import TrainingEngine
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.evaluate import Evaluator
-from cl_dist.evaluation.general import GeneralEvaluator, load_harness_tasks
+from cl_dist.evaluation.general import GeneralEvaluator, HarnessTasks, load_harness_tasks
 from cl_dist.heartbeat import beat
 from cl_dist.methods.registry import build_methods
 from cl_dist.models.checkpointing import enable_activation_checkpointing
@@ -63,7 +61,7 @@ def build_system(recipe: Recipe, recipe_dir: Path) -> System:
     beat("reading the data", opaque=True)
     tasks = load_stream(recipe.stream, recipe_dir)
     names = label_names(tasks)
-    harness = load_harness_tasks(recipe.eval.general) if recipe.eval.general is not None else {}
+    harness = load_harness_tasks(recipe.eval.general) if recipe.eval.general is not None else None
     beat("loading the model", opaque=True)
     loaded = _load(recipe, len(names))
     check_length(loaded, recipe.train.max_length)
@@ -152,10 +150,10 @@ def _evaluator(
 
 
 def _general(
-    recipe: Recipe, model: torch.nn.Module, loaded: LoadedModel, tasks: Mapping[str, Any]
+    recipe: Recipe, model: torch.nn.Module, loaded: LoadedModel, tasks: HarnessTasks | None
 ) -> GeneralEvaluator | None:
     """What measures general ability; BadInput where the model cannot generate."""
-    if recipe.eval.general is None:
+    if recipe.eval.general is None or tasks is None:
         return None
     if loaded.objective not in ("causal_lm", "seq2seq_lm"):
         raise BadInput(f"eval.general: needs a model that generates text, but its objective is {loaded.objective}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -27,10 +28,13 @@ class RankBatch:
 def cut_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Sample indices in batches of similar length, longest first, so that memory runs out at once or not at all.
 
-    Samples of equal length keep their order; every sample is in exactly one batch.
+    As few batches as hold the samples, and all of nearly the same size: a small last one would leave a rank idle while
+    the others work on full ones. Samples of equal length keep their order; every sample is in exactly one batch.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    count = -(-len(order) // batch_size)
+    cuts = [len(order) * number // count for number in range(count + 1)] if count else [0]
+    return [order[start:end] for start, end in pairwise(cuts)]
 
 
 def deal_batches(batches: Sequence[list[int]], rank: int, world: int, synced: bool) -> list[RankBatch]:

@@ -68,8 +68,18 @@ def is_due(config: GeneralConfig, place: str, tasks: Sequence[str]) -> bool:
     return place != UNTOUCHED and any(ends.get(wanted) == place for wanted in config.after)
 
 
-def load_harness_tasks(config: GeneralConfig) -> dict[str, Any]:
-    """The harness's task objects, data included, by the names in the recipe.
+@dataclass(frozen=True)
+class HarnessTasks:
+    """What the harness has loaded."""
+
+    manager: Any
+    """Its index of tasks, which it would otherwise make anew, from thousands of files, at every evaluation."""
+    loaded: Mapping[str, Any]
+    """Task objects, data included, by the names in the recipe."""
+
+
+def load_harness_tasks(config: GeneralConfig) -> HarnessTasks:
+    """Find and load the tasks that the recipe names.
 
     Raises BadInput for a name that the harness does not know, a task that runs code without the recipe's consent, and a
     task whose files or data cannot be loaded.
@@ -78,7 +88,7 @@ def load_harness_tasks(config: GeneralConfig) -> dict[str, Any]:
     manager = _manager(config)
     if config.confirm_unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks for it, too
-    return {name: _load(manager, name, config) for name in config.tasks}
+    return HarnessTasks(manager, {name: _load(manager, name, config) for name in config.tasks})
 
 
 def _manager(config: GeneralConfig) -> Any:
@@ -133,7 +143,7 @@ class GeneralEvaluator:
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        tasks: Mapping[str, Any],
+        tasks: HarnessTasks,
         config: GeneralConfig,
         batch_size: int,
         synced: bool,
@@ -149,12 +159,13 @@ class GeneralEvaluator:
         from cl_dist.evaluation.harness import LiveModel, from_first_rank
         from cl_dist.evaluation.wrapped import evaluating
 
-        loaded = self._tasks[name]
+        loaded = self._tasks.loaded[name]
         parts = [*loaded["tasks"].values()]
         with evaluating(self._model), _quiet():
             results = simple_evaluate(
                 model=LiveModel(self._model, self._tokenizer, self._batch_size, self._synced),
                 tasks=[loaded["groups"][name]] if name in loaded["groups"] else parts,
+                task_manager=self._tasks.manager,
                 num_fewshot=self._config.num_fewshot,
                 limit=self._config.limit,
                 apply_chat_template=self._config.chat_template,

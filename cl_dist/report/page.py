@@ -13,7 +13,7 @@ import numpy as np
 
 from cl_dist.evaluation import metrics
 from cl_dist.report.reading import RunData
-from cl_dist.report.tables import markdown
+from cl_dist.report.tables import general_names, markdown
 from cl_dist.report.units import UnitResults
 
 TOP_UNITS = 5
@@ -65,7 +65,7 @@ class Page:
 
     def render(self, out: Path) -> str:
         """The page as Markdown, for the folder `out`."""
-        parts = [*self._head(out), *self._scores(), *self._training(), *self._units()]
+        parts = [*self._head(out), *self._scores(), *self._general(), *self._training(), *self._units()]
         if self.missing:
             parts += ["## What is missing", "\n".join(f"- {text}" for text in self.missing)]
         return "\n\n".join(parts) + "\n"
@@ -108,6 +108,23 @@ class Page:
         lines = ([f"`{name}`", _score(value), definition(name)] for name, value in values.items())
         header = ["metric", "value", "definition (T tasks, score a[i][j] on task j after task i)"]
         yield markdown(header, lines, text=(0, 2))
+
+    def _general(self) -> Iterator[str]:
+        """Scores of lm-evaluation-harness."""
+        measured, tasks = self.run.manifest.general, self.run.done
+        if not measured:
+            return
+        names = general_names(measured)
+        yield "## General ability"
+        rows = ([entry["after"], *(entry["scores"].get(name, {}).get("score") for name in names)] for entry in measured)
+        yield markdown(["after", *names], ([place, *map(_score, values)] for place, *values in rows))
+        if tasks:
+            found = [metrics.general_ability(measured, tasks), metrics.general_forgetting(measured, tasks)]
+            lines = [
+                [f"`{metric.__name__}`", _score(value), _definition(metric.__name__)]
+                for metric, value in zip((metrics.general_ability, metrics.general_forgetting), found, strict=True)
+            ]
+            yield markdown(["metric", "value", "definition"], lines, text=(0, 2))
 
     def _training(self) -> Iterator[str]:
         pictures = list(self._pictures("loss.png"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,22 @@ def fusion_csv(tasks: Sequence[str], units: UnitResults) -> str:
         for module, count, size, values in zip(table.modules, counts, sizes, of_task, strict=True)
     )
     return csv_text(["task", "module", "units", "elements", *FUSION_COLUMNS], lines)
+
+
+def general_names(measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tasks of lm-evaluation-harness, in the order in which they were measured first."""
+    return list(dict.fromkeys(name for entry in measured for name in entry["scores"]))
+
+
+def general_csv(measured: Sequence[Mapping[str, Any]]) -> str:
+    """A line per measurement, task and metric of general ability (the manifest's `general`)."""
+    lines = (
+        [entry["after"], name, metric, value, values["samples"]]
+        for entry in measured
+        for name, values in entry["scores"].items()
+        for metric, value in values["metrics"].items()
+    )
+    return _csv(["after", "task", "metric", "value", "samples"], lines)
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], text: Collection[int] = (0,)) -> str:

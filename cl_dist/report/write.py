@@ -60,6 +60,8 @@ def _files(run: RunData, units: UnitResults | None) -> Iterator[tuple[str, bytes
         yield "scores.png", pictures.scores(tasks, matrix)
     if run.log.losses:
         yield "loss.png", pictures.loss(tasks, run.log.losses)
+    if run.manifest.general:
+        yield "general.csv", tables.general_csv(run.manifest.general).encode()
     if units is not None:
         yield from _unit_files(run.done, units)
 

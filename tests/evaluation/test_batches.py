@@ -18,11 +18,15 @@ def test_batches_cover_every_sample_once_longest_first(lengths: list[int], batch
     flat = [index for batch in batches for index in batch]
     assert sorted(flat) == list(range(len(lengths)))
     assert [lengths[index] for index in flat] == sorted(lengths, reverse=True)
-    assert all(len(batch) == batch_size for batch in batches[:-1])
+    sizes = [len(batch) for batch in batches]
+    assert len(sizes) == -(-len(lengths) // batch_size)
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_equal_lengths_keep_file_order() -> None:
-    assert cut_batches([5, 7, 5, 7], 3) == [[1, 3, 0], [2]]
+    assert cut_batches([5, 7, 5, 7], 3) == [[1, 3], [0, 2]]
+    assert cut_batches([], 3) == []
 
 
 @given(LENGTHS, st.integers(1, 9), st.integers(1, 5), st.booleans())

@@ -224,3 +224,26 @@ class TestRefused:
         (tmp_path / "out" / "scores.png").mkdir(parents=True)
         with pytest.raises(BadInput, match="the report cannot be written there: Is a directory"):
             write_report(run, tmp_path / "out")
+
+
+def test_general_ability_has_a_table_and_a_file(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", LONG[:2], 2)
+
+    def score(value: float) -> dict[str, object]:
+        return {"score": value, "metric": "acc", "metrics": {"acc,none": value}, "samples": 4}
+
+    places = {"untouched": {"a": score(0.5), "b": score(0.75)}, LONG[1]: {"a": score(0.25), "b": score(0.5)}}
+    measured = tuple({"after": place, "scores": scores} for place, scores in places.items())
+    replace(Manifest.read(folder.manifest), general=measured).write(folder.manifest)
+    report = write_report(folder.path)
+    page = (report.folder / PAGE).read_text()
+    assert "| after | a | b |" in page
+    assert f"| {LONG[1]} | 0.2500 | 0.5000 |" in page
+    assert "| `general_ability` | 0.3750 |" in page
+    assert "| `general_forgetting` | 0.2500 |" in page
+    with (report.folder / "general.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["after"], line["task"], float(line["value"])) for line in lines][2:] == [
+        (LONG[1], "a", 0.25),
+        (LONG[1], "b", 0.5),
+    ]

@@ -46,7 +46,7 @@ def _run(zygote: Zygote, folder: Path, stage: int, evaluation: dict[str, Any]) -
     folder.mkdir()
     # A large eps: AdamW would otherwise blow rounding in tiny gradients up to whole steps.
     path = write_recipe(folder, zero={"stage": stage}, train={"eps": 1e-3}, eval=evaluation)
-    outcome = zygote.run(["run", str(path), "--debug"], folder, world=2)
+    outcome = zygote.run(["run", str(path), "--debug"], folder, world=2, timeout=400.0)
     assert outcome.codes == [0, 0], "\n".join(outcome.output)
     return folder / "run"
 

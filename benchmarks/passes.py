@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""What evaluating several tasks in one pass could save: padded tokens of the busiest rank, task by task and pooled.
+
+Usage:
+    python benchmarks/passes.py --data FOLDER/long_sequence --model FOLDER [--samples 50] [--batch 16] [--length 160]
+
+Counts, and runs no model: batches are cut and dealt as evaluation does it, a batch costs its samples times its
+longest prompt, and a rank that has nothing left waits. docs/results/label-scoring.md holds what it printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from cl_dist.config.schema import StreamConfig, TaskConfig, TrainConfig
+from cl_dist.evaluation.batches import cut_batches, deal_batches
+from cl_dist.tasks.encode import Encoder, label_names
+from cl_dist.tasks.orders import ORDERS
+from cl_dist.tasks.stream import load_stream
+
+RANKS = (1, 2, 4, 8)
+
+
+def main() -> None:
+    """Count and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder in TaSL layout")
+    parser.add_argument("--model", required=True, help="folder with a tokenizer")
+    parser.add_argument("--order", default="4", help="number of a published order")
+    parser.add_argument("--samples", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=160)
+    options = parser.parse_args()
+    lengths = prompt_lengths(options)
+    print(
+        "| ranks | full batches, the rest last | batches of one size | all tasks in one pass |\n|---:|---:|---:|---:|"
+    )
+    pooled = [length for each in lengths for length in each]
+    for ranks in RANKS:
+        full = sum(cost(each, full_batches(each, options.batch), ranks) for each in lengths)
+        even = sum(cost(each, cut_batches(each, options.batch), ranks) for each in lengths)
+        print(f"| {ranks} | {full} | {even} | {cost(pooled, cut_batches(pooled, options.batch), ranks)} |")
+
+
+def prompt_lengths(options: argparse.Namespace) -> list[list[int]]:
+    """Tokens of each prompt, task by task."""
+    configs = tuple(TaskConfig(name=name, format="tasl", path=".") for name in ORDERS[options.order])
+    stream = StreamConfig(tasks=configs, root=options.data, max_train_samples=1, max_eval_samples=options.samples)
+    tasks = load_stream(stream, Path.cwd())
+    train = TrainConfig(max_length=options.length, max_target_length=min(50, options.length // 2))
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    encoder = Encoder(tokenizer, "causal_lm", train, label_names(tasks))
+    return [[len(encoder.prompt_ids(example.prompt)) for example in task.evaluation] for task in tasks]
+
+
+def full_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """As many full batches as there are, longest first, and what is left over."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def cost(lengths: Sequence[int], batches: Sequence[list[int]], ranks: int) -> int:
+    """Padded tokens that the busiest rank computes."""
+    shares = [deal_batches(batches, rank, ranks, synced=False) for rank in range(ranks)]
+    return max(sum(len(own.indices) * max(lengths[i] for i in own.indices) for own in share) for share in shares)
+
+
+if __name__ == "__main__":
+    main()
