@@ -45,10 +45,11 @@ class CellRunner:
     Args:
         sweep: Where the recipes of the cells are kept.
         refresh: Called whenever a cell has ended.
+        options: Options that every `cl-dist run` gets.
     """
 
-    def __init__(self, sweep: SweepFolder, refresh: Callable[[], None]) -> None:
-        self._sweep, self._refresh = sweep, refresh
+    def __init__(self, sweep: SweepFolder, refresh: Callable[[], None], options: Sequence[str] = ()) -> None:
+        self._sweep, self._refresh, self._options = sweep, refresh, options
         self._process: subprocess.Popen[str] | None = None
         self._asked = False
 
@@ -84,7 +85,15 @@ class CellRunner:
         recipe.parent.mkdir(parents=True, exist_ok=True)
         write_text(recipe, dump_recipe(cell.recipe))
         began = time.monotonic()
-        command = [sys.executable, "-m", "cl_dist", "run", str(recipe), *(["--resume"] if resume else [])]
+        command = [
+            sys.executable,
+            "-m",
+            "cl_dist",
+            "run",
+            str(recipe),
+            *(["--resume"] if resume else []),
+            *self._options,
+        ]
         code, words = self._wait_for(command)
         if self._asked or code == Interrupted.exit_code:
             self._refresh()

@@ -104,7 +104,7 @@ def compare(arguments: Namespace) -> int:
         _submit(sweep, grid, arguments)
         refresh()
     else:
-        _run(sweep, grid, refresh, arguments.stop_on_failure)
+        _run(sweep, grid, refresh, arguments)
     return 0
 
 
@@ -161,12 +161,12 @@ def _commands(cells: Sequence[Cell], recipe: str) -> Iterator[str]:
             yield " ".join(map(quote, words))
 
 
-def _run(sweep: SweepFolder, grid: Grid, refresh: partial[None], stop_on_failure: bool) -> None:
+def _run(sweep: SweepFolder, grid: Grid, refresh: partial[None], arguments: Namespace) -> None:
     _keep_base(sweep, grid)
     with RunLock(sweep.lock):
         print("\n".join(_listing(sweep, grid.cells)), flush=True)
         refresh()
-        failures = CellRunner(sweep, refresh).run(grid.cells, stop_on_failure)
+        failures = CellRunner(sweep, refresh, ["--debug"] * arguments.debug).run(grid.cells, arguments.stop_on_failure)
         refresh()
     print("\n" + (sweep.path / "table.md").read_text(encoding="utf-8"), flush=True)
     print(f"wrote {', '.join(str(sweep.path / name) for name in TABLES)}", flush=True)

@@ -189,6 +189,24 @@ def test_submits_a_job_for_every_run_that_is_left(
     assert "| own | migu | 0 of 2 |" in (tmp_path / "sweep" / "table.md").read_text()
 
 
+@pytest.mark.parametrize(("options", "failed"), [([], 2), (["--stop-on-failure"], 1)])
+def test_a_failing_run_ends_the_sweep_only_where_asked(
+    command: Command, tmp_path: Path, options: list[str], failed: int
+) -> None:
+    """Both run folders hold a letter, which `cl-dist run` refuses."""
+    recipe = write_recipe(tmp_path)
+    for name in ("sequential", "migu"):
+        folder = tmp_path / "sweep" / "runs" / "own" / name / "seed0"
+        folder.mkdir(parents=True)
+        (folder / "letter.txt").write_text("not a run")
+    grid = ("--methods", "sequential,migu", "--seeds", "0", "--out", "sweep")
+    code, output, error = command("compare", recipe, *grid, *options)
+    assert code == 1
+    assert output.count(": starting in ") == output.count(": failed: ") == failed
+    assert "[1/2] own sequential seed0: failed: output_dir" in output
+    assert error.splitlines()[-1] == f"cl-dist: error: {failed} of 2 runs failed; the same command tries them again"
+
+
 Start = Callable[..., subprocess.Popen[str]]
 
 
