@@ -121,7 +121,7 @@ class Page:
         if tasks:
             found = [metrics.general_ability(measured, tasks), metrics.general_forgetting(measured, tasks)]
             lines = [
-                [f"`{metric.__name__}`", _score(value), _definition(metric.__name__)]
+                [f"`{metric.__name__}`", _score(value), definition(metric.__name__)]
                 for metric, value in zip((metrics.general_ability, metrics.general_forgetting), found, strict=True)
             ]
             yield markdown(["metric", "value", "definition"], lines, text=(0, 2))

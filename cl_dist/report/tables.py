@@ -63,7 +63,7 @@ def general_csv(measured: Sequence[Mapping[str, Any]]) -> str:
         for name, values in entry["scores"].items()
         for metric, value in values["metrics"].items()
     )
-    return _csv(["after", "task", "metric", "value", "samples"], lines)
+    return csv_text(["after", "task", "metric", "value", "samples"], lines)
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], text: Collection[int] = (0,)) -> str:
