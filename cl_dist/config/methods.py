@@ -301,14 +301,14 @@ MethodConfig = Annotated[
     | IncLoraConfig
     | OLoraConfig
     | ReplayConfig
+    | EwcConfig
+    | LwfConfig
+    | AgemConfig
     | PerTaskConfig
     | MultiTaskConfig
     | MiguConfig
     | KifConfig
     | TaslConfig
-    | RecurrentKifConfig
-    | EwcConfig
-    | LwfConfig
-    | AgemConfig,
+    | RecurrentKifConfig,
     Field(discriminator="name"),
 ]
