@@ -35,6 +35,9 @@ CASES: dict[str, dict[str, Any]] = {
         "method": [{"name": "recurrent_kif", "replay_ratio": 0.25, "inner_steps": 3, "outer_steps": 1}],
         "model": {"lora": {"r": 3}},
     },
+    # Not olora: its penalty's gradient is a sign, which rounding can turn over.
+    "inclora-migu-lora": {"method": [{"name": "inclora"}, MIGU], "model": {"lora": {"r": 3}}},
+    "per-task-full": {"method": [{"name": "per_task"}], "model": {"lora": None}},
     "migu-kif-full": {"method": [MIGU, {**KIF, "units": "row"}], "model": {"lora": None}},
 }
 FAST = ("migu-full", "kif-lora")
