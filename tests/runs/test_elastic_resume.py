@@ -40,6 +40,9 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"lora": {"r": 3}},
     },
     "lwf-full": {"method": [{"name": "lwf", "top_k": 8}], "model": {"lora": None}},
+    # Not olora: its penalty's gradient is a sign, which rounding can turn over.
+    "inclora-migu-lora": {"method": [{"name": "inclora"}, MIGU], "model": {"lora": {"r": 3}}},
+    "per-task-full": {"method": [{"name": "per_task"}], "model": {"lora": None}},
     "migu-kif-full": {"method": [MIGU, {**KIF, "units": "row"}], "model": {"lora": None}},
 }
 FAST = ("migu-full", "kif-lora")
