@@ -21,11 +21,6 @@ class Responses(NamedTuple):
     rest: torch.Tensor
     """`(targets, 1 or 0)` float32: logarithm of what all other classes have together."""
 
-    @property
-    def bytes(self) -> int:
-        """Memory that the tensors take."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self)
-
     def cut(self, counts: Sequence[int]) -> list[Responses]:
         """One after the other, the responses at the first `counts[0]` targets, at the next `counts[1]`, and so on, each
         with a memory of its own.
