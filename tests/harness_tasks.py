@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-CHOICES = (" north", " south", " east", " west")
+CHOICES = ("north", "south", "east", "west")
 
 
 def write_harness_tasks(folder: Path, documents: int = 7) -> Path:

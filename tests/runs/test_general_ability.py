@@ -72,7 +72,7 @@ def _likeliest(model: Any, tokenizer: Any, question: str) -> int:
     context = tokenizer(question)["input_ids"]
     scores = []
     for choice in CHOICES:
-        answer = tokenizer(choice, add_special_tokens=False)["input_ids"]
+        answer = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
         logits = model(torch.tensor([[*context, *answer]])).logits[0].log_softmax(-1)
         scores.append(sum(logits[len(context) - 1 + i, token].item() for i, token in enumerate(answer)))
     return scores.index(max(scores))
