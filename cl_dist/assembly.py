@@ -61,6 +61,7 @@ def build_system(recipe: Recipe, recipe_dir: Path) -> System:
     beat("reading the data", opaque=True)
     tasks = load_stream(recipe.stream, recipe_dir)
     names = label_names(tasks)
+    beat("loading the tasks of general ability", opaque=True)
     harness = load_harness_tasks(recipe.eval.general) if recipe.eval.general is not None else None
     beat("loading the model", opaque=True)
     loaded = _load(recipe, len(names))

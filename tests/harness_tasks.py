@@ -8,26 +8,26 @@ from typing import Any
 
 import yaml
 
-CHOICES = (" north", " south", " east", " west")
+CHOICES = ("north", "south", "east", "west")
 
 
 def write_harness_tasks(folder: Path, documents: int = 7) -> Path:
-    """`compass` (multiple choice) and `rhyme` (generation), the group `both` of the two, and `run_it`, which says that
-    it runs code; `documents` of each.
+    """`compass` (multiple choice) and `heading` (generation), the group `both` of the two, and `run_it`, which says
+    that it runs code; `documents` of each.
     """
     folder.mkdir(parents=True)
     compass = [
-        {"question": f"old {name} {season}?", "choices": CHOICES, "answer": number % 4}
+        {"question": f"old calm pale {name} {season}?", "choices": CHOICES, "answer": number % 4}
         for number, (name, season) in enumerate(_names(documents))
     ]
-    rhyme = [{"question": f"reverse {name}:", "answer": name[::-1]} for name, _ in _names(documents)]
+    heading = [{**document, "answer": f" {CHOICES[document['answer']]}"} for document in compass]
     choice = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "metric_list": [_mean("acc")]}
     _write(folder, "compass", compass, **choice)
-    generation = {"until": ["\n"], "max_gen_toks": 5, "do_sample": False}
+    generation = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
     generate = {"output_type": "generate_until", "generation_kwargs": generation, "metric_list": [_mean("exact_match")]}
-    _write(folder, "rhyme", rhyme, **generate)
-    _write(folder, "run_it", rhyme, **generate, unsafe_code=True)
-    group = {"group": "both", "task": ["compass", "rhyme"]}
+    _write(folder, "heading", heading, **generate)
+    _write(folder, "run_it", heading, **generate, unsafe_code=True)
+    group = {"group": "both", "task": ["compass", "heading"]}
     (folder / "both.yaml").write_text(yaml.safe_dump(group))
     return folder
 

@@ -95,7 +95,7 @@ def test_tasks_that_cannot_be_used(tmp_path: Path) -> None:
     loaded = load_harness_tasks(GeneralConfig(**config, confirm_unsafe_code=True))
     assert set(loaded.loaded["run_it"]["tasks"]) == {"run_it"}
     group = load_harness_tasks(GeneralConfig(tasks=("both",), include_path=str(folder))).loaded["both"]
-    assert set(group["tasks"]) == {"compass", "rhyme"}
+    assert set(group["tasks"]) == {"compass", "heading"}
     (folder / "compass.jsonl").unlink()
     with pytest.raises(BadInput, match=r"eval.general.tasks: compass cannot be loaded: .*compass.jsonl"):
         load_harness_tasks(GeneralConfig(tasks=("compass",), include_path=str(folder)))

@@ -17,7 +17,7 @@ from tests.zygote import Zygote
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the extra general)")
 
-DOCUMENTS = 7
+DOCUMENTS = 15
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def runs(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """Run folders: under both stages with general ability, and once without."""
     root = tmp_path_factory.mktemp("general")
     tasks = write_harness_tasks(root / "harness", DOCUMENTS)
-    general = {"tasks": ["compass", "rhyme"], "include_path": str(tasks), "after": "all", "batch_size": 3}
+    general = {"tasks": ["compass", "heading"], "include_path": str(tasks), "after": "all", "batch_size": 3}
     cases: dict[str, tuple[int, dict[str, Any]]] = {
         "zero2": (2, {"general": general}),
         "zero3": (3, {"general": general}),
@@ -45,7 +45,9 @@ def runs(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def _run(zygote: Zygote, folder: Path, stage: int, evaluation: dict[str, Any]) -> Path:
     folder.mkdir()
     # A large eps: AdamW would otherwise blow rounding in tiny gradients up to whole steps.
-    path = write_recipe(folder, zero={"stage": stage}, train={"eps": 1e-3}, eval=evaluation)
+    path = write_recipe(
+        folder, zero={"stage": stage}, train={"eps": 1e-3, "epochs": 6, "learning_rate": 1e-2}, eval=evaluation
+    )
     outcome = zygote.run(["run", str(path), "--debug"], folder, world=2, timeout=400.0)
     assert outcome.codes == [0, 0], "\n".join(outcome.output)
     return folder / "run"
@@ -57,13 +59,13 @@ def _metrics(run: Path) -> dict[str, Any]:
 
 
 def _oracle(run: Path, task: str, harness: Path) -> tuple[float, float]:
-    """Accuracy on compass and exact match on rhyme of the model that the run saved after `task`, by hand."""
+    """Accuracy on compass and exact match on heading of the model that the run saved after `task`, by hand."""
     folder = run / "tasks" / task / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     compass = [json.loads(line) for line in (harness / "compass.jsonl").read_text().splitlines()]
     right = [_likeliest(model, tokenizer, each["question"]) == each["answer"] for each in compass]
-    rhyme = [json.loads(line) for line in (harness / "rhyme.jsonl").read_text().splitlines()]
-    exact = [_continued(model, tokenizer, each["question"]) == each["answer"] for each in rhyme]
+    heading = [json.loads(line) for line in (harness / "heading.jsonl").read_text().splitlines()]
+    exact = [_continued(model, tokenizer, each["question"]) == each["answer"] for each in heading]
     return sum(right) / len(right), sum(exact) / len(exact)
 
 
@@ -72,7 +74,7 @@ def _likeliest(model: Any, tokenizer: Any, question: str) -> int:
     context = tokenizer(question)["input_ids"]
     scores = []
     for choice in CHOICES:
-        answer = tokenizer(choice, add_special_tokens=False)["input_ids"]
+        answer = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
         logits = model(torch.tensor([[*context, *answer]])).logits[0].log_softmax(-1)
         scores.append(sum(logits[len(context) - 1 + i, token].item() for i, token in enumerate(answer)))
     return scores.index(max(scores))
@@ -82,7 +84,7 @@ def _likeliest(model: Any, tokenizer: Any, question: str) -> int:
 def _continued(model: Any, tokenizer: Any, question: str) -> str:
     ids = tokenizer(question)["input_ids"]
     start = len(ids)
-    for _ in range(5):
+    for _ in range(6):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     return str(tokenizer.decode(ids[start:], skip_special_tokens=True)).partition("\n")[0]
 
@@ -94,11 +96,12 @@ def test_scores_are_those_of_the_model_at_that_place(runs: dict[str, Path], stag
     assert [entry["after"] for entry in general] == ["untouched", "spring", "summer"]
     for entry, task in zip(general[1:], ("01-spring", "02-summer"), strict=True):
         scores = entry["scores"]
-        found = (scores["compass"]["score"], scores["rhyme"]["score"])
+        found = (scores["compass"]["score"], scores["heading"]["score"])
         assert found == pytest.approx(_oracle(runs[stage], task, harness))
         assert (scores["compass"]["metric"], scores["compass"]["samples"]) == ("acc", DOCUMENTS)
-        assert (scores["rhyme"]["metric"], scores["rhyme"]["samples"]) == ("exact_match", DOCUMENTS)
-    assert len({entry["scores"]["compass"]["score"] for entry in general}) > 1, "nothing moves: this shows nothing"
+        assert (scores["heading"]["metric"], scores["heading"]["samples"]) == ("exact_match", DOCUMENTS)
+    for name in ("compass", "heading"):
+        assert len({entry["scores"][name]["score"] for entry in general}) > 1, f"{name} never moves: this shows nothing"
 
 
 def test_metrics_weigh_learning_against_forgetting(runs: dict[str, Path]) -> None:

@@ -60,10 +60,10 @@ def test_a_sample_is_the_conversation_with_the_loss_on_the_answer(prompt: str) -
 def test_evaluation_asks_as_training_did() -> None:
     tokenizer = chat_tokenizer()
     encode = encoder(tokenizer, labels=("yes", "no"))
-    turn = [{"role": "user", "content": "Well?"}]
+    turn = [{"role": "user", "content": " Well? "}]
     asked = tokenizer.apply_chat_template(turn, tokenize=True, add_generation_prompt=True, return_dict=False)
-    assert encode.prompt_ids("Well?") == asked
-    (sample,) = encode.train(one_sample("Well?", "yes"))
+    assert encode.prompt_ids(" Well? ") == asked
+    (sample,) = encode.train(one_sample(" Well? ", "yes"))
     assert sample.input_ids == asked + encode.answer_ids("yes")
     assert tokenizer.decode(encode.answer_ids("yes")) == "yes</s>"
 
