@@ -125,8 +125,8 @@ class TestRefusals:
 
     def test_pairs_that_do_not_go_together(self, tmp_path: Path) -> None:
         assert problems(tmp_path, methods="migu,kif+tasl") == [
-            "method kif+tasl: method: kif and tasl do not compose: kif, tasl and recurrent_kif all fuse weights; give one "
-            "of them"
+            "method kif+tasl: method: kif and tasl do not compose: "
+            "kif, tasl and recurrent_kif all fuse weights; give one of them"
         ]
 
     @pytest.mark.parametrize("change", ["output_dir=x", "train.seed=1", "method.name=kif", "method=kif"])
