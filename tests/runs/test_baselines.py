@@ -30,7 +30,7 @@ def trained(zygote: Zygote, folder: Path, **changes: Any) -> Path:
     stream.setdefault("tasks", [{"name": task[3:], "format": "builtin"} for task in TASKS])
     evaluation = {"before_training": False, **changes.pop("eval", {})}
     path = write_recipe(folder, stream=stream, eval=evaluation, **changes)
-    outcome = zygote.run(["run", str(path), "--debug"], folder, world=2)
+    outcome = zygote.run(["run", str(path), "--debug"], folder, world=2, timeout=600)
     assert outcome.codes == [0, 0], "\n".join(outcome.output)
     return folder / "run"
 
