@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 WORLDS = (1, 2)
 FLOAT32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 CASES: list[dict[str, Any]] = [
-    {"method": "ewc", "stage": 0, "weight": 30.0, "fisher_samples": None, "fisher_batch": 2},
+    {"method": "ewc", "stage": 0, "weight": 30.0, "fisher_samples": 4, "fisher_batch": 2},
     {"method": "ewc", "stage": 2, "weight": 30.0, "fisher_samples": 5, "accumulation": 3, "clip": 0.1},
     {"method": "ewc", "stage": 3, "weight": 30.0, "fisher_samples": 4, "lora": True},
     {"method": "lwf", "stage": 0, "weight": 3.0, "top_k": 7},
@@ -88,7 +88,7 @@ def test_what_is_measured_does_not_depend_on_the_number_of_ranks(reports: dict[i
     assert measured == reports[2]["cases"][number]["measured"]
     assert (measured == []) == (case["method"] == "lwf")
     if case["method"] == "ewc":
-        size, count = case.get("fisher_batch", 1), case["fisher_samples"] or 10
+        size, count = case.get("fisher_batch", 1), case["fisher_samples"]
         assert [len(some) for some in measured] == [size] * (3 * count // size)
         each = [index for some in measured for index in some]
         assert all(len(set(each[start : start + count])) == count for start in range(0, 3 * count, count))
