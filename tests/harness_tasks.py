@@ -12,8 +12,8 @@ CHOICES = ("north", "south", "east", "west")
 
 
 def write_harness_tasks(folder: Path, documents: int = 7) -> Path:
-    """`compass` (multiple choice), `heading` (generation), the group `both` of the two, and `run_it`, which says that it
-    runs code; `documents` of each.
+    """`compass` (multiple choice), `heading` (generation), the group `both` of the two, and `run_it`, which says
+    that it runs code; `documents` of each.
     """
     folder.mkdir(parents=True)
     compass = [
