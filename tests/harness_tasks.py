@@ -12,7 +12,7 @@ CHOICES = ("north", "south", "east", "west")
 
 
 def write_harness_tasks(folder: Path, documents: int = 7) -> Path:
-    """`compass` (multiple choice) and `heading` (generation), the group `both` of the two, and `run_it`, which says
+    """`compass` (multiple choice), `heading` (generation), the group `both` of the two, and `run_it`, which says
     that it runs code; `documents` of each.
     """
     folder.mkdir(parents=True)
