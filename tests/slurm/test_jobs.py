@@ -25,7 +25,7 @@ from tests.slurm.cluster import Cluster, missing, running_cluster
 from tests.zygote import Zygote
 
 REASON = missing()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=REASON or "")]
+pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 PATIENCE_SECONDS = 240.0
 """A start alone may take a minute where other tests keep the cores busy."""
