@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cl_dist.config.schema import EvalConfig, LoraConfig, ModelConfig, TrainConfig
+from cl_dist.engine.distributed import join
 from cl_dist.evaluation.evaluate import Evaluator
 from cl_dist.models.load import LoadedModel, load_model
 from cl_dist.models.lora import add_lora
@@ -87,7 +88,7 @@ def evaluate_alone(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 def evaluate_on_ranks(cases: list[dict[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
     """Per case: this rank's scores before and after two training steps that leave the weights as they are."""
-    deepspeed.init_distributed("gloo", verbose=False)
+    join(timeout_seconds=120)
     return [_evaluate_engine(case) for case in cases]
 
 

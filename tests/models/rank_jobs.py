@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from cl_dist.config.schema import LoraConfig, ModelConfig
+from cl_dist.engine.distributed import join
 from cl_dist.errors import BadInput
 from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.export import export_model
@@ -80,7 +81,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def sharded(cases: list[dict[str, Any]], cache_dir: str) -> list[dict[str, Any]]:
     """Per case: the parameters that are not sharded, all digests, and how far its steps are from dense ones."""
-    deepspeed.init_distributed("gloo", verbose=False)
+    join(timeout_seconds=120)
     return [_sharded_case(case, cache_dir) for case in cases]
 
 
