@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = ("--blocks", "2", "--steps", "2", "--tokens", "32", "--length", "16")
 
 
-@pytest.mark.parametrize(("lora", "trained"), [("8", "LoRA r 8"), ("0", "full")])
+@pytest.mark.parametrize(("lora", "trained"), [("8", "LoRA r 8"), pytest.param("0", "full", marks=pytest.mark.slow)])
 def test_prints_one_line(lora: str, trained: str) -> None:
     command = [sys.executable, "benchmarks/kif_overhead.py", "--lora", lora, *SMALL]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

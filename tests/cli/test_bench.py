@@ -112,6 +112,7 @@ class TestStep:
         # torch and transformers alone take more than 100 MiB.
         assert all(number is None or number > 100 * 2**20 for number in document["peak_memory_bytes"].values())
 
+    @pytest.mark.slow
     def test_two_ranks_under_zero(self, command: Command) -> None:
         document = run_json(
             command, "step", *SIZES["step"], "--processes", "2", "--zero-stage", "2", "--layers", "1", *QUICK

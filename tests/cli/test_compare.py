@@ -264,6 +264,7 @@ def wait_until_released(run: Path) -> None:
     pytest.fail("the run goes on without its sweep")
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_stop_a_failure_and_a_kill(tmp_path: Path, start: Start) -> None:
     """Two methods and two seeds: Ctrl-C in the second run, then a run that fails, then SIGKILL while that one runs."""
     write_recipe(tmp_path, train={"epochs": 16}, launch={"processes": 1})

@@ -18,7 +18,7 @@ from cl_dist.cli.ranks import run_on_ranks
 def work(reporter):
     os.kill(os.getpid(), int(sys.argv[1]))
 
-sys.exit(guarded(Namespace(command=lambda _: run_on_ranks(_, 1, lambda first: None, work), debug=False)))
+sys.exit(guarded(Namespace(command=lambda _: run_on_ranks(_, 1, lambda first: None, work, None), debug=False)))
 """
 SAVED = STOPPED.replace("import os,", "from cl_dist.errors import Interrupted\nimport atexit, os,").replace(
     "    os.kill(os.getpid(), int(sys.argv[1]))",

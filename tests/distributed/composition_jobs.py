@@ -44,7 +44,7 @@ def train(stage: int, order: list[str], skip_rows: bool) -> dict[str, Any]:
         batch = samples("llama", BATCH, seed=step)
         mine = micro_batches("llama", batch[rank * size : (rank + 1) * size], size)
         engine.train_step(step, mine, sum(sample.targets for sample in batch))
-    smoothed = together(kif.tensors()["smoothed"], engine)
+    smoothed = together(kif.tensors()["smoothed"], engine.shards)
     masters = whole(engine.shards, "master")
     engine.destroy()
     return {

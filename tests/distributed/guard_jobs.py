@@ -139,7 +139,7 @@ def _state(engine: TrainingEngine) -> dict[str, torch.Tensor]:
     }
     for quantity, held in engine.method_tensors().items():
         if not quantity.endswith(".scores"):  # every rank has them whole, under names of their own
-            state.update({f"{quantity}/{name}": tensor for name, tensor in together(held, engine).items()})
+            state.update({f"{quantity}/{name}": tensor for name, tensor in together(held, engine.shards).items()})
     state.update(_weights(engine))
     state["optimizer step"] = torch.tensor(engine.shards.optimizer_step)
     return state

@@ -200,7 +200,7 @@ class Case:
         each = [self._loss([sample], -1) for some in drawn for sample in some]
         self.dense.end_task(each, self.config.fisher_batch)
         sums = self.dense.fisher(self.online)
-        held = {quantity: together(shards, self.engine) for quantity, shards in method.tensors().items()}
+        held = {quantity: together(shards, self.engine.shards) for quantity, shards in method.tensors().items()}
         if self.online is not None:
             anchor = self.dense.past[-1][1]
         else:

@@ -7,7 +7,7 @@ import pytest
 from tests.ranks import run_ranks
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_rebuilt_with_a_frozen_block(dtype: str) -> None:
     arguments = {"stages": [0, 1, 2, 3], "dtype": dtype}
     report = run_ranks("tests.distributed.rebuild_jobs:rebuild", 2, arguments, timeout=300)[0]

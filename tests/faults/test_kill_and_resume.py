@@ -140,7 +140,16 @@ CONFIGURATIONS = [
 ]
 
 
-@pytest.mark.parametrize("changes", CONFIGURATIONS, ids=["zero0", "zero1-offload", "zero3-bf16", "zero0-bf16", "keep"])
+NAMES = ("zero0", "zero1-offload", "zero3-bf16", "zero0-bf16", "keep")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, id=name, marks=() if name == "zero3-bf16" else pytest.mark.slow)
+        for name, changes in zip(NAMES, CONFIGURATIONS, strict=True)
+    ],
+)
 def test_at_other_stages_and_in_bfloat16(zygote: Zygote, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Bit for bit as well: fresh processes round alike in bfloat16, and the state keeps the float32 masters."""
     runs = []

@@ -97,7 +97,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str, int]] = {
     "per_task-start": ({"method": {"name": "per_task"}, "model": {"lora": None}}, "step", STEPS + 1),
     "replay": ({"method": {"name": "replay", "policy": "reservoir", "memory_size": 9}}, "step", 2 * STEPS),
 }
-FAST = ("zero3-bf16", "per_task")
+FAST = ("zero3-bf16",)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,12 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], int, int]] = {
 """What is changed, the second task's steps, and which call of the fusion's arithmetic is the last one."""
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+FAST = ("zero3-keep-replay",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CONFIGURATIONS]
+)
 def test_at_other_stages(zygote: Zygote, tmp_path: Path, name: str) -> None:
     changes, second_task, count = CONFIGURATIONS[name]
     runs = []

@@ -70,6 +70,7 @@ def run_with(zygote: Zygote, folder: Path, moment: str, **launch: Any) -> Outcom
     return zygote.run(["run", str(hanging_recipe(folder, **launch))], folder, world=2, fault=fault)
 
 
+@pytest.mark.slow
 def test_a_dead_loop(tmp_path: Path, zygote: Zygote) -> None:
     outcome = run_with(zygote, tmp_path, "dead loop")
     assert outcome.codes == [1, 1], outcome.output
@@ -92,6 +93,7 @@ def test_a_collective_that_takes_too_long(tmp_path: Path, zygote: Zygote) -> Non
     assert "in barrier" in stack(tmp_path / "run", 1)
 
 
+@pytest.mark.slow
 def test_a_collective_that_takes_too_long_without_a_watchdog(tmp_path: Path, zygote: Zygote) -> None:
     outcome = run_with(zygote, tmp_path, "dead loop", timeout_seconds=4, hang_seconds=None)
     assert outcome.codes == [1, -signal.SIGKILL], outcome.output

@@ -73,7 +73,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_the_launcher(tmp_path: Path, undisturbed: Path, number: signal.Signals) -> None:
     recipe = slow_recipe(tmp_path)
     launcher = start(["-m", "cl_dist", "run", str(recipe)], tmp_path)

@@ -13,7 +13,11 @@ JOBS = "tests.state.snapshot_jobs"
 
 @pytest.mark.parametrize(
     ("saved", "loaded"),
-    [((2, 2), (1, 3)), ((2, 3), (2, 1)), ((1, 0), (2, 2))],
+    [
+        pytest.param((2, 2), (1, 3), marks=pytest.mark.slow),
+        pytest.param((2, 3), (2, 1), marks=pytest.mark.slow),
+        ((1, 0), (2, 2)),
+    ],
     ids=lambda pair: f"{pair[0]}-ranks-zero{pair[1]}",
 )
 def test_other_ranks_and_stages_read_the_same_state(

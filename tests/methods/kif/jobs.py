@@ -77,7 +77,7 @@ def _step(engine: TrainingEngine, task: int, step: int) -> None:
 
 def _state(engine: TrainingEngine, kif: Kif) -> dict[str, list[float]]:
     """Every element of what KIF keeps along the shards, and the scores."""
-    kept = {q: together(kif.tensors()[q], engine) for q in ("smoothed", "uncertainty", "fused")}
+    kept = {q: together(kif.tensors()[q], engine.shards) for q in ("smoothed", "uncertainty", "fused")}
     flat = {q: torch.cat([t.reshape(-1) for t in tensors.values()]).tolist() for q, tensors in kept.items()}
     return flat | {name: tensor.tolist() for name, tensor in kif.scores.tensors().items()}
 
