@@ -62,7 +62,7 @@ def build_engine(
     """An engine whose global batch is four samples, or four for each micro-batch of a step."""
     recipe = Recipe(
         model=ModelConfig(name_or_path="odd"),
-        stream=StreamConfig(tasks=(TaskConfig(name="t", format="builtin"),)),
+        stream=StreamConfig(tasks=tuple(TaskConfig(name=f"t{number}", format="builtin") for number in range(TASKS))),
         train=TrainConfig(
             micro_batch_size=4 // torch.distributed.get_world_size(), gradient_accumulation=accumulation,
             learning_rate=1e-2, eps=1e-2, clip=clip, dtype=dtype,  # type: ignore[arg-type]
