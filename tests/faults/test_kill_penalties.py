@@ -32,7 +32,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], tuple[str, int]]] = {
     "zero3-agem": ({"method": [AGEM, MIGU], "zero": {"stage": 3}}, LAST),
 }
 """What is changed, and when a rank is killed."""
-FAST = ("zero3-ewc-in-its-measurement", "zero2-agem")
+FAST = ("zero3-ewc-in-its-measurement",)
 
 
 def recipe(folder: Path, changes: dict[str, Any]) -> Path:

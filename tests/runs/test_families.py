@@ -34,7 +34,7 @@ def trained(zygote: Zygote, folder: Path, family: str, stage: int, lora: bool) -
 
 
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
-@pytest.mark.parametrize("family", ["llama", "t5", "roberta"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow), "roberta"])
 def test_both_stages_train_the_same_weights(zygote: Zygote, tmp_path: Path, family: str, lora: bool) -> None:
     runs = [trained(zygote, tmp_path / f"zero{stage}", family, stage, lora) for stage in (2, 3)]
     name = "adapter_model.safetensors" if lora else "model.safetensors"

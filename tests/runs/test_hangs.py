@@ -82,6 +82,7 @@ def test_a_dead_loop(tmp_path: Path, zygote: Zygote) -> None:
     assert "distributed_c10d.py" in stack(tmp_path / "run", 0)
 
 
+@pytest.mark.slow
 def test_a_collective_that_takes_too_long(tmp_path: Path, zygote: Zygote) -> None:
     """Rank 0 waits for gradients, rank 1 at a barrier of its own; Gloo's own limit comes before the watchdog's."""
     outcome = run_with(zygote, tmp_path, "extra collective", timeout_seconds=4, hang_seconds=20)
