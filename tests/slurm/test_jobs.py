@@ -88,9 +88,12 @@ class Run:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
-    def steps(self) -> int:
+    def events(self, name: str) -> int:
         log = self.run / "log.jsonl"
-        return log.read_text().count('"step"') if log.exists() else 0
+        return log.read_text().count(f'"event": "{name}"') if log.exists() else 0
+
+    def steps(self) -> int:
+        return self.events("step")
 
     def wait_for_steps(self, more: int) -> None:
         before = self.steps()
@@ -183,6 +186,7 @@ def test_requeued_and_signalled_it_goes_on(a_run: Run, undisturbed: dict[str, to
     a_run.wait_for_steps(3)
     a_run.cluster.ask("scontrol", "requeue", a_run.job)  # what preemption does
     a_run.wait_for(lambda: a_run.state.restarts == 1, "restart")
+    a_run.wait_for(lambda: a_run.events("resumed") == 1, "resume")  # until then the steps are the first start's last
     a_run.wait_for_steps(3)
     a_run.cluster.ask("scancel", "--signal=USR1", "--batch", a_run.job)
     a_run.wait_for(lambda: a_run.state.restarts == 2, "restart")
