@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.chosen import chosen_cases
-from tests.ranks import run_ranks
+from tests.distributed.chosen import WORLDS, Reports, parameters, run_chosen
 
 STAGES = (0, 1, 2, 3)
-WORLDS = (1, 2)
 FACTORS: dict[str, tuple[Any, Any]] = {
     "dtype": ("float32", "bfloat16"),
     "accumulation": (1, 3),
@@ -97,35 +95,13 @@ def test_the_selection_covers_every_pair_of_settings() -> None:
 
 
 @pytest.fixture(scope="module")
-def reports(request: pytest.FixtureRequest) -> dict[int, dict[int, dict[str, Any]]]:
-    """By world size and case; the ranks of a world are started once."""
-    job, found = "tests.distributed.exactness_jobs:run_cases", {}
-    for world in WORLDS:
-        numbers = chosen_cases(request, world)
-        results = run_ranks(job, world, {"cases": [CASES[number] for number in numbers]}, timeout=900)[0]
-        found[world] = dict(zip(numbers, results, strict=True))
-    return found
+def reports(request: pytest.FixtureRequest) -> Reports:
+    """See `run_chosen`."""
+    return run_chosen(request, "tests.distributed.exactness_jobs:run_cases", CASES)
 
 
-def name_of(case: int) -> str:
-    return "-".join(map(str, CASES[case].values()))
-
-
-ALL = [
-    # One rank has no shards: what two do at every stage, it does at stage 0 often enough.
-    pytest.param(
-        case,
-        world,
-        id=f"{name_of(case)}-{world}",
-        marks=[pytest.mark.slow] if world == 1 and CASES[case]["stage"] != 0 else [],
-    )
-    for case in range(len(CASES))
-    for world in WORLDS
-]
-
-
-@pytest.mark.parametrize(("case", "world"), ALL)
-def test_equals_the_dense_oracle(reports: dict[int, dict[int, dict[str, Any]]], world: int, case: int) -> None:
+@pytest.mark.parametrize(("case", "world"), parameters(CASES))
+def test_equals_the_dense_oracle(reports: Reports, world: int, case: int) -> None:
     report, settings = reports[world][case], CASES[case]
     assert report["frozen_moved"] == 0, "mask: update let an element of a dropped row move"
     assert report["moved_wrong"] == 0, "the rows that moved are not the rows that were kept"
@@ -146,9 +122,7 @@ def test_equals_the_dense_oracle(reports: dict[int, dict[int, dict[str, Any]]], 
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_the_number_of_kept_rows_is_the_published_one(
-    reports: dict[int, dict[int, dict[str, Any]]], world: int
-) -> None:
+def test_the_number_of_kept_rows_is_the_published_one(reports: Reports, world: int) -> None:
     report = reports[world][0]
     assert len(report["kept"]) == 14  # q, k, v, o, gate, up, down of two blocks
     for kept, rows in report["kept"].values():

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.chosen import chosen_cases
-from tests.ranks import run_ranks
+from tests.distributed.chosen import Reports, parameters, run_chosen
 
-WORLDS = (1, 2)
 FACTORS: dict[str, tuple[Any, ...]] = {
     "stage": (0, 1, 2, 3),
     "units": ("matrix", "rank", "row"),
@@ -70,35 +68,13 @@ def test_the_selection_covers_every_pair_of_settings() -> None:
 
 
 @pytest.fixture(scope="module")
-def reports(request: pytest.FixtureRequest) -> dict[int, dict[int, dict[str, Any]]]:
-    """By world size and case; the ranks of a world are started once."""
-    job, found = "tests.distributed.kif_jobs:run_cases", {}
-    for world in WORLDS:
-        numbers = chosen_cases(request, world)
-        results = run_ranks(job, world, {"cases": [CASES[number] for number in numbers]}, timeout=900)[0]
-        found[world] = dict(zip(numbers, results, strict=True))
-    return found
+def reports(request: pytest.FixtureRequest) -> Reports:
+    """See `run_chosen`."""
+    return run_chosen(request, "tests.distributed.kif_jobs:run_cases", CASES)
 
 
-def name_of(case: int) -> str:
-    return "-".join(map(str, CASES[case].values()))
-
-
-ALL = [
-    # One rank has no shards: what two do at every stage, it does at stage 0 often enough.
-    pytest.param(
-        case,
-        world,
-        id=f"{name_of(case)}-{world}",
-        marks=[pytest.mark.slow] if world == 1 and CASES[case]["stage"] != 0 else [],
-    )
-    for case in range(len(CASES))
-    for world in WORLDS
-]
-
-
-@pytest.mark.parametrize(("case", "world"), ALL)
-def test_equals_the_dense_oracle(reports: dict[int, dict[int, dict[str, Any]]], world: int, case: int) -> None:
+@pytest.mark.parametrize(("case", "world"), parameters(CASES))
+def test_equals_the_dense_oracle(reports: Reports, world: int, case: int) -> None:
     report, settings = reports[world][case], CASES[case]
     assert report["unpublished"] == 0.0, "the model's weights are not its masters"
     assert report["kept"] == 0.0, "the weights kept for the next fusion are not the fused ones"
