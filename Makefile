@@ -6,8 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CODE := cl_dist kernels launch tests benchmarks tools setup.py
-# Two workers, each file on one of them: a file's tests share the ranks that it starts.
-WORKERS ?= 2
+# Each file on one worker: a file's tests share the ranks that it starts. Three of them fill two cores: ranks that start
+# and ranks that wait for each other leave a quarter of two workers' time idle.
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Interpreters that requirements.lock serves: the oldest one supported, and one that the newest packages support.
 LOCK_PYTHONS ?= python3.10 python3.11
