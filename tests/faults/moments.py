@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cl_dist import coordinator
+from cl_dist.coordinator import scoring, stream
 from cl_dist.engine.probe import EngineProbe
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.methods.kif import results
@@ -71,12 +71,12 @@ def _before_the_manifest(count: int) -> None:
 
 
 def _in_evaluation(count: int) -> None:
-    _kill_before(coordinator, "write_predictions", count)
+    _kill_before(scoring, "write_predictions", count)
 
 
 def _in_export(count: int) -> None:
     """The model's files are being written."""
-    _kill_before(coordinator, "export_model", count)
+    _kill_before(stream, "export_model", count)
 
 
 def _in_fusion(count: int) -> None:

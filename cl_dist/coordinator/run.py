@@ -1,0 +1,119 @@
+"""From a recipe on every rank to a run that is under way: where it stands, and what is noted if it fails."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cl_dist.assembly import System, build_system
+from cl_dist.config.schema import Recipe
+from cl_dist.coordinator.finish import finish
+from cl_dist.coordinator.stream import Coordinator
+from cl_dist.engine.broken import telling_broken_collectives
+from cl_dist.engine.deadline import Deadline, SecondsLeft, no_limit
+from cl_dist.engine.distributed import join
+from cl_dist.engine.quiet import quiet_libraries
+from cl_dist.errors import Interrupted
+from cl_dist.models.dropout import has_dropout
+from cl_dist.progress import Reporter
+from cl_dist.state.elastic import Resumption, resumption, segment, with_segments
+from cl_dist.state.ledger import Ledger
+from cl_dist.state.lock import RunLock
+from cl_dist.state.manifest import Manifest
+from cl_dist.state.run_folder import RunFolder
+from cl_dist.watchdog import End, Watchdog
+
+
+def run(
+    recipe: Recipe,
+    recipe_dir: Path,
+    *,
+    resume: bool,
+    reporter: Reporter,
+    end: End,
+    seconds_left: SecondsLeft = no_limit,
+) -> dict[str, Any]:
+    """Train the recipe's stream on this rank together with the others, and return the content of metrics.json.
+
+    Args:
+        recipe: The resolved recipe.
+        recipe_dir: Folder that the recipe's relative paths start from.
+        resume: Go on from the newest saved state in `recipe.output_dir`.
+        reporter: Where progress is told.
+        end: Ends this process at once, from another thread, where the job hangs.
+        seconds_left: How long the job may still run, asked on rank 0; None: for ever.
+
+    Raises:
+        BadInput: The recipe, its data or its model is not usable, or another run holds the folder.
+        JobFailed: Ranks do not answer, or the training has gone wrong.
+        Interrupted: A signal asked the run to stop, or its time is nearly over; its state is saved.
+    """
+    rank, world = join(recipe.launch.timeout_seconds)
+    quiet_libraries(rank)
+    folder = RunFolder(Path(recipe.output_dir))
+    with ExitStack() as stack:
+        if rank == 0:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(RunLock(folder.lock))
+            folder.recover()
+            Watchdog.prepare(folder.logs)
+        torch.distributed.barrier()
+        watchdog = stack.enter_context(Watchdog(folder.logs, rank, world, recipe.launch.hang_seconds, end))
+        stack.enter_context(telling_broken_collectives(rank, recipe.launch.timeout_seconds, watchdog.give_up))
+        manifest, resumed = _starting_point(folder, recipe, world, resume)
+        ledger = Ledger(folder, manifest, writer=rank == 0)
+        if manifest.status == "finished":
+            reporter.message("this run is finished already; nothing is left to do")
+            return finish(ledger, reporter)
+        with _failure_noted(ledger):
+            system = build_system(resumed.recipe, recipe_dir)
+            _tell_what_is_new(resumed, system, reporter)
+            deadline = Deadline(seconds_left if rank == 0 else no_limit)
+            return Coordinator(system, ledger, reporter, deadline).run()
+
+
+def _starting_point(folder: RunFolder, recipe: Recipe, world: int, resume: bool) -> tuple[Manifest, Resumption]:
+    """Read or make the manifest on every rank, before rank 0 changes it; and the recipe as these ranks run it."""
+    resumed = Resumption(recipe, note=None, new_split=False)
+    if resume and folder.manifest.exists():
+        manifest = Manifest.read(folder.manifest)
+        if manifest.status != "finished":
+            manifest = with_segments(manifest, folder.config)
+            resumed = resumption(recipe, manifest.segments[-1], world, folder.path)
+    else:
+        names = tuple(task.name for task in recipe.stream.tasks)
+        first = segment(recipe, world)
+        manifest = Manifest(tasks=names, world_size=world, zero_stage=recipe.zero.stage, segments=(first,))
+    torch.distributed.barrier()
+    if not resume or manifest.status == "finished":
+        return manifest, resumed
+    manifest = dataclasses.replace(manifest, status="running", restarts=manifest.restarts + 1)
+    return dataclasses.replace(manifest, world_size=world, zero_stage=recipe.zero.stage), resumed
+
+
+def _tell_what_is_new(resumed: Resumption, system: System, reporter: Reporter) -> None:
+    """One line where these ranks do not train as the ones before, or not as the recipe says."""
+    if resumed.note is None:
+        return
+    drawn = resumed.new_split and has_dropout(system.engine.model)
+    dropout = "; dropout draws other numbers than it would have, so the weights will not be exactly the same"
+    reporter.message(resumed.note + (dropout if drawn else ""))
+
+
+@contextmanager
+def _failure_noted(ledger: Ledger) -> Iterator[None]:
+    """Let the manifest of a run that has begun say that it failed; `--resume` goes on from what is saved."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception:
+        if ledger.folder.manifest.exists():
+            with suppress(Exception):  # a full disk, say: the first error is the one to tell
+                ledger.update(status="failed")
+        raise

@@ -1,0 +1,81 @@
+"""Scores of the run's model, after a task or before all: a row of the accuracy matrix, and general ability."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cl_dist.assembly import System
+from cl_dist.evaluation.general import is_due
+from cl_dist.evaluation.result import write_predictions
+from cl_dist.heartbeat import beat
+from cl_dist.progress import Reporter
+from cl_dist.state.atomic import telling_full_disk
+from cl_dist.state.ledger import Ledger
+
+Row = tuple[float | None, ...]
+"""A score for each task of the stream; None where it was not evaluated."""
+General = tuple[dict[str, Any], ...]
+"""As the manifest has it."""
+
+
+class Scoring:
+    """Evaluates the model that is being trained (collective).
+
+    Args:
+        system: Tasks and evaluators.
+        ledger: Where scores are logged and predictions written.
+        reporter: Where progress is told.
+        stop_if_asked: Called between two evaluations; leaves the run in good order where a signal asked for it.
+    """
+
+    def __init__(self, system: System, ledger: Ledger, reporter: Reporter, stop_if_asked: Callable[[], None]) -> None:
+        self._system, self._ledger, self._reporter = system, ledger, reporter
+        self._stop_if_asked = stop_if_asked
+
+    def row(self, indices: range, predictions: Path) -> Row:
+        """Score the tasks at `indices`, in the order of the stream; None for the others."""
+        row: list[float | None] = [None] * len(self._system.tasks)
+        for index in indices:
+            self._stop_if_asked()
+            row[index] = self._score(index, predictions)
+        return tuple(row)
+
+    def _score(self, index: int, predictions: Path) -> float:
+        task = self._system.tasks[index]
+        self._reporter.evaluating(task.name)
+        beat(f"evaluating task {task.name}")
+        result = self._system.evaluator.evaluate(task)
+        if self._ledger.writer:
+            with telling_full_disk(predictions):
+                write_predictions(predictions / f"{task.name}.jsonl", result.predictions)
+        extras = {"mode": result.mode, "metric": result.metric, "samples": result.count, **result.extras}
+        self._ledger.log(
+            event="evaluation", folder=predictions.parent.name, task=task.name, score=result.score, **extras
+        )
+        return result.score
+
+    def general(self, place: str) -> General:
+        """All measurements of general ability so far, with the one after `place` where the recipe wants one."""
+        before, config = self._ledger.manifest.general, self._system.recipe.eval.general
+        if config is None or not is_due(config, place, self._ledger.manifest.tasks):
+            return before
+        scores: dict[str, Any] = {}
+        for name in config.tasks:
+            self._stop_if_asked()
+            scores.update(self._general_scores(name, place))
+        return (*before, {"after": place, "scores": scores})
+
+    def _general_scores(self, name: str, place: str) -> dict[str, Any]:
+        """What the harness finds for one of its tasks, or for each task of a group."""
+        assert self._system.general is not None
+        self._reporter.evaluating(name)
+        beat(f"general ability: {name}")
+        scores = {}
+        for result in self._system.general.evaluate(name):
+            values = dataclasses.asdict(result)
+            self._ledger.log(event="general", after=place, **values)
+            scores[values.pop("task")] = values
+        return scores

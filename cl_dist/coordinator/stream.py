@@ -1,0 +1,232 @@
+"""One run from its first task to its last one."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cl_dist.assembly import System
+from cl_dist.config.load import dump_recipe
+from cl_dist.coordinator.finish import finish
+from cl_dist.coordinator.scoring import General, Row, Scoring
+from cl_dist.coordinator.task_state import Spent, TaskState
+from cl_dist.engine.deadline import Deadline
+from cl_dist.engine.distributed import leave
+from cl_dist.engine.memory import peak_memory_per_rank
+from cl_dist.engine.stop import StopRequest
+from cl_dist.engine.trainer import TaskTrainer
+from cl_dist.errors import Interrupted
+from cl_dist.evaluation.metrics import UNTOUCHED
+from cl_dist.heartbeat import beat
+from cl_dist.methods.base import TaskPlace
+from cl_dist.models.export import export_model
+from cl_dist.models.lora import in_adapter
+from cl_dist.progress import Reporter
+from cl_dist.sharding import gather_state_dict
+from cl_dist.state.atomic import publishing
+from cl_dist.state.data_order import DataOrder
+from cl_dist.state.elastic import appended, segment
+from cl_dist.state.ledger import Ledger
+from cl_dist.state.schedule import CheckpointSchedule
+
+
+class Coordinator:
+    """One run on one rank.
+
+    Args:
+        system: Stream, model, engine and evaluator.
+        ledger: What is done so far.
+        reporter: Where progress is told.
+        deadline: The end of the job's time.
+    """
+
+    def __init__(self, system: System, ledger: Ledger, reporter: Reporter, deadline: Deadline) -> None:
+        self.system, self.ledger, self.reporter = system, ledger, reporter
+        self.recipe, self.tasks, self.folder = system.recipe, system.tasks, ledger.folder
+        self.deadline = deadline
+        self._state = TaskState(system, ledger, reporter, deadline)
+        self._scoring = Scoring(system, ledger, reporter, self._stop_if_asked)
+        self._schedule = CheckpointSchedule(self.recipe.checkpoint)
+        self._order = DataOrder(self.folder.data_order, ledger.manifest.tasks, ledger.writer)
+
+    def run(self) -> dict[str, Any]:
+        """Train what is not yet trained; return the metrics."""
+        self.ledger.start(dump_recipe(self.recipe))
+        self._state.forget_strays()
+        self.reporter.run_started([task.name for task in self.tasks], torch.distributed.get_world_size())
+        for text in filter(None, (method.start_message() for method in self.system.engine.methods)):
+            self.reporter.message(text)
+            self.ledger.log(event="method", message=text)
+        self._stop = StopRequest(self.deadline.is_near)
+        try:
+            self._evaluate_untouched()
+            for index in range(self.ledger.manifest.completed, len(self.tasks)):
+                self._run_task(index)
+            return finish(self.ledger, self.reporter)
+        finally:
+            self._stop.close()
+
+    def _evaluate_untouched(self) -> None:
+        """The matrix's first row: the model before any training."""
+        if self.ledger.manifest.accuracy_matrix:
+            return
+        row: Row = (None,) * len(self.tasks)
+        if self.recipe.eval.before_training:
+            row = self._scoring.row(range(len(self.tasks)), self.folder.tasks / "00-untouched" / "predictions")
+        general = self._scoring.general(UNTOUCHED)
+        self.ledger.update(accuracy_matrix=(row,), general=general)
+
+    def _run_task(self, index: int) -> None:
+        if not self.system.engine.trains(index):
+            self._repeat_task(index)
+            return
+        trainer = self.system.trainer(index)
+        place = TaskPlace(index, self.tasks[index].name, trainer.steps, trainer.cycles, trainer.probe)
+        self.reporter.task_started(index, place.name, trainer.steps)
+        spent = self._train(place, trainer)
+        began = time.monotonic()
+        seen = len(self.tasks) if self.recipe.eval.tasks == "all" else self._seen(index)
+        row = self._scoring.row(range(seen), self.folder.task(index, place.name).predictions)
+        general = self._scoring.general(place.name)
+        self._export(self.folder.task(index, place.name).model)
+        self._write_results(self.folder.task(index, place.name).path)
+        self._complete(index, row, general, spent, time.monotonic() - began)
+        self._forget_older_states(index)
+
+    def _seen(self, index: int) -> int:
+        """How many tasks the model has learnt after task `index`: those behind it without own steps, too."""
+        later = range(index + 1, len(self.tasks))
+        return next((task for task in later if self.system.engine.trains(task)), len(self.tasks))
+
+    def _repeat_task(self, index: int) -> None:
+        """A task without steps of its own: the model is the one of the task before, and so are its scores."""
+        self.reporter.task_started(index, self.tasks[index].name, 0)
+        general = self._scoring.general(self.tasks[index].name)
+        self._complete(index, self.ledger.manifest.accuracy_matrix[-1], general, Spent(), 0.0)
+
+    def _complete(self, index: int, row: Row, general: General, spent: Spent, evaluate_seconds: float) -> None:
+        """Let the manifest say that a task is trained, evaluated and saved."""
+        timings = {**dataclasses.asdict(spent), "evaluate_seconds": evaluate_seconds}
+        manifest = self.ledger.manifest
+        self.ledger.update(
+            accuracy_matrix=(*manifest.accuracy_matrix, row),
+            general=general,
+            completed=index + 1,
+            checkpoints=(),
+            timings=(*manifest.timings, timings),
+            peak_memory_bytes=self._peak_memory(),
+            status="finished" if index + 1 == len(self.tasks) else "running",
+        )
+        self._state.forget_strays()
+        self.reporter.task_finished(index, list(row))
+
+    def _train(self, place: TaskPlace, trainer: TaskTrainer) -> Spent:
+        """Train one task from wherever it stands to its saved end state."""
+        state = self._state.restore(place)
+        spent = Spent(**state.get("spent", {}))
+        if state.get("trained"):
+            return spent
+        self._begin_segment(place, spent.steps)
+        self._schedule.restart()
+        self._order.rewind(place.index, spent.steps)
+        for step in range(spent.steps, trainer.steps):
+            beat(f"training task {place.name}, step {step + 1}")
+            began = time.monotonic()
+            result = trainer.step(step)
+            seconds = time.monotonic() - began
+            self.deadline.stepped(seconds)
+            skipped = spent.skipped + self._note_samples(place, step, trainer.samples(step), result.skipped)
+            spent = Spent(spent.train_seconds + seconds, step + 1, spent.tokens + trainer.tokens(step), skipped)
+            stop, (loss, targets, minutes_over) = self._stop.agreed_with(
+                result.loss_sum, result.targets, self._schedule.minutes_over()
+            )
+            loss /= max(1.0, targets)
+            self.reporter.step(step + 1, loss, trainer.tokens(step) / seconds, trainer.learning_rate(step))
+            self.ledger.log(event="step", task=place.name, step=step + 1, loss=loss, seconds=round(seconds, 4))
+            self._after_step(place, spent, stop, minutes_over > 0)
+        self._finish_task(place)
+        self._save(self.folder.task(place.index, place.name).state, place, spent, trained=True)
+        return spent
+
+    def _note_samples(self, place: TaskPlace, step: int, samples: list[int], skipped: str | None) -> bool:
+        """Write down what step `step` (from 0) has learnt from, and whether it was skipped, which is returned."""
+        self._order.append(place.index, step + 1, samples, skipped is not None)
+        if skipped is None:
+            return False
+        self.reporter.message(f"step {step + 1} of task {place.name} skipped: {skipped}")
+        self.ledger.log(event="skipped", task=place.name, step=step + 1, reason=skipped, samples=samples)
+        return True
+
+    def _finish_task(self, place: TaskPlace) -> None:
+        """Let the methods change the weights of a trained task; keep what they were where a method asks for it."""
+        engine = self.system.engine
+        if any(method.keeps_unfused for method in engine.methods):
+            self._export(self.folder.task(place.index, place.name).unfused)
+        engine.after_task(place)
+
+    def _begin_segment(self, place: TaskPlace, step: int) -> None:
+        """Let the manifest say which ranks compute the steps from here on."""
+        now = segment(self.recipe, torch.distributed.get_world_size(), place.index, step)
+        segments = appended(self.ledger.manifest.segments, now)
+        if segments != self.ledger.manifest.segments:
+            self.ledger.update(segments=segments)
+
+    def _after_step(self, place: TaskPlace, spent: Spent, stop: bool, minutes_over: bool) -> None:
+        """Save where it is due, and stop where a signal asked for it."""
+        due = spent.steps < place.steps and self._schedule.due(spent.steps, minutes_over)
+        if stop and self.deadline.is_near():
+            self.reporter.message("the job's time is nearly over")
+        if stop or due:
+            self._save(self.folder.checkpoint(place.index, spent.steps), place, spent, trained=False)
+        if stop:
+            self._interrupt(f"stopped after step {spent.steps} of task {place.name}")
+
+    def _save(self, path: Path, place: TaskPlace, spent: Spent, *, trained: bool) -> None:
+        """Save the state of all ranks; the next one is due an interval later."""
+        self._order.sync()
+        self._state.save(path, place, spent, trained=trained)
+        self._schedule.restart()
+
+    def _stop_if_asked(self) -> None:
+        """Between two steps of an evaluation, whose task is trained and saved."""
+        if self._stop.agreed():
+            self._interrupt("stopped during evaluation")
+
+    def _interrupt(self, where: str) -> None:
+        """Leave in good order; all ranks come here together."""
+        self.ledger.update(status="interrupted")
+        leave()
+        raise Interrupted(f"{where}; the state is saved, go on with --resume")
+
+    def _export(self, path: Path) -> None:
+        """Write the model, or its adapter, in Hugging Face format."""
+        model = self.system.engine.model
+        beat("writing the model", opaque=True)
+        weights = gather_state_dict(model, wanted=in_adapter if self.recipe.model.lora is not None else None)
+        if self.ledger.writer:
+            with publishing(path) as temporary:
+                export_model(model, self.system.loaded.tokenizer, temporary, weights)  # type: ignore[arg-type]
+
+    def _write_results(self, folder: Path) -> None:
+        """Let the methods put what they found out beside the task's model."""
+        if self.ledger.writer:
+            for method in self.system.engine.methods:
+                method.write_results(folder)
+
+    def _forget_older_states(self, index: int) -> None:
+        """A resume needs the newest task's state only; models and predictions of all tasks stay."""
+        if not self.ledger.writer:
+            return
+        for older in range(index):
+            shutil.rmtree(self.folder.task(older, self.tasks[older].name).state, ignore_errors=True)
+
+    def _peak_memory(self) -> tuple[int, ...]:
+        """Each rank's peak over all restarts, some of which may have had fewer ranks (collective)."""
+        pairs = zip_longest(peak_memory_per_rank(), self.ledger.manifest.peak_memory_bytes, fillvalue=0)
+        return tuple(max(pair) for pair in pairs)
