@@ -20,6 +20,9 @@ Row = tuple[float | None, ...]
 General = tuple[dict[str, Any], ...]
 """As the manifest has it."""
 
+NOTHING_SCORED: dict[str, Any] = {"row_under_way": (), "general_under_way": {}}
+"""Of the manifest, where the next model has not been evaluated yet."""
+
 
 class Scoring:
     """Evaluates the model that is being trained (collective).
@@ -28,7 +31,7 @@ class Scoring:
         system: Tasks and evaluators.
         ledger: Where scores are logged and predictions written.
         reporter: Where progress is told.
-        stop_if_asked: Called between two evaluations; leaves the run in good order where a signal asked for it.
+        stop_if_asked: Called now and then; leaves the run in good order where a signal asked for it (collective).
     """
 
     def __init__(self, system: System, ledger: Ledger, reporter: Reporter, stop_if_asked: Callable[[], None]) -> None:
@@ -36,18 +39,21 @@ class Scoring:
         self._stop_if_asked = stop_if_asked
 
     def row(self, indices: range, predictions: Path) -> Row:
-        """Score the tasks at `indices`, in the order of the stream; None for the others."""
-        row: list[float | None] = [None] * len(self._system.tasks)
+        """Score the tasks at `indices`, in the order of the stream; None for the others. What an interrupted start has
+        scored already stays.
+        """
+        row = list(self._ledger.manifest.row_under_way) or [None] * len(self._system.tasks)
         for index in indices:
-            self._stop_if_asked()
-            row[index] = self._score(index, predictions)
+            if row[index] is None:
+                row[index] = self._score(index, predictions)
+                self._ledger.update(row_under_way=tuple(row))
         return tuple(row)
 
     def _score(self, index: int, predictions: Path) -> float:
         task = self._system.tasks[index]
         self._reporter.evaluating(task.name)
         beat(f"evaluating task {task.name}")
-        result = self._system.evaluator.evaluate(task)
+        result = self._system.evaluator.evaluate(task, self._stop_if_asked)
         if self._ledger.writer:
             with telling_full_disk(predictions):
                 write_predictions(predictions / f"{task.name}.jsonl", result.predictions)
@@ -62,10 +68,14 @@ class Scoring:
         before, config = self._ledger.manifest.general, self._system.recipe.eval.general
         if config is None or not is_due(config, place, self._ledger.manifest.tasks):
             return before
-        scores: dict[str, Any] = {}
         for name in config.tasks:
-            self._stop_if_asked()
-            scores.update(self._general_scores(name, place))
+            done = self._ledger.manifest.general_under_way
+            if name not in done:
+                self._stop_if_asked()
+                self._ledger.update(general_under_way={**done, name: self._general_scores(name, place)})
+        scores = {
+            task: values for found in self._ledger.manifest.general_under_way.values() for task, values in found.items()
+        }
         return (*before, {"after": place, "scores": scores})
 
     def _general_scores(self, name: str, place: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from cl_dist.assembly import System
 from cl_dist.config.load import dump_recipe
 from cl_dist.coordinator.finish import finish
-from cl_dist.coordinator.scoring import General, Row, Scoring
+from cl_dist.coordinator.scoring import NOTHING_SCORED, General, Row, Scoring
 from cl_dist.coordinator.task_state import Spent, TaskState
 from cl_dist.engine.deadline import Deadline
 from cl_dist.engine.distributed import leave
@@ -80,7 +80,7 @@ class Coordinator:
         if self.recipe.eval.before_training:
             row = self._scoring.row(range(len(self.tasks)), self.folder.tasks / "00-untouched" / "predictions")
         general = self._scoring.general(UNTOUCHED)
-        self.ledger.update(accuracy_matrix=(row,), general=general)
+        self.ledger.update(accuracy_matrix=(row,), general=general, **NOTHING_SCORED)
 
     def _run_task(self, index: int) -> None:
         if not self.system.engine.trains(index):
@@ -117,6 +117,7 @@ class Coordinator:
         self.ledger.update(
             accuracy_matrix=(*manifest.accuracy_matrix, row),
             general=general,
+            **NOTHING_SCORED,
             completed=index + 1,
             checkpoints=(),
             timings=(*manifest.timings, timings),
@@ -132,6 +133,7 @@ class Coordinator:
         spent = Spent(**state.get("spent", {}))
         if state.get("trained"):
             return spent
+        self._forget_scores()
         self._begin_segment(place, spent.steps)
         self._schedule.restart()
         self._order.rewind(place.index, spent.steps)
@@ -169,6 +171,13 @@ class Coordinator:
         if any(method.keeps_unfused for method in engine.methods):
             self._export(self.folder.task(place.index, place.name).unfused)
         engine.after_task(place)
+
+    def _forget_scores(self) -> None:
+        """Scores of a trained model whose state was found damaged: it is trained again, and is another one by rounding
+        where the ranks are others.
+        """
+        if self.ledger.manifest.row_under_way or self.ledger.manifest.general_under_way:
+            self.ledger.update(**NOTHING_SCORED)
 
     def _begin_segment(self, place: TaskPlace, step: int) -> None:
         """Let the manifest say which ranks compute the steps from here on."""

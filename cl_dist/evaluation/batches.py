@@ -37,6 +37,11 @@ def cut_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start:end] for start, end in pairwise(cuts)]
 
 
+def rounds(batches: Sequence[list[int]], world: int) -> int:
+    """Most batches that one of `world` ranks is dealt."""
+    return -(-len(batches) // world)
+
+
 def deal_batches(batches: Sequence[list[int]], rank: int, world: int, synced: bool) -> list[RankBatch]:
     """Batches `rank`, `rank + world`, ... of the list.
 
@@ -45,8 +50,7 @@ def deal_batches(batches: Sequence[list[int]], rank: int, world: int, synced: bo
     """
     own = [RankBatch(batch) for batch in batches[rank::world]]
     if synced:
-        rounds = -(-len(batches) // world)
-        own += [RankBatch(batches[-1], counted=False)] * (rounds - len(own))
+        own += [RankBatch(batches[-1], counted=False)] * (rounds(batches, world) - len(own))
     return own
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from cl_dist.config.schema import EvalConfig
-from cl_dist.evaluation.batches import cut_batches, deal_batches
+from cl_dist.evaluation.batches import cut_batches, deal_batches, rounds
 from cl_dist.evaluation.choice import resolve_mode
 from cl_dist.evaluation.modes import Scorer, Subject, make_scorer
 from cl_dist.evaluation.perplexity import perplexity
@@ -17,6 +17,13 @@ from cl_dist.evaluation.result import Mode, Prediction, TaskScore, weighted_mean
 from cl_dist.evaluation.wrapped import evaluating
 from cl_dist.tasks.encode import Encoder, Objective
 from cl_dist.tasks.types import Task
+
+PAUSE_BATCHES = 8
+"""Batches between two pauses, at which the ranks meet: at every batch the faster ones would wait for the slowest."""
+
+
+def no_pause() -> None:
+    """Nothing to do between batches."""
 
 
 class Evaluator:
@@ -47,23 +54,29 @@ class Evaluator:
         for task in tasks:
             resolve_mode(task, self._subject.objective, self._config)
 
-    def evaluate(self, task: Task) -> TaskScore:
+    def evaluate(self, task: Task, pause: Callable[[], None] = no_pause) -> TaskScore:
         """Score a task's evaluation split. A collective operation; every rank gets the score, rank 0 the predictions
         too.
+
+        `pause` is called before the first batch and after every few, by all ranks equally often, so that it may be
+        collective; an exception that it raises on all of them ends the evaluation.
         """
         mode = resolve_mode(task, self._subject.objective, self._config)
         with evaluating(self._subject.model):
             scorer = make_scorer(mode, self._subject, task, self._config)
-            predictions = self._gather(self._score_own(scorer))
+            predictions = self._gather(self._score_own(scorer, pause))
         return self._summary(task, mode, scorer.metric, predictions)
 
-    def _score_own(self, scorer: Scorer) -> list[Prediction]:
+    def _score_own(self, scorer: Scorer, pause: Callable[[], None]) -> list[Prediction]:
         """This rank's share of the predictions."""
         batches = cut_batches(scorer.lengths, scorer.batch_size)
         own: list[Prediction] = []
-        for batch in deal_batches(batches, self._rank, self._world, self._subject.synced):
-            predictions = scorer.score(batch.indices)
-            own += predictions if batch.counted else []
+        dealt = deal_batches(batches, self._rank, self._world, self._subject.synced)
+        for start in range(0, rounds(batches, self._world), PAUSE_BATCHES):
+            pause()
+            for batch in dealt[start : start + PAUSE_BATCHES]:
+                predictions = scorer.score(batch.indices)
+                own += predictions if batch.counted else []
         return own
 
     def _gather(self, own: list[Prediction]) -> list[Prediction]:

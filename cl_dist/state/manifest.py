@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cl_dist import __version__
@@ -83,9 +83,13 @@ class Manifest:
     """Which ranks computed which steps, in order; empty in a manifest of format 1."""
     accuracy_matrix: tuple[tuple[float | None, ...], ...] = ()
     """Rows so far, the first one before training; None where a task was not evaluated."""
+    row_under_way: tuple[float | None, ...] = ()
+    """The next row, as far as it is: scores of the model that the newest saved state holds; empty before the first."""
     general: tuple[dict[str, Any], ...] = ()
     """Measurements of general ability, in order: `after` (a task's name or `untouched`) and `scores` by task of the
     harness, each with `score`, `metric`, `metrics` and `samples`."""
+    general_under_way: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """The next measurement, as far as it is: for each name in the recipe that is done, scores as in `general`."""
     peak_memory_bytes: tuple[int, ...] = ()
     """Largest memory that each rank has used so far, over all restarts; as long as the largest number of ranks."""
     restarts: int = 0
@@ -110,7 +114,8 @@ class Manifest:
         rows = len(self.accuracy_matrix)
         if rows > self.completed + 1:
             raise ValueError(f"the accuracy matrix has {rows} rows, {self.completed} tasks are completed")
-        if any(len(row) != len(self.tasks) for row in self.accuracy_matrix):
+        under_way = (self.row_under_way,) if self.row_under_way else ()
+        if any(len(row) != len(self.tasks) for row in (*self.accuracy_matrix, *under_way)):
             raise ValueError(f"a row of the accuracy matrix does not have {len(self.tasks)} scores, one per task")
 
     @property

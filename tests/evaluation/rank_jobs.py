@@ -98,7 +98,7 @@ def _evaluate_engine(case: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     engine = deepspeed.initialize(model=loaded.model, optimizer=torch.optim.SGD(trained, lr=0.0), config=config)[0]
     scorer = evaluator(loaded, engine.module, case, dist.get_rank(), dist.get_world_size(), case["stage"] == 3)
-    before = [asdict(scorer.evaluate(task)) for task in tasks_of(case)]
+    before = [asdict(scorer.evaluate(task, pause=dist.barrier)) for task in tasks_of(case)]
     for _ in range(2):
         _step(engine, loaded)
     after = [asdict(scorer.evaluate(task)) for task in tasks_of(case)]

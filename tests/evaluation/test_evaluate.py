@@ -15,7 +15,7 @@ from torch import nn
 from cl_dist.config.schema import EvalConfig
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.choice import MODES, resolve_mode
-from cl_dist.evaluation.evaluate import Evaluator
+from cl_dist.evaluation.evaluate import PAUSE_BATCHES, Evaluator
 from cl_dist.evaluation.result import Prediction, weighted_mean, write_predictions
 from cl_dist.models.load import LoadedModel
 from cl_dist.tasks.types import Task
@@ -137,6 +137,25 @@ def test_training_modes_are_restored_after_an_error() -> None:
     assert all(module.training for module in loaded.model.modules())
 
 
+def test_a_pause_ends_the_evaluation_between_two_batches() -> None:
+    evaluator, loaded = built(LLAMA, [["classification", 20]], batch_size=1)
+    forwards: list[int] = []
+    loaded.model.register_forward_hook(lambda *_: forwards.append(1))
+    at_pauses: list[int] = []
+
+    def pause() -> None:
+        at_pauses.append(len(forwards))
+        if len(at_pauses) == 2:
+            raise InterruptedError
+
+    loaded.model.train()
+    with pytest.raises(InterruptedError):
+        evaluator.evaluate(rank_jobs.classification(20), pause)
+    assert at_pauses[1] - at_pauses[0] == PAUSE_BATCHES
+    assert len(forwards) == at_pauses[1]
+    assert loaded.model.training
+
+
 @pytest.mark.parametrize(
     ("task", "objective", "mode", "expected"),
     [
@@ -212,6 +231,8 @@ KINDS = [["classification", 7], ["classification", 1], ["generation", 7]]
 CASES: list[dict[str, Any]] = [
     *[{"model": LLAMA, "tasks": [*KINDS, ["text", 20]], "stage": stage} for stage in (2, 3)],
     {"model": LLAMA, "tasks": KINDS, "stage": 3, "lora": True},
+    # One rank has nine batches and pauses before the last one, the other has eight.
+    {"model": LLAMA, "tasks": [["classification", 17]], "stage": 2, "batch_size": 1},
     {"model": T5, "tasks": KINDS, "stage": 3},
     {"model": T5, "tasks": KINDS, "stage": 3, "lora": True, "batch_size": 1},
     {"model": ROBERTA, "tasks": KINDS[:2], "stage": 3},

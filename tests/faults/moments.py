@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import torch
 from cl_dist.coordinator import scoring, stream
 from cl_dist.engine.probe import EngineProbe
 from cl_dist.engine.trainer import TaskTrainer
+from cl_dist.evaluation.modes import PromptScorer
 from cl_dist.methods.kif import results
 from cl_dist.methods.kif import weights as fusing
 from cl_dist.state import atomic, snapshot, spans
-from cl_dist.state.ledger import Ledger
+from cl_dist.state.checkpoints import Checkpoints
 from cl_dist.state.schedule import CheckpointSchedule
 
 
@@ -65,9 +66,14 @@ def _before_publishing(count: int) -> None:
     _kill_before(snapshot.atomic, "publish", count)
 
 
-def _before_the_manifest(count: int) -> None:
+def _before_naming(count: int) -> None:
     """The snapshot is in its place, the manifest does not name it yet."""
-    _kill_before(Ledger, "update", count)
+    _kill_before(Checkpoints, "add", count)
+
+
+def _before_a_task(count: int) -> None:
+    """The task before is evaluated and saved."""
+    _kill_before(stream.Coordinator, "_run_task", count)
 
 
 def _in_evaluation(count: int) -> None:
@@ -138,6 +144,18 @@ def _asked_to_stop(count: int) -> None:
     _before_the_step_of(count, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
+def _asked_to_stop_in_evaluation(count: int) -> None:
+    """Not killed: the process gets a SIGTERM before it scores its `count`-th batch."""
+    original, calls = PromptScorer.score, iter(range(1, 10**9))
+
+    def acting(self: PromptScorer, indices: Sequence[int]) -> Any:
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, indices)
+
+    PromptScorer.score = acting  # type: ignore[method-assign]
+
+
 def _full_disk(count: int) -> None:
     """Not killed: somebody else fills the disk just before this rank writes its tensors."""
     original, calls = spans.save_file, iter(range(1, 10**9))
@@ -171,7 +189,8 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "step": _before_step,
     "tensor file": _half_a_tensor_file,
     "publish": _before_publishing,
-    "manifest": _before_the_manifest,
+    "naming": _before_naming,
+    "task": _before_a_task,
     "evaluation": _in_evaluation,
     "export": _in_export,
     "fusion": _in_fusion,
@@ -179,6 +198,7 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "measurement": _in_a_measurement,
     "rename": _between_renames,
     "stop": _asked_to_stop,
+    "stop in evaluation": _asked_to_stop_in_evaluation,
     "dead loop": _dead_loop,
     "extra collective": _extra_collective,
     "full disk": _full_disk,

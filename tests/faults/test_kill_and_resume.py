@@ -67,11 +67,11 @@ MOMENTS = [
     ("half of a checkpoint written", "tensor file", 1, 2),
     ("half of a task's end state written", "tensor file", 0, 3),
     ("a checkpoint written and not in its place", "publish", 0, 2),
-    ("a checkpoint in its place and not in the manifest", "manifest", 0, 4),
+    ("a checkpoint in its place and not in the manifest", "naming", 0, 2),
     ("a task's end state in its place", "rename", 0, 3),
     ("while evaluating", "evaluation", 0, 4),
     ("while the model is written", "export", 0, 1),
-    ("between two tasks", "manifest", 0, 7),
+    ("between two tasks", "task", 0, 2),
 ]
 
 
@@ -108,7 +108,7 @@ def test_a_stray_newer_checkpoint_does_not_cost_the_one_that_is_named(
 ) -> None:
     """Killed before the manifest named checkpoint 6, resumed, and asked to stop at an earlier step."""
     path = recipe(tmp_path)
-    before_naming_6 = {"moment": "manifest", "on_rank": 0, "count": 4}
+    before_naming_6 = {"moment": "naming", "on_rank": 0, "count": 2}
     zygote.run(["run", str(path)], tmp_path, world=2, fault=before_naming_6)
     assert (tmp_path / "run" / "checkpoint" / "task-01-step-000006").is_dir()
     stop_after_step_5 = {"moment": "stop", "on_rank": 1, "count": 2}
@@ -117,6 +117,39 @@ def test_a_stray_newer_checkpoint_does_not_cost_the_one_that_is_named(
     outcome = zygote.run(["run", str(path), "--resume", "--debug"], tmp_path, world=2)
     assert outcome.codes == [0, 0], outcome.output
     assert_same_end(tmp_path / "run", undisturbed)
+
+
+def evaluations(run: Path) -> list[tuple[str, str]]:
+    """Model and task of every evaluation that the log tells of."""
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(record["folder"], record["task"]) for record in records if record["event"] == "evaluation"]
+
+
+@pytest.mark.parametrize("count", [2, 4], ids=["of the untouched model", "of a trained one"])
+def test_what_is_scored_is_not_scored_again(zygote: Zygote, undisturbed: Path, tmp_path: Path, count: int) -> None:
+    """Killed after the second task's evaluation and before its predictions are written."""
+    path = recipe(tmp_path)
+    zygote.run(["run", str(path)], tmp_path, world=2, fault={"moment": "evaluation", "on_rank": 0, "count": count})
+    assert len(evaluations(tmp_path / "run")) == count - 1
+    outcome = zygote.run(["run", str(path), "--resume", "--debug"], tmp_path, world=2)
+    assert outcome.codes == [0, 0], outcome.output
+    assert evaluations(tmp_path / "run") == evaluations(undisturbed)
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+def test_asked_to_stop_inside_an_evaluation(zygote: Zygote, tmp_path: Path) -> None:
+    """It stops between two batches, not after the task's last one: a job whose time is over does not wait for that."""
+    stream = {"max_train_samples": 8, "max_eval_samples": 40}
+    path = recipe(tmp_path, stream=stream, eval={"batch_size": 1, "before_training": False})
+    stop = {"moment": "stop in evaluation", "on_rank": 1, "count": 2}
+    outcome = zygote.run(["run", str(path)], tmp_path, world=2, fault=stop)
+    assert outcome.codes == [75, 75], outcome.output
+    assert "stopped during evaluation; the state is saved, go on with --resume" in outcome.output[0]
+    assert evaluations(tmp_path / "run") == []
+    outcome = zygote.run(["run", str(path), "--resume", "--debug"], tmp_path, world=2)
+    assert outcome.codes == [0, 0], outcome.output
+    models = ("01-spring", "02-summer")
+    assert evaluations(tmp_path / "run") == [(model, task) for model in models for task in ("spring", "summer")]
 
 
 def test_resuming_a_finished_run_changes_nothing(zygote: Zygote, undisturbed: Path, tmp_path: Path) -> None:
