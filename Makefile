@@ -17,13 +17,16 @@ LOCK_PYTHONS ?= python3.10 python3.11
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-all install lint format lock clean
+.PHONY: quickstart test test-all test-cluster install lint format lock clean
 
 quickstart: $(INSTALLED)  ## Train a tiny model on four built-in tasks with two ranks
 	CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(BIN)/cl-dist run quickstart --fresh
 
 test: $(INSTALLED)  ## The tests, but the slow ones
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-cluster: $(INSTALLED)  ## Jobs on a Slurm cluster that the tests bring up on this machine; skipped where Slurm is not installed
+	$(BIN)/python -m pytest tests/slurm/test_jobs.py $(PYTEST_ARGS)
 
 test-all: $(INSTALLED)  ## All tests
 	$(PYTEST) $(PYTEST_ARGS)
