@@ -4,20 +4,24 @@ r"""Scoring labels by their likelihood against generating an answer, on the same
 Usage:
     python benchmarks/label_scoring.py --data FOLDER/long_sequence --model FOLDER --gguf FILE --csv pairs.csv
     python benchmarks/label_scoring.py --data FOLDER/long_sequence --model runs/first/sequential/tasks/04-agnews/model
+    python benchmarks/label_scoring.py ... --adapter runs/lora/tasks/04-agnews/model --answers answers.jsonl
 
 Every batch of samples is scored both ways in turns, the first one changing from batch to batch, and the ratio is that
 of the two times of one batch, so that a busy machine slows both. Prompts, lengths, batches and labels are those of
 evaluation in a run. A line of the CSV is written after every batch; the tables follow from it (--table pairs.csv), of
-an unfinished run too. docs/results/label-scoring.md holds what it printed.
+an unfinished run too; --answers keeps what was chosen and what was written for every sample.
+docs/results/label-scoring.md holds what it printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +36,8 @@ from cl_dist.evaluation.result import Mode
 from cl_dist.evaluation.scores import normalise
 from cl_dist.evaluation.wrapped import evaluating
 from cl_dist.models.load import load_model
+from cl_dist.models.lora import load_adapter
+from cl_dist.models.structure import base_model
 from cl_dist.tasks.encode import Encoder, label_names
 from cl_dist.tasks.stream import load_stream
 from cl_dist.tasks.types import Task
@@ -46,12 +52,14 @@ def main() -> None:
     parser.add_argument("--data", help="folder in TaSL layout")
     parser.add_argument("--model", help="folder of the model")
     parser.add_argument("--gguf", help="GGUF file in that folder")
+    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter to put on the model")
     parser.add_argument("--tasks", default="dbpedia,amazon,yahoo,agnews", help="names, separated by commas")
     parser.add_argument("--samples", type=int, default=50, help="the first so many of each task")
     parser.add_argument("--batch", type=int, default=10, help="samples per forward pass")
     parser.add_argument("--length", type=int, default=160, help="longest prompt and answer in tokens")
     parser.add_argument("--new-tokens", type=int, default=50, help="longest generated answer")
     parser.add_argument("--csv", type=Path, default=Path("label-scoring.csv"))
+    parser.add_argument("--answers", type=Path, help="JSON Lines: both answers to every sample")
     parser.add_argument("--table", type=Path, help="print the table of this CSV and measure nothing")
     options = parser.parse_args()
     if options.table is None:
@@ -65,14 +73,19 @@ def measure(options: argparse.Namespace) -> None:
     """Score all batches both ways and write a line after each."""
     tasks = read_tasks(options)
     subject = load(options, tasks)
-    with options.csv.open("w", newline="") as file, evaluating(subject.model):
+    with ExitStack() as stack:
+        file = stack.enter_context(options.csv.open("w", newline=""))
+        answers = stack.enter_context(options.answers.open("w", encoding="utf-8")) if options.answers else None
+        stack.enter_context(evaluating(subject.model))
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for number, line in enumerate(pairs(subject, tasks, options)):
+        for number, (line, found) in enumerate(pairs(subject, tasks, options)):
             if number == 0:
                 continue  # the first batch warms up; it comes again
             writer.writerow(line)
             file.flush()
+            if answers is not None:
+                answers.writelines(json.dumps({"task": line["task"], **answer}) + "\n" for answer in found)
             print(line, file=sys.stderr)
 
 
@@ -90,11 +103,14 @@ def load(options: argparse.Namespace, tasks: Sequence[Task]) -> Subject:
     loaded = load_model(model, len(names), zero3_config=None, dtype=torch.float32, seed=0, cache_dir=cache_folder())
     train = TrainConfig(max_length=options.length, max_target_length=min(50, options.length // 2))
     encoder = Encoder(loaded.tokenizer, loaded.objective, train, names)
-    return Subject(loaded.model, loaded.tokenizer, loaded.objective, encoder, names, synced=False)
+    adapted = load_adapter(base_model(loaded.model), options.adapter) if options.adapter else loaded.model
+    return Subject(adapted, loaded.tokenizer, loaded.objective, encoder, names, synced=False)
 
 
-def pairs(subject: Subject, tasks: Sequence[Task], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A line per batch, a batch of each task in turn; the first batch of all twice."""
+def pairs(
+    subject: Subject, tasks: Sequence[Task], options: argparse.Namespace
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """A line per batch and the answers in it, a batch of each task in turn; the first batch of all twice."""
     config = EvalConfig(batch_size=options.batch, max_new_tokens=options.new_tokens)
     queue = []
     for task in tasks:
@@ -106,8 +122,10 @@ def pairs(subject: Subject, tasks: Sequence[Task], options: argparse.Namespace) 
         yield score_both(scorers, task, batch, turned=number % 2 == 1)
 
 
-def score_both(scorers: dict[Mode, Scorer], task: Task, batch: list[int], turned: bool) -> dict[str, Any]:
-    """Times and outcomes of one batch."""
+def score_both(
+    scorers: dict[Mode, Scorer], task: Task, batch: list[int], turned: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Times and outcomes of one batch, and both answers to each of its samples."""
     seconds, found = {}, {}
     for mode in reversed(MODES) if turned else MODES:
         began = time.perf_counter()
@@ -116,7 +134,11 @@ def score_both(scorers: dict[Mode, Scorer], task: Task, batch: list[int], turned
     chosen = [normalise(each.prediction) for each in found["likelihood"]]
     written = [normalise(each.prediction) for each in found["generate"]]
     labels = {normalise(label) for label in task.labels}
-    return {
+    answers = [
+        {"sample": one.index, "reference": one.reference, "likelihood": one.prediction, "generate": other.prediction}
+        for one, other in zip(found["likelihood"], found["generate"], strict=True)
+    ]
+    line = {
         "task": task.name,
         "samples": len(batch),
         "likelihood_s": round(seconds["likelihood"], 4),
@@ -126,6 +148,7 @@ def score_both(scorers: dict[Mode, Scorer], task: Task, batch: list[int], turned
         "likelihood_right": round(sum(each.score for each in found["likelihood"])),
         "generate_right": round(sum(each.score for each in found["generate"])),
     }
+    return line, answers
 
 
 def read(path: Path) -> list[dict[str, Any]]:
