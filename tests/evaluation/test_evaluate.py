@@ -87,6 +87,19 @@ def test_generation_scores() -> None:
     assert all(prediction.prediction == prediction.prediction.strip() for prediction in score.predictions)
 
 
+def test_the_closest_of_several_references_counts() -> None:
+    evaluator, _ = built(LLAMA, [["generation", 2]])
+    plain = CONTINUE.evaluation[:2]
+    said = [each.prediction for each in score_one(evaluator, replace(CONTINUE, evaluation=plain)).predictions]
+    references = [("none of it", f"{said[0]} zebra", said[0]), ("none of it", "nor this")]
+    several = tuple(
+        replace(each, answer="none of it", references=right) for each, right in zip(plain, references, strict=True)
+    )
+    first, second = score_one(evaluator, replace(CONTINUE, evaluation=several)).predictions
+    assert (first.reference, first.score) == (said[0], 1.0)
+    assert (second.reference, second.score) == ("none of it", 0.0)
+
+
 def test_causal_perplexity_is_that_of_the_models_own_loss() -> None:
     evaluator, loaded = built(LLAMA, [["text", 20]])
     score = score_one(evaluator, READ)
