@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 from cl_dist.assembly import build_saved
@@ -27,14 +28,13 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
     folder = RunFolder(Path(recipe.output_dir)).task(task_index, recipe.stream.tasks[task_index].name)
     tasks, evaluator = build_saved(recipe, recipe_dir, folder.model)
     scores: dict[str, float] = {}
-    for task in tasks:
-        result = evaluator.evaluate(task)
-        scores[task.name] = result.score
+    for result in chain.from_iterable(map(evaluator.evaluate, evaluator.passes(tasks))):
+        scores[result.task] = result.score
         reporter.message(
-            f"{task.name}: {result.score:.4f} ({result.metric} of {result.count} samples, by {result.mode})"
+            f"{result.task}: {result.score:.4f} ({result.metric} of {result.count} samples, by {result.mode})"
         )
         if rank == 0:
-            write_predictions(folder.path / "evaluation" / f"{task.name}.jsonl", result.predictions)
+            write_predictions(folder.path / "evaluation" / f"{result.task}.jsonl", result.predictions)
     if rank == 0:
         write_json(folder.path / "evaluation.json", scores)
     leave()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cl_dist.assembly import System
 from cl_dist.evaluation.general import is_due
-from cl_dist.evaluation.result import write_predictions
+from cl_dist.evaluation.result import TaskScore, write_predictions
 from cl_dist.heartbeat import beat
 from cl_dist.progress import Reporter
 from cl_dist.state.atomic import telling_full_disk
 from cl_dist.state.ledger import Ledger
+from cl_dist.tasks.types import Task
 
 Row = tuple[float | None, ...]
 """A score for each task of the stream; None where it was not evaluated."""
@@ -40,28 +41,31 @@ class Scoring:
 
     def row(self, indices: range, predictions: Path) -> Row:
         """Score the tasks at `indices`, in the order of the stream; None for the others. What an interrupted start has
-        scored already stays.
+        scored already stays, and so does every pass over tasks that is finished.
         """
         row = list(self._ledger.manifest.row_under_way) or [None] * len(self._system.tasks)
-        for index in indices:
-            if row[index] is None:
-                row[index] = self._score(index, predictions)
+        places = {self._system.tasks[index].name: index for index in indices if row[index] is None}
+        for tasks in self._system.evaluator.passes([self._system.tasks[index] for index in places.values()]):
+            for result in self._pass(tasks):
+                self._record(result, predictions)
+                row[places[result.task]] = result.score
                 self._ledger.update(row_under_way=tuple(row))
         return tuple(row)
 
-    def _score(self, index: int, predictions: Path) -> float:
-        task = self._system.tasks[index]
-        self._reporter.evaluating(task.name)
-        beat(f"evaluating task {task.name}")
-        result = self._system.evaluator.evaluate(task, self._stop_if_asked)
+    def _pass(self, tasks: Sequence[Task]) -> list[TaskScore]:
+        names = tasks[0].name if len(tasks) == 1 else f"{tasks[0].name} to {tasks[-1].name}"
+        self._reporter.evaluating(names)
+        beat(f"evaluating {names}")
+        return self._system.evaluator.evaluate(tasks, self._stop_if_asked)
+
+    def _record(self, result: TaskScore, predictions: Path) -> None:
         if self._ledger.writer:
             with telling_full_disk(predictions):
-                write_predictions(predictions / f"{task.name}.jsonl", result.predictions)
+                write_predictions(predictions / f"{result.task}.jsonl", result.predictions)
         extras = {"mode": result.mode, "metric": result.metric, "samples": result.count, **result.extras}
         self._ledger.log(
-            event="evaluation", folder=predictions.parent.name, task=task.name, score=result.score, **extras
+            event="evaluation", folder=predictions.parent.name, task=result.task, score=result.score, **extras
         )
-        return result.score
 
     def general(self, place: str) -> General:
         """All measurements of general ability so far, with the one after `place` where the recipe wants one."""

@@ -1,19 +1,24 @@
-"""Scores tasks with the model that is being trained, on all ranks together."""
+"""Scores tasks with the model that is being trained, on all ranks together.
+
+Several small tasks are scored in one pass: task by task, one with fewer batches than there are ranks leaves ranks idle.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import chain
 
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from cl_dist.config.schema import EvalConfig
-from cl_dist.evaluation.batches import cut_batches, deal_batches, rounds
+from cl_dist.evaluation.batches import cut_pass, deal_batches, plan_passes, rounds
 from cl_dist.evaluation.choice import resolve_mode
 from cl_dist.evaluation.modes import Scorer, Subject, make_scorer
 from cl_dist.evaluation.perplexity import perplexity
-from cl_dist.evaluation.result import Mode, Prediction, TaskScore, weighted_mean
+from cl_dist.evaluation.result import Prediction, TaskScore, weighted_mean
 from cl_dist.evaluation.wrapped import evaluating
 from cl_dist.tasks.encode import Encoder, Objective
 from cl_dist.tasks.types import Task
@@ -54,48 +59,60 @@ class Evaluator:
         for task in tasks:
             resolve_mode(task, self._subject.objective, self._config)
 
-    def evaluate(self, task: Task, pause: Callable[[], None] = no_pause) -> TaskScore:
-        """Score a task's evaluation split. A collective operation; every rank gets the score, rank 0 the predictions
-        too.
+    def passes(self, tasks: Sequence[Task]) -> list[Sequence[Task]]:
+        """The tasks, in order, in the groups that are best scored together.
+
+        With weights sharded over the ranks each is by itself, since one batch takes as many forwards as another only
+        within a task; on one rank too, where no other rank could be idle.
+        """
+        if self._subject.synced or self._world == 1:
+            return [[task] for task in tasks]
+        # Text has another number of batches once it is cut into chunks; for this it need not be exact.
+        batches = [-(-len(task.evaluation) // self._config.batch_size) for task in tasks]
+        return [tasks[each.start : each.stop] for each in plan_passes(batches, self._world)]
+
+    def evaluate(self, tasks: Sequence[Task], pause: Callable[[], None] = no_pause) -> list[TaskScore]:
+        """Score the evaluation splits of the tasks of one of `passes`, all in one go. A collective operation; every
+        rank gets the scores, rank 0 the predictions too.
 
         `pause` is called before the first batch and after every few, by all ranks equally often, so that it may be
         collective; an exception that it raises on all of them ends the evaluation.
         """
-        mode = resolve_mode(task, self._subject.objective, self._config)
+        modes = [resolve_mode(task, self._subject.objective, self._config) for task in tasks]
         with evaluating(self._subject.model):
-            scorer = make_scorer(mode, self._subject, task, self._config)
-            predictions = self._gather(self._score_own(scorer, pause))
-        return self._summary(task, mode, scorer.metric, predictions)
+            scorers = [
+                make_scorer(mode, self._subject, task, self._config) for mode, task in zip(modes, tasks, strict=True)
+            ]
+            gathered = self._gather(self._score_own(scorers, pause))
+        return [
+            self._summary(TaskScore(task.name, mode, scorer.metric, weighted_mean(found), len(found), found))
+            for task, mode, scorer, found in zip(tasks, modes, scorers, gathered, strict=True)
+        ]
 
-    def _score_own(self, scorer: Scorer, pause: Callable[[], None]) -> list[Prediction]:
-        """This rank's share of the predictions."""
-        batches = cut_batches(scorer.lengths, scorer.batch_size)
-        own: list[Prediction] = []
+    def _score_own(self, scorers: Sequence[Scorer], pause: Callable[[], None]) -> list[list[Prediction]]:
+        """This rank's share of each task's predictions."""
+        batches = cut_pass([scorer.lengths for scorer in scorers], [scorer.batch_size for scorer in scorers])
+        own: list[list[Prediction]] = [[] for _ in scorers]
         dealt = deal_batches(batches, self._rank, self._world, self._subject.synced)
         for start in range(0, rounds(batches, self._world), PAUSE_BATCHES):
             pause()
             for batch in dealt[start : start + PAUSE_BATCHES]:
-                predictions = scorer.score(batch.indices)
-                own += predictions if batch.counted else []
+                predictions = scorers[batch.task].score(batch.indices)
+                own[batch.task] += predictions if batch.counted else []
         return own
 
-    def _gather(self, own: list[Prediction]) -> list[Prediction]:
-        """All ranks' predictions in file order."""
+    def _gather(self, own: list[list[Prediction]]) -> list[list[Prediction]]:
+        """All ranks' predictions of each task, in file order: sums over them round alike for any number of ranks."""
         shares = [own]
         if self._world > 1:
             shares = [[] for _ in range(self._world)]
             dist.all_gather_object(shares, own)
-        return sorted((prediction for share in shares for prediction in share), key=lambda prediction: prediction.index)
+        return [
+            sorted(chain.from_iterable(found), key=lambda prediction: prediction.index)
+            for found in zip(*shares, strict=True)
+        ]
 
-    def _summary(self, task: Task, mode: Mode, metric: str, predictions: list[Prediction]) -> TaskScore:
-        """The task's score; sums run in file order, so that every number of ranks rounds alike."""
-        score = weighted_mean(predictions)
-        return TaskScore(
-            task=task.name,
-            mode=mode,
-            metric=metric,
-            score=score,
-            count=len(predictions),
-            predictions=predictions if self._rank == 0 else [],
-            extras={"perplexity": perplexity(score)} if mode == "perplexity" else {},
-        )
+    def _summary(self, score: TaskScore) -> TaskScore:
+        """The score as this rank returns it."""
+        extras = {"perplexity": perplexity(score.score)} if score.mode == "perplexity" else {}
+        return replace(score, predictions=score.predictions if self._rank == 0 else [], extras=extras)

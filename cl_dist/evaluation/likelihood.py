@@ -7,10 +7,14 @@ A decoder computes the prompt once for all labels: they are packed into one sequ
 under an attention mask by which a label sees the prompt and itself, and with positions that start anew after the prompt
 for every label. Prompts are padded on the left, so all rows have their labels in the same columns and the output head
 runs on those columns only.
+
+An encoder-decoder computes once for all labels what depends on the prompt alone: the encoder, the decoder's start token
+and the keys and values of cross-attention, which are most of the work where prompts are longer than labels.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +22,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from cl_dist.evaluation.batches import pad_side
 from cl_dist.evaluation.wrapped import accepts, device_of
 from cl_dist.models.structure import base_model
-from cl_dist.tasks.collate import pad, shift_right
+from cl_dist.tasks.collate import pad
 from cl_dist.tasks.types import IGNORE
 
 Tokens = Sequence[int]
@@ -31,7 +36,7 @@ Tokens = Sequence[int]
 MAX_LOGITS = 2**27
 """Most logits in one forward, in elements (512 MiB in float32); more labels than fit go through in groups."""
 MAX_DECODER_LABELS = 8
-"""Most labels that an encoder-decoder decodes in one forward: each needs its own copy of the encoder's output."""
+"""Most labels that an encoder-decoder decodes in one forward: each needs its own copy of a layer's keys and values."""
 
 _AGREES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -161,15 +166,18 @@ def label_groups(labels: Sequence[Tokens], columns: int) -> list[list[Tokens]]:
 def seq2seq_scores(
     model: nn.Module, prompts: Sequence[Tokens], labels: Sequence[Tokens], pad_id: int, batch_size: int = 1
 ) -> torch.Tensor:
-    """(prompts, labels), float32, on the CPU: scores by an encoder-decoder, which encodes each prompt once."""
+    """(prompts, labels), float32, on the CPU: scores by an encoder-decoder, which computes each prompt once.
+
+    Like that of `causal_scores`, the number of forwards is the same on all ranks: one for the start token and one for
+    each group of labels.
+    """
     base = base_model(model)
     longest = max(len(label) for label in labels)
     rows = MAX_LOGITS // (max(batch_size, len(prompts)) * longest * base.config.vocab_size)
     at_once = min(max(rows, 1), MAX_DECODER_LABELS)
-    input_ids, mask = pad_side(prompts, pad_id, "right", device_of(model))
-    hidden = base.get_encoder()(input_ids=input_ids, attention_mask=mask).last_hidden_state
+    started = _start_decoder(model, *pad_side(prompts, pad_id, "right", device_of(model)))
     groups = [labels[start : start + at_once] for start in range(0, len(labels), at_once)]
-    return torch.cat([_decoded_scores(model, hidden, mask, group, pad_id) for group in groups], dim=1).cpu()
+    return torch.cat([_decoded_scores(model, started, group, pad_id) for group in groups], dim=1).cpu()
 
 
 def head_scores(model: nn.Module, prompts: Sequence[Tokens], label_ids: Sequence[int], pad_id: int) -> torch.Tensor:
@@ -187,19 +195,82 @@ def log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     return -losses.view_as(targets)
 
 
-def _decoded_scores(
-    model: nn.Module, hidden: torch.Tensor, mask: torch.Tensor, labels: Sequence[Tokens], pad_id: int
-) -> torch.Tensor:
-    """(B, labels) from the encoder's output `hidden` (B, S, H) and its mask (B, S)."""
-    count, start = len(labels), base_model(model).config.decoder_start_token_id
-    targets = pad([list(label) for label in labels], IGNORE).repeat(len(hidden), 1).to(hidden.device)
-    logits = model(
-        encoder_outputs=BaseModelOutput(last_hidden_state=hidden.repeat_interleave(count, dim=0)),
-        attention_mask=mask.repeat_interleave(count, dim=0),
-        decoder_input_ids=shift_right(targets, pad_id, start),
-        use_cache=False,
-    ).logits
-    return log_probabilities(logits, targets).sum(1).view(len(hidden), count)
+@dataclass(frozen=True)
+class _Started:
+    """An encoder-decoder that has read B prompts of S columns and the decoder's start token."""
+
+    hidden: torch.Tensor
+    """(B, S, H): the encoder's output."""
+    mask: torch.Tensor
+    """(B, S), int64: 0 on the prompts' padding."""
+    logits: torch.Tensor
+    """(B, 1, vocabulary): of a label's first token."""
+    cache: EncoderDecoderCache
+    """Keys and values of B rows; not to be decoded with, since that would add to it."""
+
+
+def _start_decoder(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> _Started:
+    """Compute what all labels have in common."""
+    base = base_model(model)
+    hidden = base.get_encoder()(input_ids=input_ids, attention_mask=mask).last_hidden_state
+    output = model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+        attention_mask=mask,
+        decoder_input_ids=input_ids.new_full((len(input_ids), 1), base.config.decoder_start_token_id),
+        use_cache=True,
+    )
+    return _Started(hidden, mask, output.logits, output.past_key_values)
+
+
+def _decoded_scores(model: nn.Module, started: _Started, labels: Sequence[Tokens], pad_id: int) -> torch.Tensor:
+    """(B, labels): the start token predicts a label's first token, and each token the one after it."""
+    count, rows = len(labels), len(started.hidden)
+    targets = pad([list(label) for label in labels], IGNORE).repeat(rows, 1).to(started.hidden.device)
+    logits = started.logits.repeat_interleave(count, dim=0)
+    if targets.shape[1] > 1:
+        rest = model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=started.hidden.repeat_interleave(count, dim=0)),
+            attention_mask=started.mask.repeat_interleave(count, dim=0),
+            decoder_input_ids=targets[:, :-1].masked_fill(targets[:, :-1] == IGNORE, pad_id),
+            past_key_values=_repeated(started.cache, count),
+            use_cache=True,
+        ).logits
+        logits = torch.cat([logits, rest], dim=1)
+    return log_probabilities(logits, targets).sum(1).view(rows, count)
+
+
+def _repeated(cache: EncoderDecoderCache, times: int) -> EncoderDecoderCache:
+    """A cache to decode with, each row `times` times; the given one stays as it is."""
+    own = copy.deepcopy(cache.self_attention_cache)
+    own.batch_repeat_interleave(times)
+    layers: Any = cache.cross_attention_cache.layers
+    cross = DynamicCache()
+    cross.layers = [_RepeatedLayer(layer.keys, layer.values, times) for layer in layers]
+    return EncoderDecoderCache(own, cross)
+
+
+class _RepeatedLayer(DynamicLayer):
+    """A layer's cross-attention with rows that are repeated where they are read, so that no more than one layer's
+    copies are in memory: those of all layers of a large model would fill it.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, times: int) -> None:
+        self._keys, self._values, self._times = keys, values, times
+        self.is_initialized = True
+
+    @property
+    def keys(self) -> torch.Tensor:  # type: ignore[override]  # of a cache that is only read
+        """(B * times, heads, S, width)."""
+        return self._keys.repeat_interleave(self._times, dim=0)
+
+    @property
+    def values(self) -> torch.Tensor:  # type: ignore[override]  # of a cache that is only read
+        """(B * times, heads, S, width)."""
+        return self._values.repeat_interleave(self._times, dim=0)
+
+    def get_seq_length(self) -> int:
+        """S, without repeating anything."""
+        return self._keys.shape[-2]
 
 
 def _tail_logits(model: nn.Module, packed: PackedLabels, mask: torch.Tensor) -> torch.Tensor:

@@ -82,8 +82,13 @@ class PromptScorer:
         raise NotImplementedError
 
     def _prediction(self, index: int, text: str) -> Prediction:
-        reference = self.task.evaluation[index].answer
-        return Prediction(index, text, reference, SCORES[self.metric](text, reference))
+        """By the reference that it comes closest to, of equally close ones the first."""
+        example = self.task.evaluation[index]
+        scores = {
+            reference: SCORES[self.metric](text, reference) for reference in example.references or (example.answer,)
+        }
+        closest = max(scores, key=lambda reference: scores[reference])
+        return Prediction(index, text, closest, scores[closest])
 
 
 class LikelihoodScorer(PromptScorer):

@@ -20,7 +20,9 @@ class Prediction:
     prediction: str
     """The chosen label or the generated text; empty for perplexity."""
     reference: str
-    """The expected answer; empty for perplexity, whose reference is the text itself."""
+    """The expected answer, of several the one that the prediction comes closest to; empty for perplexity, whose
+    reference is the text itself.
+    """
     score: float
     """Score of this sample, higher is better. Perplexity: mean log-likelihood of a target token, in nats."""
     weight: int = 1

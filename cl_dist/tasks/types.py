@@ -20,6 +20,8 @@ class Example:
 
     prompt: str
     answer: str
+    references: tuple[str, ...] = ()
+    """All answers that are right, where there are several; training is on `answer`, the first of them, alone."""
 
 
 @dataclass(frozen=True)

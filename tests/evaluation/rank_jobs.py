@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from cl_dist.config.schema import EvalConfig, LoraConfig, ModelConfig, TrainConfig
 from cl_dist.engine.distributed import join
-from cl_dist.evaluation.evaluate import Evaluator
+from cl_dist.evaluation.evaluate import Evaluator, no_pause
 from cl_dist.models.load import LoadedModel, load_model
 from cl_dist.models.lora import add_lora
 from cl_dist.tasks.encode import Encoder, label_names
@@ -83,7 +84,12 @@ def evaluator(
 def evaluate_alone(case: dict[str, Any]) -> list[dict[str, Any]]:
     """The case's scores in this process, without DeepSpeed."""
     loaded = load(case, None, len(label_names(tasks_of(case))))
-    return [asdict(evaluator(loaded, loaded.model, case).evaluate(task)) for task in tasks_of(case)]
+    return _scores(evaluator(loaded, loaded.model, case), tasks_of(case))
+
+
+def _scores(scorer: Evaluator, tasks: list[Task], pause: Callable[[], None] = no_pause) -> list[dict[str, Any]]:
+    """The scores of all tasks, in the evaluator's passes."""
+    return [asdict(score) for each in scorer.passes(tasks) for score in scorer.evaluate(each, pause)]
 
 
 def evaluate_on_ranks(cases: list[dict[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
@@ -98,10 +104,10 @@ def _evaluate_engine(case: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     engine = deepspeed.initialize(model=loaded.model, optimizer=torch.optim.SGD(trained, lr=0.0), config=config)[0]
     scorer = evaluator(loaded, engine.module, case, dist.get_rank(), dist.get_world_size(), case["stage"] == 3)
-    before = [asdict(scorer.evaluate(task, pause=dist.barrier)) for task in tasks_of(case)]
+    before = _scores(scorer, tasks_of(case), pause=dist.barrier)
     for _ in range(2):
         _step(engine, loaded)
-    after = [asdict(scorer.evaluate(task)) for task in tasks_of(case)]
+    after = _scores(scorer, tasks_of(case))
     engine.destroy()
     return {"before": before, "after": after}
 

@@ -16,7 +16,7 @@ from cl_dist.config.schema import EvalConfig
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.choice import MODES, resolve_mode
 from cl_dist.evaluation.evaluate import PAUSE_BATCHES, Evaluator
-from cl_dist.evaluation.result import Prediction, weighted_mean, write_predictions
+from cl_dist.evaluation.result import Prediction, TaskScore, weighted_mean, write_predictions
 from cl_dist.models.load import LoadedModel
 from cl_dist.tasks.types import Task
 from tests.evaluation import rank_jobs
@@ -34,9 +34,14 @@ def built(model: str, tasks: list[Any], **case: Any) -> tuple[Evaluator, LoadedM
     return rank_jobs.evaluator(loaded, loaded.model, whole), loaded
 
 
+def score_one(evaluator: Evaluator, task: Task) -> TaskScore:
+    """The score of a pass over one task."""
+    return evaluator.evaluate([task])[0]
+
+
 def test_likelihood_chooses_the_label_of_least_loss() -> None:
     evaluator, loaded = built(LLAMA, [["classification", 7]])
-    score = evaluator.evaluate(CLASSIFY)
+    score = score_one(evaluator, CLASSIFY)
     model, tokenizer = loaded.model, loaded.tokenizer
     for index, (prediction, example) in enumerate(zip(score.predictions, CLASSIFY.evaluation, strict=True)):
         losses = []
@@ -59,32 +64,45 @@ def test_equally_likely_labels_give_the_first() -> None:
         for parameter in loaded.model.parameters():
             parameter.zero_()
     task = replace(CLASSIFY, labels=("no", "ye", "ok"))
-    assert {prediction.prediction for prediction in evaluator.evaluate(task).predictions} == {"no"}
+    assert {prediction.prediction for prediction in score_one(evaluator, task).predictions} == {"no"}
 
 
 def test_classification_head_is_restricted_to_the_tasks_labels() -> None:
     evaluator, loaded = built(ROBERTA, [["classification", 7]])
     with torch.no_grad():
         loaded.model.get_parameter("classifier.out_proj.bias").copy_(torch.tensor([50.0, 1.0, 25.0]))
-    all_labels = evaluator.evaluate(CLASSIFY)
-    some = evaluator.evaluate(replace(CLASSIFY, labels=(rank_jobs.LABELS[1], rank_jobs.LABELS[2])))
+    all_labels = score_one(evaluator, CLASSIFY)
+    some = score_one(evaluator, replace(CLASSIFY, labels=(rank_jobs.LABELS[1], rank_jobs.LABELS[2])))
     assert {prediction.prediction for prediction in all_labels.predictions} == {rank_jobs.LABELS[0]}
     assert {prediction.prediction for prediction in some.predictions} == {rank_jobs.LABELS[2]}
 
 
 def test_generation_scores() -> None:
     evaluator, _ = built(LLAMA, [["generation", 7]])
-    score = evaluator.evaluate(CONTINUE)
+    score = score_one(evaluator, CONTINUE)
     assert (score.mode, score.metric) == ("generate", "rouge_l")
     evaluator, _ = built(LLAMA, [["classification", 7]], mode="generate")
-    score = evaluator.evaluate(CLASSIFY)
+    score = score_one(evaluator, CLASSIFY)
     assert (score.mode, score.metric) == ("generate", "exact_match")
     assert all(prediction.prediction == prediction.prediction.strip() for prediction in score.predictions)
 
 
+def test_the_closest_of_several_references_counts() -> None:
+    evaluator, _ = built(LLAMA, [["generation", 2]])
+    plain = CONTINUE.evaluation[:2]
+    said = [each.prediction for each in score_one(evaluator, replace(CONTINUE, evaluation=plain)).predictions]
+    references = [("none of it", f"{said[0]} zebra", said[0]), ("none of it", "nor this")]
+    several = tuple(
+        replace(each, answer="none of it", references=right) for each, right in zip(plain, references, strict=True)
+    )
+    first, second = score_one(evaluator, replace(CONTINUE, evaluation=several)).predictions
+    assert (first.reference, first.score) == (said[0], 1.0)
+    assert (second.reference, second.score) == ("none of it", 0.0)
+
+
 def test_causal_perplexity_is_that_of_the_models_own_loss() -> None:
     evaluator, loaded = built(LLAMA, [["text", 20]])
-    score = evaluator.evaluate(READ)
+    score = score_one(evaluator, READ)
     encoder = evaluator._subject.encoder
     total, tokens = 0.0, 0
     for chunk in encoder.text_chunks(READ.evaluation):
@@ -100,12 +118,12 @@ def test_causal_perplexity_is_that_of_the_models_own_loss() -> None:
 
 def test_masked_perplexity_is_the_same_every_time_and_of_the_right_size() -> None:
     evaluator, loaded = built(ROBERTA, [["text", 20]], objective="masked_lm")
-    first, second = evaluator.evaluate(READ), evaluator.evaluate(READ)
+    first, second = score_one(evaluator, READ), score_one(evaluator, READ)
     assert first == second
     with torch.no_grad():
         for parameter in loaded.model.parameters():
             parameter.zero_()
-    uniform = evaluator.evaluate(READ)
+    uniform = score_one(evaluator, READ)
     assert uniform.extras["perplexity"] == pytest.approx(loaded.model.config.vocab_size, rel=1e-4)
     weights = [prediction.weight for prediction in uniform.predictions]
     chunks = evaluator._subject.encoder.text_chunks(READ.evaluation)
@@ -121,7 +139,7 @@ def test_training_modes_are_restored_and_dropout_is_off() -> None:
     seen: list[bool] = []
     for linear in linears:
         linear.register_forward_hook(lambda module, *_: seen.append(module.training or torch.is_grad_enabled()))
-    evaluator.evaluate(CLASSIFY)
+    score_one(evaluator, CLASSIFY)
     assert seen
     assert not any(seen)
     assert [module for module in model.modules() if not module.training] == [frozen]
@@ -133,7 +151,7 @@ def test_training_modes_are_restored_after_an_error() -> None:
     loaded.model.train()
     loaded.model.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        evaluator.evaluate(CLASSIFY)
+        score_one(evaluator, CLASSIFY)
     assert all(module.training for module in loaded.model.modules())
 
 
@@ -150,10 +168,33 @@ def test_a_pause_ends_the_evaluation_between_two_batches() -> None:
 
     loaded.model.train()
     with pytest.raises(InterruptedError):
-        evaluator.evaluate(rank_jobs.classification(20), pause)
+        evaluator.evaluate([rank_jobs.classification(20)], pause)
     assert at_pauses[1] - at_pauses[0] == PAUSE_BATCHES
     assert len(forwards) == at_pauses[1]
     assert loaded.model.training
+
+
+def test_tasks_in_one_pass_score_as_alone() -> None:
+    evaluator, _ = built(LLAMA, [["classification", 7], ["generation", 7], ["text", 20]])
+    other = replace(rank_jobs.classification(4, "other"), labels=("may", "not", "yes"))
+    tasks = [CLASSIFY, CONTINUE, READ, other]
+    together = evaluator.evaluate(tasks)
+    assert together == [score_one(evaluator, task) for task in tasks]
+    assert [score.task for score in together] == ["classify", "continue", "read", "other"]
+
+
+@pytest.mark.parametrize(
+    ("world", "synced", "expected"),
+    [(1, False, [1, 1, 1, 1, 1]), (2, False, [1, 2, 2]), (3, False, [3, 2]), (2, True, [1, 1, 1, 1, 1])],
+)
+def test_passes(world: int, synced: bool, expected: list[int]) -> None:
+    case = {"model": LLAMA, "tasks": [["classification", 7]]}
+    loaded = rank_jobs.load(case, None, len(rank_jobs.LABELS))
+    evaluator = rank_jobs.evaluator(loaded, loaded.model, case, 0, world, synced)
+    tasks = [rank_jobs.classification(size, str(size)) for size in (24, 9, 15, 3, 1)]
+    passes = evaluator.passes(tasks)
+    assert [task for each in passes for task in each] == tasks
+    assert [len(each) for each in passes] == expected
 
 
 @pytest.mark.parametrize(
@@ -231,6 +272,8 @@ KINDS = [["classification", 7], ["classification", 1], ["generation", 7]]
 CASES: list[dict[str, Any]] = [
     *[{"model": LLAMA, "tasks": [*KINDS, ["text", 20]], "stage": stage} for stage in (2, 3)],
     {"model": LLAMA, "tasks": KINDS, "stage": 3, "lora": True},
+    # Three batches, of two tasks, on each rank: a pass each would leave one rank idle three times.
+    {"model": LLAMA, "tasks": KINDS, "stage": 2},
     # One rank has nine batches and pauses before the last one, the other has eight.
     {"model": LLAMA, "tasks": [["classification", 17]], "stage": 2, "batch_size": 1},
     {"model": T5, "tasks": KINDS, "stage": 3},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
 from cl_dist.evaluation.generate import generate
-from tests.evaluation.tiny import PAD, llama, t5, word_tokenizer
+from tests.evaluation.tiny import EOS, PAD, llama, t5, word_tokenizer
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30]]
 NEW_TOKENS = 8
@@ -84,3 +85,21 @@ def test_settings_of_the_model_play_no_part(
 def test_limit_of_new_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = generate(llama(), tokenizer, PROMPTS, PAD, 3, synced=False)
     assert max(len(text.split()) for text in texts) == 3
+
+
+@pytest.mark.parametrize("build", [llama, t5])
+def test_ends_with_the_last_sequence(build: Callable[[], Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[EOS] *= 3  # likely ends
+    ends: dict[int, int] = {}
+    for word in range(2, 22):
+        sequence = model.generate(torch.tensor([[5, word]]), do_sample=False, max_new_tokens=NEW_TOKENS)[0].tolist()
+        new = sequence[1 if model.config.is_encoder_decoder else 2 :]
+        if EOS in new:
+            ends[word] = new.index(EOS) + 1
+    assert ends, "one sequence at least should end early"
+    forwards: list[int] = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    generate(model, tokenizer, [[5, word] for word in ends], PAD, 10 * NEW_TOKENS, synced=False)
+    assert len(forwards) == max(ends.values())

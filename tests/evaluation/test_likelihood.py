@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from cl_dist.evaluation import likelihood
@@ -22,7 +23,20 @@ from cl_dist.evaluation.likelihood import (
     seq2seq_scores,
     visible_columns,
 )
-from tests.evaluation.tiny import EOS, PAD, VOCABULARY, bloom, full_logits_llama, gpt2, llama, mistral, roberta, t5
+from cl_dist.models.structure import base_model
+from tests.evaluation.tiny import (
+    EOS,
+    PAD,
+    VOCABULARY,
+    bart,
+    bloom,
+    full_logits_llama,
+    gpt2,
+    llama,
+    mistral,
+    roberta,
+    t5,
+)
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30]]
 LABELS = [[31, EOS], [32, 33, 34, EOS], [31, 35, EOS], [36, 37, 38, 39, 40, EOS]]
@@ -123,14 +137,40 @@ def test_padding_does_not_give_nan(attention: str, dtype: torch.dtype) -> None:
     assert torch.isfinite(scores).all()
 
 
-def test_t5() -> None:
-    model = t5()
+def adapted_t5() -> Any:
+    """A T5 with adapters that change its answers, on the projections of cross-attention too."""
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    return get_peft_model(t5(), config).eval()
+
+
+@pytest.mark.parametrize("build", [t5, adapted_t5, bart])
+def test_encoder_decoders(build: Callable[[], Any]) -> None:
+    model = build()
     rows = [
         [-model(input_ids=torch.tensor([prompt]), labels=torch.tensor([label])).loss * len(label) for label in LABELS]
         for prompt in PROMPTS
     ]
     expected = torch.stack([torch.stack(row) for row in rows])
     assert_close(seq2seq_scores(model, PROMPTS, LABELS, PAD), expected, rtol=1e-5, atol=2e-5)
+
+
+def test_t5_labels_of_one_token() -> None:
+    model = t5()
+    logits = model(input_ids=torch.tensor([PROMPTS[0]]), decoder_input_ids=torch.tensor([[PAD]])).logits
+    scores = seq2seq_scores(model, PROMPTS[:1], [[EOS], [31]], PAD)
+    assert_close(scores, logits[0].log_softmax(-1)[:, [EOS, 31]], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("build", [t5, adapted_t5])
+def test_cross_attention_projects_each_prompt_once(build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood, "MAX_DECODER_LABELS", 3)
+    model, rows = build(), []
+    base: Any = base_model(model)
+    base.decoder.block[1].layer[1].EncDecAttention.k.register_forward_hook(
+        lambda _module, inputs, _output: rows.append(len(inputs[0]))
+    )
+    seq2seq_scores(model, PROMPTS, LABELS, PAD)
+    assert rows == [len(PROMPTS)]
 
 
 def test_t5_labels_in_groups_score_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
@@ -95,6 +97,17 @@ def t5() -> Any:
         "decoder_start_token_id": PAD,
     }
     return scaled(T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **widths, **TOKENS)))
+
+
+def bart() -> Any:
+    """A two-layer encoder-decoder with learnt absolute positions."""
+    widths: dict[str, Any] = {
+        f"{part}_{name}": size
+        for part in ("encoder", "decoder")
+        for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
+    }
+    config = BartConfig(vocab_size=VOCABULARY, d_model=32, max_position_embeddings=64, **widths, **TOKENS)
+    return scaled(BartForConditionalGeneration(config))
 
 
 def roberta(labels: int) -> Any:

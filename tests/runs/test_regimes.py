@@ -19,6 +19,8 @@ from tests.zygote import Zygote
 DOMAINS = ("restaurant", "acl", "ai", "phone", "pubmed", "camera")
 SUMMARY, VERDICT = "red sun", "blue moon glow"
 """What every sample of the generation tasks is answered with: a tiny model can learn that."""
+SUMMARIES = (SUMMARY, "sun")
+"""All right answers of the one task."""
 
 
 def _run(zygote: Zygote, folder: Path, *arguments: str) -> Path:
@@ -45,7 +47,7 @@ def instructed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path
     root = tmp_path_factory.mktemp("instructed")
     write_lines(root / "weather.txt", ["the rain falls on the old town"] * 40)
     write_lines(root / "weather.test.txt", ["the rain falls on the old town"] * 4)
-    instances = [{"id": str(n), "input": f"text {n}", "output": [SUMMARY, "sun"]} for n in range(32)]
+    instances = [{"id": str(n), "input": f"text {n}", "output": list(SUMMARIES)} for n in range(32)]
     records = [{"prompt": f"question {n}?", "answer": VERDICT} for n in range(32)]
     for split in ("train", "test", "eval"):
         taken = 32 if split == "train" else 5
@@ -72,16 +74,18 @@ def test_generation_tasks_are_learnt_in_the_chat_template(instructed: Path) -> N
     assert matrix[1][0] > matrix[0][0] + 1, "mean log-likelihood of the corpus"
 
 
-@pytest.mark.parametrize(("task", "answer"), [("1572", SUMMARY), ("C-STANCE", VERDICT)])
-def test_generated_answers_are_scored_by_rouge_l(instructed: Path, task: str, answer: str) -> None:
+@pytest.mark.parametrize(("task", "answers"), [("1572", SUMMARIES), ("C-STANCE", (VERDICT,))])
+def test_generated_answers_are_scored_by_rouge_l(instructed: Path, task: str, answers: tuple[str, ...]) -> None:
     log = [json.loads(line) for line in (instructed / "log.jsonl").read_text().splitlines()]
     events = [each for each in log if each["event"] == "evaluation" and each["task"] == task]
     assert {(each["mode"], each["metric"], each["samples"]) for each in events} == {("generate", "rouge_l", 5)}
     for event in events:
         file = instructed / "tasks" / event["folder"] / "predictions" / f"{task}.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        assert [line["reference"] for line in lines] == [answer] * 5
-        assert event["score"] == pytest.approx(sum(_rouge_l(line["prediction"], answer) for line in lines) / 5)
+        scores = [max(_rouge_l(line["prediction"], answer) for answer in answers) for line in lines]
+        assert [_rouge_l(line["prediction"], line["reference"]) for line in lines] == scores
+        assert {line["reference"] for line in lines} <= set(answers)
+        assert event["score"] == pytest.approx(sum(scores) / 5)
 
 
 def _rouge_l(prediction: str, reference: str) -> float:

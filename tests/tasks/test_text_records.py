@@ -94,6 +94,7 @@ def test_superni_prompt_and_answer(tmp_path: Path, name: str) -> None:
         "Definition: Say it shorter.\n\nNow complete the following example -\nInput: text 0\nOutput:"
     )
     assert (answers(task), task.kind, len(task.evaluation)) == (["short", "words"], "generation", 2)
+    assert [example.references for example in task.evaluation] == [("short", "other"), ()]
 
 
 def test_superni_names_what_is_wrong(tmp_path: Path) -> None:
@@ -102,6 +103,10 @@ def test_superni_names_what_is_wrong(tmp_path: Path) -> None:
         load_one(tmp_path, "2", format="superni", path=".")
     write_json(tmp_path / "task002_quoref" / "train.json", [])
     with pytest.raises(BadInput, match=r"train.json must hold a JSON object with a 'Definition'"):
+        load_one(tmp_path, "002", format="superni", path=".")
+    several = {"Definition": "D", "Instances": [{"input": "i", "output": ["yes", 1]}]}
+    write_json(tmp_path / "task002_quoref" / "train.json", several)
+    with pytest.raises(BadInput, match=r"train.json, instance 0: field 'output' must be a string, not a number"):
         load_one(tmp_path, "002", format="superni", path=".")
     write_json(tmp_path / "task002_quoref" / "train.json", {"Definition": "D", "Instances": [{"input": "i"}]})
     with pytest.raises(BadInput, match=r"train.json, instance 0: no field 'output'"):

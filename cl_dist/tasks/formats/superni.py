@@ -70,10 +70,11 @@ def prompt_head(content: Mapping[str, Any], path: Path) -> str:
 
 
 def make_instance(instance: Any, head: str) -> Example:
-    """One instance; of several outputs that are right the first is the answer."""
+    """One instance; of several outputs that are right the first is the answer, and all are references."""
     if not isinstance(instance, dict):
         raise BadInput(f"must be an object with 'input' and 'output', not {json_type(instance)}")
     output = instance.get("output")
-    first = {**instance, "output": output[0]} if isinstance(output, list) and output else instance
-    prompt = f"{head}{text_field(first, 'input').strip()}\nOutput:"
-    return Example(prompt=prompt, answer=text_field(first, "output").strip())
+    records = [{**instance, "output": each} for each in output] if isinstance(output, list) and output else [instance]
+    prompt = f"{head}{text_field(instance, 'input').strip()}\nOutput:"
+    answers = [text_field(record, "output").strip() for record in records]
+    return Example(prompt, answers[0], tuple(answers) if len(answers) > 1 else ())
