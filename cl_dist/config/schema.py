@@ -389,6 +389,7 @@ class Recipe:
         refuse_exclusive(names)
         self._check_fusion([method for method in self.method if isinstance(method, UnitConfig)])
         self._check_starts(names)
+        self._check_joint_epochs(names)
 
     def _check_fusion(self, methods: Sequence[UnitConfig]) -> None:
         for method in methods:
@@ -418,6 +419,16 @@ class Recipe:
             raise ValueError(
                 f"train.keep_optimizer: true carries AdamW's moments into the next task, whose weights start anew with "
                 f"{fresh}; allowed: false"
+            )
+
+    def _check_joint_epochs(self, names: Sequence[str]) -> None:
+        """Multi-task training passes over all tasks' samples together."""
+        epochs = {task.name: task.epochs or self.train.epochs for task in self.stream.tasks}
+        if "multi_task" in names and len(set(epochs.values())) > 1:
+            told = ", ".join(f"{name} {count}" for name, count in epochs.items())
+            raise ValueError(
+                f"stream.tasks: multi_task learns all tasks together, and their epochs differ ({told}); give all the "
+                "same number, such as by train.epochs alone"
             )
 
     def _check_lengths(self) -> None:

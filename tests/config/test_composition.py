@@ -10,7 +10,7 @@ import pytest
 
 from cl_dist.config.composition import BOUNDS, EXCLUSIONS, FUSING, GROWING, exclusion, refuse_exclusive
 from cl_dist.config.fields import method_classes
-from cl_dist.config.load import load_recipe
+from cl_dist.config.load import dump_recipe, load_recipe
 from cl_dist.errors import BadInput
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -104,6 +104,21 @@ def test_the_page_has_the_same_pairs() -> None:
             "method.memory_size: missing; policy reservoir needs the",
         ),
         (["method={name: replay, memory_size: 9}"], "method.memory_size: 9 has a meaning for policy reservoir only"),
+        (
+            ["method={name: replay, policy: reservoir, memory_size: 9, ratio: 0.5}"],
+            "method.ratio: 0.5 has a meaning for policy quota only; reservoir takes memory_size",
+        ),
+        (
+            ["method={name: ewc, gamma: 0.5}"],
+            "method.gamma: 0.5 has a meaning for variant online only; separate forgets nothing",
+        ),
+        (
+            [
+                "method.name=multi_task",
+                "stream.tasks=[{name: a, format: builtin, epochs: 2}, {name: b, format: builtin}]",
+            ],
+            "stream.tasks: multi_task learns all tasks together, and their epochs differ (a 2, b 8)",
+        ),
         (["method={name: replay, ratio: 0}"], "method.ratio: 0 is not allowed; allowed: a number, above 0, at most 1"),
         (["method={name: olora, lambda1: -1}"], "method.lambda1: -1 is not allowed; allowed: a number, at least 0"),
     ],
@@ -111,3 +126,20 @@ def test_the_page_has_the_same_pairs() -> None:
 def test_a_recipe_is_refused(changes: list[str], message: str) -> None:
     with pytest.raises(BadInput, match=f"^{re.escape(message)}"):
         load_recipe("quickstart", changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["method={name: replay, policy: reservoir, memory_size: 9}"],
+        ["method={name: ewc}"],
+        ["method={name: ewc, variant: online, gamma: 0.5}"],
+        ["method.name=multi_task", "stream.tasks=[{name: a, format: builtin, epochs: 2}]"],
+    ],
+)
+def test_what_a_run_writes_down_is_taken_again(changes: list[str], tmp_path: Path) -> None:
+    """There every setting is spelt out, those that nothing reads too."""
+    recipe, _ = load_recipe("quickstart", changes)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(str(path))[0] == recipe
