@@ -12,6 +12,7 @@ import pytest
 from cl_dist.cli.parser import build_parser
 from cl_dist.config.fields import method_classes
 from cl_dist.config.load import load_recipe, shipped_recipes
+from cl_dist.config.schema import Recipe
 from cl_dist.sweep.grid import Request, build_grid
 from cl_dist.tasks.orders import resolve_order
 
@@ -60,3 +61,31 @@ def test_no_published_number_is_without_its_table() -> None:
         numbers = re.findall(r"^\| [A-Z]\d+ \|.*\| ([^|]*\d[^|]*) \|$", section, flags=re.MULTILINE)
         header = next(line for line in section.splitlines() if line.startswith("| row |"))
         assert not numbers or re.search(r"\((Table|section) [\d.]+\)", header), section
+
+
+def cells_of(row: str) -> list[Recipe]:
+    """The recipes of a row's commands."""
+    (block,) = (block for block in BLOCKS if f"# {row}\n" in block)
+    lines = block.partition(f"# {row}\n")[2].partition("# ")[0].splitlines()
+    parsed = [build_parser().parse_args(shlex.split(line)[1:]) for line in lines]
+    return [load_recipe(each.recipe, each.changes)[0] for each in parsed]
+
+
+def test_instruction_tuning_measures_learning_by_humaneval_and_warms_up_for_a_tenth() -> None:
+    (recipe,) = cells_of("M10")
+    general, train = recipe.eval.general, recipe.train
+    assert general is not None
+    assert "humaneval" in general.tasks
+    assert general.confirm_unsafe_code
+    batch = train.micro_batch_size * train.gradient_accumulation * recipe.launch.processes
+    assert recipe.stream.max_train_samples is not None
+    assert train.warmup_steps * 10 == recipe.stream.max_train_samples * train.epochs // batch
+
+
+def test_an_end_task_starts_from_what_pre_training_leaves() -> None:
+    first, second = cells_of("M9")
+    last = len(first.stream.tasks)
+    model = Path(second.model.name_or_path)
+    assert model.parts[-2:] == (f"{last:02}-{first.stream.tasks[-1].name}", "model")
+    assert (second.model.objective, second.method[0].name) == ("classification", "sequential")
+    assert second.train.micro_batch_size * second.train.gradient_accumulation * second.launch.processes == 16

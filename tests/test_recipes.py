@@ -116,6 +116,12 @@ def test_there_is_a_recipe_for_every_published_order() -> None:
         assert load_recipe(name)[0].stream.order == order
 
 
+def test_recipes_of_long_answers_cut_them_as_their_sources_do() -> None:
+    recipes = {name: load_recipe(name)[0].train for name in shipped_recipes()}
+    cutting = {name for name, train in recipes.items() if train.long_answers == "cut"}
+    assert cutting == {"superni-order1", "superni-order2", "trace"}
+
+
 def test_trace_learns_every_task_for_its_own_number_of_epochs() -> None:
     tasks = load_recipe("trace")[0].stream.tasks
     assert [task.epochs for task in tasks] == [5, 3, 7, 5, 3, 5, 5, 7]

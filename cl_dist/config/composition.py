@@ -10,8 +10,6 @@ FUSING = ("kif", "tasl", "recurrent_kif")
 """Methods that fuse the weights before a task with those after it."""
 GROWING = ("inclora", "olora")
 """Methods that train new adapters in every task."""
-GUARDING = ("ewc", "lwf", "agem")
-"""Methods that hold the trained weights, their outputs or their gradients near the past's."""
 BOUNDS = ("per_task", "multi_task")
 """Bounds of the field's tables; no task has a past."""
 
@@ -44,8 +42,8 @@ EXCLUSIONS = (
     ),
     Exclusion(
         GROWING,
-        GUARDING,
-        "what the past has taught lies in frozen adapters, which need no guard",
+        ("ewc",),
+        "ewc holds back weights that past tasks have trained, and here those are frozen adapters; lwf and agem compose",
     ),
     Exclusion(("recurrent_kif",), ("replay",), "recurrent_kif has a memory of past samples of its own (replay_ratio)"),
 )

@@ -53,13 +53,16 @@ class ReplayConfig:
     """Samples in the memory, of all past tasks together (`reservoir`, which must be told)."""
 
     def __post_init__(self) -> None:
-        """Refuse a reservoir without a size, and a size without a reservoir."""
+        """Refuse a reservoir without a size, and settings that only the other policy reads."""
         if self.policy == "reservoir" and self.memory_size is None:
             raise ValueError("memory_size: missing; policy reservoir needs the number of samples that it may hold")
         if self.policy == "quota" and self.memory_size is not None:
             raise ValueError(
                 f"memory_size: {self.memory_size} has a meaning for policy reservoir only; policy quota takes ratio"
             )
+        # The default passes: a run's config.yaml spells every setting out.
+        if self.policy == "reservoir" and self.ratio != type(self).ratio:
+            raise ValueError(f"ratio: {self.ratio} has a meaning for policy quota only; reservoir takes memory_size")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -262,6 +265,11 @@ class EwcConfig:
     fisher_batch: PositiveInt = 1
     """Samples whose gradients are added before they are squared. 1 is exact. More are measured at once, which takes the
     place of the Fisher information where the samples' gradients have the mean zero; at most a global batch."""
+
+    def __post_init__(self) -> None:
+        """Refuse a decay that nothing would read; the default passes, since a run's config.yaml spells it out."""
+        if self.variant == "separate" and self.gamma != type(self).gamma:
+            raise ValueError(f"gamma: {self.gamma} has a meaning for variant online only; separate forgets nothing")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -199,11 +199,15 @@ class TrainConfig:
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up at the start of every task."""
     max_length: PositiveInt = 512
-    """Longest input in tokens: prompt and answer for a decoder, the source for an encoder-decoder. The prompt is cut,
-    never the answer."""
+    """Longest input in tokens: prompt and answer for a decoder, the source for an encoder-decoder. The prompt is cut
+    for it, the answer never unless long_answers says so."""
     max_target_length: PositiveInt = 50
-    """Longest answer in tokens; a longer one is an error that names the sample. A recipe that gives `max_length` alone
+    """Longest answer in tokens; what becomes of a longer one says long_answers. A recipe that gives `max_length` alone
     gets half of it, at most 50."""
+    long_answers: Literal["error", "cut"] = "error"
+    """A training answer that is too long: `error` names the sample and ends the run; `cut` (as the public code of TaSL
+    and KIF) keeps its start and the token that ends it, and says once for each task how many were cut. A label of a
+    classification task is never cut, nor are the answers that evaluation compares with."""
     truncate: Literal["middle", "left", "right"] = "middle"
     """Where a prompt that is too long is cut. `middle` keeps the instruction at its start and the cue at its end."""
     template: Literal["none", "chat"] = "none"
@@ -385,6 +389,7 @@ class Recipe:
         refuse_exclusive(names)
         self._check_fusion([method for method in self.method if isinstance(method, UnitConfig)])
         self._check_starts(names)
+        self._check_joint_epochs(names)
 
     def _check_fusion(self, methods: Sequence[UnitConfig]) -> None:
         for method in methods:
@@ -414,6 +419,16 @@ class Recipe:
             raise ValueError(
                 f"train.keep_optimizer: true carries AdamW's moments into the next task, whose weights start anew with "
                 f"{fresh}; allowed: false"
+            )
+
+    def _check_joint_epochs(self, names: Sequence[str]) -> None:
+        """Multi-task training passes over all tasks' samples together."""
+        epochs = {task.name: task.epochs or self.train.epochs for task in self.stream.tasks}
+        if "multi_task" in names and len(set(epochs.values())) > 1:
+            told = ", ".join(f"{name} {count}" for name, count in epochs.items())
+            raise ValueError(
+                f"stream.tasks: multi_task learns all tasks together, and their epochs differ ({told}); give all the "
+                "same number, such as by train.epochs alone"
             )
 
     def _check_lengths(self) -> None:

@@ -25,6 +25,8 @@ from cl_dist.sweep.names import (
 )
 from cl_dist.tasks.orders import resolve_order
 
+_OUTPUT_DIR = "every cell has a folder of its own below --out"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -96,6 +98,8 @@ def build_grid(request: Request) -> Grid:
     orders = None if request.orders is None else parse_orders(request.orders, problems)
     seeds = None if request.seeds is None else parse_seeds(request.seeds, problems)
     problems.check()
+    _refuse_others_settings(request, methods or [], problems)
+    problems.check()
     base, _ = load_recipe(request.recipe, request.changes)
     if methods is None:
         own = "+".join(method.name for method in base.method)
@@ -111,19 +115,89 @@ def build_grid(request: Request) -> Grid:
 
 
 def _refuse_owned(request: Request, problems: Problems) -> None:
-    """Refuse changes of what the grid itself sets."""
-    methods_given = "--methods gives the methods" if request.methods is not None else None
-    owners = {
-        ("output_dir",): "every cell has a folder of its own below --out",
+    """Refuse changes of what the grid itself sets: a row would be told to be what it is not."""
+    owners: dict[tuple[str, ...], str | None] = {
+        ("output_dir",): _OUTPUT_DIR,
         ("train", "seed"): "--seeds gives the seeds" if request.seeds is not None else None,
         ("stream", "order"): "--orders gives the orders" if request.orders is not None else None,
-        ("method",): methods_given,
-        ("method", "name"): methods_given,
     }
-    labelled = [text.partition(":")[2] for text in request.method_changes]
-    for text in [*request.changes, *labelled]:
-        if "=" in text and (reason := owners.get(parse_override(text).path)) is not None:
-            problems.add(f"{text.partition('=')[0].strip()} cannot be set here: {reason}")
+    for text in request.changes:
+        path = _path(text)
+        reason = owners.get(path)
+        if request.methods is not None and _is_method(path):
+            reason = "--methods gives the methods; name it there"
+        _add_owned(text, reason, problems)
+    for setting in request.method_changes:
+        text = setting.partition(":")[2]
+        _add_owned(text, _owner_for_one_method(_path(text)), problems)
+
+
+def _add_owned(text: str, reason: str | None, problems: Problems) -> None:
+    if reason is not None:
+        problems.add(f"{text.partition('=')[0].strip()} cannot be set here: {reason}")
+
+
+def _path(text: str) -> tuple[str, ...]:
+    """The key of `KEY=VALUE` in its parts; nothing where it is not of that form, which is told elsewhere."""
+    return parse_override(text).path if "=" in text else ()
+
+
+def _refuse_others_settings(request: Request, methods: Sequence[MethodChoice], problems: Problems) -> None:
+    """`--set method.X` is for the recipe's own method: refuse it where only other methods have an X, and say how they
+    get it.
+    """
+    given = [text for text in request.changes if _path(text)[:1] == ("method",)]
+    if not given or not methods:
+        return
+    own, _ = load_recipe(request.recipe, [text for text in request.changes if text not in given])
+    known = {field for method in own.method for field in info_of(type(method))}
+    for text in given:
+        key, _, value = text.partition("=")
+        setting = _setting_of(_path(text))
+        hints = [f"--set-for {hint}={value}" for method in methods for hint in _places(method, setting)]
+        if setting[0] not in known and hints:
+            names = "+".join(method.name for method in own.method)
+            problems.add(
+                f"--set {key.strip()}: this is for the recipe's own method, {names}, which has no {setting[0]}; "
+                f"give {' or '.join(hints)}"
+            )
+
+
+def _setting_of(path: tuple[str, ...]) -> tuple[str, ...]:
+    """`method.0.x.y` and `method.x.y` as (x, y)."""
+    return path[2:] if path[1].isdecimal() else path[1:]
+
+
+def _places(method: MethodChoice, setting: tuple[str, ...]) -> Iterator[str]:
+    """Where an entry of `--methods` has a setting, as `--set-for` is given it."""
+    for number, part in enumerate(method.parts):
+        if setting[0] in info_of(method_classes()[part]):
+            place = f"{number}." if len(method.parts) > 1 else ""
+            yield f"{method.label}:method.{place}{'.'.join(setting)}"
+
+
+def _is_method(path: tuple[str, ...]) -> bool:
+    """Whether this is `method`, an entry of it, or a name: what is set there may be another method."""
+    return path[:1] == ("method",) and (path[1:] in ((), ("name",)) or _is_entry(path[1:]))
+
+
+def _is_entry(rest: tuple[str, ...]) -> bool:
+    return rest[:1] != () and rest[0].isdecimal() and rest[1:] in ((), ("name",))
+
+
+def _owner_for_one_method(path: tuple[str, ...]) -> str | None:
+    """Why a setting cannot differ between the rows of a table: it would be another seed, order or method than its row
+    says.
+    """
+    if _is_method(path):
+        return "a row is named after its methods; name others in --methods, such as --methods NAME=B+C"
+    if path in (("train",), ("stream",)):
+        return f"it would replace the whole section, seed and tasks included; set single keys, such as {path[0]}.KEY"
+    if path == ("train", "seed"):
+        return "all methods have the same seeds; give them with --seeds"
+    if path[:2] in (("stream", "order"), ("stream", "tasks")) and path[3:] != ("epochs",):
+        return "all methods learn the same tasks in the same orders; give orders with --orders, or tasks with --set"
+    return _OUTPUT_DIR if path == ("output_dir",) else None
 
 
 def _cells(

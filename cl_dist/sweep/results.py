@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cl_dist.config.composition import BOUNDS
 from cl_dist.errors import BadInput
-from cl_dist.evaluation.metrics import all_metrics
+from cl_dist.evaluation.metrics import Matrix, all_metrics, forward_transfer_single
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.state.stored_recipe import stored_recipe
 from cl_dist.sweep.checks import CellState, state_of
 from cl_dist.sweep.folder import SweepFolder
 
@@ -19,10 +21,22 @@ METRICS = {
     "backward_transfer": "BWT",
     "forgetting": "forgetting",
     "learning_accuracy": "learning accuracy",
+    "forward_transfer_zero_shot": "FWT",
 }
 """The metrics of the tables (functions of `cl_dist.evaluation.metrics`), and how they are headed."""
-OPTIONAL_METRICS = {"general_ability": "general ability", "general_forgetting": "general forgetting"}
-"""Metrics that have a column where a run has measured them."""
+SINGLE = "forward_transfer_single"
+OPTIONAL_METRICS = {
+    SINGLE: "FWT (single)",
+    "general_ability": "general ability",
+    "general_forgetting": "general forgetting",
+}
+"""Metrics that have a column where a run has measured them, or where the sweep has what they are computed from."""
+MEANINGLESS = {
+    "per_task": ("average_performance", "backward_transfer", "forgetting", "forward_transfer_zero_shot"),
+    "multi_task": ("forward_transfer_zero_shot",),
+}
+"""Metrics that say nothing of a bound: a row of per_task's matrix is a model of one task, multi_task learns all tasks
+before the first of them is scored."""
 
 Place = tuple[str, str, int]
 """Order, method, seed."""
@@ -39,7 +53,12 @@ class CellResult:
     seed: int
     state: CellState
     values: Values
-    """Nothing but None where the run is not finished."""
+    """Nothing but None where the run is not finished, and for metrics that say nothing of a bound."""
+    bound: str | None = None
+    """`per_task` or `multi_task` where it is one."""
+    tasks: tuple[str, ...] = ()
+    matrix: Matrix = ()
+    """Its accuracy matrix; empty where the run is not finished."""
 
 
 @dataclass(frozen=True)
@@ -115,26 +134,54 @@ def _mean_of(values: Sequence[float | None], wanted: int) -> float | None:
 def read_results(sweep: SweepFolder, asked: Iterable[Place]) -> Results:
     """Read every cell that is asked for and every other one that lies in the sweep's folder."""
     places = list(dict.fromkeys([*asked, *sweep.found()]))
+    cells = _against_single_tasks([_read_cell(sweep, *place) for place in places])
     orders = list(dict.fromkeys(place[0] for place in places))
     methods = list(dict.fromkeys(place[1] for place in places))
     rows = []
     for order in orders:
         for method in methods:
-            seeds = sorted(seed for known, name, seed in places if (known, name) == (order, method))
-            cells = tuple(_read_cell(sweep, order, method, seed) for seed in seeds)
-            if cells:
-                rows.append(Row(order, method, cells))
+            own = [cell for cell in cells if (cell.order, cell.method) == (order, method)]
+            if own:
+                rows.append(Row(order, method, tuple(sorted(own, key=lambda cell: cell.seed))))
     return Results(tuple(rows))
+
+
+def _against_single_tasks(cells: Sequence[CellResult]) -> list[CellResult]:
+    """The same cells, with the forward transfer against the one per_task run of their order and seed."""
+    single: dict[tuple[object, ...], list[CellResult]] = {}
+    for cell in cells:
+        if cell.bound == "per_task" and cell.state.finished:
+            single.setdefault((cell.order, cell.seed, cell.tasks), []).append(cell)
+    return [_against(cell, single.get((cell.order, cell.seed, cell.tasks), ())) for cell in cells]
+
+
+def _against(cell: CellResult, single: Sequence[CellResult]) -> CellResult:
+    """With several per_task runs (of other settings, say) nothing says which one is meant."""
+    if cell.bound is not None or not cell.matrix or len(single) != 1:
+        return cell
+    scores = [single[0].matrix[task + 1][task] for task in range(len(cell.tasks))]
+    known = [score for score in scores if score is not None]
+    transfer = forward_transfer_single(cell.matrix, known) if len(known) == len(scores) else None
+    return replace(cell, values={**cell.values, SINGLE: transfer})
 
 
 def _read_cell(sweep: SweepFolder, order: str, method: str, seed: int) -> CellResult:
     folder = RunFolder(sweep.run(order, method, seed))
+    names = (*METRICS, *OPTIONAL_METRICS)
     try:
         state = state_of(folder)
     except BadInput:
         state = CellState("damaged")
-    values = _read_metrics(folder) if state.finished else {}
-    return CellResult(order, method, seed, state, {name: values.get(name) for name in (*METRICS, *OPTIONAL_METRICS)})
+    if not state.finished:
+        return CellResult(order, method, seed, state, dict.fromkeys(names))
+    values, bound, manifest = _read_metrics(folder), _bound(folder), Manifest.read(folder.manifest)
+    told = {name: None if name in MEANINGLESS.get(bound or "", ()) else values.get(name) for name in names}
+    return CellResult(order, method, seed, state, told, bound, manifest.tasks, manifest.accuracy_matrix)
+
+
+def _bound(folder: RunFolder) -> str | None:
+    """Which bound a run is, whatever its row is called."""
+    return next((method.name for method in stored_recipe(folder.config).method if method.name in BOUNDS), None)
 
 
 def _read_metrics(folder: RunFolder) -> Values:

@@ -11,6 +11,7 @@ from cl_dist.sweep.results import Results, Row, Values
 NOTHING = "–"
 """Stands where a number is missing."""
 ALL_ORDERS = "mean of orders"
+_PER_TASK = "trains every task by itself: learning accuracy is the bound, the other metrics say nothing"
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -40,6 +41,7 @@ def markdown_page(results: Results, recipe: str) -> str:
         "Mean ± sample standard deviation over the finished seeds; a single seed has no deviation.",
         "\n".join(f"- {label}: `{name}`. {definition(name)}" for name, label in columns.items()),
     ]
+    parts[3:3] = _footnotes(results)
     if results.missing:
         missing = (f"- {cell.order} {cell.method} seed{cell.seed}: {cell.state}" for cell in results.missing)
         parts += ["## What is missing", "\n".join(missing)]
@@ -83,7 +85,16 @@ def latex_table(results: Results) -> str:
     averages = results.over_orders()
     lines += [r"\midrule"] if averages else []
     lines += [_latex_line([ALL_ORDERS, method, ""], _plain(values)) for method, values in averages]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    lines.append(r"\bottomrule")
+    span = len(columns) + 3
+    lines += [rf"\multicolumn{{{span}}}{{l}}{{{escape_latex(note)}}} \\" for note in _footnotes(results)]
+    return "\n".join([*lines, r"\end{tabular}"]) + "\n"
+
+
+def _footnotes(results: Results) -> list[str]:
+    """What readers must know of rows that are bounds."""
+    names = dict.fromkeys(cell.method for cell in results.cells if cell.bound == "per_task")
+    return [f"{name} {_PER_TASK}." for name in names]
 
 
 def escape_latex(text: str) -> str:

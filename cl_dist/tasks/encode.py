@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +25,8 @@ LEARNABLE: dict[Objective, tuple[Kind, ...]] = {
     "masked_lm": ("text",),
 }
 """The kinds of task that each objective can learn."""
+
+logger = logging.getLogger(__name__)
 
 _TEXTS_AT_ONCE = 10_000
 ANCHOR = ":"
@@ -103,13 +106,14 @@ class Encoder:
     def train(self, task: Task) -> list[Encoded]:
         """The task's training samples in file order; for text its chunks.
 
-        Raises BadInput where the objective cannot learn this kind of task, and for an answer that is too long, naming
-        the sample.
+        With `long_answers: cut` a warning says how many answers were cut. Raises BadInput where the objective cannot
+        learn this kind of task, and otherwise for an answer that is too long, naming the sample.
         """
         check_kind(task, self._objective)
         if task.kind == "text":
             return self.text_chunks(task.train)
         prompts = self._tokenize_prompts([example.prompt for example in task.train])
+        self._tell_cut_answers(task)
         return [
             self._sample(index, ids, example.answer, f"task {task.name!r}, training sample {index}")
             for index, (ids, example) in enumerate(zip(prompts, task.train, strict=True))
@@ -156,7 +160,7 @@ class Encoder:
         """One tokenised prompt put together with its answer, as the objective has it."""
         if not self._generative:
             return Encoded(index, self._framed(prompt, 0), [self._class_of[answer]])
-        target = self._fitting_answer(answer, where)
+        target = self._training_answer(answer, where)
         source = self._framed(prompt, len(target))
         if self._objective == "seq2seq_lm":
             return Encoded(index, source, target)
@@ -176,12 +180,45 @@ class Encoder:
         room = max(self._config.max_length - taken, 0)
         return self._prefix + cut(prompt, room, self._config.truncate) + self._suffix
 
+    def _training_answer(self, answer: str, where: str) -> list[int]:
+        """Ids of a sample's answer; one that is too long is an error, or, where the settings say so, keeps its start
+        and the token that ends it.
+        """
+        ids, room = self.answer_ids(answer), self._answer_room
+        if self._config.long_answers == "error" or len(ids) <= room or room < 1:
+            return self._fitting_answer(answer, where)
+        return [*ids[: room - 1], ids[-1]]
+
+    @property
+    def _answer_room(self) -> int:
+        """Tokens that an answer may have; a decoder's leaves room for one of the prompt."""
+        if self._objective != "causal_lm":
+            return self._config.max_target_length
+        room = self._config.max_length - len(self._prefix) - len(self._suffix) - 1
+        return min(self._config.max_target_length, room)
+
+    def _tell_cut_answers(self, task: Task) -> None:
+        if self._config.long_answers == "error" or not self._generative:
+            return
+        room = self._answer_room
+        count = sum(len(self.answer_ids(example.answer)) > room for example in task.train)
+        if count:
+            logger.warning(
+                "task %r: %d of %d training answers are cut to %d tokens (train.long_answers)",
+                task.name,
+                count,
+                len(task.train),
+                room,
+            )
+
     def _fitting_answer(self, answer: str, where: str) -> list[int]:
         """Ids of an answer; BadInput, which says `where` it is from, if it is longer than the settings allow."""
         ids = self.answer_ids(answer)
         limit = self._config.max_target_length
         if len(ids) > limit:
-            raise BadInput(f"{where}: the answer takes {len(ids)} tokens, but train.max_target_length is {limit}")
+            raise BadInput(
+                f"{where}: the answer takes {len(ids)} tokens, but train.max_target_length is {limit}{self._uncut()}"
+            )
         # A decoder needs something of the prompt as well: it could not predict the answer's first token from nothing.
         needed = len(self._prefix) + len(self._suffix) + 1 + len(ids)
         if self._objective == "causal_lm" and needed > self._config.max_length:
@@ -190,6 +227,12 @@ class Encoder:
                 f"not {self._config.max_length}"
             )
         return ids
+
+    def _uncut(self) -> str:
+        """Why an answer is too long although the settings cut those: it is a label."""
+        if self._config.long_answers == "error":
+            return ""
+        return "; a label is never cut: lower stream.max_labels where the task is to generate text"
 
     def _chat_template(self) -> ChatTemplate | None:
         """The tokenizer's template where the settings ask for it; BadInput where the objective has no turns."""

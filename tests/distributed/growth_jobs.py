@@ -8,17 +8,23 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.methods import IncLoraConfig, MethodConfig, MiguConfig, OLoraConfig
+from cl_dist.config.methods import AgemConfig, IncLoraConfig, LwfConfig, MethodConfig, MiguConfig, OLoraConfig
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
+from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.evaluation.wrapped import evaluating
+from cl_dist.methods.agem import Agem
 from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.lwf import Lwf
 from cl_dist.methods.registry import build_methods
+from cl_dist.methods.responses import respond
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.lora import add_lora, frozen_adapters, in_adapter
-from cl_dist.sharding import gather_state_dict, whole_parameters
+from cl_dist.sharding import Shard, gather_state_dict, whole_parameters
 from cl_dist.state.snapshot import load_snapshot, save_snapshot
+from cl_dist.tasks.types import IGNORE, Encoded
+from tests.distributed.kif_jobs import together
 from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_model, samples, whole
 from tests.oracle_olora import Dense
 
@@ -52,6 +58,76 @@ def compositions(stage: int) -> dict[str, list[float]]:
         weights[name] = torch.cat([tensor.reshape(-1) for tensor in masters.values()]).tolist()
         case.engine.destroy()
     return weights
+
+
+def guarded(stages: list[int]) -> list[dict[str, float]]:
+    """For each stage how far what LwF records and A-GEM measures behind a rebuilt engine is from the dense oracle's."""
+    join(timeout_seconds=120)
+    return [_guarded(stage) for stage in stages]
+
+
+def _guarded(stage: int) -> dict[str, float]:
+    """One task of IncLoRA with both, and one step of the next: `responses` and `reference` are errors, `moved` is how
+    far the model's responses are from the recorded ones after that step.
+    """
+    guards = (LwfConfig(name="lwf", top_k=None), AgemConfig(name="agem", memory_ratio=0.5))
+    case = Case(stage, lambda1=0.0, methods=(IncLoraConfig(name="inclora"), *guards))
+    _, lwf, agem = case.engine.methods
+    assert isinstance(lwf, Lwf)
+    assert isinstance(agem, Agem)
+    case.train_task(0)
+    case.hand_over()
+    tasks = [samples("llama", 8, seed) for seed in (100, 101)]
+    trainer = TaskTrainer(case.engine, tasks[1], None, 0, 1, tasks=tasks)  # type: ignore[arg-type]
+    case.engine.prepare_task(1)
+    case.engine.shards.reset_optimizer()
+    case.engine.before_task(TaskPlace(1, "t", trainer.steps, probe=trainer.probe))
+    trainer.step(0)
+    report = {"responses": _from_recorded(case.dense, lwf, tasks[1])}
+    case.hand_over()
+    report["moved"] = _from_recorded(case.dense, lwf, tasks[1])
+    report["reference"] = _reference_apart(case, agem)
+    case.engine.destroy()
+    return report
+
+
+def _from_recorded(dense: Dense, lwf: Lwf, task: list[Encoded]) -> float:
+    """Largest distance of the oracle's log-probabilities from those that this rank has recorded."""
+    assert len(lwf._old) == len(task) // torch.distributed.get_world_size()
+    apart = 0.0
+    for key, recorded in lwf._old.items():
+        [batch] = micro_batches("llama", [task[key]], 1)
+        with torch.no_grad():
+            logits = dense.model(**batch.inputs).logits[:, :-1][batch.labels[:, 1:] != IGNORE]
+        apart = max(apart, float((respond(logits, 2.0, None).log_probs - recorded.log_probs).abs().max()))
+    return apart
+
+
+def _reference_apart(case: Case, agem: Agem) -> float:
+    """Largest error of the next step's reference gradient, relative to the largest element of the oracle's."""
+    starts: dict[str, int] = {}
+    keep, shards = agem._keep, case.engine.shards
+
+    def noting() -> None:
+        keep()
+        starts.update((name, shard.start) for name in shards.names if (shard := shards.gradient(name)) is not None)
+
+    agem._keep = noting  # type: ignore[method-assign]
+    agem.before_step(1)
+    reference = together({name: Shard(starts[name], data) for name, data in agem._reference.items()}, shards)
+    memory = list(agem._memory)
+    assert len(memory) == 4, "all of it is drawn, in whatever order"
+    [batch] = micro_batches("llama", memory, len(memory))
+    loss = mean_loss(batch, "llama", sum(sample.targets for sample in memory))(case.dense.model)
+    truth = dict(zip(_names(case), torch.autograd.grad(loss, case.dense.newest()), strict=True))
+    ours = {(_layer(name), ".lora_A." in name): tensor for name, tensor in reference.items()}
+    scale = max(float(tensor.abs().max()) for tensor in truth.values())
+    return max(float((ours[name] - tensor).abs().max()) for name, tensor in truth.items()) / scale
+
+
+def _names(case: Case) -> list[tuple[str, bool]]:
+    """Layer and kind of the oracle's newest matrices, in its order."""
+    return [(layer, is_a) for layer in case.dense.pairs for is_a in (True, False)]
 
 
 def through_a_state(folder: str, dtype: str, stages: list[int]) -> dict[str, dict[str, Any]]:
@@ -110,7 +186,7 @@ class Case:
         self.methods = methods or ((IncLoraConfig(name="inclora") if plain else penalty),)
         recipe = Recipe(
             model=ModelConfig(name_or_path="odd", lora=LORA),
-            stream=StreamConfig(tasks=(TaskConfig(name="t", format="builtin"),)),
+            stream=StreamConfig(tasks=tuple(TaskConfig(name=f"t{each}", format="builtin") for each in range(TASKS))),
             method=self.methods,
             train=TrainConfig(
                 micro_batch_size=self.micro, gradient_accumulation=accumulation, learning_rate=1e-2, eps=1e-2,
@@ -168,6 +244,10 @@ class Case:
     def _start(self, index: int) -> dict[str, torch.Tensor]:
         """Begin a task on both sides with the same new matrices."""
         self._begin(index)
+        return self.hand_over()
+
+    def hand_over(self) -> dict[str, torch.Tensor]:
+        """Let the oracle have the newest matrices as the engine has them now, in whole."""
         masters = whole(self.engine.shards, "master")
         by_layer = {(_layer(name), ".lora_A." in name): tensor for name, tensor in masters.items()}
         self.dense.start_task({layer: (by_layer[layer, True], by_layer[layer, False]) for layer in self.layers})

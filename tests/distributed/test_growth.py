@@ -84,3 +84,12 @@ def test_masks_cover_the_penalty_that_comes_before_them(stage: int) -> None:
     skipped, zeroed, penalty_last = (torch.tensor(report[name]) for name in ("skipped", "zeroed", "penalty last"))
     assert torch.allclose(skipped, zeroed, rtol=1e-5, atol=1e-7)
     assert not torch.allclose(skipped, penalty_last, rtol=1e-3, atol=1e-5)
+
+
+def test_lwf_and_agem_see_the_old_model_behind_a_rebuilt_engine() -> None:
+    """The old adapters stay active: the responses are those of the task before, until the new adapter has learnt."""
+    for report in run_ranks(f"{JOBS}:guarded", 2, {"stages": [0, 2, 3]}, timeout=300):
+        for found in report:
+            assert found["responses"] <= 1e-5
+            assert found["moved"] >= 1e-3, "nothing to guard: the outputs do not change"
+            assert found["reference"] <= 1e-5

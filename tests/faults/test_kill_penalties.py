@@ -30,6 +30,8 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], tuple[str, int]]] = {
     "zero2-lwf-bf16": ({"method": [LWF, MIGU], "train": {"dtype": "bfloat16", "epochs": 2}}, ("step", 4 * STEPS)),
     "zero2-agem": ({"method": [AGEM, MIGU], "train": {"keep_optimizer": True}, **LORA}, LAST),
     "zero3-agem": ({"method": [AGEM, MIGU], "zero": {"stage": 3}}, LAST),
+    "zero3-inclora-lwf": ({"method": [{"name": "inclora"}, LWF], "zero": {"stage": 3}, **LORA}, LAST),
+    "zero2-olora-agem": ({"method": [{"name": "olora"}, AGEM], **LORA}, LAST),
 }
 """What is changed, and when a rank is killed."""
 FAST = ("zero3-ewc-in-its-measurement",)
@@ -49,7 +51,8 @@ def test_killed_and_resumed(zygote: Zygote, tmp_path: Path, name: str) -> None:
     undisturbed = recipe(tmp_path / "undisturbed", changes)
     outcome = zygote.run(["run", str(undisturbed), "--debug"], undisturbed.parent, world=2)
     assert outcome.codes == [0, 0], "\n".join(outcome.output)
-    assert f"{changes['method'][0]['name']}: " in outcome.output[0] or changes["method"][0] is AGEM
+    told = [entry for entry in changes["method"] if entry in (EWC, LWF)]
+    assert all(f"{entry['name']}: " in outcome.output[0] for entry in told)
     killed = recipe(tmp_path / "killed", changes)
     fault = {"moment": moment, "on_rank": 1, "count": count}
     outcome = zygote.run(["run", str(killed)], killed.parent, world=2, fault=fault)

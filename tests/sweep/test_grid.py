@@ -89,6 +89,12 @@ def test_an_order_folder_is_typed_from_the_working_directory(tmp_path: Path, mon
     assert [task.name for task in cell.recipe.stream.tasks] == ["agnews"]
 
 
+def test_epochs_of_a_task_are_not_which_tasks_there_are(tmp_path: Path) -> None:
+    settings = [f"multi_task:stream.tasks.{number}.epochs=2" for number in (0, 1)]
+    grid = make_grid(tmp_path, methods="sequential,multi_task", seeds="0", method_changes=settings)
+    assert [cell.recipe.stream.tasks[0].epochs for cell in grid.cells] == [None, 2]
+
+
 class TestRefusals:
     """Every problem of a command line is told, and all of them at once."""
 
@@ -129,10 +135,57 @@ class TestRefusals:
             "kif, tasl and recurrent_kif all fuse weights; give one of them"
         ]
 
-    @pytest.mark.parametrize("change", ["output_dir=x", "train.seed=1", "method.name=kif", "method=kif"])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "output_dir=x",
+            "train.seed=1",
+            "method=kif",
+            "method.name=kif",
+            "method.0=kif",
+            "method.0={name: kif}",
+            "method.0.name=kif",
+        ],
+    )
     def test_what_the_grid_itself_sets(self, tmp_path: Path, change: str) -> None:
-        told = problems(tmp_path, changes=[change])
-        assert told[0].startswith(f"{change.partition('=')[0]} cannot be set here: ")
+        (told,) = problems(tmp_path, changes=[change])
+        assert told.startswith(f"{change.partition('=')[0]} cannot be set here: ")
+
+    def test_a_method_may_be_set_where_none_is_named(self, tmp_path: Path) -> None:
+        (cell,) = make_grid(tmp_path, methods=None, seeds=None, changes=["method.0.name=kif"]).cells
+        assert cell.name == "own kif seed42"
+
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            ("output_dir=x", "every cell has a folder"),
+            ("train.seed=3", "all methods have the same seeds; give them with --seeds"),
+            ("stream.order=2", "all methods learn the same tasks in the same orders; give orders with --orders"),
+            ("stream.tasks=[{name: x, format: builtin}]", "all methods learn the same tasks"),
+            ("stream.tasks.0.name=x", "all methods learn the same tasks"),
+            ("stream={tasks: [{name: x, format: builtin}]}", "it would replace the whole section"),
+            ("method=kif", "a row is named after its methods; name others in --methods"),
+            ("method.name=kif", "a row is named after its methods"),
+            ("method.0={name: kif}", "a row is named after its methods"),
+            ("method.0.name=kif", "a row is named after its methods"),
+            ("train={seed: 3}", "it would replace the whole section"),
+        ],
+    )
+    @pytest.mark.parametrize("given", [{}, {"methods": None, "seeds": None}], ids=["named", "own"])
+    def test_what_makes_a_row_another_one(self, tmp_path: Path, change: str, told: str, given: dict[str, None]) -> None:
+        (problem,) = problems(tmp_path, method_changes=[f"migu:{change}"], **given)
+        assert problem.startswith(f"{change.partition('=')[0]} cannot be set here: {told}")
+
+    def test_a_setting_that_only_another_method_has(self, tmp_path: Path) -> None:
+        told = problems(tmp_path, methods="replay,both=replay+kif,sequential", changes=["method.ratio=0.5"])
+        assert told == [
+            "--set method.ratio: this is for the recipe's own method, migu, which has no ratio; "
+            "give --set-for replay:method.ratio=0.5 or --set-for both:method.0.ratio=0.5"
+        ]
+
+    def test_a_setting_that_no_method_has(self, tmp_path: Path) -> None:
+        (told,) = problems(tmp_path, methods="replay", changes=["method.thresold=0.5"])
+        assert told == "method.thresold: unknown key; did you mean threshold?"
 
     def test_orders_of_a_recipe_that_names_its_tasks(self, tmp_path: Path) -> None:
         (told,) = problems(tmp_path, orders="1")

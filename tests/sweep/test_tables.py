@@ -68,10 +68,11 @@ def test_what_is_not_finished_counts_nowhere(grid: Grid, tmp_path: Path) -> None
 def test_the_page(grid: Grid, tmp_path: Path) -> None:
     page = markdown_page(results_of(grid, tmp_path), "recipe").splitlines()
     assert page[2:6] == [
-        "| order | method | seeds | AP | BWT | forgetting | learning accuracy |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        "| own | sequential | 2 | 0.6250 ± 0.0000 | -0.3125 ± 0.2652 | 0.3125 ± 0.2652 | 0.7812 ± 0.1326 |",
-        "| own | migu | 1 of 2 | 0.6250 | -0.1250 | 0.1250 | 0.6875 |",
+        "| order | method | seeds | AP | BWT | forgetting | learning accuracy | FWT |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| own | sequential | 2 | 0.6250 ± 0.0000 | -0.3125 ± 0.2652 | 0.3125 ± 0.2652 | 0.7812 ± 0.1326 "
+        "| 0.1250 ± 0.0000 |",
+        "| own | migu | 1 of 2 | 0.6250 | -0.1250 | 0.1250 | 0.6875 | 0.1250 |",
     ]
     assert page[-1] == "- own migu seed1: interrupted, 1 of 2 tasks done"
 
@@ -103,8 +104,8 @@ def test_general_ability_has_columns_where_a_run_has_measured_it(grid: Grid, tmp
     cells, *_ = csv.DictReader(io.StringIO(csv_table(results)))
     assert (cells["general_ability"], cells["general_forgetting"]) == ("0.5", "-0.25")
     page = markdown_page(results, "r").splitlines()
-    assert page[2].endswith("| learning accuracy | general ability | general forgetting |")
-    assert page[4].endswith("| 0.7812 ± 0.1326 | – | – |")  # the other seed has not measured it
+    assert page[2].endswith("| learning accuracy | FWT | general ability | general forgetting |")
+    assert page[4].endswith("| 0.7812 ± 0.1326 | 0.1250 ± 0.0000 | – | – |")  # the other seed has not measured it
     assert "general ability" in latex_table(results)
 
 
@@ -118,6 +119,57 @@ def row(order: str, method: str, *averages: float) -> Row:
     return Row(order, method, tuple(cells))
 
 
+class TestBounds:
+    """Rows of per_task and multi_task, whatever they are called."""
+
+    SINGLE = ((0.0, 0.0), (0.875, 0.0), (0.25, 0.5))
+    """Each task learnt by itself: 0.875 and 0.5."""
+    JOINT = ((0.0, 0.0), (0.75, 0.5), (0.75, 0.5))
+
+    def results(self, folder: Path, methods: str = "sequential,alone=per_task,multi_task", seeds: str = "0") -> Results:
+        grid = make_grid(folder, methods=methods, seeds=seeds)
+        scores = {"sequential": matrix(0.75, 0.25, 1.0), "multi_task": self.JOINT}
+        for cell in grid.cells:
+            finish(cell, scores.get(cell.method, self.SINGLE))
+        return results_of(grid, folder)
+
+    def test_say_what_they_bound_and_no_more(self, tmp_path: Path) -> None:
+        results = self.results(tmp_path)
+        page = markdown_page(results, "r").splitlines()
+        assert page[2].endswith("| learning accuracy | FWT | FWT (single) |")
+        assert page[5] == "| own | alone | 1 | – | – | – | 0.6875 | – | – |"
+        assert page[6] == "| own | multi_task | 1 | 0.6250 | 0.0000 | 0.0000 | 0.6250 | – | – |"
+        note = "alone trains every task by itself: learning accuracy is the bound, the other metrics say nothing."
+        assert note in page
+        assert rf"\multicolumn{{9}}{{l}}{{{note}}} \\" in latex_table(results).splitlines()
+        lines = {(line["method"], line["seed"]): line for line in csv.DictReader(io.StringIO(csv_table(results)))}
+        for seed in ("0", "mean"):
+            empty = [name for name, value in lines["alone", seed].items() if value == "" and name in results.columns]
+            assert set(results.columns) - set(empty) == {"learning_accuracy"}
+
+    def test_per_task_runs_are_what_the_others_are_measured_against(self, tmp_path: Path) -> None:
+        results = self.results(tmp_path, seeds="0,1")
+        # Learnt in turn 0.75 and 1.0, alone 0.875 and 0.5.
+        assert [cell.values["forward_transfer_single"] for cell in results.rows[0].cells] == [0.1875, 0.1875]
+        assert "| 0.1875 ± 0.0000 |" in markdown_page(results, "r")
+
+    def test_a_seed_without_a_per_task_run_has_no_such_number(self, tmp_path: Path) -> None:
+        for methods, seeds in (("sequential,alone=per_task", "0"), ("sequential", "1")):
+            for cell in make_grid(tmp_path, methods=methods, seeds=seeds).cells:
+                finish(cell, self.SINGLE if cell.method == "alone" else matrix(0.75, 0.25, 1.0))
+        row, _ = read_results(SweepFolder(tmp_path / "sweep"), []).rows[::-1]
+        assert [cell.values["forward_transfer_single"] for cell in row.cells] == [0.1875, None]
+        assert row.mean("forward_transfer_single") is None
+
+    def test_two_kinds_of_per_task_training_leave_open_which_is_meant(self, tmp_path: Path) -> None:
+        results = self.results(tmp_path, methods="sequential,per_task,alone=per_task")
+        assert "forward_transfer_single" not in results.columns
+
+    def test_there_is_no_footnote_without_them(self, grid: Grid, tmp_path: Path) -> None:
+        results = results_of(grid, tmp_path)
+        assert "by itself" not in markdown_page(results, "r") + latex_table(results)
+
+
 class TestSeveralOrders:
     """The mean of the orders' means."""
 
@@ -126,7 +178,7 @@ class TestSeveralOrders:
     def test_is_given_where_every_order_has_one(self) -> None:
         values = {method: found["average_performance"] for method, found in self.RESULTS.over_orders()}
         assert values == {"x": 0.6875, "y": None}
-        assert "| mean of orders | x |  | 0.6875 | – | – | – |" in markdown_page(self.RESULTS, "r")
+        assert "| mean of orders | x |  | 0.6875 | – | – | – | – |" in markdown_page(self.RESULTS, "r")
 
     def test_is_left_out_for_one_order(self) -> None:
         assert Results((row("a", "x", 0.5),)).over_orders() == []
@@ -138,15 +190,15 @@ class TestLatex:
     def test_the_whole_file(self) -> None:
         results = Results((row("order_1", "a&b", 0.5, 0.25), row("two", "a&b")))
         assert latex_table(results).splitlines()[1:] == [
-            r"\begin{tabular}{llrrrrr}",
+            r"\begin{tabular}{llrrrrrr}",
             r"\toprule",
-            r"order & method & seeds & AP & BWT & forgetting & learning accuracy \\",
+            r"order & method & seeds & AP & BWT & forgetting & learning accuracy & FWT \\",
             r"\midrule",
-            r"order\_1 & a\&b & 2 & $0.3750 \pm 0.1768$ & -- & -- & -- \\",
+            r"order\_1 & a\&b & 2 & $0.3750 \pm 0.1768$ & -- & -- & -- & -- \\",
             r"\midrule",
-            r"two & a\&b & 0 & -- & -- & -- & -- \\",
+            r"two & a\&b & 0 & -- & -- & -- & -- & -- \\",
             r"\midrule",
-            r"mean of orders & a\&b &  & -- & -- & -- & -- \\",
+            r"mean of orders & a\&b &  & -- & -- & -- & -- & -- \\",
             r"\bottomrule",
             r"\end{tabular}",
         ]

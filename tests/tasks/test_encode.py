@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -193,6 +194,40 @@ def test_answer_that_does_not_fit(settings: dict[str, Any], problem: str) -> Non
 def test_label_that_does_not_fit() -> None:
     with pytest.raises(BadInput, match=r"label 'abc': the answer takes 5 tokens, but train.max_target_length is 4"):
         make_encoder("causal_lm", labels=("abc",), max_target_length=4)
+
+
+@pytest.mark.parametrize("objective", ["causal_lm", "seq2seq_lm"])
+def test_long_answers_are_cut_where_asked_and_told_once_for_a_task(
+    objective: Objective, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = make_task(("q", "a"), ("q", "abcdef"), ("q", "ghijkl"))
+    with caplog.at_level(logging.WARNING):
+        whole, one, two = make_encoder(objective, max_target_length=4, long_answers="cut").train(task)
+    answers = [[label for label in sample.labels if label != IGNORE] for sample in (whole, one, two)]
+    space = " " if objective == "causal_lm" else ""
+    expected = ["a", "ab" if space else "abc", "gh" if space else "ghi"]
+    assert answers == [[*ids(space + text), EOS] for text in expected]
+    assert [record.getMessage() for record in caplog.records] == [
+        "task 't': 2 of 3 training answers are cut to 4 tokens (train.long_answers)"
+    ]
+
+
+def test_a_cut_answer_of_a_decoder_leaves_room_for_a_token_of_the_prompt() -> None:
+    (sample,) = make_encoder("causal_lm", max_length=8, max_target_length=7, long_answers="cut").train(
+        make_task(("qp", "abcdefgh"))
+    )
+    assert sample.input_ids == [BOS, *ids("q"), *ids(" abcd"), EOS]
+
+
+def test_nothing_is_told_where_nothing_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        make_encoder("causal_lm", long_answers="cut").train(make_task(("q", "abc")))
+    assert caplog.records == []
+
+
+def test_a_label_is_never_cut() -> None:
+    with pytest.raises(BadInput, match=r"train.max_target_length is 4; a label is never cut: lower stream.max_labels"):
+        make_encoder("causal_lm", labels=("abc",), max_target_length=4, long_answers="cut")
 
 
 @pytest.mark.parametrize(
