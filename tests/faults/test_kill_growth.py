@@ -41,10 +41,11 @@ def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def killed(zygote: Zygote, path: Path, moment: str, count: int) -> Path:
-    """Run folder of a run of which rank 1 was killed."""
-    fault = {"moment": moment, "on_rank": 1, "count": count}
+    """Run folder of a run of which rank 1 was killed, or rank 0 where it alone comes to the moment."""
+    on_rank = 0 if moment == "evaluation" else 1
+    fault = {"moment": moment, "on_rank": on_rank, "count": count}
     outcome = zygote.run(["run", str(path)], path.parent, world=2, fault=fault)
-    assert outcome.codes[1] == -signal.SIGKILL, "the moment never came"
+    assert outcome.codes[on_rank] == -signal.SIGKILL, "the moment never came"
     return path.parent / "run"
 
 
