@@ -23,11 +23,21 @@ pass_on() {
 trap pass_on USR1
 trap 'asked=1 interrupted=1' TERM
 
+# CPUs that every node of the job has: Slurm writes 72(x2),36 where two nodes give 72 and one gives 36.
+cpus_on_every_node() {
+    local entry least='' IFS=,
+    for entry in ${SLURM_JOB_CPUS_PER_NODE:-$SLURM_CPUS_ON_NODE}; do
+        entry=${entry%%(*}
+        if [[ -z $least ]] || ((entry < least)); then least=$entry; fi
+    done
+    echo "$least"
+}
+
 cd -- "$working_folder" || exit 1
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 # TERM reaches the search for a port, too.
 MASTER_PORT=$("$python" -m cl_dist.launch.rendezvous) || ((asked)) || exit 1
-cores=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / ranks_per_node))}
+cores=${SLURM_CPUS_PER_TASK:-$(($(cpus_on_every_node) / ranks_per_node))}
 OMP_NUM_THREADS=$((cores > 1 ? cores : 1))
 export MASTER_PORT OMP_NUM_THREADS
 

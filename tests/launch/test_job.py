@@ -177,3 +177,12 @@ class TestRanksThatTakeTooLongToEnd:
         code, said = commands.run(max_restarts=0)
         assert code == 137
         assert said.startswith("cl-dist: error: asked to stop, and ended before it could save (exit code 137), and not")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "ranks", "expected"), [("72(x2),36", 4, 9), ("8", 4, 2), ("36,72(x2)", 1, 36), ("1", 2, 1), (None, 2, 1)]
+)
+def test_cpus_are_those_of_the_smallest_node(commands: Commands, cpus: str | None, ranks: int, expected: int) -> None:
+    slurm = {} if cpus is None else {"SLURM_JOB_CPUS_PER_NODE": cpus}
+    commands.run(ranks_per_node=ranks, **slurm)
+    assert f"--cpus-per-task={expected} " in commands.calls("srun")[0]
