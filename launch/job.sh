@@ -53,6 +53,9 @@ was_interrupted() {
         grep --quiet '"status": "interrupted"' -- "$run_folder/manifest.json"
 }
 manifest_before=$(manifest_version)
+# States that the run has saved so far, over all its starts.
+saves() { cat -- "$run_folder/log.jsonl" 2>/dev/null | grep --count '"event": "saved"'; }
+saves_before=$(saves)
 
 code=138 # as if USR1 had ended ranks that did not listen yet
 if ! ((asked)); then
@@ -76,11 +79,19 @@ if ((code == 0)); then exit 0; fi
 
 # Restarted is what stopped in good order, and what was asked to stop and did not manage to. Slurm kills ranks that take
 # too long to end; the first one has noted by then that all is saved.
+# So is a job that has lost a rank, with its node or without: the others end with exit code 76, by SIGABRT (NCCL) or by
+# srun's signals. The cause may be in the run itself and come again. So only what has got further is tried again.
 if ((code == 75)) || was_interrupted; then
     code=75 what='stopped with its state saved'
-elif ((asked && code > 128)); then
+elif ((asked && (code == 76 || code > 128))); then
     what="asked to stop, and ended before it could save (exit code $code)"
+elif ! ((code == 76 || code == 134 || code == 137 || code == 143)); then
+    exit "$code"
+elif (($(saves) > saves_before)); then
+    what="lost a rank (exit code $code), and had saved its state since it started"
 else
+    say "error: lost a rank (exit code $code), and not restarted: nothing was saved since it started;" \
+        "submit the run again with --resume" >&2
     exit "$code"
 fi
 

@@ -86,7 +86,7 @@ def test_a_stopped_job_is_requeued_once(commands: Commands) -> None:
     assert commands.calls("scontrol") == ["scontrol requeue 17"]
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 143])
+@pytest.mark.parametrize("code", [0, 1, 2, 130])
 def test_a_job_that_ended_by_itself_is_not(commands: Commands, code: int) -> None:
     commands.set(srun=f"exit {code}")
     assert commands.run() == (code, "")
@@ -150,6 +150,35 @@ class TestASignal:
             time.sleep(0.01)
         process.send_signal(10)
         assert process.communicate(timeout=30)[0].endswith(SAVED)
+
+
+SAVED_EVENT = """echo '{"event": "saved", "task": "a"}' >>log.jsonl"""
+NOTHING = "and not restarted: nothing was saved since it started; submit the run again with --resume\n"
+
+
+@pytest.mark.parametrize("code", [76, 134, 137, 143])
+class TestALostRank:
+    def test_is_worth_a_restart_where_the_run_got_further(self, commands: Commands, code: int) -> None:
+        commands.set(srun=f"{SAVED_EVENT}; exit {code}")
+        lost = f"cl-dist: lost a rank (exit code {code}), and had saved its state since it started"
+        assert commands.run() == (0, f"{lost}; restart 1 of at most 20 follows\n")
+
+    def test_is_not_where_it_did_not(self, commands: Commands, code: int) -> None:
+        (commands.folder / "log.jsonl").write_text('{"event": "saved", "task": "a"}\n')
+        commands.set(srun=f"""echo '{{"event": "step"}}' >>log.jsonl; exit {code}""")
+        assert commands.run() == (code, f"cl-dist: error: lost a rank (exit code {code}), {NOTHING}")
+        assert commands.calls("scontrol") == []
+
+    def test_is_bounded(self, commands: Commands, code: int) -> None:
+        commands.set(srun=f"{SAVED_EVENT}; exit {code}")
+        ended, said = commands.run(max_restarts=3, SLURM_RESTART_COUNT="3")
+        assert ended == code
+        assert "not restarted: --max-restarts is 3" in said
+
+
+def test_an_error_is_no_lost_rank(commands: Commands) -> None:
+    commands.set(srun=f"{SAVED_EVENT}; exit 1")
+    assert commands.run() == (1, "")
 
 
 class TestRanksThatTakeTooLongToEnd:

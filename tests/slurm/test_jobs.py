@@ -207,6 +207,24 @@ def test_before_its_time_limit_it_saves_and_requeues_itself(limited: Run, undist
     assert_weights(limited.run, undisturbed)
 
 
+def test_a_lost_rank_is_named_and_the_job_goes_on_alone(a_run: Run, undisturbed: dict[str, torch.Tensor]) -> None:
+    """The node's slurmd dies with its rank: Slurm would notice seconds later than the other rank does."""
+    a_run.submit("--nodes", "2", "--set", "checkpoint.every_steps=10")
+    a_run.wait_for(lambda: a_run.events("saved") >= 1, "state that is saved")
+    a_run.cluster.kill_processes("node2")
+    a_run.wait_for(lambda: a_run.state.state == "PENDING", "requeue")
+    assert a_run.state.restarts == 1
+    assert "cl-dist: error: rank 0 lost another rank, which has ended or is out of reach, while training" in a_run.log()
+    assert "lost a rank (exit code 76), and had saved its state since it started; restart 1 of at" in a_run.log()
+    assert "Traceback" not in a_run.log()
+    a_run.cluster.ask("scancel", a_run.job)
+    a_run.wait_for_end("CANCELLED")
+    a_run.submit("--nodes", "1", "--ranks-per-node", "2", "--resume")
+    a_run.cluster.restart_node("node2")
+    a_run.wait_for_end()
+    assert_weights(a_run.run, undisturbed)
+
+
 def test_without_a_node_that_died_it_goes_on_alone(a_run: Run, undisturbed: dict[str, torch.Tensor]) -> None:
     a_run.submit("--nodes", "2")
     a_run.wait_for_steps(3)
