@@ -17,7 +17,10 @@ PATIENCE_SECONDS = 30.0
 QUICK_SECONDS = 10.0
 """Less of it while training waits."""
 FIRST_RECHECK_SECONDS = 10.0
-WAITING, RUNNING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"), ("RUNNING", "COMPLETING")
+FINISHED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+            "PREEMPTED", "REVOKED", "TIMEOUT")  # fmt: skip
+"""States of a job that does nothing any more (squeue's manual). Every other one, SUSPENDED or STAGE_OUT say, is a job
+that still holds its run folder or will."""
 _TIME_LEFT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 
 
@@ -38,8 +41,8 @@ class JobState:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it runs or will run."""
-        return self.state in (*WAITING, *RUNNING)
+        """Whether it runs or will run; where Slurm names a state that is not known here, too."""
+        return self.state not in FINISHED
 
 
 def require_sbatch() -> None:

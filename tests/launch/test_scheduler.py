@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cl_dist.launch.scheduler import TimeLeft, job_state, parse_time_left, require_sbatch
+from cl_dist.launch.scheduler import JobState, TimeLeft, job_state, parse_time_left, require_sbatch
 
 from cl_dist.errors import BadInput
 
@@ -39,6 +39,16 @@ def test_the_end_may_stand_in_the_environment(left: int) -> None:
     answer = seconds_left()
     assert answer is not None
     assert left - 2 < answer <= left
+
+
+@pytest.mark.parametrize(
+    ("state", "alive"),
+    [("PENDING", True), ("RUNNING", True), ("COMPLETING", True), ("SUSPENDED", True), ("STOPPED", True),
+     ("SIGNALING", True), ("RESIZING", True), ("STAGE_OUT", True), ("COMPLETED", False), ("CANCELLED", False),
+     ("FAILED", False), ("TIMEOUT", False), ("NODE_FAIL", False), ("OUT_OF_MEMORY", False)],
+)  # fmt: skip
+def test_a_job_lives_until_slurm_says_otherwise(state: str, alive: bool) -> None:
+    assert JobState(state, "None", "", 0, "", "").is_alive is alive
 
 
 @pytest.mark.usefixtures("without_slurm")
