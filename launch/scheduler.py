@@ -54,7 +54,8 @@ def require_sbatch() -> None:
 def submit(script: Path, environment: Mapping[str, str]) -> str:
     """Submit a batch script from its folder, where its log goes, and return the job's id.
 
-    A job that is submitted from inside another one must not inherit that one's layout.
+    A job that is submitted from inside another one must not inherit that one's layout. Raises BadInput where Slurm
+    refuses the job, ClDistError where it cannot be told whether there is one.
     """
     inherited = {name: value for name, value in environment.items() if not _is_of_a_job(name)}
     done = _ask(["sbatch", "--parsable", script.name], PATIENCE_SECONDS, cwd=script.parent, environment=inherited)
@@ -62,7 +63,10 @@ def submit(script: Path, environment: Mapping[str, str]) -> str:
         raise ClDistError(f"sbatch did not answer in {PATIENCE_SECONDS:g} s; look with squeue whether the job is there")
     if done.returncode != 0:
         raise BadInput(f"Slurm refuses the job: {_first_line(done.stderr)}")
-    return done.stdout.strip().partition(";")[0]  # with several clusters: 17;cluster
+    number = done.stdout.strip().partition(";")[0]  # with several clusters: 17;cluster
+    if not number.isdecimal():
+        raise ClDistError(f"sbatch gave no job's number ({number[:80]!r}); look with squeue whether the job is there")
+    return number
 
 
 def job_state(job: str) -> JobState | None:

@@ -45,7 +45,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OPTION = re.compile(r"([a-z][a-z0-9-]*)(?:=[A-Za-z0-9_.,:;=@%+*/&|()\[\]^~-]+)?")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _PARTITIONS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,-]*")
-_INTERFACE = re.compile(r"[\^=]?[A-Za-z0-9_.,:-]+")
+_INTERFACE = re.compile(r"[A-Za-z0-9_.,:-]+")
 _OWN_OPTIONS = {
     "job-name": "--job-name",
     "nodes": "--nodes",
@@ -57,6 +57,8 @@ _OWN_OPTIONS = {
     "signal": "--warn-seconds",
 }
 """Options of sbatch that an option of ours sets."""
+_WITHOUT_JOB = ("wait", "test-only", "help", "usage", "version")
+"""Options with which sbatch does not say at once which job it has submitted."""
 _FIXED_OPTIONS = ("ntasks", "output", "error", "open-mode", "requeue", "no-requeue", "array", "wrap", "chdir")
 
 
@@ -100,7 +102,10 @@ class SlurmJob:
         self._check_sizes()
         _check_text("--job-name", self.name, _NAME, "letters, digits, '-', '_' and '.', at most 100 of them")
         _check_text("--partition", self.partition, _PARTITIONS, "names of partitions, separated by commas")
-        _check_text("--interface", self.interface, _INTERFACE, "names of interfaces, as in GLOO_SOCKET_IFNAME")
+        _check_text(
+            "--interface", self.interface, _INTERFACE,
+            "names of interfaces, separated by commas ('^' and '=' are for NCCL alone: set NCCL_SOCKET_IFNAME)",
+        )  # fmt: skip
         if self.time is not None:
             seconds(self.time)
         self._check_warning()
@@ -261,5 +266,7 @@ def _check_option(option: str) -> None:
     name = match[1]
     if name in _OWN_OPTIONS:
         raise BadInput(f"--sbatch: {name} is set by {_OWN_OPTIONS[name]}; use that")
+    if name in _WITHOUT_JOB:
+        raise BadInput(f"--sbatch: {name} keeps sbatch from naming the job that it submits; leave it out")
     if name in _FIXED_OPTIONS:
         raise BadInput(f"--sbatch: {name} cannot be set, because the script relies on its own; leave it out")

@@ -104,6 +104,7 @@ def test_without_gpus_ranks_run_on_cpus() -> None:
 
 
 def test_an_interface_is_for_both_libraries() -> None:
+    assert "export GLOO_SOCKET_IFNAME=ib0,eth1\n" in job(interface="ib0,eth1").script()
     script = job(interface="ib0", environment={"NCCL_SOCKET_IFNAME": "eth0"}).script()
     assert "export NCCL_SOCKET_IFNAME=ib0\nexport" in script
     assert "export GLOO_SOCKET_IFNAME=ib0\n" in script
@@ -147,11 +148,18 @@ def test_a_short_job_is_warned_later() -> None:
         ({"name": "a\n#SBATCH --x"}, "--job-name: "),
         ({"partition": "a b"}, "--partition: 'a b' is not allowed"),
         ({"interface": "ib0;reboot"}, "--interface: 'ib0;reboot' is not allowed"),
+        (
+            {"interface": "^docker0"},
+            "--interface: '^docker0' is not allowed; allowed are names of interfaces, separated",
+        ),
+        ({"interface": "=ib0"}, "--interface: '=ib0' is not allowed"),
         ({"warn_seconds": -1}, "--warn-seconds: -1; allowed are 0"),
         ({"warn_seconds": 31, "time": "1"}, "--warn-seconds: 31; allowed are 0 (no warning) to 30, half of --time"),
         ({"options": ["account='x'"]}, "--sbatch: \"account='x'\" is no option of sbatch"),
         ({"options": ["account=x\n#SBATCH --nodes=9"]}, "--sbatch: "),
         ({"options": ["nodes=3"]}, "--sbatch: nodes is set by --nodes"),
+        ({"options": ["wait"]}, "--sbatch: wait keeps sbatch from naming the job"),
+        ({"options": ["test-only"]}, "--sbatch: test-only keeps sbatch from naming the job"),
         ({"options": ["array=1-3"]}, "--sbatch: array cannot be set"),
     ],
 )
