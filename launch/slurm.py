@@ -21,10 +21,17 @@ WARN_SECONDS = 120
 LOG = "slurm-%j.log"
 """Log of a job, in the folder that it was submitted from; Slurm puts the job's number for %j."""
 
+_PROXIES = ("http_proxy", "https_proxy", "no_proxy")
 CAPTURED = (
     "PYTHONPATH",
     "LD_LIBRARY_PATH",
+    "LIBRARY_PATH",
+    "CPATH",
+    "CC",
+    "CXX",
     "CUDA_HOME",
+    "CUDA_PATH",
+    "PYTORCH_CUDA_ALLOC_CONF",
     "HF_HOME",
     "HF_HUB_CACHE",
     "HF_HUB_OFFLINE",
@@ -35,11 +42,16 @@ CAPTURED = (
     "TORCH_EXTENSIONS_DIR",
     "TRITON_CACHE_DIR",
     "XDG_CACHE_HOME",
+    "SSL_CERT_FILE",
+    "REQUESTS_CA_BUNDLE",
+    *_PROXIES,
+    *map(str.upper, _PROXIES),
 )
 """Variables of the submitting shell that a run depends on: written into the script, for sites whose jobs start with
-an empty environment. Secrets are not among them.
+an empty environment. Secrets are not among them, and values that name a user (a proxy's `user:password@host`) are left
+out.
 """
-CAPTURED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_")
+CAPTURED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OPTION = re.compile(r"([a-z][a-z0-9-]*)(?:=[A-Za-z0-9_.,:;=@%+*/&|()\[\]^~-]+)?")
@@ -197,10 +209,16 @@ def captured_environment(environment: Mapping[str, str], python: str) -> dict[st
     kept = {
         name: value
         for name, value in sorted(environment.items())
-        if name in CAPTURED or (name.startswith(CAPTURED_PREFIXES) and name.isidentifier())
+        if (name in CAPTURED or (name.startswith(CAPTURED_PREFIXES) and name.isidentifier()))
+        and not _names_a_user(name, value)
     }
     # DeepSpeed calls ninja, which lies beside Python in a virtual environment that need not be activated.
     return {"PATH": os.pathsep.join([os.path.dirname(python), environment.get("PATH", os.defpath)]), **kept}
+
+
+def _names_a_user(name: str, value: str) -> bool:
+    """Whether a value may hold a password: the script is a file that others may read."""
+    return "@" in value and (name.lower() in _PROXIES or "://" in value)
 
 
 def job_name(text: str) -> str:

@@ -119,6 +119,18 @@ def test_the_environment_is_kept_without_secrets() -> None:
     }
 
 
+def test_compilers_fabrics_and_proxies_are_kept_but_no_password() -> None:
+    kept = {
+        "CC": "gcc-12", "CXX": "g++-12", "CUDA_PATH": "/cuda", "CPATH": "/i@1", "LIBRARY_PATH": "/l",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "UCX_TLS": "rc", "FI_PROVIDER": "efa",
+        "SSL_CERT_FILE": "/ca", "NO_PROXY": ".site",
+        "REQUESTS_CA_BUNDLE": "/ca", "http_proxy": "http://proxy:3128", "HTTPS_PROXY": "proxy:3128",
+    }  # fmt: skip
+    secret = {"https_proxy": "http://me:secret@proxy:3128", "HTTP_PROXY": "me:secret@proxy", "UCX_X": "tcp://me@host"}
+    captured = captured_environment({**kept, **secret, "PATH": "/bin"}, "/venv/bin/python")
+    assert captured == {**kept, "PATH": "/venv/bin:/bin"}
+
+
 @pytest.mark.parametrize(
     ("time", "expected"),
     [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-12", 129600), ("0-1:30", 5400), ("1-0:0:1", 86401)],
