@@ -56,6 +56,7 @@ CAPTURED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OPTION = re.compile(r"([a-z][a-z0-9-]*)(?:=[A-Za-z0-9_.,:;=@%+*/&|()\[\]^~-]+)?")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_GPUS = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9_.-]*:)?[0-9]{1,4}")
 _PARTITIONS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,-]*")
 _INTERFACE = re.compile(r"[A-Za-z0-9_.,:-]+")
 _OWN_OPTIONS = {
@@ -89,8 +90,8 @@ class SlurmJob:
     arguments: Sequence[str]
     """What `cl-dist` is called with; `--resume` comes from the script."""
     nodes: int = 1
-    gpus_per_node: int = 0
-    """0: ranks on CPUs."""
+    gpus_per_node: int | str = 0
+    """A number, or type and number such as `a100:4`; 0: ranks on CPUs."""
     ranks_per_node: int | None = None
     """None: one for each GPU, or one on CPUs."""
     cpus_per_rank: int | None = None
@@ -111,6 +112,7 @@ class SlurmJob:
 
     def __post_init__(self) -> None:
         """Refuse what Slurm would refuse, or misread."""
+        _check_text("--gpus-per-node", str(self.gpus_per_node), _GPUS, "a number, or type and number such as a100:4")
         self._check_sizes()
         _check_text("--job-name", self.name, _NAME, "letters, digits, '-', '_' and '.', at most 100 of them")
         _check_text("--partition", self.partition, _PARTITIONS, "names of partitions, separated by commas")
@@ -125,9 +127,14 @@ class SlurmJob:
             _check_option(option)
 
     @property
+    def gpus(self) -> int:
+        """GPUs on each node."""
+        return int(str(self.gpus_per_node).rpartition(":")[2])
+
+    @property
     def ranks_on_node(self) -> int:
         """Ranks on each node."""
-        return self.ranks_per_node or max(1, self.gpus_per_node)
+        return self.ranks_per_node or max(1, self.gpus)
 
     @property
     def ranks(self) -> int:
@@ -140,12 +147,12 @@ class SlurmJob:
         return default_warning(self.time) if self.warn_seconds is None else self.warn_seconds
 
     def _check_sizes(self) -> None:
-        least = {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_rank": 1, "max_restarts": 0}
+        least = {"nodes": 1, "ranks_per_node": 1, "cpus_per_rank": 1, "max_restarts": 0}
         for name, limit in least.items():
             value = getattr(self, name)
             if value is not None and value < limit:
                 raise BadInput(f"--{name.replace('_', '-')}: {value} is too few, allowed is at least {limit}")
-        if 0 < self.gpus_per_node < self.ranks_on_node:
+        if 0 < self.gpus < self.ranks_on_node:
             raise BadInput(
                 f"--ranks-per-node: {self.ranks_on_node} ranks do not each have a GPU of their own on a node with "
                 f"--gpus-per-node {self.gpus_per_node}; allowed are at most as many"
@@ -174,7 +181,7 @@ class SlurmJob:
             "nodes": self.nodes,
             "ntasks-per-node": self.ranks_on_node,
             "cpus-per-task": self.cpus_per_rank,
-            "gpus-per-node": self.gpus_per_node or None,
+            "gpus-per-node": self.gpus_per_node if self.gpus else None,
             "time": self.time,
             "partition": self.partition,
             "output": LOG,
@@ -197,7 +204,7 @@ class SlurmJob:
 
     def _variables(self) -> dict[str, str]:
         variables = dict(self.environment)
-        if self.gpus_per_node == 0:
+        if self.gpus == 0:
             variables.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
         if self.interface is not None:
             variables.update(GLOO_SOCKET_IFNAME=self.interface, NCCL_SOCKET_IFNAME=self.interface)

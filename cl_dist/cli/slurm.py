@@ -48,7 +48,10 @@ def add_job_options(parser: ArgumentParser | _ArgumentGroup) -> None:
     """Add what a job asks Slurm for: the options that `make_job` reads."""
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the job (default: 1)")
     parser.add_argument(
-        "--gpus-per-node", type=int, default=0, metavar="G", help="GPUs on each node (default: 0, ranks on CPUs)"
+        "--gpus-per-node",
+        default="0",
+        metavar="[TYPE:]G",
+        help="GPUs on each node, such as 4 or a100:4 (default: 0, ranks on CPUs)",
     )
     parser.add_argument(
         "--ranks-per-node", type=int, metavar="R", help="ranks on each node (default: one for each GPU, or 1)"
@@ -149,7 +152,7 @@ def _submit(job: SlurmJob, recipe: Recipe, folder: RunFolder, arguments: Namespa
 
 
 def _layout(job: SlurmJob) -> str:
-    kind = "on a GPU each" if job.gpus_per_node else "on CPUs"
+    kind = "on a GPU each" if job.gpus else "on CPUs"
     return f"{job.nodes} node{'s' * (job.nodes > 1)}, {job.ranks_on_node} rank{'s' * (job.ranks_on_node > 1)} {kind}"
 
 

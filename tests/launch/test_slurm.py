@@ -103,6 +103,15 @@ def test_without_gpus_ranks_run_on_cpus() -> None:
     assert not any("gpu" in line for line in directives(made))
 
 
+def test_gpus_may_be_of_a_type() -> None:
+    made = job(nodes=2, gpus_per_node="a100:4")
+    assert made.ranks == 8
+    assert "#SBATCH --ntasks-per-node=4" in directives(made)
+    assert "#SBATCH --gpus-per-node=a100:4" in directives(made)
+    assert "CUDA_VISIBLE_DEVICES" not in made.script()
+    assert "DS_ACCELERATOR=cpu" in job(gpus_per_node="0").script()
+
+
 def test_an_interface_is_for_both_libraries() -> None:
     assert "export GLOO_SOCKET_IFNAME=ib0,eth1\n" in job(interface="ib0,eth1").script()
     script = job(interface="ib0", environment={"NCCL_SOCKET_IFNAME": "eth0"}).script()
@@ -149,7 +158,13 @@ def test_a_short_job_is_warned_later() -> None:
     ("changes", "message"),
     [
         ({"nodes": 0}, "--nodes: 0 is too few, allowed is at least 1"),
-        ({"gpus_per_node": -1}, "--gpus-per-node: -1 is too few"),
+        (
+            {"gpus_per_node": -1},
+            "--gpus-per-node: '-1' is not allowed; allowed are a number, or type and number such as a100:4",
+        ),
+        ({"gpus_per_node": "a100"}, "--gpus-per-node: 'a100' is not allowed"),
+        ({"gpus_per_node": "a100:4,v100:1"}, "--gpus-per-node: 'a100:4,v100:1' is not allowed"),
+        ({"ranks_per_node": 3, "gpus_per_node": "a100:2"}, "--ranks-per-node: 3 ranks do not each have a GPU"),
         ({"cpus_per_rank": 0}, "--cpus-per-rank: 0 is too few"),
         ({"max_restarts": -1}, "--max-restarts: -1 is too few"),
         ({"ranks_per_node": 3, "gpus_per_node": 2}, "--ranks-per-node: 3 ranks do not each have a GPU"),
