@@ -41,8 +41,10 @@ cores=${SLURM_CPUS_PER_TASK:-$(($(cpus_on_every_node) / ranks_per_node))}
 OMP_NUM_THREADS=$((cores > 1 ? cores : 1))
 export MASTER_PORT OMP_NUM_THREADS
 
-# Started again, it goes on where it stopped.
-if [[ -e $run_folder/manifest.json ]]; then
+# Started again, it goes on where it stopped. To begin anew, its first start puts the old run aside.
+if ((fresh && restarts == 0)); then
+    arguments+=(--fresh)
+elif [[ -e $run_folder/manifest.json ]]; then
     arguments+=(--resume)
 fi
 
@@ -115,6 +117,11 @@ if persist job_state && [[ $answer != RUNNING* && $answer != *TimeLimit* ]]; the
 if ((restarts >= max_restarts)); then
     say "error: $what, and not restarted: --max-restarts is $max_restarts;" \
         "submit the run again with --resume" >&2
+    exit "$code"
+fi
+if ((fresh && restarts == 0)) && [[ -n $manifest_before && $(manifest_version) == "$manifest_before" ]]; then
+    # A restart would take the old run for its own.
+    say "error: $what, and not restarted: the old run was not put aside yet; submit the script again" >&2
     exit "$code"
 fi
 say "$what; restart $((restarts + 1)) of at most $max_restarts follows"

@@ -105,6 +105,8 @@ class SlurmJob:
     max_restarts: int = DEFAULT_RESTARTS
     warn_seconds: int | None = None
     """How long before the time limit Slurm asks the job to stop; 0: not at all; None: `default_warning`."""
+    fresh: bool = False
+    """Whether the job's first start puts a run in `run_folder` aside."""
     options: Sequence[str] = ()
     """Further options of sbatch, such as `account=physics`."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -200,6 +202,7 @@ class SlurmJob:
         yield f"working_folder={quote(self.working_folder)}"
         yield f"ranks_per_node={self.ranks_on_node}"
         yield f"max_restarts={self.max_restarts}"
+        yield f"fresh={int(self.fresh)}"
         yield from (f"export {name}={quote(value)}" for name, value in self._variables().items())
 
     def _variables(self) -> dict[str, str]:

@@ -100,6 +100,27 @@ def test_neither_one_that_slurm_ends_already(commands: Commands, state: str) -> 
     assert commands.calls("scontrol") == []
 
 
+class TestAFreshRun:
+    """In a folder that holds an old one."""
+
+    def test_is_asked_for_at_the_first_start_alone(self, commands: Commands) -> None:
+        (commands.folder / "manifest.json").touch()
+        commands.set(srun="mv manifest.json old; exit 75")
+        assert commands.run(fresh=True) == (0, SAVED)
+        commands.run(fresh=True, SLURM_RESTART_COUNT="1")
+        (commands.folder / "manifest.json").touch()
+        commands.run(fresh=True, SLURM_RESTART_COUNT="2")
+        last_words = [call.rpartition("cl_dist ")[2] for call in commands.calls("srun")]
+        assert last_words == ["run --fresh", "run", "run --resume"]
+
+    def test_never_goes_on_with_the_old_one(self, commands: Commands) -> None:
+        (commands.folder / "manifest.json").touch()
+        commands.set(srun=f"{ASKS}; exit 138")
+        code, said = commands.run(fresh=True)
+        assert code == 138
+        assert said.endswith("not restarted: the old run was not put aside yet; submit the script again\n")
+
+
 class TestAControllerThatDoesNotAnswer:
     def test_is_asked_again(self, commands: Commands) -> None:
         commands.set(squeue="((n < 2)) && exit 1; echo RUNNING None", scontrol="((n < 2)) && exit 1; exit 0")
