@@ -67,8 +67,13 @@ KillWait=20
 MinJobAge=3600
 ReturnToService=1
 GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+# Preempted jobs get the signal that they asked for with --signal, and GraceTime to act on it.
+SlurmctldParameters=preempt_send_user_signal
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
 
 NODE = """\
