@@ -17,6 +17,15 @@ class JobFailed(ClDistError):
     """The job as a whole cannot go on; the message names the rank that it is about, whoever tells it."""
 
 
+class RankLost(JobFailed):
+    """A rank is gone, out of reach or makes no progress, through no fault of the recipe's that this rank knows of.
+
+    Exit code 76 (EX_PROTOCOL): a batch script may start the job again from the last saved state.
+    """
+
+    exit_code = 76
+
+
 class Interrupted(ClDistError):
     """The run was asked to stop and has saved its state; `--resume` goes on. Exit code 75 (EX_TEMPFAIL)."""
 

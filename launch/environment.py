@@ -56,6 +56,15 @@ class _Slurm(_Launcher):
         return super().counts(environment) and "SLURM_STEP_ID" in environment and environment[self.world_size] != "1"
 
 
+@dataclass(frozen=True)
+class _Mpich(_Launcher):
+    """MPICH's hydra. srun sets PMI_RANK and PMI_SIZE too where a site's MpiDefault is pmi2."""
+
+    def counts(self, environment: Mapping[str, str]) -> bool:
+        """Whether the variables that hydra alone sets are there as well."""
+        return super().counts(environment) and self.local_rank in environment
+
+
 _TORCH = _Launcher("torchrun or deepspeed", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 _OPEN_MPI = _Launcher(
     "Open MPI's mpirun",
@@ -65,8 +74,9 @@ _OPEN_MPI = _Launcher(
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "PMIX_NAMESPACE",
 )
-_SRUN = _Slurm("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_JOB_ID")
-_MPICH = _Launcher("MPICH's mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_PORT")
+# Not SLURM_NTASKS: in the shell of an salloc, which is a step of one task, that is the job's.
+_SRUN = _Slurm("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_JOB_ID")
+_MPICH = _Mpich("MPICH's mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_PORT")
 _LAUNCHERS = (_TORCH, _OPEN_MPI, _SRUN, _MPICH)
 MPI_SOURCES = (_OPEN_MPI.source, _MPICH.source)
 

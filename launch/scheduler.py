@@ -17,7 +17,10 @@ PATIENCE_SECONDS = 30.0
 QUICK_SECONDS = 10.0
 """Less of it while training waits."""
 FIRST_RECHECK_SECONDS = 10.0
-WAITING, RUNNING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"), ("RUNNING", "COMPLETING")
+FINISHED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+            "PREEMPTED", "REVOKED", "TIMEOUT")  # fmt: skip
+"""States of a job that does nothing any more (squeue's manual). Every other one, SUSPENDED or STAGE_OUT say, is a job
+that still holds its run folder or will."""
 _TIME_LEFT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 
 
@@ -38,8 +41,8 @@ class JobState:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it runs or will run."""
-        return self.state in (*WAITING, *RUNNING)
+        """Whether it runs or will run; where Slurm names a state that is not known here, too."""
+        return self.state not in FINISHED
 
 
 def require_sbatch() -> None:
@@ -51,7 +54,8 @@ def require_sbatch() -> None:
 def submit(script: Path, environment: Mapping[str, str]) -> str:
     """Submit a batch script from its folder, where its log goes, and return the job's id.
 
-    A job that is submitted from inside another one must not inherit that one's layout.
+    A job that is submitted from inside another one must not inherit that one's layout. Raises BadInput where Slurm
+    refuses the job, ClDistError where it cannot be told whether there is one.
     """
     inherited = {name: value for name, value in environment.items() if not _is_of_a_job(name)}
     done = _ask(["sbatch", "--parsable", script.name], PATIENCE_SECONDS, cwd=script.parent, environment=inherited)
@@ -59,7 +63,10 @@ def submit(script: Path, environment: Mapping[str, str]) -> str:
         raise ClDistError(f"sbatch did not answer in {PATIENCE_SECONDS:g} s; look with squeue whether the job is there")
     if done.returncode != 0:
         raise BadInput(f"Slurm refuses the job: {_first_line(done.stderr)}")
-    return done.stdout.strip().partition(";")[0]  # with several clusters: 17;cluster
+    number = done.stdout.strip().partition(";")[0]  # with several clusters: 17;cluster
+    if not number.isdecimal():
+        raise ClDistError(f"sbatch gave no job's number ({number[:80]!r}); look with squeue whether the job is there")
+    return number
 
 
 def job_state(job: str) -> JobState | None:

@@ -21,10 +21,17 @@ WARN_SECONDS = 120
 LOG = "slurm-%j.log"
 """Log of a job, in the folder that it was submitted from; Slurm puts the job's number for %j."""
 
+_PROXIES = ("http_proxy", "https_proxy", "no_proxy")
 CAPTURED = (
     "PYTHONPATH",
     "LD_LIBRARY_PATH",
+    "LIBRARY_PATH",
+    "CPATH",
+    "CC",
+    "CXX",
     "CUDA_HOME",
+    "CUDA_PATH",
+    "PYTORCH_CUDA_ALLOC_CONF",
     "HF_HOME",
     "HF_HUB_CACHE",
     "HF_HUB_OFFLINE",
@@ -35,17 +42,23 @@ CAPTURED = (
     "TORCH_EXTENSIONS_DIR",
     "TRITON_CACHE_DIR",
     "XDG_CACHE_HOME",
+    "SSL_CERT_FILE",
+    "REQUESTS_CA_BUNDLE",
+    *_PROXIES,
+    *map(str.upper, _PROXIES),
 )
 """Variables of the submitting shell that a run depends on: written into the script, for sites whose jobs start with
-an empty environment. Secrets are not among them.
+an empty environment. Secrets are not among them, and values that name a user (a proxy's `user:password@host`) are left
+out.
 """
-CAPTURED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_")
+CAPTURED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OPTION = re.compile(r"([a-z][a-z0-9-]*)(?:=[A-Za-z0-9_.,:;=@%+*/&|()\[\]^~-]+)?")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_GPUS = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9_.-]*:)?[0-9]{1,4}")
 _PARTITIONS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,-]*")
-_INTERFACE = re.compile(r"[\^=]?[A-Za-z0-9_.,:-]+")
+_INTERFACE = re.compile(r"[A-Za-z0-9_.,:-]+")
 _OWN_OPTIONS = {
     "job-name": "--job-name",
     "nodes": "--nodes",
@@ -57,6 +70,8 @@ _OWN_OPTIONS = {
     "signal": "--warn-seconds",
 }
 """Options of sbatch that an option of ours sets."""
+_WITHOUT_JOB = ("wait", "test-only", "help", "usage", "version")
+"""Options with which sbatch does not say at once which job it has submitted."""
 _FIXED_OPTIONS = ("ntasks", "output", "error", "open-mode", "requeue", "no-requeue", "array", "wrap", "chdir")
 
 
@@ -75,8 +90,8 @@ class SlurmJob:
     arguments: Sequence[str]
     """What `cl-dist` is called with; `--resume` comes from the script."""
     nodes: int = 1
-    gpus_per_node: int = 0
-    """0: ranks on CPUs."""
+    gpus_per_node: int | str = 0
+    """A number, or type and number such as `a100:4`; 0: ranks on CPUs."""
     ranks_per_node: int | None = None
     """None: one for each GPU, or one on CPUs."""
     cpus_per_rank: int | None = None
@@ -90,6 +105,8 @@ class SlurmJob:
     max_restarts: int = DEFAULT_RESTARTS
     warn_seconds: int | None = None
     """How long before the time limit Slurm asks the job to stop; 0: not at all; None: `default_warning`."""
+    fresh: bool = False
+    """Whether the job's first start puts a run in `run_folder` aside."""
     options: Sequence[str] = ()
     """Further options of sbatch, such as `account=physics`."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -97,10 +114,14 @@ class SlurmJob:
 
     def __post_init__(self) -> None:
         """Refuse what Slurm would refuse, or misread."""
+        _check_text("--gpus-per-node", str(self.gpus_per_node), _GPUS, "a number, or type and number such as a100:4")
         self._check_sizes()
         _check_text("--job-name", self.name, _NAME, "letters, digits, '-', '_' and '.', at most 100 of them")
         _check_text("--partition", self.partition, _PARTITIONS, "names of partitions, separated by commas")
-        _check_text("--interface", self.interface, _INTERFACE, "names of interfaces, as in GLOO_SOCKET_IFNAME")
+        _check_text(
+            "--interface", self.interface, _INTERFACE,
+            "names of interfaces, separated by commas ('^' and '=' are for NCCL alone: set NCCL_SOCKET_IFNAME)",
+        )  # fmt: skip
         if self.time is not None:
             seconds(self.time)
         self._check_warning()
@@ -108,9 +129,14 @@ class SlurmJob:
             _check_option(option)
 
     @property
+    def gpus(self) -> int:
+        """GPUs on each node."""
+        return int(str(self.gpus_per_node).rpartition(":")[2])
+
+    @property
     def ranks_on_node(self) -> int:
         """Ranks on each node."""
-        return self.ranks_per_node or max(1, self.gpus_per_node)
+        return self.ranks_per_node or max(1, self.gpus)
 
     @property
     def ranks(self) -> int:
@@ -123,12 +149,12 @@ class SlurmJob:
         return default_warning(self.time) if self.warn_seconds is None else self.warn_seconds
 
     def _check_sizes(self) -> None:
-        least = {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_rank": 1, "max_restarts": 0}
+        least = {"nodes": 1, "ranks_per_node": 1, "cpus_per_rank": 1, "max_restarts": 0}
         for name, limit in least.items():
             value = getattr(self, name)
             if value is not None and value < limit:
                 raise BadInput(f"--{name.replace('_', '-')}: {value} is too few, allowed is at least {limit}")
-        if 0 < self.gpus_per_node < self.ranks_on_node:
+        if 0 < self.gpus < self.ranks_on_node:
             raise BadInput(
                 f"--ranks-per-node: {self.ranks_on_node} ranks do not each have a GPU of their own on a node with "
                 f"--gpus-per-node {self.gpus_per_node}; allowed are at most as many"
@@ -157,7 +183,7 @@ class SlurmJob:
             "nodes": self.nodes,
             "ntasks-per-node": self.ranks_on_node,
             "cpus-per-task": self.cpus_per_rank,
-            "gpus-per-node": self.gpus_per_node or None,
+            "gpus-per-node": self.gpus_per_node if self.gpus else None,
             "time": self.time,
             "partition": self.partition,
             "output": LOG,
@@ -176,11 +202,12 @@ class SlurmJob:
         yield f"working_folder={quote(self.working_folder)}"
         yield f"ranks_per_node={self.ranks_on_node}"
         yield f"max_restarts={self.max_restarts}"
+        yield f"fresh={int(self.fresh)}"
         yield from (f"export {name}={quote(value)}" for name, value in self._variables().items())
 
     def _variables(self) -> dict[str, str]:
         variables = dict(self.environment)
-        if self.gpus_per_node == 0:
+        if self.gpus == 0:
             variables.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
         if self.interface is not None:
             variables.update(GLOO_SOCKET_IFNAME=self.interface, NCCL_SOCKET_IFNAME=self.interface)
@@ -192,10 +219,16 @@ def captured_environment(environment: Mapping[str, str], python: str) -> dict[st
     kept = {
         name: value
         for name, value in sorted(environment.items())
-        if name in CAPTURED or (name.startswith(CAPTURED_PREFIXES) and name.isidentifier())
+        if (name in CAPTURED or (name.startswith(CAPTURED_PREFIXES) and name.isidentifier()))
+        and not _names_a_user(name, value)
     }
     # DeepSpeed calls ninja, which lies beside Python in a virtual environment that need not be activated.
     return {"PATH": os.pathsep.join([os.path.dirname(python), environment.get("PATH", os.defpath)]), **kept}
+
+
+def _names_a_user(name: str, value: str) -> bool:
+    """Whether a value may hold a password: the script is a file that others may read."""
+    return "@" in value and (name.lower() in _PROXIES or "://" in value)
 
 
 def job_name(text: str) -> str:
@@ -261,5 +294,7 @@ def _check_option(option: str) -> None:
     name = match[1]
     if name in _OWN_OPTIONS:
         raise BadInput(f"--sbatch: {name} is set by {_OWN_OPTIONS[name]}; use that")
+    if name in _WITHOUT_JOB:
+        raise BadInput(f"--sbatch: {name} keeps sbatch from naming the job that it submits; leave it out")
     if name in _FIXED_OPTIONS:
         raise BadInput(f"--sbatch: {name} cannot be set, because the script relies on its own; leave it out")

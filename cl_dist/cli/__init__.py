@@ -12,7 +12,11 @@ from cl_dist.launch.child import die_with_launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 2 bad input, 75 interrupted and resumable, 1 anything else."""
+    """Run one command and return its exit code.
+
+    0 done, 2 bad input, 75 interrupted and resumable, 76 another rank was lost (of ranks that cl-dist did not start
+    itself), 1 anything else.
+    """
     die_with_launcher(os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

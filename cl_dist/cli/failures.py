@@ -8,7 +8,7 @@ import traceback
 from argparse import Namespace
 from contextlib import suppress
 
-from cl_dist.errors import BadInput, ClDistError, Interrupted, JobFailed
+from cl_dist.errors import BadInput, ClDistError, Interrupted, JobFailed, RankLost
 from cl_dist.launch.child import report_failure
 from cl_dist.launch.environment import find_ranks
 
@@ -44,10 +44,13 @@ def tell(exit_code: int, message: str, whole_job: bool = False) -> None:
 
 
 def end_now(message: str, speaks: bool) -> None:
-    """End this process, whatever its main thread is doing; `speaks`: this is the rank to print the job's message."""
-    if not report_failure(os.environ, JobFailed.exit_code, message, whole_job=True) and speaks:
-        tell(JobFailed.exit_code, message, whole_job=True)
-    os._exit(JobFailed.exit_code)
+    """End this process, whatever its main thread is doing, with `RankLost`'s exit code.
+
+    `speaks`: this is the rank to print the job's message.
+    """
+    if not report_failure(os.environ, RankLost.exit_code, message, whole_job=True) and speaks:
+        tell(RankLost.exit_code, message, whole_job=True)
+    os._exit(RankLost.exit_code)
 
 
 def _end(exit_code: int, message: str, debug: bool, whole_job: bool = False) -> int:

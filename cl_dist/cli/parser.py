@@ -14,7 +14,8 @@ examples:
   cl-dist run my.yaml --set method.name=migu --resume go on where it stopped
   cl-dist recipe --explain                            every setting
 
-exit codes: 0 done, 2 bad input, 75 interrupted (go on with --resume), 1 anything else
+exit codes: 0 done, 2 bad input, 75 interrupted (go on with --resume), 76 a rank was lost (told by
+ranks that Slurm or MPI has started; go on with --resume), 1 anything else
 """
 
 

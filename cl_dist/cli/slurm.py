@@ -21,7 +21,7 @@ from cl_dist.errors import BadInput
 from cl_dist.launch.scheduler import JobState, job_state, require_sbatch, submit
 from cl_dist.launch.slurm import DEFAULT_RESTARTS, LOG, SlurmJob, captured_environment, job_name, quote
 from cl_dist.state.atomic import write_json, write_text
-from cl_dist.state.preflight import preflight, set_aside
+from cl_dist.state.preflight import preflight, put_back, set_aside
 from cl_dist.state.run_folder import RunFolder, SlurmRecord
 from cl_dist.tasks.orders import resolve_order
 
@@ -48,7 +48,10 @@ def add_job_options(parser: ArgumentParser | _ArgumentGroup) -> None:
     """Add what a job asks Slurm for: the options that `make_job` reads."""
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the job (default: 1)")
     parser.add_argument(
-        "--gpus-per-node", type=int, default=0, metavar="G", help="GPUs on each node (default: 0, ranks on CPUs)"
+        "--gpus-per-node",
+        default="0",
+        metavar="[TYPE:]G",
+        help="GPUs on each node, such as 4 or a100:4 (default: 0, ranks on CPUs)",
     )
     parser.add_argument(
         "--ranks-per-node", type=int, metavar="R", help="ranks on each node (default: one for each GPU, or 1)"
@@ -94,14 +97,20 @@ def slurm(arguments: Namespace) -> int:
     recipe = replace(recipe, launch=replace(recipe.launch, processes=job.ranks), output_dir=job.run_folder)
     check_stream_and_model(recipe, recipe_dir)
     if not arguments.submit:
+        if arguments.fresh and arguments.resume:
+            raise BadInput("--resume and --fresh exclude each other: go on with the old run, or put it aside")
         print(_script(job, arguments), end="")
         return 0
     folder = RunFolder(Path(recipe.output_dir))
     _refuse_second_job(folder)
     preflight(folder.path, recipe, resume=arguments.resume, fresh=arguments.fresh, world_size=job.ranks)
-    if arguments.fresh:
-        set_aside(folder.path)
-    _submit(job, recipe, folder, arguments)
+    aside = set_aside(folder.path) if arguments.fresh else None
+    try:
+        _submit(job, recipe, folder, arguments)
+    except BadInput:  # Slurm has refused the job
+        if aside is not None:
+            put_back(aside, folder.path)
+        raise
     return 0
 
 
@@ -135,7 +144,7 @@ def _submit(job: SlurmJob, recipe: Recipe, folder: RunFolder, arguments: Namespa
     record = folder.new_slurm_record()
     record.path.mkdir(parents=True)
     write_text(record.recipe, dump_recipe(recipe))
-    script = _script(replace(job, arguments=("run", str(record.recipe))), arguments)
+    script = _script(replace(job, arguments=("run", str(record.recipe)), fresh=False), arguments)
     write_text(record.script, script)
     number = submit(record.script, os.environ)
     write_json(
@@ -149,7 +158,7 @@ def _submit(job: SlurmJob, recipe: Recipe, folder: RunFolder, arguments: Namespa
 
 
 def _layout(job: SlurmJob) -> str:
-    kind = "on a GPU each" if job.gpus_per_node else "on CPUs"
+    kind = "on a GPU each" if job.gpus else "on CPUs"
     return f"{job.nodes} node{'s' * (job.nodes > 1)}, {job.ranks_on_node} rank{'s' * (job.ranks_on_node > 1)} {kind}"
 
 

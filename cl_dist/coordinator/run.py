@@ -50,7 +50,8 @@ def run(
 
     Raises:
         BadInput: The recipe, its data or its model is not usable, or another run holds the folder.
-        JobFailed: Ranks do not answer, or the training has gone wrong.
+        RankLost: Another rank has ended, or does not answer.
+        JobFailed: The training has gone wrong.
         Interrupted: A signal asked the run to stop, or its time is nearly over; its state is saved.
     """
     rank, world = join(recipe.launch.timeout_seconds)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from cl_dist.errors import JobFailed
+from cl_dist.errors import RankLost
 from cl_dist.heartbeat import last_beat
 
 _TIMED_OUT = ("timed out", "timeout")
@@ -21,7 +21,7 @@ GiveUp = Callable[[str, str], str]
 
 @contextmanager
 def telling_broken_collectives(rank: int, timeout_seconds: float, give_up: GiveUp) -> Iterator[None]:
-    """Turn the errors of collective operations inside the block into a `JobFailed` that names rank and phase.
+    """Turn the errors of collective operations inside the block into a `RankLost` that names rank and phase.
 
     Args:
         rank: This process's rank.
@@ -36,11 +36,11 @@ def telling_broken_collectives(rank: int, timeout_seconds: float, give_up: GiveU
         text, phase = str(error), last_beat().phase
         if any(sign in text for sign in _LOST):
             lost = f"rank {rank} lost another rank, which has ended or is out of reach, while {phase}"
-            raise JobFailed(f"{lost}; --resume goes on from the last saved state") from error
+            raise RankLost(f"{lost}; --resume goes on from the last saved state") from error
         if not any(sign in text.lower() for sign in _TIMED_OUT):
             raise
         waited = f"rank {rank} waited longer than {timeout_seconds:g} s (launch.timeout_seconds) for the others"
-        raise JobFailed(give_up(f"{waited} while {phase}", traceback.format_exc())) from error
+        raise RankLost(give_up(f"{waited} while {phase}", traceback.format_exc())) from error
 
 
 def _is_collective(error: RuntimeError) -> bool:

@@ -23,7 +23,7 @@ def join(timeout_seconds: float) -> tuple[int, int]:
 
     Raises:
         BadInput: There are more ranks on this machine than GPUs.
-        JobFailed: Not all ranks come within the time.
+        RankLost: Not all ranks come within the time.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

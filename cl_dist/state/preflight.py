@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -71,6 +72,12 @@ def set_aside(output_dir: Path) -> Path | None:
         except OSError as error:
             raise BadInput(f"--fresh: {output_dir} cannot be renamed to {target.name}: {error.strerror}") from error
     return target
+
+
+def put_back(aside: Path, output_dir: Path) -> None:
+    """Undo `set_aside`, where nothing has begun in `output_dir` since: what lies there now is deleted."""
+    shutil.rmtree(output_dir, ignore_errors=True)
+    aside.rename(output_dir)
 
 
 def _unused(output_dir: Path, stamp: str) -> Path:

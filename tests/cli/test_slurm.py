@@ -75,6 +75,33 @@ def test_nothing_is_written_where_jobs_cannot_be_submitted(
     assert not (tmp_path / "run").exists()
 
 
+def test_fresh_is_the_printed_scripts_to_do(command: Command, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    assert values(command("slurm", recipe, "--fresh")[1], "fresh") == ["1"]
+    assert values(command("slurm", recipe)[1], "fresh") == ["0"]
+    code, _, error = command("slurm", recipe, "--fresh", "--resume")
+    assert (code, "--resume and --fresh exclude each other" in error) == (2, True)
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_the_old_run_is_put_aside_for_a_job_that_slurm_takes(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    run.mkdir()
+    Manifest(tasks=("spring",), world_size=2, zero_stage=2, status="interrupted").write(run / "manifest.json")
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\n" + ("echo 'sbatch: error: no such account' >&2; exit 1" if refused else "echo 17"))
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    code, _, error = command("slurm", recipe, "--fresh", "--submit")
+    assert (code, "no such account" in error) == ((2, True) if refused else (0, False))
+    assert (run / "manifest.json").exists() is refused
+    assert len(list(tmp_path.glob("run.old-*"))) == (0 if refused else 1)
+    if not refused:
+        assert values((run / "slurm" / "01" / "job.sh").read_text(), "fresh") == ["0"]
+
+
 def submitted(folder: Path, number: int = 17) -> None:
     record = RunFolder(folder).new_slurm_record()
     record.path.mkdir(parents=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cl_dist.engine.broken import telling_broken_collectives
-from cl_dist.errors import JobFailed
+from cl_dist.errors import RankLost
 from cl_dist.heartbeat import beat
 from tests.ranks import REPOSITORY, free_port, rank_environment
 
@@ -28,7 +28,7 @@ def told(error: Exception) -> tuple[str, list[str]]:
         return f"{reason}; stacks are there"
 
     beat("training task a, step 3")
-    with pytest.raises(JobFailed) as caught, telling_broken_collectives(2, 5.0, give_up):
+    with pytest.raises(RankLost) as caught, telling_broken_collectives(2, 5.0, give_up):
         raise error
     return str(caught.value), given_up
 
@@ -65,10 +65,10 @@ def test_other_errors_are_let_through(error: Exception) -> None:
 def test_a_rank_that_nobody_joins() -> None:
     code = """
 from cl_dist.engine.distributed import join
-from cl_dist.errors import JobFailed
+from cl_dist.errors import RankLost
 try:
     join(timeout_seconds=2)
-except JobFailed as error:
+except RankLost as error:
     print(error)
 """
     port = free_port()

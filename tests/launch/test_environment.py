@@ -23,6 +23,7 @@ def srun(rank: str = "1", tasks: str = "4", local: str = "1", nodes: str = "1") 
         "SLURM_JOB_ID": "17",
         "SLURM_STEP_ID": "0",
         "SLURM_PROCID": rank,
+        "SLURM_STEP_NUM_TASKS": tasks,
         "SLURM_NTASKS": tasks,
         "SLURM_LOCALID": local,
         "SLURM_STEP_NUM_NODES": nodes,
@@ -34,10 +35,13 @@ def mpich(rank: str = "1", size: str = "2") -> dict[str, str]:
     return {"PMI_RANK": rank, "PMI_SIZE": size, "MPI_LOCALRANKID": rank, "MPI_LOCALNRANKS": size, "PMI_PORT": "h:1"}
 
 
+SALLOC_SHELL = {**srun(rank="0", tasks="1", local="0"), "SLURM_NTASKS": "4"}
 BATCH_SCRIPT = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
 
 
-@pytest.mark.parametrize("environment", [{}, BATCH_SCRIPT, srun(rank="0", tasks="1", local="0"), {"LOCAL_RANK": "0"}])
+@pytest.mark.parametrize(
+    "environment", [{}, BATCH_SCRIPT, SALLOC_SHELL, srun(rank="0", tasks="1", local="0"), {"LOCAL_RANK": "0"}]
+)
 def test_where_no_launcher_made_ranks_there_is_none(environment: dict[str, str]) -> None:
     assert find_ranks(environment) is None
 
@@ -50,6 +54,12 @@ def test_where_no_launcher_made_ranks_there_is_none(environment: dict[str, str])
         (open_mpi(rank="0", world="1", local="0"), Ranks(0, 1, 0, "Open MPI's mpirun")),
         (srun(rank="2", local="0"), Ranks(2, 4, 0, "srun")),
         (mpich(), Ranks(1, 2, 1, "MPICH's mpiexec")),
+        # MpiDefault=pmi2; the two tasks of a step in a job of four.
+        (
+            {**srun(tasks="2"), "SLURM_NTASKS": "4", "PMI_RANK": "1", "PMI_SIZE": "2"},
+            Ranks(1, 2, 1, "srun"),
+        ),
+        ({**srun(tasks="2", nodes="2"), "PMI_RANK": "1", "PMI_SIZE": "2"}, Ranks(1, 2, 1, "srun")),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, Ranks(1, 2, 1, "torchrun or deepspeed")),
     ],
 )
@@ -97,6 +107,10 @@ def test_what_cannot_be_is_refused(environment: dict[str, str], message: str) ->
         find_ranks(environment)
     assert str(error.value).startswith("environment: ")
     assert message in str(error.value)
+
+
+def test_one_task_of_pmi2_is_no_rank() -> None:
+    assert find_ranks({**srun(rank="0", tasks="1", local="0"), "PMI_RANK": "0", "PMI_SIZE": "1"}) is None
 
 
 def exported(environment: dict[str, str]) -> dict[str, str]:

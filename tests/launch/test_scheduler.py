@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pytest
-from cl_dist.launch.scheduler import TimeLeft, job_state, parse_time_left, require_sbatch
+from cl_dist.launch.scheduler import JobState, TimeLeft, job_state, parse_time_left, require_sbatch, submit
 
-from cl_dist.errors import BadInput
+from cl_dist.errors import BadInput, ClDistError
 
 
 @pytest.fixture
@@ -41,8 +42,33 @@ def test_the_end_may_stand_in_the_environment(left: int) -> None:
     assert left - 2 < answer <= left
 
 
+@pytest.mark.parametrize(
+    ("state", "alive"),
+    [("PENDING", True), ("RUNNING", True), ("COMPLETING", True), ("SUSPENDED", True), ("STOPPED", True),
+     ("SIGNALING", True), ("RESIZING", True), ("STAGE_OUT", True), ("COMPLETED", False), ("CANCELLED", False),
+     ("FAILED", False), ("TIMEOUT", False), ("NODE_FAIL", False), ("OUT_OF_MEMORY", False)],
+)  # fmt: skip
+def test_a_job_lives_until_slurm_says_otherwise(state: str, alive: bool) -> None:
+    assert JobState(state, "None", "", 0, "", "").is_alive is alive
+
+
 @pytest.mark.usefixtures("without_slurm")
 def test_where_slurm_is_not_here_nothing_is_known() -> None:
     assert job_state("17") is None
     with pytest.raises(BadInput, match="--submit: sbatch is not on this machine"):
         require_sbatch()
+
+
+@pytest.mark.parametrize(("said", "number"), [("17", "17"), ("17;north", "17"), ("", None), ("slurm 22.05.8", None)])
+def test_what_sbatch_says_must_be_a_jobs_number(
+    said: str, number: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\necho '{said}'\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    if number is not None:
+        assert submit(tmp_path / "job.sh", os.environ) == number
+        return
+    with pytest.raises(ClDistError, match="sbatch gave no job's number"):
+        submit(tmp_path / "job.sh", os.environ)

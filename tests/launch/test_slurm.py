@@ -103,7 +103,17 @@ def test_without_gpus_ranks_run_on_cpus() -> None:
     assert not any("gpu" in line for line in directives(made))
 
 
+def test_gpus_may_be_of_a_type() -> None:
+    made = job(nodes=2, gpus_per_node="a100:4")
+    assert made.ranks == 8
+    assert "#SBATCH --ntasks-per-node=4" in directives(made)
+    assert "#SBATCH --gpus-per-node=a100:4" in directives(made)
+    assert "CUDA_VISIBLE_DEVICES" not in made.script()
+    assert "DS_ACCELERATOR=cpu" in job(gpus_per_node="0").script()
+
+
 def test_an_interface_is_for_both_libraries() -> None:
+    assert "export GLOO_SOCKET_IFNAME=ib0,eth1\n" in job(interface="ib0,eth1").script()
     script = job(interface="ib0", environment={"NCCL_SOCKET_IFNAME": "eth0"}).script()
     assert "export NCCL_SOCKET_IFNAME=ib0\nexport" in script
     assert "export GLOO_SOCKET_IFNAME=ib0\n" in script
@@ -116,6 +126,18 @@ def test_the_environment_is_kept_without_secrets() -> None:
         "HF_HOME": "/hf",
         "NCCL_IB_HCA": "mlx5",
     }
+
+
+def test_compilers_fabrics_and_proxies_are_kept_but_no_password() -> None:
+    kept = {
+        "CC": "gcc-12", "CXX": "g++-12", "CUDA_PATH": "/cuda", "CPATH": "/i@1", "LIBRARY_PATH": "/l",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "UCX_TLS": "rc", "FI_PROVIDER": "efa",
+        "SSL_CERT_FILE": "/ca", "NO_PROXY": ".site",
+        "REQUESTS_CA_BUNDLE": "/ca", "http_proxy": "http://proxy:3128", "HTTPS_PROXY": "proxy:3128",
+    }  # fmt: skip
+    secret = {"https_proxy": "http://me:secret@proxy:3128", "HTTP_PROXY": "me:secret@proxy", "UCX_X": "tcp://me@host"}
+    captured = captured_environment({**kept, **secret, "PATH": "/bin"}, "/venv/bin/python")
+    assert captured == {**kept, "PATH": "/venv/bin:/bin"}
 
 
 @pytest.mark.parametrize(
@@ -136,7 +158,13 @@ def test_a_short_job_is_warned_later() -> None:
     ("changes", "message"),
     [
         ({"nodes": 0}, "--nodes: 0 is too few, allowed is at least 1"),
-        ({"gpus_per_node": -1}, "--gpus-per-node: -1 is too few"),
+        (
+            {"gpus_per_node": -1},
+            "--gpus-per-node: '-1' is not allowed; allowed are a number, or type and number such as a100:4",
+        ),
+        ({"gpus_per_node": "a100"}, "--gpus-per-node: 'a100' is not allowed"),
+        ({"gpus_per_node": "a100:4,v100:1"}, "--gpus-per-node: 'a100:4,v100:1' is not allowed"),
+        ({"ranks_per_node": 3, "gpus_per_node": "a100:2"}, "--ranks-per-node: 3 ranks do not each have a GPU"),
         ({"cpus_per_rank": 0}, "--cpus-per-rank: 0 is too few"),
         ({"max_restarts": -1}, "--max-restarts: -1 is too few"),
         ({"ranks_per_node": 3, "gpus_per_node": 2}, "--ranks-per-node: 3 ranks do not each have a GPU"),
@@ -147,11 +175,18 @@ def test_a_short_job_is_warned_later() -> None:
         ({"name": "a\n#SBATCH --x"}, "--job-name: "),
         ({"partition": "a b"}, "--partition: 'a b' is not allowed"),
         ({"interface": "ib0;reboot"}, "--interface: 'ib0;reboot' is not allowed"),
+        (
+            {"interface": "^docker0"},
+            "--interface: '^docker0' is not allowed; allowed are names of interfaces, separated",
+        ),
+        ({"interface": "=ib0"}, "--interface: '=ib0' is not allowed"),
         ({"warn_seconds": -1}, "--warn-seconds: -1; allowed are 0"),
         ({"warn_seconds": 31, "time": "1"}, "--warn-seconds: 31; allowed are 0 (no warning) to 30, half of --time"),
         ({"options": ["account='x'"]}, "--sbatch: \"account='x'\" is no option of sbatch"),
         ({"options": ["account=x\n#SBATCH --nodes=9"]}, "--sbatch: "),
         ({"options": ["nodes=3"]}, "--sbatch: nodes is set by --nodes"),
+        ({"options": ["wait"]}, "--sbatch: wait keeps sbatch from naming the job"),
+        ({"options": ["test-only"]}, "--sbatch: test-only keeps sbatch from naming the job"),
         ({"options": ["array=1-3"]}, "--sbatch: array cannot be set"),
     ],
 )

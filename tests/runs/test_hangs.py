@@ -73,7 +73,7 @@ def run_with(zygote: Zygote, folder: Path, moment: str, **launch: Any) -> Outcom
 @pytest.mark.slow
 def test_a_dead_loop(tmp_path: Path, zygote: Zygote) -> None:
     outcome = run_with(zygote, tmp_path, "dead loop")
-    assert outcome.codes == [1, 1], outcome.output
+    assert outcome.codes == [76, 76], outcome.output
     said = "".join(outcome.output)
     assert said.count("cl-dist: error: ") == 1
     assert "rank 1 has made no progress for" in said
@@ -86,7 +86,7 @@ def test_a_dead_loop(tmp_path: Path, zygote: Zygote) -> None:
 def test_a_collective_that_takes_too_long(tmp_path: Path, zygote: Zygote) -> None:
     """Rank 0 waits for gradients, rank 1 at a barrier of its own; Gloo's own limit comes before the watchdog's."""
     outcome = run_with(zygote, tmp_path, "extra collective", timeout_seconds=4, hang_seconds=20)
-    assert 1 in outcome.codes
+    assert 76 in outcome.codes
     assert 0 not in outcome.codes
     said = "".join(outcome.output)
     assert "waited longer than 4 s (launch.timeout_seconds) for the others while training task spring, step 5" in said
@@ -97,6 +97,6 @@ def test_a_collective_that_takes_too_long(tmp_path: Path, zygote: Zygote) -> Non
 @pytest.mark.slow
 def test_a_collective_that_takes_too_long_without_a_watchdog(tmp_path: Path, zygote: Zygote) -> None:
     outcome = run_with(zygote, tmp_path, "dead loop", timeout_seconds=4, hang_seconds=None)
-    assert outcome.codes == [1, -signal.SIGKILL], outcome.output
+    assert outcome.codes == [76, -signal.SIGKILL], outcome.output
     assert "rank 0 waited longer than 4 s (launch.timeout_seconds)" in outcome.output[0]
     assert "Timed out waiting" in stack(tmp_path / "run", 0)

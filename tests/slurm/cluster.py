@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import psutil
 import pytest
 
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
@@ -66,8 +67,13 @@ KillWait=20
 MinJobAge=3600
 ReturnToService=1
 GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+# Preempted jobs get the signal that they asked for with --signal, and GraceTime to act on it.
+SlurmctldParameters=preempt_send_user_signal
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
 
 NODE = """\
@@ -80,7 +86,8 @@ until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
 ip address add {address}/24 dev eth0
 ip link set eth0 up
 slurmd -D -f {folder}/slurm.conf -N {name} &
-wait $!
+# Without slurmd the node goes on, as a machine does.
+wait $! || sleep infinity
 """
 
 
@@ -167,6 +174,24 @@ class Cluster:
         """Cut a node's power: nothing in it can say goodbye, on the network neither."""
         self._run("ip", "link", "delete", self._cable(name))
         self._kill(self._daemons.pop(name))
+
+    def kill_processes(self, name: str) -> None:
+        """Kill a node's slurmd and all that it has started; the node stays on, and its network up."""
+        node = self._daemons[name]
+        network = os.readlink(f"/proc/{node.pid}/ns/net")
+        (init,) = psutil.Process(node.pid).children()
+        for process in psutil.process_iter():  # slurmd has the lowest number, ranks the highest
+            with suppress(OSError, psutil.Error):
+                inside = os.readlink(f"/proc/{process.pid}/ns/net") == network
+                if inside and process.pid not in (node.pid, init.pid):
+                    process.kill()
+
+    def restart_node(self, name: str) -> None:
+        """Switch a node off, if it is on, and on again; wait until Slurm gives it jobs."""
+        if name in self._daemons:
+            self.kill_node(name)
+        self.start_node(name)
+        self.wait_for(lambda: self.node_states()[name] in ("idle", "mix", "alloc"), f"return of {name}")
 
     def node_states(self) -> dict[str, str]:
         """State of each node in short, as sinfo has it: idle, alloc, down and so on."""

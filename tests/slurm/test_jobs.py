@@ -8,7 +8,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,6 +205,37 @@ def test_before_its_time_limit_it_saves_and_requeues_itself(limited: Run, undist
     assert "the job's time is nearly over" in limited.log()
     assert "restart 1 of at most 20 follows" in limited.log()
     assert_weights(limited.run, undisturbed)
+
+
+def test_preempted_and_then_without_a_rank_it_goes_on(a_run: Run, undisturbed: dict[str, torch.Tensor]) -> None:
+    """Both in one run, because the second one's end on a single node is long."""
+    a_run.submit("--nodes", "2", "--partition", "main", "--set", "checkpoint.every_steps=10")
+    a_run.wait_for_steps(3)
+    a_run.wait_for(urgent_job(a_run.cluster), "room for a job of a higher partition")
+    a_run.wait_for(lambda: a_run.events("resumed") == 1, "resume")
+    assert a_run.state.restarts == 1
+    assert "cl-dist: stopped with its state saved; restart 1 of at most 20 follows" in a_run.log()
+    saved = a_run.events("saved")
+    a_run.wait_for(lambda: a_run.events("saved") > saved, "state that is saved")
+    # Slurm would notice seconds later than the other rank does.
+    a_run.cluster.kill_processes("node2")
+    a_run.wait_for(lambda: a_run.state.state == "PENDING", "requeue")
+    assert a_run.state.restarts == 2
+    assert "cl-dist: error: rank 0 lost another rank, which has ended or is out of reach, while training" in a_run.log()
+    assert "Traceback" not in a_run.log()
+    a_run.cluster.ask("scancel", a_run.job)
+    a_run.wait_for_end("CANCELLED")
+    a_run.submit("--nodes", "1", "--ranks-per-node", "2", "--resume")
+    a_run.cluster.restart_node("node2")
+    a_run.wait_for_end()
+    assert_weights(a_run.run, undisturbed)
+
+
+def urgent_job(cluster: Cluster) -> Callable[[], bool]:
+    """Submit a job that needs all CPUs, to the partition that preempts; returns whether it has run."""
+    command = ("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null")
+    number = cluster.ask(*command, "--wrap=sleep 1").strip()
+    return lambda: number in cluster.ask("squeue", "--noheader", "--states=COMPLETED", "--jobs", number, "--format=%i")
 
 
 def test_without_a_node_that_died_it_goes_on_alone(a_run: Run, undisturbed: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,238 @@
+"""The batch script by itself, with commands in Slurm's place that do as a test says; tests/slurm has a real Slurm."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cl_dist.launch.slurm import SlurmJob
+
+PYTHON = "echo 20000"
+"""In the interpreter's place: the search for a port."""
+SAVES = 'sleep 0.1; echo \'  "status": "interrupted",\' >m; mv m manifest.json'
+ASKS = "trap '' USR1; kill -USR1 $PPID; sleep 0.3"
+PATIENT, HASTY = "attempts=16 pause=15\n", "attempts=3 pause=0.05\n"
+
+
+class Commands:
+    """Runs a job's script in `folder`, which is its run folder too; what is called notes it in `calls`.
+
+    `srun` and so on: bash, run in place of that command; `$n` is how often it was called before.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "bin").mkdir()
+        self.set(python=PYTHON, srun="exit 75", squeue="echo RUNNING None", scontrol="")
+
+    def set(self, **commands: str) -> None:
+        for name, text in commands.items():
+            path = self.folder / "bin" / name
+            path.write_text(f'#!/bin/bash\nn=$(grep -c "^{name} " calls)\necho "{name} $*" >>calls\n{text}\n')
+            path.chmod(0o755)
+
+    def start(self, change: Callable[[str], str] = str, **values: Any) -> subprocess.Popen[str]:
+        """Start the script; `values` are the job's and, in capitals, the environment's."""
+        (self.folder / "calls").touch()
+        environment = {name: values.pop(name) for name in list(values) if name.isupper()}
+        place = {"run_folder": str(self.folder), "working_folder": str(self.folder)}
+        job = SlurmJob(
+            name="j", python=str(self.folder / "bin" / "python"), **{"arguments": ("run",), **place, **values}
+        )
+        script = job.script()
+        assert PATIENT in script
+        path = self.folder / "job.sh"
+        path.write_text(change(script.replace(PATIENT, HASTY)))
+        slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_ON_NODE": "2"}
+        return subprocess.Popen(
+            ["bash", path],
+            env={**slurm, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", **environment},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.folder,
+        )  # fmt: skip
+
+    def run(self, change: Callable[[str], str] = str, **values: Any) -> tuple[int, str]:
+        """Exit code, and what the script has said after its first line."""
+        process = self.start(change, **values)
+        output = process.communicate(timeout=30)[0]
+        return process.returncode, output.partition("\n")[2]
+
+    def calls(self, name: str) -> list[str]:
+        lines = (self.folder / "calls").read_text().splitlines()
+        return [line for line in lines if line.split()[0] == name]
+
+    def wait_for_call(self, name: str) -> None:
+        deadline = time.monotonic() + 20
+        while not self.calls(name):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Commands:
+    return Commands(tmp_path)
+
+
+SAVED = "cl-dist: stopped with its state saved; restart 1 of at most 20 follows\n"
+UNSAVED = "cl-dist: asked to stop, and ended before it could save (exit code 138); restart 1 of at most 20 follows\n"
+
+
+def test_a_stopped_job_is_requeued_once(commands: Commands) -> None:
+    assert commands.run() == (0, SAVED)
+    assert commands.calls("scontrol") == ["scontrol requeue 17"]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 130])
+def test_a_job_that_ended_by_itself_is_not(commands: Commands, code: int) -> None:
+    commands.set(srun=f"exit {code}")
+    assert commands.run() == (code, "")
+    assert commands.calls("squeue") == commands.calls("scontrol") == []
+
+
+@pytest.mark.parametrize("state", ["CANCELLED None", "PENDING BeginTime", "COMPLETING None", ""])
+def test_neither_one_that_slurm_ends_already(commands: Commands, state: str) -> None:
+    commands.set(squeue=f"echo {state}")
+    assert commands.run() == (75, "")
+    assert commands.calls("scontrol") == []
+
+
+class TestAFreshRun:
+    """In a folder that holds an old one."""
+
+    def test_is_asked_for_at_the_first_start_alone(self, commands: Commands) -> None:
+        (commands.folder / "manifest.json").touch()
+        commands.set(srun="mv manifest.json old; exit 75")
+        assert commands.run(fresh=True) == (0, SAVED)
+        commands.run(fresh=True, SLURM_RESTART_COUNT="1")
+        (commands.folder / "manifest.json").touch()
+        commands.run(fresh=True, SLURM_RESTART_COUNT="2")
+        last_words = [call.rpartition("cl_dist ")[2] for call in commands.calls("srun")]
+        assert last_words == ["run --fresh", "run", "run --resume"]
+
+    def test_never_goes_on_with_the_old_one(self, commands: Commands) -> None:
+        (commands.folder / "manifest.json").touch()
+        commands.set(srun=f"{ASKS}; exit 138")
+        code, said = commands.run(fresh=True)
+        assert code == 138
+        assert said.endswith("not restarted: the old run was not put aside yet; submit the script again\n")
+
+
+class TestAControllerThatDoesNotAnswer:
+    def test_is_asked_again(self, commands: Commands) -> None:
+        commands.set(squeue="((n < 2)) && exit 1; echo RUNNING None", scontrol="((n < 2)) && exit 1; exit 0")
+        assert commands.run() == (0, SAVED)
+        assert (len(commands.calls("squeue")), len(commands.calls("scontrol"))) == (3, 3)
+
+    def test_is_told_to_requeue_all_the_same(self, commands: Commands) -> None:
+        commands.set(squeue="exit 1")
+        assert commands.run() == (0, SAVED)
+        assert len(commands.calls("scontrol")) == 1
+
+    def test_is_given_up_with_its_own_words(self, commands: Commands) -> None:
+        commands.set(scontrol="echo slurm_requeue error: Unable to contact slurm controller >&2; exit 1")
+        code, said = commands.run()
+        assert code == 75
+        assert said == SAVED + (
+            "cl-dist: error: Slurm does not requeue this job: slurm_requeue error: Unable to contact slurm "
+            "controller; submit the run again with --resume\n"
+        )
+        assert len(commands.calls("scontrol")) == 3
+
+    def test_is_not_asked_again_where_it_refuses(self, commands: Commands) -> None:
+        commands.set(scontrol="echo Requested operation is presently disabled >&2; exit 1")
+        assert commands.run()[0] == 75
+        assert len(commands.calls("scontrol")) == 1
+
+
+class TestASignal:
+    def test_while_a_port_is_looked_for(self, commands: Commands) -> None:
+        commands.set(python="kill -USR1 $PPID; sleep 0.2; echo 20000")
+        assert commands.run() == (0, UNSAVED)
+        assert commands.calls("srun") == []
+
+    def test_that_ends_the_search_for_a_port(self, commands: Commands) -> None:
+        commands.set(python="kill -TERM $PPID; exit 143", squeue="echo CANCELLED None")
+        assert commands.run() == (138, "")
+
+    def test_before_it_is_known_whom_to_pass_it_on_to(self, commands: Commands) -> None:
+        commands.set(srun="trap 'touch heard; exit 75' USR1; touch listening; for _ in {1..100}; do sleep 0.1; done")
+        early = "until [[ -e listening ]]; do sleep 0.01; done; kill -USR1 $$\n    ranks=$!\n"
+        assert commands.run(lambda script: script.replace("    ranks=$!\n", early)) == (0, SAVED)
+        assert (commands.folder / "heard").exists()
+
+    def test_while_the_ranks_work(self, commands: Commands) -> None:
+        commands.set(srun="trap 'exit 75' USR1; touch listening; for _ in {1..100}; do sleep 0.1; done")
+        process = commands.start()
+        while not (commands.folder / "listening").exists():
+            time.sleep(0.01)
+        process.send_signal(10)
+        assert process.communicate(timeout=30)[0].endswith(SAVED)
+
+
+SAVED_EVENT = """echo '{"event": "saved", "task": "a"}' >>log.jsonl"""
+NOTHING = "and not restarted: nothing was saved since it started; submit the run again with --resume\n"
+
+
+@pytest.mark.parametrize("code", [76, 134, 137, 143])
+class TestALostRank:
+    def test_is_worth_a_restart_where_the_run_got_further(self, commands: Commands, code: int) -> None:
+        commands.set(srun=f"{SAVED_EVENT}; exit {code}")
+        lost = f"cl-dist: lost a rank (exit code {code}), and had saved its state since it started"
+        assert commands.run() == (0, f"{lost}; restart 1 of at most 20 follows\n")
+
+    def test_is_not_where_it_did_not(self, commands: Commands, code: int) -> None:
+        (commands.folder / "log.jsonl").write_text('{"event": "saved", "task": "a"}\n')
+        commands.set(srun=f"""echo '{{"event": "step"}}' >>log.jsonl; exit {code}""")
+        assert commands.run() == (code, f"cl-dist: error: lost a rank (exit code {code}), {NOTHING}")
+        assert commands.calls("scontrol") == []
+
+    def test_is_bounded(self, commands: Commands, code: int) -> None:
+        commands.set(srun=f"{SAVED_EVENT}; exit {code}")
+        ended, said = commands.run(max_restarts=3, SLURM_RESTART_COUNT="3")
+        assert ended == code
+        assert "not restarted: --max-restarts is 3" in said
+
+
+def test_an_error_is_no_lost_rank(commands: Commands) -> None:
+    commands.set(srun=f"{SAVED_EVENT}; exit 1")
+    assert commands.run() == (1, "")
+
+
+class TestRanksThatTakeTooLongToEnd:
+    def test_have_saved_where_the_manifest_says_so(self, commands: Commands) -> None:
+        commands.set(srun=f"{SAVES}; exit 137")
+        assert commands.run() == (0, SAVED)
+
+    def test_are_asked_as_they_end(self, commands: Commands) -> None:
+        commands.set(srun="kill -USR1 $PPID; exit 137")  # whose exit code bash may lose
+        code, said = commands.run()
+        assert (code, said.partition(" (")[0]) == (0, UNSAVED.partition(" (")[0])
+
+    @pytest.mark.parametrize(("ending", "code"), [("exit 1", 1), (f"{ASKS}; exit 138", 138)])
+    def test_have_not_where_that_is_of_an_earlier_start(self, commands: Commands, ending: str, code: int) -> None:
+        (commands.folder / "manifest.json").write_text('"status": "interrupted"')
+        commands.set(srun=ending)
+        assert commands.run() == ((0, UNSAVED) if code == 138 else (code, ""))
+
+    def test_have_not_where_it_says_something_else(self, commands: Commands) -> None:
+        commands.set(srun='echo \'"status": "failed"\' >m; mv m manifest.json; exit 1')
+        assert commands.run() == (1, "")
+
+    def test_are_not_said_to_have_saved_where_no_restart_is_left(self, commands: Commands) -> None:
+        commands.set(srun=f"{ASKS}; exit 137")
+        code, said = commands.run(max_restarts=0)
+        assert code == 137
+        assert said.startswith("cl-dist: error: asked to stop, and ended before it could save (exit code 137), and not")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "ranks", "expected"), [("72(x2),36", 4, 9), ("8", 4, 2), ("36,72(x2)", 1, 36), ("1", 2, 1), (None, 2, 1)]
+)
+def test_cpus_are_those_of_the_smallest_node(commands: Commands, cpus: str | None, ranks: int, expected: int) -> None:
+    slurm = {} if cpus is None else {"SLURM_JOB_CPUS_PER_NODE": cpus}
+    commands.run(ranks_per_node=ranks, **slurm)
+    assert f"--cpus-per-task={expected} " in commands.calls("srun")[0]
