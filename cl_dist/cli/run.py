@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,8 @@ def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: b
         output_dir = Path(recipe.output_dir)
         ranks = find_ranks(os.environ)
         world_size = recipe.launch.processes if ranks is None else ranks.world_size
-        preflight(output_dir, recipe, resume=resume, fresh=fresh, world_size=world_size)
+        tell = partial(print, file=sys.stderr, flush=True)
+        preflight(output_dir, recipe, resume=resume, fresh=fresh, world_size=world_size, tell=tell)
         if fresh:
             set_aside(output_dir)
 

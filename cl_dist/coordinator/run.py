@@ -59,7 +59,7 @@ def run(
     with ExitStack() as stack:
         if rank == 0:
             folder.path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(RunLock(folder.lock))
+            stack.enter_context(RunLock(folder.lock, reporter.message))
             folder.recover()
             Watchdog.prepare(folder.logs)
         torch.distributed.barrier()
