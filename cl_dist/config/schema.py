@@ -281,10 +281,10 @@ class LaunchConfig:
     used."""
     timeout_seconds: Positive = 1800.0
     """A collective operation that takes longer than this ends the run."""
-    hang_seconds: Positive | None = 1800.0
+    hang_seconds: Positive | None = 1200.0
     """A job none of whose ranks gets anything done for so long (a micro-batch, an evaluation batch, a file, a part of
-    loading) is ended, with every rank's stacks in the run folder; null: never. Longer than the longest of these; not
-    longer than timeout_seconds, whose end of a run says less."""
+    loading) is ended, with every rank's stacks in the run folder; null: never. Longer than the longest of these;
+    well below timeout_seconds, which would end the run first and says less (with NCCL, no more than SIGABRT)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from cl_dist.heartbeat import opaque
 from cl_dist.state.atomic import sync, telling_full_disk
 from cl_dist.state.integrity import (
     CheckpointDamaged,
@@ -88,7 +89,8 @@ def write_spans(folder: Path, rank: int, spans: Mapping[str, Mapping[str, Span]]
             entries.append(asdict(stored))
     path = folder / f"{_stem(rank)}.safetensors"
     with telling_full_disk(path):
-        save_file(tensors, path)
+        with opaque():
+            save_file(tensors, path)
         sync(path)
     index = {"format": FORMAT_VERSION, "bytes": path.stat().st_size, "sha256": file_sha256(path), "spans": entries}
     write_sealed(path.with_suffix(".json"), index)
