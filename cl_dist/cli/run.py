@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.cli.failures import end_now
-from cl_dist.cli.ranks import run_on_ranks, told_once_per_machine
+from cl_dist.cli.ranks import run_on_ranks, told_by_first_rank, told_once_per_machine
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.launch.environment import find_ranks
@@ -78,4 +78,12 @@ def _train(recipe: Recipe, recipe_dir: Path, resume: bool, reporter: Reporter) -
     from cl_dist.coordinator import run
 
     time_left = TimeLeft(os.environ)
-    run(recipe, recipe_dir, resume=resume, reporter=reporter, end=end_now, seconds_left=time_left)
+    run(
+        recipe,
+        recipe_dir,
+        resume=resume,
+        reporter=reporter,
+        end=end_now,
+        seconds_left=time_left,
+        told_once=told_by_first_rank,
+    )
