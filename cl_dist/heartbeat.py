@@ -7,6 +7,8 @@ than a microsecond.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 
@@ -20,7 +22,7 @@ class Beat(NamedTuple):
     phase: str
     """What the process is doing, to be read after "while": "training task a, step 3"."""
     opaque: bool
-    """Whether a library is at work that makes no marks: any use of the processor counts as progress then."""
+    """Whether a library is at work that makes no marks: its use of the processor counts as progress then."""
 
 
 _last = Beat(0, time.monotonic(), "starting", opaque=False)
@@ -37,6 +39,17 @@ def beat(phase: str | None = None, opaque: bool = False) -> None:
     if phase is None:
         phase, opaque = _last.phase, _last.opaque
     _last = Beat(_last.number + 1, time.monotonic(), phase, opaque)
+
+
+@contextmanager
+def opaque() -> Iterator[None]:
+    """Around what a library does without a mark, inside a phase that makes marks otherwise."""
+    before = _last
+    beat(before.phase, opaque=True)
+    try:
+        yield
+    finally:
+        beat(before.phase, opaque=before.opaque)
 
 
 def last_beat() -> Beat:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -163,7 +164,7 @@ def _commands(cells: Sequence[Cell], recipe: str) -> Iterator[str]:
 
 def _run(sweep: SweepFolder, grid: Grid, refresh: partial[None], arguments: Namespace) -> None:
     _keep_base(sweep, grid)
-    with RunLock(sweep.lock):
+    with RunLock(sweep.lock, partial(print, file=sys.stderr, flush=True)):
         print("\n".join(_listing(sweep, grid.cells)), flush=True)
         refresh()
         failures = CellRunner(sweep, refresh, ["--debug"] * arguments.debug).run(grid.cells, arguments.stop_on_failure)

@@ -16,7 +16,7 @@ from cl_dist.config.fields import method_classes
 from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes
 from cl_dist.errors import BadInput
 from cl_dist.progress import format_matrix, format_summary
-from cl_dist.state.lock import refuse_if_locked
+from cl_dist.state.lock import InUse, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
 from cl_dist.tasks.orders import resolve_order
@@ -87,7 +87,7 @@ def _progress_lines(manifest: Manifest, running: bool) -> Iterator[str]:
 def _is_running(folder: RunFolder) -> bool:
     try:
         refuse_if_locked(folder.lock)
-    except BadInput:
+    except InUse:
         return True
     return False
 

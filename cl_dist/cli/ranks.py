@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from cl_dist.cli.failures import SIGNALLED, tell
-from cl_dist.errors import BadInput, Interrupted
+from cl_dist.errors import BadInput, ClDistError, Interrupted
 from cl_dist.launch.child import is_launched
 from cl_dist.launch.environment import Ranks, export_ranks, find_ranks
 from cl_dist.launch.local import launch
@@ -55,6 +55,18 @@ def told_once_per_machine() -> Iterator[None]:
         ranks = find_ranks(os.environ)
         if ranks is not None and ranks.local_rank > 0 and not is_launched(os.environ):
             raise BadInput("") from error  # an empty message is not printed
+        raise
+
+
+@contextmanager
+def told_by_first_rank() -> Iterator[None]:
+    """Around what fails on all ranks alike: only rank 0 says it, where our launcher does not print one for all."""
+    try:
+        yield
+    except ClDistError as error:
+        ranks = find_ranks(os.environ)
+        if ranks is not None and ranks.rank > 0 and not is_launched(os.environ):
+            error.args = ("",)  # an empty message is not printed
         raise
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cl_dist.cli.failures import end_now
-from cl_dist.cli.ranks import run_on_ranks, told_once_per_machine
+from cl_dist.cli.ranks import run_on_ranks, told_by_first_rank, told_once_per_machine
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.launch.environment import find_ranks
@@ -67,7 +68,8 @@ def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: b
         output_dir = Path(recipe.output_dir)
         ranks = find_ranks(os.environ)
         world_size = recipe.launch.processes if ranks is None else ranks.world_size
-        preflight(output_dir, recipe, resume=resume, fresh=fresh, world_size=world_size)
+        tell = partial(print, file=sys.stderr, flush=True)
+        preflight(output_dir, recipe, resume=resume, fresh=fresh, world_size=world_size, tell=tell)
         if fresh:
             set_aside(output_dir)
 
@@ -76,4 +78,12 @@ def _train(recipe: Recipe, recipe_dir: Path, resume: bool, reporter: Reporter) -
     from cl_dist.coordinator import run
 
     time_left = TimeLeft(os.environ)
-    run(recipe, recipe_dir, resume=resume, reporter=reporter, end=end_now, seconds_left=time_left)
+    run(
+        recipe,
+        recipe_dir,
+        resume=resume,
+        reporter=reporter,
+        end=end_now,
+        seconds_left=time_left,
+        told_once=told_by_first_rank,
+    )

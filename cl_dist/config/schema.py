@@ -284,11 +284,12 @@ class LaunchConfig:
     """Ranks to start on this machine. Under torchrun, deepspeed, mpirun or srun the ranks that they started are
     used."""
     timeout_seconds: Positive = 1800.0
-    """A collective operation that takes longer than this ends the run."""
-    hang_seconds: Positive | None = 1800.0
+    """A collective operation that takes longer than this ends the run. Set it longer than the longest work of one rank
+    that the others wait for: rank 0 writing the exported model, a rank writing its part of a state."""
+    hang_seconds: Positive | None = 1200.0
     """A job none of whose ranks gets anything done for so long (a micro-batch, an evaluation batch, a file, a part of
-    loading) is ended, with every rank's stacks in the run folder; null: never. Longer than the longest of these; not
-    longer than timeout_seconds, whose end of a run says less."""
+    loading) is ended, with every rank's stacks in the run folder; null: never. Longer than the longest of these;
+    well below timeout_seconds, which would end the run first and says less (with NCCL, no more than SIGABRT)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

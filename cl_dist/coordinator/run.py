@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from cl_dist.assembly import System, build_system
 from cl_dist.config.schema import Recipe
@@ -18,7 +16,8 @@ from cl_dist.engine.broken import telling_broken_collectives
 from cl_dist.engine.deadline import Deadline, SecondsLeft, no_limit
 from cl_dist.engine.distributed import join
 from cl_dist.engine.quiet import quiet_libraries
-from cl_dist.errors import Interrupted
+from cl_dist.errors import BadInput, Interrupted
+from cl_dist.heartbeat import beat
 from cl_dist.models.dropout import has_dropout
 from cl_dist.progress import Reporter
 from cl_dist.state.elastic import Resumption, resumption, segment, with_segments
@@ -26,6 +25,7 @@ from cl_dist.state.ledger import Ledger
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.state.together import by_first, together
 from cl_dist.watchdog import End, Watchdog
 
 
@@ -37,6 +37,7 @@ def run(
     reporter: Reporter,
     end: End,
     seconds_left: SecondsLeft = no_limit,
+    told_once: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Any]:
     """Train the recipe's stream on this rank together with the others, and return the content of metrics.json.
 
@@ -47,6 +48,7 @@ def run(
         reporter: Where progress is told.
         end: Ends this process at once, from another thread, where the job hangs.
         seconds_left: How long the job may still run, asked on rank 0; None: for ever.
+        told_once: Around what rank 0 does for all: where it fails, all ranks raise the same, and one is to say so.
 
     Raises:
         BadInput: The recipe, its data or its model is not usable, or another run holds the folder.
@@ -58,15 +60,14 @@ def run(
     quiet_libraries(rank)
     folder = RunFolder(Path(recipe.output_dir))
     with ExitStack() as stack:
-        if rank == 0:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(RunLock(folder.lock))
-            folder.recover()
-            Watchdog.prepare(folder.logs)
-        torch.distributed.barrier()
+        timeout = recipe.launch.timeout_seconds
+        with telling_broken_collectives(rank, timeout, lambda reason, _: reason), told_once():
+            beat("taking the run folder")
+            together(lambda: _claim(folder, stack, reporter) if rank == 0 else None)
         watchdog = stack.enter_context(Watchdog(folder.logs, rank, world, recipe.launch.hang_seconds, end))
-        stack.enter_context(telling_broken_collectives(rank, recipe.launch.timeout_seconds, watchdog.give_up))
-        manifest, resumed = _starting_point(folder, recipe, world, resume)
+        stack.enter_context(telling_broken_collectives(rank, timeout, watchdog.give_up))
+        with told_once():
+            manifest, resumed = by_first(lambda: _starting_point(folder, recipe, world, resume))
         ledger = Ledger(folder, manifest, writer=rank == 0)
         if manifest.status == "finished":
             reporter.message("this run is finished already; nothing is left to do")
@@ -78,8 +79,19 @@ def run(
             return Coordinator(system, ledger, reporter, deadline).run()
 
 
+def _claim(folder: RunFolder, stack: ExitStack, reporter: Reporter) -> None:
+    """Make the run folder this job's until `stack` ends; one rank does it."""
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(RunLock(folder.lock, reporter.message))
+        folder.recover()
+        Watchdog.prepare(folder.logs)
+    except OSError as error:
+        raise BadInput(f"the run folder {folder.path} cannot be used: {error}") from error
+
+
 def _starting_point(folder: RunFolder, recipe: Recipe, world: int, resume: bool) -> tuple[Manifest, Resumption]:
-    """Read or make the manifest on every rank, before rank 0 changes it; and the recipe as these ranks run it."""
+    """Read or make the manifest, and the recipe as these ranks run it; one rank does it."""
     resumed = Resumption(recipe, note=None, new_split=False)
     if resume and folder.manifest.exists():
         manifest = Manifest.read(folder.manifest)
@@ -90,7 +102,6 @@ def _starting_point(folder: RunFolder, recipe: Recipe, world: int, resume: bool)
         names = tuple(task.name for task in recipe.stream.tasks)
         first = segment(recipe, world)
         manifest = Manifest(tasks=names, world_size=world, zero_stage=recipe.zero.stage, segments=(first,))
-    torch.distributed.barrier()
     if not resume or manifest.status == "finished":
         return manifest, resumed
     manifest = dataclasses.replace(manifest, status="running", restarts=manifest.restarts + 1)

@@ -23,7 +23,7 @@ from cl_dist.engine.stop import StopRequest
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import Interrupted
 from cl_dist.evaluation.metrics import UNTOUCHED
-from cl_dist.heartbeat import beat
+from cl_dist.heartbeat import beat, opaque
 from cl_dist.methods.base import TaskPlace
 from cl_dist.models.export import export_model
 from cl_dist.models.lora import in_adapter
@@ -216,10 +216,10 @@ class Coordinator:
     def _export(self, path: Path) -> None:
         """Write the model, or its adapter, in Hugging Face format."""
         model = self.system.engine.model
-        beat("writing the model", opaque=True)
+        beat("writing the model")
         weights = gather_state_dict(model, wanted=in_adapter if self.recipe.model.lora is not None else None)
         if self.ledger.writer:
-            with publishing(path) as temporary:
+            with publishing(path) as temporary, opaque():
                 export_model(model, self.system.loaded.tokenizer, temporary, weights)  # type: ignore[arg-type]
 
     def _write_results(self, folder: Path) -> None:

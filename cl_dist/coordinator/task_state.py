@@ -106,7 +106,7 @@ class TaskState:
     def save(self, path: Path, place: TaskPlace, spent: Spent, *, trained: bool) -> None:
         """Save the state of all ranks, then let the manifest name it, then forget those that are too old."""
         began = time.monotonic()
-        beat(f"saving the state of task {place.name}", opaque=True)
+        beat(f"saving the state of task {place.name}")
         self._engine.before_save()
         state = {"trained": trained, "spent": dataclasses.asdict(spent), "methods": self._engine.method_states()}
         moments = not trained or self._recipe.train.keep_optimizer

@@ -12,8 +12,9 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,22 @@ def _replaced(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.replaced")
 
 
+def _discard(folder: Path) -> None:
+    """Free a folder's name, and delete as much of it as the system allows; `recover` deletes the rest another time.
+
+    On NFS a file that somebody still reads stays behind as `.nfs…`, and with it the folder. Nothing depends on its
+    being deleted, but on its name: raises OSError where that cannot be freed.
+    """
+    name = f".{folder.name.removeprefix('.')}.tmp-discarded-{os.getpid()}-{time.monotonic_ns()}"
+    discarded = folder.rename(folder.with_name(name))
+    shutil.rmtree(discarded, ignore_errors=True)
+
+
 def stage(folder: Path) -> Path:
     """Make an empty staging folder for `folder` and return it (one rank does this before all of them write there)."""
     temporary = staging(folder)
     if temporary.exists():
-        shutil.rmtree(temporary)
+        _discard(temporary)
     with telling_full_disk(folder):
         temporary.mkdir(parents=True)
     return temporary
@@ -135,12 +147,15 @@ def publish(folder: Path) -> None:
     temporary, replaced = staging(folder), _replaced(folder)
     with telling_full_disk(folder):
         _sync_tree(temporary)
+        if replaced.exists():  # it could not be discarded the last time
+            _discard(replaced)
         if folder.exists():
             os.rename(folder, replaced)
         os.rename(temporary, folder)
         sync(folder.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        with suppress(OSError):  # the new version is in its place
+            _discard(replaced)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -167,16 +182,18 @@ def publishing(folder: Path) -> Iterator[Path]:
 def recover(root: Path) -> None:
     """Undo what killed writes left anywhere below `root`: finish or revert swaps, delete temporary files and folders.
 
+    What cannot be deleted now (a file that somebody reads on NFS) stays for the next time; nothing depends on it.
     Only for the holder of the run's lock: another writer's unfinished files would go too.
     """
     for replaced in list(root.rglob(".*.replaced")):
         folder = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
         if folder.exists():
-            shutil.rmtree(replaced)
+            _discard(replaced)
         else:
             os.rename(replaced, folder)
     for leftover in list(root.rglob(".*.tmp-*")):
         if leftover.is_dir():
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         else:
-            leftover.unlink(missing_ok=True)
+            with suppress(OSError):
+                leftover.unlink()

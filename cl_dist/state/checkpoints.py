@@ -47,7 +47,8 @@ class Checkpoints:
         """Load the newest state that is intact; None where the manifest names none, or only damaged ones.
 
         Args:
-            load: Loads a folder; raises `CheckpointDamaged` on all ranks alike, with nothing changed.
+            load: Loads a folder; raises `CheckpointDamaged` on all ranks alike, with nothing changed. Whatever else it
+                raises goes through: a state that cannot be read today is not given up.
         """
         for entry in reversed(self._ledger.manifest.checkpoints):
             try:

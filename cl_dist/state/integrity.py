@@ -1,21 +1,67 @@
-"""Checksums: damage to stored state is recognised and named, never trained on."""
+"""Checksums: damage to stored state is recognised and named, never trained on.
+
+What cannot be read is not damaged: a file server that answers with an error today may answer with the file tomorrow.
+Only a file that is missing, or is not what was written, may be given up for an older one.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cl_dist.errors import ClDistError
 from cl_dist.heartbeat import beat
 from cl_dist.state.atomic import write_json
 
 _CHUNK_BYTES = 1 << 20
+_PAUSES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds before each further try to read what the system could not: a file handle that went stale, a busy server."""
+
+Result = TypeVar("Result")
 
 
 class CheckpointDamaged(ClDistError):
     """Stored state is incomplete or its bytes are not those that were written; the message names the file."""
+
+
+class StateUnusable(ClDistError):
+    """Stored state that may be whole, but that this process cannot read or understand; nothing may be deleted."""
+
+
+def patiently(path: Path, read: Callable[[], Result]) -> Result:
+    """Return what `read` returns; where the system fails to read `path`, try again for some seconds.
+
+    Raises `CheckpointDamaged` where the file is missing, `StateUnusable` where the system goes on failing.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return read()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointDamaged(f"{path} is missing") from error
+        except OSError as error:
+            if pause is None:
+                raise StateUnusable(_unreadable(path, error)) from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    """The sentence for a file that the system does not give."""
+    reason = error.strerror or " ".join(str(error).split())
+    return f"{path} cannot be read: {reason}; nothing was deleted, and --resume tries again"
+
+
+def require_format(path: Path, found: Any, known: int) -> None:
+    """Raise `StateUnusable` where a state has another format than this release reads: it is whole, but not for us."""
+    if found != known:
+        raise StateUnusable(
+            f"{path} has format {found}, of another release of cl_dist; this one reads {known}; nothing was deleted, "
+            "and --resume goes on with the release that wrote it"
+        )
 
 
 def file_sha256(path: Path) -> str:
@@ -40,13 +86,15 @@ def write_sealed(path: Path, content: Any) -> None:
 
 
 def read_sealed(path: Path) -> Any:
-    """Read what `write_sealed` wrote; `CheckpointDamaged` where the file is missing or was changed."""
+    """Read what `write_sealed` wrote.
+
+    Raises `CheckpointDamaged` where the file is missing or was changed, `StateUnusable` where it cannot be read.
+    """
+    text = patiently(path, path.read_bytes)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(text.decode("utf-8"))
         content, expected = document["content"], document["sha256"]
-    except FileNotFoundError as error:
-        raise CheckpointDamaged(f"{path} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{path} is damaged: {error}") from error
     if _content_sha256(content) != expected:
         raise CheckpointDamaged(f"{path} is damaged: its content does not match its checksum")

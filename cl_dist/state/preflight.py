@@ -13,7 +13,7 @@ from typing import Any
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
 from cl_dist.state.elastic import resumption, with_segments
-from cl_dist.state.lock import RunLock, refuse_if_locked
+from cl_dist.state.lock import RunLock, Tell, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
 from cl_dist.state.stored_recipe import as_plain, stored_recipe
@@ -36,11 +36,20 @@ the product of micro_batch_size, gradient_accumulation and ranks)."""
 _SHOWN_DIFFERENCES = 8
 
 
-def preflight(output_dir: Path, recipe: Recipe, *, resume: bool, fresh: bool, world_size: int | None = None) -> None:
+def preflight(
+    output_dir: Path,
+    recipe: Recipe,
+    *,
+    resume: bool,
+    fresh: bool,
+    world_size: int | None = None,
+    tell: Tell | None = None,
+) -> None:
     """Raise `BadInput` unless `recipe` may run in `output_dir`; makes the folder and its parents where need be.
 
     resume: go on with the run in the folder. fresh: start anew, the old run is put aside afterwards (`set_aside`).
-    world_size: how many ranks there are going to be, where that is known.
+    world_size: how many ranks there are going to be, where that is known. tell: says that a requeued
+    job waits for the lock of the one before (see `RunLock`).
     """
     if resume and fresh:
         raise BadInput("--resume and --fresh exclude each other: go on with the old run, or put it aside")
@@ -50,7 +59,7 @@ def preflight(output_dir: Path, recipe: Recipe, *, resume: bool, fresh: bool, wo
     _require_folder(output_dir)
     _require_writable(output_dir)
     _require_run_or_empty(folder)
-    refuse_if_locked(folder.lock)
+    refuse_if_locked(folder.lock, tell)
     if resume:
         _require_resumable(folder, recipe, world_size)
     elif folder.manifest.exists() and not fresh:

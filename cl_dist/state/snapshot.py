@@ -18,7 +18,7 @@ from cl_dist.errors import ClDistError
 from cl_dist.heartbeat import beat
 from cl_dist.sharding import Shard, ShardView
 from cl_dist.state import atomic
-from cl_dist.state.integrity import CheckpointDamaged, read_sealed, write_sealed
+from cl_dist.state.integrity import CheckpointDamaged, StateUnusable, read_sealed, require_format, write_sealed
 from cl_dist.state.spans import Span, SpanReader, write_spans
 from cl_dist.state.together import together
 
@@ -95,18 +95,34 @@ def load_snapshot(
 
     Raises:
         CheckpointDamaged: A file is missing or not what was written.
+        StateUnusable: A file cannot be read now, or is another release's; where that shows only while the tensors are
+            filled, this process must end.
     """
     state, reader = together(lambda: _checked(folder, shards, extra or {}))
     if state["moments"]:
         shards.allocate_moments(state["optimizer_step"])
     else:
         shards.reset_optimizer()
-    for quantity, held in {**_quantities(shards, state["moments"]), **(extra or {})}.items():
-        for name, shard in held.items():
-            shard.data.copy_(reader.read(quantity, name, shard.start, shard.stop))
-            beat()
+    held = {**_quantities(shards, state["moments"]), **(extra or {})}
+    together(lambda: _fill(reader, held))
     shards.publish()
     return state
+
+
+def _fill(reader: SpanReader, held: Mapping[str, Mapping[str, Shard]]) -> None:
+    """Read this rank's tensors.
+
+    What was whole a moment ago and is not now is no damage that may be gone round: weights are half filled by then.
+    """
+    try:
+        for quantity, shards in held.items():
+            for name, shard in shards.items():
+                shard.data.copy_(reader.read(quantity, name, shard.start, shard.stop))
+                beat()
+    except CheckpointDamaged as error:
+        raise StateUnusable(
+            f"{error}; it was whole when it was checked: nothing was deleted, --resume tries again"
+        ) from error
 
 
 def _checked(
@@ -114,8 +130,7 @@ def _checked(
 ) -> tuple[dict[str, Any], SpanReader]:
     """Read what is not a tensor, and make sure that the tensors are whole and all there for this rank."""
     state = read_sealed(folder / "state.json")
-    if state["format"] != FORMAT_VERSION:
-        raise CheckpointDamaged(f"{folder} has format {state['format']}; this release reads {FORMAT_VERSION}")
+    require_format(folder, state["format"], FORMAT_VERSION)
     reader = SpanReader(folder, state["writers"])
     reader.verify(torch.distributed.get_rank(), torch.distributed.get_world_size())
     for quantity, held in {**_quantities(shards, state["moments"]), **extra}.items():

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from cl_dist.heartbeat import opaque
 from cl_dist.state.atomic import sync, telling_full_disk
-from cl_dist.state.integrity import CheckpointDamaged, file_sha256, read_sealed, write_sealed
+from cl_dist.state.integrity import (
+    CheckpointDamaged,
+    file_sha256,
+    patiently,
+    read_sealed,
+    require_format,
+    write_sealed,
+)
 
 FORMAT_VERSION = 1
 
@@ -80,7 +89,8 @@ def write_spans(folder: Path, rank: int, spans: Mapping[str, Mapping[str, Span]]
             entries.append(asdict(stored))
     path = folder / f"{_stem(rank)}.safetensors"
     with telling_full_disk(path):
-        save_file(tensors, path)
+        with opaque():
+            save_file(tensors, path)
         sync(path)
     index = {"format": FORMAT_VERSION, "bytes": path.stat().st_size, "sha256": file_sha256(path), "spans": entries}
     write_sealed(path.with_suffix(".json"), index)
@@ -92,17 +102,26 @@ def _stem(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
+def _opened(path: Path) -> Any:
+    """A tensor file, open; opened by Python first, because safetensors calls every failure to open a missing file."""
+    with path.open("rb"):
+        return safe_open(path, framework="pt")
+
+
 class SpanReader:
     """Reads any span of what all ranks wrote into a folder, and only the bytes that it needs."""
 
     def __init__(self, folder: Path, ranks: int | None = None) -> None:
         """Read the indexes of all ranks; `ranks`, where known, is how many must be there.
 
-        Raises `CheckpointDamaged` where a file is missing, has another size than was written, or an index is damaged.
+        Raises `CheckpointDamaged` where a file is missing, has another size than was written, or an index is damaged;
+        `StateUnusable` where one cannot be read or another release wrote it.
         """
         self.folder = folder
-        found = sorted(folder.glob("rank-*.json"))
-        stems = [path.stem for path in found] if ranks is None else [_stem(rank) for rank in range(ranks)]
+        if ranks is None:
+            stems = sorted(path.stem for path in folder.glob("rank-*.json"))
+        else:
+            stems = [_stem(rank) for rank in range(ranks)]
         if not stems:
             raise CheckpointDamaged(f"{folder} holds no rank-*.json: it is no stored state, or an incomplete one")
         self._sha256: dict[Path, str] = {}
@@ -114,12 +133,9 @@ class SpanReader:
     def _add_index(self, path: Path) -> None:
         """Take one rank's index in."""
         index = read_sealed(path)
-        if index["format"] != FORMAT_VERSION:
-            raise CheckpointDamaged(f"{path} has format {index['format']}; this version reads {FORMAT_VERSION}")
+        require_format(path, index["format"], FORMAT_VERSION)
         tensors = path.with_suffix(".safetensors")
-        if not tensors.is_file():
-            raise CheckpointDamaged(f"{tensors} is missing")
-        if (size := tensors.stat().st_size) != index["bytes"]:
+        if (size := patiently(tensors, tensors.stat).st_size) != index["bytes"]:
             raise CheckpointDamaged(f"{tensors} is damaged: {size} bytes where {index['bytes']} were written")
         self._sha256[tensors] = index["sha256"]
         for entry in index["spans"]:
@@ -127,16 +143,13 @@ class SpanReader:
             self._stored[stored.quantity, stored.parameter].append((stored, tensors))
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compare the files' checksums; `CheckpointDamaged` names a file that differs.
+        """Compare the files' checksums.
 
-        Ranks share the work by giving their number and how many they are: every `parts`-th file is read.
+        Ranks share the work by giving their number and how many they are: every `parts`-th file is read. Raises
+        `CheckpointDamaged` for a file that differs, `StateUnusable` for one that cannot be read.
         """
         for path in sorted(self._sha256)[part::parts]:
-            try:
-                found = file_sha256(path)
-            except OSError as error:  # the disk cannot read it
-                raise CheckpointDamaged(f"{path} is damaged: {error.strerror}") from error
-            if found != self._sha256[path]:
+            if patiently(path, partial(file_sha256, path)) != self._sha256[path]:
                 raise CheckpointDamaged(f"{path} is damaged: its content does not match its checksum")
 
     def parameters(self, quantity: str) -> list[str]:
@@ -146,7 +159,8 @@ class SpanReader:
     def read(self, quantity: str, parameter: str, start: int, stop: int) -> torch.Tensor:
         """The elements [start, stop) of a quantity of a parameter, (stop - start,) in the stored dtype, on the CPU.
 
-        Raises `CheckpointDamaged` where they are not all stored or a file cannot be read.
+        Raises `CheckpointDamaged` where they are not all stored or a file is no tensor file, `StateUnusable` where one
+        cannot be read.
         """
         stored = self.require(quantity, parameter, start, stop)
         result = torch.empty(stop - start, dtype=getattr(torch, stored[0][0].dtype))
@@ -189,7 +203,7 @@ class SpanReader:
         """The elements [start, stop) of the parameter out of one stored span."""
         try:
             if path not in self._handles:
-                self._handles[path] = safe_open(path, framework="pt")
+                self._handles[path] = patiently(path, partial(_opened, path))
             return self._handles[path].get_slice(span.key)[start - span.start : stop - span.start]
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             raise CheckpointDamaged(f"{path} is damaged: {error}") from error

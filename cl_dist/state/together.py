@@ -38,6 +38,21 @@ def together(work: Callable[[], Result]) -> Result:
     raise first from failure
 
 
+def by_first(work: Callable[[], Result]) -> Result:
+    """Return on every rank what `work` returns on rank 0, which alone does it (collective).
+
+    Ranks that each read a file of the shared file system may see different versions of it: NFS lets a node keep an old
+    one for a while.
+
+    Raises:
+        ClDistError: As `together` does.
+    """
+    first = torch.distributed.get_rank() == 0
+    shared = [together(lambda: work() if first else None)]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]  # type: ignore[return-value]  # rank 0's
+
+
 def _told(failure: Exception | None) -> ClDistError | None:
     """A failure as the other ranks hear of it."""
     if failure is None or isinstance(failure, ClDistError):

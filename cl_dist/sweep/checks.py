@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cl_dist.config.schema import Recipe
-from cl_dist.errors import BadInput
-from cl_dist.state.lock import refuse_if_locked
+from cl_dist.state.lock import InUse, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.preflight import changed_settings
 from cl_dist.state.run_folder import RunFolder
@@ -61,7 +60,7 @@ def state_of(folder: RunFolder) -> CellState:
 def _in_use(folder: RunFolder) -> bool:
     try:
         refuse_if_locked(folder.lock)
-    except BadInput:
+    except InUse:
         return True
     return False
 

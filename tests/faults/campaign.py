@@ -1,11 +1,12 @@
 """A campaign of faults: small runs, each hit by one fault at a random moment, then resumed: a Markdown table.
 
 Usage:
-    python -m tests.faults.campaign [--runs 108] [--seed 0] [--out runs/faults]
+    python -m tests.faults.campaign [--runs 108] [--only N ...] [--seed 0] [--out runs/faults]
 
 Every run is two real ranks of `cl-dist run`, forked from a process that has imported the libraries already, which ends
 the other rank when one has failed, as the launcher does. Run i of a seed is always hit by the same fault after the same
-number of events, counted by the lines of its log, and a fraction of a second. It passes when
+number of events, counted by the lines of its log, and a fraction of a second. A run that the fault did not reach (it
+had ended, or nothing was saved yet that could be damaged) is started again, with an earlier moment. It passes when
 
 - `--resume` ends with the weights, scores and data order of a run that nothing happened to, bit for bit; or
 - where the fault took what no copy exists of, `--resume` refuses with one sentence, the models of the tasks that are
@@ -44,6 +45,7 @@ TIMEOUT = 300.0
 HANG_SECONDS = 12.0
 POLL_SECONDS = 0.01
 PORT_ATTEMPTS = 3
+HIT_ATTEMPTS = 5
 LONGEST_DELAY = 0.4
 """Seconds between the event that a fault waits for and the fault; longer than a step, an evaluation or a save."""
 DISK = "48m"
@@ -93,16 +95,18 @@ class Outcome:
     """Lines that the log had when the fault came."""
     verdict: str = "?"
     """`same weights`, `refused, then same weights`, or what is wrong."""
-    during: str = ""
-    """The last event of the log when the fault came."""
+    hit: bool = False
+    """Whether the fault did something: the run was under way, and what was to be damaged was there."""
+    after: str = ""
+    """The last event of the log when the fault came: what had been finished, not what was going on."""
     details: list[str] = field(default_factory=list)
     """Exit codes and last messages, in order."""
     seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was lost."""
-        return self.verdict.endswith("same weights")
+        """Whether the run was hit, and nothing was lost."""
+        return self.hit and self.verdict.endswith("same weights")
 
 
 @dataclass
@@ -123,10 +127,13 @@ class Job:
         """Whether no rank runs any more, whoever waits for them."""
         return all(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z" for pid in self.ranks)
 
+    def texts(self) -> list[str]:
+        """What each rank said."""
+        return [file.read_text(errors="replace").strip() for file in sorted(self.output.glob("rank-*.txt"))]
+
     def last_line(self) -> str:
-        """The last thing that a rank said, the last rank's if there are several."""
-        texts = [file.read_text(errors="replace").strip() for file in sorted(self.output.glob("rank-*.txt"))]
-        return next((text.splitlines()[-1].strip()[:400] for text in texts if text), "")
+        """The last thing that a rank said: the first rank's that said anything."""
+        return next((text.splitlines()[-1].strip()[:400] for text in self.texts() if text), "")
 
 
 class Run:
@@ -216,75 +223,84 @@ class Scene:
     """A file as it was before it was damaged."""
 
 
-def kill_one_rank(scene: Scene) -> None:
+def kill_one_rank(scene: Scene) -> bool:
     """SIGKILL for one rank; the other one is ended soon after."""
     scene.job.signal(signal.SIGKILL, scene.random.randrange(WORLD))
-    scene.run.finish(scene.job, scene.outcome, "the run")
+    return scene.run.finish(scene.job, scene.outcome, "the run") != 0
 
 
-def kill_all(scene: Scene) -> None:
+def kill_all(scene: Scene) -> bool:
     """SIGKILL for all ranks at once, as in a power loss."""
     scene.job.signal(signal.SIGKILL, *range(WORLD))
-    scene.run.finish(scene.job, scene.outcome, "the run")
+    return scene.run.finish(scene.job, scene.outcome, "the run") != 0
 
 
-def stop_one_rank(scene: Scene) -> None:
+def stop_one_rank(scene: Scene) -> bool:
     """SIGSTOP for one rank: nothing ends by itself, the watchdog of the other rank has to notice."""
     stopped = scene.random.randrange(WORLD)
     scene.job.signal(signal.SIGSTOP, stopped)
     began = time.monotonic()
-    scene.run.finish(scene.job, scene.outcome, "the run")
+    code = scene.run.finish(scene.job, scene.outcome, "the run")
     if time.monotonic() - began > TIMEOUT:
         scene.outcome.verdict = "the hang was not noticed"
+    return code != 0
 
 
-def ask_to_stop(scene: Scene) -> None:
+def ask_to_stop(scene: Scene) -> bool:
     """SIGTERM for all ranks, as before preemption."""
     scene.job.signal(signal.SIGTERM, *range(WORLD))
     code = scene.run.finish(scene.job, scene.outcome, "the run")
-    if code not in (0, 75, -signal.SIGTERM):  # killed by the signal where it has not begun to train
-        scene.outcome.verdict = f"asked to stop, it ended with exit code {code}"
+    return _noted(scene, code, problem_of_a_stop(code, began=bool(scene.run.events())))
 
 
-def truncate_newest(scene: Scene) -> None:
+def problem_of_a_stop(code: int, began: bool) -> str | None:
+    """What is wrong with an exit code after SIGTERM: right are 75, and the signal's own where nothing had begun."""
+    early = (-signal.SIGTERM, 128 + signal.SIGTERM)
+    if code in (0, 75) or (code in early and not began):
+        return None
+    return f"asked to stop, it ended with exit code {code}"
+
+
+def truncate_newest(scene: Scene) -> bool:
     """Everything is killed, and a file of the newest saved state loses its end."""
-    kill_all(scene)
-    file = _of_the_newest_state(scene)
+    file = _of_the_newest_state(scene) if kill_all(scene) else None
     if file is not None:
         os.truncate(file, scene.random.randrange(file.stat().st_size))
+    return file is not None
 
 
-def flip_in_newest(scene: Scene) -> None:
+def flip_in_newest(scene: Scene) -> bool:
     """Everything is killed, and one bit of the newest saved state is turned over."""
-    kill_all(scene)
-    file = _of_the_newest_state(scene)
+    file = _of_the_newest_state(scene) if kill_all(scene) else None
     if file is not None:
         content = bytearray(file.read_bytes())
         content[scene.random.randrange(len(content))] ^= 1 << scene.random.randrange(8)
         file.write_bytes(content)
+    return file is not None
 
 
-def delete_a_file(scene: Scene) -> None:
+def delete_a_file(scene: Scene) -> bool:
     """Everything is killed, and a file of any saved state is gone."""
-    kill_all(scene)
-    file = _pick(
-        scene, sorted(scene.run.run.glob("checkpoint/task-*/*")) + sorted(scene.run.run.glob("tasks/*/state/*"))
-    )
+    if not kill_all(scene):
+        return False
+    run = scene.run.run
+    file = _pick(scene, sorted(run.glob("checkpoint/task-*/*")) + sorted(run.glob("tasks/*/state/*")))
     if file is not None:
         file.unlink()
+    return file is not None
 
 
-def start_a_second_job(scene: Scene) -> None:
+def start_a_second_job(scene: Scene) -> bool:
     """A second job on the run folder; the first one goes on."""
     arguments = ("--resume",) if scene.random.random() < 0.5 else ()
     second = scene.run.start(*arguments)
     code = scene.run.finish(second, scene.outcome, f"second job {' '.join(arguments)}")
+    met = not scene.job.ended
     scene.run.finish(scene.job, scene.outcome, "the run")
-    if code == 0 and "finished" not in scene.run.manifest().get("status", ""):
-        scene.outcome.verdict = "the second job was not refused"
+    return _noted(scene, int(met), "the second job was not refused" if met and code == 0 else None)
 
 
-def fill_the_disk(scene: Scene) -> None:
+def fill_the_disk(scene: Scene) -> bool:
     """Somebody else takes all room there is; it is free again before the resume."""
     filler = scene.run.folder / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -292,8 +308,24 @@ def fill_the_disk(scene: Scene) -> None:
             file.write(bytes(1 << 16))
     code = scene.run.finish(scene.job, scene.outcome, "the run")
     filler.unlink()
-    if code not in (0, 1):
-        scene.outcome.verdict = f"on the full disk it ended with exit code {code}"
+    return _noted(scene, code, problem_of_a_full_disk(code, scene.job.texts()))
+
+
+def problem_of_a_full_disk(code: int, texts: list[str]) -> str | None:
+    """What is wrong with the end of a run whose disk was full: the sentence has to be there, on whichever rank."""
+    if code == 0:
+        return None
+    said = [line for text in texts for line in text.splitlines() if line.startswith("cl-dist: ")]
+    if code != 1 or not any("no space left on the disk of " in line for line in said):
+        return f"on the full disk it ended with exit code {code}: {' / '.join(said)[:400]}"
+    return "a traceback on the full disk" if any("Traceback" in text for text in texts) else None
+
+
+def _noted(scene: Scene, code: int, problem: str | None) -> bool:
+    """Note a problem; 0 is the exit code of a run that the fault did not reach."""
+    if problem is not None:
+        scene.outcome.verdict = problem
+    return code != 0
 
 
 def _of_the_newest_state(scene: Scene) -> Path | None:
@@ -321,7 +353,9 @@ def _pick(scene: Scene, files: list[Path]) -> Path | None:
     return file
 
 
-FAULTS: dict[str, Callable[[Scene], None]] = {
+Fault = Callable[[Scene], bool]
+"""Does its harm; returns whether the run was hit."""
+FAULTS: dict[str, Fault] = {
     "SIGKILL of one rank": kill_one_rank,
     "SIGKILL of everything": kill_all,
     "SIGSTOP of one rank": stop_one_rank,
@@ -334,12 +368,15 @@ FAULTS: dict[str, Callable[[Scene], None]] = {
 }
 OPTIONS: Mapping[str, tuple[str, ...]] = {"SIGSTOP of one rank": ("--set", f"launch.hang_seconds={HANG_SECONDS}")}
 """Arguments of the run that is hit."""
+DAMAGES = ("newest state truncated", "bit of the newest state flipped", "file of a saved state deleted")
+"""Faults that need a saved state."""
 
 
 def main() -> None:
     """Run what is left of the campaign and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=108)
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of single runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
     options = parser.parse_args()
@@ -350,14 +387,12 @@ def main() -> None:
     results = out / "results.jsonl"
     done = {outcome.number for outcome in read(results)}
     references = {name: reference(out / f"reference-{number}", name) for number, name in enumerate(RECIPES)}
-    for number in range(options.runs):
+    for number in options.only or range(options.runs):
         if number not in done:
             outcome = hit(number, options.seed, out / f"run-{number:03d}", references)
             with results.open("a") as file:
                 file.write(json.dumps(asdict(outcome)) + "\n")
-            print(
-                f"{number:3d} {outcome.fault} after {outcome.during or 'nothing'}: {outcome.verdict}", file=sys.stderr
-            )
+            print(f"{number:3d} {outcome.fault} after {outcome.after or 'nothing'}: {outcome.verdict}", file=sys.stderr)
     print(table(read(results)))
 
 
@@ -381,45 +416,71 @@ def read(results: Path) -> list[Outcome]:
 
 
 def reference(folder: Path, recipe: str) -> Mapping[str, Any]:
-    """The end of a run that nothing happens to, and how many events it has."""
+    """The end of a run that nothing happens to, and its events."""
     run = Run(folder, recipe)
     if not (run.run / "metrics.json").exists():
         shutil.rmtree(run.run, ignore_errors=True)
         noted = Outcome(-1, "none", recipe, 0)
         if run.finish(run.start(), noted, "the undisturbed run"):
             raise SystemExit(f"the undisturbed run failed: {noted.details}")
-    return {**run.end_state(), "events": len(run.events())}
+    return {**run.end_state(), "events": run.events()}
 
 
 def hit(number: int, seed: int, folder: Path, references: Mapping[str, Mapping[str, Any]]) -> Outcome:
-    """One run, its fault, its resume and the verdict."""
+    """One run, its fault, its resume and the verdict; again, with an earlier moment, where the fault missed it."""
     chance = random.Random(f"{seed}/{number}")
     faults, recipes = list(FAULTS), list(RECIPES)
     fault, recipe = faults[number % len(faults)], recipes[number // len(faults) % len(recipes)]
-    outcome = Outcome(number, fault, recipe, events=chance.randrange(references[recipe]["events"] - 1))
+    first, last = moments(fault, references[recipe]["events"])
+    events = chance.randint(first, last)
+    for _ in range(HIT_ATTEMPTS):
+        outcome = Outcome(number, fault, recipe, events)
+        attempt(outcome, chance, folder, references[recipe], last)
+        if outcome.hit:
+            break
+        events = chance.randint(first, events)
+    return outcome
+
+
+def moments(fault: str, events: list[str]) -> tuple[int, int]:
+    """After how many events a fault may come at the earliest and at the latest, where an undisturbed run has `events`.
+
+    Damage needs a saved state. An evaluation and the end of the run have to be still to come.
+    """
+    return (events.index("saved") + 1 if fault in DAMAGES else 0), len(events) - 2
+
+
+def attempt(outcome: Outcome, chance: random.Random, folder: Path, expected: Mapping[str, Any], last: int) -> None:
+    """Start a run, hit it, and fill in the outcome."""
     began = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(folder.with_name(f"{folder.name}-output"), ignore_errors=True)
     folder.mkdir()
-    if fault == "disk full":
+    if outcome.fault == "disk full":
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)], check=True)
-    run = Run(folder, recipe)
-    job = run.start(*OPTIONS.get(fault, ()))
-    while len(run.events()) < outcome.events and not job.ended:
-        time.sleep(POLL_SECONDS)
-    time.sleep(chance.uniform(0, LONGEST_DELAY))
-    outcome.during = (run.events() or [""])[-1]
+    run = Run(folder, outcome.recipe)
+    job = run.start(*OPTIONS.get(outcome.fault, ()))
+    wait_for_the_moment(run, job, outcome.events, last, chance.uniform(0, LONGEST_DELAY))
+    outcome.after = (run.events() or [""])[-1]
     scene = Scene(run, job, chance, outcome)
-    FAULTS[fault](scene)
+    outcome.hit = FAULTS[outcome.fault](scene)
     if outcome.verdict == "?":
-        outcome.verdict = judge(scene, references[recipe])
+        outcome.verdict = judge(scene, expected) if outcome.hit else "not hit"
     outcome.seconds = round(time.monotonic() - began, 1)
-    if fault == "disk full":
+    if outcome.fault == "disk full":
         subprocess.run(["umount", str(folder)], check=True)
     if outcome.passed:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(run.output, ignore_errors=True)
-    return outcome
+
+
+def wait_for_the_moment(run: Run, job: Job, events: int, last: int, delay: float) -> None:
+    """Wait for so many events and `delay` seconds, but no longer than for `last` events or the end of the job."""
+    while len(run.events()) < events and not job.ended:
+        time.sleep(POLL_SECONDS)
+    until = time.monotonic() + delay
+    while time.monotonic() < until and len(run.events()) < last and not job.ended:
+        time.sleep(POLL_SECONDS)
 
 
 def judge(scene: Scene, expected: Mapping[str, Any]) -> str:
@@ -456,12 +517,13 @@ def compare(run: Run, expected: Mapping[str, Any]) -> str:
 
 def table(outcomes: list[Outcome]) -> str:
     """A line for each fault."""
-    lines = ["| fault | runs | same weights | refused, then same weights | failed |", "|---|---|---|---|---|"]
+    lines = ["| fault | runs | hit | same weights | refused, then same weights | failed |", "|---|---|---|---|---|---|"]
     for fault in [*dict.fromkeys(outcome.fault for outcome in outcomes), "all"]:
         own = [outcome for outcome in outcomes if fault in (outcome.fault, "all")]
         same = sum(outcome.verdict == "same weights" for outcome in own)
         refused = sum(outcome.verdict == "refused, then same weights" for outcome in own)
-        lines.append(f"| {fault} | {len(own)} | {same} | {refused} | {len(own) - same - refused} |")
+        struck, failed = sum(outcome.hit for outcome in own), sum(not outcome.passed for outcome in own)
+        lines.append(f"| {fault} | {len(own)} | {struck} | {same} | {refused} | {failed} |")
     return "\n".join(lines)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -14,11 +16,15 @@ import torch
 from cl_dist.coordinator import scoring, stream
 from cl_dist.engine.probe import EngineProbe
 from cl_dist.engine.trainer import TaskTrainer
+from cl_dist.errors import BadInput
 from cl_dist.evaluation.modes import PromptScorer
 from cl_dist.methods.kif import results
 from cl_dist.methods.kif import weights as fusing
 from cl_dist.state import atomic, snapshot, spans
 from cl_dist.state.checkpoints import Checkpoints
+from cl_dist.state.lock import RunLock
+from cl_dist.state.manifest import Manifest
+from cl_dist.state.run_folder import RunFolder
 from cl_dist.state.schedule import CheckpointSchedule
 
 
@@ -185,6 +191,36 @@ def _clock_ahead(count: int) -> None:
     CheckpointSchedule.minutes_over = ahead  # type: ignore[method-assign]
 
 
+def _folder_locked(count: int) -> None:
+    """Not killed: somebody else takes the run folder's lock just before this rank does."""
+    original, held = RunLock.__enter__, []
+
+    def beaten(self: RunLock) -> RunLock:
+        held.append(self.path.open("a+"))
+        fcntl.flock(held[-1], fcntl.LOCK_EX)
+        return original(self)
+
+    RunLock.__enter__ = beaten  # type: ignore[method-assign]
+
+
+def _failing_recovery(count: int) -> None:
+    """Not killed: the system fails while the run folder is cleared up."""
+
+    def failing(self: RunFolder) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    RunFolder.recover = failing  # type: ignore[method-assign]
+
+
+def _stale_manifest(count: int) -> None:
+    """Not killed: this rank's node does not see the manifest that the others see."""
+
+    def missing(path: Path) -> Manifest:
+        raise BadInput(f"{path} is missing")
+
+    Manifest.read = missing  # type: ignore[method-assign, assignment]
+
+
 MOMENTS: dict[str, Callable[[int], None]] = {
     "step": _before_step,
     "tensor file": _half_a_tensor_file,
@@ -202,5 +238,8 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "dead loop": _dead_loop,
     "extra collective": _extra_collective,
     "full disk": _full_disk,
+    "folder locked": _folder_locked,
+    "failing recovery": _failing_recovery,
+    "stale manifest": _stale_manifest,
     "clock": _clock_ahead,
 }

@@ -87,6 +87,30 @@ def test_the_checkpoint_before_is_used(
     assert_same_end(run, undisturbed)
 
 
+def test_a_state_that_cannot_be_read_now_is_not_given_up(
+    zygote: Zygote, undisturbed: Path, in_first_task: Path, tmp_path: Path
+) -> None:
+    """One rank's file of the newest state answers with an error; a resume with the file back goes on from there."""
+    run = copied(in_first_task, tmp_path, [])
+    file, behind = run / NEWEST / "rank-00001.safetensors", tmp_path / "behind"
+    file.rename(behind)
+    file.symlink_to(file)
+    outcome = zygote.run(["run", str(recipe(tmp_path)), "--resume"], tmp_path, world=2)
+    sentence = (
+        f"{file} cannot be read: Too many levels of symbolic links; nothing was deleted, and --resume tries again"
+    )
+    assert outcome.codes == [1, 1], outcome.output
+    assert f"cl-dist: error: {sentence}\n" in outcome.output[0]
+    assert "internal error" not in "".join(outcome.output)
+    assert named(run) == [3, 6]
+    assert file.is_symlink()
+    behind.replace(file)
+    outcome = resumed(zygote, tmp_path)
+    assert outcome.codes == [0, 0], outcome.output
+    assert f"resuming task spring after step 6 of {STEPS}\n" in outcome.output[0]
+    assert_same_end(run, undisturbed)
+
+
 def test_without_any_checkpoint_the_first_task_begins_anew(
     zygote: Zygote, undisturbed: Path, in_first_task: Path, tmp_path: Path
 ) -> None:

@@ -121,7 +121,10 @@ def test_other_ranks_and_stages_end_with_the_same_weights(zygote: Zygote, tmp_pa
     ]
     assert (metrics["world_size"], metrics["zero_stage"], metrics["restarts"]) == (2, 2, 2)
     assert len(metrics["peak_memory_bytes"]) == 2
-    # No sample twice and none left out, as far as counts tell; test_plan has the order.
+    # No sample twice and none left out: the same samples in the same steps, in the same order.
+    order = (undisturbed / "data_order.jsonl").read_text()
+    assert len(order.splitlines()) >= 2 * STEPS
+    assert (run / "data_order.jsonl").read_text() == order
     for key in ("steps", "tokens"):
         assert [each[key] for each in metrics["timings"]] == [each[key] for each in expected["timings"]]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -99,6 +100,51 @@ def test_recover_leaves_everything_else_alone(tmp_path: Path) -> None:
     (tmp_path / ".manifest.json.tmp-77").write_text("half")
     atomic.recover(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(names)
+
+
+@pytest.fixture
+def file_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`in use` cannot be deleted: there is no NFS here, so the call answers as NFS does for a file that is read."""
+    unlink = os.unlink
+
+    def refusing(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> None:
+        if Path(path).name == "in use":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", refusing)
+
+
+@pytest.mark.usefixtures("file_in_use")
+def test_a_file_in_use_keeps_nothing_from_being_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    publish_text(folder, "old")
+    (folder / "in use").write_text("")
+    for text in ("new", "newer"):
+        (atomic.stage(folder) / "in use").write_text("")
+        publish_text(folder, text)
+        atomic.recover(tmp_path)
+        assert (folder / "sub" / "text").read_text() == text
+        assert not (folder / "in use").exists()
+    left = sorted(entry.name for entry in tmp_path.iterdir())
+    assert left[-1] == "state"
+    assert all(".tmp-discarded-" in name for name in left[:-1])  # not .replaced: it may be needed again
+
+
+@pytest.mark.usefixtures("file_in_use")
+def test_what_stayed_is_deleted_at_another_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "state"
+    publish_text(folder, "new")
+    shutil.copytree(folder, tmp_path / ".state.replaced")
+    (tmp_path / ".state.replaced" / "in use").write_text("")
+    (tmp_path / ".other.tmp-staging").mkdir()
+    (tmp_path / ".other.tmp-staging" / "in use").write_text("")
+    atomic.recover(tmp_path)
+    assert (folder / "sub" / "text").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 3
+    monkeypatch.undo()
+    atomic.recover(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state"]
 
 
 def versions(root: Path) -> tuple[set[str], int]:

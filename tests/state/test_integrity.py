@@ -2,11 +2,20 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 from pathlib import Path
 
 import pytest
 
-from cl_dist.state.integrity import CheckpointDamaged, file_sha256, read_sealed, write_sealed
+from cl_dist.state import integrity
+from cl_dist.state.integrity import (
+    CheckpointDamaged,
+    StateUnusable,
+    file_sha256,
+    read_sealed,
+    require_format,
+    write_sealed,
+)
 
 
 def test_sealed_content_comes_back(tmp_path: Path) -> None:
@@ -50,6 +59,33 @@ def test_what_is_no_sealed_json_is_damaged(tmp_path: Path, text: str | bytes) ->
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointDamaged, match=r"state\.json is missing"):
         read_sealed(tmp_path / "state.json")
+
+
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrity, "_PAUSES", (0.01, 0.01))
+    path = tmp_path / "state.json"
+    path.symlink_to(path)  # the system answers with ELOOP
+    sentence = r"state\.json cannot be read: Too many levels of symbolic links; nothing was deleted, and --resume tries"
+    with pytest.raises(StateUnusable, match=sentence):
+        read_sealed(path)
+
+
+def test_an_error_that_passes_is_waited_for(tmp_path: Path) -> None:
+    path, behind = tmp_path / "state.json", tmp_path / "behind.json"
+    write_sealed(behind, {"step": 3})
+    path.symlink_to(path)
+    timer = threading.Timer(0.2, lambda: behind.rename(path))
+    timer.start()
+    assert read_sealed(path) == {"step": 3}
+    timer.join()
+
+
+def test_another_releases_format_is_not_damage(tmp_path: Path) -> None:
+    require_format(tmp_path, 1, 1)
+    with pytest.raises(
+        StateUnusable, match="has format 2, of another release of cl_dist; this one reads 1; nothing was"
+    ):
+        require_format(tmp_path, 2, 1)
 
 
 def test_numbers_that_json_cannot_hold_are_refused(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from cl_dist.errors import BadInput
+from cl_dist.state import lock
 from cl_dist.state.lock import RunLock, refuse_if_locked
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +48,52 @@ def test_a_second_run_is_refused_by_pid_and_host(tmp_path: Path) -> None:
             pass
         with pytest.raises(BadInput, match=message):
             refuse_if_locked(tmp_path / ".lock")
+
+
+def test_the_refusal_says_what_to_do_where_the_machine_is_dead(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    with holder(path), pytest.raises(BadInput, match=rf"if its machine is dead, .* or delete {re.escape(str(path))}$"):
+        refuse_if_locked(path)
+
+
+def test_a_requeued_job_waits_for_the_lock_of_a_dead_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its former self's lock is released after longer than anybody else waits."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(lock, "_TELL_SECONDS", 0.5)
+    said: list[str] = []
+    with holder(tmp_path / ".lock") as job:
+        timer = threading.Timer(2.0, job.kill)
+        timer.start()
+        with RunLock(tmp_path / ".lock", said.append):
+            pass
+        timer.join()
+    who = f"process {job.pid} on {socket.gethostname()}"
+    assert said == [f"waiting up to 300 s for the lock of {tmp_path}, which {who} holds"]
+
+
+@pytest.mark.parametrize("restarts", [None, "", "0", "1"])
+def test_others_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str | None) -> None:
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restarts is not None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    with holder(tmp_path / ".lock"):
+        began = time.monotonic()
+        with pytest.raises(BadInput):  # a command that only looks does not wait in any job
+            refuse_if_locked(tmp_path / ".lock", None if restarts == "1" else print)
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """No file system of this machine is without locks, so the answer of one is put in the place of the call."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("cl_dist.state.lock.fcntl.flock", refuse)
+    sentence = re.escape(f"the file system of {tmp_path} cannot lock files ({os.strerror(number)})")
+    with pytest.raises(BadInput, match=sentence + r".*mount option flock\), or choose another output_dir"):
+        RunLock(tmp_path / ".lock").__enter__()
 
 
 def test_death_releases_the_lock(tmp_path: Path) -> None:

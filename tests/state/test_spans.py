@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_dist.errors import ClDistError
-from cl_dist.state.integrity import CheckpointDamaged
+from cl_dist.state import integrity
+from cl_dist.state.integrity import CheckpointDamaged, StateUnusable
 from cl_dist.state.spans import Span, SpanReader, write_spans
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
@@ -173,6 +174,18 @@ def test_ranks_share_the_verification(tmp_path: Path) -> None:
         reader.verify(part=1, parts=2)
 
 
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrity, "_PAUSES", ())
+    two_ranks(tmp_path)
+    path = tmp_path / "rank-00001.safetensors"
+    reader = SpanReader(tmp_path)
+    path.unlink()
+    path.symlink_to(path)  # the system answers with ELOOP
+    for attempt in (lambda: SpanReader(tmp_path), reader.verify, lambda: reader.read("master", "w", 0, 10)):
+        with pytest.raises(StateUnusable, match=r"rank-00001\.safetensors cannot be read: .*; nothing was deleted"):
+            attempt()
+
+
 def test_a_folder_without_state_is_damaged(tmp_path: Path) -> None:
     with pytest.raises(CheckpointDamaged, match=r"holds no rank-\*\.json"):
         SpanReader(tmp_path)
@@ -182,7 +195,9 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("cl_dist.state.spans.FORMAT_VERSION", 2)
     two_ranks(tmp_path)
     monkeypatch.undo()
-    with pytest.raises(CheckpointDamaged, match="has format 2; this version reads 1"):
+    with pytest.raises(
+        StateUnusable, match="has format 2, of another release of cl_dist; this one reads 1; nothing was"
+    ):
         SpanReader(tmp_path)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from cl_dist.errors import ClDistError
+from cl_dist.errors import BadInput, ClDistError
 from cl_dist.state.integrity import CheckpointDamaged
-from cl_dist.state.together import together
+from cl_dist.state.together import by_first, together
 
 
 def main() -> dict[str, Any]:
@@ -21,16 +21,21 @@ def main() -> dict[str, Any]:
             raise errors[rank]
         return rank
 
+    def by_first_only(work: Callable[[], Any]) -> Any:
+        return by_first(lambda: work() if rank == 0 else 1 / 0)
+
     full = {0: ClDistError("rank 0's disk is full"), 1: ClDistError("rank 1's disk is full")}
     return {
         "nothing": outcome(lambda: fail({})),
         "expected": outcome(lambda: fail({1: CheckpointDamaged("rank 1's file is damaged")})),
         "both": outcome(lambda: fail(full)),
+        "by first": outcome(lambda: by_first_only(lambda: {"rank": rank})),
+        "first failed": outcome(lambda: by_first_only(lambda: fail({0: BadInput("it is in use")}))),
         "bug": outcome(lambda: fail({1: KeyError("bug")})),
     }
 
 
-def outcome(work: Callable[[], int]) -> list[Any]:
+def outcome(work: Callable[[], Any]) -> list[Any]:
     try:
         return [together(work), None]
     except Exception as error:

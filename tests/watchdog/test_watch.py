@@ -182,3 +182,24 @@ def test_preparing_forgets_a_former_job(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     Watchdog.prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["stack-rank1.txt"]
+
+
+POLLING = """
+def poll():
+    while True:
+        time.sleep(0.01)
+        sum(range(2000))
+threading.Thread(target=poll, daemon=True).start()
+"""
+
+
+def test_threads_that_poll_are_no_work(ranks: Ranks) -> None:
+    """They use more than a main thread at work would have to, and less than a library's threads at work do."""
+    ranks.start(*[f"{POLLING}beat('loading', opaque=True)\ntime.sleep(600)"] * 2, hang=2.0)
+    assert [ranks.end(rank)[0] for rank in range(2)] == [9, 9]
+
+
+def test_a_library_that_works_in_threads_of_its_own_is_at_work(ranks: Ranks) -> None:
+    at_work = "threading.Thread(target=dead_loop, daemon=True).start()\ntime.sleep(0.1)\n"
+    ranks.start(f"{at_work}beat('tokenising', opaque=True)\ntime.sleep(5)")
+    assert ranks.end(0) == (0, "")
