@@ -25,11 +25,12 @@ from typing import IO
 from cl_dist.launch import child
 from cl_dist.launch.child import Failure
 
+from cl_dist.stop_requests import StopRequests
+
 DONE, INTERRUPTED = 0, 75
 ADDRESS = "127.0.0.1"
 POLL_SECONDS = 0.05
 PORT_ATTEMPTS = 3
-SAME_REQUEST_SECONDS = 0.5
 KEPT_LINES = 100
 """Lines of output that are kept of every rank but the first; as long as a traceback through the libraries."""
 SHOWN_LINES = 20
@@ -198,8 +199,7 @@ class _Launch:
         self.looked = time.monotonic()
         self.ranks: list[_Rank] = []
         self.requests = 0
-        """Times that a signal asked to stop."""
-        self.last_request = 0.0
+        """0: nobody asked to stop, 1: somebody did, 2: at once."""
         self.answered = 0
         self.deadline: float | None = None
 
@@ -241,13 +241,11 @@ class _Launch:
     @contextmanager
     def _signals_counted(self) -> Iterator[None]:
         """Count the signals that ask to stop; `_watch` answers them. SIGHUP stays ignored where it is (nohup)."""
+        heard = StopRequests()
 
         def count(number: int, frame: FrameType | None) -> None:
-            # make, uv and Slurm may send what the terminal sends too: that is one request, not an impatient second one.
-            now = time.monotonic()
-            if now - self.last_request > SAME_REQUEST_SECONDS:
-                self.requests += 1
-            self.last_request = now
+            at_once = heard.ends_at_once(number, time.monotonic())
+            self.requests = max(self.requests, 2 if at_once else 1)
 
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         heeded = [number for number in STOP_SIGNALS if number != signal.SIGHUP or before[number] != signal.SIG_IGN]

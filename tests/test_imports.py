@@ -19,7 +19,7 @@ SOURCES = {
 }
 
 LAYERS = [
-    {"", "errors", "heartbeat", "recipes", "seeds"},
+    {"", "errors", "heartbeat", "recipes", "seeds", "stop_requests"},
     {"config", "kernels", "launch", "progress", "watchdog"},
     {"sharding", "models", "tasks"},
     {"engine", "methods", "evaluation", "state"},
@@ -96,7 +96,9 @@ def test_neighbours_do_not_import_each_other_in_a_circle() -> None:
     TopologicalSorter({source: set(targets) for source, targets in component_graph().items()}).prepare()
 
 
-@pytest.mark.parametrize(("source", "allowed"), [("kernels", {"errors"}), ("launch", {"", "errors", "config"})])
+@pytest.mark.parametrize(
+    ("source", "allowed"), [("kernels", {"errors"}), ("launch", {"", "errors", "config", "stop_requests"})]
+)
 def test_kernels_and_launch_stand_by_themselves(source: str, allowed: set[str]) -> None:
     assert {where for target, where in component_graph()[source].items() if target not in allowed} == set()
 

@@ -13,6 +13,8 @@ import pytest
 from cl_dist.launch import local
 from cl_dist.launch.local import Ending, find_free_port, has_gpu, launch, rank_environment
 
+from cl_dist.stop_requests import SAME_PRESS_SECONDS
+
 PATIENCE_SECONDS = 30.0
 
 PRELUDE = """
@@ -27,11 +29,11 @@ def wait_for_the_others():
     open(f"ready-{rank}", "w").close()
     while not all(os.path.exists(f"ready-{other}") for other in range(int(os.environ["WORLD_SIZE"]))):
         time.sleep(0.01)
-def checkpoint_when_asked():
+def checkpoint_when_asked(seconds=0.3):
     def stop(number, frame):
         with open(f"asked-{rank}", "a") as file:
             file.write("x")
-        time.sleep(0.3)
+        time.sleep(seconds)
         fail(75, "stopped after step 3")
     signal.signal(signal.SIGTERM, stop)
 """
@@ -299,11 +301,22 @@ class TestSignals:
     def test_a_second_one_kills(self, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]) -> None:
         process = launcher("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwait_for_the_others()\ntime.sleep(600)")
         process.send_signal(signal.SIGINT)
-        time.sleep(2 * local.SAME_REQUEST_SECONDS)
+        time.sleep(2 * SAME_PRESS_SECONDS)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 1
         assert output.startswith("killed by a second signal")
+
+    def test_a_time_limit_after_its_warning_does_not_kill(
+        self, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]
+    ) -> None:
+        """What Slurm sends a batch script's processes; by then the ranks may be in the middle of a save."""
+        process = launcher("checkpoint_when_asked(seconds=3)\nwait_for_the_others()\ntime.sleep(600)")
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(2 * SAME_PRESS_SECONDS)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        assert (process.returncode, output) == (75, "stopped after step 3\n")
 
     def test_ranks_that_do_not_listen_yet_just_end(
         self, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from cl_dist.engine.stop import Requests
+from cl_dist.stop_requests import StopRequests
 from tests.ranks import REPOSITORY
 
 INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
@@ -41,7 +41,7 @@ INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
     ],
 )
 def test_which_signal_is_a_second_request(signals: list[tuple[int, float]], ends_with_the_last: bool) -> None:
-    requests = Requests()
+    requests = StopRequests()
     assert not requests.asked
     for number, now in signals[:-1]:
         assert not requests.ends_at_once(number, 1000.0 + now)
