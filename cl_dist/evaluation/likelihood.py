@@ -15,8 +15,9 @@ and the keys and values of cross-attention, which are most of the work where pro
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -43,7 +44,10 @@ _AGREES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class PackedLabels:
-    """B prompts, each followed by the same labels: P columns of prompt, then one for each of the C label tokens."""
+    """B prompts, each followed by the same labels: P columns of prompt, then C of label tokens.
+
+    A label's last token has no column: nothing comes after it that it could predict.
+    """
 
     input_ids: torch.Tensor
     """(B, P + C), int64."""
@@ -53,31 +57,43 @@ class PackedLabels:
     """(B, P + C), int64: 0, 1, ... over the prompt, going on from its end in every label."""
     owner: torch.Tensor
     """(C,), int64: which label a column belongs to."""
+    targets: torch.Tensor
+    """(T,), int64: all the labels' tokens, the same for every prompt."""
+    label: torch.Tensor
+    """(T,), int64: which label a target belongs to."""
     previous: torch.Tensor
-    """(C,), int64: which of the 1 + C last columns predicts this one: 0 ends the prompt, c + 1 is label column c."""
-
-    @property
-    def label_tokens(self) -> torch.Tensor:
-        """(C,), int64: the labels' tokens, the same for every prompt."""
-        return self.input_ids[0, -len(self.owner) :]
+    """(T,), int64: which of the 1 + C last columns predicts a target: 0 ends the prompt, c + 1 is label column c."""
 
 
 def pack(prompts: Sequence[Tokens], labels: Sequence[Tokens], pad_id: int, device: torch.device) -> PackedLabels:
     """Put all labels after each prompt; neither a prompt nor a label may be empty."""
-    answers = [token for label in labels for token in label]
+    fed = [label[:-1] for label in labels]
+    firsts = accumulate((len(tokens) for tokens in fed), initial=0)
+    answers = list(chain.from_iterable(fed))
     input_ids, mask = pad_side([[*prompt, *answers] for prompt in prompts], pad_id, "left", device)
-    offsets = torch.tensor([offset for label in labels for offset in range(len(label))], device=device)
-    owner = torch.tensor([number for number, label in enumerate(labels) for _ in label], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    prompt_positions = (mask.cumsum(1) - 1).clamp(min=0)[:, : -len(owner)]
-    columns = torch.arange(len(owner), device=device)
+    prompt_positions = (mask.cumsum(1) - 1).clamp(min=0)[:, : input_ids.shape[1] - len(answers)]
+    lengths = _integers((len(prompt) for prompt in prompts), device)
+    offsets = _integers((offset for tokens in fed for offset in range(len(tokens))), device)
     return PackedLabels(
         input_ids=input_ids,
         attention_mask=mask,
         position_ids=torch.cat([prompt_positions, lengths[:, None] + offsets], dim=1),
-        owner=owner,
-        previous=torch.where(offsets == 0, torch.zeros_like(columns), columns),
+        owner=_integers((number for number, tokens in enumerate(fed) for _ in tokens), device),
+        targets=_integers(chain.from_iterable(labels), device),
+        label=_integers((number for number, label in enumerate(labels) for _ in label), device),
+        previous=_integers(
+            (
+                first + place if place else 0
+                for first, label in zip(firsts, labels, strict=False)
+                for place in range(len(label))
+            ),
+            device,
+        ),
     )
+
+
+def _integers(values: Iterable[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int64, device=device)
 
 
 def visible_columns(packed: PackedLabels) -> torch.Tensor:
@@ -285,9 +301,9 @@ def _tail_logits(model: nn.Module, packed: PackedLabels, mask: torch.Tensor) -> 
 def _sums_by_label(logits: torch.Tensor, packed: PackedLabels) -> torch.Tensor:
     """(B, labels) from the tail's logits (B, 1 + C, vocabulary): each token is predicted by the column before it."""
     normaliser = logits.logsumexp(-1)
-    log_probabilities = logits[:, packed.previous, packed.label_tokens] - normaliser[:, packed.previous]
-    sums = logits.new_zeros(len(logits), int(packed.owner[-1]) + 1)
-    return sums.index_add(1, packed.owner, log_probabilities)
+    log_probabilities = logits[:, packed.previous, packed.targets] - normaliser[:, packed.previous]
+    sums = logits.new_zeros(len(logits), int(packed.label[-1]) + 1)
+    return sums.index_add(1, packed.label, log_probabilities)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

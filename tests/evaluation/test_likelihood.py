@@ -191,17 +191,19 @@ TOKENS = st.lists(st.integers(2, VOCABULARY - 1), min_size=1, max_size=5)
 
 @given(st.lists(TOKENS, min_size=1, max_size=4), st.lists(TOKENS, min_size=1, max_size=4))
 def test_layout(prompts: list[list[int]], labels: list[list[int]]) -> None:
-    """Walking back from a label token along what it sees and its positions gives the prompt and the label, in order."""
+    """What predicts a label's token sees the prompt and the label up to there, in order and at the right positions."""
     packed = pack(prompts, labels, PAD, CPU)
     visible = visible_columns(packed)
     width = packed.input_ids.shape[1]
+    tail = 1 + sum(len(label) - 1 for label in labels)
+    assert width == max(map(len, prompts)) + tail - 1
     for row, prompt in enumerate(prompts):
         for number, label in enumerate(labels):
-            last = width - len(packed.owner) + int((packed.owner == number).nonzero()[-1])
-            seen = visible[row, last].nonzero().flatten()
-            assert packed.input_ids[row, seen].tolist() == prompt + label
-            assert packed.position_ids[row, seen].tolist() == list(range(len(prompt) + len(label)))
-    assert packed.label_tokens.tolist() == [token for label in labels for token in label]
+            for place, column in enumerate(packed.previous[packed.label == number].tolist()):
+                seen = visible[row, width - tail + column].nonzero().flatten()
+                assert packed.input_ids[row, seen].tolist() == prompt + label[:place]
+                assert packed.position_ids[row, seen].tolist() == list(range(len(prompt) + place))
+    assert packed.targets.tolist() == [token for label in labels for token in label]
     assert visible.any(-1).all()
 
 

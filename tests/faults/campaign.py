@@ -292,10 +292,12 @@ def delete_a_file(scene: Scene) -> bool:
 
 def start_a_second_job(scene: Scene) -> bool:
     """A second job on the run folder; the first one goes on."""
-    arguments = ("--resume",) if scene.random.random() < 0.5 else ()
+    resumes = scene.random.random() < 0.5 and (scene.run.run / "manifest.json").exists()
+    arguments = ("--resume",) if resumes else ()
     second = scene.run.start(*arguments)
     code = scene.run.finish(second, scene.outcome, f"second job {' '.join(arguments)}")
-    met = not scene.job.ended
+    # The first one may end while the second one's ranks are still going.
+    met = not scene.job.ended or any("is in use by" in text for text in second.texts())
     scene.run.finish(scene.job, scene.outcome, "the run")
     return _noted(scene, int(met), "the second job was not refused" if met and code == 0 else None)
 
