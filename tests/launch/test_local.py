@@ -39,6 +39,11 @@ def checkpoint_when_asked(seconds=0.3):
 """
 
 
+def heed_hangups() -> None:
+    """In a process that is started: the tests themselves may run under nohup, which children inherit."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory of the ranks."""
@@ -272,7 +277,7 @@ class TestSignals:
 
         def begin(body: str, *prefix: str) -> subprocess.Popen[str]:
             command = [*prefix, sys.executable, "-c", LAUNCHER, PRELUDE + body]
-            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed_hangups))
             wait_until(lambda: all((folder / f"ready-{rank}").exists() for rank in range(2)))
             return started[-1]
 

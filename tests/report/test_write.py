@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 from dataclasses import replace
@@ -174,9 +175,9 @@ class TestUnfinished:
 
     def test_nothing_is_there_but_the_manifest(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path / "run", ["a"], 0)
-        folder.manifest.write_text(
-            re.sub(r'"accuracy_matrix": \[.*?\],\n  "peak', '"peak', folder.manifest.read_text(), flags=re.S)
-        )
+        content = json.loads(folder.manifest.read_text())
+        del content["accuracy_matrix"]
+        folder.manifest.write_text(json.dumps(content))
         folder.config.unlink()
         report = write_report(folder.path)
         assert report.files == (PAGE,)
