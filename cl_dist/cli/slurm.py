@@ -159,7 +159,8 @@ def _submit(job: SlurmJob, recipe: Recipe, folder: RunFolder, arguments: Namespa
 
 def _layout(job: SlurmJob) -> str:
     kind = "on a GPU each" if job.gpus else "on CPUs"
-    return f"{job.nodes} node{'s' * (job.nodes > 1)}, {job.ranks_on_node} rank{'s' * (job.ranks_on_node > 1)} {kind}"
+    ranks = f"{job.ranks_on_node} rank{'s' * (job.ranks_on_node > 1)}"
+    return f"{ranks} {kind}" if job.nodes == 1 else f"{job.nodes} nodes, {ranks} on each, {kind}"
 
 
 def _refuse_second_job(folder: RunFolder) -> None:
