@@ -17,6 +17,7 @@ from cl_dist.coordinator import scoring, stream
 from cl_dist.engine.probe import EngineProbe
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import BadInput
+from cl_dist.evaluation.general import GeneralEvaluator
 from cl_dist.evaluation.modes import PromptScorer
 from cl_dist.methods.kif import results
 from cl_dist.methods.kif import weights as fusing
@@ -84,6 +85,11 @@ def _before_a_task(count: int) -> None:
 
 def _in_evaluation(count: int) -> None:
     _kill_before(scoring, "write_predictions", count)
+
+
+def _in_general_ability(count: int) -> None:
+    """A task of the harness is about to be measured."""
+    _kill_before(GeneralEvaluator, "evaluate", count)
 
 
 def _in_export(count: int) -> None:
@@ -229,6 +235,7 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "task": _before_a_task,
     "evaluation": _in_evaluation,
     "export": _in_export,
+    "general ability": _in_general_ability,
     "fusion": _in_fusion,
     "results": _in_results,
     "measurement": _in_a_measurement,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,24 @@ def test_measuring_leaves_the_run_alone(runs: dict[str, Path]) -> None:
     assert without["general_ability"] is None
     saved = "tasks/02-summer/model/model.safetensors"
     assert (runs["zero3"] / saved).read_bytes() == (runs["without"] / saved).read_bytes()
+
+
+def test_what_is_measured_is_not_measured_again(zygote: Zygote, runs: dict[str, Path], tmp_path: Path) -> None:
+    """Killed before the second of the two tasks, after the first training: the fourth measurement of the run."""
+    recipe = (runs["zero2"].parent / "recipe.yaml").read_text().replace(str(runs["zero2"]), str(tmp_path / "run"))
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    argv = ["run", str(tmp_path / "recipe.yaml"), "--debug"]
+    fault = {"moment": "general ability", "on_rank": 1, "count": 4}
+    outcome = zygote.run(argv, tmp_path, world=2, timeout=400.0, fault=fault)
+    assert outcome.codes[1] == -signal.SIGKILL, "the moment never came"
+    assert _measured(tmp_path / "run") == _measured(runs["zero2"])[:3]
+    outcome = zygote.run([*argv, "--resume"], tmp_path, world=2, timeout=400.0)
+    assert outcome.codes == [0, 0], "\n".join(outcome.output)
+    assert _measured(tmp_path / "run") == _measured(runs["zero2"])
+    assert _metrics(tmp_path / "run")["general"] == _metrics(runs["zero2"])["general"]
+
+
+def _measured(run: Path) -> list[tuple[str, str]]:
+    """Place and task of every measurement that the log tells of."""
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(record["after"], record["task"]) for record in records if record["event"] == "general"]
