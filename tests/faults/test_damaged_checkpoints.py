@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.faults.damage import DAMAGES
-from tests.faults.test_kill_and_resume import STEPS, assert_same_end, recipe
+from tests.faults.test_kill_and_resume import STEPS, assert_same_end, evaluations, recipe
 from tests.zygote import Outcome, Zygote
 
 
@@ -164,13 +164,17 @@ def test_when_nothing_is_left_it_is_said_what_is_intact_and_nothing_is_deleted(
 def test_a_damaged_end_state_costs_the_steps_after_the_last_checkpoint(
     zygote: Zygote, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Killed while the trained task is being evaluated (the first two evaluations are of the untouched model)."""
-    run = killed(zygote, tmp_path, "evaluation", 3)
+    """Killed while the trained task is being evaluated, with one score of it (the first two evaluations are of the
+    untouched model). That score is of a model that is trained again, and is found again.
+    """
+    run = killed(zygote, tmp_path, "evaluation", 4)
+    assert evaluations(run)[-1] == ("01-spring", "spring")
     assert named(run) == [6, STEPS]
     DAMAGES["nothing of it"](run / "tasks" / "01-spring" / "state" / "rank-00000.json")
     outcome = resumed(zygote, tmp_path)
     assert outcome.codes == [0, 0], outcome.output
     assert f"resuming task spring after step 6 of {STEPS}\n" in outcome.output[0]
+    assert evaluations(run).count(("01-spring", "spring")) == 2
     assert_same_end(run, undisturbed)
 
 
