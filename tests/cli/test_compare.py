@@ -181,7 +181,7 @@ def test_submits_a_job_for_every_run_that_is_left(
     scripts = (tmp_path / "submitted").read_text().splitlines()
     assert len(scripts) == 3
     assert "own sequential seed0: finished" in output
-    assert "submitted  job 103: 2 nodes, 2 ranks on CPUs" in output
+    assert "submitted  job 103: 2 nodes, 2 ranks on each, on CPUs" in output
     for cell, script in zip(grid.cells[1:], scripts, strict=True):
         assert Path(script) == cell.folder.path / "slurm" / "01" / "job.sh"
         assert f"#SBATCH --job-name=own-{cell.method}-seed{cell.seed}\n#SBATCH --nodes=2\n" in Path(script).read_text()
