@@ -52,5 +52,5 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["cl-dist = cl_dist.cli:main"]},
+    entry_points={"console_scripts": ["cl-dist = cl_dist.cli:program"]},
 )

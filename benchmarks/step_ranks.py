@@ -30,6 +30,7 @@ from cl_dist.errors import ClDistError
 from cl_dist.methods.base import TaskPlace
 from cl_dist.methods.migu import Migu
 from cl_dist.models.load import LoadedModel
+from cl_dist.process_end import end_with
 from cl_dist.tasks.collate import Batch, collate
 from cl_dist.tasks.types import Encoded
 
@@ -163,4 +164,4 @@ def _main(task: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(Namespace(**json.loads(sys.argv[1]))))
+    end_with(lambda: _main(Namespace(**json.loads(sys.argv[1]))))

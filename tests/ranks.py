@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cl_dist.process_end import end_with
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.05
 STDERR_CHARACTERS = 6000
@@ -147,5 +149,10 @@ def _leave_group() -> None:
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def _main() -> int:
     _serve(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    return 0
+
+
+if __name__ == "__main__":
+    end_with(_main)

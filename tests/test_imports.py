@@ -19,7 +19,7 @@ SOURCES = {
 }
 
 LAYERS = [
-    {"", "errors", "heartbeat", "recipes", "seeds", "stop_requests"},
+    {"", "errors", "heartbeat", "process_end", "recipes", "seeds", "stop_requests"},
     {"config", "kernels", "launch", "progress", "watchdog"},
     {"sharding", "models", "tasks"},
     {"engine", "methods", "evaluation", "state"},

@@ -5,10 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from cl_dist.cli.failures import guarded
 from cl_dist.cli.parser import build_parser
 from cl_dist.launch.child import die_with_launcher
+from cl_dist.process_end import end_with
+
+
+def program() -> NoReturn:
+    """Be the program `cl-dist`: run the command that its arguments name and end the process with its exit code."""
+    end_with(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,40 @@
+"""The end of a process that has been a rank: before Python takes itself down, not in the middle of that."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Call `main` and end the process with the code that it returns.
+
+    Once torch is loaded the process ends as soon as all that is registered with `atexit` has run. DeepSpeed keeps a
+    process group of its own for good, and a lost rank leaves collectives under way: their threads drop tensors when
+    they come to it, need Python for that, and abort the process (code 134) where Python is being taken down.
+    """
+    end = _End()
+    atexit.register(end.now)  # before torch and others register theirs, and so called after them
+    end.code = main()
+    sys.exit(end.code)
+
+
+class _End:
+    def __init__(self) -> None:
+        self.code = 1
+        """Where an exception ends the process."""
+
+    def now(self) -> None:
+        """End this process, unless it has no threads but Python's."""
+        if "torch" not in sys.modules:
+            return
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed, or nobody reads it
+                stream.flush()
+        os._exit(self.code)

@@ -1,0 +1,42 @@
+"""Rank side of test_process_end."""
+
+from __future__ import annotations
+
+import builtins
+import threading
+import time
+
+SECONDS = 2.0
+"""Long enough for the process to end meanwhile, short enough for a test."""
+
+
+class Slow:
+    """What another thread than the main one drops slowly, asking for Python's lock again and again."""
+
+    dropped_by = threading.main_thread()
+
+    def __del__(self) -> None:
+        """Take long."""
+        Slow.dropped_by = threading.current_thread()
+        end = time.monotonic() + SECONDS
+        while threading.current_thread() is not threading.main_thread() and time.monotonic() < end:
+            time.sleep(0.001)
+
+
+def drops_late() -> bool:
+    """Reduce tensors over a group that somebody keeps; whether its thread is dropping one when this returns."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    group = dist.new_group()
+    vars(builtins)["kept_by_the_test"] = group
+    for _ in range(20):
+        tensor = torch.ones(1000)
+        tensor.slow = Slow()  # type: ignore[attr-defined]
+        dist.all_reduce(tensor, group=group, async_op=True)
+        del tensor
+        time.sleep(0.01)
+        if Slow.dropped_by is not threading.main_thread():
+            break
+    return Slow.dropped_by is not threading.main_thread()
