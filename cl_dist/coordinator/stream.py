@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from itertools import zip_longest
 from pathlib import Path
@@ -15,7 +14,7 @@ from cl_dist.assembly import System
 from cl_dist.config.load import dump_recipe
 from cl_dist.coordinator.finish import finish
 from cl_dist.coordinator.scoring import NOTHING_SCORED, General, Row, Scoring
-from cl_dist.coordinator.task_state import Spent, TaskState
+from cl_dist.coordinator.task_state import Spent, TaskLost, TaskState
 from cl_dist.engine.deadline import Deadline
 from cl_dist.engine.distributed import leave
 from cl_dist.engine.memory import peak_memory_per_rank
@@ -66,8 +65,8 @@ class Coordinator:
         self._stop = StopRequest(self.deadline.is_near)
         try:
             self._evaluate_untouched()
-            for index in range(self.ledger.manifest.completed, len(self.tasks)):
-                self._run_task(index)
+            while self.ledger.manifest.completed < len(self.tasks):
+                self._advance()
             return finish(self.ledger, self.reporter)
         finally:
             self._stop.close()
@@ -81,6 +80,13 @@ class Coordinator:
             row = self._scoring.row(range(len(self.tasks)), self.folder.tasks / "00-untouched" / "predictions")
         general = self._scoring.general(UNTOUCHED)
         self.ledger.update(accuracy_matrix=(row,), general=general, **NOTHING_SCORED)
+
+    def _advance(self) -> None:
+        """Complete the next task, or find that the one before must be trained again."""
+        try:
+            self._run_task(self.ledger.manifest.completed)
+        except TaskLost as lost:
+            self._state.take_back(lost)
 
     def _run_task(self, index: int) -> None:
         if not self.system.engine.trains(index):
@@ -97,7 +103,7 @@ class Coordinator:
         self._export(self.folder.task(index, place.name).model)
         self._write_results(self.folder.task(index, place.name).path)
         self._complete(index, row, general, spent, time.monotonic() - began)
-        self._forget_older_states(index)
+        self._state.forget_older(index)
 
     def _seen(self, index: int) -> int:
         """How many tasks the model has learnt after task `index`: those behind it without own steps, too."""
@@ -227,13 +233,6 @@ class Coordinator:
         if self.ledger.writer:
             for method in self.system.engine.methods:
                 method.write_results(folder)
-
-    def _forget_older_states(self, index: int) -> None:
-        """A resume needs the newest task's state only; models and predictions of all tasks stay."""
-        if not self.ledger.writer:
-            return
-        for older in range(index):
-            shutil.rmtree(self.folder.task(older, self.tasks[older].name).state, ignore_errors=True)
 
     def _peak_memory(self) -> tuple[int, ...]:
         """Each rank's peak over all restarts, some of which may have had fewer ranks (collective)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from cl_dist.state.checkpoints import Checkpoints
 from cl_dist.state.integrity import CheckpointDamaged
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.manifest import CheckpointEntry
-from cl_dist.state.snapshot import load_snapshot, save_snapshot
+from cl_dist.state.snapshot import load_snapshot, require_intact, save_snapshot
+
+_NOTHING_OLDER = "there is no older state to resume from"
 
 
 @dataclasses.dataclass
@@ -29,6 +32,10 @@ class Spent:
     tokens: int = 0
     skipped: int = 0
     """Steps that updated nothing (`train.max_skipped_steps`)."""
+
+
+class TaskLost(CheckpointDamaged):
+    """The end state of a completed task is damaged, and the state that the task began with is not."""
 
 
 class TaskState:
@@ -52,6 +59,10 @@ class TaskState:
     def restore(self, place: TaskPlace) -> dict[str, Any]:
         """Bring model and optimiser to where the manifest says the run is, or as near to it as the saved states allow;
         return the saved JSON state ({}: task start).
+
+        Raises:
+            TaskLost: The task before is to be trained again: `take_back` it and restore that one.
+            CheckpointDamaged: There is no intact state to go on from.
         """
         found = None
         if self._ledger.manifest.checkpoints:
@@ -71,9 +82,8 @@ class TaskState:
     def _restore_task_start(self, place: TaskPlace) -> None:
         """The end state of the task before, from disk where this process has not trained it."""
         if 0 < place.index == self._first:
-            before = self._folder.task(place.index - 1, self._tasks[place.index - 1].name)
             self._engine.prepare_task(place.index - 1)
-            self._engine.load_method_states(self._load_end_state(before.state)["methods"])
+            self._engine.load_method_states(self._load_end_state(place.index - 1)["methods"])
         self._engine.prepare_task(place.index)
         if self._ledger.manifest.checkpoints:  # all of them are damaged
             self._checkpoints.forget_after(None)
@@ -82,12 +92,46 @@ class TaskState:
         if not self._recipe.train.keep_optimizer:
             self._engine.shards.reset_optimizer()
 
-    def _load_end_state(self, folder: Path) -> dict[str, Any]:
-        """Load the state that a task starts from; there is no older one to go back to."""
+    def _load_end_state(self, index: int) -> dict[str, Any]:
+        """Load the state that the task after task `index` starts from."""
         try:
-            return self._load(folder)
+            return self._load(self._end_state(index))
+        except CheckpointDamaged as damage:
+            if index > 0:
+                self._require_beginning(index, damage)
+            name = self._tasks[index].name
+            raise TaskLost(f"{damage}; going back to the beginning of task {name}") from damage
+
+    def _require_beginning(self, index: int, damage: CheckpointDamaged) -> None:
+        """Raise unless task `index`, whose end state has `damage`, can be trained again."""
+        try:
+            require_intact(self._end_state(index - 1))
         except CheckpointDamaged as error:
-            raise CheckpointDamaged(f"{error}; there is no older state to resume from; {self._intact()}") from error
+            raise CheckpointDamaged(f"{damage}, and {error}; {_NOTHING_OLDER}; {self._intact()}") from error
+
+    def _end_state(self, index: int) -> Path:
+        return self._folder.task(index, self._tasks[index].name).state
+
+    def take_back(self, lost: TaskLost) -> None:
+        """Let the newest completed task be the one under way, at its beginning."""
+        self._reporter.message(str(lost))
+        self._first = self._ledger.manifest.completed - 1
+        folder = str(self._end_state(self._first).relative_to(self._folder.path))
+        self._ledger.log(event="damaged", folder=folder, message=str(lost))
+        self._ledger.replace(self._ledger.manifest.taken_back())
+        self._ledger.log(event="resumed", task=self._tasks[self._first].name, step=0)
+        self.forget_strays()
+
+    def forget_older(self, index: int) -> None:
+        """Delete the end states that no resume needs now that task `index` is completed; models and predictions stay.
+
+        The state that the task began with stays too, in case its end state is found damaged; not after the last task.
+        """
+        if not self._ledger.writer:
+            return
+        finished = index + 1 == len(self._tasks)
+        for older in range(index if finished else index - 1):
+            shutil.rmtree(self._end_state(older), ignore_errors=True)
 
     def _intact(self) -> str:
         """What of the run a damaged state does not touch."""

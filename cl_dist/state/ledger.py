@@ -34,7 +34,11 @@ class Ledger:
 
     def update(self, **changes: Any) -> None:
         """Change fields of the manifest; call on all ranks alike."""
-        self.manifest = dataclasses.replace(self.manifest, **changes)
+        self.replace(dataclasses.replace(self.manifest, **changes))
+
+    def replace(self, manifest: Manifest) -> None:
+        """Let this be the manifest from now on; call on all ranks alike."""
+        self.manifest = manifest
         if self.writer:
             self.manifest.write(self.folder.manifest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,6 +123,22 @@ class Manifest:
     def checkpoint(self) -> CheckpointEntry | None:
         """Newest saved state of the task that is under way."""
         return self.checkpoints[-1] if self.checkpoints else None
+
+    def taken_back(self) -> Manifest:
+        """As it was when training of the newest completed task began; restarts, segments and memory stay."""
+        kept = self.completed - 1
+        general = tuple(entry for entry in self.general if entry["after"] not in self.tasks[kept:])
+        return replace(
+            self,
+            status="running",
+            completed=kept,
+            checkpoints=(),
+            accuracy_matrix=self.accuracy_matrix[: kept + 1],
+            row_under_way=(),
+            general=general,
+            general_under_way={},
+            timings=self.timings[:kept],
+        )
 
     def write(self, path: Path) -> None:
         """Replace the file `path`, atomically and durably."""

@@ -109,6 +109,22 @@ def load_snapshot(
     return state
 
 
+def require_intact(folder: Path) -> None:
+    """Raise `CheckpointDamaged` on all ranks where a file of a saved state is missing or not what was written
+    (collective); `StateUnusable` where one cannot be read now.
+    """
+    together(lambda: _intact(folder))
+
+
+def _intact(folder: Path) -> tuple[dict[str, Any], SpanReader]:
+    """The JSON values and the tensors of a state, whose files are what was written; the ranks share the reading."""
+    state = read_sealed(folder / "state.json")
+    require_format(folder, state["format"], FORMAT_VERSION)
+    reader = SpanReader(folder, state["writers"])
+    reader.verify(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    return state, reader
+
+
 def _fill(reader: SpanReader, held: Mapping[str, Mapping[str, Shard]]) -> None:
     """Read this rank's tensors.
 
@@ -129,10 +145,7 @@ def _checked(
     folder: Path, shards: ShardView, extra: Mapping[str, Mapping[str, Shard]]
 ) -> tuple[dict[str, Any], SpanReader]:
     """Read what is not a tensor, and make sure that the tensors are whole and all there for this rank."""
-    state = read_sealed(folder / "state.json")
-    require_format(folder, state["format"], FORMAT_VERSION)
-    reader = SpanReader(folder, state["writers"])
-    reader.verify(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    state, reader = _intact(folder)
     for quantity, held in {**_quantities(shards, state["moments"]), **extra}.items():
         for name, shard in held.items():
             reader.require(quantity, name, shard.start, shard.stop)

@@ -141,23 +141,18 @@ def test_without_any_checkpoint_a_later_task_begins_anew(
     assert_same_end(run, undisturbed)
 
 
-def test_when_nothing_is_left_it_is_said_what_is_intact_and_nothing_is_deleted(
+END_OF_FIRST = "tasks/01-spring/state/rank-00001.safetensors"
+
+
+def test_without_its_end_state_the_task_before_begins_anew(
     zygote: Zygote, undisturbed: Path, in_second_task: Path, tmp_path: Path
 ) -> None:
-    file = "tasks/01-spring/state/rank-00001.safetensors"
-    run = copied(in_second_task, tmp_path, [*IN_SECOND, (file, "middle byte flipped")])
-    outcome = resumed(zygote, tmp_path)
-    assert outcome.codes == [1, 1], outcome.output
-    assert (
-        f"{file} is damaged: its content does not match its checksum; there is no older state to resume from; intact "
-        f"are the scores so far and, in {run}/tasks, the models after spring\n"
-    ) in outcome.output[0]
-    assert named(run) == [3, 6]
-    assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
-    assert len(list((run / "checkpoint").glob("task-*"))) == 2
-    shutil.copy(in_second_task / file, run / file)  # from a backup, say
+    run = copied(in_second_task, tmp_path, [*IN_SECOND, (END_OF_FIRST, "middle byte flipped")])
     outcome = resumed(zygote, tmp_path)
     assert outcome.codes == [0, 0], outcome.output
+    damage = f"{run / END_OF_FIRST} is damaged: its content does not match its checksum"
+    assert f"{damage}; going back to the beginning of task spring\n" in outcome.output[0]
+    assert evaluations(run).count(("01-spring", "spring")) == 2
     assert_same_end(run, undisturbed)
 
 

@@ -89,3 +89,19 @@ def test_what_is_no_json_object_is_damaged(tmp_path: Path, text: str, reason: st
 def test_a_missing_manifest_means_no_run(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"manifest\.json is missing: .* holds no run"):
         Manifest.read(tmp_path / "manifest.json")
+
+
+def test_the_newest_task_is_taken_back() -> None:
+    """What is known of it goes, also what is known of its successor; what was before it stays."""
+    rows = ((0.1, 0.2, 0.3), (0.9, 0.2, None), (0.8, 0.9, None))
+    measured = ({"after": "untouched", "scores": {}}, {"after": "a", "scores": {}}, {"after": "b", "scores": {}})
+    before = replace(
+        MANIFEST, completed=1, accuracy_matrix=rows[:2], general=measured[:2], timings=({"steps": 1},), restarts=2,
+        segments=(SEGMENT,), peak_memory_bytes=(5, 6),
+    )  # fmt: skip
+    after = replace(
+        before, status="interrupted", completed=2, accuracy_matrix=rows, general=measured,
+        timings=({"steps": 1}, {"steps": 2}), checkpoints=(CheckpointEntry(task=2, step=4, folder="checkpoint/x"),),
+        row_under_way=(0.5, None, None), general_under_way={"hellaswag": {}},
+    )  # fmt: skip
+    assert after.taken_back() == before
