@@ -328,8 +328,9 @@ class EvalConfig:
     """`likelihood` scores each allowed label by its likelihood (fast, deterministic); `generate` decodes greedily and
     compares the text; `perplexity` is for text. `auto`: likelihood where a task has labels, perplexity for text, else
     generate."""
-    metric: Literal["auto", "exact_match", "rouge_l"] = "auto"
-    """Score of generated text; `auto`: exact match where a task has labels, else ROUGE-L."""
+    metric: Literal["auto", "exact_match", "macro_f1", "rouge_l"] = "auto"
+    """Score of answers; `auto`: exact match where a task has labels, else ROUGE-L. `macro_f1` is for tasks with labels;
+    beside the one of exact match and macro-F1 that is the score the log has the other."""
     tasks: Literal["all", "seen"] = "all"
     """Evaluate on all tasks of the stream after each task, or only on those seen so far (then no forward transfer)."""
     before_training: bool = True
@@ -446,7 +447,8 @@ class Recipe:
             raise ValueError(f"eval.mode: generate needs a model that generates text, but its objective is {objective}")
         if evaluation.mode == "perplexity" and objective == "classification":
             raise ValueError("eval.mode: perplexity needs a language model, but its objective is classification")
-        if evaluation.mode in ("likelihood", "perplexity") and evaluation.metric != "auto":
+        of_labels = evaluation.mode == "likelihood" and evaluation.metric in ("exact_match", "macro_f1")
+        if evaluation.mode in ("likelihood", "perplexity") and evaluation.metric != "auto" and not of_labels:
             raise ValueError(f"eval.metric: {evaluation.metric} scores generated text, eval.mode is {evaluation.mode}")
 
     def _check_template(self) -> None:

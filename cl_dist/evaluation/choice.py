@@ -28,6 +28,8 @@ def resolve_mode(task: Task, objective: Objective, config: EvalConfig) -> Mode:
         )
     if mode == "likelihood" and not task.labels:
         raise BadInput(f"{where} has no labels to choose from; give the task `labels`, or use generate or auto")
+    if config.metric == "macro_f1" and not task.labels:
+        raise BadInput(f"eval.metric macro_f1: task {task.name!r} has no labels, whose F1 it is; give it `labels`")
     if mode == "generate" and task.kind == "text":
         raise BadInput(f"{where} is plain text without prompts to answer; use perplexity or auto")
     if mode == "perplexity" and task.kind != "text":

@@ -6,7 +6,6 @@ Several small tasks are scored in one pass: task by task, one with fewer batches
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from itertools import chain
 
 import torch.distributed as dist
@@ -17,8 +16,7 @@ from cl_dist.config.schema import EvalConfig
 from cl_dist.evaluation.batches import cut_pass, deal_batches, plan_passes, rounds
 from cl_dist.evaluation.choice import resolve_mode
 from cl_dist.evaluation.modes import Scorer, Subject, make_scorer
-from cl_dist.evaluation.perplexity import perplexity
-from cl_dist.evaluation.result import Prediction, TaskScore, weighted_mean
+from cl_dist.evaluation.result import Mode, Prediction, TaskScore
 from cl_dist.evaluation.wrapped import evaluating
 from cl_dist.tasks.encode import Encoder, Objective
 from cl_dist.tasks.types import Task
@@ -85,7 +83,7 @@ class Evaluator:
             ]
             gathered = self._gather(self._score_own(scorers, pause))
         return [
-            self._summary(TaskScore(task.name, mode, scorer.metric, weighted_mean(found), len(found), found))
+            self._summary(task, mode, scorer, found)
             for task, mode, scorer, found in zip(tasks, modes, scorers, gathered, strict=True)
         ]
 
@@ -112,7 +110,8 @@ class Evaluator:
             for found in zip(*shares, strict=True)
         ]
 
-    def _summary(self, score: TaskScore) -> TaskScore:
+    def _summary(self, task: Task, mode: Mode, scorer: Scorer, found: list[Prediction]) -> TaskScore:
         """The score as this rank returns it."""
-        extras = {"perplexity": perplexity(score.score)} if score.mode == "perplexity" else {}
-        return replace(score, predictions=score.predictions if self._rank == 0 else [], extras=extras)
+        score, extras = scorer.total(found)
+        kept = found if self._rank == 0 else []
+        return TaskScore(task.name, mode, scorer.metric, score, len(found), kept, extras)

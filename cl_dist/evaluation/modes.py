@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +13,9 @@ from cl_dist.config.schema import EvalConfig
 from cl_dist.errors import BadInput
 from cl_dist.evaluation import likelihood
 from cl_dist.evaluation.generate import generate
-from cl_dist.evaluation.perplexity import log_likelihoods, text_batch
-from cl_dist.evaluation.result import Mode, Prediction
-from cl_dist.evaluation.scores import SCORES
+from cl_dist.evaluation.perplexity import log_likelihoods, perplexity, text_batch
+from cl_dist.evaluation.result import Mode, Prediction, weighted_mean
+from cl_dist.evaluation.scores import SCORES, exact_match, macro_f1
 from cl_dist.models.structure import base_model
 from cl_dist.tasks.encode import Encoder, Objective
 from cl_dist.tasks.types import Task
@@ -37,6 +37,14 @@ class Subject:
     """Whether all ranks must run the same forwards (ZeRO-3)."""
 
 
+class Total(NamedTuple):
+    """A task's score and what is told beside it."""
+
+    score: float
+    extras: dict[str, float]
+    """Further numbers by name."""
+
+
 class Scorer(Protocol):
     """Scores samples of one task."""
 
@@ -49,6 +57,10 @@ class Scorer(Protocol):
 
     def score(self, indices: Sequence[int]) -> list[Prediction]:
         """Predictions for these samples, in this order; runs the same number of forwards on all ranks if synced."""
+        ...
+
+    def total(self, predictions: Sequence[Prediction]) -> Total:
+        """What all predictions of the task, in file order, come to."""
         ...
 
 
@@ -76,6 +88,14 @@ class PromptScorer:
         """Compare what the model answers with the references."""
         answers = self.answer([self.prompts[index] for index in indices])
         return [self._prediction(index, text) for index, text in zip(indices, answers, strict=True)]
+
+    def total(self, predictions: Sequence[Prediction]) -> Total:
+        """The samples' mean; for a task with labels macro-F1 too, as the score or beside it."""
+        mean = weighted_mean(predictions)
+        if not self.task.labels or SCORES[self.metric] is not exact_match:
+            return Total(mean, {})
+        f1 = macro_f1([(each.prediction, each.reference) for each in predictions], self.task.labels)
+        return Total(f1, {"exact_match": mean}) if self.metric == "macro_f1" else Total(mean, {"macro_f1": f1})
 
     def answer(self, prompts: Sequence[list[int]]) -> list[str]:
         """The model's answers to encoded prompts."""
@@ -165,6 +185,11 @@ class PerplexityScorer:
             Prediction(index, "", "", total / tokens, tokens)
             for index, (total, tokens) in zip(indices, sums, strict=True)
         ]
+
+    def total(self, predictions: Sequence[Prediction]) -> Total:
+        """Mean log-likelihood of a target token, and the perplexity that it means."""
+        mean = weighted_mean(predictions)
+        return Total(mean, {"perplexity": perplexity(mean)})
 
 
 def _prompt(encoder: Encoder, task: Task, index: int) -> list[int]:

@@ -77,7 +77,8 @@ def evaluator(
     """An evaluator of the case's tasks, with batches of three unless the case says otherwise."""
     names = label_names(tasks_of(case))
     encoder = Encoder(loaded.tokenizer, loaded.objective, TrainConfig(max_length=48, max_target_length=16), names)
-    config = EvalConfig(batch_size=case.get("batch_size", 3), max_new_tokens=6, mode=case.get("mode", "auto"))
+    chosen = {key: case[key] for key in ("mode", "metric") if key in case}
+    config = EvalConfig(batch_size=case.get("batch_size", 3), max_new_tokens=6, **chosen)
     return Evaluator(model, loaded.tokenizer, loaded.objective, encoder, names, config, rank, world, synced)
 
 

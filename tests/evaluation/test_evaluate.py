@@ -17,6 +17,7 @@ from cl_dist.errors import BadInput
 from cl_dist.evaluation.choice import MODES, resolve_mode
 from cl_dist.evaluation.evaluate import PAUSE_BATCHES, Evaluator
 from cl_dist.evaluation.result import Prediction, TaskScore, weighted_mean, write_predictions
+from cl_dist.evaluation.scores import macro_f1
 from cl_dist.models.load import LoadedModel
 from cl_dist.tasks.types import Task
 from tests.evaluation import rank_jobs
@@ -98,6 +99,21 @@ def test_the_closest_of_several_references_counts() -> None:
     first, second = score_one(evaluator, replace(CONTINUE, evaluation=several)).predictions
     assert (first.reference, first.score) == (said[0], 1.0)
     assert (second.reference, second.score) == ("none of it", 0.0)
+
+
+@pytest.mark.parametrize("mode", ["likelihood", "generate"])
+def test_macro_f1_is_the_score_or_stands_beside_it(mode: str) -> None:
+    """The same predictions either way."""
+    scores = {}
+    for metric in ("exact_match", "macro_f1"):
+        evaluator, _ = built(LLAMA, [["classification", 7]], mode=mode, metric=metric)
+        scores[metric] = score_one(evaluator, CLASSIFY)
+        assert scores[metric].metric == metric
+    accuracy, f1 = scores["exact_match"], scores["macro_f1"]
+    assert f1.predictions == accuracy.predictions
+    pairs = [(each.prediction, each.reference) for each in f1.predictions]
+    assert f1.score == accuracy.extras["macro_f1"] == macro_f1(pairs, CLASSIFY.labels)
+    assert accuracy.score == f1.extras["exact_match"] == weighted_mean(f1.predictions)
 
 
 def test_causal_perplexity_is_that_of_the_models_own_loss() -> None:
@@ -242,6 +258,12 @@ def test_impossible_modes(task: Task, objective: Any, mode: Any, message: str) -
         resolve_mode(task, objective, EvalConfig(mode=mode))
     assert "eval.mode" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_macro_f1_needs_labels() -> None:
+    assert resolve_mode(CLASSIFY, "causal_lm", EvalConfig(metric="macro_f1")) == "likelihood"
+    with pytest.raises(BadInput, match=r"eval\.metric macro_f1: task 'continue' has no labels, whose F1 it is"):
+        resolve_mode(CONTINUE, "causal_lm", EvalConfig(metric="macro_f1"))
 
 
 def test_check_modes_names_the_first_bad_task() -> None:

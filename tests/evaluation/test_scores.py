@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_dist.evaluation.scores import SCORES, exact_match, rouge_l
+from cl_dist.evaluation.scores import SCORES, exact_match, macro_f1, rouge_l
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,22 @@ def test_between_zero_and_one_and_symmetric(first: str, second: str, name: str) 
     score = SCORES[name]
     assert 0.0 <= score(first, second) <= 1.0
     assert score(first, second) == pytest.approx(score(second, first))
+
+
+LABELS = ["World", "sports", "very positive", "no"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=1, max_size=30))
+def test_macro_f1_is_that_of_scikit_learn(pairs: list[tuple[str, str]]) -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn comes with the extra `general`")
+    expected = metrics.f1_score([pair[1] for pair in pairs], [pair[0] for pair in pairs], average="macro")
+    assert macro_f1(pairs, LABELS) == pytest.approx(expected)
+
+
+def test_macro_f1_by_hand() -> None:
+    """Sports: 1 hit, 2 predicted, 1 expected; World: 1 hit, 1 predicted, 2 expected; no: one missed by a text."""
+    pairs = [(" Sports", "sports"), ("sports", "world"), ("World", "world"), ("tennis", "no")]
+    assert macro_f1(pairs, LABELS) == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert macro_f1([("World", "no")], LABELS) == 0.0
+    with pytest.raises(ValueError, match="no sample"):
+        macro_f1([], LABELS)
