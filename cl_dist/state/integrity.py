@@ -35,13 +35,15 @@ class StateUnusable(ClDistError):
 def patiently(path: Path, read: Callable[[], Result]) -> Result:
     """Return what `read` returns; where the system fails to read `path`, try again for some seconds.
 
-    Raises `CheckpointDamaged` where the file is missing, `StateUnusable` where the system goes on failing.
+    Raises `CheckpointDamaged` where the file is missing or a folder, `StateUnusable` where the system goes on failing.
     """
     for pause in (*_PAUSES, None):
         try:
             return read()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointDamaged(f"{path} is missing") from error
+        except IsADirectoryError as error:
+            raise CheckpointDamaged(f"{path} is a folder") from error
         except OSError as error:
             if pause is None:
                 raise StateUnusable(_unreadable(path, error)) from error

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from cl_dist import __version__
 from cl_dist.errors import BadInput
 from cl_dist.state.atomic import write_json
+from cl_dist.state.integrity import CheckpointDamaged, StateUnusable, patiently
 
 FORMAT_VERSION = 2
 """2: a list of checkpoints in place of one, and segments."""
@@ -173,12 +174,14 @@ def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; `BadInput` where it is none."""
+    """Read a JSON object; `BadInput` where it is none, or where the system does not give it after some seconds."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} is missing: {path.parent} holds no run") from error
-    except (OSError, ValueError) as error:
+        document = json.loads(patiently(path, path.read_bytes).decode("utf-8"))
+    except CheckpointDamaged as error:
+        raise BadInput(f"{error}: {path.parent} holds no run") from error
+    except StateUnusable as error:
+        raise BadInput(str(error)) from error
+    except ValueError as error:
         raise BadInput(f"{path} is damaged: {error}") from error
     if not isinstance(document, dict):
         raise BadInput(f"{path} is damaged: it holds no JSON object")

@@ -86,6 +86,16 @@ def test_what_is_no_json_object_is_damaged(tmp_path: Path, text: str, reason: st
         Manifest.read(tmp_path / "manifest.json")
 
 
+def test_what_the_system_does_not_give_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("cl_dist.state.integrity.time.sleep", pauses.append)
+    path = tmp_path / "manifest.json"
+    path.symlink_to(path)
+    with pytest.raises(BadInput, match=r"manifest\.json cannot be read: Too many levels of symbolic links"):
+        Manifest.read(path)
+    assert pauses
+
+
 def test_a_missing_manifest_means_no_run(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"manifest\.json is missing: .* holds no run"):
         Manifest.read(tmp_path / "manifest.json")

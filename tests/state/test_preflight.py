@@ -262,7 +262,7 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], str, str]] = [
     (damaged_manifest, "resume", r"manifest\.json is damaged: Expecting value"),
     (damaged_manifest, "", r"manifest\.json is damaged: Expecting value"),
     (newer_manifest, "resume", r"manifest\.json has format 7, written by cl_dist 3\.0"),
-    (manifest_is_a_folder, "resume", r"manifest\.json is damaged: .*Is a directory"),
+    (manifest_is_a_folder, "resume", r"manifest\.json is a folder: .*/runs/x holds no run"),
 ]
 
 
