@@ -20,18 +20,23 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     """
     end = _End()
     atexit.register(end.now)  # before torch and others register theirs, and so called after them
-    end.code = main()
+    try:
+        end.code = main()
+    except SystemExit as error:
+        end.code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
     sys.exit(end.code)
 
 
 class _End:
     def __init__(self) -> None:
+        self._process = os.getpid()
         self.code = 1
         """Where an exception ends the process."""
 
     def now(self) -> None:
-        """End this process, unless it has no threads but Python's."""
-        if "torch" not in sys.modules:
+        """End this process, unless it has no threads but Python's, or is a fork that has a code of its own."""
+        if "torch" not in sys.modules or os.getpid() != self._process:
             return
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):

@@ -41,8 +41,11 @@ cores=${SLURM_CPUS_PER_TASK:-$(($(cpus_on_every_node) / ranks_per_node))}
 OMP_NUM_THREADS=$((cores > 1 ? cores : 1))
 export MASTER_PORT OMP_NUM_THREADS
 
-# Started again, it goes on where it stopped. To begin anew, its first start puts the old run aside.
-if ((fresh && restarts == 0)); then
+# Started again, it goes on where it stopped. To begin anew, its first start puts the old run aside, with all that lies in
+# its folder: as long as the mark lies there, that has not happened, and a start after it tries again.
+mark=$run_folder/.fresh-for-job-$SLURM_JOB_ID
+if ((fresh && restarts == 0)) && [[ -e $run_folder/manifest.json ]]; then touch -- "$mark"; fi
+if ((fresh && restarts == 0)) || [[ -e $mark ]]; then
     arguments+=(--fresh)
 elif [[ -e $run_folder/manifest.json ]]; then
     arguments+=(--resume)
@@ -52,11 +55,13 @@ fi
 manifest_version() { stat --format='%i %y' -- "$run_folder/manifest.json" 2>/dev/null; }
 was_interrupted() {
     [[ $(manifest_version) != "$manifest_before" ]] &&
-        grep --quiet '"status": "interrupted"' -- "$run_folder/manifest.json"
+        grep --quiet --no-messages '"status": "interrupted"' -- "$run_folder/manifest.json"
 }
 manifest_before=$(manifest_version)
-# States that the run has saved so far, over all its starts.
-saves() { cat -- "$run_folder/log.jsonl" 2>/dev/null | grep --count '"event": "saved"'; }
+# States that the run has saved so far, over all its starts; not those of an old run that is still to be put aside.
+saves() {
+    if [[ -e $mark ]]; then echo 0; else cat -- "$run_folder/log.jsonl" 2>/dev/null | grep --count '"event": "saved"'; fi
+}
 saves_before=$(saves)
 
 code=138 # as if USR1 had ended ranks that did not listen yet
@@ -117,11 +122,6 @@ if persist job_state && [[ $answer != RUNNING* && $answer != *TimeLimit* ]]; the
 if ((restarts >= max_restarts)); then
     say "error: $what, and not restarted: --max-restarts is $max_restarts;" \
         "submit the run again with --resume" >&2
-    exit "$code"
-fi
-if ((fresh && restarts == 0)) && [[ -n $manifest_before && $(manifest_version) == "$manifest_before" ]]; then
-    # A restart would take the old run for its own.
-    say "error: $what, and not restarted: the old run was not put aside yet; submit the script again" >&2
     exit "$code"
 fi
 say "$what; restart $((restarts + 1)) of at most $max_restarts follows"

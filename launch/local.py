@@ -201,6 +201,9 @@ class _Launch:
         self.requests = 0
         """0: nobody asked to stop, 1: somebody did, 2: at once."""
         self.answered = 0
+        self.request = signal.SIGTERM
+        """What the first request is passed on as: a warning stays one, so that the SIGTERM after it is not the second
+        request of somebody who does not want to wait."""
         self.deadline: float | None = None
 
     def run(self) -> Ending:
@@ -245,6 +248,8 @@ class _Launch:
 
         def count(number: int, frame: FrameType | None) -> None:
             at_once = heard.ends_at_once(number, time.monotonic())
+            if not self.requests and number == signal.SIGUSR1:
+                self.request = signal.SIGUSR1
             self.requests = max(self.requests, 2 if at_once else 1)
 
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -284,7 +289,7 @@ class _Launch:
         if self.requests > self.answered:
             self.answered = self.requests
             if self.requests == 1:
-                self._signal_all(signal.SIGTERM)
+                self._signal_all(self.request)
             else:
                 self._kill_all()
 
@@ -312,7 +317,7 @@ class _Launch:
         failed = [rank for rank in self.ranks if rank.failed]
         if not failed:
             return self._peaceful_ending()
-        if self.requests and all(rank.returncode == -signal.SIGTERM for rank in failed):
+        if self.requests and all(rank.returncode == -self.request for rank in failed):
             return Ending(INTERRUPTED, "stopped outside of training; what was saved is intact")
         if self.requests > 1:
             return Ending(1, "killed by a second signal; --resume goes on from the last state that was saved")

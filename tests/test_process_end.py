@@ -38,6 +38,9 @@ def test_code_output_and_what_is_registered(module: str) -> None:
     assert (code, printed) == (1, lines)
     assert error.endswith("KeyError: 'k'\n")
     assert end(module, "sys.stdout.close(); return 3")[0] == 3
+    assert [end(module, f"sys.exit({code})")[0] for code in ("4", "None", "'text'")] == [4, 0, 1]
+    forked = "import os; pid = os.fork(); pid or sys.exit(5); return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])"
+    assert end(module, forked)[0] == 5
 
 
 def test_a_tensor_that_a_groups_thread_drops_late() -> None:

@@ -119,13 +119,16 @@ def _tell_what_is_new(resumed: Resumption, system: System, reporter: Reporter) -
 
 @contextmanager
 def _failure_noted(ledger: Ledger) -> Iterator[None]:
-    """Let the manifest of a run that has begun say that it failed; `--resume` goes on from what is saved."""
+    """Let the manifest of a run that has begun say that it failed; `--resume` goes on from what is saved.
+
+    One that is finished stays so: what fails after that, `--resume` does again.
+    """
     try:
         yield
     except Interrupted:
         raise
     except Exception:
-        if ledger.folder.manifest.exists():
+        if ledger.folder.manifest.exists() and ledger.manifest.status != "finished":
             with suppress(Exception):  # a full disk, say: the first error is the one to tell
-                ledger.update(status="failed")
+                ledger.note_failure()
         raise

@@ -59,9 +59,11 @@ class Scoring:
         return self._system.evaluator.evaluate(tasks, self._stop_if_asked)
 
     def _record(self, result: TaskScore, predictions: Path) -> None:
-        if self._ledger.writer:
+        def write() -> None:
             with telling_full_disk(predictions):
                 write_predictions(predictions / f"{result.task}.jsonl", result.predictions)
+
+        self._ledger.write(write)
         extras = {"mode": result.mode, "metric": result.metric, "samples": result.count, **result.extras}
         self._ledger.log(
             event="evaluation", folder=predictions.parent.name, task=result.task, score=result.score, **extras

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ class Coordinator:
             self._evaluate_untouched()
             while self.ledger.manifest.completed < len(self.tasks):
                 self._advance()
+            if self.ledger.manifest.status != "finished":  # only its metrics were left to be written
+                self.ledger.update(status="finished")
             return finish(self.ledger, self.reporter)
         finally:
             self._stop.close()
@@ -113,6 +116,7 @@ class Coordinator:
     def _repeat_task(self, index: int) -> None:
         """A task without steps of its own: the model is the one of the task before, and so are its scores."""
         self.reporter.task_started(index, self.tasks[index].name, 0)
+        self._state.restore_before(index)
         general = self._scoring.general(self.tasks[index].name)
         self._complete(index, self.ledger.manifest.accuracy_matrix[-1], general, Spent(), 0.0)
 
@@ -151,9 +155,11 @@ class Coordinator:
             self.deadline.stepped(seconds)
             skipped = spent.skipped + self._note_samples(place, step, trainer.samples(step), result.skipped)
             spent = Spent(spent.train_seconds + seconds, step + 1, spent.tokens + trainer.tokens(step), skipped)
-            stop, (loss, targets, minutes_over) = self._stop.agreed_with(
-                result.loss_sum, result.targets, self._schedule.minutes_over()
+            stop, (loss, targets, minutes_over, unwritten) = self._stop.agreed_with(
+                result.loss_sum, result.targets, self._schedule.minutes_over(), self.ledger.failed
             )
+            if unwritten:
+                self.ledger.settle()
             loss /= max(1.0, targets)
             self.reporter.step(step + 1, loss, trainer.tokens(step) / seconds, trainer.learning_rate(step))
             self.ledger.log(event="step", task=place.name, step=step + 1, loss=loss, seconds=round(seconds, 4))
@@ -164,7 +170,7 @@ class Coordinator:
 
     def _note_samples(self, place: TaskPlace, step: int, samples: list[int], skipped: str | None) -> bool:
         """Write down what step `step` (from 0) has learnt from, and whether it was skipped, which is returned."""
-        self._order.append(place.index, step + 1, samples, skipped is not None)
+        self.ledger.append(lambda: self._order.append(place.index, step + 1, samples, skipped is not None))
         if skipped is None:
             return False
         self.reporter.message(f"step {step + 1} of task {place.name} skipped: {skipped}")
@@ -224,15 +230,17 @@ class Coordinator:
         model = self.system.engine.model
         beat("writing the model")
         weights = gather_state_dict(model, wanted=in_adapter if self.recipe.model.lora is not None else None)
-        if self.ledger.writer:
+
+        def write() -> None:
             with publishing(path) as temporary, opaque():
                 export_model(model, self.system.loaded.tokenizer, temporary, weights)  # type: ignore[arg-type]
 
+        self.ledger.write(write)
+
     def _write_results(self, folder: Path) -> None:
         """Let the methods put what they found out beside the task's model."""
-        if self.ledger.writer:
-            for method in self.system.engine.methods:
-                method.write_results(folder)
+        for method in self.system.engine.methods:
+            self.ledger.write(partial(method.write_results, folder))
 
     def _peak_memory(self) -> tuple[int, ...]:
         """Each rank's peak over all restarts, some of which may have had fewer ranks (collective)."""

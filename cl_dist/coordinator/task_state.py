@@ -35,7 +35,11 @@ class Spent:
 
 
 class TaskLost(CheckpointDamaged):
-    """The end state of a completed task is damaged, and the state that the task began with is not."""
+    """The end state of completed task `index` is damaged, and the state that the task began with is not."""
+
+    def __init__(self, message: str, index: int) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 class TaskState:
@@ -81,9 +85,8 @@ class TaskState:
 
     def _restore_task_start(self, place: TaskPlace) -> None:
         """The end state of the task before, from disk where this process has not trained it."""
-        if 0 < place.index == self._first:
-            self._engine.prepare_task(place.index - 1)
-            self._engine.load_method_states(self._load_end_state(place.index - 1)["methods"])
+        if place.index > 0:
+            self.restore_before(place.index)
         self._engine.prepare_task(place.index)
         if self._ledger.manifest.checkpoints:  # all of them are damaged
             self._checkpoints.forget_after(None)
@@ -92,15 +95,27 @@ class TaskState:
         if not self._recipe.train.keep_optimizer:
             self._engine.shards.reset_optimizer()
 
+    def restore_before(self, index: int) -> None:
+        """Bring the model to where task `index` (above 0) finds it, where this process has not trained it to there; the
+        task before may have had no steps of its own.
+
+        Raises:
+            TaskLost, CheckpointDamaged: As `restore` does.
+        """
+        if index == self._first:
+            trained = max(task for task in range(index) if self._engine.trains(task))
+            self._engine.prepare_task(trained)
+            self._engine.load_method_states(self._load_end_state(trained)["methods"])
+
     def _load_end_state(self, index: int) -> dict[str, Any]:
-        """Load the state that the task after task `index` starts from."""
+        """Load the state that task `index` has ended with."""
         try:
             return self._load(self._end_state(index))
         except CheckpointDamaged as damage:
             if index > 0:
                 self._require_beginning(index, damage)
             name = self._tasks[index].name
-            raise TaskLost(f"{damage}; going back to the beginning of task {name}") from damage
+            raise TaskLost(f"{damage}; going back to the beginning of task {name}", index) from damage
 
     def _require_beginning(self, index: int, damage: CheckpointDamaged) -> None:
         """Raise unless task `index`, whose end state has `damage`, can be trained again."""
@@ -113,13 +128,16 @@ class TaskState:
         return self._folder.task(index, self._tasks[index].name).state
 
     def take_back(self, lost: TaskLost) -> None:
-        """Let the newest completed task be the one under way, at its beginning."""
+        """Let the lost task be the one under way, at its beginning."""
         self._reporter.message(str(lost))
-        self._first = self._ledger.manifest.completed - 1
-        folder = str(self._end_state(self._first).relative_to(self._folder.path))
+        folder = str(self._end_state(lost.index).relative_to(self._folder.path))
         self._ledger.log(event="damaged", folder=folder, message=str(lost))
-        self._ledger.replace(self._ledger.manifest.taken_back())
-        self._ledger.log(event="resumed", task=self._tasks[self._first].name, step=0)
+        manifest = self._ledger.manifest
+        while manifest.completed > lost.index:
+            manifest = manifest.taken_back()
+        self._ledger.replace(manifest)
+        self._first = lost.index
+        self._ledger.log(event="resumed", task=self._tasks[lost.index].name, step=0)
         self.forget_strays()
 
     def forget_older(self, index: int) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from cl_dist.errors import ClDistError
 from cl_dist.state.atomic import write_json, write_text
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.state.together import together
 
 
 class Ledger:
     """The manifest, the log and the metrics of a run; on ranks that are not the writer only the manifest in memory.
+
+    What the writer fails to write, on a full disk say, all ranks raise: at once where they come here together, and for
+    the lines that are written in between (`append`) the next time they do.
 
     Args:
         folder: Run folder.
@@ -21,33 +28,65 @@ class Ledger:
 
     def __init__(self, folder: RunFolder, manifest: Manifest, writer: bool) -> None:
         self.folder, self.manifest, self.writer = folder, manifest, writer
+        self._failure: ClDistError | None = None
 
     def start(self, recipe_text: str) -> None:
-        """Write the resolved recipe and the manifest: from here on the folder holds a run."""
-        if self.writer:
-            if self.folder.manifest.exists():
-                # Before the recipe, whose split may be new: only the manifest's segments say for sure what the global
-                # batch is.
-                self.manifest.write(self.folder.manifest)
-            write_text(self.folder.config, recipe_text)
+        """Write the resolved recipe and the manifest: from here on the folder holds a run (collective)."""
+        self.write(lambda: self._start(recipe_text))
         self.update()
 
+    def _start(self, recipe_text: str) -> None:
+        if self.folder.manifest.exists():
+            # Before the recipe, whose split may be new: only the manifest's segments say for sure what the global batch
+            # is.
+            self.manifest.write(self.folder.manifest)
+        write_text(self.folder.config, recipe_text)
+
     def update(self, **changes: Any) -> None:
-        """Change fields of the manifest; call on all ranks alike."""
+        """Change fields of the manifest (collective)."""
         self.replace(dataclasses.replace(self.manifest, **changes))
 
     def replace(self, manifest: Manifest) -> None:
-        """Let this be the manifest from now on; call on all ranks alike."""
+        """Let this be the manifest from now on (collective)."""
         self.manifest = manifest
+        self.write(lambda: manifest.write(self.folder.manifest))
+
+    def note_failure(self) -> None:
+        """Let the manifest on the disk say that the run has failed; the other ranks need not come here."""
         if self.writer:
-            self.manifest.write(self.folder.manifest)
+            dataclasses.replace(self.manifest, status="failed").write(self.folder.manifest)
+
+    def write(self, work: Callable[[], None]) -> None:
+        """Let the writer write something (collective)."""
+        together(lambda: self._write(work))
+
+    def _write(self, work: Callable[[], None]) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self.writer:
+            work()
+
+    def append(self, work: Callable[[], None]) -> None:
+        """Let the writer append a line; it does so alone."""
+        if self.writer and self._failure is None:
+            try:
+                work()
+            except ClDistError as error:
+                self._failure = error
+
+    @property
+    def failed(self) -> bool:
+        """Whether a line of this rank's is still to be told of as failed (`settle`)."""
+        return self._failure is not None
+
+    def settle(self) -> None:
+        """Raise on all ranks what `append` has failed with on one (collective)."""
+        self.write(lambda: None)
 
     def log(self, **record: Any) -> None:
         """Append one line to log.jsonl."""
-        if self.writer:
-            self.folder.append_log(record)
+        self.append(lambda: self.folder.append_log(record))
 
-    def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """Write metrics.json."""
-        if self.writer:
-            write_json(self.folder.metrics, metrics)
+    def write_json(self, path: Path, content: Any) -> None:
+        """Replace a JSON file of the run (collective)."""
+        self.write(lambda: write_json(path, content))

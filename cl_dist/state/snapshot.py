@@ -146,9 +146,15 @@ def _checked(
 ) -> tuple[dict[str, Any], SpanReader]:
     """Read what is not a tensor, and make sure that the tensors are whole and all there for this rank."""
     state, reader = _intact(folder)
-    for quantity, held in {**_quantities(shards, state["moments"]), **extra}.items():
-        for name, shard in held.items():
-            reader.require(quantity, name, shard.start, shard.stop)
+    try:
+        for quantity, held in {**_quantities(shards, state["moments"]), **extra}.items():
+            for name, shard in held.items():
+                reader.require(quantity, name, shard.start, shard.stop)
+    except CheckpointDamaged as error:
+        raise StateUnusable(
+            f"{error}, although no file of it is damaged: another release of cl_dist has written it, or another "
+            "recipe; nothing was deleted"
+        ) from error
     return state, reader
 
 

@@ -22,6 +22,8 @@ def together(work: Callable[[], Result]) -> Result:
         ClDistError: The first failing rank's, on every rank. Any other exception stays as it is on its rank and is told
             as a ClDistError on the others.
     """
+    if not torch.distributed.is_initialized():  # a process by itself
+        return work()
     result: Result | None = None
     failure: Exception | None = None
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,8 @@ from cl_dist.sweep.folder import SweepFolder
 from cl_dist.sweep.grid import Cell, Grid
 from cl_dist.sweep.names import Problems
 
-_OF_A_CELL = ("method", "stream.order", "stream.tasks", "train.seed")
-"""Settings in which the cells of one sweep differ."""
-_OF_A_METHOD = ("stream.order", "stream.tasks", "train.seed")
-"""Settings in which the cells of one method differ."""
+_OF_AN_ORDER = ("stream.order", "stream.tasks")
+"""Settings in which cells of different orders differ."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +71,36 @@ def refuse_other_recipes(sweep: SweepFolder, grid: Grid) -> None:
     problems = Problems()
     if sweep.base.exists():
         stored = stored_recipe(sweep.base)
-        _note(problems, sweep.base, _differences(stored, _global_batch(stored), grid.base, _OF_A_CELL))
+        by_order = grid.base.stream.order is not None or stored.stream.order is not None
+        ignored = ("method", "train.seed", *(_OF_AN_ORDER if by_order else ()))
+        _note(problems, sweep.base, _differences(stored, _global_batch(stored), grid.base, ignored))
     problems.check()
-    asked = {(cell.order, cell.method, cell.seed): cell for cell in grid.cells}
-    of_method = {cell.method: cell for cell in grid.cells}
     for place in sweep.found():
-        cell = asked.get(place)
-        like = cell or of_method.get(place[1])
-        if like is not None:
-            folder = RunFolder(sweep.run(*place))
-            ignored = () if cell is not None else _OF_A_METHOD
-            _note(problems, folder.path, _run_differences(folder, like, ignored))
+        folder = RunFolder(sweep.run(*place))
+        _note(problems, folder.path, _differences_at(folder, place, grid.cells))
     problems.check()
+
+
+def _differences_at(folder: RunFolder, place: tuple[str, str, int], cells: Sequence[Cell]) -> list[str]:
+    """What differs between the run at a place (order, method, seed) and the cells that are nearest to it."""
+    order, method, seed = place
+    of_order = [cell for cell in cells if cell.order == order]
+    of_method = [cell for cell in cells if cell.method == method]
+    of_both = [cell for cell in of_order if cell.method == method]
+    for cell in of_both:
+        if cell.seed == seed:
+            return _run_differences(folder, cell, ())
+    if of_both:
+        return _run_differences(folder, of_both[0], ("train.seed",))
+    found = _run_differences(folder, of_method[0], (*_OF_AN_ORDER, "train.seed")) if of_method else []
+    return found + (_other_tasks(folder, of_order[0]) if of_order else [])
+
+
+def _other_tasks(folder: RunFolder, cell: Cell) -> list[str]:
+    """How the tasks of a run of another method differ; a method may have its own number of epochs."""
+    changed = changed_settings(as_plain(stored_recipe(folder.config)), as_plain(cell.recipe))
+    keys = {text: text.partition(":")[0] for text in changed}
+    return [text for text, key in keys.items() if key.startswith("stream.tasks") and not key.endswith(".epochs")]
 
 
 def _note(problems: Problems, path: Path, differences: Iterable[str]) -> None:

@@ -117,6 +117,31 @@ class TestRefusals:
         assert code == 2
         assert "own/migu/seed0: method[0].threshold: 0.7 in the run, 0.5 now" in error
 
+    @pytest.mark.parametrize("asked", [("sequential", "7"), ("migu", "0"), ("migu", "7")], ids=" seed ".join)
+    def test_other_tasks_in_the_same_table(self, command: Command, tmp_path: Path, asked: tuple[str, str]) -> None:
+        """Than those of a run of another seed or method."""
+        recipe = write_recipe(tmp_path)
+        finish(make_grid(tmp_path).cells[0], matrix(1, 1, 1))
+        options = ("--methods", asked[0], "--seeds", asked[1], "--out", "sweep", "--dry-run")
+        assert command("compare", recipe, *options)[0] == 0
+        other = "stream.tasks=[{name: autumn, format: builtin}, {name: summer, format: builtin}]"
+        code, _, error = command("compare", recipe, *options, "--set", other)
+        assert code == 2
+        assert "own/sequential/seed0: stream.tasks[0].name: 'spring' in the run, 'autumn' now" in error
+
+    def test_other_epochs_of_a_task(self, command: Command, tmp_path: Path) -> None:
+        """Of another method's cells; the sweep's own recipe has none."""
+        recipe = write_recipe(tmp_path)
+        grid = make_grid(tmp_path)
+        finish(grid.cells[0], matrix(1, 1, 1))
+        SweepFolder(tmp_path / "sweep").base.write_text(dump_recipe(grid.base))
+        options = ("--methods", "migu", "--seeds", "0", "--out", "sweep", "--dry-run")
+        longer = "stream.tasks.0.epochs=3"
+        assert command("compare", recipe, *options, "--set-for", f"migu:{longer}")[0] == 0
+        code, _, error = command("compare", recipe, *options, "--set", longer)
+        assert code == 2
+        assert "compare.yaml: stream.tasks[0].epochs: None in the run, 3 now" in error
+
     def test_another_base_than_the_first_call_had(self, command: Command, tmp_path: Path) -> None:
         recipe = write_recipe(tmp_path)
         sweep = SweepFolder(tmp_path / "sweep")

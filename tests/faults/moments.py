@@ -21,7 +21,7 @@ from cl_dist.evaluation.general import GeneralEvaluator
 from cl_dist.evaluation.modes import PromptScorer
 from cl_dist.methods.kif import results
 from cl_dist.methods.kif import weights as fusing
-from cl_dist.state import atomic, snapshot, spans
+from cl_dist.state import atomic, data_order, ledger, snapshot, spans
 from cl_dist.state.checkpoints import Checkpoints
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import Manifest
@@ -180,6 +180,33 @@ def _full_disk(count: int) -> None:
     spans.save_file = filling
 
 
+def _full_disk_at_a_line(count: int) -> None:
+    """Not killed: the disk has no room for this rank's `count`-th line (log, data order), nor for any after it."""
+    original, calls = atomic.append_line, iter(range(1, 10**9))
+
+    def refusing(path: Path, value: Any) -> None:
+        if next(calls) >= count:
+            with atomic.telling_full_disk(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(path, value)
+
+    atomic.append_line = refusing
+    data_order.append_line = refusing
+
+
+def _full_disk_at_the_metrics(count: int) -> None:
+    """Not killed: the disk has no room for what is written last."""
+    original = ledger.write_json
+
+    def refusing(path: Path, value: Any) -> None:
+        if path.name == "metrics.json":
+            with atomic.telling_full_disk(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(path, value)
+
+    ledger.write_json = refusing
+
+
 def fill(path: Path) -> None:
     """Write zeros into a file until the disk has no room left."""
     with suppress(OSError), path.open("wb", buffering=0) as file:
@@ -245,6 +272,8 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "dead loop": _dead_loop,
     "extra collective": _extra_collective,
     "full disk": _full_disk,
+    "full disk at a line": _full_disk_at_a_line,
+    "full disk at the metrics": _full_disk_at_the_metrics,
     "folder locked": _folder_locked,
     "failing recovery": _failing_recovery,
     "stale manifest": _stale_manifest,

@@ -103,22 +103,55 @@ def test_neither_one_that_slurm_ends_already(commands: Commands, state: str) -> 
 class TestAFreshRun:
     """In a folder that holds an old one."""
 
+    PUT_ASIDE = "mkdir -p old; mv .fresh-for-job-* manifest.json log.jsonl old 2>/dev/null"
+
+    def asked_for(self, commands: Commands) -> list[str]:
+        """What `cl-dist` was called with, start by start."""
+        return [call.rpartition("cl_dist ")[2] for call in commands.calls("srun")]
+
     def test_is_asked_for_at_the_first_start_alone(self, commands: Commands) -> None:
         (commands.folder / "manifest.json").touch()
-        commands.set(srun="mv manifest.json old; exit 75")
+        commands.set(srun=f"{self.PUT_ASIDE}; exit 75")
+        assert commands.run(fresh=True) == (0, SAVED)
+        commands.set(srun="touch manifest.json; exit 75")
+        commands.run(fresh=True, SLURM_RESTART_COUNT="1")
+        commands.run(fresh=True, SLURM_RESTART_COUNT="2")
+        assert self.asked_for(commands) == ["run --fresh", "run", "run --resume"]
+
+    def test_where_there_is_no_old_one(self, commands: Commands) -> None:
+        commands.set(srun="touch manifest.json; exit 75")
         assert commands.run(fresh=True) == (0, SAVED)
         commands.run(fresh=True, SLURM_RESTART_COUNT="1")
-        (commands.folder / "manifest.json").touch()
-        commands.run(fresh=True, SLURM_RESTART_COUNT="2")
-        last_words = [call.rpartition("cl_dist ")[2] for call in commands.calls("srun")]
-        assert last_words == ["run --fresh", "run", "run --resume"]
+        assert self.asked_for(commands) == ["run --fresh", "run --resume"]
 
-    def test_never_goes_on_with_the_old_one(self, commands: Commands) -> None:
+    @pytest.mark.parametrize("requeued_by", ["itself", "Slurm"])
+    def test_never_goes_on_with_the_old_one(self, commands: Commands, requeued_by: str) -> None:
+        """The first start ends before the old run is put aside."""
         (commands.folder / "manifest.json").touch()
         commands.set(srun=f"{ASKS}; exit 138")
-        code, said = commands.run(fresh=True)
-        assert code == 138
-        assert said.endswith("not restarted: the old run was not put aside yet; submit the script again\n")
+        if requeued_by == "Slurm":
+            commands.set(squeue="echo PENDING BeginTime")
+        assert commands.run(fresh=True)[0] == (0 if requeued_by == "itself" else 138)
+        commands.set(srun=f"{self.PUT_ASIDE}; exit 75", squeue="echo RUNNING None")
+        assert commands.run(fresh=True, SLURM_RESTART_COUNT="1")[0] == 0
+        commands.set(srun="touch manifest.json; exit 75")
+        commands.run(fresh=True, SLURM_RESTART_COUNT="2")
+        commands.run(fresh=True, SLURM_RESTART_COUNT="3")
+        assert self.asked_for(commands) == ["run --fresh", "run --fresh", "run", "run --resume"]
+
+    def test_counts_its_own_saves_alone(self, commands: Commands) -> None:
+        """The old run had saved more often."""
+        (commands.folder / "manifest.json").touch()
+        (commands.folder / "log.jsonl").write_text('{"event": "saved", "task": "a"}\n' * 5)
+        commands.set(srun=f"{self.PUT_ASIDE}; {SAVED_EVENT}; exit 76")
+        lost = "cl-dist: lost a rank (exit code 76), and had saved its state since it started"
+        assert commands.run(fresh=True) == (0, f"{lost}; restart 1 of at most 20 follows\n")
+
+    def test_does_not_count_those_of_the_old_one(self, commands: Commands) -> None:
+        (commands.folder / "manifest.json").touch()
+        (commands.folder / "log.jsonl").write_text('{"event": "saved", "task": "a"}\n' * 5)
+        commands.set(srun="exit 76")
+        assert commands.run(fresh=True) == (76, f"cl-dist: error: lost a rank (exit code 76), {NOTHING}")
 
 
 class TestAControllerThatDoesNotAnswer:

@@ -32,10 +32,11 @@ def wait_for_the_others():
 def checkpoint_when_asked(seconds=0.3):
     def stop(number, frame):
         with open(f"asked-{rank}", "a") as file:
-            file.write("x")
+            file.write(f"{signal.Signals(number).name} ")
         time.sleep(seconds)
         fail(75, "stopped after step 3")
-    signal.signal(signal.SIGTERM, stop)
+    for asked in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(asked, stop)
 """
 
 
@@ -294,7 +295,8 @@ class TestSignals:
         process.send_signal(number)
         output, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert (process.returncode, output) == (75, "stopped after step 3\n")
-        assert [(folder / f"asked-{rank}").read_text() for rank in range(2)] == ["x", "x"]
+        passed_on = "SIGUSR1 " if number == signal.SIGUSR1 else "SIGTERM "  # a warning stays one
+        assert [(folder / f"asked-{rank}").read_text() for rank in range(2)] == [passed_on] * 2
 
     def test_two_at_once_are_one_request(self, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]) -> None:
         process = launcher("checkpoint_when_asked()\nwait_for_the_others()\ntime.sleep(600)")
@@ -323,11 +325,12 @@ class TestSignals:
         output, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert (process.returncode, output) == (75, "stopped after step 3\n")
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
     def test_ranks_that_do_not_listen_yet_just_end(
-        self, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]
+        self, number: int, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]
     ) -> None:
         process = launcher("wait_for_the_others()\ntime.sleep(600)")
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 75
 

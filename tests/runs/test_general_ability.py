@@ -139,6 +139,27 @@ def test_what_is_measured_is_not_measured_again(zygote: Zygote, runs: dict[str, 
     assert _metrics(tmp_path / "run")["general"] == _metrics(runs["zero2"])["general"]
 
 
+def test_a_task_without_steps_is_measured_with_what_was_learnt(zygote: Zygote, tmp_path: Path) -> None:
+    """Killed while the second task of multi_task is measured: the resume has trained nothing itself."""
+    tasks = write_harness_tasks(tmp_path / "harness", DOCUMENTS)
+    general = {"tasks": ["compass", "heading"], "include_path": str(tasks), "after": "all", "batch_size": 3}
+    changes = {"method": {"name": "multi_task"}, "train": {"epochs": 6, "learning_rate": 3e-3}}
+    measured = {}
+    for name in ("undisturbed", "killed"):
+        (tmp_path / name).mkdir()
+        argv = ["run", str(write_recipe(tmp_path / name, eval={"general": general}, **changes)), "--debug"]
+        fault = {"moment": "general ability", "on_rank": 0, "count": 5} if name == "killed" else None
+        outcome = zygote.run(argv, tmp_path / name, world=2, timeout=400.0, fault=fault)
+        if fault is not None:
+            assert outcome.codes[0] == -signal.SIGKILL, "the moment never came"
+            outcome = zygote.run([*argv, "--resume"], tmp_path / name, world=2, timeout=400.0)
+        assert outcome.codes == [0, 0], "\n".join(outcome.output)
+        measured[name] = _metrics(tmp_path / name / "run")["general"]
+    assert measured["killed"] == measured["undisturbed"]
+    untouched, *learnt = [entry["scores"] for entry in measured["undisturbed"]]
+    assert learnt[0] == learnt[1] != untouched, "nothing moves: this shows nothing"
+
+
 def _measured(run: Path) -> list[tuple[str, str]]:
     """Place and task of every measurement that the log tells of."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
