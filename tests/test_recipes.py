@@ -119,7 +119,7 @@ def test_there_is_a_recipe_for_every_published_order() -> None:
 def test_recipes_of_long_answers_cut_them_as_their_sources_do() -> None:
     recipes = {name: load_recipe(name)[0].train for name in shipped_recipes()}
     cutting = {name for name, train in recipes.items() if train.long_answers == "cut"}
-    assert cutting == {"superni-order1", "superni-order2", "trace"}
+    assert cutting == {"instruct-code", "superni-order1", "superni-order2", "trace"}
 
 
 def test_trace_learns_every_task_for_its_own_number_of_epochs() -> None:

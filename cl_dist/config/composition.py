@@ -55,9 +55,21 @@ def exclusion(one: str, other: str) -> Exclusion | None:
     return next((entry for entry in EXCLUSIONS if entry.covers(one, other)), None)
 
 
+def _refuse_anchor_before_fusion(names: Sequence[str]) -> None:
+    """What ewc holds on to must be what the next task starts from: the weights after the fusion, not before it."""
+    later = names[names.index("ewc") + 1 :] if "ewc" in names else ()
+    fusing = next((name for name in later if name in FUSING), None)
+    if fusing is not None:
+        raise ValueError(
+            f"method: ewc before {fusing} would hold on to the weights before the fusion and undo it; "
+            f"give {fusing} first"
+        )
+
+
 def refuse_exclusive(names: Sequence[str]) -> None:
     """Raise ValueError where two of the methods exclude each other."""
     for one, other in combinations(names, 2):
         entry = exclusion(one, other)
         if entry is not None:
             raise ValueError(f"method: {one} and {other} do not compose: {entry.why}")
+    _refuse_anchor_before_fusion(names)

@@ -158,6 +158,9 @@ class StreamConfig:
     instruction_file: str | None = None
     """`instruction_config.json` of a CL_Benchmark copy; absent: looked for beside the data, else the published
     texts."""
+    name_tasks: bool = False
+    """Format cl_benchmark: prompts begin with two lines, `Task:` the group and `Dataset:` the data set, as in the
+    scripts of O-LoRA and MIGU (--add_task_name, --add_dataset_name). A model is told the task by it."""
     max_labels: PositiveInt = 50
     """A task without stated labels counts as classification when it has at most so many distinct answers."""
 
@@ -170,6 +173,9 @@ class StreamConfig:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f'tasks: the name "{twice}" is given twice; every task of a stream has its own')
+        formats = {task.format for task in self.tasks} or {self.format}
+        if self.name_tasks and formats != {"cl_benchmark"}:
+            raise ValueError(f"name_tasks: true is for format cl_benchmark alone, not {', '.join(sorted(formats))}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -106,6 +106,7 @@ BAD_SETTINGS = [
     ("zero.deepspeed.zero_optimization.round_robin_gradients=true", "round_robin_gradients: true mixes up shards"),
     ("launch.processes=0", "launch.processes: 0 is not allowed; allowed: a whole number, at least 1"),
     ("eval.mode=accuracy", 'eval.mode: "accuracy" is not allowed; allowed: auto, likelihood, generate, perplexity'),
+    ("stream.name_tasks=true", "stream.name_tasks: true is for format cl_benchmark alone, not "),
     ("eval={mode: perplexity, metric: macro_f1}", "eval.metric: macro_f1 scores generated text, eval.mode is perplexi"),
     ("eval={mode: likelihood, metric: rouge_l}", "eval.metric: rouge_l scores generated text, eval.mode is likelihood"),
     ("train={shuffle: false, group_by_length: true}", "train.group_by_length: true reorders the samples"),

@@ -52,6 +52,7 @@ def test_what_makes_sense_composes_in_either_order(pair: tuple[str, str]) -> Non
         (("multi_task", "migu"), "multi_task and migu do not compose: multi_task learns all tasks at once"),
         (("per_task", "multi_task"), "per_task and multi_task do not compose: the one"),
         (("replay", "recurrent_kif"), "replay and recurrent_kif do not compose: recurrent_kif has a memory"),
+        (("ewc", "migu", "kif"), "ewc before kif would hold on to the weights before the fusion and undo it"),
         (("tasl", "kif"), "tasl and kif do not compose: kif, tasl and recurrent_kif all fuse weights"),
     ],
 )

@@ -31,6 +31,12 @@ def test_cl_benchmark_prompt_has_instruction_options_sentence_and_cue(tmp_path: 
     assert (len(task.train), len(task.evaluation)) == (6, 4)
 
 
+def test_cl_benchmark_prompts_name_group_and_data_set_where_asked_for(tmp_path: Path) -> None:
+    cl_benchmark(tmp_path, "COPA", "COPA")
+    task = load_one(tmp_path, "copa", format="cl_benchmark", path=".", stream={"name_tasks": True})
+    assert task.train[0].prompt == "Task:COPA\nDataset:COPA\nquestion 0\nAnswer:"
+
+
 def test_cl_benchmark_copa_sentence_stands_alone(tmp_path: Path) -> None:
     cl_benchmark(tmp_path, "COPA", "COPA")
     assert load_one(tmp_path, "copa", format="cl_benchmark", path=".").train[0].prompt == "question 0\nAnswer:"

@@ -51,7 +51,10 @@ def read(source: Source) -> RawTask:
     """Read one data set; `path` is its folder, or the root in which the task's name is looked up."""
     folder = find_dataset(require_folder(source.path()), source.task.name)
     labels = source.task.labels or read_labels(folder / "labels.json")
-    convert = partial(make_prompted, head=prompt_head(source, folder, labels))
+    head = prompt_head(source, folder, labels)
+    if source.stream.name_tasks:
+        head = f"Task:{folder.parent.name}\nDataset:{folder.name}\n{head}"
+    convert = partial(make_prompted, head=head)
     evaluation = choose_evaluation(source.stream.eval_split, {s: folder / f"{s}.json" for s in ("test", "dev")})
     return RawTask(
         train=read_json_split(folder / "train.json", convert),
