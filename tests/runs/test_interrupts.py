@@ -29,6 +29,11 @@ def slow_recipe(folder: Path) -> Path:
     return write_recipe(folder, train={"epochs": 16}, method={"name": "sequential"})
 
 
+def endless_recipe(folder: Path) -> Path:
+    """Never at its end while a test looks, however busy the machine is."""
+    return write_recipe(folder, train={"epochs": 10_000}, method={"name": "sequential"})
+
+
 def start(argv: list[str], folder: Path) -> subprocess.Popen[str]:
     return start_program([sys.executable, *argv], folder)
 
@@ -105,7 +110,7 @@ def test_the_launcher_killed_takes_its_ranks_along(tmp_path: Path, undisturbed: 
 
 
 def test_a_rank_killed_takes_the_job_down_with_its_message_last(tmp_path: Path) -> None:
-    launcher = start(["-m", "cl_dist", "run", str(slow_recipe(tmp_path))], tmp_path)
+    launcher = start(["-m", "cl_dist", "run", str(endless_recipe(tmp_path))], tmp_path)
     wait_for_steps(tmp_path / "run", 3)
     ranks = psutil.Process(launcher.pid).children()
     victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
@@ -140,7 +145,7 @@ def test_under_other_launchers_the_weights_are_the_same(tmp_path: Path, undistur
 
 
 def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
-    recipe = slow_recipe(tmp_path)
+    recipe = endless_recipe(tmp_path)
     first = start(["-m", "cl_dist", "run", str(recipe)], tmp_path)
     wait_for_steps(tmp_path / "run", 1)
     second = start(["-m", "cl_dist", "run", str(recipe), "--resume"], tmp_path)
