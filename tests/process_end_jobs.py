@@ -8,12 +8,13 @@ import time
 
 SECONDS = 2.0
 """Long enough for the process to end meanwhile, short enough for a test."""
+PATIENCE_SECONDS = 30.0
 
 
 class Slow:
     """What another thread than the main one drops slowly, asking for Python's lock again and again."""
 
-    dropped_by = threading.main_thread()
+    dropped_by: threading.Thread | None = None
 
     def __del__(self) -> None:
         """Take long."""
@@ -31,12 +32,13 @@ def drops_late() -> bool:
     dist.init_process_group("gloo")
     group = dist.new_group()
     vars(builtins)["kept_by_the_test"] = group
-    for _ in range(20):
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while Slow.dropped_by in (None, threading.main_thread()) and time.monotonic() < deadline:
+        Slow.dropped_by = None
         tensor = torch.ones(1000)
         tensor.slow = Slow()  # type: ignore[attr-defined]
         dist.all_reduce(tensor, group=group, async_op=True)
         del tensor
-        time.sleep(0.01)
-        if Slow.dropped_by is not threading.main_thread():
-            break
-    return Slow.dropped_by is not threading.main_thread()
+        while Slow.dropped_by is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+    return Slow.dropped_by not in (None, threading.main_thread())

@@ -453,9 +453,12 @@ class Recipe:
             raise ValueError(f"eval.mode: generate needs a model that generates text, but its objective is {objective}")
         if evaluation.mode == "perplexity" and objective == "classification":
             raise ValueError("eval.mode: perplexity needs a language model, but its objective is classification")
-        of_labels = evaluation.mode == "likelihood" and evaluation.metric in ("exact_match", "macro_f1")
-        if evaluation.mode in ("likelihood", "perplexity") and evaluation.metric != "auto" and not of_labels:
-            raise ValueError(f"eval.metric: {evaluation.metric} scores generated text, eval.mode is {evaluation.mode}")
+        allowed = {"likelihood": ("auto", "exact_match", "macro_f1"), "perplexity": ("auto",)}.get(evaluation.mode)
+        if allowed is not None and evaluation.metric not in allowed:
+            raise ValueError(
+                f"eval.metric: {evaluation.metric} scores generated text, eval.mode is {evaluation.mode}, which allows "
+                + " or ".join(allowed)
+            )
 
     def _check_template(self) -> None:
         objective = self.model.known_objective

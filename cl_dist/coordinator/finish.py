@@ -15,7 +15,7 @@ from cl_dist.state.manifest import Manifest
 def finish(ledger: Ledger, reporter: Reporter) -> dict[str, Any]:
     """Write and report the metrics of a finished run; they follow from its manifest."""
     metrics = run_metrics(ledger.manifest)
-    ledger.write_json(ledger.folder.metrics, metrics)
+    ledger.write_metrics(metrics)
     reporter.run_finished(metrics)
     leave()
     return metrics

@@ -21,9 +21,6 @@ Row = tuple[float | None, ...]
 General = tuple[dict[str, Any], ...]
 """As the manifest has it."""
 
-NOTHING_SCORED: dict[str, Any] = {"row_under_way": (), "general_under_way": {}}
-"""Of the manifest, where the next model has not been evaluated yet."""
-
 
 class Scoring:
     """Evaluates the model that is being trained (collective).

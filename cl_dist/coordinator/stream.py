@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from cl_dist.assembly import System
 from cl_dist.config.load import dump_recipe
 from cl_dist.coordinator.finish import finish
-from cl_dist.coordinator.scoring import NOTHING_SCORED, General, Row, Scoring
+from cl_dist.coordinator.scoring import General, Row, Scoring
 from cl_dist.coordinator.task_state import Spent, TaskLost, TaskState
 from cl_dist.engine.deadline import Deadline
 from cl_dist.engine.distributed import leave
@@ -33,6 +32,7 @@ from cl_dist.state.atomic import publishing
 from cl_dist.state.data_order import DataOrder
 from cl_dist.state.elastic import appended, segment
 from cl_dist.state.ledger import Ledger
+from cl_dist.state.manifest import NOTHING_SCORED
 from cl_dist.state.schedule import CheckpointSchedule
 
 
@@ -239,8 +239,12 @@ class Coordinator:
 
     def _write_results(self, folder: Path) -> None:
         """Let the methods put what they found out beside the task's model."""
-        for method in self.system.engine.methods:
-            self.ledger.write(partial(method.write_results, folder))
+
+        def write() -> None:
+            for method in self.system.engine.methods:
+                method.write_results(folder)
+
+        self.ledger.write(write)
 
     def _peak_memory(self) -> tuple[int, ...]:
         """Each rank's peak over all restarts, some of which may have had fewer ranks (collective)."""

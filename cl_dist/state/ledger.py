@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from cl_dist.errors import ClDistError
@@ -48,8 +47,8 @@ class Ledger:
 
     def replace(self, manifest: Manifest) -> None:
         """Let this be the manifest from now on (collective)."""
-        self.manifest = manifest
         self.write(lambda: manifest.write(self.folder.manifest))
+        self.manifest = manifest  # not before it is on the disk: `note_failure` goes by it
 
     def note_failure(self) -> None:
         """Let the manifest on the disk say that the run has failed; the other ranks need not come here."""
@@ -87,6 +86,6 @@ class Ledger:
         """Append one line to log.jsonl."""
         self.append(lambda: self.folder.append_log(record))
 
-    def write_json(self, path: Path, content: Any) -> None:
-        """Replace a JSON file of the run (collective)."""
-        self.write(lambda: write_json(path, content))
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write metrics.json (collective)."""
+        self.write(lambda: write_json(self.folder.metrics, metrics))

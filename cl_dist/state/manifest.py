@@ -18,6 +18,9 @@ from cl_dist.state.integrity import CheckpointDamaged, StateUnusable, patiently
 FORMAT_VERSION = 2
 """2: a list of checkpoints in place of one, and segments."""
 
+NOTHING_SCORED: dict[str, Any] = {"row_under_way": (), "general_under_way": {}}
+"""Where the next model has not been evaluated yet."""
+
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -135,10 +138,9 @@ class Manifest:
             completed=kept,
             checkpoints=(),
             accuracy_matrix=self.accuracy_matrix[: kept + 1],
-            row_under_way=(),
             general=general,
-            general_under_way={},
             timings=self.timings[:kept],
+            **NOTHING_SCORED,
         )
 
     def write(self, path: Path) -> None:

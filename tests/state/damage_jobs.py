@@ -11,7 +11,7 @@ import torch
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.methods.base import TaskPlace
-from cl_dist.state.integrity import CheckpointDamaged
+from cl_dist.state.integrity import CheckpointDamaged, StateUnusable
 from cl_dist.state.snapshot import load_snapshot, save_snapshot
 from tests.distributed.worlds import micro_batches, samples
 from tests.faults.damage import DAMAGES
@@ -38,9 +38,23 @@ def every_damage(folder: str) -> dict[str, Any]:
     train(engine, 1)
     moved = not same(saved, values(engine))
     attempts = [attempt(engine, good, Path(folder, "bad"), name, damage) for name in FILES for damage in DAMAGES]
+    lacking = lacking_a_quantity(engine, good)
     load_snapshot(good, engine.shards, engine.method_tensors())
     files = sorted(path.name for path in good.iterdir())
-    return {"attempts": attempts, "moved": moved, "restored": same(saved, values(engine)), "files": files}
+    restored = same(saved, values(engine))
+    return {"attempts": attempts, "moved": moved, "restored": restored, "files": files, "lacking": lacking}
+
+
+def lacking_a_quantity(engine: TrainingEngine, good: Path) -> dict[str, Any]:
+    """Load a whole snapshot that lacks what a method of another release would want."""
+    name = engine.shards.names[0]
+    wanted = engine.shards.master(name)
+    before, message = values(engine), None
+    try:
+        load_snapshot(good, engine.shards, {"of another release": {name: wanted} if wanted is not None else {}})
+    except StateUnusable as error:
+        message = str(error)
+    return {"message": message, "unchanged": same(before, values(engine))}
 
 
 def attempt(engine: TrainingEngine, good: Path, bad: Path, name: str, damage: str) -> dict[str, Any]:

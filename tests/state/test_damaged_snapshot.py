@@ -19,6 +19,9 @@ def test_every_damage_to_every_file_is_named_on_all_ranks(tmp_path: Path) -> Non
             assert f"bad/{one['file']} is " in one["message"]
             assert "\n" not in one["message"]
             assert one["unchanged"], f"{one['file']}, {one['damage']}: part of it was loaded"
+        assert rank["lacking"]["message"] is not None, "a whole state that lacks a quantity was loaded"
+        assert "although no file of it is damaged: another release of cl_dist" in rank["lacking"]["message"]
+        assert rank["lacking"]["unchanged"]
         assert rank["moved"]
         assert rank["restored"]
     assert ranks[0]["attempts"] == ranks[1]["attempts"], "the ranks say different things"

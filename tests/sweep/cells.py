@@ -31,7 +31,7 @@ def matrix(first: float, kept: float, second: float) -> Matrix:
 def finish(cell: Cell, scores: Matrix) -> None:
     """Leave what a finished run of this cell leaves, with these scores."""
     ledger = _start(cell, scores, "finished")
-    ledger.write_json(ledger.folder.metrics, {"accuracy_matrix": scores, **all_metrics(scores)})
+    ledger.write_metrics({"accuracy_matrix": scores, **all_metrics(scores)})
 
 
 def stop_half_way(cell: Cell, scores: Matrix, status: str = "interrupted") -> None:
