@@ -7,23 +7,43 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from cl_dist.config.schema import Recipe
+from cl_dist.config.files import expand, is_there
+from cl_dist.config.schema import Recipe, StreamConfig
+from cl_dist.errors import BadInput
 
 
 def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Recipe:
-    """Make `stream.root` absolute, and the paths that lie beside the recipe rather than below the root.
+    """Make `stream.root` absolute, and the paths that lie beside the recipe rather than below the root; `~` is replaced
+    in all of them.
 
     folder: the recipe's. typed_root: `stream.root` was typed on the command line, so it starts from the working
-    directory, as everything does that is typed there. A recipe whose tasks name no path is returned as it is.
+    directory, as everything does that is typed there. A recipe whose tasks name no path is returned as it is. Raises
+    BadInput for a path that cannot be one, and for a root that no path starts from.
     """
     recipe = _resolve_include_path(recipe, folder)
     stream = recipe.stream
     if stream.root is None and stream.instruction_file is None and not any(task.path for task in stream.tasks):
         return recipe
-    root = (Path.cwd() if typed_root else folder) / Path(stream.root or "").expanduser()
-    tasks = tuple(replace(task, path=_beside(task.path, root, folder)) for task in stream.tasks)
-    instructions = _beside(stream.instruction_file, root, folder)
-    return replace(recipe, stream=replace(stream, root=str(root), tasks=tasks, instruction_file=instructions))
+    root = (Path.cwd() if typed_root else folder) / expand(stream.root or "", "stream.root")
+    tasks = tuple(
+        replace(task, path=_beside(task.path, root, folder, f"stream.tasks.{number}.path"))
+        for number, task in enumerate(stream.tasks)
+    )
+    instructions = _beside(stream.instruction_file, root, folder, "stream.instruction_file")
+    resolved = replace(stream, root=str(root), tasks=tasks, instruction_file=instructions)
+    if not _starts_from_root(resolved):
+        if stream.root is not None:
+            raise BadInput(f"stream.root: {stream.root} is not read: every path of the stream is found without it")
+        resolved = replace(resolved, root=None)
+    return replace(recipe, stream=resolved)
+
+
+def _starts_from_root(stream: StreamConfig) -> bool:
+    """Whether a path of the stream is looked up below its root."""
+    paths = [stream.instruction_file] if stream.instruction_file is not None else []
+    # A task without a path, and an order's tasks, have the root itself for theirs.
+    own = [task.path or "" for task in stream.tasks if task.format != "builtin"] if stream.tasks else [""]
+    return any(not Path(path).is_absolute() for path in (*paths, *own))
 
 
 def _resolve_include_path(recipe: Recipe, folder: Path) -> Recipe:
@@ -33,16 +53,18 @@ def _resolve_include_path(recipe: Recipe, folder: Path) -> Recipe:
     general = recipe.eval.general
     if general is None or general.include_path is None:
         return recipe
-    path = Path(general.include_path).expanduser()
-    found = next((base / path for base in (folder, Path.cwd()) if (base / path).exists()), folder / path)
+    path = expand(general.include_path, "eval.general.include_path")
+    found = next((base / path for base in (folder, Path.cwd()) if is_there(base / path)), folder / path)
     return replace(recipe, eval=replace(recipe.eval, general=replace(general, include_path=str(found.absolute()))))
 
 
-def _beside(written: str | None, root: Path, folder: Path) -> str | None:
-    """A path that is found in the recipe's folder and not below the root as an absolute one, any other as written."""
+def _beside(written: str | None, root: Path, folder: Path, setting: str) -> str | None:
+    """A path that is found in the recipe's folder and not below the root as an absolute one, any other as written but
+    for its `~`. Where there is no root as yet, none is found elsewhere in its place.
+    """
     if written is None:
         return None
-    path = Path(written).expanduser()
-    if (root / path).exists() or not (folder / path).exists():
-        return written
+    path = expand(written, setting)
+    if is_there(root / path) or not is_there(root) or not is_there(folder / path):
+        return str(path) if written.startswith("~") else written
     return str(folder / path)

@@ -16,11 +16,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cl_dist.config.composition import GROWING, refuse_exclusive
+from cl_dist.config.formats import describe_unread
 from cl_dist.config.methods import MethodConfig, SequentialConfig, UnitConfig
 from cl_dist.config.ranges import STRICT, Fraction, NonNegative, Positive, PositiveInt
 
 BUILTIN_MODELS = ("builtin:llama-tiny", "builtin:t5-tiny", "builtin:roberta-tiny")
-FORMATS = ("builtin", "cl_benchmark", "tasl", "trace", "superni", "jsonl", "text", "huggingface")
+FORMATS = ("builtin", "cl_benchmark", "tasl", "trace", "superni", "sgd", "jsonl", "text", "huggingface")
 BUILTIN_OBJECTIVES = {
     "builtin:llama-tiny": "causal_lm",
     "builtin:t5-tiny": "seq2seq_lm",
@@ -84,7 +85,7 @@ class ModelConfig:
         return BUILTIN_OBJECTIVES.get(self.name_or_path) if self.objective == "auto" else self.objective
 
 
-DataFormat = Literal["builtin", "cl_benchmark", "tasl", "trace", "superni", "jsonl", "text", "huggingface"]
+DataFormat = Literal["builtin", "cl_benchmark", "tasl", "trace", "superni", "sgd", "jsonl", "text", "huggingface"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -96,8 +97,8 @@ class TaskConfig:
     the task's files."""
     format: DataFormat = "jsonl"
     """How the data is stored: `builtin` (generated), `cl_benchmark` (O-LoRA, MIGU), `tasl` (TaSL, KIF), `trace`,
-    `superni` (Super-NaturalInstructions), `jsonl` (`input`/`output` records), `text` (plain text, for pre-training),
-    `huggingface` (a data set by name or saved to disk)."""
+    `superni` (Super-NaturalInstructions), `sgd` (dialogue state tracking, TaSL), `jsonl` (`input`/`output` records),
+    `text` (plain text, for pre-training), `huggingface` (a data set by name, a file or folder, or saved to disk)."""
     path: str | None = None
     """Folder or file of the data; a relative path is looked up below `stream.root`, else below the recipe's folder.
     `builtin` has none."""
@@ -125,15 +126,16 @@ class TaskConfig:
             raise ValueError(
                 f'name: "{self.name}" cannot name a folder; allowed: letters, digits, "-", "_" and ".", no leading "."'
             )
-        if self.format != "huggingface" and self.subset is not None:
-            raise ValueError(f'subset: "{self.subset}" has a meaning for format huggingface only, not {self.format}')
-        if self.format != "huggingface" and self.streaming:
-            raise ValueError(f"streaming: true has a meaning for format huggingface only, not {self.format}")
-        if self.format not in ("huggingface", "jsonl") and self.text_field is not None:
-            raise ValueError(
-                f'text_field: "{self.text_field}" has a meaning for formats jsonl and huggingface only, '
-                f"not {self.format}"
-            )
+        problem = describe_unread(self, [self.format]) or self._field_beside_text()
+        if problem is not None:
+            raise ValueError(problem)
+
+    def _field_beside_text(self) -> str | None:
+        """The field of prompts or answers that is given beside one of documents."""
+        for name, default in (("input_field", "input"), ("output_field", "output")):
+            if self.text_field is not None and getattr(self, name) != default:
+                return f'{name}: "{getattr(self, name)}" is not read where text_field names a field of documents'
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -143,8 +145,8 @@ class StreamConfig:
     tasks: tuple[TaskConfig, ...] = ()
     """The tasks in order; or none, where `order` names them."""
     order: int | str | None = None
-    """In place of `tasks`: a published order (`1` to `6`, `superni-1`, `superni-2`) or a CL_Benchmark order folder. All
-    its tasks are looked up in `root`, in the format `format`."""
+    """In place of `tasks`: a published order (`1` to `6`, `superni-1`, `superni-2`, `sgd-1` to `sgd-6`) or an order
+    folder of CL_Benchmark. All its tasks are looked up in `root`, in the format `format`."""
     format: DataFormat = "tasl"
     """Format of the tasks that `order` names."""
     root: str | None = None
@@ -152,7 +154,7 @@ class StreamConfig:
     max_train_samples: PositiveInt | None = None
     """Use only the first so many training samples of each task."""
     max_eval_samples: PositiveInt | None = None
-    """Use only the first so many evaluation samples of each task."""
+    """Use only the first so many evaluation samples of each task; format sgd: and the rest of the last one's turn."""
     eval_split: Literal["test", "dev"] = "test"
     """Split to evaluate on; where a task has no such file, the other one serves and the log says so."""
     instruction_file: str | None = None
@@ -163,6 +165,9 @@ class StreamConfig:
     scripts of O-LoRA and MIGU (--add_task_name, --add_dataset_name). A model is told the task by it."""
     max_labels: PositiveInt = 50
     """A task without stated labels counts as classification when it has at most so many distinct answers."""
+    empty_answers: Literal["error", "keep", "skip"] = "error"
+    """A record whose answer is empty: `error` names it and ends the run; `keep` learns it, that is to answer nothing
+    (as the public code of TaSL and KIF); `skip` leaves it out, and the log says how many."""
 
     def __post_init__(self) -> None:
         """Refuse a stream without tasks, and two tasks of one name: files and results are found by it."""
@@ -174,8 +179,15 @@ class StreamConfig:
         if twice is not None:
             raise ValueError(f'tasks: the name "{twice}" is given twice; every task of a stream has its own')
         formats = {task.format for task in self.tasks} or {self.format}
+        if self.format != "tasl" and self.format not in formats:
+            raise ValueError(
+                f"format: {self.format} is for the tasks of an order; here every task has a format of its own"
+            )
         if self.name_tasks and formats != {"cl_benchmark"}:
             raise ValueError(f"name_tasks: true is for format cl_benchmark alone, not {', '.join(sorted(formats))}")
+        unread = describe_unread(self, formats)
+        if unread is not None:
+            raise ValueError(unread)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -334,9 +346,10 @@ class EvalConfig:
     """`likelihood` scores each allowed label by its likelihood (fast, deterministic); `generate` decodes greedily and
     compares the text; `perplexity` is for text. `auto`: likelihood where a task has labels, perplexity for text, else
     generate."""
-    metric: Literal["auto", "exact_match", "macro_f1", "rouge_l"] = "auto"
-    """Score of answers; `auto`: exact match where a task has labels, else ROUGE-L. `macro_f1` is for tasks with labels;
-    beside the one of exact match and macro-F1 that is the score the log has the other."""
+    metric: Literal["auto", "exact_match", "macro_f1", "rouge_l", "jga"] = "auto"
+    """Score of answers; `auto`: exact match where a task has labels, `jga` in format sgd, else ROUGE-L. `macro_f1` is
+    for tasks with labels; beside the one of exact match and macro-F1 that is the score the log has the other. `jga`
+    (joint goal accuracy) is the share of a dialogue's turns of which all slots are right."""
     tasks: Literal["all", "seen"] = "all"
     """Evaluate on all tasks of the stream after each task, or only on those seen so far (then no forward transfer)."""
     before_training: bool = True

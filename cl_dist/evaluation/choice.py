@@ -30,11 +30,25 @@ def resolve_mode(task: Task, objective: Objective, config: EvalConfig) -> Mode:
         raise BadInput(f"{where} has no labels to choose from; give the task `labels`, or use generate or auto")
     if config.metric == "macro_f1" and not task.labels:
         raise BadInput(f"eval.metric macro_f1: task {task.name!r} has no labels, whose F1 it is; give it `labels`")
+    if config.metric == "jga" and not has_slots(task):
+        raise BadInput(f"eval.metric jga: task {task.name!r} has no turns whose slots it counts; it is for format sgd")
     if mode == "generate" and task.kind == "text":
         raise BadInput(f"{where} is plain text without prompts to answer; use perplexity or auto")
     if mode == "perplexity" and task.kind != "text":
         raise BadInput(f"{where} is a {task.kind} task, and perplexity is for text; use auto")
     return mode
+
+
+def default_metric(task: Task) -> str:
+    """What `auto` means for a task with prompts and answers."""
+    if has_slots(task):
+        return "jga"
+    return "exact_match" if task.labels else "rouge_l"
+
+
+def has_slots(task: Task) -> bool:
+    """Whether every evaluation sample says which slot of which turn it asks for."""
+    return all(example.slot is not None for example in task.evaluation)
 
 
 def _default_mode(task: Task) -> Mode:

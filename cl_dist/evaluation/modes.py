@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,13 +12,15 @@ from transformers import PreTrainedTokenizerBase
 from cl_dist.config.schema import EvalConfig
 from cl_dist.errors import BadInput
 from cl_dist.evaluation import likelihood
+from cl_dist.evaluation.choice import default_metric
 from cl_dist.evaluation.generate import generate
+from cl_dist.evaluation.jga import joint_goal_accuracy, slot_match
 from cl_dist.evaluation.perplexity import log_likelihoods, perplexity, text_batch
 from cl_dist.evaluation.result import Mode, Prediction, weighted_mean
 from cl_dist.evaluation.scores import SCORES, exact_match, macro_f1
 from cl_dist.models.structure import base_model
 from cl_dist.tasks.encode import Encoder, Objective
-from cl_dist.tasks.types import Task
+from cl_dist.tasks.types import Slot, Task
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ class PromptScorer:
 
     def __init__(self, subject: Subject, task: Task, config: EvalConfig) -> None:
         self.subject, self.task, self.config = subject, task, config
-        default = "exact_match" if task.labels else "rouge_l"
-        self.metric = default if config.metric == "auto" else config.metric
+        self.metric = default_metric(task) if config.metric == "auto" else config.metric
+        self._score_text = slot_match if self.metric == "jga" else SCORES[self.metric]
         self.batch_size = config.batch_size
         self.prompts = [_prompt(subject.encoder, task, index) for index in range(len(task.evaluation))]
         self.lengths = [len(prompt) for prompt in self.prompts]
@@ -90,9 +92,13 @@ class PromptScorer:
         return [self._prediction(index, text) for index, text in zip(indices, answers, strict=True)]
 
     def total(self, predictions: Sequence[Prediction]) -> Total:
-        """The samples' mean; for a task with labels macro-F1 too, as the score or beside it."""
+        """The samples' mean; for a task with labels macro-F1 too, as the score or beside it. With `jga` the share of
+        turns, and beside it the share of slots.
+        """
         mean = weighted_mean(predictions)
-        if not self.task.labels or SCORES[self.metric] is not exact_match:
+        if self.metric == "jga":
+            return Total(joint_goal_accuracy(self._slots(predictions)), {"slot_accuracy": mean})
+        if not self.task.labels or self._score_text is not exact_match:
             return Total(mean, {})
         f1 = macro_f1([(each.prediction, each.reference) for each in predictions], self.task.labels)
         return Total(f1, {"exact_match": mean}) if self.metric == "macro_f1" else Total(mean, {"macro_f1": f1})
@@ -101,12 +107,17 @@ class PromptScorer:
         """The model's answers to encoded prompts."""
         raise NotImplementedError
 
+    def _slots(self, predictions: Sequence[Prediction]) -> Iterator[tuple[Slot, bool]]:
+        """What each sample asks for, and whether it is right."""
+        for each in predictions:
+            slot = self.task.evaluation[each.index].slot
+            if slot is not None:  # no sample is without one (evaluation.choice)
+                yield slot, each.score == 1.0
+
     def _prediction(self, index: int, text: str) -> Prediction:
         """By the reference that it comes closest to, of equally close ones the first."""
         example = self.task.evaluation[index]
-        scores = {
-            reference: SCORES[self.metric](text, reference) for reference in example.references or (example.answer,)
-        }
+        scores = {reference: self._score_text(text, reference) for reference in example.references or (example.answer,)}
         closest = max(scores, key=lambda reference: scores[reference])
         return Prediction(index, text, closest, scores[closest])
 

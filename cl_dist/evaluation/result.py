@@ -36,16 +36,18 @@ class TaskScore:
     task: str
     mode: Mode
     metric: str
-    """`exact_match`, `macro_f1`, `rouge_l` or `log_likelihood`."""
+    """`exact_match`, `macro_f1`, `rouge_l`, `jga` or `log_likelihood`."""
     score: float
-    """Weighted mean of the samples' scores, or macro-F1; higher is better: the entry of the accuracy matrix."""
+    """Weighted mean of the samples' scores, macro-F1 or joint goal accuracy; higher is better: the entry of the
+    accuracy matrix.
+    """
     count: int
     """Number of samples."""
     predictions: list[Prediction] = field(default_factory=list)
     """In file order on rank 0, empty on the other ranks."""
     extras: dict[str, float] = field(default_factory=dict)
     """Further numbers by name: `perplexity` where the metric is `log_likelihood`; of a task with labels the one of
-    `exact_match` and `macro_f1` that is not the metric.
+    `exact_match` and `macro_f1` that is not the metric; `slot_accuracy` where it is `jga`.
     """
 
 

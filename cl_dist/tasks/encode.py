@@ -153,6 +153,8 @@ class Encoder:
         """Ids of an answer: alone as the target of an encoder-decoder, else after a space that follows a prompt."""
         if self._objective == "seq2seq_lm":
             return self._tokenize([answer])[0]
+        if not answer:  # the blank that parts it from the prompt would be all there is
+            return []
         anchored, anchor, spaced = self._tokenize([f"{ANCHOR} {answer}", ANCHOR, f" {answer}"])
         return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else spaced
 

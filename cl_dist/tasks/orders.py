@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cl_dist.config.files import expand, is_folder
 from cl_dist.config.schema import Recipe, TaskConfig
 from cl_dist.errors import BadInput
-from cl_dist.tasks.formats.files import enumerate_names, json_type, missing, parse_json, read_text, require_folder
+from cl_dist.tasks.formats.files import enumerate_names, json_type, missing, read_json_object, require_folder
 
 ORDERS: dict[str, tuple[str, ...]] = {
     order: tuple(names.split())
@@ -22,8 +23,26 @@ ORDERS: dict[str, tuple[str, ...]] = {
         "superni-1": "1572 363 1290 181 002 1510 639 1729 073 1590 748 511 591 1687 875",
         "superni-2": "748 073 1590 639 1572 1687 591 363 1510 1729 181 511 002 1290 875",
     }.items()
+} | {
+    order: tuple(f"sgd_{service}" for service in services.split())
+    for order, services in {
+        "sgd-1": "services_4 flights_1 services_3 flights_3 trains_1 homes_2 rentalcars_2 restaurants_1 music_1 "
+        "hotels_4 media_2 hotels_3 rentalcars_3 hotels_1 homes_1",
+        "sgd-2": "hotels_4 flights_3 rentalcars_2 rentalcars_3 media_2 restaurants_1 music_1 trains_1 services_3 "
+        "homes_2 hotels_3 flights_1 services_4 homes_1 hotels_1",
+        "sgd-3": "services_4 hotels_3 music_1 flights_1 hotels_1 hotels_4 media_2 flights_3 trains_1 homes_1 "
+        "restaurants_1 rentalcars_2 services_3 homes_2 rentalcars_3",
+        "sgd-4": "hotels_1 media_2 homes_1 music_1 services_4 restaurants_1 flights_1 hotels_4 services_3 homes_2 "
+        "hotels_3 trains_1 flights_3 rentalcars_2 rentalcars_3",
+        "sgd-5": "services_4 flights_3 homes_1 flights_1 music_1 services_3 rentalcars_3 media_2 restaurants_1 "
+        "hotels_1 rentalcars_2 hotels_4 hotels_3 homes_2 trains_1",
+        "sgd-6": "restaurants_1 services_3 flights_1 trains_1 hotels_1 services_4 hotels_3 rentalcars_2 flights_3 "
+        "hotels_4 homes_2 homes_1 rentalcars_3 media_2 music_1",
+    }.items()
 }
-"""Orders 1 to 3: standard benchmark; 4 to 6: long benchmark; superni: task numbers of Super-NaturalInstructions."""
+"""Orders 1 to 3: standard benchmark; 4 to 6: long benchmark; superni: task numbers of Super-NaturalInstructions; sgd:
+services of Schema-Guided Dialogue.
+"""
 
 
 def resolve_order(recipe: Recipe, recipe_dir: Path) -> Recipe:
@@ -43,9 +62,9 @@ def resolve_order(recipe: Recipe, recipe_dir: Path) -> Recipe:
 
 
 def _order_folder(recipe_dir: Path, order: str) -> Path:
-    folder = recipe_dir / Path(order).expanduser()
-    if not folder.is_dir():
-        raise BadInput(f"stream.order: {order!r} is neither a folder nor one of {enumerate_names(ORDERS)}")
+    folder = recipe_dir / expand(order, "stream.order")
+    if not is_folder(folder):
+        raise BadInput(f"stream.order: {order!r} is neither a folder nor one of {', '.join(ORDERS)}")
     return folder
 
 
@@ -82,9 +101,10 @@ def read_stage(folder: Path) -> tuple[str, set[str]]:
 
 def read_task_list(path: Path) -> list[str]:
     """The data sets that a `*_tasks.json` names, over all of its groups."""
-    content = parse_json(read_text(path), path)
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} must hold a JSON object of groups, not {json_type(content)}")
+    content = read_json_object(path, "of groups")
+    for group, entries in content.items():
+        if not isinstance(entries, list):
+            raise BadInput(f"{path}: group {group!r} must be a list of data sets, not {json_type(entries)}")
     return [dataset_name(entry, path) for entries in content.values() for entry in entries]
 
 

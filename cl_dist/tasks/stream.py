@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from cl_dist.config.files import expand, is_there
 from cl_dist.config.schema import StreamConfig, TaskConfig
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
 from cl_dist.tasks.formats import READERS
-from cl_dist.tasks.formats.files import enumerate_names
+from cl_dist.tasks.formats.files import enumerate_names, missing
 from cl_dist.tasks.formats.source import RawTask, Source, Split
-from cl_dist.tasks.types import Kind, Task
+from cl_dist.tasks.types import Example, Kind, Task
 
 
 def load_stream(stream: StreamConfig, recipe_dir: Path) -> tuple[Task, ...]:
@@ -19,6 +20,10 @@ def load_stream(stream: StreamConfig, recipe_dir: Path) -> tuple[Task, ...]:
 
     Raises BadInput, which names the task and, where there is one, the file and the record.
     """
+    if stream.root is not None:
+        root = recipe_dir / expand(stream.root, "stream.root")
+        if not is_there(root):
+            raise BadInput(f"stream.root: {missing(root)}")
     return tuple(load_task(task, stream, recipe_dir) for task in stream.tasks)
 
 
@@ -38,14 +43,24 @@ def build_task(source: Source, raw: RawTask) -> Task:
         if not split.examples:
             raise BadInput(f"{split.origin} holds no samples")
     labels = settle_labels(source, raw)
+    check_no_empty_answer(raw, labels)
     kind: Kind = raw.kind or ("classification" if labels else "generation")
     return Task(
         name=source.task.name,
         kind=kind,
         train=raw.train.examples[: source.stream.max_train_samples],
-        evaluation=raw.evaluation.examples[: source.stream.max_eval_samples],
+        evaluation=first_samples(raw.evaluation.examples, source.stream.max_eval_samples),
         labels=labels,
     )
+
+
+def first_samples(examples: Sequence[Example], most: int | None) -> Sequence[Example]:
+    """At most so many of the samples, and the rest of the turns that they are of: half a turn would be easier."""
+    if most is None or most >= len(examples):
+        return examples
+    turns = {example.slot.turn for example in examples[:most] if example.slot is not None}
+    rest = [example for example in examples[most:] if example.slot is not None and example.slot.turn in turns]
+    return [*examples[:most], *rest]
 
 
 def settle_labels(source: Source, raw: RawTask) -> tuple[str, ...]:
@@ -75,6 +90,17 @@ def infer_labels(raw: RawTask, most: int) -> tuple[str, ...]:
     examples = [*raw.train.examples, *raw.evaluation.examples]
     answers = {example.answer for example in examples}
     return tuple(sorted(answers)) if 2 <= len(answers) <= min(most, (len(examples) - 1) // 2) else ()
+
+
+def check_no_empty_answer(raw: RawTask, labels: Sequence[str]) -> None:
+    """BadInput for the first sample of a classification task whose answer is empty: that is no label."""
+    for split in (raw.train, raw.evaluation) if labels else ():
+        for index, example in enumerate(split.examples):
+            if not example.answer:
+                raise BadInput(
+                    f"{split.where(index)}: the answer is empty, which no label of a classification task is; give "
+                    "stream.empty_answers: skip"
+                )
 
 
 def check_labels(labels: Sequence[str]) -> None:

@@ -13,6 +13,16 @@ Kind = Literal["classification", "generation", "text"]
 
 
 @dataclass(frozen=True)
+class Slot:
+    """What a sample of dialogue state tracking asks for: one slot after one turn of a dialogue."""
+
+    turn: str
+    """The dialogue and the turn in it."""
+    name: str
+    """The service and its slot."""
+
+
+@dataclass(frozen=True)
 class Example:
     """One record: the prompt that the model sees and the answer that it should give (`text`: prompt empty, answer the
     text).
@@ -22,6 +32,8 @@ class Example:
     answer: str
     references: tuple[str, ...] = ()
     """All answers that are right, where there are several; training is on `answer`, the first of them, alone."""
+    slot: Slot | None = None
+    """Of an evaluation sample of dialogue state tracking: what it asks for."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ def test_orders_are_permutations_within_a_benchmark() -> None:
     assert len({frozenset(ORDERS[order]) for order in "456"}) == 1
     assert {order: len(set(names)) for order, names in ORDERS.items()} == {
         "1": 4, "2": 4, "3": 4, "4": 15, "5": 15, "6": 15, "superni-1": 15, "superni-2": 15,
+            **{f"sgd-{number}": 15 for number in range(1, 7)},
     }  # fmt: skip
 
 

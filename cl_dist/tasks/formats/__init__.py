@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cl_dist.tasks.formats import builtin, cl_benchmark, huggingface, jsonl, superni, tasl, text, trace
+from cl_dist.tasks.formats import builtin, cl_benchmark, huggingface, jsonl, sgd, superni, tasl, text, trace
 from cl_dist.tasks.formats.source import RawTask, Source
 
 READERS: dict[str, Callable[[Source], RawTask]] = {
@@ -13,6 +13,7 @@ READERS: dict[str, Callable[[Source], RawTask]] = {
     "tasl": tasl.read,
     "trace": trace.read,
     "superni": superni.read,
+    "sgd": sgd.read,
     "jsonl": jsonl.read,
     "text": text.read,
     "huggingface": huggingface.read,

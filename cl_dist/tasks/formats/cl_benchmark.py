@@ -10,18 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cl_dist.config.files import is_there
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import (
+    check_encodable,
     choose_evaluation,
     enumerate_names,
     json_type,
     make_example,
     match_name,
     missing,
-    parse_json,
     read_json_list,
+    read_json_object,
     read_json_split,
-    read_text,
     require_folder,
 )
 from cl_dist.tasks.formats.source import RawTask, Source
@@ -56,9 +57,10 @@ def read(source: Source) -> RawTask:
         head = f"Task:{folder.parent.name}\nDataset:{folder.name}\n{head}"
     convert = partial(make_prompted, head=head)
     evaluation = choose_evaluation(source.stream.eval_split, {s: folder / f"{s}.json" for s in ("test", "dev")})
+    empty = source.stream.empty_answers
     return RawTask(
-        train=read_json_split(folder / "train.json", convert),
-        evaluation=read_json_split(evaluation, convert),
+        train=read_json_split(folder / "train.json", convert, empty, "label"),
+        evaluation=read_json_split(evaluation, convert, empty, "label"),
         labels=labels,
         kind="classification",
     )
@@ -66,7 +68,7 @@ def read(source: Source) -> RawTask:
 
 def find_dataset(path: Path, name: str) -> Path:
     """The data set's folder: `path` itself, or the one of that name in it or in one of its groups (case aside)."""
-    if (path / "train.json").is_file():
+    if is_there(path / "train.json"):
         return path
     folders = [file.parent for pattern in ("*/train.json", "*/*/train.json") for file in sorted(path.glob(pattern))]
     if not folders:
@@ -89,6 +91,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
     for index, label in enumerate(labels):
         if not isinstance(label, str):
             raise BadInput(f"{path}, record {index}: a label must be a string, not {json_type(label)}")
+        check_encodable(label, f"{path}, record {index}: the label")
     return tuple(label.strip() for label in labels)
 
 
@@ -121,14 +124,12 @@ def instruction_file(source: Source, folder: Path) -> Path | None:
     if source.stream.instruction_file is not None:
         return source.resolve(source.stream.instruction_file)
     above = [parent / INSTRUCTION_FILE for parent in (folder, *folder.absolute().parents[:3])]
-    return next((path for path in above if path.is_file()), None)
+    return next((path for path in above if is_there(path)), None)
 
 
 def read_instructions(path: Path) -> dict[str, str]:
     """Each group's first instruction (the benchmark's `single` strategy); groups without one are left out."""
-    content = parse_json(read_text(path), path)
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} must hold a JSON object of groups, not {json_type(content)}")
+    content = read_json_object(path, "of groups")
     return {group: first_instruction(entries, group, path) for group, entries in content.items() if entries}
 
 
@@ -138,4 +139,4 @@ def first_instruction(entries: Any, group: str, path: Path) -> str:
     text = first.get("instruction") if isinstance(first, Mapping) else None
     if not isinstance(text, str):
         raise BadInput(f"{path}: group {group!r} must be a list of objects with a text `instruction`")
-    return text
+    return check_encodable(text, f"{path}: the instruction of group {group!r}")

@@ -13,12 +13,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cl_dist.config.files import is_folder, is_there, refuse_special, refuse_special_below
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.tasks.formats.files import collect, converter, enumerate_names, kind_of, logger, missing
+from cl_dist.tasks.formats.jsonl import split_files
 from cl_dist.tasks.formats.source import RawTask, Source, Split
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 """A name that may be looked up on the hub: anything else can only be a folder."""
+
+FILE_FORMATS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+"""The library's name of the format of a single data file, by its ending."""
 
 DEV_SPLITS = ("validation", "dev", "eval")
 
@@ -44,18 +56,39 @@ def load(source: Source) -> Mapping[str, Any]:
     import datasets
 
     name = source.task.path or source.task.name
-    folder = source.resolve(name)
-    if not folder.exists() and not HUB_NAME.fullmatch(name):
-        raise missing(folder)
+    path, subset, streaming = source.resolve(name), source.task.subset, source.task.streaming
+    if not is_there(path) and not HUB_NAME.fullmatch(name):
+        raise missing(path)
+    if subset is not None and (is_saved(path) or (is_there(path) and not is_folder(path))):
+        raise BadInput(f"subset: {subset!r} names a configuration, and what is at {path} has none; leave it out")
+    refuse_special(path)
+    refuse_special_below(path)
     with _told_as_bad_input(name):
-        if is_saved(folder):  # its records are read where they lie: nothing is gained by streaming them
-            dataset = datasets.load_from_disk(str(folder))
+        if is_saved(path):  # its records are read where they lie: nothing is gained by streaming them
+            dataset = datasets.load_from_disk(str(path))
+        elif is_there(path) and not is_folder(path):
+            builder, files = single_file(path, source.stream.eval_split)
+            separator = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            dataset = datasets.load_dataset(builder, data_files=files, streaming=streaming, **separator)
         else:
-            written = str(folder) if folder.exists() else name
-            dataset = datasets.load_dataset(written, source.task.subset, streaming=source.task.streaming)
+            written = str(path) if is_there(path) else name
+            dataset = datasets.load_dataset(written, subset, streaming=streaming)
     if not isinstance(dataset, Mapping):
         raise BadInput(f"data set {name} is a single split; save a DatasetDict with the splits 'train' and 'test'")
     return dataset
+
+
+def single_file(path: Path, wanted: str) -> tuple[str, dict[str, str]]:
+    """The library's name of a data file's format, and the files of the splits: the evaluation file lies beside it, as
+    for format jsonl, or the file serves as both.
+    """
+    if path.suffix not in FILE_FORMATS:
+        raise BadInput(
+            f"{path} is a file of no known format ({', '.join(FILE_FORMATS)}); format huggingface reads one of those, "
+            "or a folder of data files"
+        )
+    train, evaluation = split_files(path, path.suffix, wanted)
+    return FILE_FORMATS[path.suffix], {"train": str(train), "test": str(evaluation)}
 
 
 @contextmanager
@@ -74,7 +107,7 @@ def _told_as_bad_input(name: str) -> Iterator[None]:
 
 def is_saved(folder: Path) -> bool:
     """Whether a folder was written by `save_to_disk`."""
-    return any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    return any(is_there(folder / file) for file in ("dataset_dict.json", "state.json"))
 
 
 def choose_split(dataset: Mapping[str, Any], wanted: str, name: str) -> str:
@@ -107,6 +140,8 @@ def read_split(split: Any, source: Source, origin: str, most: int | None) -> Spl
             enumerate(named_records(chosen, task.output_field)),
             converter(task),
             most=most if task.streaming else None,
+            empty=source.stream.empty_answers,
+            answer_name=task.output_field,
         )
 
 

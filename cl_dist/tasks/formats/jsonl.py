@@ -8,10 +8,11 @@ both.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cl_dist.config.files import is_folder, is_there
 from cl_dist.tasks.formats.files import (
     choose_evaluation,
     collect,
@@ -22,8 +23,7 @@ from cl_dist.tasks.formats.files import (
     parse_json,
     read_text,
 )
-from cl_dist.tasks.formats.source import RawTask, Source, Split
-from cl_dist.tasks.types import Example
+from cl_dist.tasks.formats.source import RawTask, Source
 
 DEV_NAMES = ("dev", "eval", "validation")
 
@@ -33,12 +33,15 @@ logger = logging.getLogger(__name__)
 def read(source: Source) -> RawTask:
     """Read the training and the evaluation file of one task."""
     path = source.path()
-    if not path.exists():
+    if not is_there(path):
         raise missing(path)
     train, evaluation = split_files(path, ".jsonl", source.stream.eval_split)
     convert = converter(source.task)
+    empty, answer_name = source.stream.empty_answers, source.task.output_field
     return RawTask(
-        train=read_lines(train, convert), evaluation=read_lines(evaluation, convert), kind=kind_of(source.task)
+        train=collect(train, parsed_lines(train), convert, "line", empty=empty, answer_name=answer_name),
+        evaluation=collect(evaluation, parsed_lines(evaluation), convert, "line", empty=empty, answer_name=answer_name),
+        kind=kind_of(source.task),
     )
 
 
@@ -47,11 +50,11 @@ def split_files(path: Path, extension: str, wanted: str) -> tuple[Path, Path]:
 
     Raises BadInput where a folder has no evaluation file; a lone file is its own evaluation file, and the log says so.
     """
-    if path.is_dir():
+    if is_folder(path):
         return path / f"train{extension}", choose_evaluation(wanted, evaluation_files(path, "", extension))
     stem = "" if path.stem == "train" else path.stem.removesuffix(".train") + "."
     files = evaluation_files(path.parent, stem, path.suffix)
-    if not any(file.is_file() for file in files.values()):
+    if not any(is_there(file) for file in files.values()):
         logger.warning("no evaluation file such as %s: evaluating on %s, the training file", files[wanted].name, path)
         return path, path
     return path, choose_evaluation(wanted, files)
@@ -63,13 +66,8 @@ def evaluation_files(folder: Path, stem: str, extension: str) -> dict[str, Path]
     return {"test": folder / f"{stem}test{extension}", "dev": dev}
 
 
-def read_lines(path: Path, convert: Callable[[Any], Example]) -> Split:
-    """All records of a file; blank lines are passed over but counted."""
-    return collect(path, parsed_lines(path), convert, unit="line")
-
-
 def parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number (from 1) and parsed value of each line that is not blank."""
+    """Line number (from 1) and parsed value of each line; blank ones are passed over but counted."""
     # Not splitlines(): that would also cut at separators such as U+2028, which JSON strings may hold.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():

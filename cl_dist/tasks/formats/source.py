@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cl_dist.config.files import expand, is_there
 from cl_dist.config.schema import StreamConfig, TaskConfig
 from cl_dist.errors import BadInput
 from cl_dist.tasks.types import Example, Kind
@@ -32,13 +33,13 @@ class Source:
 
     def resolve(self, written: str) -> Path:
         """A path of the recipe as one to open: below `stream.root`, else below the recipe's folder, unless absolute."""
-        path = Path(written).expanduser()
+        path = expand(written, "path")
         below_root, beside_recipe = self._root() / path, self.recipe_dir / path
-        return beside_recipe if beside_recipe.exists() and not below_root.exists() else below_root
+        return beside_recipe if is_there(beside_recipe) and not is_there(below_root) else below_root
 
     def _root(self) -> Path:
         """`stream.root`, itself relative to the recipe's folder; that folder where there is no root."""
-        return self.recipe_dir / Path(self.stream.root or "").expanduser()
+        return self.recipe_dir / expand(self.stream.root or "", "stream.root")
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,24 @@ number alone. The prompt is the benchmark's own without examples: definition, in
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cl_dist.config.files import is_there
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import (
+    EmptyAnswers,
+    answer_field,
+    check_encodable,
     choose_evaluation,
     collect,
     enumerate_names,
     json_type,
     missing,
-    parse_json,
-    read_text,
+    read_json_object,
     require_folder,
+    require_once,
     text_field,
 )
 from cl_dist.tasks.formats.source import RawTask, Source, Split
@@ -31,12 +36,13 @@ def read(source: Source) -> RawTask:
     """Read one task; `path` is its folder, or the root in which it is looked up by its name or number."""
     folder = find_task(require_folder(source.path()), source.task.name)
     evaluation = choose_evaluation(source.stream.eval_split, {s: folder / f"{s}.json" for s in ("test", "dev")})
-    return RawTask(train=read_instances(folder / "train.json"), evaluation=read_instances(evaluation))
+    empty = source.stream.empty_answers
+    return RawTask(read_instances(folder / "train.json", empty), read_instances(evaluation, empty))
 
 
 def find_task(path: Path, name: str) -> Path:
     """`path` where it holds the task's files, else the one folder of that name or number in it or in its folders."""
-    if (path / "train.json").is_file():
+    if is_there(path / "train.json"):
         return path
     folders = [file.parent for pattern in ("*/train.json", "*/*/train.json") for file in sorted(path.glob(pattern))]
     if not folders:
@@ -51,13 +57,13 @@ def find_task(path: Path, name: str) -> Path:
     return found[0]
 
 
-def read_instances(path: Path) -> Split:
+def read_instances(path: Path, empty: EmptyAnswers) -> Split:
     """All instances of a file; BadInput where it has another layout."""
-    content = parse_json(read_text(path), path)
-    if not isinstance(content, dict) or not isinstance(content.get("Instances"), list):
+    content = read_json_object(path, "with a 'Definition' and a list 'Instances'")
+    if not isinstance(content.get("Instances"), list):
         raise BadInput(f"{path} must hold a JSON object with a 'Definition' and a list 'Instances'")
-    head = prompt_head(content, path)
-    return collect(path, enumerate(content["Instances"]), lambda instance: make_instance(instance, head), "instance")
+    convert = partial(make_instance, head=prompt_head(content, path), strict=empty == "error")
+    return collect(path, enumerate(content["Instances"]), convert, "instance", empty=empty)
 
 
 def prompt_head(content: Mapping[str, Any], path: Path) -> str:
@@ -66,15 +72,21 @@ def prompt_head(content: Mapping[str, Any], path: Path) -> str:
     text = definition[0] if isinstance(definition, list) and definition else definition
     if not isinstance(text, str) or not text.strip():
         raise BadInput(f"{path}: 'Definition' must be a text or a list of texts")
+    check_encodable(text, f"{path}: 'Definition'")
     return f"Definition: {text.strip()}\n\nNow complete the following example -\nInput: "
 
 
-def make_instance(instance: Any, head: str) -> Example:
-    """One instance; of several outputs that are right the first is the answer, and all are references."""
+def make_instance(instance: Any, head: str, strict: bool) -> Example:
+    """One instance; of several outputs that are right the first is the answer, and all are references.
+
+    Empty ones among them are left out, unless `strict`: then the answer is empty as soon as one of them is.
+    """
     if not isinstance(instance, dict):
         raise BadInput(f"must be an object with 'input' and 'output', not {json_type(instance)}")
+    require_once(instance, "output")
     output = instance.get("output")
     records = [{**instance, "output": each} for each in output] if isinstance(output, list) and output else [instance]
     prompt = f"{head}{text_field(instance, 'input').strip()}\nOutput:"
-    answers = [text_field(record, "output").strip() for record in records]
-    return Example(prompt, answers[0], tuple(answers) if len(answers) > 1 else ())
+    found = [answer_field(record, "output") for record in records]
+    answers = [answer for answer in found if answer] if all(found) or not strict else []
+    return Example(prompt, answers[0] if answers else "", tuple(answers) if len(answers) > 1 else ())

@@ -25,8 +25,10 @@ def read(source: Source) -> RawTask:
     file_name = find_task(require_folder(root / "train"), source.task.name) + SUFFIX
     evaluation = choose_evaluation(source.stream.eval_split, {s: root / s / file_name for s in ("test", "dev")})
     convert = partial(make_example, input_field="input", output_field="output")
+    empty = source.stream.empty_answers
     return RawTask(
-        train=read_json_split(root / "train" / file_name, convert), evaluation=read_json_split(evaluation, convert)
+        train=read_json_split(root / "train" / file_name, convert, empty),
+        evaluation=read_json_split(evaluation, convert, empty),
     )
 
 

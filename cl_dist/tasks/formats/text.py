@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from cl_dist.config.files import is_folder, is_there
 from cl_dist.tasks.formats.files import choose_evaluation, missing, read_text
 from cl_dist.tasks.formats.jsonl import DEV_NAMES, evaluation_files, split_files
 from cl_dist.tasks.formats.source import RawTask, Source, Split
@@ -21,9 +22,9 @@ logger = logging.getLogger(__name__)
 def read(source: Source) -> RawTask:
     """Read the documents of one task."""
     path = source.path()
-    if not path.exists():
+    if not is_there(path):
         raise missing(path)
-    train, evaluation = folder_files(path, source.stream.eval_split) if path.is_dir() else single_file(source, path)
+    train, evaluation = folder_files(path, source.stream.eval_split) if is_folder(path) else single_file(source, path)
     return RawTask(train=read_documents(train), evaluation=read_documents(evaluation), kind="text")
 
 
@@ -37,10 +38,10 @@ def folder_files(folder: Path, wanted: str) -> tuple[list[Path], list[Path]]:
     """Training and evaluation files of a folder; BadInput where it holds no text for training."""
     candidates = evaluation_files(folder, "", ".txt")
     others = [p for p in sorted(folder.glob("*.txt")) if p.stem not in ("test", *DEV_NAMES)]
-    train = [folder / "train.txt"] if (folder / "train.txt").is_file() else others
+    train = [folder / "train.txt"] if is_there(folder / "train.txt") else others
     if not train:
         raise missing(folder / "train.txt")
-    if not any(path.is_file() for path in candidates.values()):
+    if not any(is_there(path) for path in candidates.values()):
         logger.warning("no evaluation file %s: evaluating on the training text", candidates[wanted])
         return train, train
     return train, [choose_evaluation(wanted, candidates)]

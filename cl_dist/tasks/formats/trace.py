@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from cl_dist.config.files import is_there
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import (
     choose_evaluation,
@@ -23,15 +24,16 @@ def read(source: Source) -> RawTask:
     folder = find_task(require_folder(source.path()), source.task.name)
     files = {"test": folder / "test.json", "dev": folder / "eval.json"}
     convert = partial(make_example, input_field="prompt", output_field="answer")
+    empty = source.stream.empty_answers
     return RawTask(
-        train=read_json_split(folder / "train.json", convert),
-        evaluation=read_json_split(choose_evaluation(source.stream.eval_split, files), convert),
+        train=read_json_split(folder / "train.json", convert, empty, "answer"),
+        evaluation=read_json_split(choose_evaluation(source.stream.eval_split, files), convert, empty, "answer"),
     )
 
 
 def find_task(path: Path, name: str) -> Path:
     """`path` where it holds the task's files, else its sub-folder of that name; BadInput lists the tasks there."""
-    if (path / "train.json").is_file():
+    if is_there(path / "train.json"):
         return path
     available = [file.parent.name for file in path.glob("*/train.json")]
     if not available:
