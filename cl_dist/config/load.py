@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from cl_dist.config.files import expand, refuse_special
 from cl_dist.config.overrides import Override, apply_overrides, parse_override
 from cl_dist.config.paths import resolve_paths
 from cl_dist.config.problems import describe_problems, did_you_mean
@@ -63,7 +64,7 @@ def _find(name_or_path: str) -> tuple[str, str, Path]:
     if name_or_path in shipped_recipes():
         file = resources.files("cl_dist.recipes") / f"{name_or_path}.yaml"
         return name_or_path, file.read_text(encoding="utf-8"), Path.cwd()
-    path = Path(name_or_path).expanduser()
+    path = expand(name_or_path, "the recipe")
     if path.suffix not in SUFFIXES:
         known = shipped_recipes()
         raise BadInput(
@@ -74,6 +75,7 @@ def _find(name_or_path: str) -> tuple[str, str, Path]:
 
 
 def _read(path: Path) -> str:
+    refuse_special(path)
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from cl_dist.config.files import is_file, is_folder, refuse_special, refuse_special_below
 from cl_dist.config.schema import BUILTIN_MODELS, ModelConfig
 from cl_dist.errors import BadInput
 from cl_dist.tasks.encode import Objective
@@ -131,9 +132,11 @@ def local_folder(name: str) -> Path | None:
     Raises BadInput for a name that can only be a path where no folder is there.
     """
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser it leaves the name of an unknown user alone
-    if path.is_dir():
+    if is_folder(path):
+        refuse_special_below(path)
         return path
-    if path.is_file():
+    refuse_special(path)
+    if is_file(path):
         hint = (
             f"its folder {path.parent} goes here and {path.name} into model.gguf_file" if is_gguf(path) else "a folder"
         )
