@@ -236,7 +236,9 @@ def collect(
         try:
             example = convert(record)
             if not example.answer and example.prompt and empty == "error":
-                raise BadInput(f"field {answer_name!r} is empty; to learn or skip such records: stream.empty_answers")
+                raise BadInput(
+                    f"field {answer_name!r} is empty; stream.empty_answers: keep learns such records, skip leaves them out"
+                )
         except BadInput as error:
             raise BadInput(f"{origin}, {unit} {position}: {error}") from error
         if not example.answer and not (example.prompt and empty == "keep"):
