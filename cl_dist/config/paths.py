@@ -24,7 +24,7 @@ def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Rec
     stream = recipe.stream
     if stream.root is None and stream.instruction_file is None and not any(task.path for task in stream.tasks):
         return recipe
-    root = (Path.cwd() if typed_root else folder) / expand(stream.root or "", "stream.root")
+    root = (Path.cwd() if typed_root and stream.root else folder) / expand(stream.root or "", "stream.root")
     tasks = tuple(
         replace(task, path=_beside(task.path, root, folder, f"stream.tasks.{number}.path"))
         for number, task in enumerate(stream.tasks)

@@ -43,7 +43,6 @@ def build_task(source: Source, raw: RawTask) -> Task:
         if not split.examples:
             raise BadInput(f"{split.origin} holds no samples")
     labels = settle_labels(source, raw)
-    check_no_empty_answer(raw, labels)
     kind: Kind = raw.kind or ("classification" if labels else "generation")
     return Task(
         name=source.task.name,
@@ -89,18 +88,9 @@ def infer_labels(raw: RawTask, most: int) -> tuple[str, ...]:
     """
     examples = [*raw.train.examples, *raw.evaluation.examples]
     answers = {example.answer for example in examples}
+    if "" in answers:  # kept by stream.empty_answers; to answer nothing is no class
+        return ()
     return tuple(sorted(answers)) if 2 <= len(answers) <= min(most, (len(examples) - 1) // 2) else ()
-
-
-def check_no_empty_answer(raw: RawTask, labels: Sequence[str]) -> None:
-    """BadInput for the first sample of a classification task whose answer is empty: that is no label."""
-    for split in (raw.train, raw.evaluation) if labels else ():
-        for index, example in enumerate(split.examples):
-            if not example.answer:
-                raise BadInput(
-                    f"{split.where(index)}: the answer is empty, which no label of a classification task is; give "
-                    "stream.empty_answers: skip"
-                )
 
 
 def check_labels(labels: Sequence[str]) -> None:

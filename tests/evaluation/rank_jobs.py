@@ -18,7 +18,7 @@ from cl_dist.evaluation.evaluate import Evaluator, no_pause
 from cl_dist.models.load import LoadedModel, load_model
 from cl_dist.models.lora import add_lora
 from cl_dist.tasks.encode import Encoder, label_names
-from cl_dist.tasks.types import Example, Task
+from cl_dist.tasks.types import Example, Slot, Task
 
 SEED = 3
 WORDS = ("apple", "river", "seven", "cloud", "stone", "paper", "green", "night", "quick")
@@ -48,6 +48,15 @@ def text(samples: int) -> Task:
     return Task("read", "text", examples, examples)
 
 
+def dialogue(answers: list[str]) -> Task:
+    """One slot of a turn for each answer; turns of three slots, whose samples go to different ranks."""
+    examples = tuple(
+        Example(f"{sentence(n)}\nContinue:", answer, slot=Slot(f"d-{n // 3}", f"service-{n % 3}"))
+        for n, answer in enumerate(answers)
+    )
+    return Task("track", "generation", examples, examples)
+
+
 def load(case: dict[str, Any], zero3_config: dict[str, Any] | None, label_count: int) -> LoadedModel:
     """The case's model, with adapters that change its answers where the case has `lora`."""
     config = ModelConfig(name_or_path=case["model"], objective=case.get("objective", "auto"))
@@ -67,7 +76,7 @@ def load(case: dict[str, Any], zero3_config: dict[str, Any] | None, label_count:
 
 def tasks_of(case: dict[str, Any]) -> list[Task]:
     """Uneven numbers of batches over two ranks, and one task with a single sample."""
-    makers = {"classification": classification, "generation": generation, "text": text}
+    makers = {"classification": classification, "generation": generation, "text": text, "dialogue": dialogue}
     return [makers[kind](samples) for kind, samples in case["tasks"]]
 
 

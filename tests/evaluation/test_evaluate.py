@@ -260,6 +260,24 @@ def test_impossible_modes(task: Task, objective: Any, mode: Any, message: str) -
     assert "\n" not in str(error.value)
 
 
+def test_a_turn_is_right_when_all_of_its_slots_are() -> None:
+    task = rank_jobs.dialogue(["?"] * 9)
+    evaluator, _ = built(LLAMA, [["generation", 7]])
+    said = [each.prediction.lower() for each in score_one(evaluator, task).predictions]
+    score = score_one(evaluator, rank_jobs.dialogue([*said[:4], "something else", *said[5:]]))
+    assert (score.mode, score.metric, score.count) == ("generate", "jga", 9)
+    assert score.score == pytest.approx(2 / 3)
+    assert score.extras["slot_accuracy"] == pytest.approx(8 / 9)
+    assert [prediction.score for prediction in score.predictions] == [1.0] * 4 + [0.0] + [1.0] * 4
+
+
+def test_joint_goal_accuracy_needs_turns() -> None:
+    assert resolve_mode(rank_jobs.dialogue(["a"]), "seq2seq_lm", EvalConfig(metric="jga")) == "generate"
+    for task in (CLASSIFY, CONTINUE):
+        with pytest.raises(BadInput, match=rf"eval\.metric jga: task '{task.name}' has no turns"):
+            resolve_mode(task, "causal_lm", EvalConfig(metric="jga"))
+
+
 def test_macro_f1_needs_labels() -> None:
     assert resolve_mode(CLASSIFY, "causal_lm", EvalConfig(metric="macro_f1")) == "likelihood"
     with pytest.raises(BadInput, match=r"eval\.metric macro_f1: task 'continue' has no labels, whose F1 it is"):
@@ -300,6 +318,7 @@ CASES: list[dict[str, Any]] = [
     {"model": LLAMA, "tasks": [["classification", 17]], "stage": 2, "batch_size": 1},
     {"model": T5, "tasks": KINDS, "stage": 3},
     {"model": T5, "tasks": KINDS, "stage": 3, "lora": True, "batch_size": 1},
+    {"model": LLAMA, "tasks": [["dialogue", ["?"] * 9]], "stage": 2, "metric": "jga"},
     {"model": ROBERTA, "tasks": KINDS[:2], "stage": 3},
     {"model": ROBERTA, "tasks": [["text", 20]], "stage": 3, "objective": "masked_lm"},
 ]
@@ -323,8 +342,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def on_disk(case: dict[str, Any], folders: dict[str, str]) -> dict[str, Any]:
-    """The case with its model's folder."""
-    return {**case, "model": folders[case["model"] + case.get("objective", "auto")]}
+    """The case with its model's folder; slots have the values that the model gives, but for one."""
+    whole = {**case, "model": folders[case["model"] + case.get("objective", "auto")]}
+    if case.get("metric") != "jga":
+        return whole
+    (score,) = rank_jobs.evaluate_alone(whole)
+    said = [prediction["prediction"].lower() for prediction in score["predictions"]]
+    return {**whole, "tasks": [["dialogue", [*said[:4], "something else", *said[5:]]]]}
 
 
 @pytest.fixture(scope="module")

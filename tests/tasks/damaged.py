@@ -18,8 +18,8 @@ TASK = "weather"
 MARK = "@damaged@"
 LITERALS = (
     "null", "3", "0.5", "1e308", "1e999", "-1e999", "NaN", "Infinity", "9" * 5000, "true", "[]", '["a", 3]', "{}",
-    '{"input": "a"}', '""', '"  "', '"\\ud800"', '"a \\udfff b"', '"\\u0000"', '"\\u2028"', '"x"', "[" * 3000 + "]" * 3000,
-    '"' + "long " * 4000 + '"',
+    '{"input": "a"}', '""', '"  "', '"\\ud800"', '"a \\udfff b"', '"\\u0000"', '"\\u2028"', '"x"',
+    "[" * 3000 + "]" * 3000, '"' + "long " * 4000 + '"',
 )  # fmt: skip
 """What a value of a JSON file is replaced by, as it stands in the file."""
 
@@ -87,9 +87,7 @@ def write_parquet(root: Path) -> None:
 
     for split in ("train", "test"):
         root.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist(records("input", "output", 6)), root / f"{split}.parquet"
-        )
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records("input", "output", 6)), root / f"{split}.parquet")
 
 
 WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {

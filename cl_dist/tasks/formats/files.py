@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 def enumerate_names(names: Iterable[str]) -> str:
     """Names in one line: sorted, and cut short after `LISTED` of them; "nothing" where there are none."""
-    ordered = sorted(names)
+    # Half a surrogate pair, in a record's field or a file's name, would break whatever writes the message down.
+    ordered = sorted(name.encode("utf-8", "backslashreplace").decode() for name in names)
     rest = [f"and {len(ordered) - LISTED} more"] if len(ordered) > LISTED else []
     return ", ".join(ordered[:LISTED] + rest) or "nothing"
 
@@ -237,7 +238,7 @@ def collect(
             example = convert(record)
             if not example.answer and example.prompt and empty == "error":
                 raise BadInput(
-                    f"field {answer_name!r} is empty; stream.empty_answers: keep learns such records, skip leaves them out"
+                    f"field {answer_name!r} is empty; stream.empty_answers: keep learns such records, skip drops them"
                 )
         except BadInput as error:
             raise BadInput(f"{origin}, {unit} {position}: {error}") from error
