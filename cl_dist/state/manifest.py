@@ -1,8 +1,15 @@
-"""What of the stream is done: `manifest.json`, replaced atomically after every task and every checkpoint."""
+"""What of the stream is done: `manifest.json`, replaced atomically after every task and every checkpoint.
+
+The scores, which would make it grow with the square of the tasks, lie in `scores.jsonl` beside it (`state.scores`); the
+manifest says at which bytes of that file those begin that count.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +20,12 @@ from pydantic.dataclasses import dataclass
 from cl_dist import __version__
 from cl_dist.errors import BadInput
 from cl_dist.state.atomic import write_json
+from cl_dist.state.inputs import Inputs
 from cl_dist.state.integrity import CheckpointDamaged, StateUnusable, patiently
+from cl_dist.state.scores import Row, ScoreFile
 
-FORMAT_VERSION = 2
-"""2: a list of checkpoints in place of one, and segments."""
+FORMAT_VERSION = 3
+"""2: a list of checkpoints in place of one, and segments. 3: scores in a file of their own, and inputs."""
 
 NOTHING_SCORED: dict[str, Any] = {"row_under_way": (), "general_under_way": {}}
 """Where the next model has not been evaluated yet."""
@@ -69,6 +78,16 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ScorePlaces:
+    """Where in `scores.jsonl` the scores are that count."""
+
+    rows: tuple[int, ...] = ()
+    """Byte at which the line of each row of the accuracy matrix begins."""
+    under_way: int | None = None
+    """Byte behind which the scores of the next row are; None where nothing has been written yet."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Manifest:
     """State of a run; `dataclasses.replace` makes the next one."""
 
@@ -86,9 +105,11 @@ class Manifest:
     """Saved states of the task that is under way, the newest last."""
     segments: tuple[Segment, ...] = ()
     """Which ranks computed which steps, in order; empty in a manifest of format 1."""
-    accuracy_matrix: tuple[tuple[float | None, ...], ...] = ()
+    inputs: Inputs | None = None
+    """Digests of the data, the base model and the tokenizer; None in a run of a release that took none."""
+    accuracy_matrix: tuple[Row, ...] = ()
     """Rows so far, the first one before training; None where a task was not evaluated."""
-    row_under_way: tuple[float | None, ...] = ()
+    row_under_way: Row = ()
     """The next row, as far as it is: scores of the model that the newest saved state holds; empty before the first."""
     general: tuple[dict[str, Any], ...] = ()
     """Measurements of general ability, in order: `after` (a task's name or `untouched`) and `scores` by task of the
@@ -105,6 +126,10 @@ class Manifest:
     """Version of this file's format."""
     cl_dist_version: str = __version__
     """Release that wrote this."""
+    scores: ScorePlaces = dataclasses.field(default=ScorePlaces(), compare=False)
+    """Where `accuracy_matrix` and `row_under_way` are on the disk."""
+    written: tuple[Row, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    """The rows that are at `scores.rows`; not a part of the file."""
 
     def __post_init__(self) -> None:
         """Refuse a manifest that contradicts itself."""
@@ -143,13 +168,45 @@ class Manifest:
             **NOTHING_SCORED,
         )
 
-    def write(self, path: Path) -> None:
-        """Replace the file `path`, atomically and durably."""
-        write_json(path, _ADAPTER.dump_python(self, mode="json"))
+    def write(self, path: Path) -> Manifest:
+        """Replace the file `path`, atomically and durably, after appending what is new to the scores beside it.
+
+        Returns the manifest with the places of its scores. Raises `ClDistError` where the disk is full.
+        """
+        file = ScoreFile(score_file(path))
+        kept = 0
+        while kept < min(len(self.written), len(self.accuracy_matrix)) and self._is_written(kept):
+            kept += 1
+        rows = (*self.scores.rows[:kept], *file.append_rows(self.accuracy_matrix[kept:]))
+        places = ScorePlaces(rows=rows, under_way=self._under_way(file))
+        stored = replace(self, scores=places, written=self.accuracy_matrix)
+        write_json(path, _ADAPTER.dump_python(stored, mode="json", exclude=_NOT_IN_THE_FILE))
+        return stored
+
+    def _is_written(self, row: int) -> bool:
+        ours, theirs = self.accuracy_matrix[row], self.written[row]
+        return ours is theirs or ours == theirs
+
+    def _under_way(self, file: ScoreFile) -> int:
+        """Behind which byte the scores of the row under way are; they are appended where they are not there yet."""
+        if self.row_under_way and self.scores.under_way is not None:
+            return self.scores.under_way
+        begin = file.end()
+        file.append_scores([(task, score) for task, score in enumerate(self.row_under_way) if score is not None])
+        return begin
+
+    def with_score(self, task: int, score: float) -> Manifest:
+        """The manifest with one more score of the row under way, which `append_score` puts on the disk."""
+        row = self.row_under_way or (None,) * len(self.tasks)
+        return replace(self, row_under_way=(*row[:task], score, *row[task + 1 :]))
+
+    def append_score(self, path: Path, task: int, score: float) -> None:
+        """Append the score of a task to the row under way, durably; `path` holds this manifest already."""
+        ScoreFile(score_file(path)).append_scores([(task, score)])
 
     @staticmethod
     def read(path: Path) -> Manifest:
-        """Read a manifest; `BadInput` names the file where it is missing, damaged or of a newer format."""
+        """Read a manifest with its scores; `BadInput` names the file that is missing, damaged or of a newer format."""
         document = _read_object(path)
         version = document.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -157,22 +214,53 @@ class Manifest:
                 f"{path} has format {version}, written by cl_dist {document.get('cl_dist_version')}; "
                 f"this is cl_dist {__version__}, which reads formats up to {FORMAT_VERSION}"
             )
-        try:
-            return _ADAPTER.validate_python(_upgraded(document) if version == 1 else document)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "manifest"
-            raise BadInput(f"{path} is damaged: {where}: {first['msg']}") from error
+        with _named_where_damaged(path):
+            return _ADAPTER.validate_python(_with_scores(_upgraded(document, version), path))
 
 
+@contextmanager
+def _named_where_damaged(path: Path) -> Iterator[None]:
+    """What pydantic refuses becomes one sentence that names the file and the entry."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "manifest"
+        raise BadInput(f"{path} is damaged: {where}: {first['msg']}") from error
+
+
+def score_file(manifest: Path) -> Path:
+    """Where the scores of a manifest are."""
+    return manifest.with_name("scores.jsonl")
+
+
+def _with_scores(document: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A manifest's content with the scores from the file beside it; older releases had them in the manifest itself."""
+    if "accuracy_matrix" in document or "scores" not in document:
+        return document
+    places = _PLACES.validate_python(document["scores"])
+    file = ScoreFile(score_file(path))
+    rows = file.rows(places.rows)
+    scored = {} if places.under_way is None else dict(file.scores_after(places.under_way))
+    tasks = document.get("tasks")
+    under_way = [scored.get(task) for task in range(len(tasks))] if scored and isinstance(tasks, list) else []
+    return {**document, "scores": places, "accuracy_matrix": rows, "written": rows, "row_under_way": under_way}
+
+
+_NOT_IN_THE_FILE = {"accuracy_matrix", "row_under_way", "written"}
+_PLACES: TypeAdapter[ScorePlaces] = TypeAdapter(ScorePlaces)
 _ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 
 
-def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of format 1, which named one checkpoint or none, in today's format."""
-    rest = {key: value for key, value in document.items() if key != "checkpoint"}
-    entry = document.get("checkpoint")
-    return {**rest, "checkpoints": [] if entry is None else [entry], "format_version": FORMAT_VERSION}
+def _upgraded(document: dict[str, Any], version: Any) -> dict[str, Any]:
+    """A manifest of format 1, which named one checkpoint or none, or 2, which held the scores, in today's format."""
+    if version not in (1, 2):
+        return document
+    document = {**document, "format_version": FORMAT_VERSION}
+    if version == 1:
+        entry = document.pop("checkpoint", None)
+        document["checkpoints"] = [] if entry is None else [entry]
+    return document
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -183,7 +271,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise BadInput(f"{error}: {path.parent} holds no run") from error
     except StateUnusable as error:
         raise BadInput(str(error)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is damaged: {error}") from error
     if not isinstance(document, dict):
         raise BadInput(f"{path} is damaged: it holds no JSON object")

@@ -4,6 +4,7 @@
 |---|---|
 | `config.yaml` | the resolved recipe |
 | `manifest.json` | what is done |
+| `scores.jsonl` | the scores; which lines count is in the manifest |
 | `metrics.json` | accuracy matrix and metrics |
 | `log.jsonl` | one record per line |
 | `data_order.jsonl` | which samples each optimiser step learnt from, one line per step |
