@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -77,9 +77,8 @@ class Segment:
         return self.split == other.split and self.zero_stage == other.zero_stage
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class ScorePlaces:
-    """Where in `scores.jsonl` the scores are that count."""
+class ScorePlaces(NamedTuple):
+    """Where in `scores.jsonl` the scores are that count: what the manifest has in the place of the scores."""
 
     rows: tuple[int, ...] = ()
     """Byte at which the line of each row of the accuracy matrix begins."""
@@ -178,9 +177,10 @@ class Manifest:
         while kept < min(len(self.written), len(self.accuracy_matrix)) and self._is_written(kept):
             kept += 1
         rows = (*self.scores.rows[:kept], *file.append_rows(self.accuracy_matrix[kept:]))
-        places = ScorePlaces(rows=rows, under_way=self._under_way(file))
+        places = ScorePlaces(rows, self._under_way(file))
         stored = replace(self, scores=places, written=self.accuracy_matrix)
-        write_json(path, _ADAPTER.dump_python(stored, mode="json", exclude=_NOT_IN_THE_FILE))
+        document = _ADAPTER.dump_python(stored, mode="json", exclude=_NOT_IN_THE_FILE)
+        write_json(path, {**document, "accuracy_matrix": places.rows, "row_under_way": places.under_way})
         return stored
 
     def _is_written(self, row: int) -> bool:
@@ -235,20 +235,22 @@ def score_file(manifest: Path) -> Path:
 
 
 def _with_scores(document: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A manifest's content with the scores from the file beside it; older releases had them in the manifest itself."""
-    if "accuracy_matrix" in document or "scores" not in document:
+    """A manifest's content with the scores themselves in the place of where they are."""
+    rows, under_way = document.get("accuracy_matrix"), document.get("row_under_way")
+    if not isinstance(under_way, int):  # an older release had the scores here
         return document
-    places = _PLACES.validate_python(document["scores"])
+    if not isinstance(rows, list) or not all(isinstance(place, int) for place in rows):
+        raise BadInput(f"{path} is damaged: accuracy_matrix does not say where the rows are")
     file = ScoreFile(score_file(path))
-    rows = file.rows(places.rows)
-    scored = {} if places.under_way is None else dict(file.scores_after(places.under_way))
-    tasks = document.get("tasks")
-    under_way = [scored.get(task) for task in range(len(tasks))] if scored and isinstance(tasks, list) else []
-    return {**document, "scores": places, "accuracy_matrix": rows, "written": rows, "row_under_way": under_way}
+    scored = dict(file.scores_after(under_way))
+    names = document.get("tasks")
+    row = [scored.get(task) for task in range(len(names))] if scored and isinstance(names, list) else []
+    matrix = file.rows(rows)
+    places = ScorePlaces(tuple(rows), under_way)
+    return {**document, "accuracy_matrix": matrix, "row_under_way": row, "scores": places, "written": matrix}
 
 
-_NOT_IN_THE_FILE = {"accuracy_matrix", "row_under_way", "written"}
-_PLACES: TypeAdapter[ScorePlaces] = TypeAdapter(ScorePlaces)
+_NOT_IN_THE_FILE = {"accuracy_matrix", "row_under_way", "scores", "written"}
 _ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 
 
