@@ -107,7 +107,7 @@ def _scores_of_many(values: Floats) -> bytes:
     steps = np.arange(len(values))
     lines = [np.column_stack([steps, values[:, task]]) for task in range(values.shape[1])]
     trained = np.arange(1, len(values))
-    means = [np.nanmean(row) if (row := values[step, :step])[~np.isnan(row)].size else np.nan for step in trained]
+    means = np.array([_mean(values[step, :step]) for step in trained])
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -120,6 +120,12 @@ def _scores_of_many(values: Floats) -> bytes:
         axes.set(xlabel="tasks trained", ylabel="score")
 
     return draw((WIDE * 0.85, 4.0), paint)
+
+
+def _mean(values: Floats) -> float:
+    """Mean of those that are known; NaN where none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan
 
 
 def _style_score_panels(grid: np.ndarray, values: Floats, tasks: int) -> None:

@@ -235,19 +235,19 @@ def score_file(manifest: Path) -> Path:
 
 
 def _with_scores(document: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A manifest's content with the scores themselves in the place of where they are."""
-    rows, under_way = document.get("accuracy_matrix"), document.get("row_under_way")
-    if not isinstance(under_way, int):  # an older release had the scores here
-        return document
-    if not isinstance(rows, list) or not all(isinstance(place, int) for place in rows):
-        raise BadInput(f"{path} is damaged: accuracy_matrix does not say where the rows are")
+    """A manifest's content with the scores in place of the bytes at which they are; older releases had them there."""
     file = ScoreFile(score_file(path))
-    scored = dict(file.scores_after(under_way))
-    names = document.get("tasks")
-    row = [scored.get(task) for task in range(len(names))] if scored and isinstance(names, list) else []
-    matrix = file.rows(rows)
-    places = ScorePlaces(tuple(rows), under_way)
-    return {**document, "accuracy_matrix": matrix, "row_under_way": row, "scores": places, "written": matrix}
+    rows, under_way = document.get("accuracy_matrix"), document.get("row_under_way")
+    found: dict[str, Any] = {}
+    if isinstance(rows, list) and rows and all(type(place) is int for place in rows):
+        matrix = file.rows(rows)
+        found |= {"accuracy_matrix": matrix, "written": matrix}
+    places = ScorePlaces(tuple(rows) if found else (), under_way if type(under_way) is int else None)
+    if places.under_way is not None:
+        scored, names = dict(file.scores_after(places.under_way)), document.get("tasks")
+        known = scored and isinstance(names, list)
+        found["row_under_way"] = [scored.get(task) for task in range(len(names))] if known else []
+    return {**document, **found, "scores": places}
 
 
 _NOT_IN_THE_FILE = {"accuracy_matrix", "row_under_way", "scores", "written"}
