@@ -46,7 +46,8 @@ def _find_task(manifest: Manifest, name: str | None, folder: RunFolder) -> int:
     if name is not None and name not in done:
         raise BadInput(f"--task {name}: not among the tasks that are done in {folder.path}: {', '.join(done)}")
     index = len(done) - 1 if name is None else done.index(name)
-    while index > 0 and manifest.timings[index].get("steps") == 0:  # multi_task: it has the model of the task before
+    steps = [entry.get("steps") for entry in manifest.timings]
+    while index > 0 and steps[index : index + 1] == [0]:  # multi_task: it has the model of the task before
         index -= 1
     return index
 

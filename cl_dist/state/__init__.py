@@ -11,6 +11,7 @@
 | `scores` | the scores, in a file that only grows |
 | `inputs` | digests of data, base model and tokenizer: a run goes on with what it was started with |
 | `digests` | SHA-256 of files, remembered between runs |
+| `stored_json` | reading what the program has written, or saying that it is damaged |
 | `ledger` | the manifest, the log and the metrics while a run is under way |
 | `spans` | tensors, by parameter name and position, for any number of ranks and any ZeRO stage |
 | `snapshot` | the training state of all ranks as spans |

@@ -7,7 +7,6 @@ manifest says at which bytes of that file those begin that count.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,8 +20,9 @@ from cl_dist import __version__
 from cl_dist.errors import BadInput
 from cl_dist.state.atomic import write_json
 from cl_dist.state.inputs import Inputs
-from cl_dist.state.integrity import CheckpointDamaged, StateUnusable, patiently
+from cl_dist.state.integrity import CheckpointDamaged
 from cl_dist.state.scores import Row, ScoreFile
+from cl_dist.state.stored_json import first_problem, read_object
 
 FORMAT_VERSION = 3
 """2: a list of checkpoints in place of one, and segments. 3: scores in a file of their own, and inputs."""
@@ -138,6 +138,7 @@ class Manifest:
             if entry.task != self.completed:
                 raise ValueError(f"the checkpoint is of task {entry.task}, {self.completed} are completed")
         self._check_matrix()
+        self._check_general()
 
     def _check_matrix(self) -> None:
         rows = len(self.accuracy_matrix)
@@ -146,6 +147,15 @@ class Manifest:
         under_way = (self.row_under_way,) if self.row_under_way else ()
         if any(len(row) != len(self.tasks) for row in (*self.accuracy_matrix, *under_way)):
             raise ValueError(f"a row of the accuracy matrix does not have {len(self.tasks)} scores, one per task")
+
+    def _check_general(self) -> None:
+        for entry in self.general:
+            scores = entry.get("scores")
+            if not isinstance(entry.get("after"), str) or not isinstance(scores, dict):
+                raise ValueError("an entry of general does not have the place `after` and `scores`")
+            for name, values in scores.items():
+                if not _is_general_score(values):
+                    raise ValueError(f"general: {name} does not have a score, metrics and a number of samples")
 
     @property
     def checkpoint(self) -> CheckpointEntry | None:
@@ -218,15 +228,21 @@ class Manifest:
             return _ADAPTER.validate_python(_with_scores(_upgraded(document, version), path))
 
 
+def _is_general_score(values: Any) -> bool:
+    """Whether this is what general ability scores on a task of the harness."""
+    if not isinstance(values, dict) or not isinstance(values.get("metrics"), dict):
+        return False
+    numbers = [values.get("score"), values.get("samples"), *values["metrics"].values()]
+    return all(number is None or isinstance(number, int | float) for number in numbers)
+
+
 @contextmanager
 def _named_where_damaged(path: Path) -> Iterator[None]:
     """What pydantic refuses becomes one sentence that names the file and the entry."""
     try:
         yield
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "manifest"
-        raise BadInput(f"{path} is damaged: {where}: {first['msg']}") from error
+        raise BadInput(f"{path} is damaged: {first_problem(error, 'manifest')}") from error
 
 
 def score_file(manifest: Path) -> Path:
@@ -268,13 +284,8 @@ def _upgraded(document: dict[str, Any], version: Any) -> dict[str, Any]:
 def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; `BadInput` where it is none, or where the system does not give it after some seconds."""
     try:
-        document = json.loads(patiently(path, path.read_bytes).decode("utf-8"))
-    except CheckpointDamaged as error:
-        raise BadInput(f"{error}: {path.parent} holds no run") from error
-    except StateUnusable as error:
-        raise BadInput(str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is damaged: {error}") from error
-    if not isinstance(document, dict):
-        raise BadInput(f"{path} is damaged: it holds no JSON object")
-    return document
+        return read_object(path)
+    except BadInput as error:
+        if isinstance(error.__cause__, CheckpointDamaged):
+            raise BadInput(f"{error}: {path.parent} holds no run") from error
+        raise

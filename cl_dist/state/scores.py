@@ -17,7 +17,8 @@ from typing import Any
 
 from cl_dist.errors import BadInput
 from cl_dist.state.atomic import finite, sync, telling_full_disk
-from cl_dist.state.integrity import CheckpointDamaged, StateUnusable, patiently
+from cl_dist.state.integrity import CheckpointDamaged, StateUnusable
+from cl_dist.state.stored_json import read_stored
 
 Row = tuple[float | None, ...]
 """A score for each task of the stream; None where it was not evaluated."""
@@ -97,7 +98,7 @@ class ScoreFile:
 
     def _read(self) -> bytes:
         try:
-            return patiently(self.path, self.path.read_bytes)
+            return read_stored(self.path)
         except (CheckpointDamaged, StateUnusable) as error:
             raise BadInput(f"{error}, and the run's scores are in it") from error
 
