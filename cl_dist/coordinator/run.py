@@ -137,7 +137,7 @@ def _with_inputs(ledger: Ledger, system: System, resume: bool, reporter: Reporte
     if before is None or now is None:
         return manifest
     together(lambda: refuse_other_inputs(before, with_data(now, system.tasks), system.tasks, folder.path))
-    return dataclasses.replace(manifest, inputs=before)
+    return dataclasses.replace(manifest, inputs=dataclasses.replace(before, places=now.places))
 
 
 @contextmanager

@@ -81,10 +81,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         data = parse_yaml(read_stored_text(path), str(path))
     except BadInput as error:
-        told = str(error)
-        raise BadInput(
-            told if "is damaged" in told else f"{path} is damaged: {told.removeprefix(f'{path}: ')}"
-        ) from error
+        reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} is damaged: ")
+        raise BadInput(f"{path} is damaged: {reason}") from error
     if not isinstance(data, dict):
         raise BadInput(f"{path} is damaged: it holds no settings")
     return data

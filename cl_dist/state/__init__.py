@@ -10,6 +10,7 @@
 | `integrity` | checksums, and the error for what fails them |
 | `scores` | the scores, in a file that only grows |
 | `inputs` | digests of data, base model and tokenizer: a run goes on with what it was started with |
+| `places` | where inputs lie as seen from the run folder |
 | `digests` | SHA-256 of files, remembered between runs |
 | `stored_json` | reading what the program has written, or saying that it is damaged |
 | `ledger` | the manifest, the log and the metrics while a run is under way |

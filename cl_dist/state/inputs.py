@@ -23,6 +23,7 @@ from cl_dist.heartbeat import beat
 from cl_dist.models.check import BUILTIN_FAMILIES
 from cl_dist.models.files import MODEL_FILES, TOKENIZER_FILES, ModelPlace, locate_model
 from cl_dist.state.digests import file_digests, text_digest
+from cl_dist.state.places import input_places
 from cl_dist.tasks.types import Example, Task
 
 _STRICT = ConfigDict(extra="forbid")
@@ -91,6 +92,8 @@ class Inputs:
     """Weights and configuration."""
     tokenizer: ModelDigest
     """Vocabulary, special tokens and chat template."""
+    places: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Where they are, relative to the run folder, by setting (`state.places`). Not compared."""
     general: dict[str, str] = dataclasses.field(default_factory=dict)
     """SHA-256 of the harness's task files below `eval.general.include_path`, by name."""
 
@@ -109,6 +112,7 @@ def read_inputs(recipe: Recipe, tasks: Sequence[Task]) -> Inputs | None:
         data=_data_digests(tasks),
         base_model=_model_digest(place, recipe, MODEL_FILES),
         tokenizer=_model_digest(place, recipe, TOKENIZER_FILES),
+        places=input_places(recipe, Path(recipe.output_dir)),
         general=_general_digests(recipe),
     )
 
