@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 LINE_SECONDS = 5.0
 """Without a terminal a line is due after so many seconds, and at every tenth of a task's steps."""
+WIDEST_MATRIX = 25
+"""Tasks up to which a table has a column for each; with more it has a line for each."""
 SUMMARY = {
     "average_performance": "average performance (AP)",
     "backward_transfer": "backward transfer (BWT)",
@@ -207,8 +209,10 @@ class BarReporter:
 
 def format_matrix(tasks: Sequence[str], matrix: Sequence[Row]) -> str:
     """The accuracy matrix as a table: a row per trained task, the first one before training; `-` where not
-    evaluated.
+    evaluated. Of a long stream each task's score after its own training and the last one.
     """
+    if len(tasks) > WIDEST_MATRIX:
+        return _format_long(tasks, matrix)
     labels = ["before", *(f"after {name}" for name in tasks)][: len(matrix)]
     left = max(map(len, labels), default=0)
     widths = [max(len(name), 6) for name in tasks]
@@ -218,6 +222,22 @@ def format_matrix(tasks: Sequence[str], matrix: Sequence[Row]) -> str:
         for label, row in zip(labels, matrix, strict=True)
     )
     return "\n".join([header, *rows])
+
+
+def own_and_last(tasks: Sequence[str], matrix: Sequence[Row]) -> Iterator[tuple[str, float | None, float | None]]:
+    """Each task with its score right after its own training (None: not trained yet) and its last one."""
+    for position, name in enumerate(tasks):
+        own = matrix[position + 1][position] if position + 1 < len(matrix) else None
+        yield name, own, matrix[-1][position] if len(matrix) else None
+
+
+def _format_long(tasks: Sequence[str], matrix: Sequence[Row]) -> str:
+    width = max(map(len, tasks))
+    header = f"{'':<{width}}  after its training     now"
+    lines = (
+        f"{name:<{width}}  {_score(own):>18}  {_score(last):>6}" for name, own, last in own_and_last(tasks, matrix)
+    )
+    return "\n".join([header, *lines])
 
 
 def format_summary(metrics: Mapping[str, Any]) -> str:

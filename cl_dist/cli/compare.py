@@ -23,7 +23,7 @@ from cl_dist.errors import BadInput, ClDistError
 from cl_dist.launch.environment import find_ranks
 from cl_dist.launch.scheduler import require_sbatch
 from cl_dist.launch.slurm import job_name, quote
-from cl_dist.state.atomic import write_text
+from cl_dist.state.atomic import advising, write_text
 from cl_dist.state.lock import RunLock
 from cl_dist.sweep.checks import refuse_other_recipes, state_of
 from cl_dist.sweep.folder import TABLES, SweepFolder
@@ -84,6 +84,11 @@ def compare(arguments: Namespace) -> int:
     """Check the whole grid, then list, print, submit or run it; write the tables."""
     if find_ranks(os.environ) is not None:
         raise BadInput("cl-dist compare starts the ranks of its runs itself; call it without torchrun, mpirun or srun")
+    with advising("free some space; the same command goes on"):
+        return _compare(arguments)
+
+
+def _compare(arguments: Namespace) -> int:
     sweep = SweepFolder(arguments.out)
     sweep.require_own()
     if arguments.submit:

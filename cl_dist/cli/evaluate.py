@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,9 @@ from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
 from cl_dist.progress import Reporter
+from cl_dist.state.inputs import Inputs, input_changes, read_inputs, with_data
 from cl_dist.state.manifest import Manifest
+from cl_dist.state.places import moved_inputs
 from cl_dist.state.run_folder import RunFolder
 
 
@@ -30,10 +33,11 @@ def evaluate(arguments: Namespace) -> int:
     """Check that the run has such a model, then evaluate it on the recipe's tasks."""
     folder = RunFolder(Path(arguments.run))
     with told_once_per_machine():
-        index = _find_task(Manifest.read(folder.manifest), arguments.task, folder)
+        manifest = Manifest.read(folder.manifest)
+        index = _find_task(manifest, arguments.task, folder)
         recipe, recipe_dir = load_recipe(str(folder.config), arguments.changes)
-    recipe = replace(recipe, output_dir=arguments.run)  # it may have been moved since
-    check = partial(_check, recipe, recipe_dir)
+    recipe = _where_it_is_now(recipe, manifest, folder)
+    check = partial(_check, recipe, recipe_dir, manifest.inputs, folder.task(index, manifest.tasks[index]).model)
     work = partial(_evaluate, recipe, recipe_dir, index)
     return run_on_ranks(arguments, recipe.launch.processes, check, work, recipe.launch.hang_seconds)
 
@@ -46,13 +50,29 @@ def _find_task(manifest: Manifest, name: str | None, folder: RunFolder) -> int:
     if name is not None and name not in done:
         raise BadInput(f"--task {name}: not among the tasks that are done in {folder.path}: {', '.join(done)}")
     index = len(done) - 1 if name is None else done.index(name)
-    while index > 0 and manifest.timings[index].get("steps") == 0:  # multi_task: it has the model of the task before
+    steps = [entry.get("steps") for entry in manifest.timings]
+    while index > 0 and steps[index : index + 1] == [0]:  # multi_task: it has the model of the task before
         index -= 1
     return index
 
 
-def _check(recipe: Recipe, recipe_dir: Path, first: bool) -> None:
-    check_stream_and_model(recipe, recipe_dir)
+def _where_it_is_now(recipe: Recipe, manifest: Manifest, folder: RunFolder) -> Recipe:
+    """The recipe for a run that may have been moved since, with its data or without."""
+    if manifest.inputs is not None:
+        recipe = moved_inputs(recipe, manifest.inputs.places, folder.path)
+    return replace(recipe, output_dir=str(folder.path))
+
+
+def _check(recipe: Recipe, recipe_dir: Path, inputs: Inputs | None, model: Path, first: bool) -> None:
+    """Refuse what cannot be evaluated; say where the data, or what an adapter belongs to, is not what the run had."""
+    trained_whole = recipe.model.lora is None
+    source = replace(recipe.model, name_or_path=str(model), gguf_file=None) if trained_whole else recipe.model
+    tasks = check_stream_and_model(replace(recipe, model=source), recipe_dir)
+    if not first or inputs is None:
+        return
+    now = with_data(inputs, tasks) if trained_whole else read_inputs(recipe, tasks)
+    for change in [] if now is None else input_changes(inputs, now, tasks):
+        print(f"not what the run was given: {change}", file=sys.stderr, flush=True)
 
 
 def _evaluate(recipe: Recipe, recipe_dir: Path, index: int, reporter: Reporter) -> None:

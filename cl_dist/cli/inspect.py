@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from importlib import resources
@@ -19,6 +18,7 @@ from cl_dist.progress import format_matrix, format_summary
 from cl_dist.state.lock import InUse, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.state.stored_json import read_metrics
 from cl_dist.tasks.orders import resolve_order
 
 
@@ -43,11 +43,12 @@ def status(arguments: Namespace) -> int:
         print("\n".join(["status      not started", *status_lines(job)]))
         return 0
     manifest = Manifest.read(folder.manifest)
+    metrics = _metrics(folder, manifest)
     # A lock is not seen from every machine, but Slurm knows.
     running = _is_running(folder) or (job is not None and job.state is not None and job.state.state == "RUNNING")
     print("\n".join([*_progress_lines(manifest, running), *(() if job is None else status_lines(job))]))
-    if folder.metrics.exists():
-        print("\n" + format_summary(_read_metrics(folder.metrics)))
+    if metrics is not None:
+        print("\n" + format_summary({**metrics, "tasks": manifest.tasks}))
     elif manifest.accuracy_matrix:
         print("\n" + format_matrix(manifest.tasks, manifest.accuracy_matrix))
     return 0
@@ -92,11 +93,13 @@ def _is_running(folder: RunFolder) -> bool:
     return False
 
 
-def _read_metrics(path: Path) -> dict[str, Any]:
-    try:
-        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path} is damaged: {error}") from error
+def _metrics(folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
+    """The metrics of a finished run; `BadInput` where the file is damaged, or that of another stream."""
+    if not folder.metrics.exists():
+        return None
+    metrics = read_metrics(folder.metrics)
+    if any(len(row) != len(manifest.tasks) for row in metrics["accuracy_matrix"]):
+        raise BadInput(f"{folder.metrics} is damaged: its rows do not have {len(manifest.tasks)} scores, one per task")
     return metrics
 
 

@@ -17,6 +17,7 @@ from cl_dist.launch.environment import find_ranks
 from cl_dist.launch.scheduler import TimeLeft
 from cl_dist.progress import Reporter
 from cl_dist.tasks.orders import resolve_order
+from cl_dist.tasks.types import Task
 
 
 def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
@@ -38,8 +39,11 @@ def run(arguments: Namespace) -> int:
     return run_on_ranks(arguments, recipe.launch.processes, check, work, recipe.launch.hang_seconds)
 
 
-def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> None:
-    """Raise BadInput where the data or the model cannot be used, as far as that shows without torch."""
+def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]:
+    """Read the data and return it.
+
+    Raises BadInput where the data or the model cannot be used, as far as that shows without torch.
+    """
     from cl_dist.evaluation.choice import resolve_mode
     from cl_dist.evaluation.general import check_available
     from cl_dist.models.check import check_chat_template, check_model_config, known_objective
@@ -54,22 +58,34 @@ def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> None:
         check_available(recipe.eval.general)
     objective = known_objective(recipe.model)
     if objective is None:  # only loading the model will tell
-        return
+        return tasks
     for task in tasks:
         check_kind(task, objective)
         resolve_mode(task, objective, recipe.eval)
+    return tasks
 
 
 def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: bool) -> None:
+    from cl_dist.state.inputs import read_inputs
     from cl_dist.state.preflight import preflight, set_aside
 
-    check_stream_and_model(recipe, recipe_dir)
+    tasks = check_stream_and_model(recipe, recipe_dir)
     if first:
         output_dir = Path(recipe.output_dir)
         ranks = find_ranks(os.environ)
         world_size = recipe.launch.processes if ranks is None else ranks.world_size
         tell = partial(print, file=sys.stderr, flush=True)
-        preflight(output_dir, recipe, resume=resume, fresh=fresh, world_size=world_size, tell=tell)
+        inputs = partial(read_inputs, recipe, tasks)
+        preflight(
+            output_dir,
+            recipe,
+            resume=resume,
+            fresh=fresh,
+            world_size=world_size,
+            tell=tell,
+            tasks=tasks,
+            inputs=inputs,
+        )
         if fresh:
             set_aside(output_dir)
 

@@ -23,8 +23,8 @@ def finish(ledger: Ledger, reporter: Reporter) -> dict[str, Any]:
 
 def run_metrics(manifest: Manifest) -> dict[str, Any]:
     """The content of metrics.json."""
-    seconds = sum(entry["train_seconds"] for entry in manifest.timings)
-    steps = sum(entry["steps"] for entry in manifest.timings)
+    seconds = sum(entry.get("train_seconds", 0.0) for entry in manifest.timings)
+    steps = sum(entry.get("steps", 0) for entry in manifest.timings)
     return {
         "tasks": list(manifest.tasks),
         "accuracy_matrix": [list(row) for row in manifest.accuracy_matrix],
@@ -32,7 +32,7 @@ def run_metrics(manifest: Manifest) -> dict[str, Any]:
         "general": [dict(entry) for entry in manifest.general],
         "general_ability": general_ability(manifest.general, manifest.tasks),
         "general_forgetting": general_forgetting(manifest.general, manifest.tasks),
-        "tokens_per_second": sum(entry["tokens"] for entry in manifest.timings) / max(seconds, 1e-9),
+        "tokens_per_second": sum(entry.get("tokens", 0) for entry in manifest.timings) / max(seconds, 1e-9),
         "step_seconds": seconds / max(steps, 1),
         "peak_memory_bytes": list(manifest.peak_memory_bytes),
         "timings": [dict(entry) for entry in manifest.timings],

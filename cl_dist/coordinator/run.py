@@ -21,6 +21,7 @@ from cl_dist.heartbeat import beat
 from cl_dist.models.dropout import has_dropout
 from cl_dist.progress import Reporter
 from cl_dist.state.elastic import Resumption, resumption, segment, with_segments
+from cl_dist.state.inputs import read_inputs, refuse_other_inputs, with_data
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import Manifest
@@ -75,6 +76,8 @@ def run(
         with _failure_noted(ledger):
             system = build_system(resumed.recipe, recipe_dir)
             _tell_what_is_new(resumed, system, reporter)
+            with told_once():
+                ledger.manifest = _with_inputs(ledger, system, resume, reporter)
             deadline = Deadline(seconds_left if rank == 0 else no_limit)
             return Coordinator(system, ledger, reporter, deadline).run()
 
@@ -115,6 +118,26 @@ def _tell_what_is_new(resumed: Resumption, system: System, reporter: Reporter) -
     drawn = resumed.new_split and has_dropout(system.engine.model)
     dropout = "; dropout draws other numbers than it would have, so the weights will not be exactly the same"
     reporter.message(resumed.note + (dropout if drawn else ""))
+
+
+def _with_inputs(ledger: Ledger, system: System, resume: bool, reporter: Reporter) -> Manifest:
+    """The manifest with the digests of what this run has read; refuses what an earlier start has not read (collective).
+
+    Rank 0 reads the base model for it, once more where `state.digests` does not know the files. Every rank digests the
+    data that it has read itself: on several nodes each may have a copy.
+    """
+    manifest, folder = ledger.manifest, ledger.folder
+    now = by_first(lambda: read_inputs(system.recipe, system.tasks))
+    if manifest.inputs is None and resume and folder.manifest.exists():
+        reporter.message(
+            "this run does not say what it was given (an earlier release began it): data, base model and tokenizer are "
+            "not compared with what they were; from now on they will be"
+        )
+    before = manifest.inputs or now
+    if before is None or now is None:
+        return manifest
+    together(lambda: refuse_other_inputs(before, with_data(now, system.tasks), system.tasks, folder.path))
+    return dataclasses.replace(manifest, inputs=dataclasses.replace(before, places=now.places))
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class Scoring:
             for result in self._pass(tasks):
                 self._record(result, predictions)
                 row[places[result.task]] = result.score
-                self._ledger.update(row_under_way=tuple(row))
+                self._ledger.scored(places[result.task], result.score)
         return tuple(row)
 
     def _pass(self, tasks: Sequence[Task]) -> list[TaskScore]:

@@ -8,6 +8,7 @@ are, its own font, and no date or version in the file. All colours are told apar
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,14 @@ LETTER = 0.075
 """Inches: width of a letter of 8 points."""
 CELL, ROW = 0.6, 0.3
 """Inches: width of a cell with a number in it; height of a row."""
-WIDE = 12.0
-"""Inches: width of a picture of the whole stream or the whole model."""
+WIDE, TALL = 12.0, 10.0
+"""Inches: width of a picture of the whole stream or the whole model; height of as many rows as there may be."""
+LINE = 0.15
+"""Inches from one label of 8 points to the next: where tasks are closer, some of the labels are left out."""
+LEAST_FRAMED = 0.06
+"""Inches: smaller cells get no frame."""
+NUMBERED = 20
+"""Rows and columns up to which the cells of a heat map have room for their numbers."""
 
 
 def draw(size: tuple[float, float], paint: Callable[[Figure], None]) -> bytes:
@@ -63,6 +70,18 @@ def short(text: str) -> str:
     return text if len(text) <= LABEL else f"{text[:half]}…{text[-half:]}"
 
 
+def cell_size(rows: int, columns: int) -> tuple[float, float]:
+    """Width and height in inches of the cells of a numbered heat map: smaller where there are too many for numbers."""
+    if max(rows - 1, columns) <= NUMBERED:
+        return CELL, ROW
+    return min(CELL, WIDE / columns), min(ROW, TALL / rows)
+
+
+def row_height(rows: int) -> float:
+    """Height in inches of the rows of a block heat map."""
+    return min(ROW, TALL / max(1, rows))
+
+
 def fit(labels: Sequence[str], room: float) -> bool:
     """Whether labels in 8 point letters stand beside each other in `room` inches each."""
     return max((len(short(label)) for label in labels), default=0) * LETTER <= room
@@ -75,7 +94,7 @@ def numbered_heat_map(
     columns: Sequence[str],
     colours: tuple[str, Normalize],
 ) -> ScalarMappable:
-    """A heat map with the number in every cell, and a dash where it is NaN.
+    """A heat map with the number in every cell, and a dash where it is NaN; without numbers where there is no room.
 
     Args:
         axes: Where to draw.
@@ -85,14 +104,35 @@ def numbered_heat_map(
         colours: Name of the colour map, and the scale.
     """
     image = _heat_map(axes, values, colours)
+    width, height = cell_size(*values.shape)
+    if (width, height) == (CELL, ROW):
+        _number(axes, image, values)
+    _label_rows(axes, rows, height)
+    _label_columns(axes, range(len(columns)), columns, width)
+    return image
+
+
+def _number(axes: Axes, image: ScalarMappable, values: Floats) -> None:
+    """Write each value into its cell, in black or white."""
+    shades = np.asarray(image.to_rgba(values))
     for (row, column), value in np.ndenumerate(values):
-        dark = not np.isnan(value) and _luminance([float(part) for part in image.to_rgba(value)]) < 0.4
+        dark = not np.isnan(value) and _luminance(shades[row, column]) < 0.4
         text = "–" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
         colour = "white" if dark else "black"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
-    _label_rows(axes, rows)
-    _label_columns(axes, range(len(columns)), columns, CELL)
-    return image
+        written = axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+        written.set_in_layout(False)  # it lies inside the axes; measuring each of them takes most of the time
+
+
+def frame_cells(axes: Axes, cells: Sequence[tuple[int, int]], cell: tuple[float, float]) -> None:
+    """Frame cells (column, row) of a heat map whose cells have this size, unless they are too small to be framed."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    if not cells or min(cell) < LEAST_FRAMED:
+        return
+    patches = [Rectangle((column - 0.5, row - 0.5), 1, 1) for column, row in cells]
+    width = min(1.8, 10 * min(cell))
+    axes.add_collection(PatchCollection(patches, facecolor="none", edgecolor=ORANGE, linewidth=width))
 
 
 def block_heat_map(
@@ -104,10 +144,12 @@ def block_heat_map(
     ends = np.cumsum(widths) - 0.5
     for end in ends[:-1]:
         axes.axvline(end, color=border, linewidth=1.2)
-    for row in range(1, len(rows)):
-        axes.axhline(row - 0.5, color=border, linewidth=0.6)
+    height = row_height(len(rows))
+    if height == ROW:
+        for row in range(1, len(rows)):
+            axes.axhline(row - 0.5, color=border, linewidth=0.6)
     labels = [label for label, _ in columns.blocks]
-    _label_rows(axes, rows)
+    _label_rows(axes, rows, height)
     _label_columns(axes, ends - widths / 2, labels, WIDE * 0.8 * widths.min() / widths.sum())
     return image
 
@@ -127,16 +169,23 @@ def _heat_map(axes: Axes, values: Floats, colours: tuple[str, Normalize]) -> Sca
     return axes.imshow(values, cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
 
 
-def _label_rows(axes: Axes, labels: Sequence[str]) -> None:
-    axes.set_yticks(range(len(labels)), [short(label) for label in labels], fontsize=8)
+def thinned(count: int, room: float) -> range:
+    """Which of `count` labels are shown that have `room` inches each: all, or every second, third and so on."""
+    return range(0, count, max(1, math.ceil(LINE / room - 1e-9)))
+
+
+def _label_rows(axes: Axes, labels: Sequence[str], room: float) -> None:
+    shown = thinned(len(labels), room)
+    axes.set_yticks(shown, [short(labels[row]) for row in shown], fontsize=8)
     axes.tick_params(length=0)
 
 
 def _label_columns(axes: Axes, places: Sequence[float] | Floats | range, labels: Sequence[str], room: float) -> None:
-    """Labels below an axis, each of which has `room` inches, slanted where that is too little."""
+    """Labels below an axis, each of which has `room` inches, slanted where that is too little; as many as fit."""
     slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     style: dict[str, Any] = {"ha": "center"} if fit(labels, room) else slanted
-    axes.set_xticks(places, [short(label) for label in labels], fontsize=8, **style)
+    shown = thinned(len(labels), room)
+    axes.set_xticks([places[each] for each in shown], [short(labels[each]) for each in shown], fontsize=8, **style)
 
 
 def _luminance(rgba: Any) -> float:

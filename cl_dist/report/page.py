@@ -8,14 +8,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from cl_dist.evaluation import metrics
+from cl_dist.progress import own_and_last
+from cl_dist.report.escape import Markdown, markdown_code, markdown_text
 from cl_dist.report.reading import RunData
 from cl_dist.report.tables import general_names, markdown
 from cl_dist.report.units import UnitResults
 
+MATRIX_FILE = "accuracy_matrix.csv"
+"""Written where the matrix is too wide for the page."""
 TOP_UNITS = 5
 """Units that are named per task."""
 MIB = 2**20
@@ -31,9 +36,10 @@ SETTINGS = {
 
 CAPTIONS = {
     "accuracy_matrix.png": "Row: the model after a task, the untouched one first. Column: the task that it is scored "
-    "on. A frame marks the task that was just trained; – is not evaluated.",
+    "on. A frame marks the task that was just trained; – or pale is not evaluated.",
     "scores.png": "Each task's score over the stream (blue), beside those of the other tasks (grey). The orange mark "
-    "is the score right after the task's own training.",
+    "is the score right after the task's own training. More than 25 tasks share one panel, in which the blue line is "
+    "the mean over the tasks trained so far.",
     "loss.png": "Training loss over the optimiser steps; dashed lines are the borders of tasks. Where a task has 40 "
     "steps or more, the strong line is the mean over a twentieth of them.",
     "unit_importance.png": "Importance of the skill units to each task: the scores that fusion uses, min-max "
@@ -67,12 +73,12 @@ class Page:
         """The page as Markdown, for the folder `out`."""
         parts = [*self._head(out), *self._scores(), *self._general(), *self._training(), *self._units()]
         if self.missing:
-            parts += ["## What is missing", "\n".join(f"- {text}" for text in self.missing)]
+            parts += ["## What is missing", "\n".join(f"- {markdown_text(text)}" for text in self.missing)]
         return "\n\n".join(parts) + "\n"
 
     def _head(self, out: Path) -> Iterator[str]:
         run, manifest = self.run, self.run.manifest
-        yield f"# Run {run.folder.path.resolve().name}"
+        yield f"# Run {markdown_text(run.folder.path.resolve().name)}"
         yield f"{len(run.done)} of {len(manifest.tasks)} tasks are done; status: {manifest.status}."
         # A manifest of format 1 has no segments: its run had one number of ranks and one stage.
         layouts = manifest.segments or (manifest,)
@@ -81,18 +87,23 @@ class Page:
         yield markdown(["setting", "value"], lines, text=(0, 1))
         if run.settings:
             link = Path(os.path.relpath(run.folder.config, out)).as_posix()
-            yield f"All settings: [config.yaml](<{link}>)."
+            yield f"All settings: [config.yaml](<{quote(link)}>)."
 
     def _scores(self) -> Iterator[str]:
         tasks, matrix = self.run.manifest.tasks, self.run.manifest.accuracy_matrix
         if not matrix:
             return
         yield "## Scores"
-        rows = ["untouched", *(f"after {name}" for name in tasks)]
-        lines = ([label, *map(_score, row)] for label, row in zip(rows, matrix, strict=False))
-        yield markdown(["model", *tasks], lines)
+        if MATRIX_FILE in self.files:
+            yield f"Each task right after its own training and now; the matrix is in [{MATRIX_FILE}]({MATRIX_FILE})."
+            lines = ([task, *map(_score, scores)] for task, *scores in own_and_last(tasks, matrix))
+            yield markdown(["task", "after its training", "now"], lines)
+        else:
+            rows = ["untouched", *(f"after {name}" for name in tasks)]
+            lines = ([label, *map(_score, row)] for label, row in zip(rows, matrix, strict=False))
+            yield markdown(["model", *tasks], lines)
         if self.run.log.metrics:
-            yield f"Scored by {_scored_by(self.run.log.metrics)}."
+            yield f"Scored by {markdown_text(_scored_by(self.run.log.metrics))}."
         yield from self._pictures("accuracy_matrix.png", "scores.png")
         yield from self._metrics()
 
@@ -102,10 +113,10 @@ class Page:
         if done == 0:
             return
         if done < len(self.run.manifest.tasks):
-            yield f"The metrics so far, as if the stream ended with {self.run.done[-1]}:"
+            yield f"The metrics so far, as if the stream ended with {markdown_text(self.run.done[-1])}:"
         values = metrics.all_metrics([row[:done] for row in matrix])
         del values["forward_transfer_single"]  # a run knows nothing of models trained on one task alone
-        lines = ([f"`{name}`", _score(value), definition(name)] for name, value in values.items())
+        lines = ([markdown_code(name), _score(value), definition(name)] for name, value in values.items())
         header = ["metric", "value", "definition (T tasks, score a[i][j] on task j after task i)"]
         yield markdown(header, lines, text=(0, 2))
 
@@ -121,7 +132,7 @@ class Page:
         if tasks:
             found = [metrics.general_ability(measured, tasks), metrics.general_forgetting(measured, tasks)]
             lines = [
-                [f"`{metric.__name__}`", _score(value), definition(metric.__name__)]
+                [markdown_code(metric.__name__), _score(value), definition(metric.__name__)]
                 for metric, value in zip((metrics.general_ability, metrics.general_forgetting), found, strict=True)
             ]
             yield markdown(["metric", "value", "definition"], lines, text=(0, 2))
@@ -198,7 +209,8 @@ def _top_units(tasks: Sequence[str], units: UnitResults) -> Iterator[list[str]]:
             yield [task, "all the same"]
             continue
         best = np.argsort(-scores, kind="stable")[:TOP_UNITS]
-        yield [task, ", ".join(f"`{units.table.names[unit]}` {scores[unit]:.3g}" for unit in best)]
+        named = (f"{markdown_code(units.table.names[unit])} {scores[unit]:.3g}" for unit in best)
+        yield [task, Markdown(", ".join(named))]
 
 
 def _score(value: float | None) -> str:

@@ -11,21 +11,23 @@ import numpy as np
 from cl_dist.report.columns import columns_of_modules, columns_of_units
 from cl_dist.report.drawing import (
     BLUE,
-    CELL,
     DIVERGING,
     GREY,
     LIGHT,
     ORANGE,
     PALE,
-    ROW,
     SEQUENTIAL,
     WIDE,
     add_colour_bar,
     block_heat_map,
+    cell_size,
     draw,
     fit,
+    frame_cells,
     numbered_heat_map,
+    row_height,
     short,
+    thinned,
 )
 from cl_dist.report.reading import Losses
 from cl_dist.report.units import Floats, UnitResults
@@ -41,31 +43,35 @@ LEAST_IMPORTANCE = 1e-5
 """Where the colours of importance begin: it spans many orders of magnitude."""
 PANELS = 5
 """Panels beside each other."""
+MOST_PANELS = 25
+"""With more tasks than this their scores share one panel."""
 
 
 def accuracy_matrix(tasks: Sequence[str], matrix: Matrix) -> bytes:
     """Row: after which task, the untouched model first; column: the task it is scored on. A frame marks the task that
-    was just trained.
+    was just trained. With many tasks there is no room for numbers, and with hundreds none for frames.
     """
-    from matplotlib.patches import Rectangle
-
     values = _as_array(matrix)
     rows = ["untouched", *(f"after {name}" for name in tasks)][: len(values)]
+    width, height = cell_size(*values.shape)
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         image = numbered_heat_map(axes, values, rows, tasks, (SEQUENTIAL, _scale(values)))
-        for task in range(len(values) - 1):
-            axes.add_patch(Rectangle((task - 0.5, task + 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=1.8))
+        frame_cells(axes, [(task, task + 1) for task in range(len(values) - 1)], (width, height))
         axes.set(xlabel="scored on", ylabel="model")
         add_colour_bar(figure, image, axes, "score")
 
-    return draw((2.8 + max(4, len(tasks)) * CELL, 1.3 + len(values) * ROW), paint)
+    return draw((2.8 + max(4, len(tasks)) * width, 1.3 + max(2, len(values)) * height), paint)
 
 
 def scores(tasks: Sequence[str], matrix: Matrix) -> bytes:
-    """A panel per task: its score over the stream, the other tasks' in grey; the mark is its own training."""
+    """A panel per task: its score over the stream, the other tasks' in grey; the mark is its own training. Many tasks
+    share one panel, in which the strong line is the mean over those that are trained.
+    """
     values = _as_array(matrix)
+    if len(tasks) > MOST_PANELS:
+        return _scores_of_many(values)
     columns = min(len(tasks), PANELS)
     rows = math.ceil(len(tasks) / columns)
 
@@ -94,6 +100,34 @@ def _score_panel(axes: Axes, values: Floats, task: int) -> None:
     axes.tick_params(labelsize=8)
 
 
+def _scores_of_many(values: Floats) -> bytes:
+    """All tasks in one panel, the mean over the trained ones, and every task's score after its own training."""
+    from matplotlib.collections import LineCollection
+
+    steps = np.arange(len(values))
+    lines = [np.column_stack([steps, values[:, task]]) for task in range(values.shape[1])]
+    trained = np.arange(1, len(values))
+    means = np.array([_mean(values[step, :step]) for step in trained])
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        axes.add_collection(LineCollection(lines, colors=PALE, linewidths=0.5, alpha=0.4, zorder=1))
+        own = values[trained, trained - 1]
+        axes.plot(trained, own, color=ORANGE, marker="D", markersize=2.5, linestyle="", zorder=2)
+        axes.plot(trained, means, color=BLUE, linewidth=1.8, zorder=3)
+        axes.autoscale()
+        _style_score_panels(np.array([axes]), values, values.shape[1])
+        axes.set(xlabel="tasks trained", ylabel="score")
+
+    return draw((WIDE * 0.85, 4.0), paint)
+
+
+def _mean(values: Floats) -> float:
+    """Mean of those that are known; NaN where none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan
+
+
 def _style_score_panels(grid: np.ndarray, values: Floats, tasks: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -117,8 +151,9 @@ def loss(tasks: Sequence[str], losses: Mapping[str, Losses]) -> bytes:
         axes = figure.add_subplot()
         for start, length, name in zip(starts, lengths, trained, strict=False):
             _loss_of_task(axes, start, length, losses[name])
-        for border in starts[1:-1]:
-            axes.axvline(border + 0.5, color=GREY, linewidth=0.8, linestyle="--")
+        borders = starts[1:-1] + 0.5
+        heights = axes.get_xaxis_transform()
+        axes.vlines(borders, 0, 1, transform=heights, color=GREY, linewidth=min(0.8, 20 / len(starts)), linestyle="--")
         _style_loss(axes, starts, trained)
 
     return draw((WIDE * 0.85, 4.0), paint)
@@ -152,7 +187,9 @@ def _style_loss(axes: Axes, starts: Floats, trained: Sequence[str]) -> None:
     top = axes.secondary_xaxis("top")
     room = WIDE * 0.75 * float(np.diff(starts).min() / starts[-1])
     style: dict[str, Any] = {} if fit(trained, room) else {"rotation": 40, "ha": "left", "rotation_mode": "anchor"}
-    top.set_xticks((starts[:-1] + starts[1:]) / 2 + 0.5, [short(name) for name in trained], fontsize=8, **style)
+    shown = thinned(len(trained), WIDE * 0.75 / len(trained))
+    places = ((starts[:-1] + starts[1:]) / 2 + 0.5)[list(shown)]
+    top.set_xticks(places, [short(trained[each]) for each in shown], fontsize=8, **style)
     top.tick_params(length=0)
 
 
@@ -169,7 +206,7 @@ def unit_importance(tasks: Sequence[str], units: UnitResults) -> bytes:
         axes.set(xlabel=columns.what, ylabel="task")
         add_colour_bar(figure, image, axes, "importance (min-max)")
 
-    return draw((WIDE, 2.0 + max(4, len(tasks)) * ROW), paint)
+    return draw((WIDE, 2.0 + max(4, len(tasks)) * row_height(len(tasks))), paint)
 
 
 def task_correlation(tasks: Sequence[str], correlations: Floats) -> bytes:
@@ -182,7 +219,8 @@ def task_correlation(tasks: Sequence[str], correlations: Floats) -> bytes:
         axes.set(xlabel="task", ylabel="task")
         add_colour_bar(figure, image, axes, "correlation of unit scores")
 
-    return draw((2.6 + max(4, len(tasks)) * CELL, 1.6 + max(4, len(tasks)) * ROW), paint)
+    width, height = cell_size(len(tasks), len(tasks))
+    return draw((2.6 + max(4, len(tasks)) * width, 1.6 + max(4, len(tasks)) * height), paint)
 
 
 def fusion(tasks: Sequence[str], units: UnitResults) -> bytes:
@@ -203,7 +241,7 @@ def fusion(tasks: Sequence[str], units: UnitResults) -> bytes:
             axes.set(xlabel=columns.what, ylabel="fused task")
             add_colour_bar(figure, image, axes, label)
 
-    return draw((WIDE, (2.0 + max(4, len(tasks) - 1) * ROW) * len(shown)), paint)
+    return draw((WIDE, (2.0 + max(4, len(tasks) - 1) * row_height(len(tasks) - 1)) * len(shown)), paint)
 
 
 def _around_half(shares: Floats) -> Normalize:

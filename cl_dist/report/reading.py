@@ -13,6 +13,10 @@ from cl_dist.config.yaml_text import parse_yaml
 from cl_dist.errors import BadInput
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.state.stored_json import read_stored_text
+
+MOST_STEPS = 10_000_000
+"""Steps of a task that a picture can show; a record that says more is damaged."""
 
 Losses = dict[int, float]
 """Training loss by optimiser step, from 1; NaN where it was not finite."""
@@ -75,9 +79,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is damaged: {error}") from error
+        data = parse_yaml(read_stored_text(path), str(path))
+    except BadInput as error:
+        reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} is damaged: ")
+        raise BadInput(f"{path} is damaged: {reason}") from error
     if not isinstance(data, dict):
         raise BadInput(f"{path} is damaged: it holds no settings")
     return data
@@ -91,12 +96,14 @@ def read_log(path: Path, tasks: tuple[str, ...]) -> RunLog:
             record = json.loads(line)
             if record.get("task") in tasks:
                 _take(log, record)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             log.unreadable += 1
     return log
 
 
 def _lines(path: Path) -> Iterator[bytes]:
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path} is damaged: it is not a regular file")
     try:
         with path.open("rb") as file:
             yield from (line for line in file if line.strip())
@@ -110,9 +117,12 @@ def _take(log: RunLog, record: dict[str, Any]) -> None:
     if record["event"] == "evaluation":
         log.metrics[record["task"]] = str(record["metric"])
     elif record["event"] == "step":
-        step, loss = int(record["step"]), record["loss"]
+        step, loss = record["step"], record["loss"]
+        if type(step) is not int or not 1 <= step <= MOST_STEPS:
+            raise ValueError(f"step {step}")
+        loss = math.nan if loss is None else float(loss)
         losses = log.losses.setdefault(record["task"], {})
         # A resumed run repeats the steps after its checkpoint: what follows the repeated step was undone.
         for undone in [number for number in reversed(losses) if number >= step] if step in losses else []:
             del losses[undone]
-        losses[step] = math.nan if loss is None else float(loss)
+        losses[step] = loss

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cl_dist.report.escape import Markdown, markdown_text
 from cl_dist.report.units import Floats, UnitResults
 
 FUSION_COLUMNS = ("new_mean", "new_min", "new_max", "old_mean", "old_min", "old_max")
@@ -50,6 +51,15 @@ def fusion_csv(tasks: Sequence[str], units: UnitResults) -> str:
     return csv_text(["task", "module", "units", "elements", *FUSION_COLUMNS], lines)
 
 
+def matrix_csv(tasks: Sequence[str], matrix: Sequence[Sequence[float | None]]) -> str:
+    """A line per model, the untouched one first, and a column per task that it is scored on; empty: not evaluated."""
+    places = ["untouched", *tasks]
+    lines = (
+        [place, *("" if score is None else score for score in row)] for place, row in zip(places, matrix, strict=False)
+    )
+    return csv_text(["after", *tasks], lines)
+
+
 def general_names(measured: Sequence[Mapping[str, Any]]) -> list[str]:
     """Tasks of lm-evaluation-harness, in the order in which they were measured first."""
     return list(dict.fromkeys(name for entry in measured for name in entry["scores"]))
@@ -67,9 +77,17 @@ def general_csv(measured: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], text: Collection[int] = (0,)) -> str:
-    """A table; the columns of numbers, which are not in `text`, are flush right."""
+    """A table; the columns of numbers, which are not in `text`, are flush right. Cells are escaped, but for those that
+    are `Markdown` already.
+    """
     rule = ["---" if column in text else "---:" for column in range(len(header))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+    cells = ([_markdown_cell(cell) for cell in line] for line in [header, *lines])
+    rows = ["| " + " | ".join(line) + " |" for line in cells]
+    return "\n".join([rows[0], "| " + " | ".join(rule) + " |", *rows[1:]])
+
+
+def _markdown_cell(cell: str) -> str:
+    return cell if isinstance(cell, Markdown) else markdown_text(cell)
 
 
 def csv_text(header: Sequence[str], lines: Iterable[Sequence[str | int | float]]) -> str:

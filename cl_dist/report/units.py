@@ -26,6 +26,8 @@ from cl_dist.state.run_folder import TaskFolder
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
+_WRONG_KIND = (ValueError, TypeError, AttributeError, RecursionError)
+"""What reading raises where a value is not of the kind that is written there."""
 _OF_LORA = re.compile(r"\.lora_[^.]+(\..*)?$")
 """What follows a module's name in the name of one of its LoRA matrices."""
 
@@ -188,7 +190,7 @@ def _guarded(path: Path, read: Callable[[Path], Any]) -> Any:
         raise BadInput(
             f"{path} is missing, but other files of the run are there that its method writes with it"
         ) from error
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, SafetensorError, ArithmeticError, LookupError, *_WRONG_KIND) as error:
         raise BadInput(f"{path} is damaged: {error}") from error
 
 

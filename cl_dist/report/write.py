@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cl_dist.errors import BadInput
+from cl_dist.progress import WIDEST_MATRIX
 from cl_dist.report import pictures, tables
-from cl_dist.report.page import Page
+from cl_dist.report.page import MATRIX_FILE, Page
 from cl_dist.report.reading import RunData, read_run
 from cl_dist.report.units import UnitResults, correlation, read_unit_results
-from cl_dist.state.atomic import write_bytes
+from cl_dist.state.atomic import advising, write_bytes
 
 PAGE = "report.md"
+MOST_NAMED = 25
+"""Tasks that are named in a sentence."""
+_ELSEWHERE = "--out DIR writes it elsewhere"
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ def _files(run: RunData, units: UnitResults | None) -> Iterator[tuple[str, bytes
     if matrix:
         yield "accuracy_matrix.png", pictures.accuracy_matrix(tasks, matrix)
         yield "scores.png", pictures.scores(tasks, matrix)
+        if len(tasks) > WIDEST_MATRIX:
+            yield MATRIX_FILE, tables.matrix_csv(tasks, matrix).encode()
     if run.log.losses:
         yield "loss.png", pictures.loss(tasks, run.log.losses)
     if run.manifest.general:
@@ -80,7 +87,7 @@ def _unit_files(tasks: tuple[str, ...], units: UnitResults) -> Iterator[tuple[st
 def _missing(run: RunData, units: UnitResults | None) -> Iterator[str]:
     left = run.manifest.tasks[len(run.done) :]
     if left:
-        yield f"The run is not finished: nothing yet about {', '.join(left)}."
+        yield f"The run is not finished: nothing yet about {_first_of(left)}."
     if not run.manifest.accuracy_matrix:
         yield "No scores: the untouched model has not been evaluated yet."
     if not run.log.losses:
@@ -93,17 +100,29 @@ def _missing(run: RunData, units: UnitResults | None) -> Iterator[str]:
         yield "No correlation and no picture of fusion: both need two finished tasks."
 
 
+def _first_of(names: Sequence[str]) -> str:
+    """The names, or of many of them the first."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 def _check_out(out: Path) -> None:
-    """Make the folder; BadInput where that cannot be."""
+    """Make the folder; BadInput where that cannot be, or where nothing can be written there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{out}: the folder of the report cannot be made: {error.strerror}") from error
+        raise BadInput(f"{out}: the folder of the report cannot be made: {error.strerror}; {_ELSEWHERE}") from error
+    try:
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise BadInput(f"{out}: the report cannot be written there: {error.strerror}; {_ELSEWHERE}") from error
 
 
 def _write(out: Path, files: dict[str, bytes]) -> None:
     try:
-        for name, content in files.items():
-            write_bytes(out / name, content)
+        with advising(f"free some space and make the report again; {_ELSEWHERE}"):
+            for name, content in files.items():
+                write_bytes(out / name, content)
     except OSError as error:
-        raise BadInput(f"{out}: the report cannot be written there: {error.strerror}") from error
+        raise BadInput(f"{out}: the report cannot be written there: {error.strerror}; {_ELSEWHERE}") from error

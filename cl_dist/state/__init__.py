@@ -8,6 +8,11 @@
 | `lock` | one run at a time in a folder |
 | `atomic` | writing so that a kill at any moment leaves the old or the new version, never half of one |
 | `integrity` | checksums, and the error for what fails them |
+| `scores` | the scores, in a file that only grows |
+| `inputs` | digests of data, base model and tokenizer: a run goes on with what it was started with |
+| `places` | where inputs lie as seen from the run folder |
+| `digests` | SHA-256 of files, remembered between runs |
+| `stored_json` | reading what the program has written, or saying that it is damaged |
 | `ledger` | the manifest, the log and the metrics while a run is under way |
 | `spans` | tensors, by parameter name and position, for any number of ranks and any ZeRO stage |
 | `snapshot` | the training state of all ranks as spans |

@@ -21,29 +21,58 @@ from typing import Any
 from cl_dist.errors import ClDistError
 from cl_dist.heartbeat import beat
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a disk, or a quota, that has no room."""
+
+
+class DiskFull(ClDistError):
+    """A disk, or the user's quota, has no room.
+
+    Args:
+        path: What could not be written.
+        advice: What became of the rest and what to do; by default what helps a run.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        advice: str = "nothing was replaced and the last complete state there is intact; free some space and go on "
+        "with --resume",
+    ) -> None:
+        self.path, self.advice = path, advice
+        super().__init__(f"no space left on the disk of {path}: {advice}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It goes from rank to rank as it is."""
+        return DiskFull, (self.path, self.advice)
+
+
+@contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """Around what a command writes that has no --resume: a full disk is told with this advice."""
+    try:
+        yield
+    except DiskFull as error:
+        raise DiskFull(error.path, f"nothing was replaced; {advice}") from error
 
 
 @contextmanager
 def telling_full_disk(path: Path) -> Iterator[None]:
-    """Turn full-disk errors inside the block into a `ClDistError` that names `path`."""
+    """Turn full-disk errors inside the block into a `DiskFull` that names `path`."""
     try:
         yield
     except Exception as error:
         if not _is_disk_full(error):
             raise
-        raise ClDistError(
-            f"no space left on the disk of {path}: nothing was replaced and the last complete state there is intact; "
-            "free some space and go on with --resume"
-        ) from error
+        raise DiskFull(path) from error
 
 
 def _is_disk_full(error: Exception) -> bool:
     """Whether an error says that the disk, or the user's quota, is full."""
     if isinstance(error, OSError):
-        return error.errno in _DISK_FULL
+        return error.errno in FULL_DISK
     # safetensors and tokenizers, written in Rust, only give the operating system's number in their text.
-    return any(f"(os error {number})" in str(error) for number in _DISK_FULL)
+    return any(f"(os error {number})" in str(error) for number in FULL_DISK)
 
 
 def sync(path: Path) -> None:

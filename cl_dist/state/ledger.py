@@ -38,7 +38,7 @@ class Ledger:
         if self.folder.manifest.exists():
             # Before the recipe, whose split may be new: only the manifest's segments say for sure what the global batch
             # is.
-            self.manifest.write(self.folder.manifest)
+            self.manifest = self.manifest.write(self.folder.manifest)
         write_text(self.folder.config, recipe_text)
 
     def update(self, **changes: Any) -> None:
@@ -47,8 +47,19 @@ class Ledger:
 
     def replace(self, manifest: Manifest) -> None:
         """Let this be the manifest from now on (collective)."""
-        self.write(lambda: manifest.write(self.folder.manifest))
-        self.manifest = manifest  # not before it is on the disk: `note_failure` goes by it
+        stored = [manifest]
+
+        def write() -> None:
+            stored[0] = manifest.write(self.folder.manifest)
+
+        self.write(write)
+        self.manifest = stored[0]  # not before it is on the disk: `note_failure` goes by it
+
+    def scored(self, task: int, score: float) -> None:
+        """Add the score of the task at position `task` to the row under way: one line of a file (collective)."""
+        manifest = self.manifest.with_score(task, score)
+        self.write(lambda: manifest.append_score(self.folder.manifest, task, score))
+        self.manifest = manifest
 
     def note_failure(self) -> None:
         """Let the manifest on the disk say that the run has failed; the other ranks need not come here."""

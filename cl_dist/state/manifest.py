@@ -1,11 +1,17 @@
-"""What of the stream is done: `manifest.json`, replaced atomically after every task and every checkpoint."""
+"""What of the stream is done: `manifest.json`, replaced atomically after every task and every checkpoint.
+
+The scores, which would make it grow with the square of the tasks, lie in `scores.jsonl` beside it (`state.scores`); the
+manifest says at which bytes of that file those begin that count.
+"""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -13,10 +19,13 @@ from pydantic.dataclasses import dataclass
 from cl_dist import __version__
 from cl_dist.errors import BadInput
 from cl_dist.state.atomic import write_json
-from cl_dist.state.integrity import CheckpointDamaged, StateUnusable, patiently
+from cl_dist.state.inputs import Inputs
+from cl_dist.state.integrity import CheckpointDamaged
+from cl_dist.state.scores import Row, ScoreFile
+from cl_dist.state.stored_json import first_problem, read_object
 
-FORMAT_VERSION = 2
-"""2: a list of checkpoints in place of one, and segments."""
+FORMAT_VERSION = 3
+"""2: a list of checkpoints in place of one, and segments. 3: scores in a file of their own, and inputs."""
 
 NOTHING_SCORED: dict[str, Any] = {"row_under_way": (), "general_under_way": {}}
 """Where the next model has not been evaluated yet."""
@@ -68,6 +77,15 @@ class Segment:
         return self.split == other.split and self.zero_stage == other.zero_stage
 
 
+class ScorePlaces(NamedTuple):
+    """Where in `scores.jsonl` the scores are that count: what the manifest has in the place of the scores."""
+
+    rows: tuple[int, ...] = ()
+    """Byte at which the line of each row of the accuracy matrix begins."""
+    under_way: int | None = None
+    """Byte behind which the scores of the next row are; None where nothing has been written yet."""
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Manifest:
     """State of a run; `dataclasses.replace` makes the next one."""
@@ -86,9 +104,11 @@ class Manifest:
     """Saved states of the task that is under way, the newest last."""
     segments: tuple[Segment, ...] = ()
     """Which ranks computed which steps, in order; empty in a manifest of format 1."""
-    accuracy_matrix: tuple[tuple[float | None, ...], ...] = ()
+    inputs: Inputs | None = None
+    """Digests of the data, the base model and the tokenizer; None in a run of a release that took none."""
+    accuracy_matrix: tuple[Row, ...] = ()
     """Rows so far, the first one before training; None where a task was not evaluated."""
-    row_under_way: tuple[float | None, ...] = ()
+    row_under_way: Row = ()
     """The next row, as far as it is: scores of the model that the newest saved state holds; empty before the first."""
     general: tuple[dict[str, Any], ...] = ()
     """Measurements of general ability, in order: `after` (a task's name or `untouched`) and `scores` by task of the
@@ -105,6 +125,10 @@ class Manifest:
     """Version of this file's format."""
     cl_dist_version: str = __version__
     """Release that wrote this."""
+    scores: ScorePlaces = dataclasses.field(default=ScorePlaces(), compare=False)
+    """Where `accuracy_matrix` and `row_under_way` are on the disk."""
+    written: tuple[Row, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    """The rows that are at `scores.rows`; not a part of the file."""
 
     def __post_init__(self) -> None:
         """Refuse a manifest that contradicts itself."""
@@ -114,6 +138,7 @@ class Manifest:
             if entry.task != self.completed:
                 raise ValueError(f"the checkpoint is of task {entry.task}, {self.completed} are completed")
         self._check_matrix()
+        self._check_general()
 
     def _check_matrix(self) -> None:
         rows = len(self.accuracy_matrix)
@@ -122,6 +147,15 @@ class Manifest:
         under_way = (self.row_under_way,) if self.row_under_way else ()
         if any(len(row) != len(self.tasks) for row in (*self.accuracy_matrix, *under_way)):
             raise ValueError(f"a row of the accuracy matrix does not have {len(self.tasks)} scores, one per task")
+
+    def _check_general(self) -> None:
+        for entry in self.general:
+            scores = entry.get("scores")
+            if not isinstance(entry.get("after"), str) or not isinstance(scores, dict):
+                raise ValueError("an entry of general does not have the place `after` and `scores`")
+            for name, values in scores.items():
+                if not _is_general_score(values):
+                    raise ValueError(f"general: {name} does not have a score, metrics and a number of samples")
 
     @property
     def checkpoint(self) -> CheckpointEntry | None:
@@ -143,13 +177,46 @@ class Manifest:
             **NOTHING_SCORED,
         )
 
-    def write(self, path: Path) -> None:
-        """Replace the file `path`, atomically and durably."""
-        write_json(path, _ADAPTER.dump_python(self, mode="json"))
+    def write(self, path: Path) -> Manifest:
+        """Replace the file `path`, atomically and durably, after appending what is new to the scores beside it.
+
+        Returns the manifest with the places of its scores. Raises `ClDistError` where the disk is full.
+        """
+        file = ScoreFile(score_file(path))
+        kept = 0
+        while kept < min(len(self.written), len(self.accuracy_matrix)) and self._is_written(kept):
+            kept += 1
+        rows = (*self.scores.rows[:kept], *file.append_rows(self.accuracy_matrix[kept:]))
+        places = ScorePlaces(rows, self._under_way(file))
+        stored = replace(self, scores=places, written=self.accuracy_matrix)
+        document = _ADAPTER.dump_python(stored, mode="json", exclude=_NOT_IN_THE_FILE)
+        write_json(path, {**document, "accuracy_matrix": places.rows, "row_under_way": places.under_way})
+        return stored
+
+    def _is_written(self, row: int) -> bool:
+        ours, theirs = self.accuracy_matrix[row], self.written[row]
+        return ours is theirs or ours == theirs
+
+    def _under_way(self, file: ScoreFile) -> int:
+        """Behind which byte the scores of the row under way are; they are appended where they are not there yet."""
+        if self.row_under_way and self.scores.under_way is not None:
+            return self.scores.under_way
+        begin = file.end()
+        file.append_scores([(task, score) for task, score in enumerate(self.row_under_way) if score is not None])
+        return begin
+
+    def with_score(self, task: int, score: float) -> Manifest:
+        """The manifest with one more score of the row under way, which `append_score` puts on the disk."""
+        row = self.row_under_way or (None,) * len(self.tasks)
+        return replace(self, row_under_way=(*row[:task], score, *row[task + 1 :]))
+
+    def append_score(self, path: Path, task: int, score: float) -> None:
+        """Append the score of a task to the row under way, durably; `path` holds this manifest already."""
+        ScoreFile(score_file(path)).append_scores([(task, score)])
 
     @staticmethod
     def read(path: Path) -> Manifest:
-        """Read a manifest; `BadInput` names the file where it is missing, damaged or of a newer format."""
+        """Read a manifest with its scores; `BadInput` names the file that is missing, damaged or of a newer format."""
         document = _read_object(path)
         version = document.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -157,34 +224,68 @@ class Manifest:
                 f"{path} has format {version}, written by cl_dist {document.get('cl_dist_version')}; "
                 f"this is cl_dist {__version__}, which reads formats up to {FORMAT_VERSION}"
             )
-        try:
-            return _ADAPTER.validate_python(_upgraded(document) if version == 1 else document)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "manifest"
-            raise BadInput(f"{path} is damaged: {where}: {first['msg']}") from error
+        with _named_where_damaged(path):
+            return _ADAPTER.validate_python(_with_scores(_upgraded(document, version), path))
 
 
+def _is_general_score(values: Any) -> bool:
+    """Whether this is what general ability scores on a task of the harness."""
+    if not isinstance(values, dict) or not isinstance(values.get("metrics"), dict):
+        return False
+    numbers = [values.get("score"), values.get("samples"), *values["metrics"].values()]
+    return all(number is None or isinstance(number, int | float) for number in numbers)
+
+
+@contextmanager
+def _named_where_damaged(path: Path) -> Iterator[None]:
+    """What pydantic refuses becomes one sentence that names the file and the entry."""
+    try:
+        yield
+    except ValidationError as error:
+        raise BadInput(f"{path} is damaged: {first_problem(error, 'manifest')}") from error
+
+
+def score_file(manifest: Path) -> Path:
+    """Where the scores of a manifest are."""
+    return manifest.with_name("scores.jsonl")
+
+
+def _with_scores(document: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A manifest's content with the scores in place of the bytes at which they are; older releases had them there."""
+    file = ScoreFile(score_file(path))
+    rows, under_way = document.get("accuracy_matrix"), document.get("row_under_way")
+    found: dict[str, Any] = {}
+    if isinstance(rows, list) and rows and all(type(place) is int for place in rows):
+        matrix = file.rows(rows)
+        found |= {"accuracy_matrix": matrix, "written": matrix}
+    places = ScorePlaces(tuple(rows) if found else (), under_way if type(under_way) is int else None)
+    if places.under_way is not None:
+        scored, names = dict(file.scores_after(places.under_way)), document.get("tasks")
+        known = scored and isinstance(names, list)
+        found["row_under_way"] = [scored.get(task) for task in range(len(names))] if known else []
+    return {**document, **found, "scores": places}
+
+
+_NOT_IN_THE_FILE = {"accuracy_matrix", "row_under_way", "scores", "written"}
 _ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 
 
-def _upgraded(document: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of format 1, which named one checkpoint or none, in today's format."""
-    rest = {key: value for key, value in document.items() if key != "checkpoint"}
-    entry = document.get("checkpoint")
-    return {**rest, "checkpoints": [] if entry is None else [entry], "format_version": FORMAT_VERSION}
+def _upgraded(document: dict[str, Any], version: Any) -> dict[str, Any]:
+    """A manifest of format 1, which named one checkpoint or none, or 2, which held the scores, in today's format."""
+    if version not in (1, 2):
+        return document
+    document = {**document, "format_version": FORMAT_VERSION}
+    if version == 1:
+        entry = document.pop("checkpoint", None)
+        document["checkpoints"] = [] if entry is None else [entry]
+    return document
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; `BadInput` where it is none, or where the system does not give it after some seconds."""
     try:
-        document = json.loads(patiently(path, path.read_bytes).decode("utf-8"))
-    except CheckpointDamaged as error:
-        raise BadInput(f"{error}: {path.parent} holds no run") from error
-    except StateUnusable as error:
-        raise BadInput(str(error)) from error
-    except ValueError as error:
-        raise BadInput(f"{path} is damaged: {error}") from error
-    if not isinstance(document, dict):
-        raise BadInput(f"{path} is damaged: it holds no JSON object")
-    return document
+        return read_object(path)
+    except BadInput as error:
+        if isinstance(error.__cause__, CheckpointDamaged):
+            raise BadInput(f"{error}: {path.parent} holds no run") from error
+        raise

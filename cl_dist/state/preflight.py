@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
 from cl_dist.state.elastic import resumption, with_segments
+from cl_dist.state.inputs import INPUT_SETTINGS, Inputs, refuse_other_inputs
 from cl_dist.state.lock import RunLock, Tell, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
 from cl_dist.state.stored_recipe import as_plain, stored_recipe
+from cl_dist.tasks.types import Task
 
 FREE_SETTINGS = (
     "launch",
@@ -34,6 +37,7 @@ FREE_SETTINGS = (
 the product of micro_batch_size, gradient_accumulation and ranks)."""
 
 _SHOWN_DIFFERENCES = 8
+_POSITION = re.compile(r"\[\d+\]")
 
 
 def preflight(
@@ -44,12 +48,15 @@ def preflight(
     fresh: bool,
     world_size: int | None = None,
     tell: Tell | None = None,
+    tasks: Sequence[Task] = (),
+    inputs: Callable[[], Inputs | None] | None = None,
 ) -> None:
     """Raise `BadInput` unless `recipe` may run in `output_dir`; makes the folder and its parents where need be.
 
     resume: go on with the run in the folder. fresh: start anew, the old run is put aside afterwards (`set_aside`).
     world_size: how many ranks there are going to be, where that is known. tell: says that a requeued
-    job waits for the lock of the one before (see `RunLock`).
+    job waits for the lock of the one before (see `RunLock`). tasks, inputs: the recipe's data as read, and what digests
+    it with the base model (`state.inputs.read_inputs`), called where there is a run to compare with.
     """
     if resume and fresh:
         raise BadInput("--resume and --fresh exclude each other: go on with the old run, or put it aside")
@@ -62,6 +69,7 @@ def preflight(
     refuse_if_locked(folder.lock, tell)
     if resume:
         _require_resumable(folder, recipe, world_size)
+        _require_same_inputs(folder, tasks, inputs)
     elif folder.manifest.exists() and not fresh:
         raise BadInput(_both_ways_out(folder))
 
@@ -159,7 +167,9 @@ def _require_resumable(folder: RunFolder, recipe: Recipe, world_size: int | None
             return
         raise BadInput(_nothing_to_resume(folder))
     manifest = Manifest.read(folder.manifest)
-    differences = changed_settings(as_plain(stored_recipe(folder.config)), as_plain(recipe))
+    differences = changed_settings(
+        as_plain(stored_recipe(folder.config)), as_plain(recipe), digested=manifest.inputs is not None
+    )
     if differences:
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
         more = len(differences) - _SHOWN_DIFFERENCES
@@ -173,13 +183,28 @@ def _require_resumable(folder: RunFolder, recipe: Recipe, world_size: int | None
         resumption(recipe, before, world_size, folder.path)
 
 
-def changed_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs between two recipes (plain dicts) and changes results, as `key: old in the run, new now`."""
+def _require_same_inputs(folder: RunFolder, tasks: Sequence[Task], inputs: Callable[[], Inputs | None] | None) -> None:
+    """Refuse to resume with other data, another base model or another tokenizer than before."""
+    if inputs is None or not folder.manifest.exists():
+        return
+    before = Manifest.read(folder.manifest).inputs
+    now = inputs() if before is not None else None
+    if before is not None and now is not None:
+        refuse_other_inputs(before, now, tasks, folder.path)
+
+
+def changed_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, digested: bool = False) -> list[str]:
+    """What differs between two recipes (plain dicts) and changes results, as `key: old in the run, new now`.
+
+    digested: the run's inputs are known by their digests, so that it does not matter where they lie.
+    """
     old, new = dict(_settings(stored)), dict(_settings(wanted))
     return [
         f"{key}: {_shown(old, key)} in the run, {_shown(new, key)} now"
         for key in dict.fromkeys([*old, *new])
-        if not _is_free(key) and (key not in old or key not in new or old[key] != new[key])
+        if not _is_free(key)
+        and not (digested and _is_input(key))
+        and (key not in old or key not in new or old[key] != new[key])
     ]
 
 
@@ -198,6 +223,11 @@ def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def _is_free(key: str) -> bool:
     """Whether a setting, or the component that it belongs to, may differ on resume."""
     return any(key == free or key.startswith(f"{free}.") for free in FREE_SETTINGS)
+
+
+def _is_input(key: str) -> bool:
+    """Whether a setting says where an input lies, or how it is read."""
+    return _POSITION.sub("[]", key) in INPUT_SETTINGS
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:

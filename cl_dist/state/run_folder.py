@@ -4,6 +4,7 @@
 |---|---|
 | `config.yaml` | the resolved recipe |
 | `manifest.json` | what is done |
+| `scores.jsonl` | the scores; which lines count is in the manifest |
 | `metrics.json` | accuracy matrix and metrics |
 | `log.jsonl` | one record per line |
 | `data_order.jsonl` | which samples each optimiser step learnt from, one line per step |
@@ -21,7 +22,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Collection
@@ -31,6 +31,7 @@ from typing import Any
 
 from cl_dist.errors import BadInput
 from cl_dist.state import atomic
+from cl_dist.state.stored_json import read_object
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _SLURM_NAME = re.compile(r"\d{2,}")
@@ -98,9 +99,9 @@ class SlurmRecord:
     def read_job(self) -> dict[str, Any]:
         """Number (`job`), time and restarts allowed of the job; `BadInput` where the file is damaged."""
         try:
-            job = json.loads(self.job.read_text(encoding="utf-8"))
+            job = read_object(self.job)
             return {"job": str(job["job"]), "max_restarts": int(job["max_restarts"])}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise BadInput(f"{self.job} is damaged: {error!r}") from error
 
 

@@ -10,6 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
+from cl_dist.state.integrity import CheckpointDamaged, StateUnusable
+from cl_dist.state.stored_json import first_problem, read_stored
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
@@ -20,14 +22,14 @@ def stored_recipe(path: Path) -> Recipe:
     Raises `BadInput` where the file is missing or damaged.
     """
     try:
-        return _RECIPE.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise BadInput(f"--resume: {path} is missing, so the recipe cannot be compared") from error
+        return _RECIPE.validate_python(yaml.safe_load(read_stored(path).decode("utf-8")))
+    except CheckpointDamaged as error:
+        raise BadInput(f"--resume: {error}, so the recipe cannot be compared") from error
+    except StateUnusable as error:
+        raise BadInput(str(error)) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "recipe"
-        raise BadInput(f"{path} is damaged: {where}: {first['msg']}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BadInput(f"{path} is damaged: {first_problem(error, 'recipe')}") from error
+    except (ValueError, RecursionError, OverflowError, yaml.YAMLError) as error:
         raise BadInput(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cl_dist.config.schema import Recipe
+from cl_dist.state.inputs import Inputs, input_changes
 from cl_dist.state.lock import InUse, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.preflight import changed_settings
@@ -73,12 +74,39 @@ def refuse_other_recipes(sweep: SweepFolder, grid: Grid) -> None:
         stored = stored_recipe(sweep.base)
         by_order = grid.base.stream.order is not None or stored.stream.order is not None
         ignored = ("method", "train.seed", *(_OF_AN_ORDER if by_order else ()))
-        _note(problems, sweep.base, _differences(stored, _global_batch(stored), grid.base, ignored))
+        # Where the sweep has runs that know their inputs, these are compared, wherever the inputs lie.
+        digested = any(Manifest.read(RunFolder(sweep.run(*place)).manifest).inputs for place in sweep.found())
+        differences = _differences(stored, _global_batch(stored), grid.base, ignored, digested=digested)
+        _note(problems, sweep.base, differences)
     problems.check()
     for place in sweep.found():
         folder = RunFolder(sweep.run(*place))
         _note(problems, folder.path, _differences_at(folder, place, grid.cells))
     problems.check()
+    _refuse_other_inputs(sweep, problems)
+
+
+def _refuse_other_inputs(sweep: SweepFolder, problems: Problems) -> None:
+    """Runs on one order must have been given the same data, base model and tokenizer, wherever these lay."""
+    first: dict[str, tuple[Path, Inputs]] = {}
+    for place in sweep.found():
+        path = sweep.run(*place)
+        inputs = Manifest.read(RunFolder(path).manifest).inputs
+        if inputs is None:
+            continue
+        other, theirs = first.setdefault(place[0], (path, inputs))
+        # A built-in model is drawn from the seed, in which the runs of a sweep differ.
+        changes = input_changes(theirs, inputs if _has_files(inputs) else replace(inputs, base_model=theirs.base_model))
+        if changes:
+            problems.add(
+                f"{path} was given other inputs than {other}: {'; '.join(changes)}; results of different inputs do not "
+                "belong in one table: choose another --out"
+            )
+    problems.check()
+
+
+def _has_files(inputs: Inputs) -> bool:
+    return list(inputs.base_model.files) != ["builtin"]
 
 
 def _differences_at(folder: RunFolder, place: tuple[str, str, int], cells: Sequence[Cell]) -> list[str]:
@@ -98,7 +126,9 @@ def _differences_at(folder: RunFolder, place: tuple[str, str, int], cells: Seque
 
 def _other_tasks(folder: RunFolder, cell: Cell) -> list[str]:
     """How the tasks of a run of another method differ; a method may have its own number of epochs."""
-    changed = changed_settings(as_plain(stored_recipe(folder.config)), as_plain(cell.recipe))
+    stored = as_plain(stored_recipe(folder.config))
+    digested = Manifest.read(folder.manifest).inputs is not None
+    changed = changed_settings(stored, as_plain(cell.recipe), digested=digested)
     keys = {text: text.partition(":")[0] for text in changed}
     return [text for text, key in keys.items() if key.startswith("stream.tasks") and not key.endswith(".epochs")]
 
@@ -113,12 +143,15 @@ def _run_differences(folder: RunFolder, cell: Cell, ignored: tuple[str, ...]) ->
     manifest = Manifest.read(folder.manifest)
     stored = stored_recipe(folder.config)
     batch = manifest.segments[-1].global_batch if manifest.segments else _global_batch(stored)
-    return _differences(stored, batch, cell.recipe, ignored)
+    return _differences(stored, batch, cell.recipe, ignored, digested=manifest.inputs is not None)
 
 
-def _differences(stored: Recipe, batch: int, wanted: Recipe, ignored: tuple[str, ...]) -> list[str]:
-    """What differs and changes results, as `key: old in the run, new now`."""
-    found = [text for text in changed_settings(as_plain(stored), as_plain(wanted)) if not text.startswith(ignored)]
+def _differences(
+    stored: Recipe, batch: int, wanted: Recipe, ignored: tuple[str, ...], *, digested: bool = False
+) -> list[str]:
+    """What differs and changes results, as `key: old in the run, new now`. digested: as for `changed_settings`."""
+    changed = changed_settings(as_plain(stored), as_plain(wanted), digested=digested)
+    found = [text for text in changed if not text.startswith(ignored)]
     now = _global_batch(wanted)
     return [*found, *_batch_difference(batch, now)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from cl_dist.errors import BadInput
 from cl_dist.evaluation.metrics import Matrix, all_metrics, forward_transfer_single
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.state.stored_json import read_metrics
 from cl_dist.state.stored_recipe import stored_recipe
 from cl_dist.sweep.checks import CellState, state_of
 from cl_dist.sweep.folder import SweepFolder
@@ -188,8 +188,4 @@ def _read_metrics(folder: RunFolder) -> Values:
     """The metrics of a finished run; they follow from the manifest where metrics.json is not there (yet)."""
     if not folder.metrics.exists():
         return all_metrics(Manifest.read(folder.manifest).accuracy_matrix)
-    try:
-        values: dict[str, float | None] = json.loads(folder.metrics.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{folder.metrics} is damaged: {error}") from error
-    return values
+    return read_metrics(folder.metrics)

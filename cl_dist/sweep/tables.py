@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from cl_dist.report.escape import escape_latex, markdown_line, markdown_text
 from cl_dist.report.page import definition
 from cl_dist.report.tables import csv_text, markdown
-from cl_dist.sweep.results import Results, Row, Values
+from cl_dist.sweep.results import CellResult, Results, Row, Values
 
 NOTHING = "–"
 """Stands where a number is missing."""
 ALL_ORDERS = "mean of orders"
 _PER_TASK = "trains every task by itself: learning accuracy is the bound, the other metrics say nothing"
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-}
 
 
 def render_tables(results: Results, recipe: str) -> dict[str, str]:
@@ -36,14 +31,14 @@ def markdown_page(results: Results, recipe: str) -> str:
     lines = [[row.order, row.method, seeds_done(row), *_cells(row, columns, " ± ")] for row in results.rows]
     lines += [[ALL_ORDERS, method, "", *_plain(values)] for method, values in results.over_orders()]
     parts = [
-        f"# Comparison on {recipe}",
+        f"# Comparison on {markdown_text(recipe)}",
         markdown(header, lines, text=(0, 1)),
         "Mean ± sample standard deviation over the finished seeds; a single seed has no deviation.",
         "\n".join(f"- {label}: `{name}`. {definition(name)}" for name, label in columns.items()),
     ]
-    parts[3:3] = _footnotes(results)
+    parts[3:3] = map(markdown_line, _footnotes(results))
     if results.missing:
-        missing = (f"- {cell.order} {cell.method} seed{cell.seed}: {cell.state}" for cell in results.missing)
+        missing = (f"- {_place(cell)}: {cell.state}" for cell in results.missing)
         parts += ["## What is missing", "\n".join(missing)]
     return "\n\n".join(parts) + "\n"
 
@@ -97,9 +92,8 @@ def _footnotes(results: Results) -> list[str]:
     return [f"{name} {_PER_TASK}." for name in names]
 
 
-def escape_latex(text: str) -> str:
-    """`text` as LaTeX prints it."""
-    return "".join(_LATEX.get(character, character) for character in text)
+def _place(cell: CellResult) -> str:
+    return markdown_text(f"{cell.order} {cell.method} seed{cell.seed}")
 
 
 def seeds_done(row: Row) -> str:

@@ -50,6 +50,7 @@ def build_task(source: Source, raw: RawTask) -> Task:
         train=raw.train.examples[: source.stream.max_train_samples],
         evaluation=first_samples(raw.evaluation.examples, source.stream.max_eval_samples),
         labels=labels,
+        origins=(raw.train.origin, raw.evaluation.origin),
     )
 
 

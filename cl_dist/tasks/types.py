@@ -46,6 +46,8 @@ class Task:
     evaluation: Sequence[Example]
     labels: tuple[str, ...] = ()
     """Allowed answers of a classification task, in a fixed order; else empty."""
+    origins: tuple[str, str] = ("", "")
+    """Files (or data set and split) that the training and the evaluation samples come from, for messages."""
 
 
 @dataclass(frozen=True)

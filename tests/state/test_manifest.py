@@ -49,14 +49,14 @@ def test_a_manifest_of_format_1_is_read(
     manifest = Manifest.read(tmp_path / "manifest.json")
     assert (manifest.checkpoints, manifest.segments, manifest.restarts) == (new, (), 1)
     manifest.write(tmp_path / "manifest.json")
-    assert json.loads((tmp_path / "manifest.json").read_text())["format_version"] == 2
+    assert json.loads((tmp_path / "manifest.json").read_text())["format_version"] == 3
     assert Manifest.read(tmp_path / "manifest.json") == manifest
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3, "cl_dist_version": "9", "new": 1}, r"has format 3, written by cl_dist 9; .* up to 2"),
+        ({"format_version": 4, "cl_dist_version": "9", "new": 1}, r"has format 4, written by cl_dist 9; .* up to 3"),
         ({"completed": 4}, "is damaged: manifest: Value error, completed is 4 of 3 tasks"),
         ({"completed": -1}, "completed is -1 of 3 tasks"),
         ({"checkpoints": [{"task": 2, "step": 1, "folder": "x"}]}, "the checkpoint is of task 2, 0 are completed"),

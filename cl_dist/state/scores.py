@@ -1,0 +1,122 @@
+"""The scores of a run: `scores.jsonl`, to which lines are only ever appended. The manifest says which of them count.
+
+With T tasks there are T² scores. In the manifest, which is replaced as a whole, each of them would cost a file of T²
+numbers; here it costs a line. A line is a whole row of the accuracy matrix (`row`) or one score of the row that is
+under way (`task`, `score`), and carries a checksum. Lines that the manifest does not name are what a kill, or a task
+that was trained again, has left; they are never read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cl_dist.errors import BadInput
+from cl_dist.state.atomic import finite, sync, telling_full_disk
+from cl_dist.state.integrity import CheckpointDamaged, StateUnusable
+from cl_dist.state.stored_json import read_stored
+
+Row = tuple[float | None, ...]
+"""A score for each task of the stream; None where it was not evaluated."""
+
+
+class ScoreFile:
+    """Appends to and reads `scores.jsonl`.
+
+    Args:
+        path: The file; it need not be there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def end(self) -> int:
+        """Position after the last byte: what is appended from now on lies behind it."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def append_rows(self, rows: Sequence[Row]) -> tuple[int, ...]:
+        """Append whole rows, durably, and return the position of each; `ClDistError` where the disk is full."""
+        return self._append([{"row": finite(list(row))} for row in rows])
+
+    def append_scores(self, scores: Sequence[tuple[int, float]]) -> None:
+        """Append scores of the row under way, each with the position of its task, durably; as `append_rows`."""
+        self._append([{"task": task, "score": finite(score)} for task, score in scores])
+
+    def _append(self, records: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+        if not records:
+            return ()
+        is_new = not self.path.exists()
+        with telling_full_disk(self.path):
+            # A full disk or a power loss may have cut the last line off: a new one must not be glued to it.
+            place = self.end() + (0 if self._ends_a_line() else 1)
+            lines = [_sealed(record) for record in records]
+            with self.path.open("ab") as file:
+                file.write((b"" if self._ends_a_line() else b"\n") + b"".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
+            if is_new:
+                sync(self.path.parent)
+        places = []
+        for line in lines:
+            places.append(place)
+            place += len(line)
+        return tuple(places)
+
+    def _ends_a_line(self) -> bool:
+        if self.end() == 0:
+            return True
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+
+    def rows(self, places: Sequence[int]) -> tuple[Row, ...]:
+        """Read the rows at these positions; `BadInput` where one of them is not what was written there."""
+        if not places:
+            return ()
+        content = self._read()
+        return tuple(self._row(content, number, place) for number, place in enumerate(places))
+
+    def _row(self, content: bytes, number: int, place: int) -> Row:
+        end = content.find(b"\n", place)
+        record = _opened(content[place:end]) if 0 <= place < end else None
+        if record is None or not isinstance(record.get("row"), list):
+            raise BadInput(f"{self.path} is damaged: row {number} of the accuracy matrix is not at byte {place}")
+        return tuple(record["row"])
+
+    def scores_after(self, place: int) -> Iterator[tuple[int, float | None]]:
+        """The scores of single tasks from a position on, each with its task; what is damaged is left out."""
+        if self.end() <= place:
+            return
+        for line in self._read()[place:].splitlines():
+            record = _opened(line)
+            if record is not None and "task" in record:
+                yield int(record["task"]), record["score"]
+
+    def _read(self) -> bytes:
+        try:
+            return read_stored(self.path)
+        except (CheckpointDamaged, StateUnusable) as error:
+            raise BadInput(f"{error}, and the run's scores are in it") from error
+
+
+def _sealed(record: dict[str, Any]) -> bytes:
+    """A record with its checksum as one line."""
+    return json.dumps({**record, "crc32": _checksum(record)}, separators=(",", ":")).encode() + b"\n"
+
+
+def _opened(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None where it was cut off or changed."""
+    try:
+        record = json.loads(line)
+        expected = record.pop("crc32")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return None
+    return record if _checksum(record) == expected else None
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True, separators=(',', ':')).encode()):08x}"
