@@ -18,6 +18,7 @@ from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.evaluate import Evaluator
 from cl_dist.evaluation.general import GeneralEvaluator, HarnessTasks, load_harness_tasks
+from cl_dist.evaluation.room import check_general_room
 from cl_dist.heartbeat import beat
 from cl_dist.methods.registry import build_methods
 from cl_dist.models.checkpointing import enable_activation_checkpointing
@@ -65,7 +66,7 @@ def build_system(recipe: Recipe, recipe_dir: Path) -> System:
     harness = load_harness_tasks(recipe.eval.general) if recipe.eval.general is not None else None
     beat("loading the model", opaque=True)
     loaded = _load(recipe, len(names))
-    check_length(loaded, recipe.train.max_length)
+    check_length(loaded, recipe.train.max_length, recipe.train.max_target_length)
     beat("tokenising the data", opaque=True)
     encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
     samples = tuple(encoder.train(task) for task in tasks)
@@ -123,10 +124,10 @@ def _load(recipe: Recipe, labels: int) -> LoadedModel:
     )
     model: PreTrainedModel | PeftModel = loaded.model
     if recipe.model.lora is not None:
-        model = add_lora(base_model(loaded.model), recipe.model.lora, loaded.objective, recipe.train.seed)
+        model = add_lora(base_model(loaded.model), recipe.model.lora, loaded.objective, recipe.train.seed, loaded.drawn)
     if recipe.train.activation_checkpointing:
         enable_activation_checkpointing(model)
-    return LoadedModel(model, loaded.tokenizer, loaded.objective)
+    return replace(loaded, model=model)
 
 
 def _evaluator(
@@ -158,6 +159,7 @@ def _general(
         return None
     if loaded.objective not in ("causal_lm", "seq2seq_lm"):
         raise BadInput(f"eval.general: needs a model that generates text, but its objective is {loaded.objective}")
+    check_general_room(model, tasks)
     synced = recipe.zero.stage == 3
     return GeneralEvaluator(model, loaded.tokenizer, tasks, recipe.eval.general, recipe.eval.batch_size, synced)
 

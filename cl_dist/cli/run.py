@@ -46,12 +46,13 @@ def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]
     """
     from cl_dist.evaluation.choice import resolve_mode
     from cl_dist.evaluation.general import check_available
-    from cl_dist.models.check import check_chat_template, check_model_config, known_objective
+    from cl_dist.models.check import check_chat_template, check_model_config, check_positions, known_objective
     from cl_dist.tasks.encode import check_kind
     from cl_dist.tasks.stream import load_stream
 
     tasks = load_stream(recipe.stream, recipe_dir)
     check_model_config(recipe.model, [label for task in tasks for label in task.labels])
+    check_positions(recipe.model, recipe.train)
     if recipe.train.template == "chat":
         check_chat_template(recipe.model)
     if recipe.eval.general is not None:

@@ -76,8 +76,9 @@ class ModelConfig:
     """Adapters to train in place of the whole model; absent means full fine-tuning."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose authors you trust."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention implementation. `auto`: sdpa, or eager where the model's family has no sdpa (Gemma 2, GPT-Neo, BLOOM,
+    DeBERTa); a line of the log says so."""
 
     @property
     def known_objective(self) -> str | None:

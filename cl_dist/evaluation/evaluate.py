@@ -17,6 +17,7 @@ from cl_dist.evaluation.batches import cut_pass, deal_batches, plan_passes, roun
 from cl_dist.evaluation.choice import resolve_mode
 from cl_dist.evaluation.modes import Scorer, Subject, make_scorer
 from cl_dist.evaluation.result import Mode, Prediction, TaskScore
+from cl_dist.evaluation.room import check_room
 from cl_dist.evaluation.wrapped import evaluating
 from cl_dist.tasks.encode import Encoder, Objective
 from cl_dist.tasks.types import Task
@@ -54,8 +55,10 @@ class Evaluator:
 
     def check_modes(self, tasks: Iterable[Task]) -> None:
         """Raise BadInput for the first task that cannot be scored as the settings say."""
-        for task in tasks:
-            resolve_mode(task, self._subject.objective, self._config)
+        modes = [(task, resolve_mode(task, self._subject.objective, self._config)) for task in tasks]
+        generated = [task for task, mode in modes if mode == "generate"]
+        if generated:
+            check_room(self._subject.model, self._subject.encoder, generated, self._config)
 
     def passes(self, tasks: Sequence[Task]) -> list[Sequence[Task]]:
         """The tasks, in order, in the groups that are best scored together.

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from cl_dist.models.positions import longest_inputs
 from cl_dist.models.structure import base_model
 
 T = TypeVar("T")
@@ -36,8 +37,15 @@ class LiveModel(HFLM):
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, synced: bool) -> None:
         # The base model, since peft's generate puts back its own settings; the adapters are part of the base's layers.
         # A copy of the tokenizer, because the harness may give it another padding token.
-        super().__init__(pretrained=base_model(model), tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        longest = longest_inputs(model)
+        super().__init__(
+            pretrained=base_model(model),
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            max_length=longest.source,
+        )
         self._synced = synced
+        self._longest_answer = longest.target
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         """Log-likelihoods of continuations."""
@@ -66,4 +74,6 @@ class LiveModel(HFLM):
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         """As the harness generates; with sharded weights no rank stops before the others do."""
+        if self._longest_answer is not None:
+            max_length = min(max_length, self._longest_answer)
         return super()._model_generate(context, max_length, stop, synced_gpus=self._synced, **options)

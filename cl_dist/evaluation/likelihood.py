@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from cl_dist.evaluation.batches import pad_side
 from cl_dist.evaluation.wrapped import accepts, device_of
+from cl_dist.models.positions import longest_inputs
 from cl_dist.models.structure import base_model
 from cl_dist.tasks.collate import pad
 from cl_dist.tasks.types import IGNORE
@@ -120,13 +121,17 @@ def can_pack(model: nn.Module, columns: int) -> bool:
     """Whether the model's code lets labels be packed into sequences of so many columns.
 
     It must take positions and a ready-made mask, and every layer must attend to all columns: not so in a recurrent or a
-    chunked layer, nor where the columns exceed a sliding window. What the code says is not proof; see `packing_agrees`.
+    chunked layer, nor where the columns exceed a sliding window or the model's last position (some masks are tables of
+    that size). What the code says is not proof; see `packing_agrees`.
     """
     config = base_model(model).config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None)
-    sees_all = kinds <= {"full_attention", "sliding_attention"} and (window is None or columns <= window)
-    return sees_all and accepts(model, "position_ids") and config._attn_implementation in ("sdpa", "eager")
+    windows = (getattr(config, name, None) for name in ("sliding_window", "window_size"))  # the latter is GPT-Neo's
+    in_window = all(columns <= window for window in windows if window is not None)
+    sees_all = kinds <= {"full_attention", "sliding_attention"} and in_window
+    longest = longest_inputs(model).source
+    fits = longest is None or columns <= longest
+    return sees_all and fits and accepts(model, "position_ids") and config._attn_implementation in ("sdpa", "eager")
 
 
 def packing_agrees(model: nn.Module, prompt: Tokens, labels: Sequence[Tokens], pad_id: int) -> bool:

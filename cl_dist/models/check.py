@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cl_dist.config.files import is_file, is_folder, refuse_special, refuse_special_below
-from cl_dist.config.schema import BUILTIN_MODELS, ModelConfig
+from cl_dist.config.schema import BUILTIN_MODELS, ModelConfig, TrainConfig
 from cl_dist.errors import BadInput
+from cl_dist.models.position_settings import Positions, configured_positions
 from cl_dist.tasks.encode import Objective
 from cl_dist.tasks.template import no_chat_template
 
@@ -111,6 +112,31 @@ def known_objective(model: ModelConfig) -> Objective | None:
     """The objective that a model will be trained for, where names and small files tell; None where they do not."""
     family = BUILTIN_FAMILIES.get(model.name_or_path) or _family_in_folder(model)
     return None if family is None else resolve_objective(model.objective, family, model.name_or_path)
+
+
+def check_positions(model: ModelConfig, train: TrainConfig) -> None:
+    """Raise BadInput where a local model's config.json shows that `train.max_length` or, in an encoder-decoder,
+    `train.max_target_length` goes past its last position.
+    """
+    folder = local_folder(model.name_or_path)
+    if folder is None or model.gguf_file is not None or model.name_or_path in BUILTIN_FAMILIES:
+        return
+    longest = configured_positions(_read_config(folder))
+    refuse_long(longest, model.name_or_path, train.max_length, train.max_target_length)
+
+
+def refuse_long(longest: Positions, name: str, max_length: int, max_target_length: int | None) -> None:
+    """Raise BadInput for the setting that goes past the model's last position."""
+    if longest.source is not None and max_length > longest.source:
+        raise BadInput(
+            f"train.max_length: {max_length} is too long for {name}, which has {longest.source} positions; allowed is "
+            f"at most {longest.source}"
+        )
+    if longest.target is not None and max_target_length is not None and max_target_length > longest.target:
+        raise BadInput(
+            f"train.max_target_length: {max_target_length} is too long for {name}, whose decoder has {longest.target} "
+            f"positions; allowed is at most {longest.target}"
+        )
 
 
 def _family_in_folder(model: ModelConfig) -> Family | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
-from transformers.utils import logging
+from transformers.utils import logging as hf_logging
 
 from cl_dist.config.schema import ModelConfig
 from cl_dist.errors import BadInput, ClDistError
@@ -32,17 +33,18 @@ from cl_dist.models.check import (
     Family,
     check_model_config,
     local_folder,
+    refuse_long,
     resolve_objective,
     unsupported_architecture,
 )
 from cl_dist.models.gguf import converted_gguf
 from cl_dist.models.initialise import initialise_
-from cl_dist.models.structure import base_model, head_prefixes, is_below
+from cl_dist.models.positions import longest_inputs
+from cl_dist.models.structure import base_model, head_prefixes, is_below, unread_parameters
 from cl_dist.tasks.encode import Objective
 from cl_dist.tasks.template import ChatTemplate
 
-POSITION_TABLES = ("position_embeddings", "wpe")
-"""Name endings of learnt position embeddings."""
+logger = logging.getLogger(__name__)
 
 AUTO_CLASSES: dict[Objective, Any] = {
     "causal_lm": AutoModelForCausalLM,
@@ -60,6 +62,8 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     objective: Objective
     """What the model is trained to do, resolved: never `auto`."""
+    drawn: frozenset[str] = frozenset()
+    """Names of the parameters that no file had and that were drawn at random: a new head, a pooler below it."""
 
 
 def load_model(
@@ -91,26 +95,25 @@ def load_model(
     objective = resolve_objective(model.objective, family_of(config, model.name_or_path), model.name_or_path)
     _fit_to_task(config, tokenizer, objective, label_count, model.name_or_path)
     with _quiet(), _told_as_bad_input(model), _sharded_from_the_start(zero3_config):
-        built = _build(model, folder, config, objective, dtype, seed)
+        built, drawn = _build(model, folder, config, objective, dtype, seed)
+    if objective == "seq2seq_lm":
+        _set_first_token(built, model.name_or_path)
+    _tell_attention(built, model)
+    unread = unread_parameters(built)
+    for name, parameter in built.named_parameters():
+        if name in unread:  # a tower for pictures learns nothing from text
+            parameter.requires_grad_(False)
     # So that nothing written later points at a cache or a temporary folder.
     built.name_or_path = built.config._name_or_path = model.name_or_path
     tokenizer.name_or_path = model.name_or_path
-    return LoadedModel(built, tokenizer, objective)
+    return LoadedModel(built, tokenizer, objective, drawn)
 
 
-def check_length(loaded: LoadedModel, max_length: int) -> None:
-    """Raise BadInput where inputs of `max_length` tokens have no position embedding.
-
-    Rotary and relative positions (Llama, T5) have no such end; learnt ones (BERT, RoBERTa, GPT-2) do.
+def check_length(loaded: LoadedModel, max_length: int, max_target_length: int | None = None) -> None:
+    """Raise BadInput where inputs of `max_length` tokens, or an encoder-decoder's answers of `max_target_length`, go
+    past the model's last position (`positions.longest_inputs`).
     """
-    base = base_model(loaded.model)
-    tables = [module for name, module in base.named_modules() if name.endswith(POSITION_TABLES)]
-    for table in tables:
-        longest = int(table.num_embeddings) - (0 if table.padding_idx is None else int(table.padding_idx) + 1)
-        if max_length > longest:
-            raise BadInput(
-                f"train.max_length: {max_length} is too long for {base.name_or_path}, which has {longest} positions"
-            )
+    refuse_long(longest_inputs(loaded.model), base_model(loaded.model).name_or_path, max_length, max_target_length)
 
 
 def family_of(config: PreTrainedConfig, name: str) -> Family:
@@ -164,16 +167,63 @@ def _fit_to_task(
         if label_count < 1:
             raise BadInput(f"model.objective: {name} as a classifier needs a stream whose tasks have labels")
         config.num_labels = label_count
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
+    text = _text_config(config, name)
+    for each in (config, text):
+        if getattr(each, "pad_token_id", None) is None:
+            each.pad_token_id = tokenizer.pad_token_id
     for token, wanted in (("pad", True), ("eos", objective.endswith("s_lm")), ("mask", objective == "masked_lm")):
         if wanted and getattr(tokenizer, f"{token}_token_id") is None:
             raise BadInput(f"model.name_or_path: the tokenizer of {name} has no {token} token, which {objective} needs")
-    if len(tokenizer) > config.vocab_size:
+    entries = getattr(text, "vocab_size", None)
+    if entries is not None and len(tokenizer) > entries:
         raise BadInput(
             f"model.name_or_path: the tokenizer of {name} has {len(tokenizer)} entries, but its model has embeddings "
-            f"for {config.vocab_size} only"
+            f"for {entries} only"
         )
+
+
+def _text_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """The part of a multimodal model's configuration that is about text; of another model the configuration itself."""
+    try:
+        text: PreTrainedConfig = config.get_text_config()
+    except ValueError as error:  # several parts, and none is the model's only text
+        raise BadInput(
+            f"model.name_or_path: {name} is a {config.model_type} with more than one text model in it; allowed are "
+            "models with one"
+        ) from error
+    return text
+
+
+def _set_first_token(model: PreTrainedModel, name: str) -> None:
+    """Let the configuration say what an encoder-decoder's decoder reads first; some have it with generation only."""
+    if getattr(model.config, "decoder_start_token_id", None) is None:
+        model.config.decoder_start_token_id = getattr(model.generation_config, "decoder_start_token_id", None)
+    if model.config.decoder_start_token_id is None:
+        raise BadInput(
+            f"model.name_or_path: neither config.json nor generation_config.json of {name} says what its decoder reads "
+            "first; set decoder_start_token_id in config.json"
+        )
+
+
+def _tell_attention(model: PreTrainedModel, settings: ModelConfig) -> None:
+    """One line where `auto` means another attention than it usually does."""
+    if settings.attention == "auto" and model.config._attn_implementation != "sdpa":
+        logger.warning(
+            "model.attention: %s has no sdpa, so auto is %s", type(model).__name__, model.config._attn_implementation
+        )
+
+
+def _check_attention(model: ModelConfig, config: PreTrainedConfig, auto_class: Any) -> None:
+    """Refuse sdpa in so many words where the family's code has none; a model's own code is asked when it is built."""
+    built = auto_class._model_mapping.get(type(config), None)
+    if model.attention == "sdpa" and built is not None and not built._supports_sdpa:
+        raise _no_sdpa(model, built.__name__)
+
+
+def _no_sdpa(model: ModelConfig, architecture: str) -> BadInput:
+    return BadInput(
+        f"model.attention: sdpa is not there for {model.name_or_path}, a {architecture}; allowed are auto and eager"
+    )
 
 
 def _build(
@@ -183,24 +233,27 @@ def _build(
     objective: Objective,
     dtype: torch.dtype,
     seed: int,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """The model, and what of it was drawn at random although the rest came from files."""
     auto_class = AUTO_CLASSES[objective]
+    _check_attention(model, config, auto_class)
+    attention = None if model.attention == "auto" else model.attention  # None: sdpa, or eager where there is none
     if source is None:
-        built = auto_class.from_config(config, dtype=dtype, attn_implementation=model.attention)
+        built = auto_class.from_config(config, dtype=dtype, attn_implementation=attention)
         initialise_(built, seed)
-        return built
+        return built, frozenset()
     built, report = auto_class.from_pretrained(
         source,
         config=config,
         dtype=dtype,
-        attn_implementation=model.attention,
+        attn_implementation=attention,
         trust_remote_code=model.trust_remote_code,
         output_loading_info=True,
     )
     missing = set(report["missing_keys"])
     _check_missing(built, missing, objective, model.name_or_path)
     initialise_(built, seed, only=missing)
-    return built
+    return built, frozenset(missing)
 
 
 def _check_missing(model: PreTrainedModel, missing: set[str], objective: Objective, name: str) -> None:
@@ -229,13 +282,13 @@ def _sharded_from_the_start(zero3_config: dict[str, Any] | None) -> Iterator[Non
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' progress bars, which every rank would draw."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            hf_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -246,6 +299,8 @@ def _told_as_bad_input(model: ModelConfig) -> Iterator[None]:
     except ClDistError:  # a signal that asks to stop among them
         raise
     except Exception as error:  # tokenizers raises Exception itself
+        if "scaled_dot_product_attention" in str(error):
+            raise _no_sdpa(model, "model with code of its own") from error
         raise BadInput(f"model.name_or_path: {model.name_or_path} cannot be loaded: {_reason(error)}") from error
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import peft
@@ -22,6 +24,8 @@ from cl_dist.models.names import LORA_A, LORA_B
 from cl_dist.models.structure import LINEAR, head_prefixes, is_below
 from cl_dist.tasks.encode import Objective
 
+logger = logging.getLogger(__name__)
+
 TASK_TYPES: dict[Objective, TaskType | None] = {
     "causal_lm": TaskType.CAUSAL_LM,
     "seq2seq_lm": TaskType.SEQ_2_SEQ_LM,
@@ -29,31 +33,46 @@ TASK_TYPES: dict[Objective, TaskType | None] = {
     "masked_lm": None,  # peft has no such task; the adapter's configuration names the model's class instead
 }
 
+PAST_FORWARD: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("mamba", "falcon_mamba"), ("x_proj", "dt_proj", "out_proj")),
+    **dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h", "bamba", "granitemoehybrid", "zamba2"), ("out_proj",)),
+    "jamba": ("dt_proj",),
+}
+"""Layers, by model type, whose weight the model's own code reads: an adapter around them would be passed by."""
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules without a forward of their own, which cannot be trained whole beside an adapter."""
+
 FIRST_ADAPTER = "default"
 """peft's own name for an adapter; those of later tasks are `task1`, `task2` and so on."""
 
 
-def add_lora(model: PreTrainedModel, lora: LoraConfig, objective: Objective, seed: int) -> PeftModel:
+def add_lora(
+    model: PreTrainedModel, lora: LoraConfig, objective: Objective, seed: int, drawn: Collection[str] = ()
+) -> PeftModel:
     """Freeze `model` and add adapters, in the model's dtype, to the linear layers that `lora` names.
 
-    A classifier's head is trained along and becomes part of the adapter. The adapters' values follow from `seed` and
-    their names. Under ZeRO-3 the model stays sharded, and the adapters are sharded when the engine is built; every
-    rank has to call. Raises BadInput where `target_modules` names no linear layer of the model.
+    A classifier's head is trained along and becomes part of the adapter, and so does every layer with one of the
+    `drawn` parameters, which no file of the base model has (`LoadedModel.drawn`). The adapters' values follow from
+    `seed` and their names. Under ZeRO-3 the model stays sharded, and the adapters are sharded when the engine is built;
+    every rank has to call. Raises BadInput where `target_modules` names no linear layer of the model, or one that
+    cannot have an adapter.
     """
-    head = _modules_with_weights(model, head_prefixes(model)) if objective == "classification" else None
+    whole = _trained_whole(model, objective, drawn)
     configuration = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, used as a float
         lora_dropout=lora.dropout,
-        target_modules=_targets(model, lora),
-        modules_to_save=head,
+        target_modules=_targets(model, lora, whole),
+        modules_to_save=whole or None,
         task_type=TASK_TYPES[objective],
         base_model_name_or_path=model.name_or_path,
     )
     # peft would keep the adapters of a bfloat16 model in float32; the engine has float32 master weights for all of
-    # them. The warning is about a call of peft's own.
-    with warnings.catch_warnings():
+    # them. The first warning is about a call of peft's own, the second about what it sets right itself.
+    with warnings.catch_warnings(), _refusals_told(model):
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         adapted = peft.get_peft_model(model, configuration, autocast_adapter_dtype=False)
     initialise_(adapted, seed, only={name for name, _ in adapted.named_parameters() if _is_lora(name)})
     return adapted
@@ -164,24 +183,85 @@ def _belongs(name: str, adapter: str) -> bool:
     return _is_lora(name) and f".{adapter}." in name
 
 
+@contextmanager
+def _refusals_told(model: PreTrainedModel) -> Iterator[None]:
+    """What peft refuses beyond what is checked before is one sentence, too."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, AttributeError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadInput(
+            f"model.lora.target_modules: {type(model).__name__} cannot have these adapters: {reason[:400]}"
+        ) from error
+
+
+def _trained_whole(model: PreTrainedModel, objective: Objective, drawn: Collection[str]) -> list[str]:
+    """Names of the modules that are trained as they are: a classifier's head, and owners of drawn parameters."""
+    head = head_prefixes(model) if objective == "classification" else ()
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in sorted(drawn))
+    wanted = [*head, *(owner for owner in owners if not is_below(owner, head))]
+    outermost = [name for name in wanted if not is_below(name, [each for each in wanted if each != name])]
+    if "" in outermost or any(isinstance(model.get_submodule(name), _CONTAINERS) for name in outermost):
+        raise BadInput(
+            f"model.lora: {model.name_or_path} lacks weights that are no part of a layer ({sorted(drawn)[0]} first), "
+            "which an adapter cannot hold; leave model.lora out, or use a checkpoint that has them"
+        )
+    return _modules_with_weights(model, outermost)
+
+
 def _modules_with_weights(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Those of the named modules that have parameters at all (a head's dropout has none)."""
     return [name for name in names if list(model.get_submodule(name).parameters())]
 
 
-def _targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
+def _targets(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str]) -> list[str]:
     """Full names of the linear layers that get an adapter."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and _is_read(module)]
+    barred = _barred(model, linear)
     if lora.target_modules == "all-linear":
-        return [name for name in linear if not is_below(name, head_prefixes(model))]
-    unknown = [ending for ending in lora.target_modules if not any(_ends(name, ending) for name in linear)]
-    if unknown or not lora.target_modules:
-        endings = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+        if barred:
+            names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in barred))
+            logger.warning(
+                "model.lora.target_modules: all-linear leaves out %s, whose weights %s reads past the layers",
+                names,
+                type(model).__name__,
+            )
+        passed_over = (*head_prefixes(model), *whole, *barred)
+        return [name for name in linear if not is_below(name, passed_over)]
+    _check_named(lora.target_modules, linear)
+    named = [name for name in linear if any(_ends(name, ending) for ending in lora.target_modules)]
+    if refused := [name for name in named if name in barred]:
+        raise BadInput(
+            f"model.lora.target_modules: {refused[0]} cannot have an adapter, because {type(model).__name__} reads its "
+            "weight past the layer; allowed are the other linear layers, or all-linear"
+        )
+    if trained := [name for name in named if is_below(name, whole)]:
+        raise BadInput(
+            f"model.lora.target_modules: {trained[0]} is trained whole already, being new; leave it out here"
+        )
+    return named
+
+
+def _is_read(module: nn.Module) -> bool:
+    """Whether text goes through the layer: `load_model` has frozen what it does not."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _barred(model: PreTrainedModel, linear: Sequence[str]) -> list[str]:
+    """The layers that `PAST_FORWARD` speaks of."""
+    names = PAST_FORWARD.get(model.config.get_text_config().model_type, ())
+    return [name for name in linear if name.rpartition(".")[2] in names]
+
+
+def _check_named(endings: Sequence[str], linear: Sequence[str]) -> None:
+    """BadInput for an ending that no linear layer's name has, and where there is none at all."""
+    unknown = [ending for ending in endings if not any(_ends(name, ending) for name in linear)]
+    if unknown or not endings:
+        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
         raise BadInput(
             f"model.lora.target_modules: the model has no linear layer {', '.join(unknown) or '(the list is empty)'}; "
-            f"allowed are all-linear or a list of {endings}"
+            f"allowed are all-linear or a list of {known}"
         )
-    return [name for name in linear if any(_ends(name, ending) for ending in lora.target_modules)]
 
 
 def _ends(name: str, ending: str) -> bool:

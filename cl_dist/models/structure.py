@@ -38,6 +38,20 @@ def head_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{prefix}.{child}".lstrip(".") for child, _ in base.named_children() if child not in body)
 
 
+def unread_parameters(model: nn.Module) -> frozenset[str]:
+    """Names (as in `model.named_parameters()`) of what text never goes through: a multimodal model's towers and the
+    projectors behind them. Empty for a model of text alone.
+    """
+    base = base_model(model)
+    if base.config.is_encoder_decoder or base.config.get_text_config() is base.config:
+        return frozenset()
+    heads = [base.get_submodule(name) for name in head_prefixes(base)]
+    embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
+    read = [part for part in (base.get_decoder(), *embeddings, *heads) if part is not None]
+    known = {id(parameter) for part in read for parameter in part.parameters()}
+    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) not in known)
+
+
 def is_below(name: str, prefixes: tuple[str, ...]) -> bool:
     """Whether a module's name is one of the prefixes or lies below one."""
     return any(name == prefix.rstrip(".") or name.startswith(f"{prefix.rstrip('.')}.") for prefix in prefixes)

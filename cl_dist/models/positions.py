@@ -1,0 +1,68 @@
+"""How long a loaded model's inputs may be: what its position tables and its configuration say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from cl_dist.models.position_settings import NAMES, Positions, configured_positions
+from cl_dist.models.structure import base_model, unread_parameters
+
+_TABLE = re.compile(r"position|(^|\.)(wpe|pos_emb|pos_embed|pos_embedding)s?$")
+_NO_TABLE = re.compile(r"relative|(^|\.)[xyhw]_position")
+"""Distances between tokens, and places on a page."""
+
+SPARE_ROWS = 8
+"""A table may have a few rows more than the configuration has positions: for padding, or an offset."""
+
+
+def longest_inputs(model: nn.Module) -> Positions:
+    """Most tokens that `model` (with or without adapters) has positions for, in each half of an encoder-decoder.
+
+    Tables are found by their names, or by their size, which is the configuration's number of positions.
+    """
+    base = base_model(model)
+    longest = configured_positions(base.config.to_dict())
+    for name, table in _tables(base):
+        rows = int(table.num_embeddings) - _reserved(table)
+        if not base.config.is_encoder_decoder:
+            longest = longest.smaller(Positions(source=rows))
+            continue
+        parts = name.split(".")
+        longest = longest.smaller(Positions(None if "decoder" in parts else rows, None if "encoder" in parts else rows))
+    return longest
+
+
+def _tables(base: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
+    """The model's position tables that text goes through."""
+    unread = unread_parameters(base)
+    sizes = _configured_sizes(base)
+    for name, module in base.named_modules():
+        if not isinstance(module, nn.Embedding) or f"{name}.weight" in unread or _NO_TABLE.search(name):
+            continue
+        if _TABLE.search(name) or _is_of_that_size(module, sizes, base):
+            yield name, module
+
+
+def _configured_sizes(base: nn.Module) -> list[int]:
+    config = base_model(base).config.get_text_config()
+    sizes = (getattr(config, name, None) for name in NAMES)
+    return [size for size in sizes if isinstance(size, int)]
+
+
+def _is_of_that_size(module: nn.Embedding, sizes: list[int], base: nn.Module) -> bool:
+    """Whether a table of no telling name has as many rows as the configuration has positions."""
+    text = base_model(base)
+    if module is text.get_input_embeddings() or module.num_embeddings == text.config.get_text_config().vocab_size:
+        return False
+    return any(0 <= module.num_embeddings - size <= SPARE_ROWS for size in sizes)
+
+
+def _reserved(table: nn.Embedding) -> int:
+    """Rows that are no token's position: RoBERTa counts from its padding row on, OPT and BART from an offset."""
+    if table.padding_idx is not None:
+        return int(table.padding_idx) + 1
+    offset = getattr(table, "offset", 0)
+    return offset if isinstance(offset, int) else 0
