@@ -37,6 +37,14 @@ def resolve_mode(task: Task, objective: Objective, config: EvalConfig) -> Mode:
     return mode
 
 
+def resolve_metric(task: Task, mode: Mode, config: EvalConfig) -> str:
+    """The name of the score that a task has in a mode that `resolve_mode` gave."""
+    if mode == "perplexity":
+        return "log_likelihood"
+    default = "exact_match" if task.labels else "rouge_l"
+    return default if config.metric == "auto" else config.metric
+
+
 def _default_mode(task: Task) -> Mode:
     """What `auto` means for a task."""
     if task.labels:
