@@ -21,6 +21,10 @@ FORMAT_VERSION = 2
 NOTHING_SCORED: dict[str, Any] = {"row_under_way": (), "general_under_way": {}}
 """Where the next model has not been evaluated yet."""
 
+SCORING = ("metric", "scored_on", "labels_from", "answers_outside_labels", "cut_generations")
+"""What is kept of how a task was scored: the name of its score; the split; where its labels were found; how many of its
+evaluation answers are none of them; how many generated answers `eval.max_new_tokens` has cut."""
+
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -90,6 +94,8 @@ class Manifest:
     """Rows so far, the first one before training; None where a task was not evaluated."""
     row_under_way: tuple[float | None, ...] = ()
     """The next row, as far as it is: scores of the model that the newest saved state holds; empty before the first."""
+    scoring: dict[str, dict[str, str | int]] = Field(default_factory=dict)
+    """By task how it was scored the last time: `SCORING`, as far as it applies."""
     general: tuple[dict[str, Any], ...] = ()
     """Measurements of general ability, in order: `after` (a task's name or `untouched`) and `scores` by task of the
     harness, each with `score`, `metric`, `metrics` and `samples`."""
@@ -127,6 +133,13 @@ class Manifest:
     def checkpoint(self) -> CheckpointEntry | None:
         """Newest saved state of the task that is under way."""
         return self.checkpoints[-1] if self.checkpoints else None
+
+    def scoring_by_task(self) -> dict[str, dict[str, str | int]]:
+        """The entries of `scoring` by their names, and below these by task, as metrics.json has them."""
+        return {
+            name: {task: self.scoring[task][name] for task in self.tasks if name in self.scoring.get(task, {})}
+            for name in SCORING
+        }
 
     def taken_back(self) -> Manifest:
         """As it was when training of the newest completed task began; restarts, segments and memory stay."""

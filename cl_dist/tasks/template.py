@@ -7,11 +7,12 @@ and nothing that the template adds to an answer is scored as part of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput
 
 if TYPE_CHECKING:
@@ -24,6 +25,15 @@ PROBES = ("a", "Zq", "7.")
 ANSWER_PROBES = ("a", "Zq", "7b")
 """Answers of the same kind. They end in letters, since many tokenizers join a full stop with the line's end."""
 
+CLOCK = "strftime_now"
+"""The one function of transformers' templates that tells the time."""
+DATE_CODES = (
+    *(f"%-{code}" for code in "dmyHIMSj"),
+    *(f"%{code}" for code in "aAbBcdDeFGhHIjklmMnpPrRStTuUVwWxXyYzZ"),
+    "%%",
+)
+"""What `strftime` writes on Linux; those with a minus have no zeros in front."""
+
 SETTING = "train.template: chat"
 
 
@@ -32,11 +42,22 @@ def no_chat_template(name: str) -> BadInput:
     return BadInput(f"{SETTING} needs a chat template, and the tokenizer of {name} has none; use a chat model, or none")
 
 
-def frozen_clock(date: str) -> Callable[[str], str]:
-    """What templates know as `strftime_now`, standing still at the start of a day (`YYYY-MM-DD`): a run that goes on
-    tomorrow asks with the same prompts.
+def with_frozen_clock(template: str, date: str) -> str:
+    """The template with a clock that stands still at the start of a day (`YYYY-MM-DD`): a run that goes on tomorrow
+    asks with the same prompts.
+
+    What templates know as `strftime_now` becomes a macro of the template's own, since transformers passes no functions
+    to templates.
     """
-    return datetime.fromisoformat(date).strftime
+    if CLOCK not in template:
+        return template
+    day = datetime.fromisoformat(date)
+    spelt = {code: day.strftime(code) for code in DATE_CODES} | {
+        "%s": f"{day.replace(tzinfo=timezone.utc).timestamp():.0f}"
+    }
+    filled = "".join(f"|replace({code!r}, {text!r})" for code, text in spelt.items())
+    # The line's end is no part of the rendering (trim_blocks), and the template still begins at the start of a line.
+    return f"{{% macro {CLOCK}(format) %}}{{{{ format{filled} }}}}{{% endmacro %}}\n{template}"
 
 
 @dataclass(frozen=True)
@@ -64,11 +85,13 @@ class ChatTemplate:
     Raises BadInput where the tokenizer has no template, or one that cannot be used for training.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str = TrainConfig.date) -> None:
         if not tokenizer.chat_template:
             raise no_chat_template(tokenizer.name_or_path)
+        if tokenizer.eos_token_id is None:
+            raise BadInput(f"{SETTING}: the tokenizer has no end-of-sequence token, which ends an answer")
         self._tokenizer = tokenizer
-        self._clock = frozen_clock(date)
+        self._template = with_frozen_clock(self._find_template(), date)
         probes = [self._ids(self.user_turn(probe)) for probe in PROBES]
         self.head = _common_start(probes)
         """Ids before every prompt."""
@@ -76,6 +99,13 @@ class ChatTemplate:
         """Ids behind every prompt, the start of the assistant's turn among them."""
         self._asked = self.user_turn(PROBES[0])
         self._lead_text, self.lead, self._tail = self._find_frame()
+
+    def _find_template(self) -> str:
+        try:
+            return str(self._tokenizer.get_chat_template())
+        except ValueError as error:  # several templates by name, and none that is the default
+            reason = " ".join(str(error).split())
+            raise BadInput(f"{SETTING}: the tokenizer of {self._tokenizer.name_or_path}: {reason}") from error
 
     def user_turn(self, prompt: str) -> str:
         """The text that the model answers."""
@@ -148,7 +178,10 @@ class ChatTemplate:
 
     def _render(self, turns: list[dict[str, str]], **options: Any) -> str:
         try:
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=self._clock, **options))
+            rendered = self._tokenizer.apply_chat_template(
+                turns, tokenize=False, chat_template=self._template, **options
+            )
+            return str(rendered)
         except Exception as error:  # jinja's own, and whatever a template raises on purpose
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BadInput(f"{SETTING}: the template of {self._tokenizer.name_or_path} fails: {reason}") from error
