@@ -18,6 +18,7 @@ from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.evaluate import Evaluator
 from cl_dist.evaluation.general import GeneralEvaluator, HarnessTasks, load_harness_tasks
+from cl_dist.evaluation.outlook import Notice, outlook
 from cl_dist.evaluation.room import check_general_room
 from cl_dist.heartbeat import beat
 from cl_dist.methods.registry import build_methods
@@ -44,6 +45,8 @@ class System:
     evaluator: Evaluator
     general: GeneralEvaluator | None
     """None where the recipe does not ask for general ability."""
+    notices: tuple[Notice, ...] = ()
+    """What is to be known about the tasks' scores."""
 
     def trainer(self, index: int) -> TaskTrainer:
         """Return the steps of the task at position `index` of the stream."""
@@ -69,17 +72,18 @@ def build_system(recipe: Recipe, recipe_dir: Path) -> System:
     check_length(loaded, recipe.train.max_length, recipe.train.max_target_length)
     beat("tokenising the data", opaque=True)
     encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
+    notices = outlook(tasks, encoder, loaded.objective, recipe.eval)
     samples = tuple(encoder.train(task) for task in tasks)
     beat("building the engine", opaque=True)
     engine = TrainingEngine(loaded, recipe, build_methods(recipe.method))
     evaluator = _evaluator(recipe, engine.model, loaded, encoder, names, synced=recipe.zero.stage == 3)
-    evaluator.check_modes(tasks)
-    return System(
-        recipe, tasks, loaded, encoder, samples, engine, evaluator, _general(recipe, engine.model, loaded, harness)
-    )
+    general = _general(recipe, engine.model, loaded, harness)
+    return System(recipe, tasks, loaded, encoder, samples, engine, evaluator, general, notices)
 
 
-def build_saved(recipe: Recipe, recipe_dir: Path, folder: Path) -> tuple[tuple[Task, ...], Evaluator]:
+def build_saved(
+    recipe: Recipe, recipe_dir: Path, folder: Path
+) -> tuple[tuple[Task, ...], Evaluator, tuple[Notice, ...]]:
     """Load the model that a run saved in `folder`, whole on every rank, for evaluation only.
 
     Raises:
@@ -103,9 +107,8 @@ def build_saved(recipe: Recipe, recipe_dir: Path, folder: Path) -> tuple[tuple[T
     if source.lora is not None:
         model = load_adapter(base_model(loaded.model), folder)
     encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
-    evaluator = _evaluator(recipe, model.to(device()), loaded, encoder, names, synced=False)
-    evaluator.check_modes(tasks)
-    return tasks, evaluator
+    notices = outlook(tasks, encoder, loaded.objective, recipe.eval)
+    return tasks, _evaluator(recipe, model.to(device()), loaded, encoder, names, synced=False), notices
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
@@ -161,7 +164,8 @@ def _general(
         raise BadInput(f"eval.general: needs a model that generates text, but its objective is {loaded.objective}")
     check_general_room(model, tasks)
     synced = recipe.zero.stage == 3
-    return GeneralEvaluator(model, loaded.tokenizer, tasks, recipe.eval.general, recipe.eval.batch_size, synced)
+    config, size = recipe.eval.general, recipe.eval.batch_size
+    return GeneralEvaluator(model, loaded.tokenizer, tasks, config, size, synced, recipe.train.date)
 
 
 def cache_folder() -> Path:

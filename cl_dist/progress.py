@@ -24,6 +24,11 @@ SUMMARY = {
     "tokens_per_second": "tokens per second",
 }
 """The keys of metrics.json that end a run, and their names."""
+COUNTS = {
+    "cut_generations": "generations cut at eval.max_new_tokens in the last evaluation",
+    "answers_outside_labels": "evaluation answers that are none of the labels, so that nothing is right there",
+}
+"""Counts by task in metrics.json that are told where they are not 0."""
 
 Row = Sequence[float | None]
 
@@ -244,7 +249,30 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
     """What ends a run: the matrix and a line per metric."""
     width = max(map(len, SUMMARY.values()))
     lines = (f"{name:<{width}}  {_metric(key, metrics.get(key))}" for key, name in SUMMARY.items())
-    return "\n".join([format_matrix(metrics["tasks"], metrics["accuracy_matrix"]), "", *lines])
+    return "\n".join([format_matrix(metrics["tasks"], metrics["accuracy_matrix"]), "", *lines, *score_notes(metrics)])
+
+
+def score_notes(metrics: Mapping[str, Any]) -> list[str]:
+    """What readers of the scores must know, a sentence each; `metrics` has what metrics.json says by task."""
+    splits: dict[str, list[str]] = {}
+    for task, split in metrics.get("scored_on", {}).items():
+        splits.setdefault(split, []).append(task)
+    different = different_scores(metrics.get("metric", {}))
+    notes = [f"the metrics are means of different scores: {different}"] if different else []
+    notes += [f"scored on training data: {', '.join(splits['train'])}"] if "train" in splits else []
+    notes += [f"scored on the dev split: {', '.join(splits['dev'])}"] if "dev" in splits else []
+    for key, told in COUNTS.items():
+        if counts := [f"{task} {count}" for task, count in metrics.get(key, {}).items() if count]:
+            notes.append(f"{told}: {', '.join(counts)}")
+    return notes
+
+
+def different_scores(metric: Mapping[str, str]) -> str:
+    """`exact_match (a, b); rouge_l (c)` where the tasks are scored by different metrics, else nothing."""
+    by_name: dict[str, list[str]] = {}
+    for task, name in metric.items():
+        by_name.setdefault(name, []).append(task)
+    return "; ".join(f"{name} ({', '.join(tasks)})" for name, tasks in by_name.items()) if len(by_name) > 1 else ""
 
 
 def _metric(key: str, value: float | None) -> str:

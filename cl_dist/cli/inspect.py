@@ -14,7 +14,7 @@ from cl_dist.config.explain import explain
 from cl_dist.config.fields import method_classes
 from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes
 from cl_dist.errors import BadInput
-from cl_dist.progress import format_matrix, format_summary
+from cl_dist.progress import format_matrix, format_summary, score_notes
 from cl_dist.state.lock import InUse, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
@@ -50,7 +50,8 @@ def status(arguments: Namespace) -> int:
     if metrics is not None:
         print("\n" + format_summary({**metrics, "tasks": manifest.tasks}))
     elif manifest.accuracy_matrix:
-        print("\n" + format_matrix(manifest.tasks, manifest.accuracy_matrix))
+        matrix = format_matrix(manifest.tasks, manifest.accuracy_matrix)
+        print("\n" + "\n".join([matrix, *score_notes(manifest.scoring_by_task())]))
     return 0
 
 

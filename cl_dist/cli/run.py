@@ -46,6 +46,7 @@ def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]
     """
     from cl_dist.evaluation.choice import resolve_mode
     from cl_dist.evaluation.general import check_available
+    from cl_dist.evaluation.rouge_tokens import rouge_tokenizer
     from cl_dist.models.check import check_chat_template, check_model_config, check_positions, known_objective
     from cl_dist.tasks.encode import check_kind
     from cl_dist.tasks.stream import load_stream
@@ -55,6 +56,8 @@ def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]
     check_positions(recipe.model, recipe.train)
     if recipe.train.template == "chat":
         check_chat_template(recipe.model)
+    if recipe.eval.rouge_tokenizer == "xlingual":
+        rouge_tokenizer("xlingual", recipe.eval.rouge_tokenizer_path)
     if recipe.eval.general is not None:
         check_available(recipe.eval.general)
     objective = known_objective(recipe.model)

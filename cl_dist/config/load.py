@@ -90,6 +90,9 @@ def _fill_defaults(data: dict[str, Any], name: str) -> None:
     train = data.get("train")
     if isinstance(train, dict) and isinstance(train.get("max_length"), int):
         train.setdefault("max_target_length", max(1, min(TrainConfig.max_target_length, train["max_length"] // 2)))
+    longest = train.get("max_target_length") if isinstance(train, dict) else None
+    if isinstance(longest, int) and isinstance(data.setdefault("eval", {}), dict):
+        data["eval"].setdefault("max_new_tokens", longest)
 
 
 def _types_root(changes: Sequence[Override]) -> bool:

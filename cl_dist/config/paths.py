@@ -20,7 +20,7 @@ def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Rec
     directory, as everything does that is typed there. A recipe whose tasks name no path is returned as it is. Raises
     BadInput for a path that cannot be one, and for a root that no path starts from.
     """
-    recipe = _resolve_include_path(recipe, folder)
+    recipe = _resolve_rouge_tokenizer(_resolve_include_path(recipe, folder), folder)
     stream = recipe.stream
     if stream.root is None and stream.instruction_file is None and not any(task.path for task in stream.tasks):
         return recipe
@@ -56,6 +56,18 @@ def _resolve_include_path(recipe: Recipe, folder: Path) -> Recipe:
     path = expand(general.include_path, "eval.general.include_path")
     found = next((base / path for base in (folder, Path.cwd()) if is_there(base / path)), folder / path)
     return replace(recipe, eval=replace(recipe.eval, general=replace(general, include_path=str(found.absolute()))))
+
+
+def _resolve_rouge_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
+    """The tokenizer's folder as an absolute path; what is no folder is a Hugging Face id."""
+    written = recipe.eval.rouge_tokenizer_path
+    if written is None:
+        return recipe
+    path = expand(written, "eval.rouge_tokenizer_path")
+    found = next((base / path for base in (folder, Path.cwd()) if (base / path).is_dir()), None)
+    if found is None:
+        return recipe
+    return replace(recipe, eval=replace(recipe.eval, rouge_tokenizer_path=str(found.absolute())))
 
 
 def _beside(written: str | None, root: Path, folder: Path, setting: str) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -105,7 +106,8 @@ class TaskConfig:
     `builtin` has none."""
     labels: tuple[str, ...] | None = None
     """The answers that are allowed (classification). Absent: read from labels.json where the format has one, else the
-    distinct answers of the training and evaluation split where there are at most `stream.max_labels`."""
+    distinct answers of the training split where they are few (`stream.max_labels`). `[]`: there are none, the task is
+    to generate text."""
     input_field: str = "input"
     """Field of a record with the prompt (`jsonl` and `huggingface`)."""
     output_field: str = "output"
@@ -165,7 +167,8 @@ class StreamConfig:
     """Format cl_benchmark: prompts begin with two lines, `Task:` the group and `Dataset:` the data set, as in the
     scripts of O-LoRA and MIGU (--add_task_name, --add_dataset_name). A model is told the task by it."""
     max_labels: PositiveInt = 50
-    """A task without stated labels counts as classification when it has at most so many distinct answers."""
+    """A task without stated labels counts as classification when its training answers are at most so many distinct
+    ones, no more than the square root of their number, and each occurs twice at least."""
     empty_answers: Literal["error", "keep", "skip"] = "error"
     """A record whose answer is empty: `error` names it and ends the run; `keep` learns it, that is to answer nothing
     (as the public code of TaSL and KIF); `skip` leaves it out, and the log says how many."""
@@ -232,6 +235,9 @@ class TrainConfig:
     template: Literal["none", "chat"] = "none"
     """`chat`: every prompt becomes a user's turn in the tokenizer's own chat template and every answer the assistant's,
     in training and in evaluation. Decoders only."""
+    date: str = "2024-07-26"
+    """Day (YYYY-MM-DD) that chat templates which write the date into a prompt are given, in place of the day on which
+    the run happens to be computed: a run that goes on tomorrow asks with the same prompts."""
     clip: Positive | None = 1.0
     """Largest gradient norm, taken after masking; null switches clipping off."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -258,9 +264,11 @@ class TrainConfig:
     those that every rank holds whole. null: never."""
 
     def __post_init__(self) -> None:
-        """Refuse grouping by length in file order."""
+        """Refuse grouping by length in file order, and a day that is none."""
         if self.group_by_length and not self.shuffle:
             raise ValueError("group_by_length: true reorders the samples, which shuffle: false forbids; change one")
+        if not _is_day(self.date):
+            raise ValueError(f'date: "{self.date}" is not a day; allowed: YYYY-MM-DD, such as 2024-07-26')
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -351,6 +359,16 @@ class EvalConfig:
     """Score of answers; `auto`: exact match where a task has labels, `jga` in format sgd, else ROUGE-L. `macro_f1` is
     for tasks with labels; beside the one of exact match and macro-F1 that is the score the log has the other. `jga`
     (joint goal accuracy) is the share of a dialogue's turns of which all slots are right."""
+    normalise: Literal["none", "punctuation"] = "none"
+    """What exact match and macro-F1 leave out of account besides case and white space: `punctuation` strips ASCII
+    punctuation too, as the public scorer of O-LoRA and MIGU does."""
+    rouge_tokenizer: Literal["default", "unicode", "xlingual"] = "default"
+    """What ROUGE-L compares. `default`: stemmed words of ASCII letters and digits; any other letter is dropped, so that
+    Russian or Japanese scores 0. `unicode`: the same words, words of other scripts, and each character of scripts
+    without blanks. `xlingual`: GPT-2's tokens, as Super-NaturalInstructions scores its cross-lingual track."""
+    rouge_tokenizer_path: str | None = None
+    """Where `xlingual` finds GPT-2's tokenizer: a folder or a Hugging Face id; null: `gpt2`, which is downloaded
+    once."""
     tasks: Literal["all", "seen"] = "all"
     """Evaluate on all tasks of the stream after each task, or only on those seen so far (then no forward transfer)."""
     before_training: bool = True
@@ -358,9 +376,17 @@ class EvalConfig:
     batch_size: PositiveInt = 16
     """Samples per rank and forward pass."""
     max_new_tokens: PositiveInt = 50
-    """Longest generated answer in tokens."""
+    """Longest generated answer in tokens. A recipe that does not give it gets train.max_target_length."""
     general: GeneralConfig | None = None
     """General ability, by lm-evaluation-harness, beside the scores of the stream's own tasks."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that nothing would read."""
+        if self.rouge_tokenizer_path is not None and self.rouge_tokenizer != "xlingual":
+            raise ValueError(
+                f'rouge_tokenizer_path: "{self.rouge_tokenizer_path}" has a meaning for rouge_tokenizer: xlingual '
+                f"only, not {self.rouge_tokenizer}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -490,6 +516,13 @@ class Recipe:
         unknown = next((place for place in general.after if names and place not in allowed), None)
         if general.after != "all" and unknown is not None:
             raise ValueError(f'eval.general.after: "{unknown}" is none of all, {", ".join(allowed)}')
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _has_setting(settings: Mapping[str, Any], key: str) -> bool:

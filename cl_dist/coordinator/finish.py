@@ -29,6 +29,7 @@ def run_metrics(manifest: Manifest) -> dict[str, Any]:
         "tasks": list(manifest.tasks),
         "accuracy_matrix": [list(row) for row in manifest.accuracy_matrix],
         **all_metrics(manifest.accuracy_matrix),
+        **manifest.scoring_by_task(),
         "general": [dict(entry) for entry in manifest.general],
         "general_ability": general_ability(manifest.general, manifest.tasks),
         "general_forgetting": general_forgetting(manifest.general, manifest.tasks),

@@ -32,12 +32,17 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
     quiet_libraries(rank)
     folder = RunFolder(Path(recipe.output_dir)).task(task_index, recipe.stream.tasks[task_index].name)
     store = _Store(folder, reporter) if rank == 0 else None
-    tasks, evaluator = build_saved(recipe, recipe_dir, folder.model)
+    tasks, evaluator, notices = build_saved(recipe, recipe_dir, folder.model)
+    for notice in notices:
+        if notice.on_screen:
+            reporter.message(notice.text)
+    split = {task.name: task.scored_on for task in tasks}
     scores: dict[str, float] = {}
     for result in chain.from_iterable(map(evaluator.evaluate, evaluator.passes(tasks))):
         scores[result.task] = result.score
         reporter.message(
-            f"{result.task}: {result.score:.4f} ({result.metric} of {result.count} samples, by {result.mode})"
+            f"{result.task}: {result.score:.4f} ({result.metric} of {result.count} {split[result.task]} samples, "
+            f"by {result.mode})"
         )
         if store is not None:
             store.keep(result)

@@ -9,17 +9,28 @@ from typing import Any
 
 from cl_dist.assembly import System
 from cl_dist.evaluation.general import is_due
-from cl_dist.evaluation.result import TaskScore, write_predictions
+from cl_dist.evaluation.result import CUT_GENERATIONS, TaskScore, write_predictions
 from cl_dist.heartbeat import beat
 from cl_dist.progress import Reporter
 from cl_dist.state.atomic import telling_full_disk
 from cl_dist.state.ledger import Ledger
+from cl_dist.state.scores import How, TaskScored
 from cl_dist.tasks.types import Task
 
 Row = tuple[float | None, ...]
 """A score for each task of the stream; None where it was not evaluated."""
 General = tuple[dict[str, Any], ...]
 """As the manifest has it."""
+
+
+def scoring_entry(task: Task, result: TaskScore) -> How:
+    """How a task was scored, as the manifest keeps it (`cl_dist.state.manifest.SCORING`)."""
+    entry: How = {"metric": result.metric, "scored_on": task.scored_on}
+    if task.labels_from is not None:
+        entry |= {"labels_from": task.labels_from, "answers_outside_labels": task.unlisted}
+    if CUT_GENERATIONS in result.extras:
+        entry[CUT_GENERATIONS] = int(result.extras[CUT_GENERATIONS])
+    return entry
 
 
 class Scoring:
@@ -44,9 +55,10 @@ class Scoring:
         places = {self._system.tasks[index].name: index for index in indices if row[index] is None}
         for tasks in self._system.evaluator.passes([self._system.tasks[index] for index in places.values()]):
             for result in self._pass(tasks):
-                self._record(result, predictions)
+                entry = scoring_entry(self._system.tasks[places[result.task]], result)
+                self._record(result, entry, predictions)
                 row[places[result.task]] = result.score
-                self._ledger.scored(places[result.task], result.score)
+                self._ledger.scored(TaskScored(places[result.task], result.score, entry))
         return tuple(row)
 
     def _pass(self, tasks: Sequence[Task]) -> list[TaskScore]:
@@ -55,13 +67,13 @@ class Scoring:
         beat(f"evaluating {names}")
         return self._system.evaluator.evaluate(tasks, self._stop_if_asked)
 
-    def _record(self, result: TaskScore, predictions: Path) -> None:
+    def _record(self, result: TaskScore, entry: How, predictions: Path) -> None:
         def write() -> None:
             with telling_full_disk(predictions):
                 write_predictions(predictions / f"{result.task}.jsonl", result.predictions)
 
         self._ledger.write(write)
-        extras = {"mode": result.mode, "metric": result.metric, "samples": result.count, **result.extras}
+        extras = {"mode": result.mode, "samples": result.count, **entry, **result.extras}
         self._ledger.log(
             event="evaluation", folder=predictions.parent.name, task=result.task, score=result.score, **extras
         )

@@ -60,6 +60,7 @@ class Coordinator:
         self.ledger.start(dump_recipe(self.recipe))
         self._state.forget_strays()
         self.reporter.run_started([task.name for task in self.tasks], torch.distributed.get_world_size())
+        self._tell_notices()
         for text in filter(None, (method.start_message() for method in self.system.engine.methods)):
             self.reporter.message(text)
             self.ledger.log(event="method", message=text)
@@ -73,6 +74,13 @@ class Coordinator:
             return finish(self.ledger, self.reporter)
         finally:
             self._stop.close()
+
+    def _tell_notices(self) -> None:
+        """What is known about the scores beforehand, in the log, and what is a warning on the screen too."""
+        for notice in self.system.notices:
+            if notice.on_screen:
+                self.reporter.message(notice.text)
+            self.ledger.log(event="notice", task=notice.task, about=notice.about, message=notice.text)
 
     def _evaluate_untouched(self) -> None:
         """The matrix's first row: the model before any training."""

@@ -39,6 +39,13 @@ def resolve_mode(task: Task, objective: Objective, config: EvalConfig) -> Mode:
     return mode
 
 
+def resolve_metric(task: Task, mode: Mode, config: EvalConfig) -> str:
+    """The name of the score that a task has in a mode that `resolve_mode` gave."""
+    if mode == "perplexity":
+        return "log_likelihood"
+    return default_metric(task) if config.metric == "auto" else config.metric
+
+
 def default_metric(task: Task) -> str:
     """What `auto` means for a task with prompts and answers."""
     if has_slots(task):

@@ -136,7 +136,8 @@ def _runs_code(name: str) -> BadInput:
 class GeneralEvaluator:
     """Scores the live model; every rank calls it with the same tasks in the same order.
 
-    `tasks` are from `load_harness_tasks`; `synced` says that weights are sharded over the ranks (ZeRO-3).
+    `tasks` are from `load_harness_tasks`; `synced` says that weights are sharded over the ranks (ZeRO-3); `date` is
+    `train.date`.
     """
 
     def __init__(
@@ -147,10 +148,11 @@ class GeneralEvaluator:
         config: GeneralConfig,
         batch_size: int,
         synced: bool,
+        date: str,
     ) -> None:
         self._model, self._tokenizer, self._tasks, self._config = model, tokenizer, tasks, config
         self._batch_size = config.batch_size or batch_size
-        self._synced = synced
+        self._synced, self._date = synced, date
 
     def evaluate(self, name: str) -> list[GeneralScore]:
         """Score one task, group or tag (collective); of a tag, and of a group without a score of its own, each task."""
@@ -163,7 +165,7 @@ class GeneralEvaluator:
         parts = [*loaded["tasks"].values()]
         with evaluating(self._model), _quiet():
             results = simple_evaluate(
-                model=LiveModel(self._model, self._tokenizer, self._batch_size, self._synced),
+                model=LiveModel(self._model, self._tokenizer, self._batch_size, self._synced, self._date),
                 tasks=[loaded["groups"][name]] if name in loaded["groups"] else parts,
                 task_manager=self._tasks.manager,
                 num_fewshot=self._config.num_fewshot,

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cl_dist.models.positions import longest_inputs
 from cl_dist.models.structure import base_model
+from cl_dist.tasks.template import with_frozen_clock
 
 T = TypeVar("T")
 
@@ -31,19 +32,23 @@ class LiveModel(HFLM):
 
     With whole weights on every rank each one computes its share of the requests. With sharded weights (`synced`:
     ZeRO-3) every forward pass gathers them from all ranks, so all compute all requests, in step: they have the same
-    numbers in the same order. To the harness every rank looks alone; all get the same results.
+    numbers in the same order. To the harness every rank looks alone; all get the same results. Chat templates that
+    write the date are given `date` (`train.date`).
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, synced: bool) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, synced: bool, date: str
+    ) -> None:
         # The base model, since peft's generate puts back its own settings; the adapters are part of the base's layers.
         # A copy of the tokenizer, because the harness may give it another padding token.
+        own = copy.deepcopy(tokenizer)
+        templates = own.chat_template
+        if isinstance(templates, dict):
+            own.chat_template = {name: with_frozen_clock(text, date) for name, text in templates.items()}
+        elif templates:
+            own.chat_template = with_frozen_clock(templates, date)
         longest = longest_inputs(model)
-        super().__init__(
-            pretrained=base_model(model),
-            tokenizer=copy.deepcopy(tokenizer),
-            batch_size=batch_size,
-            max_length=longest.source,
-        )
+        super().__init__(pretrained=base_model(model), tokenizer=own, batch_size=batch_size, max_length=longest.source)
         self._synced = synced
         self._longest_answer = longest.target
 

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from cl_dist.config.schema import EvalConfig
 from cl_dist.errors import BadInput
 from cl_dist.evaluation import likelihood
-from cl_dist.evaluation.choice import default_metric
+from cl_dist.evaluation.choice import resolve_metric
 from cl_dist.evaluation.generate import generate
-from cl_dist.evaluation.jga import joint_goal_accuracy, slot_match
+from cl_dist.evaluation.jga import joint_goal_accuracy
 from cl_dist.evaluation.perplexity import log_likelihoods, perplexity, text_batch
-from cl_dist.evaluation.result import Mode, Prediction, weighted_mean
-from cl_dist.evaluation.scores import SCORES, exact_match, macro_f1
+from cl_dist.evaluation.result import CUT_GENERATIONS, Mode, Prediction, weighted_mean
+from cl_dist.evaluation.scores import comparison, macro_f1
 from cl_dist.models.structure import base_model
 from cl_dist.tasks.encode import Encoder, Objective
 from cl_dist.tasks.types import Slot, Task
@@ -75,13 +75,21 @@ def make_scorer(mode: Mode, subject: Subject, task: Task, config: EvalConfig) ->
     return LikelihoodScorer(subject, task, config)
 
 
+class Answer(NamedTuple):
+    """A model's answer to one prompt."""
+
+    text: str
+    cut: bool = False
+    """Whether it was generated and ended by `eval.max_new_tokens`."""
+
+
 class PromptScorer:
     """What likelihood and generation share: encoded prompts, and a score that compares texts."""
 
     def __init__(self, subject: Subject, task: Task, config: EvalConfig) -> None:
         self.subject, self.task, self.config = subject, task, config
-        self.metric = default_metric(task) if config.metric == "auto" else config.metric
-        self._score_text = slot_match if self.metric == "jga" else SCORES[self.metric]
+        self.metric = resolve_metric(task, "generate", config)
+        self.comparison = comparison(self.metric, config)
         self.batch_size = config.batch_size
         self.prompts = [_prompt(subject.encoder, task, index) for index in range(len(task.evaluation))]
         self.lengths = [len(prompt) for prompt in self.prompts]
@@ -89,7 +97,7 @@ class PromptScorer:
     def score(self, indices: Sequence[int]) -> list[Prediction]:
         """Compare what the model answers with the references."""
         answers = self.answer([self.prompts[index] for index in indices])
-        return [self._prediction(index, text) for index, text in zip(indices, answers, strict=True)]
+        return [self._prediction(index, answer) for index, answer in zip(indices, answers, strict=True)]
 
     def total(self, predictions: Sequence[Prediction]) -> Total:
         """The samples' mean; for a task with labels macro-F1 too, as the score or beside it. With `jga` the share of
@@ -98,12 +106,13 @@ class PromptScorer:
         mean = weighted_mean(predictions)
         if self.metric == "jga":
             return Total(joint_goal_accuracy(self._slots(predictions)), {"slot_accuracy": mean})
-        if not self.task.labels or self._score_text is not exact_match:
+        if not self.task.labels or not self.comparison.exact:
             return Total(mean, {})
-        f1 = macro_f1([(each.prediction, each.reference) for each in predictions], self.task.labels)
+        pairs = [(each.prediction, each.reference) for each in predictions]
+        f1 = macro_f1(pairs, self.task.labels, self.comparison.normaliser)
         return Total(f1, {"exact_match": mean}) if self.metric == "macro_f1" else Total(mean, {"macro_f1": f1})
 
-    def answer(self, prompts: Sequence[list[int]]) -> list[str]:
+    def answer(self, prompts: Sequence[list[int]]) -> list[Answer]:
         """The model's answers to encoded prompts."""
         raise NotImplementedError
 
@@ -114,12 +123,15 @@ class PromptScorer:
             if slot is not None:  # no sample is without one (evaluation.choice)
                 yield slot, each.score == 1.0
 
-    def _prediction(self, index: int, text: str) -> Prediction:
+    def _prediction(self, index: int, answer: Answer) -> Prediction:
         """By the reference that it comes closest to, of equally close ones the first."""
         example = self.task.evaluation[index]
-        scores = {reference: self._score_text(text, reference) for reference in example.references or (example.answer,)}
+        scores = {
+            reference: self.comparison.score(answer.text, reference)
+            for reference in example.references or (example.answer,)
+        }
         closest = max(scores, key=lambda reference: scores[reference])
-        return Prediction(index, text, closest, scores[closest])
+        return Prediction(index, answer.text, closest, scores[closest], cut=answer.cut)
 
 
 class LikelihoodScorer(PromptScorer):
@@ -131,11 +143,11 @@ class LikelihoodScorer(PromptScorer):
         if subject.objective == "classification":
             self._label_ids = [subject.label_names.index(label) for label in task.labels]
             return
-        self._labels = [subject.encoder.answer_ids(label) for label in task.labels]
+        self._labels = [subject.encoder.scored_ids(label) for label in task.labels]
         if subject.objective == "causal_lm":
             self._packed = self._can_pack()
 
-    def answer(self, prompts: Sequence[list[int]]) -> list[str]:
+    def answer(self, prompts: Sequence[list[int]]) -> list[Answer]:
         """The likeliest label for each prompt."""
         model, pad_id = self.subject.model, self.subject.encoder.pad_id
         if self.subject.objective == "classification":
@@ -144,7 +156,7 @@ class LikelihoodScorer(PromptScorer):
             scores = likelihood.seq2seq_scores(model, prompts, self._labels, pad_id, self.batch_size)
         else:
             scores = likelihood.causal_scores(model, prompts, self._labels, pad_id, self._packed, self.batch_size)
-        return [self.task.labels[choice] for choice in scores.argmax(dim=1).tolist()]
+        return [Answer(self.task.labels[choice]) for choice in scores.argmax(dim=1).tolist()]
 
     def _can_pack(self) -> bool:
         """Decided for the whole task and from the same inputs on all ranks, so that they agree."""
@@ -158,18 +170,24 @@ class LikelihoodScorer(PromptScorer):
 class GenerationScorer(PromptScorer):
     """Compares what the model writes with the reference."""
 
-    def answer(self, prompts: Sequence[list[int]]) -> list[str]:
-        """The greedy continuation of each prompt."""
+    def answer(self, prompts: Sequence[list[int]]) -> list[Answer]:
+        """The greedy continuation of each prompt, without what the chat template puts behind an answer."""
         subject = self.subject
-        texts = generate(
+        generated = generate(
             subject.model,
             subject.tokenizer,
             prompts,
             subject.encoder.pad_id,
             self.config.max_new_tokens,
             subject.synced,
+            subject.encoder.stops,
         )
-        return [text.strip() for text in texts]
+        return [Answer(subject.encoder.answer_text(each.ids), each.cut) for each in generated]
+
+    def total(self, predictions: Sequence[Prediction]) -> Total:
+        """And how many answers were cut at `eval.max_new_tokens`."""
+        score, extras = super().total(predictions)
+        return Total(score, {**extras, CUT_GENERATIONS: sum(each.cut for each in predictions)})
 
 
 class PerplexityScorer:

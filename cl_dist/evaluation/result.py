@@ -10,6 +10,9 @@ from typing import Literal
 
 Mode = Literal["likelihood", "generate", "perplexity"]
 
+CUT_GENERATIONS = "cut_generations"
+"""Name of the number of answers that `eval.max_new_tokens` has ended."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -27,6 +30,8 @@ class Prediction:
     """Score of this sample, higher is better. Perplexity: mean log-likelihood of a target token, in nats."""
     weight: int = 1
     """Weight of this sample in the task's score. Perplexity: number of target tokens."""
+    cut: bool = False
+    """Whether the answer was generated and ended by `eval.max_new_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class TaskScore:
     """In file order on rank 0, empty on the other ranks."""
     extras: dict[str, float] = field(default_factory=dict)
     """Further numbers by name: `perplexity` where the metric is `log_likelihood`; of a task with labels the one of
-    `exact_match` and `macro_f1` that is not the metric; `slot_accuracy` where it is `jga`.
+    `exact_match` and `macro_f1` that is not the metric; `slot_accuracy` where it is `jga`; `cut_generations` of
+    generated answers.
     """
 
 

@@ -13,11 +13,12 @@ from urllib.parse import quote
 import numpy as np
 
 from cl_dist.evaluation import metrics
-from cl_dist.progress import own_and_last
+from cl_dist.progress import own_and_last, score_notes
 from cl_dist.report.escape import Markdown, markdown_code, markdown_text
 from cl_dist.report.reading import RunData
 from cl_dist.report.tables import general_names, markdown
 from cl_dist.report.units import UnitResults
+from cl_dist.state.manifest import Manifest
 
 MATRIX_FILE = "accuracy_matrix.csv"
 """Written where the matrix is too wide for the page."""
@@ -116,6 +117,7 @@ class Page:
             yield f"The metrics so far, as if the stream ended with {markdown_text(self.run.done[-1])}:"
         values = metrics.all_metrics([row[:done] for row in matrix])
         del values["forward_transfer_single"]  # a run knows nothing of models trained on one task alone
+        yield from _notes(self.run.manifest)
         lines = ([markdown_code(name), _score(value), definition(name)] for name, value in values.items())
         header = ["metric", "value", "definition (T tasks, score a[i][j] on task j after task i)"]
         yield markdown(header, lines, text=(0, 2))
@@ -179,6 +181,12 @@ def _settings(settings: Mapping[str, Any]) -> Iterator[list[str]]:
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
             yield [label, str(value)]
+
+
+def _notes(manifest: Manifest) -> Iterator[str]:
+    """What readers of the metrics must know, as a list; nothing where there is nothing."""
+    if notes := score_notes(manifest.scoring_by_task()):
+        yield "\n".join(f"- {note[0].upper()}{note[1:]}." for note in notes)
 
 
 def _scored_by(names: Mapping[str, str]) -> str:

@@ -21,7 +21,7 @@ from cl_dist.errors import BadInput
 from cl_dist.state.atomic import write_json
 from cl_dist.state.inputs import Inputs
 from cl_dist.state.integrity import CheckpointDamaged
-from cl_dist.state.scores import Row, ScoreFile
+from cl_dist.state.scores import How, Row, ScoreFile, TaskScored
 from cl_dist.state.stored_json import first_problem, read_object
 
 FORMAT_VERSION = 3
@@ -29,6 +29,10 @@ FORMAT_VERSION = 3
 
 NOTHING_SCORED: dict[str, Any] = {"row_under_way": (), "general_under_way": {}}
 """Where the next model has not been evaluated yet."""
+
+SCORING = ("metric", "scored_on", "labels_from", "answers_outside_labels", "cut_generations")
+"""What is kept of how a task was scored: the name of its score; the split; where its labels were found; how many of its
+evaluation answers are none of them; how many generated answers `eval.max_new_tokens` has cut."""
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -110,6 +114,8 @@ class Manifest:
     """Rows so far, the first one before training; None where a task was not evaluated."""
     row_under_way: Row = ()
     """The next row, as far as it is: scores of the model that the newest saved state holds; empty before the first."""
+    scoring: dict[str, How] = Field(default_factory=dict)
+    """By task how it was scored the last time: `SCORING`, as far as it applies."""
     general: tuple[dict[str, Any], ...] = ()
     """Measurements of general ability, in order: `after` (a task's name or `untouched`) and `scores` by task of the
     harness, each with `score`, `metric`, `metrics` and `samples`."""
@@ -162,6 +168,13 @@ class Manifest:
         """Newest saved state of the task that is under way."""
         return self.checkpoints[-1] if self.checkpoints else None
 
+    def scoring_by_task(self) -> dict[str, dict[str, str | int]]:
+        """The entries of `scoring` by their names, and below these by task, as metrics.json has them."""
+        return {
+            name: {task: self.scoring[task][name] for task in self.tasks if name in self.scoring.get(task, {})}
+            for name in SCORING
+        }
+
     def taken_back(self) -> Manifest:
         """As it was when training of the newest completed task began; restarts, segments and memory stay."""
         kept = self.completed - 1
@@ -202,17 +215,19 @@ class Manifest:
         if self.row_under_way and self.scores.under_way is not None:
             return self.scores.under_way
         begin = file.end()
-        file.append_scores([(task, score) for task, score in enumerate(self.row_under_way) if score is not None])
+        known = [(task, score) for task, score in enumerate(self.row_under_way) if score is not None]
+        file.append_scores([TaskScored(task, score, how={}) for task, score in known])
         return begin
 
-    def with_score(self, task: int, score: float) -> Manifest:
+    def with_score(self, scored: TaskScored) -> Manifest:
         """The manifest with one more score of the row under way, which `append_score` puts on the disk."""
-        row = self.row_under_way or (None,) * len(self.tasks)
-        return replace(self, row_under_way=(*row[:task], score, *row[task + 1 :]))
+        row, task = self.row_under_way or (None,) * len(self.tasks), scored.task
+        scoring = {**self.scoring, self.tasks[task]: scored.how}
+        return replace(self, row_under_way=(*row[:task], scored.score, *row[task + 1 :]), scoring=scoring)
 
-    def append_score(self, path: Path, task: int, score: float) -> None:
+    def append_score(self, path: Path, scored: TaskScored) -> None:
         """Append the score of a task to the row under way, durably; `path` holds this manifest already."""
-        ScoreFile(score_file(path)).append_scores([(task, score)])
+        ScoreFile(score_file(path)).append_scores([scored])
 
     @staticmethod
     def read(path: Path) -> Manifest:
@@ -260,9 +275,13 @@ def _with_scores(document: dict[str, Any], path: Path) -> dict[str, Any]:
         found |= {"accuracy_matrix": matrix, "written": matrix}
     places = ScorePlaces(tuple(rows) if found else (), under_way if type(under_way) is int else None)
     if places.under_way is not None:
-        scored, names = dict(file.scores_after(places.under_way)), document.get("tasks")
-        known = scored and isinstance(names, list)
-        found["row_under_way"] = [scored.get(task) for task in range(len(names))] if known else []
+        lines, names = list(file.scores_after(places.under_way)), document.get("tasks")
+        names = names if lines and isinstance(names, list) else []
+        scored = {line.task: line.score for line in lines}
+        found["row_under_way"] = [scored.get(task) for task in range(len(names))]
+        how = {names[line.task]: line.how for line in lines if line.how and line.task < len(names)}
+        if how and isinstance(document.get("scoring", {}), dict):
+            found["scoring"] = {**document.get("scoring", {}), **how}
     return {**document, **found, "scores": places}
 
 

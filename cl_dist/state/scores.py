@@ -2,7 +2,7 @@
 
 With T tasks there are T² scores. In the manifest, which is replaced as a whole, each of them would cost a file of T²
 numbers; here it costs a line. A line is a whole row of the accuracy matrix (`row`) or one score of the row that is
-under way (`task`, `score`), and carries a checksum. Lines that the manifest does not name are what a kill, or a task
+under way (`task`, `score`, and `how` it was scored), and carries a checksum. Lines that the manifest does not name are what a kill, or a task
 that was trained again, has left; they are never read.
 """
 
@@ -13,7 +13,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cl_dist.errors import BadInput
 from cl_dist.state.atomic import finite, sync, telling_full_disk
@@ -22,6 +22,20 @@ from cl_dist.state.stored_json import read_stored
 
 Row = tuple[float | None, ...]
 """A score for each task of the stream; None where it was not evaluated."""
+
+How = dict[str, str | int]
+"""How a task was scored: `cl_dist.state.manifest.SCORING`, as far as it applies."""
+
+
+class TaskScored(NamedTuple):
+    """One score of the row under way."""
+
+    task: int
+    """Position in the stream, from 0."""
+    score: float | None
+    """None: not a finite number."""
+    how: How
+    """Empty where the manifest has it."""
 
 
 class ScoreFile:
@@ -42,9 +56,9 @@ class ScoreFile:
         """Append whole rows, durably, and return the position of each; `ClDistError` where the disk is full."""
         return self._append([{"row": finite(list(row))} for row in rows])
 
-    def append_scores(self, scores: Sequence[tuple[int, float]]) -> None:
-        """Append scores of the row under way, each with the position of its task, durably; as `append_rows`."""
-        self._append([{"task": task, "score": finite(score)} for task, score in scores])
+    def append_scores(self, scores: Sequence[TaskScored]) -> None:
+        """Append scores of the row under way, durably; as `append_rows`."""
+        self._append([{"task": each.task, "score": finite(each.score), "how": each.how} for each in scores])
 
     def _append(self, records: Sequence[dict[str, Any]]) -> tuple[int, ...]:
         if not records:
@@ -87,14 +101,14 @@ class ScoreFile:
             raise BadInput(f"{self.path} is damaged: row {number} of the accuracy matrix is not at byte {place}")
         return tuple(record["row"])
 
-    def scores_after(self, place: int) -> Iterator[tuple[int, float | None]]:
-        """The scores of single tasks from a position on, each with its task; what is damaged is left out."""
+    def scores_after(self, place: int) -> Iterator[TaskScored]:
+        """The scores of single tasks from a position on; what is damaged is left out."""
         if self.end() <= place:
             return
         for line in self._read()[place:].splitlines():
             record = _opened(line)
             if record is not None and "task" in record:
-                yield int(record["task"]), record["score"]
+                yield TaskScored(int(record["task"]), record["score"], record.get("how", {}))
 
     def _read(self) -> bytes:
         try:

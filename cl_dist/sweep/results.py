@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from cl_dist.config.composition import BOUNDS
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.metrics import Matrix, all_metrics, forward_transfer_single
+from cl_dist.progress import score_notes
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
 from cl_dist.state.stored_json import read_metrics
@@ -59,6 +60,8 @@ class CellResult:
     tasks: tuple[str, ...] = ()
     matrix: Matrix = ()
     """Its accuracy matrix; empty where the run is not finished."""
+    notes: tuple[str, ...] = ()
+    """What readers of its scores must know."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,8 @@ def _read_cell(sweep: SweepFolder, order: str, method: str, seed: int) -> CellRe
         return CellResult(order, method, seed, state, dict.fromkeys(names))
     values, bound, manifest = _read_metrics(folder), _bound(folder), Manifest.read(folder.manifest)
     told = {name: None if name in MEANINGLESS.get(bound or "", ()) else values.get(name) for name in names}
-    return CellResult(order, method, seed, state, told, bound, manifest.tasks, manifest.accuracy_matrix)
+    notes = tuple(score_notes(manifest.scoring_by_task()))
+    return CellResult(order, method, seed, state, told, bound, manifest.tasks, manifest.accuracy_matrix, notes)
 
 
 def _bound(folder: RunFolder) -> str | None:

@@ -87,9 +87,18 @@ def latex_table(results: Results) -> str:
 
 
 def _footnotes(results: Results) -> list[str]:
-    """What readers must know of rows that are bounds."""
+    """What readers must know of rows that are bounds, and of how tasks were scored."""
     names = dict.fromkeys(cell.method for cell in results.cells if cell.bound == "per_task")
-    return [f"{name} {_PER_TASK}." for name in names]
+    return [*(f"{name} {_PER_TASK}." for name in names), *_score_notes(results)]
+
+
+def _score_notes(results: Results) -> Iterator[str]:
+    """Each note once, with the runs that it is true of where that is not all of them."""
+    finished = [cell for cell in results.cells if cell.state.finished]
+    for note in dict.fromkeys(note for cell in finished for note in cell.notes):
+        cells = [f"{cell.order} {cell.method} seed{cell.seed}" for cell in finished if note in cell.notes]
+        whose = "All runs" if len(cells) == len(finished) else ", ".join(cells)
+        yield f"{whose}: {note}."
 
 
 def _place(cell: CellResult) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
-from cl_dist.tasks.template import ChatTemplate
+from cl_dist.tasks.template import AnswerParts, ChatTemplate
 from cl_dist.tasks.types import IGNORE, Encoded, Example, Kind, Task
 
 if TYPE_CHECKING:
@@ -84,15 +84,17 @@ class Encoder:
         self._objective = objective
         self._config = train
         self._class_of = {name: number for number, name in enumerate(label_names)}
-        self._answers: dict[str, list[int]] = {}
+        self._answers: dict[str, AnswerParts] = {}
         self._prefix, self._suffix = find_special_tokens(tokenizer)
         self._generative = objective in ("causal_lm", "seq2seq_lm")
         if objective == "causal_lm":
             self._suffix = []  # an answer or the next document follows
         self._around_text = (self._prefix, self._suffix)
         self._template = self._chat_template()
+        self._lead: list[int] = []
         if self._template is not None:
             self._prefix, self._suffix = self._template.head, self._template.cue
+            self._lead = self._template.lead
         self._check_tokenizer()
         lengths = [len(self._fitting_answer(name, f"label {name!r}")) for name in label_names if self._generative]
         self._reserve = max(lengths, default=min(train.max_target_length, train.max_length // 2))
@@ -133,21 +135,46 @@ class Encoder:
         return [chunk for chunk in chunks if chunk.targets]
 
     def prompt_ids(self, prompt: str, answer_length: int | None = None) -> list[int]:
-        """Ids of a prompt with the tokenizer's special tokens or in its chat template, cut to `max_length`.
+        """Ids of a prompt with the tokenizer's special tokens or in its chat template, cut to `max_length`: what a
+        model that is evaluated goes on from. What the template puts before every answer is part of it.
 
         A decoder's prompt leaves room for an answer of `answer_length` tokens; without it, for the stream's longest
         label, else for the longest allowed answer, but at most half of `max_length`.
         """
         (ids,) = self._tokenize_prompts([prompt])
-        return self._framed(ids, self._reserve if answer_length is None else answer_length)
+        return self._framed(ids, self._reserve if answer_length is None else answer_length) + self._lead
 
     def answer_ids(self, answer: str) -> list[int]:
-        """Ids of an answer as they follow any prompt, with end-of-sequence at their end."""
+        """Ids of an answer as they follow any prompt in training, with end-of-sequence at their end; in a chat template
+        with all that it puts around the answer.
+        """
+        return self._parts(answer).ids
+
+    def scored_ids(self, answer: str) -> list[int]:
+        """Ids of an answer as they follow `prompt_ids` in evaluation: nothing that the chat template adds but the one
+        token that ends the answer, without which a label would be preferred for being the start of another.
+        """
+        parts = self._parts(answer)
+        return [*parts.body, *parts.tail[:1]]
+
+    @property
+    def stops(self) -> list[int]:
+        """Ids that end a generated answer."""
+        return [int(self._tokenizer.eos_token_id)] if self._template is None else self._template.stops
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """The answer that generated ids are: without special tokens, what the chat template puts behind an answer and
+        white space around it.
+        """
+        text = str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        return (text if self._template is None else self._template.without_tail(text)).strip()
+
+    def _parts(self, answer: str) -> AnswerParts:
         if answer not in self._answers and self._template is not None:
-            self._answers[answer] = self._template.answer_ids(answer)
+            self._answers[answer] = self._template.answer(answer)
         elif answer not in self._answers:
-            self._answers[answer] = [*self._bare_answer(answer), int(self._tokenizer.eos_token_id)]
-        return list(self._answers[answer])
+            self._answers[answer] = AnswerParts([], self._bare_answer(answer), [int(self._tokenizer.eos_token_id)])
+        return self._answers[answer]
 
     def _bare_answer(self, answer: str) -> list[int]:
         """Ids of an answer: alone as the target of an encoder-decoder, else after a space that follows a prompt."""
@@ -242,7 +269,7 @@ class Encoder:
             return None
         if self._objective != "causal_lm":
             raise BadInput(f"train.template: chat is for decoders, but the model's objective is {self._objective}")
-        return ChatTemplate(self._tokenizer)
+        return ChatTemplate(self._tokenizer, self._config.date)
 
     def _tokenize_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Ids of each prompt without what is put around it."""

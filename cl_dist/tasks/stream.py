@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cl_dist.config.files import expand, is_there
@@ -12,7 +15,8 @@ from cl_dist.heartbeat import beat
 from cl_dist.tasks.formats import READERS
 from cl_dist.tasks.formats.files import enumerate_names, missing
 from cl_dist.tasks.formats.source import RawTask, Source, Split
-from cl_dist.tasks.types import Example, Kind, Task
+from cl_dist.tasks.text import compose
+from cl_dist.tasks.types import Example, Kind, LabelSource, Task
 
 
 def load_stream(stream: StreamConfig, recipe_dir: Path) -> tuple[Task, ...]:
@@ -42,15 +46,22 @@ def build_task(source: Source, raw: RawTask) -> Task:
     for split in (raw.train, raw.evaluation):
         if not split.examples:
             raise BadInput(f"{split.origin} holds no samples")
-    labels = settle_labels(source, raw)
-    kind: Kind = raw.kind or ("classification" if labels else "generation")
+    labels, labels_from = settle_labels(source, raw)
+    kind: Kind = "classification" if labels else raw.kind if raw.kind == "text" else "generation"
+    train, evaluation = raw.train.examples, raw.evaluation.examples
+    if labels:
+        train, evaluation = [_composed(each) for each in train], [_composed(each) for each in evaluation]
+    evaluation = first_samples(evaluation, source.stream.max_eval_samples)
     return Task(
         name=source.task.name,
         kind=kind,
-        train=raw.train.examples[: source.stream.max_train_samples],
-        evaluation=first_samples(raw.evaluation.examples, source.stream.max_eval_samples),
+        train=train[: source.stream.max_train_samples],
+        evaluation=evaluation,
         labels=labels,
+        labels_from=labels_from,
+        unlisted=sum(each.answer not in labels for each in evaluation) if labels else 0,
         origins=(raw.train.origin, raw.evaluation.origin),
+        scored_on=raw.scored_on or source.stream.eval_split,
     )
 
 
@@ -63,53 +74,68 @@ def first_samples(examples: Sequence[Example], most: int | None) -> Sequence[Exa
     return [*examples[:most], *rest]
 
 
-def settle_labels(source: Source, raw: RawTask) -> tuple[str, ...]:
-    """The task's labels: stated in the recipe or the data, else inferred; none where it is not classification.
+def settle_labels(source: Source, raw: RawTask) -> tuple[tuple[str, ...], LabelSource | None]:
+    """The task's labels: stated in the recipe or the data, else found in the training answers; none where it is not
+    classification. And where they were found.
 
     Raises BadInput for a set of labels that makes no sense and for an answer that is not in it.
     """
     stated = source.task.labels if source.task.labels is not None else raw.labels
     if raw.kind in ("text", "generation"):
-        if source.task.labels is not None:
+        if source.task.labels:
             raise BadInput(f"labels are stated, but the task is {raw.kind}: leave `labels` out")
-        return ()
+        return (), None
+    if source.task.labels == ():
+        return (), None
     if stated is None:
-        return infer_labels(raw, source.stream.max_labels)
-    check_labels(stated)
+        found = infer_labels(raw.train.examples, source.stream.max_labels)
+        return found, "training answers" if found else None
+    labels = tuple(compose(label) for label in stated)
+    check_labels(labels)
     for split in (raw.train, raw.evaluation):
-        check_answers(split, stated)
-    return stated
+        check_answers(split, labels)
+    return labels, "recipe" if source.task.labels is not None else "data"
 
 
-def infer_labels(raw: RawTask, most: int) -> tuple[str, ...]:
-    """The distinct answers, sorted, where there are 2 to `most` of them; none where they look like free text.
+def infer_labels(examples: Sequence[Example], most: int) -> tuple[str, ...]:
+    """The distinct training answers, sorted, where they look like labels; none where they look like free text.
 
-    A handful of samples of a generation task has few distinct answers too: a label must stand for more than two
-    samples on average.
+    Labels are few (2 to `most`), come back (each answer is there twice at least: an answer that occurs once says that
+    others are still to be met), and are few against the number of samples: at most its square root, so that what is
+    picked out of a long list of names or values is not taken for classes. Evaluation answers have no say: a model must
+    not be told what it is going to be asked.
     """
-    examples = [*raw.train.examples, *raw.evaluation.examples]
-    answers = {example.answer for example in examples}
-    if "" in answers:  # kept by stream.empty_answers; to answer nothing is no class
-        return ()
-    return tuple(sorted(answers)) if 2 <= len(answers) <= min(most, (len(examples) - 1) // 2) else ()
+    counts = Counter(compose(example.answer) for example in examples)
+    few = 2 <= len(counts) <= min(most, math.isqrt(len(examples)))
+    return tuple(sorted(counts)) if few and min(counts.values()) > 1 and all(counts) else ()
 
 
 def check_labels(labels: Sequence[str]) -> None:
     """BadInput for fewer than two labels, an empty one or one that is there twice."""
     if len(labels) < 2:
-        raise BadInput(f"{len(labels)} label(s) stated; a classification task needs at least two")
+        raise BadInput(
+            f"{len(labels)} label(s) stated; a classification task needs at least two, and one that is to generate "
+            "text has `labels: []`"
+        )
     for index, label in enumerate(labels):
         if not label.strip() or label != label.strip():
             raise BadInput(f"label {index} is {label!r}; a label must not be empty, nor start or end with white space")
         if label in labels[:index]:
-            raise BadInput(f"label {label!r} is stated twice")
+            raise BadInput(f"label {label!r} is stated twice (labels are compared in Unicode's normal form C)")
 
 
 def check_answers(split: Split, labels: Sequence[str]) -> None:
     """BadInput for the first sample whose answer is not a label."""
     allowed = frozenset(labels)
     for index, example in enumerate(split.examples):
-        if example.answer not in allowed:
+        if compose(example.answer) not in allowed:
             raise BadInput(
                 f"{split.where(index)}: answer {example.answer!r} is not one of the labels {enumerate_names(labels)}"
             )
+
+
+def _composed(example: Example) -> Example:
+    """The same sample, its answers spelt as the labels are."""
+    if example.answer.isascii() and not example.references:
+        return example
+    return replace(example, answer=compose(example.answer), references=tuple(map(compose, example.references)))

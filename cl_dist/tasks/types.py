@@ -10,6 +10,8 @@ IGNORE = -100
 """Label of a position that takes no part in the loss (PyTorch's `ignore_index`)."""
 
 Kind = Literal["classification", "generation", "text"]
+LabelSource = Literal["recipe", "data", "training answers"]
+ScoredOn = Literal["test", "dev", "train"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class Task:
     """Allowed answers of a classification task, in a fixed order; else empty."""
     origins: tuple[str, str] = ("", "")
     """Files (or data set and split) that the training and the evaluation samples come from, for messages."""
+    labels_from: LabelSource | None = None
+    """Where the labels were found; None where there are none."""
+    unlisted: int = 0
+    """Evaluation samples whose answer is none of the labels, which were found in the training answers."""
+    scored_on: ScoredOn = "test"
+    """Which split `evaluation` is."""
 
 
 @dataclass(frozen=True)

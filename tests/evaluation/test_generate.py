@@ -36,33 +36,39 @@ def one_by_one(model: Any, tokenizer: PreTrainedTokenizerFast, first_new: int | 
     return texts
 
 
+def texts_of(model: Any, tokenizer: PreTrainedTokenizerFast, new_tokens: int = NEW_TOKENS) -> list[str]:
+    """What is generated from the prompts, as text."""
+    found = generate(model, tokenizer, PROMPTS, PAD, new_tokens, synced=False)
+    return [tokenizer.decode(each.ids, skip_special_tokens=True) for each in found]
+
+
 def test_llama(tokenizer: PreTrainedTokenizerFast) -> None:
     model = llama()
-    texts = generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False)
+    texts = texts_of(model, tokenizer)
     assert texts == one_by_one(model, tokenizer, None)
     assert len({len(text.split()) for text in texts}) > 1, "one sequence at least should end early"
 
 
 def test_llama_with_adapters(tokenizer: PreTrainedTokenizerFast) -> None:
-    plain = generate(llama(), tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False)
+    plain = texts_of(llama(), tokenizer)
     model = get_peft_model(
         llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     )
     model.eval()
-    texts = generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False)
+    texts = texts_of(model, tokenizer)
     assert texts == one_by_one(model, tokenizer, None)
     assert texts != plain
 
 
 def test_t5(tokenizer: PreTrainedTokenizerFast) -> None:
     model = t5()
-    assert generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False) == one_by_one(model, tokenizer, 1)
+    assert texts_of(model, tokenizer) == one_by_one(model, tokenizer, 1)
 
 
 def test_start_of_the_decoder_is_not_part_of_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
     model = t5()
     model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 5
-    texts = generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False)
+    texts = texts_of(model, tokenizer)
     assert texts == one_by_one(model, tokenizer, 1)
     assert max(len(text.split()) for text in texts) <= NEW_TOKENS
 
@@ -71,19 +77,19 @@ def test_settings_of_the_model_play_no_part(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = llama()
-    expected = generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False)
+    expected = texts_of(model, tokenizer)
     settings = model.generation_config
     settings.update(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, min_new_tokens=7, max_length=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False) == expected
+        assert texts_of(model, tokenizer) == expected
     assert model.generation_config is settings
     assert caplog.records == []
     assert capfd.readouterr() == ("", "")
 
 
 def test_limit_of_new_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = generate(llama(), tokenizer, PROMPTS, PAD, 3, synced=False)
+    texts = texts_of(llama(), tokenizer, 3)
     assert max(len(text.split()) for text in texts) == 3
 
 
@@ -103,3 +109,21 @@ def test_ends_with_the_last_sequence(build: Callable[[], Any], tokenizer: PreTra
     model.register_forward_hook(lambda *_: forwards.append(1))
     generate(model, tokenizer, [[5, word] for word in ends], PAD, 10 * NEW_TOKENS, synced=False)
     assert len(forwards) == max(ends.values())
+
+
+@pytest.mark.parametrize("build", [llama, t5])
+def test_what_the_limit_has_cut_is_known(build: Callable[[], Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    found = generate(build(), tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False)
+    assert [each.cut for each in found] == [EOS not in each.ids for each in found]
+    assert [each.cut for each in found] == [len(each.ids) == NEW_TOKENS and each.ids[-1] != EOS for each in found]
+
+
+def test_other_tokens_end_an_answer_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = llama()
+    whole = generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False)
+    stop = next(each.ids[1] for each in whole if len(each.ids) > 2)
+    stopped = generate(model, tokenizer, PROMPTS, PAD, NEW_TOKENS, synced=False, stops=[EOS, stop])
+    for before, after in zip(whole, stopped, strict=True):
+        end = before.ids.index(stop) + 1 if stop in before.ids else len(before.ids)
+        assert after.ids == before.ids[:end]
+        assert after.cut == (before.cut and stop not in before.ids)

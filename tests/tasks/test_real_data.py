@@ -22,6 +22,10 @@ def test_all_fifteen_tasks_of_the_long_benchmark() -> None:
         "sst-2": 2, "dbpedia": 14, "agnews": 4, "multirc": 2, "yahoo": 10,
     }  # fmt: skip
     assert {task.kind for task in loaded} == {"classification"}
+    assert {(task.labels_from, task.unlisted) for task in loaded} == {("training answers", 0)}
+    assert {task.name: task.scored_on for task in loaded if task.scored_on != "test"} == {
+        "dbpedia": "dev", "yahoo": "dev",
+    }  # fmt: skip
     assert {task.name: len(task.evaluation) for task in loaded if task.name in ("dbpedia", "yahoo", "agnews")} == {
         "dbpedia": 500, "yahoo": 500, "agnews": 2000,
     }  # fmt: skip

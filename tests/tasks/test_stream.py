@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cl_dist.config.schema import StreamConfig, TaskConfig
+from cl_dist.errors import BadInput
 from cl_dist.tasks.stream import load_stream
 from tests.tasks.data import as_lines, load_one, records, write_lines
 
@@ -49,12 +50,16 @@ def test_labels_do_not_depend_on_limits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answers", "most", "labels"),
     [
-        (["a", "b", "a"], 50, ("a", "b")),  # 2 labels for 6 samples (the file serves twice)
-        (["a", "b"], 50, ()),  # 2 for 4: half of the samples
+        (["a", "b", "a", "b"], 50, ("a", "b")),
+        (["a", "b", "a"], 50, ()),  # one of them once
+        (["a", "b"], 50, ()),
         (["a", "b", "c"] * 4, 2, ()),  # more than max_labels
         (["a", "b", "c"] * 4, 3, ("a", "b", "c")),
         ([f"answer {i}" for i in range(20)], 50, ()),
         (["a", "a", "a"], 50, ()),  # nothing to tell apart
+        ([f"city: {i % 20}" for i in range(399)], 50, ()),  # a list of names, each of which is there often
+        ([f"topic {i % 20}" for i in range(400)], 50, tuple(sorted(f"topic {i}" for i in range(20)))),
+        (["yes", "no"] * 500 + ["perhaps not today"], 50, ()),  # an answer that occurs once: there are others
     ],
 )
 def test_kind_follows_from_the_answers(tmp_path: Path, answers: list[str], most: int, labels: tuple[str, ...]) -> None:
@@ -62,6 +67,56 @@ def test_kind_follows_from_the_answers(tmp_path: Path, answers: list[str], most:
     task = load_one(tmp_path, path="a.jsonl", stream={"max_labels": most})
     assert task.labels == labels
     assert task.kind == ("classification" if labels else "generation")
+
+
+def test_evaluation_answers_have_no_say_in_the_labels_and_are_counted(tmp_path: Path) -> None:
+    write_lines(tmp_path / "t/train.jsonl", as_lines([{"input": "q", "output": a} for a in ["yes", "no"] * 4]))
+    write_lines(tmp_path / "t/test.jsonl", as_lines([{"input": "q", "output": a} for a in ["yes", "maybe", "never"]]))
+    task = load_one(tmp_path, path="t")
+    assert (task.labels, task.labels_from, task.unlisted) == (("no", "yes"), "training answers", 2)
+    assert load_one(tmp_path, path="t", stream={"max_eval_samples": 2}).unlisted == 1
+
+
+def test_an_empty_list_of_labels_makes_a_task_of_text(tmp_path: Path) -> None:
+    write_task(tmp_path / "t")
+    task = load_one(tmp_path, path="t", labels=())
+    assert (task.kind, task.labels, task.labels_from) == ("generation", (), None)
+
+
+@pytest.mark.parametrize("stated", [None, ("caf\u00e9", "th\u00e9"), ("cafe\u0301", "the\u0301")])
+def test_labels_and_answers_that_look_the_same_are_the_same(tmp_path: Path, stated: tuple[str, ...] | None) -> None:
+    answers = ["caf\u00e9", "the\u0301", "cafe\u0301", "th\u00e9"]
+    write_lines(tmp_path / "a.jsonl", as_lines([{"input": "q", "output": answer} for answer in answers]))
+    task = load_one(tmp_path, path="a.jsonl", labels=stated)
+    assert task.labels == ("caf\u00e9", "th\u00e9")
+    assert [each.answer for each in task.train] == ["caf\u00e9", "th\u00e9"] * 2
+
+
+def test_a_label_that_is_stated_in_two_spellings(tmp_path: Path) -> None:
+    write_task(tmp_path / "t")
+    with pytest.raises(BadInput, match=r"is stated twice \(labels are compared in Unicode's normal form C"):
+        load_one(tmp_path, path="t", labels=("yes", "no", "\u00e9", "e\u0301"))
+
+
+@pytest.mark.parametrize(
+    ("files", "path", "task", "split"),
+    [
+        (["t/train.jsonl", "t/test.jsonl"], "t", {}, "test"),
+        (["t/train.jsonl", "t/validation.jsonl"], "t", {}, "dev"),
+        (["test/train.jsonl", "test/dev.jsonl"], "test", {}, "dev"),
+        (["a.jsonl", "a.dev.jsonl"], "a.jsonl", {}, "dev"),
+        (["test.a.jsonl"], "test.a.jsonl", {}, "train"),
+        (["dev/a.txt"], "dev/a.txt", {"format": "text"}, "train"),
+        (["a/b.txt", "a/c.txt"], "a", {"format": "text"}, "train"),
+        (["a/b.txt", "a/c.txt", "a/test.txt"], "a", {"format": "text"}, "test"),
+    ],
+)
+def test_which_split_is_scored_is_known(
+    tmp_path: Path, files: list[str], path: str, task: dict[str, str], split: str
+) -> None:
+    for file in files:
+        write_lines(tmp_path / file, as_lines(records("input", "output", 4)))
+    assert load_one(tmp_path, path=path, **task).scored_on == split
 
 
 def test_stated_labels_keep_their_order(tmp_path: Path) -> None:

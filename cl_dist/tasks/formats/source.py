@@ -9,7 +9,10 @@ from pathlib import Path
 from cl_dist.config.files import expand, is_there
 from cl_dist.config.schema import StreamConfig, TaskConfig
 from cl_dist.errors import BadInput
-from cl_dist.tasks.types import Example, Kind
+from cl_dist.tasks.types import Example, Kind, ScoredOn
+
+SPLITS: dict[str, ScoredOn] = {"test": "test", "dev": "dev", "eval": "dev", "validation": "dev", "valid": "dev"}
+"""What formats call the splits that are evaluated on."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +72,15 @@ class RawTask:
     """Allowed answers where the format states them."""
     kind: Kind | None = None
     """Kind of the task where the format settles it; else it follows from the answers."""
+
+    @property
+    def scored_on(self) -> ScoredOn | None:
+        """Which split the evaluation split is, by the name of its file, its folders or its data set's split; None where
+        nothing is called so.
+        """
+        origin = self.evaluation.origin
+        if origin == self.train.origin:
+            return "train"
+        path, _, split = origin.removesuffix("]").partition("[")
+        names = [split, Path(path).stem.rpartition(".")[2], *(folder.name for folder in Path(path).parents)]
+        return next((SPLITS[name.lower()] for name in names if name.lower() in SPLITS), None)
