@@ -2,8 +2,8 @@
 
 With T tasks there are T² scores. In the manifest, which is replaced as a whole, each of them would cost a file of T²
 numbers; here it costs a line. A line is a whole row of the accuracy matrix (`row`) or one score of the row that is
-under way (`task`, `score`, and `how` it was scored), and carries a checksum. Lines that the manifest does not name are what a kill, or a task
-that was trained again, has left; they are never read.
+under way (`task`, `score`, and `how` it was scored), and carries a checksum. Lines that the manifest does not name are
+what a kill, or a task that was trained again, has left; they are never read.
 """
 
 from __future__ import annotations

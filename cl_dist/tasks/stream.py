@@ -48,7 +48,8 @@ def build_task(source: Source, raw: RawTask) -> Task:
             raise BadInput(f"{split.origin} holds no samples")
     labels, labels_from = settle_labels(source, raw)
     kind: Kind = "classification" if labels else raw.kind if raw.kind == "text" else "generation"
-    train, evaluation = raw.train.examples, raw.evaluation.examples
+    train: Sequence[Example] = raw.train.examples
+    evaluation: Sequence[Example] = raw.evaluation.examples
     if labels:
         train, evaluation = [_composed(each) for each in train], [_composed(each) for each in evaluation]
     evaluation = first_samples(evaluation, source.stream.max_eval_samples)
