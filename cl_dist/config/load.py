@@ -13,8 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from cl_dist.config.overrides import Override, apply_overrides, parse_override
 from cl_dist.config.paths import resolve_paths
-from cl_dist.config.problems import describe_problems, did_you_mean
+from cl_dist.config.problems import describe_problems
 from cl_dist.config.schema import Recipe, TrainConfig
+from cl_dist.config.words import did_you_mean
 from cl_dist.config.yaml_text import parse_yaml, render_yaml
 from cl_dist.errors import BadInput
 

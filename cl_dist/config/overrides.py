@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cl_dist.config.fields import info_of, method_classes
-from cl_dist.config.problems import show
+from cl_dist.config.words import show
 from cl_dist.config.yaml_text import parse_yaml
 from cl_dist.errors import BadInput
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -12,9 +10,7 @@ from pydantic import ValidationError
 
 from cl_dist.config.fields import Setting, method_classes, settings_of
 from cl_dist.config.schema import Recipe
-
-MAX_SHOWN = 60
-"""Longest part of a value that a message repeats, in characters."""
+from cl_dist.config.words import did_you_mean, show
 
 
 def describe_problems(error: ValidationError, methods: int = 1) -> list[str]:
@@ -27,18 +23,6 @@ def describe_problems(error: ValidationError, methods: int = 1) -> list[str]:
         # A value that fits no member of a union is reported once per member; the first report says it all.
         sentences.setdefault(key, _sentence(key, dict(problem)))
     return list(sentences.values())
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` with the most similar known word, or nothing."""
-    similar = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {similar[0]}?" if similar else ""
-
-
-def show(value: Any) -> str:
-    """A value as a message repeats it: JSON, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 @cache
