@@ -11,6 +11,7 @@ from typing import Any
 
 from cl_dist.cli.failures import end_now
 from cl_dist.cli.ranks import run_on_ranks, told_by_first_rank, told_once_per_machine
+from cl_dist.config.boundary import refusing
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.launch.environment import find_ranks
@@ -40,6 +41,11 @@ def run(arguments: Namespace) -> int:
 
 def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> None:
     """Raise BadInput where the data or the model cannot be used, as far as that shows without torch."""
+    with refusing("data or model"):
+        _check_stream_and_model(recipe, recipe_dir)
+
+
+def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> None:
     from cl_dist.evaluation.choice import resolve_mode
     from cl_dist.evaluation.general import check_available
     from cl_dist.models.check import check_chat_template, check_model_config, known_objective

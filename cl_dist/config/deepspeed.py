@@ -15,6 +15,10 @@ from cl_dist.config.words import did_you_mean, shorten, show
 
 SHARDED = (1, 2, 3)
 """ZeRO stages at which anything is sharded at all."""
+UNLIMITED = 2**63 - 1
+"""DeepSpeed's own default for what is to have no limit."""
+LARGEST_BUFFER = 10**10
+"""Elements: 40 GB in float32. A buffer of the size of `reduce_bucket_size` is made whatever the model's size is."""
 
 
 @dataclass(frozen=True)
@@ -32,32 +36,30 @@ def _truth(*stages: int) -> Allowed:
     return Allowed("true or false", lambda value: isinstance(value, bool), stages)
 
 
-def _count(least: int, *stages: int) -> Allowed:
+def _count(least: int, *stages: int, most: int = UNLIMITED, multiple: int = 1) -> Allowed:
     """A number of elements; a whole number may be written as 5e8, as DeepSpeed's own documentation does."""
 
     def fits(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= MOST_ELEMENTS:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
             return False
-        return value == int(value)
+        return value % multiple == 0
 
-    return Allowed(f"a whole number, at least {least}, at most {MOST_ELEMENTS}", fits, stages)
+    kind = "a whole number" if multiple == 1 else "an even number"
+    return Allowed(f"{kind}, at least {least}, at most {most}", fits, stages)
 
 
 def _words(*allowed: str) -> Allowed:
     return Allowed(", ".join(allowed), lambda value: isinstance(value, str) and value in allowed)
 
 
-MOST_ELEMENTS = 2**63 - 1
-"""DeepSpeed's own default for what is to have no limit."""
-
 ALLOWED: dict[str, Allowed] = {
     "communication_data_type": _words("fp32", "bf16"),
     "data_types.grad_accum_dtype": _words("fp32"),
     "zero_optimization.contiguous_gradients": _truth(*SHARDED),
     "zero_optimization.reduce_scatter": _truth(*SHARDED),
-    "zero_optimization.reduce_bucket_size": _count(1, *SHARDED),
+    "zero_optimization.reduce_bucket_size": _count(1, *SHARDED, most=LARGEST_BUFFER),
     "zero_optimization.overlap_comm": _truth(*SHARDED),
-    "zero_optimization.allgather_bucket_size": _count(1, 1, 2),
+    "zero_optimization.allgather_bucket_size": _count(2, 1, 2, multiple=2),
     "zero_optimization.use_multi_rank_bucket_allreduce": _truth(1, 2),
     "zero_optimization.ignore_unused_parameters": _truth(1, 2),
     "zero_optimization.parameter_alignment": _truth(1, 2),
@@ -134,7 +136,7 @@ REFUSED: dict[str, str] = {
     "seq_parallel_communication_data_type": _PARALLEL,
     "sequence_parallel_size": _PARALLEL,
     "sparse_attention": _REMOVED,
-    "sparse_gradients": "not supported by ZeRO",
+    "sparse_gradients": _REMOVED,
     "steps_per_print": _REPORTS,
     "tensor_parallel": _PARALLEL,
     "tensorboard": _REPORTS,

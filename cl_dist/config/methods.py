@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from cl_dist.config.ranges import STRICT, Fraction, NonNegative, Percent, Positive, PositiveInt, Share
+from cl_dist.config.ranges import STRICT, Divisor, Fraction, NonNegative, Percent, Positive, PositiveInt, Share
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -184,7 +184,7 @@ class KifConfig(UnitConfig):
     fusion: Literal["adaptive", "hard"] = "adaptive"
     """`adaptive` (paper): shares follow a softmax of the scores; `hard` (TaSL): masks; important units keep their
     side's weights."""
-    tau: Positive = 0.25
+    tau: Divisor = 0.25
     """Temperature of the adaptive fusion: the smaller, the more the larger score decides."""
     accumulate_new: Share = 0.3
     """Share of a task's scores in the accumulated scores; the past keeps the rest."""
@@ -282,7 +282,7 @@ class LwfConfig:
     """Name of the method."""
     weight: NonNegative = 1.0
     """Weight of the divergence from the old model beside the loss, both in the mean over targets."""
-    temperature: Positive = 2.0
+    temperature: Divisor = 2.0
     """What both models' logits are divided by (paper: 2); the divergence is multiplied by its square."""
     top_k: PositiveInt | None = 64
     """How many of the old model's likeliest classes (tokens) are kept for each target; the others count as one. null:

@@ -8,21 +8,40 @@ from dataclasses import replace
 from pathlib import Path
 
 from cl_dist.config.schema import Recipe
+from cl_dist.config.words import shorten
+from cl_dist.errors import BadInput
+
+
+def expand(written: str, key: str) -> Path:
+    """A path as typed, with `~` and `~user` as home folders; BadInput, which names the setting, for an unknown user."""
+    try:
+        return Path(written).expanduser()
+    except RuntimeError as error:
+        user = shorten(written.partition("/")[0])
+        raise BadInput(
+            f"{key}: {shorten(written)}: {user} is no home folder, since there is no such user; give a whole path, or "
+            f"./{user} for a folder of that name"
+        ) from error
 
 
 def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Recipe:
-    """Make `stream.root` absolute, and the paths that lie beside the recipe rather than below the root.
+    """Make `stream.root` absolute, and the paths that lie beside the recipe rather than below the root; put homes
+    in the place of `~`.
 
     folder: the recipe's. typed_root: `stream.root` was typed on the command line, so it starts from the working
     directory, as everything does that is typed there. A recipe whose tasks name no path is returned as it is.
     """
     recipe = _resolve_include_path(recipe, folder)
+    recipe = replace(recipe, output_dir=_at_home(recipe.output_dir, "output_dir"))
     stream = recipe.stream
     if stream.root is None and stream.instruction_file is None and not any(task.path for task in stream.tasks):
         return recipe
-    root = (Path.cwd() if typed_root else folder) / Path(stream.root or "").expanduser()
-    tasks = tuple(replace(task, path=_beside(task.path, root, folder)) for task in stream.tasks)
-    instructions = _beside(stream.instruction_file, root, folder)
+    root = (Path.cwd() if typed_root else folder) / expand(stream.root or "", "stream.root")
+    tasks = tuple(
+        replace(task, path=_beside(task.path, f"stream.tasks.{number}.path", root, folder))
+        for number, task in enumerate(stream.tasks)
+    )
+    instructions = _beside(stream.instruction_file, "stream.instruction_file", root, folder)
     return replace(recipe, stream=replace(stream, root=str(root), tasks=tasks, instruction_file=instructions))
 
 
@@ -33,16 +52,24 @@ def _resolve_include_path(recipe: Recipe, folder: Path) -> Recipe:
     general = recipe.eval.general
     if general is None or general.include_path is None:
         return recipe
-    path = Path(general.include_path).expanduser()
+    path = expand(general.include_path, "eval.general.include_path")
     found = next((base / path for base in (folder, Path.cwd()) if (base / path).exists()), folder / path)
     return replace(recipe, eval=replace(recipe.eval, general=replace(general, include_path=str(found.absolute()))))
 
 
-def _beside(written: str | None, root: Path, folder: Path) -> str | None:
-    """A path that is found in the recipe's folder and not below the root as an absolute one, any other as written."""
+def _at_home(written: str, key: str) -> str:
+    """A path with its `~` expanded; any other as written."""
+    return str(expand(written, key)) if written.startswith("~") else written
+
+
+def _beside(written: str | None, key: str, root: Path, folder: Path) -> str | None:
+    """A path that starts at home, or is found in the recipe's folder and not below the root, as an absolute one; any
+    other as written.
+    """
     if written is None:
         return None
-    path = Path(written).expanduser()
+    written = _at_home(written, key)
+    path = Path(written)
     if (root / path).exists() or not (folder / path).exists():
         return written
     return str(folder / path)

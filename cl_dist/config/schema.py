@@ -18,7 +18,17 @@ from pydantic.dataclasses import dataclass
 from cl_dist.config.composition import GROWING, refuse_exclusive
 from cl_dist.config.deepspeed import refuse_raw_settings
 from cl_dist.config.methods import MethodConfig, SequentialConfig, UnitConfig
-from cl_dist.config.ranges import STRICT, Fraction, NonNegative, Positive, PositiveInt
+from cl_dist.config.ranges import (
+    STRICT,
+    Divisor,
+    Fraction,
+    Minutes,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Seconds,
+)
 
 BUILTIN_MODELS = ("builtin:llama-tiny", "builtin:t5-tiny", "builtin:roberta-tiny")
 FORMATS = ("builtin", "cl_benchmark", "tasl", "trace", "superni", "jsonl", "text", "huggingface")
@@ -185,11 +195,11 @@ class TrainConfig:
     """AdamW's first decay rate."""
     beta2: Fraction = 0.999
     """AdamW's second decay rate."""
-    eps: Positive = 1e-8
+    eps: Divisor = 1e-8
     """AdamW's denominator offset."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate over a task's steps, after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up at the start of every task."""
     max_length: PositiveInt = 512
     """Longest input in tokens: prompt and answer for a decoder, the source for an encoder-decoder. The prompt is cut
@@ -224,7 +234,7 @@ class TrainConfig:
     loss_average: Literal["tokens", "micro_batch"] = "tokens"
     """`tokens`: the mean over all answer tokens of the global batch, the same for any number of ranks. `micro_batch`:
     the mean of the micro-batches' means (as older Trainers do)."""
-    max_skipped_steps: Annotated[int, Field(ge=0)] = 0
+    max_skipped_steps: NonNegativeInt = 0
     """How many optimiser steps in a row may be left out because the loss or the gradient's norm is NaN or infinite: no
     rank changes weights, moments or what methods measure then. The next one ends the run; 0: the first."""
     check_replicas_every: PositiveInt | None = None
@@ -264,10 +274,10 @@ class LaunchConfig:
     processes: PositiveInt = 1
     """Ranks to start on this machine. Under torchrun, deepspeed, mpirun or srun the ranks that they started are
     used."""
-    timeout_seconds: Positive = 1800.0
+    timeout_seconds: Seconds = 1800.0
     """A collective operation that takes longer than this ends the run. Set it longer than the longest work of one rank
     that the others wait for: rank 0 writing the exported model, a rank writing its part of a state."""
-    hang_seconds: Positive | None = 1200.0
+    hang_seconds: Seconds | None = 1200.0
     """A job none of whose ranks gets anything done for so long (a micro-batch, an evaluation batch, a file, a part of
     loading) is ended, with every rank's stacks in the run folder; null: never. Longer than the longest of these;
     well below timeout_seconds, which would end the run first and says less (with NCCL, no more than SIGABRT)."""
@@ -285,7 +295,7 @@ class GeneralConfig:
     """Folder with task files (YAML) of your own; a relative path starts from the recipe's folder."""
     limit: PositiveInt | None = None
     """Use only the first so many documents of each task. For trials: such scores are not comparable with others."""
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    num_fewshot: NonNegativeInt | None = None
     """Examples in the prompt; null: what the task file says."""
     batch_size: PositiveInt | None = None
     """Requests per rank and forward pass; null: eval.batch_size."""
@@ -330,7 +340,7 @@ class CheckpointConfig:
 
     every_steps: PositiveInt | None = 200
     """Save inside a task every so many optimiser steps; null: not for that reason."""
-    every_minutes: Positive | None = None
+    every_minutes: Minutes | None = None
     """Save inside a task once so many minutes have passed since the last save; null: not for that reason. Without
     every_steps and every_minutes a task's state is saved at its end and when the run is asked to stop."""
     keep: PositiveInt = 2

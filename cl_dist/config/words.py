@@ -9,6 +9,8 @@ from typing import Any
 
 MAX_SHOWN = 60
 """Longest part of a value that a message repeats, in characters."""
+MAX_PATH = 300
+"""The same of a path, which should be whole: longer ones are accidents."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -19,9 +21,25 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def show(value: Any) -> str:
     """A value as a message repeats it: JSON, cut where it is long."""
-    return shorten(json.dumps(value, ensure_ascii=False, default=str))
+    return shorten(json.dumps(value, ensure_ascii=not is_text(value), default=str))
 
 
-def shorten(text: str) -> str:
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that UTF-8 can hold: bytes of a command line that are no text come as halves of
+    surrogate pairs.
+    """
+    try:
+        str(value).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shorten(text: str, most: int = MAX_SHOWN) -> str:
     """A text that a message repeats, cut where it is long."""
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def show_path(path: object) -> str:
+    """A path as a message repeats it; bytes that are no text are escaped."""
+    return shorten(str(path).encode("utf-8", "backslashreplace").decode("utf-8"), MAX_PATH)
