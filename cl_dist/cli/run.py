@@ -51,6 +51,7 @@ def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> None:
     from cl_dist.models.check import check_chat_template, check_model_config, known_objective
     from cl_dist.tasks.encode import check_kind
     from cl_dist.tasks.stream import load_stream
+    from cl_dist.tasks.warmup import check_warmup
 
     tasks = load_stream(recipe.stream, recipe_dir)
     check_model_config(recipe.model, [label for task in tasks for label in task.labels])
@@ -58,6 +59,8 @@ def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> None:
         check_chat_template(recipe.model)
     if recipe.eval.general is not None:
         check_available(recipe.eval.general)
+    ranks = find_ranks(os.environ)
+    check_warmup(recipe, tasks, recipe.launch.processes if ranks is None else ranks.world_size)
     objective = known_objective(recipe.model)
     if objective is None:  # only loading the model will tell
         return

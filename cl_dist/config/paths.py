@@ -7,8 +7,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from cl_dist.config.boundary import refusing
 from cl_dist.config.schema import Recipe
-from cl_dist.config.words import shorten
+from cl_dist.config.words import shorten, show_path
 from cl_dist.errors import BadInput
 
 
@@ -42,6 +43,8 @@ def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Rec
         for number, task in enumerate(stream.tasks)
     )
     instructions = _beside(stream.instruction_file, "stream.instruction_file", root, folder)
+    with refusing("stream.root"):
+        _refuse_endless(root, "stream.root")
     return replace(recipe, stream=replace(stream, root=str(root), tasks=tasks, instruction_file=instructions))
 
 
@@ -53,7 +56,8 @@ def _resolve_include_path(recipe: Recipe, folder: Path) -> Recipe:
     if general is None or general.include_path is None:
         return recipe
     path = expand(general.include_path, "eval.general.include_path")
-    found = next((base / path for base in (folder, Path.cwd()) if (base / path).exists()), folder / path)
+    with refusing("eval.general.include_path"):
+        found = next((base / path for base in (folder, Path.cwd()) if (base / path).exists()), folder / path)
     return replace(recipe, eval=replace(recipe.eval, general=replace(general, include_path=str(found.absolute()))))
 
 
@@ -69,7 +73,14 @@ def _beside(written: str | None, key: str, root: Path, folder: Path) -> str | No
     if written is None:
         return None
     written = _at_home(written, key)
-    path = Path(written)
-    if (root / path).exists() or not (folder / path).exists():
-        return written
-    return str(folder / path)
+    with refusing(key):
+        below, beside = root / written, folder / written
+        found = below if below.exists() or not beside.exists() else beside
+        _refuse_endless(found, key)
+    return written if found is below else str(found)
+
+
+def _refuse_endless(path: Path, key: str) -> None:
+    """Who reads a pipe or a device may wait for ever, or never come to its end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise BadInput(f"{key}: {show_path(path)} is a pipe, a socket or a device; allowed: a file or a folder")

@@ -19,6 +19,7 @@ from cl_dist.config.composition import GROWING, refuse_exclusive
 from cl_dist.config.deepspeed import refuse_raw_settings
 from cl_dist.config.methods import MethodConfig, SequentialConfig, UnitConfig
 from cl_dist.config.ranges import (
+    MOST_INT,
     STRICT,
     Divisor,
     Fraction,
@@ -29,6 +30,7 @@ from cl_dist.config.ranges import (
     PositiveInt,
     Seconds,
 )
+from cl_dist.config.unread import refuse_unread
 
 BUILTIN_MODELS = ("builtin:llama-tiny", "builtin:t5-tiny", "builtin:roberta-tiny")
 FORMATS = ("builtin", "cl_benchmark", "tasl", "trace", "superni", "jsonl", "text", "huggingface")
@@ -242,9 +244,15 @@ class TrainConfig:
     those that every rank holds whole. null: never."""
 
     def __post_init__(self) -> None:
-        """Refuse grouping by length in file order."""
+        """Refuse grouping by length in file order, and a warm-up that no task gets to the end of."""
         if self.group_by_length and not self.shuffle:
             raise ValueError("group_by_length: true reorders the samples, which shuffle: false forbids; change one")
+        most = self.max_steps_per_task
+        if most is not None and self.warmup_steps > most:
+            raise ValueError(
+                f"warmup_steps: {self.warmup_steps} is more than max_steps_per_task {most}, so that learning_rate "
+                f"would never be reached; allowed: at most {most}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -372,6 +380,8 @@ class Recipe:
         self._check_template()
         self._check_general()
         self._check_accumulation()
+        self._check_batch()
+        refuse_unread(self)
 
     def _check_methods(self) -> None:
         names = [method.name for method in self.method]
@@ -462,6 +472,16 @@ class Recipe:
         unknown = next((place for place in general.after if names and place not in allowed), None)
         if general.after != "all" and unknown is not None:
             raise ValueError(f'eval.general.after: "{unknown}" is none of all, {", ".join(allowed)}')
+
+    def _check_batch(self) -> None:
+        train, ranks = self.train, self.launch.processes
+        batch = train.micro_batch_size * train.gradient_accumulation * ranks
+        if batch > MOST_INT:
+            raise ValueError(
+                f"train.micro_batch_size: {train.micro_batch_size}, with train.gradient_accumulation "
+                f"{train.gradient_accumulation} and {ranks} ranks, makes a global batch of {batch}; allowed: at most "
+                f"{MOST_INT}"
+            )
 
     def _check_accumulation(self) -> None:
         types = self.zero.deepspeed.get("data_types", {})

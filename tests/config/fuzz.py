@@ -59,24 +59,30 @@ ODD = [
     # odd texts
     "''", "' '", "x", "auto", "all", "none", "'1'", "'true'", '"\\ud800"', '"a\\udfffb"', '"\\0"', '"a\\nb"', '"\\x07"',
     '"\\u202e"', '"e\\u0301"', "é", "a" * 300, "a" * 70000, "/".join(["a"] * 3000), "2024-01-01", "12:30", "=", "'<<'",
-    # paths
-    "'~'", "~/x", "~no_such_user_here/x", "'~no_such_user_here'", ".", "..", "../..", "/", "/dev/null", "/dev/zero",
-    "fifo", "./fifo", "mine", "mine/train.jsonl", "loop", "/proc/self/mem", "/root/x/y", "builtin:", "builtin:nothing",
-    "mine.yaml", '"mine\\0x"', "'-'", "'--'", "a//b", "model", "a b",
+    "'-'", "'--'", "builtin:", "builtin:nothing",
     # structures
     "[]", "{}", "[1]", "[x]", "['', '']", "{a: 1}", "{name: x}", "[[[[]]]]", "{a: {b: {c: {d: 1}}}}", "[null]",
     "[" * 60 + "]" * 60, "[" * 800 + "]" * 800, "{a: " * 300 + "1" + "}" * 300, "[" + "x, " * 5000 + "x]", "[a, a]",
     # YAML itself
-    "!!python/object/apply:os.system [id]", "!!binary aGk=", "!!set {a}", "!!timestamp 2024-01-01", "&a [*a]", "*nothing",
-    "!x y", "{1: 2}", "{true: 2}", "{[a]: 2}", "{a: 1, a: 2}", "{<<: {a: 1}}", "{<<: 3}", "{? : 1}", "| x", "'unclosed",
+    "!!python/object/apply:os.system [id]", "!!binary aGk=", "!!set {a}", "!!timestamp 2024-01-01", "&a [*a]",
+    "*nothing", "!x y", "{1: 2}", "{true: 2}", "{[a]: 2}", "{a: 1, a: 2}", "{<<: {a: 1}}", "{<<: 3}", "{? : 1}", "| x", "'unclosed",
     "!!int x", "!!float x", "!!str 5", "!!null x", "!!map 3", "!!seq 3", "!!merge x", "? x", "- x", "%YAML 1.1",
 ]  # fmt: skip
 """Values as YAML texts."""
 
+MERGES = "b0: &b0 {k: 1}\n" + "".join(f"b{n}: &b{n} {{<<: [{', '.join([f'*b{n - 1}'] * 20)}]}}\n" for n in range(1, 9))
+"""Twenty mappings merged, eight times over: 20**8 keys where nobody counts."""
+LONG_ALIASES = f"c: &c {'x' * 10000}\nd: [{', '.join(['*c'] * 5000)}]\n"
+PATHS = ["output_dir", "model.name_or_path", "stream.root", "stream.tasks.1.path", "stream.instruction_file"]
+ODD_PATHS = [
+    "'~'", "~/x", "~no_such_user_here/x", "'~no_such_user_here'", ".", "..", "../..", "/", "/dev/null", "/dev/zero",
+    "fifo", "./fifo", "mine", "mine/train.jsonl", "loop", "loop/x", "/proc/self/mem", "/proc/x/y", "mine.yaml",
+    '"mine\\0x"', "a//b", "a b", "a" * 300, "/".join(["a"] * 3000), '"a\\ud800"', '"a\\nb"', "mine/train.jsonl/x",
+]  # fmt: skip
 TEXTS = [
-    "\0", "\ufeff", "\t", "---\n", "...\n", "&a ", "*a", "<<: *a\n", "{", "}", "[", "]", ": ", "? ", "!!python/none ", "'", '"',
-    "#", "%", "\r", "\x85", "\u2028", "\ud7ff", "|\n", ">\n", "[" * 2000, "{a: " * 2000, "- " * 2000, "x" * 100000, "@", "`",
-    "\U0010ffff", "a: &a {k: 1}\n", "b: &b {<<: [*a, *a]}\n",
+    "\0", "\ufeff", "\t", "---\n", "...\n", "&a ", "*a", "<<: *a\n", "{", "}", "[", "]", ": ", "? ", "!!python/none ",
+    "'", '"', "#", "%", "\r", "\x85", "\u2028", "\ud7ff", "|\n", ">\n", "[" * 2000, "{a: " * 2000, "- " * 2000, "x" * 100000,
+    "@", "`", "\U0010ffff", "a: &a {k: 1}\n", "b: &b {<<: [*a, *a]}\n", MERGES, LONG_ALIASES,
 ]  # fmt: skip
 """What is inserted into the text of a recipe."""
 
@@ -143,11 +149,26 @@ METHODS = ("sequential", "migu", "kif", "tasl", "recurrent_kif", "ewc", "lwf", "
 @st.composite
 def assignments(draw: st.DrawFn) -> str:
     """`key=value` with a known or a misspelt key and an odd or a listed value."""
-    key = draw(st.sampled_from(KEYS))
+    key = draw(st.sampled_from(KEYS) | st.sampled_from(PATHS))
+    if key in PATHS and draw(st.booleans()):
+        return f"{key}={draw(st.sampled_from(ODD_PATHS))}"
     if draw(st.integers(0, 2)) > 0:
         return f"{key}={draw(st.sampled_from(FITTING[key]))}"
     if draw(st.integers(0, 9)) == 0:
-        key = draw(st.sampled_from([key[:-1], key + "s", f"{key}.x", f"{key}.0", key.upper(), f"x.{key}", f"{key}. "]))
+        key = draw(
+            st.sampled_from(
+                [
+                    key[:-1],
+                    key + "s",
+                    f"{key}.x",
+                    f"{key}.0",
+                    key.upper(),
+                    f"x.{key}",
+                    f"{key}. ",
+                    f"{key}{'.a' * 2000}",
+                ]
+            )
+        )
     value = draw(st.sampled_from(ODD) | st.sampled_from(WORDS))
     return f"{key}={value}"
 
@@ -184,7 +205,13 @@ BY_KIND = {
     "null": ["null"],
     "a text": ["x", "mine", "input", "output", "builtin:llama-tiny", "builtin:t5-tiny", "'~/x'", "~no_user/x", "a/b"],
     "a list of texts": ["[x]", "[y, n]", "[mine]", "[first]", "[q_proj, v_proj]"],
-    "a mapping of settings": ["{}", "{r: 4}", "{name: migu}", "{name_or_path: builtin:t5-tiny}", "{tasks: [hellaswag]}"],
+    "a mapping of settings": [
+        "{}",
+        "{r: 4}",
+        "{name: migu}",
+        "{name_or_path: builtin:t5-tiny}",
+        "{tasks: [hellaswag]}",
+    ],
     "a list of mappings": ["[{name: spring, format: builtin}]", "[{name: migu}, {name: ewc}]"],
 }
 """Values that a setting may well have, by the words of its description."""
