@@ -27,6 +27,7 @@ SMALL = (
     "stream.max_train_samples=4",
     "stream.max_eval_samples=2",
     "train.max_steps_per_task=1",
+    "train.warmup_steps=0",
     "train.micro_batch_size=2",
     "train.gradient_accumulation=1",
     "train.max_length=64",
@@ -99,11 +100,13 @@ def changes_for(name: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_it_takes_data_and_a_model_from_the_command_line(name: str, tmp_path: Path) -> None:
     changes = changes_for(name, tmp_path)
-    recipe, folder = load_recipe(name, [*changes, *EXTRA.get(name, ())])
+    changes += EXTRA.get(name, ())
+    recipe, folder = load_recipe(name, changes)
     published, _ = load_recipe(name)
     assert recipe.train == published.train or name in EXTRA
     assert recipe.method == published.method
-    check_stream_and_model(resolve_order(recipe, folder), folder)
+    short, _ = load_recipe(name, [*changes, "train.warmup_steps=0"])  # so few samples make no fifty steps
+    check_stream_and_model(resolve_order(short, folder), folder)
 
 
 def test_there_is_a_recipe_for_every_published_order() -> None:

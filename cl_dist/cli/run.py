@@ -11,6 +11,7 @@ from typing import Any
 
 from cl_dist.cli.failures import end_now
 from cl_dist.cli.ranks import run_on_ranks, told_by_first_rank, told_once_per_machine
+from cl_dist.config.boundary import refusing
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.launch.environment import find_ranks
@@ -44,12 +45,18 @@ def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]
 
     Raises BadInput where the data or the model cannot be used, as far as that shows without torch.
     """
+    with refusing("data or model"):
+        return _check_stream_and_model(recipe, recipe_dir)
+
+
+def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]:
     from cl_dist.evaluation.choice import resolve_mode
     from cl_dist.evaluation.general import check_available
     from cl_dist.evaluation.rouge_tokens import rouge_tokenizer
     from cl_dist.models.check import check_chat_template, check_model_config, check_positions, known_objective
     from cl_dist.tasks.encode import check_kind
     from cl_dist.tasks.stream import load_stream
+    from cl_dist.tasks.warmup import check_warmup
 
     tasks = load_stream(recipe.stream, recipe_dir)
     check_model_config(recipe.model, [label for task in tasks for label in task.labels])
@@ -60,6 +67,8 @@ def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]
         rouge_tokenizer("xlingual", recipe.eval.rouge_tokenizer_path)
     if recipe.eval.general is not None:
         check_available(recipe.eval.general)
+    ranks = find_ranks(os.environ)
+    check_warmup(recipe, tasks, recipe.launch.processes if ranks is None else ranks.world_size)
     objective = known_objective(recipe.model)
     if objective is None:  # only loading the model will tell
         return tasks

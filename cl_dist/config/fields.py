@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from cl_dist.config.methods import MethodConfig
+from cl_dist.config.ranges import MOST_FLOAT, MOST_INT
 from cl_dist.config.schema import Recipe
 
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
@@ -48,7 +49,10 @@ def component_of(annotation: Any) -> type | None:
 
 
 def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """The values that an annotation allows, in words: `a whole number, at least 1, or null`."""
+    """The values that an annotation allows, in words: `a whole number, at least 1, or null`.
+
+    Limits that no sensible value comes near (`ranges.MOST_INT`, `MOST_FLOAT`) are left out.
+    """
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *extra = get_args(annotation)
@@ -74,7 +78,7 @@ def _describe_limits(annotation: Any, metadata: Sequence[Any]) -> Iterator[str]:
     unit = "entry" if get_origin(annotation) is tuple else "character"
     for limit in metadata:
         for name, words in _BOUNDS.items():
-            if hasattr(limit, name):
+            if hasattr(limit, name) and getattr(limit, name) not in (MOST_INT, MOST_FLOAT):
                 yield words.format(_number(getattr(limit, name)))
         for name, words in _SIZES.items():
             if hasattr(limit, name):
@@ -87,7 +91,7 @@ def _plural(unit: str, count: int) -> str:
 
 
 def _number(value: float) -> str:
-    return str(int(value)) if value == int(value) else str(value)
+    return str(int(value)) if value == int(value) else f"{value:g}"
 
 
 def _flatten(metadata: Sequence[Any]) -> list[Any]:

@@ -9,10 +9,8 @@ import os
 import stat
 from pathlib import Path
 
+from cl_dist.config.words import shorten, show_path
 from cl_dist.errors import BadInput
-
-SHOWN = 80
-"""Longest part of an unusable path that a message repeats, in characters."""
 
 _SPECIAL = {
     stat.S_IFIFO: "a named pipe",
@@ -29,7 +27,7 @@ def expand(written: str, setting: str) -> Path:
     try:
         return Path(written).expanduser()
     except RuntimeError as error:
-        user = written.partition("/")[0]
+        user, written = shorten(written.partition("/")[0]), show_path(written)
         raise BadInput(f"{setting}: {written}: no home folder of a user {user[1:]!r} is known here") from error
 
 
@@ -86,11 +84,7 @@ def _mode(path: Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise BadInput(f"the path {_cut(path)} cannot be used: {error.strerror}") from error
+        raise BadInput(f"the path {show_path(path)} cannot be used: {error.strerror}") from error
     except ValueError as error:  # a NUL byte, or half a surrogate pair
-        raise BadInput(f"the path {_cut(path)} cannot be used: it holds a character that no path can have") from error
-
-
-def _cut(path: Path) -> str:
-    text = str(path).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        shown = show_path(path)
+        raise BadInput(f"the path {shown} cannot be used: it holds a character that no path can have") from error

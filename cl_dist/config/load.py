@@ -11,12 +11,14 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from cl_dist.config.boundary import refusing
 from cl_dist.config.files import expand, refuse_special
 from cl_dist.config.overrides import Override, apply_overrides, parse_override
 from cl_dist.config.paths import resolve_paths
-from cl_dist.config.problems import describe_problems, did_you_mean
+from cl_dist.config.problems import describe_problems
 from cl_dist.config.schema import Recipe, TrainConfig
-from cl_dist.config.yaml_text import parse_yaml, render_yaml
+from cl_dist.config.words import did_you_mean, shorten, show_path
+from cl_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml, render_yaml
 from cl_dist.errors import BadInput
 
 SUFFIXES = (".yaml", ".yml")
@@ -31,6 +33,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recip
     come out absolute (see `cl_dist.config.paths`), so the recipe means the same wherever it is written to. Raises
     BadInput with one line per problem.
     """
+    with refusing("recipe"):
+        return _load(name_or_path, overrides)
+
+
+def _load(name_or_path: str, overrides: Sequence[str]) -> tuple[Recipe, Path]:
     changes = [parse_override(text) for text in overrides]
     name, text, folder = _find(name_or_path)
     data = parse_yaml(text, name_or_path)
@@ -38,8 +45,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recip
         raise BadInput(f"{name_or_path}: a recipe is a mapping of settings (model: ..., stream: ...), this is none")
     apply_overrides(data, changes)
     _fill_defaults(data, name)
-    recipe = _check(data)
-    return resolve_paths(recipe, folder, typed_root=_types_root(changes)), folder
+    recipe = resolve_paths(_check(data), folder, typed_root=_types_root(changes))
+    _require_unicode(recipe)
+    return recipe, folder
 
 
 def shipped_recipes() -> list[str]:
@@ -59,16 +67,25 @@ def dump_recipe(recipe: Recipe) -> str:
     return render_yaml(to_dict(recipe))
 
 
+def _require_unicode(recipe: Recipe) -> None:
+    """Folders may have names that are no text; config.yaml could not hold a path with one."""
+    try:
+        json.dumps(to_dict(recipe), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        word = error.object[max(0, error.start - 30) : error.end].encode("utf-8", "backslashreplace").decode("utf-8")
+        raise BadInput(f"recipe: the path ...{word} is not UTF-8 text; rename the folder or file") from error
+
+
 def _find(name_or_path: str) -> tuple[str, str, Path]:
     """Name, text and folder of a recipe. A shipped recipe's relative paths start from the working directory."""
     if name_or_path in shipped_recipes():
         file = resources.files("cl_dist.recipes") / f"{name_or_path}.yaml"
         return name_or_path, file.read_text(encoding="utf-8"), Path.cwd()
-    path = expand(name_or_path, "the recipe")
+    path = expand(name_or_path, "recipe")
     if path.suffix not in SUFFIXES:
         known = shipped_recipes()
         raise BadInput(
-            f"{name_or_path}: no shipped recipe and no YAML file (.yaml, .yml); shipped: {', '.join(known)}"
+            f"{shorten(name_or_path)}: no shipped recipe and no YAML file (.yaml, .yml); shipped: {', '.join(known)}"
             f"{did_you_mean(name_or_path, known)}"
         )
     return path.stem, _read(path), path.absolute().parent
@@ -77,9 +94,12 @@ def _find(name_or_path: str) -> tuple[str, str, Path]:
 def _read(path: Path) -> str:
     refuse_special(path)
     try:
-        return path.read_text(encoding="utf-8")
+        size = path.stat().st_size
+        if size > 4 * MAX_CHARACTERS:
+            raise BadInput(f"{path}: {size} bytes are no recipe; allowed: at most {MAX_CHARACTERS} characters")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise BadInput(f"{path}: the recipe cannot be read: {error.strerror}") from error
+        raise BadInput(f"{show_path(path)}: the recipe cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: the recipe is not UTF-8 text (byte {error.start})") from error
 

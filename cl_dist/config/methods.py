@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from cl_dist.config.ranges import STRICT, Fraction, NonNegative, Percent, Positive, PositiveInt, Share
+from cl_dist.config.ranges import STRICT, Divisor, Fraction, NonNegative, Percent, Positive, PositiveInt, Share
+
+
+def _refuse_given(settings: object, why: str, *names: str) -> None:
+    """ValueError for the first of the settings that differs from its default; a run's config.yaml spells them out."""
+    for name in names:
+        value = getattr(settings, name)
+        if value != getattr(type(settings), name):
+            raise ValueError(f"{name}: {str(value).lower()} is read by nothing: {why}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -115,9 +123,11 @@ class MiguConfig:
     micro-batch is masked by the magnitudes so far in its step, an approximation that lets it skip rows."""
 
     def __post_init__(self) -> None:
-        """Refuse a scope that only skipping can serve."""
+        """Refuse a scope that only skipping can serve, and ways to measure what random rows do not need."""
         if self.mask_scope == "micro_batch" and not self.skip_rows:
             raise ValueError("mask_scope: micro_batch masks inside the backward pass, which skip_rows: false forbids")
+        if self.selection == "random":
+            _refuse_given(self, "selection: random draws rows without measuring them", "magnitude", "count_padding")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -184,13 +194,22 @@ class KifConfig(UnitConfig):
     fusion: Literal["adaptive", "hard"] = "adaptive"
     """`adaptive` (paper): shares follow a softmax of the scores; `hard` (TaSL): masks; important units keep their
     side's weights."""
-    tau: Positive = 0.25
+    tau: Divisor = 0.25
     """Temperature of the adaptive fusion: the smaller, the more the larger score decides."""
     accumulate_new: Share = 0.3
     """Share of a task's scores in the accumulated scores; the past keeps the rest."""
     replay_ratio: Share = 0.0
     """Share of every past task's training samples that is mixed into a task's own (KIF-M, TaSL-M; 0.02 in the papers);
     0: none."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings of the other fusion as well."""
+        super().__post_init__()
+        if self.fusion == "adaptive":
+            masks = ("threshold", "weight_new", "weight_old", "weight_neither")
+            _refuse_given(self, "fusion: adaptive takes shares from the scores and makes no masks", *masks)
+        else:
+            _refuse_given(self, "fusion: hard fuses by masks", "tau")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -282,7 +301,7 @@ class LwfConfig:
     """Name of the method."""
     weight: NonNegative = 1.0
     """Weight of the divergence from the old model beside the loss, both in the mean over targets."""
-    temperature: Positive = 2.0
+    temperature: Divisor = 2.0
     """What both models' logits are divided by (paper: 2); the divergence is multiplied by its square."""
     top_k: PositiveInt | None = 64
     """How many of the old model's likeliest classes (tokens) are kept for each target; the others count as one. null:

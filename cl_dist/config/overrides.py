@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from cl_dist.config.fields import info_of, method_classes
-from cl_dist.config.problems import show
-from cl_dist.config.yaml_text import parse_yaml
+from cl_dist.config.words import is_text, shorten, show
+from cl_dist.config.yaml_text import MAX_DEPTH, parse_yaml
 from cl_dist.errors import BadInput
+
+MAX_KEY = 500
+"""Characters of a dotted key."""
+MAX_POSITION_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,14 @@ class Override:
 
 def parse_override(text: str) -> Override:
     """`a.b.c=value`, the value in YAML; BadInput where it is not of that form."""
+    if not is_text(text):
+        raise BadInput(f"--set {show(text)}: not UTF-8 text")
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
-        raise BadInput(f'--set {text}: not of the form key=value; write for example "--set train.epochs=3"')
+        raise BadInput(f'--set {shorten(text)}: not of the form key=value; write for example "--set train.epochs=3"')
+    if len(path) > MAX_DEPTH or len(key) > MAX_KEY:
+        raise BadInput(f"--set {shorten(key)}: no setting lies that deep, or has so long a name")
     if not value.strip():
         raise BadInput(f'--set {text}: no value; write "{key}=null" for none and "{key}=\'\'" for an empty text')
     return Override(path, parse_yaml(value, f"--set {key}"))
@@ -76,12 +84,17 @@ def _normalise_method(recipe: dict[str, Any]) -> None:
 
 def _indexed(override: Override, methods: Any) -> Override:
     """`method.x` as `method.0.x`, where the recipe has one method."""
-    if not isinstance(methods, list) or override.path[1].isdecimal():
+    if not isinstance(methods, list) or _is_position(override.path[1]):
         return override
     if len(methods) != 1:
         rest = ".".join(override.path[1:])
         raise BadInput(f"--set {override.key}: the recipe has {len(methods)} methods; say which: method.0.{rest}")
     return Override(("method", "0", *override.path[1:]), override.value)
+
+
+def _is_position(part: str) -> bool:
+    """Whether a part of a key counts entries of a list."""
+    return part.isascii() and part.isdecimal() and len(part) <= MAX_POSITION_DIGITS
 
 
 def _drop_unknown_settings(method: dict[str, Any]) -> None:
@@ -117,7 +130,7 @@ def _enter(place: Any, part: str, override: Override, depth: int) -> Any:
 
 
 def _index(entries: list[Any], part: str, override: Override, depth: int) -> int:
-    if not part.isdecimal() or int(part) >= len(entries):
+    if not _is_position(part) or int(part) >= len(entries):
         where = ".".join(override.path[: depth - 1])
         raise BadInput(f'--set {override.key}: "{part}" is no entry of {where}; allowed: 0 to {len(entries) - 1}')
     return int(part)

@@ -21,6 +21,7 @@ def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Rec
     BadInput for a path that cannot be one, and for a root that no path starts from.
     """
     recipe = _resolve_rouge_tokenizer(_resolve_include_path(recipe, folder), folder)
+    recipe = replace(recipe, output_dir=_at_home(recipe.output_dir, "output_dir"))
     stream = recipe.stream
     if stream.root is None and stream.instruction_file is None and not any(task.path for task in stream.tasks):
         return recipe
@@ -70,6 +71,11 @@ def _resolve_rouge_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
     return replace(recipe, eval=replace(recipe.eval, rouge_tokenizer_path=str(found.absolute())))
 
 
+def _at_home(written: str, setting: str) -> str:
+    """A path with its `~` replaced; any other as written."""
+    return str(expand(written, setting)) if written.startswith("~") else written
+
+
 def _beside(written: str | None, root: Path, folder: Path, setting: str) -> str | None:
     """A path that is found in the recipe's folder and not below the root as an absolute one, any other as written but
     for its `~`. Where there is no root as yet, none is found elsewhere in its place.
@@ -78,5 +84,5 @@ def _beside(written: str | None, root: Path, folder: Path, setting: str) -> str 
         return None
     path = expand(written, setting)
     if is_there(root / path) or not is_there(root) or not is_there(folder / path):
-        return str(path) if written.startswith("~") else written
+        return _at_home(written, setting)
     return str(folder / path)

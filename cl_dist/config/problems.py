@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
 
 from cl_dist.config.fields import Setting, method_classes, settings_of
+from cl_dist.config.ranges import MOST_FLOAT, MOST_INT
 from cl_dist.config.schema import Recipe
+from cl_dist.config.words import did_you_mean, shorten, show
 
-MAX_SHOWN = 60
-"""Longest part of a value that a message repeats, in characters."""
+MOST_TOLD = 10
+"""Most problems that are told at once."""
 
 
 def describe_problems(error: ValidationError, methods: int = 1) -> list[str]:
     """One sentence per setting that is wrong, in the order of the recipe, which has so many `methods`."""
     sentences: dict[str, str] = {}
     for problem in error.errors(include_url=False):
-        key = ".".join(_key_parts(problem["loc"])[0])
+        key = ".".join(map(shorten, _key_parts(problem["loc"])[0]))
         if methods == 1:  # its author may have written a mapping, and may leave the index out in any case
             key = key.replace("method.0", "method", 1)
         # A value that fits no member of a union is reported once per member; the first report says it all.
         sentences.setdefault(key, _sentence(key, dict(problem)))
-    return list(sentences.values())
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` with the most similar known word, or nothing."""
-    similar = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {similar[0]}?" if similar else ""
-
-
-def show(value: Any) -> str:
-    """A value as a message repeats it: JSON, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    told = list(sentences.values())
+    rest = [f"and {len(told) - MOST_TOLD} more problems"] if len(told) > MOST_TOLD else []
+    return told[:MOST_TOLD] + rest
 
 
 @cache
@@ -73,6 +63,8 @@ def _is_plain(key: str) -> bool:
 def _sentence(key: str, problem: Mapping[str, Any]) -> str:
     """One problem as `key: what is wrong; what is allowed`."""
     known = ".".join(_key_parts(problem["loc"])[1])
+    if not problem["loc"] and problem["type"] != "value_error":  # about the recipe as a whole
+        return f"recipe: {problem['msg']}"
     match problem["type"]:
         case "value_error":  # raised by a component's __post_init__, whose message starts with the field's name
             return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
@@ -100,6 +92,8 @@ def _method_sentence(key: str, entry: Any) -> str:
 
 def _allowed(known: str, value: Any) -> str:
     allowed = _settings()[known].allowed
+    if isinstance(value, int | float) and abs(value) > MOST_INT:
+        allowed += f" (and never above {MOST_INT if 'whole' in allowed else MOST_FLOAT:g})"
     unquoted = "a text" in allowed or "a list of texts" in allowed
     if unquoted and isinstance(value, bool | int | float):
         return f"{allowed} (in quotes it is a text)"

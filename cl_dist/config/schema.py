@@ -9,7 +9,7 @@ that a typing error in a recipe is told within a second.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import date
 from typing import Annotated, Any, Literal
 
@@ -17,9 +17,22 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cl_dist.config.composition import GROWING, refuse_exclusive
+from cl_dist.config.deepspeed import refuse_raw_settings
 from cl_dist.config.formats import describe_unread
 from cl_dist.config.methods import MethodConfig, SequentialConfig, UnitConfig
-from cl_dist.config.ranges import STRICT, Fraction, NonNegative, Positive, PositiveInt
+from cl_dist.config.ranges import (
+    MOST_INT,
+    STRICT,
+    Divisor,
+    Fraction,
+    Minutes,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Seconds,
+)
+from cl_dist.config.unread import refuse_unread
 
 BUILTIN_MODELS = ("builtin:llama-tiny", "builtin:t5-tiny", "builtin:roberta-tiny")
 FORMATS = ("builtin", "cl_benchmark", "tasl", "trace", "superni", "sgd", "jsonl", "text", "huggingface")
@@ -31,20 +44,6 @@ BUILTIN_OBJECTIVES = {
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 """A task's name becomes a folder of the run: no separators, no leading dot, hence no way out of the run folder."""
-
-OWNED_DEEPSPEED_SETTINGS = {
-    "train_batch_size": "train.micro_batch_size and train.gradient_accumulation",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.gradient_accumulation",
-    "gradient_clipping": "train.clip",
-    "optimizer": "train.learning_rate, train.weight_decay, train.beta1, train.beta2 and train.eps",
-    "scheduler": "train.schedule and train.warmup_steps",
-    "fp16": "train.dtype",
-    "bf16": "train.dtype",
-    "zero_optimization.stage": "zero.stage",
-    "zero_optimization.offload_optimizer": "zero.offload",
-}
-"""Raw DeepSpeed settings that cl_dist sets itself, and the keys of the recipe that they are set from."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -214,11 +213,11 @@ class TrainConfig:
     """AdamW's first decay rate."""
     beta2: Fraction = 0.999
     """AdamW's second decay rate."""
-    eps: Positive = 1e-8
+    eps: Divisor = 1e-8
     """AdamW's denominator offset."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate over a task's steps, after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up at the start of every task."""
     max_length: PositiveInt = 512
     """Longest input in tokens: prompt and answer for a decoder, the source for an encoder-decoder. The prompt is cut
@@ -256,7 +255,7 @@ class TrainConfig:
     loss_average: Literal["tokens", "micro_batch"] = "tokens"
     """`tokens`: the mean over all answer tokens of the global batch, the same for any number of ranks. `micro_batch`:
     the mean of the micro-batches' means (as older Trainers do)."""
-    max_skipped_steps: Annotated[int, Field(ge=0)] = 0
+    max_skipped_steps: NonNegativeInt = 0
     """How many optimiser steps in a row may be left out because the loss or the gradient's norm is NaN or infinite: no
     rank changes weights, moments or what methods measure then. The next one ends the run; 0: the first."""
     check_replicas_every: PositiveInt | None = None
@@ -264,9 +263,15 @@ class TrainConfig:
     those that every rank holds whole. null: never."""
 
     def __post_init__(self) -> None:
-        """Refuse grouping by length in file order, and a day that is none."""
+        """Refuse grouping by length in file order, a day that is none, and a warm-up that no task completes."""
         if self.group_by_length and not self.shuffle:
             raise ValueError("group_by_length: true reorders the samples, which shuffle: false forbids; change one")
+        most = self.max_steps_per_task
+        if most is not None and self.warmup_steps > most:
+            raise ValueError(
+                f"warmup_steps: {self.warmup_steps} is more than max_steps_per_task {most}, so that learning_rate "
+                f"would never be reached; allowed: at most {most}"
+            )
         if not _is_day(self.date):
             raise ValueError(f'date: "{self.date}" is not a day; allowed: YYYY-MM-DD, such as 2024-07-26')
 
@@ -280,27 +285,15 @@ class ZeroConfig:
     offload: bool = False
     """Keep the optimiser's state in CPU memory (stages 1 to 3)."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Raw DeepSpeed settings, merged into the generated ones. Settings that cl_dist owns (batch sizes, precision,
-    stage, clipping, optimiser) are refused here."""
+    """Raw DeepSpeed settings, merged into the generated ones: buckets, communication and what stage 3 keeps
+    (docs/deepspeed.md lists all). What cl_dist owns (batch sizes, precision, stage, clipping, optimiser), what is not
+    read at this stage and what was not tested is refused by name."""
 
     def __post_init__(self) -> None:
-        """Refuse offloading an optimiser that is not sharded, and raw settings that cl_dist owns."""
+        """Refuse offloading an optimiser that is not sharded, and raw settings that this engine does not take."""
         if self.offload and self.stage == 0:
             raise ValueError("offload: true needs stage 1, 2 or 3, but stage is 0")
-        for key, source in OWNED_DEEPSPEED_SETTINGS.items():
-            if _has_setting(self.deepspeed, key):
-                raise ValueError(f"deepspeed.{key}: set by cl_dist from {source}; remove it here")
-        self._check_shards()
-
-    def _check_shards(self) -> None:
-        if _has_setting(self.deepspeed, "sparse_gradients"):
-            raise ValueError("deepspeed.sparse_gradients: not supported by ZeRO; remove it")
-        zero = self.deepspeed.get("zero_optimization", {})
-        if not isinstance(zero, Mapping):
-            raise ValueError(f"deepspeed.zero_optimization: {zero!r} is not a mapping of settings")
-        if zero.get("round_robin_gradients"):
-            # DeepSpeed builds its map from parameters to shards in another order than the shards have then.
-            raise ValueError("deepspeed.zero_optimization.round_robin_gradients: true mixes up shards; allowed: false")
+        refuse_raw_settings(self.deepspeed, self.stage)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -310,10 +303,10 @@ class LaunchConfig:
     processes: PositiveInt = 1
     """Ranks to start on this machine. Under torchrun, deepspeed, mpirun or srun the ranks that they started are
     used."""
-    timeout_seconds: Positive = 1800.0
+    timeout_seconds: Seconds = 1800.0
     """A collective operation that takes longer than this ends the run. Set it longer than the longest work of one rank
     that the others wait for: rank 0 writing the exported model, a rank writing its part of a state."""
-    hang_seconds: Positive | None = 1200.0
+    hang_seconds: Seconds | None = 1200.0
     """A job none of whose ranks gets anything done for so long (a micro-batch, an evaluation batch, a file, a part of
     loading) is ended, with every rank's stacks in the run folder; null: never. Longer than the longest of these;
     well below timeout_seconds, which would end the run first and says less (with NCCL, no more than SIGABRT)."""
@@ -331,7 +324,7 @@ class GeneralConfig:
     """Folder with task files (YAML) of your own; a relative path starts from the recipe's folder."""
     limit: PositiveInt | None = None
     """Use only the first so many documents of each task. For trials: such scores are not comparable with others."""
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    num_fewshot: NonNegativeInt | None = None
     """Examples in the prompt; null: what the task file says."""
     batch_size: PositiveInt | None = None
     """Requests per rank and forward pass; null: eval.batch_size."""
@@ -395,7 +388,7 @@ class CheckpointConfig:
 
     every_steps: PositiveInt | None = 200
     """Save inside a task every so many optimiser steps; null: not for that reason."""
-    every_minutes: Positive | None = None
+    every_minutes: Minutes | None = None
     """Save inside a task once so many minutes have passed since the last save; null: not for that reason. Without
     every_steps and every_minutes a task's state is saved at its end and when the run is asked to stop."""
     keep: PositiveInt = 2
@@ -426,6 +419,9 @@ class Recipe:
         self._check_evaluation()
         self._check_template()
         self._check_general()
+        self._check_accumulation()
+        self._check_batch()
+        refuse_unread(self)
 
     def _check_methods(self) -> None:
         names = [method.name for method in self.method]
@@ -517,17 +513,27 @@ class Recipe:
         if general.after != "all" and unknown is not None:
             raise ValueError(f'eval.general.after: "{unknown}" is none of all, {", ".join(allowed)}')
 
+    def _check_batch(self) -> None:
+        train, ranks = self.train, self.launch.processes
+        batch = train.micro_batch_size * train.gradient_accumulation * ranks
+        if batch > MOST_INT:
+            raise ValueError(
+                f"train.micro_batch_size: {train.micro_batch_size}, with train.gradient_accumulation "
+                f"{train.gradient_accumulation} and {ranks} ranks, makes a global batch of {batch}; allowed: at most "
+                f"{MOST_INT}"
+            )
+
+    def _check_accumulation(self) -> None:
+        types = self.zero.deepspeed.get("data_types", {})
+        if self.zero.stage == 0 and self.train.dtype == "bfloat16" and "grad_accum_dtype" in types:
+            raise ValueError(
+                "zero.deepspeed.data_types.grad_accum_dtype: DeepSpeed adds gradients up in bfloat16 at stage 0 with "
+                "train.dtype bfloat16; remove it, or give zero.stage 1, 2 or 3"
+            )
+
 
 def _is_day(text: str) -> bool:
     try:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
-
-
-def _has_setting(settings: Mapping[str, Any], key: str) -> bool:
-    """Whether nested `settings` hold the dotted `key`."""
-    head, _, rest = key.partition(".")
-    if head not in settings or not rest:
-        return head in settings
-    return isinstance(settings[head], Mapping) and _has_setting(settings[head], rest)

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from cl_dist.config.words import shorten
 from cl_dist.errors import BadInput
 
 _NULL = re.compile(r"~|null|Null|NULL|")
@@ -21,33 +22,67 @@ _INT = re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+MAX_CHARACTERS = 2**20
+"""Longest text that is read, and longest sum of all texts in what it holds."""
 MAX_VALUES = 100_000
 """More values than this are taken for an alias that multiplies itself."""
+MAX_DEPTH = 50
+"""Lists and mappings inside each other."""
+MAX_SENTENCE = 200
+"""Characters of PyYAML's message about a problem."""
+MAX_DIGITS = 100
+"""Of a whole number; Python itself refuses to print very long ones."""
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars, unique keys, and no types but those of JSON."""
 
+    merged = 0
+    """Keys that were taken over by `<<` so far."""
+
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
-        """A mapping with text keys, each given once. Merged keys (`<<`) may be given again."""
+        """A mapping with text keys, each given once. Merged keys (`<<`) may be given again.
+
+        PyYAML's own merging multiplies nodes before anybody can count them; here finished mappings are merged.
+        """
         if not isinstance(node, yaml.MappingNode):
             raise _problem("tagged as a mapping, but it is none", node)
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            self._check_key(key_node, seen)
-        self.flatten_mapping(node)
-        return {self.construct_object(key): self.construct_object(value, deep=True) for key, value in node.value}
+        own: dict[Hashable, Any] = {}
+        inherited: dict[Hashable, Any] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag == _MERGE:
+                inherited = {**self._merged(value_node), **inherited}
+            else:
+                own[self._key(key_node, own)] = self.construct_object(value_node, deep=True)
+        return {**inherited, **own}
 
-    def _check_key(self, node: yaml.Node, seen: set[str]) -> None:
-        if node.tag == "tag:yaml.org,2002:merge":
-            return
+    def _merged(self, node: yaml.Node) -> dict[Hashable, Any]:
+        """What `<<: node` brings; of several mappings the first one that has a key counts."""
+        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        result: dict[Hashable, Any] = {}
+        for source in sources:
+            mapping = self.construct_object(source, deep=True)
+            if not isinstance(mapping, dict):
+                raise _problem("expected a mapping or list of mappings for merging", source)
+            self.merged += len(mapping)
+            if self.merged > MAX_VALUES:
+                raise OverflowError
+            result = {**mapping, **result}
+        return result
+
+    def _key(self, node: yaml.Node, taken: Mapping[Hashable, Any]) -> str:
         if node.tag != "tag:yaml.org,2002:str":
-            shown = f"the key {node.value}" if isinstance(node, yaml.ScalarNode) else "a key"
+            shown = f"the key {shorten(node.value)}" if isinstance(node, yaml.ScalarNode) else "a key"
             raise _problem(f"{shown} is not a text", node)
-        if node.value in seen:
-            raise _problem(f"the key {node.value} is given twice", node)
-        seen.add(node.value)
+        key = str(self.construct_object(node))
+        if key in taken:
+            raise _problem(f"the key {shorten(key)} is given twice", node)
+        return key
 
+
+_MERGE = "tag:yaml.org,2002:merge"
 
 # Start empty: what PyYAML's own loaders recognise and construct is not inherited.
 _Loader.yaml_implicit_resolvers = {}
@@ -68,12 +103,26 @@ def _scalar(kind: str, convert: Callable[[str], Any]) -> Callable[[_Loader, yaml
         try:
             return convert(text)
         except ValueError:
-            raise _problem(f"{text[:50]} is not usable as {kind}", node) from None
+            raise _problem(f"{_printable(text)} is not usable as {kind}", node) from None
 
     return construct
 
 
+def _printable(text: str) -> str:
+    """A text that may hold anything, for a message."""
+    return shorten(text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def _to_text(text: str) -> str:
+    """Only what every file system and every terminal takes: no half of a surrogate pair, no NUL."""
+    if "\0" in text or (not text.isascii() and _SURROGATE.search(text)):
+        raise ValueError
+    return text
+
+
 def _to_int(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError
     return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
 
 
@@ -92,7 +141,7 @@ def _construct_sequence(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
 
 
 def _refuse_tag(loader: _Loader, node: yaml.Node) -> None:
-    raise _problem(f"the tag {node.tag} is not allowed", node)
+    raise _problem(f"the tag {shorten(node.tag)} is not allowed", node)
 
 
 for _tag, _pattern, _first in (
@@ -107,7 +156,7 @@ for _tag, _pattern, _first in (
 
 for _tag, _constructor in (
     ("null", _scalar("null", lambda text: None)),
-    ("str", _scalar("a text", str)),
+    ("str", _scalar("a text (half of a surrogate pair, or a NUL character)", _to_text)),
     ("bool", _scalar("true or false", _to_bool)),
     ("int", _scalar("a whole number", _to_int)),
     ("float", _scalar("a number", _to_float)),
@@ -145,30 +194,50 @@ def parse_yaml(text: str, source: str) -> Any:
     Raises BadInput, naming `source` and the line, for broken YAML, undefined or recursive anchors, doubled keys, keys
     that are no texts, and tags that would make anything but plain data.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise BadInput(f"{source}: {len(text)} characters; allowed: at most {MAX_CHARACTERS}")
     try:
-        return _unshared(yaml.load(text, Loader=_Loader), [MAX_VALUES])
+        return _Copy().of(yaml.load(text, Loader=_Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark is not None else ""
-        raise BadInput(f"{source}{line}: {error.problem or error.context}") from None
+        raise BadInput(f"{source}{line}: {_short(error.problem or error.context)}") from None
     except yaml.reader.ReaderError as error:
         raise BadInput(f"{source}: the character at position {error.position} is not allowed in YAML") from None
     except OverflowError:
-        raise BadInput(f"{source}: more than {MAX_VALUES} values, counting each use of an alias") from None
+        raise BadInput(
+            f"{source}: more than {MAX_VALUES} values or {MAX_CHARACTERS} characters, counting each use of an alias"
+        ) from None
     except RecursionError:
         raise BadInput(f"{source}: nested too deeply") from None
 
 
-def _unshared(value: Any, left: list[int]) -> Any:
-    """A copy in which no two places share a list or mapping; OverflowError once the one number in `left` is used up."""
-    left[0] -= 1
-    if left[0] < 0:
-        raise OverflowError
-    if isinstance(value, dict):
-        return {key: _unshared(item, left) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_unshared(item, left) for item in value]
-    return value
+def _short(problem: str | None) -> str:
+    """PyYAML's sentence, which repeats names of any length."""
+    words = str(problem)
+    return words if len(words) <= MAX_SENTENCE else f"{words[:MAX_SENTENCE]}..."
+
+
+class _Copy:
+    """Copies in which no two places share a list or mapping, of a limited size."""
+
+    def __init__(self) -> None:
+        self._values, self._characters = 0, 0
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        """A copy; OverflowError where the copies so far are too large, RecursionError where one is too deep."""
+        self._values += 1
+        self._characters += len(value) if isinstance(value, str) else 0
+        if self._values > MAX_VALUES or self._characters > MAX_CHARACTERS:
+            raise OverflowError
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        if isinstance(value, dict):
+            self._characters += sum(map(len, value))
+            return {key: self.of(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.of(item, depth + 1) for item in value]
+        return value
 
 
 def render_yaml(data: Mapping[str, Any]) -> str:

@@ -11,7 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cl_dist.config.boundary import refusing
 from cl_dist.config.schema import Recipe
+from cl_dist.config.words import show_path
 from cl_dist.errors import BadInput
 from cl_dist.state.elastic import resumption, with_segments
 from cl_dist.state.inputs import INPUT_SETTINGS, Inputs, refuse_other_inputs
@@ -60,7 +62,17 @@ def preflight(
     """
     if resume and fresh:
         raise BadInput("--resume and --fresh exclude each other: go on with the old run, or put it aside")
-    folder = RunFolder(output_dir)
+    with refusing("output_dir"):
+        folder = RunFolder(output_dir)
+        _check(folder, recipe, resume, fresh, world_size, tell)
+        if resume:
+            _require_same_inputs(folder, tasks, inputs)
+
+
+def _check(
+    folder: RunFolder, recipe: Recipe, resume: bool, fresh: bool, world_size: int | None, tell: Tell | None
+) -> None:
+    output_dir = folder.path
     if resume and not os.path.exists(output_dir):
         raise BadInput(_nothing_to_resume(folder))
     _require_folder(output_dir)
@@ -69,7 +81,6 @@ def preflight(
     refuse_if_locked(folder.lock, tell)
     if resume:
         _require_resumable(folder, recipe, world_size)
-        _require_same_inputs(folder, tasks, inputs)
     elif folder.manifest.exists() and not fresh:
         raise BadInput(_both_ways_out(folder))
 
@@ -108,13 +119,14 @@ def _unused(output_dir: Path, stamp: str) -> Path:
 
 def _require_folder(output_dir: Path) -> None:
     """Make the folder; `BadInput` where that is impossible."""
-    if os.path.isfile(output_dir):
-        raise BadInput(f"output_dir {output_dir} is a file; it must be a folder, or a path that is free")
+    if os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        kind = "a file" if output_dir.is_file() else "no folder"
+        raise BadInput(f"output_dir {output_dir} is {kind}; it must be a folder, or a path that is free")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise BadInput(f"output_dir {output_dir} cannot be made: {reason}") from error
+        raise BadInput(f"output_dir {show_path(output_dir)} cannot be made: {reason}") from error
 
 
 def _require_writable(output_dir: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cl_dist.config.fields import method_classes
-from cl_dist.config.problems import did_you_mean
+from cl_dist.config.words import did_you_mean
 from cl_dist.errors import BadInput
 from cl_dist.tasks.orders import ORDERS
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cl_dist.config.boundary import refusing
 from cl_dist.config.files import expand, is_folder
 from cl_dist.config.schema import Recipe, TaskConfig
+from cl_dist.config.words import shorten
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import enumerate_names, json_type, missing, read_json_object, require_folder
 
@@ -51,9 +53,14 @@ def resolve_order(recipe: Recipe, recipe_dir: Path) -> Recipe:
     A relative order folder starts from `recipe_dir`. Raises BadInput where there is neither such an order nor such a
     folder.
     """
-    stream = recipe.stream
-    if stream.order is None:
+    if recipe.stream.order is None:
         return recipe
+    with refusing("stream.order"):
+        return _with_tasks(recipe, recipe_dir)
+
+
+def _with_tasks(recipe: Recipe, recipe_dir: Path) -> Recipe:
+    stream = recipe.stream
     order = str(stream.order)
     names = ORDERS.get(order) or read_order(_order_folder(recipe_dir, order))
     root = str(stream.root or recipe_dir)
@@ -64,7 +71,7 @@ def resolve_order(recipe: Recipe, recipe_dir: Path) -> Recipe:
 def _order_folder(recipe_dir: Path, order: str) -> Path:
     folder = recipe_dir / expand(order, "stream.order")
     if not is_folder(folder):
-        raise BadInput(f"stream.order: {order!r} is neither a folder nor one of {', '.join(ORDERS)}")
+        raise BadInput(f"stream.order: {shorten(order)!r} is neither a folder nor one of {enumerate_names(ORDERS)}")
     return folder
 
 

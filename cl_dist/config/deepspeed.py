@@ -1,0 +1,245 @@
+"""Raw DeepSpeed settings (`zero.deepspeed`): those that work with this engine, and why every other one is refused.
+
+DeepSpeed itself ignores a section that it does not know and finds a wrong value when the ranks have started. The tables
+here are compared with its own typed configuration, and every allowed setting is run, in tests/config/test_deepspeed.py
+and tests/distributed/test_exactness.py; nothing of DeepSpeed is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cl_dist.config.words import did_you_mean, shorten, show
+
+SHARDED = (1, 2, 3)
+"""ZeRO stages at which anything is sharded at all."""
+UNLIMITED = 2**63 - 1
+"""DeepSpeed's own default for what is to have no limit."""
+LARGEST_BUFFER = 10**10
+"""Elements: 40 GB in float32. A buffer of the size of `reduce_bucket_size` is made whatever the model's size is."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """A setting that may be given."""
+
+    words: str
+    """The values that it may have, in words."""
+    fits: Callable[[Any], bool]
+    stages: tuple[int, ...] = (0, 1, 2, 3)
+    """Stages at which DeepSpeed reads it."""
+
+
+def _truth(*stages: int) -> Allowed:
+    return Allowed("true or false", lambda value: isinstance(value, bool), stages)
+
+
+def _count(least: int, *stages: int, most: int = UNLIMITED, multiple: int = 1) -> Allowed:
+    """A number of elements; a whole number may be written as 5e8, as DeepSpeed's own documentation does."""
+
+    def fits(value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            return False
+        return value % multiple == 0
+
+    kind = "a whole number" if multiple == 1 else "an even number"
+    return Allowed(f"{kind}, at least {least}, at most {most}", fits, stages)
+
+
+def _words(*allowed: str) -> Allowed:
+    return Allowed(", ".join(allowed), lambda value: isinstance(value, str) and value in allowed)
+
+
+ALLOWED: dict[str, Allowed] = {
+    "communication_data_type": _words("fp32", "bf16"),
+    "data_types.grad_accum_dtype": _words("fp32"),
+    "zero_optimization.contiguous_gradients": _truth(*SHARDED),
+    "zero_optimization.reduce_scatter": _truth(*SHARDED),
+    "zero_optimization.reduce_bucket_size": _count(1, *SHARDED, most=LARGEST_BUFFER),
+    "zero_optimization.overlap_comm": _truth(*SHARDED),
+    "zero_optimization.allgather_bucket_size": _count(2, 1, 2, multiple=2),
+    "zero_optimization.use_multi_rank_bucket_allreduce": _truth(1, 2),
+    "zero_optimization.ignore_unused_parameters": _truth(1, 2),
+    "zero_optimization.parameter_alignment": _truth(1, 2),
+    "zero_optimization.sub_group_size": _count(1, 3),
+    "zero_optimization.stage3_prefetch_bucket_size": _count(0, 3),
+    "zero_optimization.stage3_param_persistence_threshold": _count(0, 3),
+    "zero_optimization.stage3_model_persistence_threshold": _count(0, 3),
+    "zero_optimization.stage3_max_live_parameters": _count(0, 3),
+    "zero_optimization.stage3_max_reuse_distance": _count(0, 3),
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params": _truth(3),
+    "zero_optimization.stage3_allgather_sequential": _truth(3),
+    "zero_optimization.memory_efficient_linear": _truth(3),
+    "zero_optimization.override_module_apply": _truth(3),
+    "zero_optimization.enable_sanity_checks": _truth(3),
+    "zero_optimization.offload_param.device": Allowed("none, cpu", lambda value: value in ("none", "cpu"), (3,)),
+    "zero_optimization.offload_param.pin_memory": _truth(3),
+}
+"""By dotted key. All of them change how the work is done; `communication_data_type` and `grad_accum_dtype` also the
+precision in which gradients are reduced and summed."""
+
+SECTIONS = ("data_types", "zero_optimization", "zero_optimization.offload_param")
+
+_SAVES = "cl_dist saves and loads states itself"
+_READ_DATA = "cl_dist reads the data itself"
+_REPORTS = "DeepSpeed's own reports are silenced; log.jsonl has every step, and `cl-dist bench` measures"
+_PARALLEL = "cl_dist trains with data parallelism alone"
+_RECIPE_PRECISION = "the precision is train.dtype's"
+_OFFLOAD = "the optimiser's state is offloaded by zero.offload"
+_NVME = "offloading to NVMe is not supported"
+_FP16 = "it is for the range of fp16, which cl_dist does not train in"
+_QUANTISED = "it changes what is trained, and needs operators that DeepSpeed has for GPUs only"
+_OWN_OPTIMIZER = "the optimiser is cl_dist's own"
+_REMOVED = "DeepSpeed has removed it"
+
+REFUSED: dict[str, str] = {
+    "activation_checkpointing": "give train.activation_checkpointing",
+    "aio": _NVME,
+    "amp": _REMOVED,
+    "autotuning": "cl-dist starts the ranks itself",
+    "bfloat16": "give train.dtype",
+    "check_overflow": _FP16,
+    "checkpoint": _SAVES,
+    "comet": _REPORTS,
+    "comms_logger": _REPORTS,
+    "compile": "compiled graphs do without the hooks that mask gradients",
+    "compression_training": _REMOVED,
+    "csv_monitor": _REPORTS,
+    "curriculum_learning": _REMOVED,
+    "data_efficiency": _READ_DATA,
+    "data_types.buffer_dtype": _RECIPE_PRECISION,
+    "data_types.keep_in_fp32_modules": _RECIPE_PRECISION,
+    "data_types.param_dtype": _RECIPE_PRECISION,
+    "dataloader_drop_last": _READ_DATA,
+    "datastates_ckpt": _SAVES,
+    "disable_allgather": "DeepSpeed reads it nowhere",
+    "disable_python_gc": "cl_dist takes models apart between tasks and relies on it",
+    "dump_state": _REPORTS,
+    "eigenvalue": _REMOVED,
+    "elasticity": "DeepSpeed has removed it; a run resumes on other numbers of ranks without it",
+    "expert_parallel": _PARALLEL,
+    "flops_profiler": _REPORTS,
+    "gradient_allreduce_op": "the loss is scaled for the mean over ranks",
+    "gradient_predivide_factor": _FP16,
+    "graph_harvesting": _REMOVED,
+    "hybrid_engine": "cl_dist generates with the model itself",
+    "log_level": _REPORTS,
+    "managed_gradient_accumulation": "cl_dist accumulates gradients itself (train.gradient_accumulation)",
+    "memory_breakdown": _REPORTS,
+    "nebula": _REMOVED,
+    "pipeline": _PARALLEL,
+    "prescale_gradients": _FP16,
+    "progressive_layer_drop": _REMOVED,
+    "quantize_training": _REMOVED,
+    "seq_parallel_communication_data_type": _PARALLEL,
+    "sequence_parallel_size": _PARALLEL,
+    "sparse_attention": _REMOVED,
+    "sparse_gradients": _REMOVED,
+    "steps_per_print": _REPORTS,
+    "tensor_parallel": _PARALLEL,
+    "tensorboard": _REPORTS,
+    "timers": _REPORTS,
+    "torch_autocast": _RECIPE_PRECISION,
+    "use_data_before_expert_parallelism": _PARALLEL,
+    "vocabulary_size": "it changes nothing but a warning",
+    "wall_clock_breakdown": _REPORTS,
+    "wandb": _REPORTS,
+    "weight_quantization": "it is for inference",
+    "zero_allow_untested_optimizer": _OWN_OPTIMIZER,
+    "zero_force_ds_cpu_optimizer": _OWN_OPTIMIZER,
+    "zero_optimization.allgather_partitions": "DeepSpeed reads it nowhere",
+    "zero_optimization.compute_grad_norm": "clipping and the check for NaN need the gradient's norm",
+    "zero_optimization.cpu_offload": _OFFLOAD,
+    "zero_optimization.cpu_offload_param": "its name today is offload_param: {device: cpu}",
+    "zero_optimization.cpu_offload_use_pin_memory": "its name today is offload_param: {pin_memory: ...}",
+    "zero_optimization.elastic_checkpoint": _SAVES,
+    "zero_optimization.leaf_module": "modules that are fetched whole are DeepSpeed's own choice here",
+    "zero_optimization.legacy_stage1": _REMOVED,
+    "zero_optimization.load_from_fp32_weights": _SAVES,
+    "zero_optimization.log_trace_cache_warnings": _REPORTS,
+    "zero_optimization.mics_hierarchical_params_gather": _REMOVED,
+    "zero_optimization.mics_shard_size": _REMOVED,
+    "zero_optimization.offload_param.buffer_count": _NVME,
+    "zero_optimization.offload_param.buffer_size": _NVME,
+    "zero_optimization.offload_param.max_in_cpu": _NVME,
+    "zero_optimization.offload_param.nvme_path": _NVME,
+    "zero_optimization.pipeline_loading_checkpoint": _SAVES,
+    "zero_optimization.round_robin_gradients": "it mixes up shards",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": _OWN_OPTIMIZER,
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "cl_dist exports models itself",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "cl_dist exports models itself",
+    "zero_optimization.stage3_module_granularity_threshold": "DeepSpeed's hooks for whole modules fail in this engine",
+    "zero_optimization.zenflow": "it updates weights outside of the step that is masked",
+    "zero_optimization.zero_hpz_partition_size": "its second copy of the weights is renewed by a step alone, "
+    "and methods and a resume change weights between steps",
+    "zero_optimization.zero_quantized_gradients": _QUANTISED,
+    "zero_optimization.zero_quantized_nontrainable_weights": _QUANTISED,
+    "zero_optimization.zero_quantized_weights": _QUANTISED,
+    "zero_optimization.zeropp_loco_param": _REMOVED,
+}
+"""By dotted key, with the reason."""
+
+OWNED = {
+    "train_batch_size": "train.micro_batch_size and train.gradient_accumulation",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation",
+    "gradient_clipping": "train.clip",
+    "optimizer": "train.learning_rate, train.weight_decay, train.beta1, train.beta2 and train.eps",
+    "scheduler": "train.schedule and train.warmup_steps",
+    "fp16": "train.dtype",
+    "bf16": "train.dtype",
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.offload_optimizer": "zero.offload",
+}
+"""Settings that cl_dist sets itself, and the keys of the recipe that they are set from."""
+
+
+def refuse_raw_settings(settings: Mapping[str, Any], stage: int) -> None:
+    """Raise ValueError, naming the dotted key, for the first raw setting that is unknown, refused, owned by the recipe,
+    of a wrong value, or not read at `stage`.
+    """
+    _check_section("", settings, stage)
+
+
+def _check_section(section: str, settings: Mapping[str, Any], stage: int) -> None:
+    for name, value in settings.items():
+        key = f"{section}.{name}" if section else name
+        if key not in SECTIONS:
+            _check_setting(key, value, stage)
+        elif isinstance(value, Mapping):
+            _check_section(key, value, stage)
+        else:
+            raise ValueError(f"deepspeed.{key}: {show(value)} is not a mapping of settings")
+
+
+def _check_setting(key: str, value: Any, stage: int) -> None:
+    if key in OWNED:
+        raise ValueError(f"deepspeed.{key}: set by cl_dist from {OWNED[key]}; remove it here")
+    if key in REFUSED:
+        raise ValueError(f"deepspeed.{key}: not supported: {REFUSED[key]}; remove it")
+    setting = ALLOWED.get(key)
+    if setting is None:
+        raise ValueError(f"deepspeed.{shorten(key)}: unknown key{_similar(key)}")
+    if stage not in setting.stages:
+        stages = " or ".join(map(str, setting.stages))
+        raise ValueError(f"deepspeed.{key}: read at stage {stages} only, and zero.stage is {stage}; remove it")
+    if not setting.fits(value):
+        raise ValueError(f"deepspeed.{key}: {show(value)} is not allowed; allowed: {setting.words}")
+
+
+def _similar(key: str) -> str:
+    """What an unknown key may have meant: a neighbour, the same name in another section, or else what is allowed."""
+    section, _, name = key.rpartition(".")
+    known = [*ALLOWED, *REFUSED, *OWNED, *SECTIONS]
+    neighbours = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+    elsewhere = [other for other in known if other.rpartition(".")[2].removeprefix("stage3_") == name]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return did_you_mean(name, neighbours) or f"; allowed here: {', '.join(_allowed_in(section))}"
+
+
+def _allowed_in(section: str) -> list[str]:
+    """Names that may be given in a section, sub-sections among them."""
+    return [key.rpartition(".")[2] for key in (*SECTIONS, *ALLOWED) if key.rpartition(".")[0] == section]

@@ -1,0 +1,45 @@
+"""How a message repeats what its reader has written."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+MAX_SHOWN = 60
+"""Longest part of a value that a message repeats, in characters."""
+MAX_PATH = 300
+"""The same of a path, which should be whole: longer ones are accidents."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` with the most similar known word, or nothing."""
+    similar = difflib.get_close_matches(word[:MAX_SHOWN], list(known), n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+def show(value: Any) -> str:
+    """A value as a message repeats it: JSON, cut where it is long."""
+    return shorten(json.dumps(value, ensure_ascii=not is_text(value), default=str))
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that UTF-8 can hold: bytes of a command line that are no text come as halves of
+    surrogate pairs.
+    """
+    try:
+        str(value).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shorten(text: str, most: int = MAX_SHOWN) -> str:
+    """A text that a message repeats, cut where it is long."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def show_path(path: object) -> str:
+    """A path as a message repeats it; bytes that are no text are escaped."""
+    return shorten(str(path).encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0"), MAX_PATH)
