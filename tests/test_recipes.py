@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.zygote import Zygote
 
 FAMILIES = {
     "t5-large": "builtin:t5-tiny",
+    "t5-small": "builtin:t5-tiny",
     "roberta-base": "builtin:roberta-tiny",
     "meta-llama/Llama-2-7b-chat-hf": "builtin:llama-tiny",
     "HuggingFaceTB/SmolLM2-135M-Instruct": "builtin:llama-tiny",
@@ -40,8 +42,9 @@ SMALL = (
 """What makes a run of a few seconds of any recipe."""
 EXTRA = {"instruct-code": ("train.template=none", "eval.general=null")}
 """What a tiny model cannot do: it has no chat template, and lm-evaluation-harness has tests of its own."""
-REPRESENTATIVES = ("standard-order1", "superni-order1", "trace")
+REPRESENTATIVES = ("standard-order1", "superni-order1", "sgd-order1", "trace")
 """One recipe for every format and kind of scoring; the others differ in order and length."""
+SGD = {f"sgd-order{number}" for number in range(1, 6)}
 SPLITS = {"tasl": ("train", "dev", "test"), "trace": ("train", "eval", "test")}
 
 
@@ -59,6 +62,13 @@ def _write_tasl(root: Path, task: TaskConfig) -> None:
     number = f"task{task.name}" if task.name.isdecimal() else task.name
     for split in SPLITS["tasl"]:
         write_json(root / split / f"{number}_T5.json", records("input", "output", 6))
+
+
+def _write_sgd(root: Path, task: TaskConfig) -> None:
+    for split in ("train", "test"):
+        stem = root / f"SGD_single_service_{split}" / f"{task.name}-{split}"
+        write_json(Path(f"{stem}-LLM_T5.json"), records("input", "output", 6))
+        write_lines(Path(f"{stem}.idx"), [f"d|||d|||{n // 2}|||none|||{task.name}|||slot{n % 2}" for n in range(6)])
 
 
 def _write_trace(root: Path, task: TaskConfig) -> None:
@@ -81,6 +91,7 @@ def _write_jsonl(root: Path, task: TaskConfig) -> None:
 _WRITERS = {
     "builtin": _write_builtin,
     "tasl": _write_tasl,
+    "sgd": _write_sgd,
     "trace": _write_trace,
     "text": _write_text,
     "jsonl": _write_jsonl,
@@ -111,18 +122,34 @@ def test_it_takes_data_and_a_model_from_the_command_line(name: str, tmp_path: Pa
 
 def test_there_is_a_recipe_for_every_published_order() -> None:
     wanted = {f"standard-order{n}" for n in (1, 2, 3)} | {f"long-order{n}" for n in (4, 5, 6)}
-    wanted |= {"superni-order1", "superni-order2", "trace"}
+    wanted |= {"superni-order1", "superni-order2", "trace"} | {f"sgd-order{n}" for n in range(1, 6)}
     assert wanted <= set(shipped_recipes())
     for name in wanted - {"trace"}:
         number = name[-1]
-        order = f"superni-{number}" if name.startswith("superni") else int(number)
+        benchmark = name.partition("-")[0]
+        order = f"{benchmark}-{number}" if benchmark in ("superni", "sgd") else int(number)
         assert load_recipe(name)[0].stream.order == order
 
 
 def test_recipes_of_long_answers_cut_them_as_their_sources_do() -> None:
     recipes = {name: load_recipe(name)[0].train for name in shipped_recipes()}
     cutting = {name for name, train in recipes.items() if train.long_answers == "cut"}
-    assert cutting == {"instruct-code", "superni-order1", "superni-order2", "trace"}
+    assert cutting == {"instruct-code", "superni-order1", "superni-order2", "trace"} | SGD
+
+
+def test_recipes_of_one_benchmark_differ_in_order_alone() -> None:
+    for names in (SGD, {"superni-order1", "superni-order2"}):
+        first, *others = (load_recipe(name)[0] for name in sorted(names))
+        for other in others:
+            stream = replace(other.stream, order=first.stream.order)
+            assert replace(other, stream=stream, output_dir=first.output_dir) == first
+
+
+def test_recipes_learn_the_empty_answers_of_their_data() -> None:
+    recipes = {name: load_recipe(name)[0].stream for name in shipped_recipes()}
+    assert {name for name, stream in recipes.items() if stream.empty_answers == "keep"} == {
+        "superni-order1", "superni-order2"
+    }  # fmt: skip
 
 
 def test_trace_learns_every_task_for_its_own_number_of_epochs() -> None:

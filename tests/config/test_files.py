@@ -84,7 +84,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
 def test_expand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert expand("~/data", "stream.root") == Path("/home/me/data")
-    with pytest.raises(BadInput, match="stream.root: ~nobody-here: no home folder of a user 'nobody-here'"):
+    with pytest.raises(BadInput, match=r"stream.root: ~nobody-here: no home folder of a user 'nobody-here'"):
         expand("~nobody-here", "stream.root")
 
 
@@ -131,5 +131,5 @@ def test_an_order_folder_of_another_layout(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=problem):
             read_order(tmp_path)
     (tmp_path / "1/train_tasks.json").write_text(json.dumps({"TC": []})[:-1] + ', "TC": []}')
-    with pytest.raises(BadInput, match="train_tasks.json: field 'TC' is given twice"):
+    with pytest.raises(BadInput, match=r"train_tasks.json: field 'TC' is given twice"):
         read_order(tmp_path)

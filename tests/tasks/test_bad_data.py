@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,57 @@ def test_messages_show_few_of_many_names(tmp_path: Path) -> None:
     answers = [f"label {i:03d}" for i in range(60)]
     write_lines(tmp_path / "a.jsonl", as_lines([{"input": "q", "output": "other"}]))
     refuse(tmp_path, "label 019, and 40 more", path="a.jsonl", labels=tuple(answers))
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "a.jsonl holds no samples"),
+        (b'{"input": "q", "output": "a", "z": ' + b"9" * 5000 + b"}", "a.jsonl, line 1: a number of too many digits"),
+        (b'{"input": "q", "output": "a", "output": "b"}', "a.jsonl, line 1: field 'output' is given twice"),
+        (b'{"input": "q", "output": 1e999}', "a.jsonl, line 1: field 'output' must be a string, not a number"),
+        (b'\n{"input": "q", "output": NaN}', "a.jsonl, line 2: field 'output' must be a string, not a number"),
+        (b'{"input": "q\\ud800", "output": "a"}', "line 1: field 'input' holds half a surrogate pair at character 1"),
+        (b'{"\\ud800": "q"}', "line 1: no field 'input'; the record has: \\ud800"),
+        ('{"input": "q"}'.encode("utf-16"), "line 1: not UTF-8 text (it holds NUL bytes) (it looks like UTF-16: conv"),
+        (b'{"input": "q"}\n\0', "a.jsonl, line 2: not UTF-8 text (it holds NUL bytes)"),
+        (gzip.compress(b'{"input": "q"}', mtime=0), "(it looks like gzip: unpack it)"),
+        (b"PAR1\x00\x01", "(it looks like Parquet: format huggingface reads it)"),
+    ],
+)
+def test_odd_bytes(tmp_path: Path, content: bytes, problem: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    refuse(tmp_path, problem, path="a.jsonl")
+
+
+def test_a_number_of_too_many_digits_is_named_by_its_line(tmp_path: Path) -> None:
+    write_json(tmp_path / "test/task_T5.json", GOOD)
+    lines = ["[", '{"input": "q", "output": "a"},', '{"input": "q", "id": ' + "7" * 4301 + "}", "]"]
+    file = write_lines(tmp_path / "train/task_T5.json", lines)
+    refuse(tmp_path, f"{file}, line 3: a number of too many digits", format="tasl", path=".")
+
+
+def test_an_empty_json_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "test/task_T5.json", GOOD)
+    file = write_lines(tmp_path / "train/task_T5.json", [""])
+    refuse(tmp_path, f"{file} is empty", format="tasl", path=".")
+
+
+def test_text_in_another_encoding_without_a_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("one line\nanother\n".encode("utf-16-le"))
+    refuse(tmp_path, "a.txt, line 1: not UTF-8 text (it holds NUL bytes)", format="text", path="a.txt")
+
+
+def test_a_test_file_that_is_none_does_not_make_way_for_the_other_split(tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        write_json(tmp_path / f"{split}/task_T5.json", GOOD)
+    (tmp_path / "test/task_T5.json").mkdir(parents=True)
+    refuse(tmp_path, "test/task_T5.json cannot be read: Is a directory", format="tasl", path=".")
+
+
+@pytest.mark.parametrize("place", ["labels.json", "instruction_config.json"])
+def test_half_a_character_beside_the_records(tmp_path: Path, place: str) -> None:
+    folder = cl_benchmark(tmp_path / "bench")
+    content: Any = ["yes", "no \ud800"] if place == "labels.json" else {"TC": [{"instruction": "\ud800 Pick."}]}
+    write_json(folder / place, content)
+    refuse(tmp_path, place, "holds half a surrogate pair at character", format="cl_benchmark", path="bench")

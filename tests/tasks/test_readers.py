@@ -203,3 +203,63 @@ def test_huggingface_folder_of_data_files(tmp_path: Path) -> None:
         write_lines(tmp_path / f"files/{split}.jsonl", as_lines(records("input", "output", 6)))
     task = load_one(tmp_path, format="huggingface", path="files")
     assert (len(task.train), task.labels) == (6, ("no", "yes"))
+
+
+def write_parquet(path: Path, columns: dict[str, list[str]]) -> None:
+    """A Parquet file."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").table(columns), path)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_huggingface_single_file(tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixture) -> None:
+    def write(path: Path, count: int) -> None:
+        made = records("input", "output", count)
+        separator = {"csv": ",", "tsv": "\t"}.get(ending)
+        if separator is not None:
+            write_lines(path, [separator.join(row) for row in (("input", "output"), *(each.values() for each in made))])
+        elif ending == "json":
+            write_json(path, made)
+        elif ending == "jsonl":
+            write_lines(path, as_lines(made))
+        else:
+            write_parquet(path, {name: [each[name] for each in made] for name in ("input", "output")})
+
+    write(tmp_path / f"a.{ending}", 8)
+    task = load_one(tmp_path, format="huggingface", path=f"a.{ending}")
+    assert task.train[1].prompt == "question 1"
+    assert (len(task.train), len(task.evaluation), task.labels) == (8, 8, ("no", "yes"))
+    assert f"evaluating on {tmp_path / 'a.'}{ending}, the training file" in caplog.text
+    write(tmp_path / f"a.test.{ending}", 5)
+    streamed = load_one(tmp_path, format="huggingface", path=f"a.{ending}", streaming=True)
+    assert (len(streamed.train), len(streamed.evaluation)) == (8, 5)
+
+
+def test_huggingface_single_file_of_another_format(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.xlsx", ["input,output"])
+    with pytest.raises(BadInput, match=r"a\.xlsx is a file of no known format \(\.csv, .*or a folder of data files"):
+        load_one(tmp_path, format="huggingface", path="a.xlsx")
+
+
+def test_huggingface_subset_of_what_has_none(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", as_lines(records("input", "output", 8)))
+    with pytest.raises(BadInput, match=r"subset: 'en' names a configuration, and what is at .*a.jsonl has none"):
+        load_one(tmp_path, format="huggingface", path="a.jsonl", subset="en")
+
+
+def test_bytes_that_other_programs_put_into_text_files_are_read(tmp_path: Path) -> None:
+    """A byte order mark, Windows' line ends, separators of Unicode inside of strings, records twice, blank lines."""
+    made = [*records("input", "output", 7), {"input": "a\u2028b\u0085c", "output": "yes"}]
+    lines = [line.encode() for line in ["", *as_lines([*made, made[0]]), " "]]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    task = load_one(tmp_path, path="a.jsonl")
+    assert [example.prompt for example in task.train] == [*(record["input"] for record in made), made[0]["input"]]
+
+
+def test_numbers_beside_what_is_read_do_no_harm(tmp_path: Path) -> None:
+    odd = [
+        {**each, "id": n, "score": float("nan"), "more": {"a": [1e300]}}
+        for n, each in enumerate(records("input", "output", 8))
+    ]
+    write_lines(tmp_path / "a.jsonl", [line.replace("1e+300", "1e999") for line in as_lines(odd)])
+    assert len(load_one(tmp_path, path="a.jsonl").train) == 8
