@@ -28,14 +28,15 @@ class DenseTracked:
         self.keep: dict[str, torch.Tensor] = {}
         """By weight: bool `(rows,)`, of experts `(experts, rows)`."""
 
-    def rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A weight's or bias's rows, `(all rows, elements)`."""
+    def spread(self, name: str, keep: torch.Tensor) -> torch.Tensor:
+        """A mask of rows (of all experts one after the other) as one of the weight's or bias's own shape."""
+        shape = self.parameters[name].shape
         if name.endswith("bias"):
-            return tensor.reshape(-1, 1)
-        module = self.model.get_submodule(name.rpartition(".")[0])
+            return keep.view(shape)
+        module: Any = self.model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, Conv1D) or getattr(module, "is_transposed", False):
-            tensor = tensor.transpose(-1, -2)
-        return tensor.reshape(-1, tensor.shape[-1])
+            return keep.view(*shape[:-2], 1, shape[-1]).expand(shape)
+        return keep.view(*shape[:-1], 1).expand(shape)
 
     def step(self, forwards: Forwards, chosen: dict[str, torch.Tensor]) -> None:
         """One step on the sum of the losses; masked by `chosen`, while `keep` is what this class finds by itself."""
@@ -51,26 +52,27 @@ class DenseTracked:
                 handle.remove()
             loss.backward()
         self.keep = {name: self._top(magnitude) for name, magnitude in sums.items()}
-        for name, keep in chosen.items():
-            self.rows_of_gradient(name)[~keep] = 0
-        before = self._snapshot(chosen)
-        self.optimizer.step()
-        self._put_back(before, chosen)
+        masks = {name: self.spread(name, keep) for name, keep in chosen.items()}
+        for name, mask in masks.items():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                gradient[~mask] = 0
+        self._update(masks)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def rows_of_gradient(self, name: str) -> torch.Tensor:
-        """A view whose first dimension is the rows."""
-        gradient = self.parameters[name].grad
-        assert gradient is not None
-        flat = self.rows(name, gradient)
-        if flat.data_ptr() == gradient.data_ptr() and flat.storage_offset() == gradient.storage_offset():
-            if flat.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr():
-                return flat
-        # A transposed stack cannot be flattened in place: use a copy that becomes the gradient.
-        stored = flat.clone()
-        shape = gradient.transpose(-1, -2).shape
-        self.parameters[name].grad = stored.view(shape).transpose(-1, -2)
-        return stored
+    def _update(self, masks: dict[str, torch.Tensor]) -> None:
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if not self.optimizer.state[parameter]:
+                moments = {name: torch.zeros_like(parameter).detach() for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        before = {name: [tensor.detach().clone() for tensor in self._state(name)] for name in masks}
+        self.optimizer.step()
+        if self.config.mask == "update":
+            for name, mask in masks.items():
+                for now, old in zip(self._state(name), before[name], strict=True):
+                    now.data[~mask] = old[~mask]
 
     def _top(self, magnitude: torch.Tensor) -> torch.Tensor:
         if magnitude.dim() == 1:
@@ -89,33 +91,12 @@ class DenseTracked:
                 for weight, magnitude in _experts(module, inputs, real).items():
                     add(f"{name}.{weight}", magnitude)
             elif (output := _output(module, inputs)) is not None:
-                tokens = _tokens(output, real)
+                table = "pos_proj" in name or "pos_q_proj" in name  # these run over DeBERTa's positions alone
+                tokens = output.reshape(-1, output.shape[-1]) if table else _tokens(output, real)
                 if tokens is not None:
                     add(f"{name}.weight", _normalised(tokens).sum(0))
 
         return record
-
-    def _snapshot(self, chosen: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-        if self.config.mask != "update":
-            return {}
-        for name in chosen:
-            state = self.optimizer.state[self.parameters[name]]
-            if not state:
-                zeros = torch.zeros_like(self.parameters[name])
-                state.update(step=torch.tensor(0.0), exp_avg=zeros.detach(), exp_avg_sq=zeros.detach().clone())
-        return {name: [tensor.detach().clone() for tensor in self._state(name)] for name in chosen}
-
-    def _put_back(self, before: dict[str, list[torch.Tensor]], chosen: dict[str, torch.Tensor]) -> None:
-        for name, tensors in before.items():
-            for now, old in zip(self._state(name), tensors, strict=True):
-                mixed = self.rows(name, old).clone()
-                mixed[chosen[name]] = self.rows(name, now.data)[chosen[name]]
-                if self.rows(name, now.data).shape != now.shape or not torch.equal(self.rows(name, old), old):
-                    transposed = not name.endswith("bias") and self.rows(name, old).shape[-1] != old.shape[-1]
-                    shaped = mixed.view(old.transpose(-1, -2).shape).transpose(-1, -2) if transposed else mixed.view(old.shape)
-                    now.data.copy_(shaped)
-                else:
-                    now.data.copy_(mixed)
 
     def _state(self, name: str) -> list[torch.Tensor]:
         state = self.optimizer.state[self.parameters[name]]

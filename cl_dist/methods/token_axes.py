@@ -105,5 +105,7 @@ def counted(call: Call, leading: torch.Size, masks: Mapping[str, torch.Tensor], 
             f"layer {name}: outputs of shape {tuple(leading)} do not fit a batch of {tuple(masks[call.kind].shape)} tokens, "
             f"as they did before training ({call.form})"
         )
+    if call.form == "flat":
+        return mask.reshape(leading)
     extra = len(leading) - mask.dim() if call.form == "tokens" else 0
     return mask.reshape(*mask.shape, *(1 for _ in range(extra)))
