@@ -18,7 +18,7 @@ from cl_dist.config.schema import LoraConfig
 from cl_dist.methods.magnitudes import MagnitudeSums
 from cl_dist.models.lora import add_lora
 from cl_dist.models.skipping import RowSkipper
-from cl_dist.models.tracked import tracked_linears
+from cl_dist.models.tracked import tracked_layers, tracked_linears
 
 LORA_B_SPREAD = 0.02
 """A fresh `lora_B` is zero, its outputs are all equal, and every row would be kept."""
@@ -117,7 +117,7 @@ class Masked(Way):
 
     def install(self) -> None:
         """Hooks that sum magnitudes, and linear layers that skip."""
-        self._sums = MagnitudeSums(self.model, self.layers, per_token=True, count_padding=True)
+        self._sums = MagnitudeSums(self.model, tracked_layers(self.model, "blocks"), per_token=True, count_padding=True)
         self._skipper = RowSkipper(self.layers, mask_bias=True)
         self._sums.counting = self._skipper.active = True
 

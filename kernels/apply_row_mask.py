@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from cl_dist.kernels import reference
 from cl_dist.kernels.backend import Launch, blocks, cpu_jit, jit, path_of, tl
+from cl_dist.kernels.rows import RowLayout
 
 BLOCK = 2048
 """Elements of the shard that a GPU program covers."""
@@ -45,6 +46,26 @@ def apply_row_mask_(shard: torch.Tensor, start: int, row_length: int, keep: torc
         _on_cpu(shard, start, row_length, keep)
     else:
         _launch(shard, start, row_length, keep).run()
+    return shard
+
+
+def mask_rows_(shard: torch.Tensor, start: int, layout: RowLayout, keep: torch.Tensor) -> torch.Tensor:
+    """`apply_row_mask_` for rows that lie in any `layout`, columns among them.
+
+    Args:
+        shard: `(numel,)`, any floating dtype: elements `[start, start + numel)` of the flattened parameter.
+        start: Position of the shard's first element in it.
+        layout: How its rows lie.
+        keep: `(layout.total,)` bool on the shard's device; True keeps a row.
+
+    Returns:
+        `shard`.
+    """
+    if not layout.columns:
+        return apply_row_mask_(shard, start, layout.length, keep)
+    for segment in layout.segments(start, shard.numel()):
+        dropped = ~keep.narrow(0, segment.row, segment.rows)
+        segment.view(shard).masked_fill_(dropped.unsqueeze(1), 0)
     return shard
 
 

@@ -2,7 +2,8 @@
 
 Which rows of a matrix does a piece of the flattened matrix hold? ZeRO cuts the flattened parameters of a model at
 arbitrary places, so that the first and the last row of a rank's piece may be partial. `row_segments` is plain integer
-arithmetic; nothing is allocated or copied.
+arithmetic; nothing is allocated or copied. `RowLayout` says the same of weights that are stored transposed, and of
+several matrices one after the other.
 """
 
 from __future__ import annotations
@@ -33,10 +34,64 @@ class RowSegment(NamedTuple):
     """Where the segment starts in the flat piece, in elements."""
     width: int
     """Elements per row: the row length, or less for a partial first or last row."""
+    columns: bool = False
+    """Whether the rows are columns of the flat piece: neighbouring elements belong to neighbouring rows."""
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         """Return the segment of `flat` (1-D, any dtype) as a `(rows, width)` view."""
-        return flat.narrow(0, self.offset, self.rows * self.width).view(self.rows, self.width)
+        piece = flat.narrow(0, self.offset, self.rows * self.width)
+        return piece.view(self.width, self.rows).t() if self.columns else piece.view(self.rows, self.width)
+
+
+class RowLayout(NamedTuple):
+    """How the rows of a weight lie in its flattened parameter.
+
+    A weight is `matrices` matrices one after the other (the experts of a mixture; else one), each of which is
+    `(rows, length)`, or with `columns` `(length, rows)`: row j is then column j of what is stored. Row j of matrix m has
+    number `m * rows + j`.
+    """
+
+    matrices: int
+    rows: int
+    """Rows of each matrix."""
+    length: int
+    """Elements of each row (1: a bias)."""
+    columns: bool = False
+
+    @property
+    def total(self) -> int:
+        """Rows of all matrices."""
+        return self.matrices * self.rows
+
+    def segments(self, start: int, numel: int) -> list[RowSegment]:
+        """Split elements `[start, start + numel)` of the flattened parameter into runs of rows.
+
+        Raises:
+            ValueError: A negative number, or a piece that ends behind the parameter.
+        """
+        if start + numel > self.total * self.length:
+            raise ValueError(f"[{start}, {start + numel}) ends behind {self.total} rows of {self.length}")
+        if not self.columns:
+            return row_segments(start, numel, self.length)
+        return list(self._column_segments(start, numel))
+
+    def _column_segments(self, start: int, numel: int) -> Iterator[RowSegment]:
+        """The stored lines, partial ones at the ends, matrix by matrix."""
+        size = self.rows * self.length
+        for line in row_segments(start, numel, self.rows):
+            place = start + line.offset  # in the parameter
+            stop = place + line.rows * line.width
+            while place < stop:
+                matrix, inside = divmod(place, size)
+                here = min(stop, (matrix + 1) * size) - place
+                yield RowSegment(
+                    row=matrix * self.rows + inside % self.rows,
+                    rows=line.width,
+                    offset=place - start,
+                    width=here // line.width,
+                    columns=True,
+                )
+                place += here
 
 
 def counted_tokens(output: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:

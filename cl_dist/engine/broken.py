@@ -31,7 +31,7 @@ def telling_broken_collectives(rank: int, timeout_seconds: float, give_up: GiveU
     try:
         yield
     except RuntimeError as error:
-        if not _is_collective(error):
+        if not is_collective(error):
             raise
         text, phase = str(error), last_beat().phase
         if any(sign in text for sign in _LOST):
@@ -43,6 +43,6 @@ def telling_broken_collectives(rank: int, timeout_seconds: float, give_up: GiveU
         raise RankLost(give_up(f"{waited} while {phase}", traceback.format_exc())) from error
 
 
-def _is_collective(error: RuntimeError) -> bool:
+def is_collective(error: RuntimeError) -> bool:
     """Whether torch.distributed raised it; Gloo's errors have no class of their own, but name its source files."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()

@@ -15,6 +15,7 @@ from cl_dist.engine.guard import UpdateGuard
 from cl_dist.engine.objective import keeps_logits, loss_sum, predicting_positions
 from cl_dist.engine.optimizer import build_adamw, learning_rate
 from cl_dist.engine.replicas import check_replicas
+from cl_dist.engine.trial import told_by_trial, trial_batches
 from cl_dist.errors import ClDistError
 from cl_dist.heartbeat import beat
 from cl_dist.methods.base import Memory, Method, TaskPlace
@@ -25,6 +26,9 @@ from cl_dist.seeds import derive_seed
 from cl_dist.sharding import Shard, ShardView, check_deepspeed, remove_leftovers
 from cl_dist.tasks.collate import Batch
 from cl_dist.tasks.types import Encoded
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+"""What DeepSpeed counts, put back after a trial."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,52 @@ class TrainingEngine:
         self._guard = UpdateGuard(self.shards, self.recipe.train.max_skipped_steps)
         self._measuring_guard = UpdateGuard(self.shards, self.recipe.train.max_skipped_steps)
         self._take: Callable[[], None] | None = None
+        self._trying = False
         self.shards.on_boundary(self._before_update, self._after_update, self._allows, self._update_skipped)
         for method in self.methods:
             method.attach(self.model, self.shards, self.recipe.train)
+        self._try_out()
+
+    def _try_out(self) -> None:
+        """Send two tiny batches of made-up tokens through the model, the first one backward too (collective).
+
+        Finds out in the first seconds whether the model can be trained at all, and shows methods what its layers'
+        outputs are. As with `measure`, nothing that is trained changes: DeepSpeed goes through a step of its own, in
+        which the inner optimiser is paused. The random number generators and DeepSpeed's counters are put back.
+
+        Raises:
+            BadInput: A pass fails, or a method cannot do with what it saw; on all ranks alike.
+        """
+        first, second = (batch.to(device()) for batch in trial_batches(self.model, self.objective))
+        counters = {name: getattr(self._engine, name) for name in _COUNTERS if hasattr(self._engine, name)}
+        self._trying, self._idle = True, frozenset[str]()
+        devices = [device()] if device().type == "cuda" else []
+        try:
+            with evaluation_mode(self.model), torch.random.fork_rng(devices), told_by_trial():
+                for _ in range(self.recipe.train.gradient_accumulation):
+                    self._engine.backward(loss_sum(*self._trial_forward(first)))
+                    self._engine.step()
+                with torch.no_grad():
+                    self._trial_forward(second)
+        finally:
+            self._trying = False
+        for name, value in counters.items():
+            setattr(self._engine, name, value)
+        for method in self.methods:
+            method.after_trials(self._idle)
+
+    def _trial_forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        for method in self.methods:
+            method.before_trial(batch.token_masks)
+        return self._forward(batch)
+
+    def _without_gradient(self) -> frozenset[str]:
+        """Trainable parameters whose reduced gradient is zero on all ranks (collective)."""
+        found = [self.shards.gradient(name) for name in self.shards.names]
+        flags = [shard is not None and bool(shard.data.count_nonzero()) for shard in found]
+        reached = torch.tensor(flags, dtype=torch.float32, device=device())
+        torch.distributed.all_reduce(reached)
+        return frozenset(name for name, flag in zip(self.shards.names, reached.tolist(), strict=True) if not flag)
 
     def rebuild(self) -> None:
         """Build a new DeepSpeed engine around the same model in the same process group.
@@ -286,6 +333,9 @@ class TrainingEngine:
 
     def _allows(self) -> bool:
         """Whether what was just reduced is to be learnt."""
+        if self._trying:
+            self._idle = self._without_gradient()
+            return False
         if self._take is None:
             return self._guard.allows()
         if self._measuring_guard.allows():
@@ -301,7 +351,7 @@ class TrainingEngine:
             method.after_update()
 
     def _update_skipped(self) -> None:
-        if self._take is not None:
+        if self._take is not None or self._trying:
             return
         for method in self.methods:
             method.update_skipped()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence, Set
     from pathlib import Path
 
     from cl_dist.config.schema import TrainConfig
@@ -85,7 +85,7 @@ class Memory:
 class Method:
     """A continual-learning method; the engine calls its moments in the same order in every run.
 
-    `attach`, then for each task `training_data`, `prepare_task`, `before_task`, for each step `before_step`,
+    `attach`, the trials, then for each task `training_data`, `prepare_task`, `before_task`, for each step `before_step`,
     (`before_forward`, `added_loss`, `before_backward`) per micro-batch, `before_update`, `after_update`, and finally
     `after_task` and `write_results`.
     """
@@ -97,6 +97,20 @@ class Method:
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """The engine was built (or rebuilt) around `model`; its training state is seen through `shards`."""
+
+    def before_trial(self, token_masks: Mapping[str, torch.Tensor]) -> None:
+        """A tiny batch is about to go through the model in evaluation mode, before anything is trained.
+
+        Args:
+            token_masks: Its real tokens, as `Batch.token_masks` has them.
+        """
+
+    def after_trials(self, idle: Set[str]) -> None:
+        """The trials are over. `idle` are the trainable parameters that no rank got a gradient for, by name.
+
+        Raises:
+            BadInput: What they showed rules the method out; on all ranks alike.
+        """
 
     def start_message(self) -> str | None:
         """One sentence for the log of a run that begins (after `attach`), or None."""

@@ -7,9 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from cl_dist.errors import ClDistError
 from cl_dist.kernels import row_magnitude
-from cl_dist.models.tracked import token_mask_of
+from cl_dist.methods.token_axes import Call, Trial, calls_of, counted
+from cl_dist.models.experts import ExpertsTap, Routed
+from cl_dist.models.tracked import TrackedLayer
+
+Plan = Mapping[str, tuple[Call, ...]]
+"""By layer, what its calls in a forward pass are."""
 
 
 class MagnitudeSums:
@@ -20,53 +27,175 @@ class MagnitudeSums:
         layers: By name, the tracked layers.
         per_token: L1-normalise every token's output before the sum (`kernels.row_magnitude`).
         count_padding: Count every token; otherwise those that `token_masks` marks.
+        plan: What the layers' calls are; None: every output counts, until `learnt` knows better.
+        mask_bias: For the experts' taps.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Linear], per_token: bool = True, count_padding: bool = False
+        self,
+        model: nn.Module,
+        layers: Mapping[str, TrackedLayer],
+        per_token: bool = True,
+        count_padding: bool = False,
+        plan: Plan | None = None,
+        mask_bias: bool = True,
     ) -> None:
-        self.sizes = [layer.out_features for layer in layers.values()]
-        """Rows of each layer, in the order of `layers`."""
-        device = next(iter(layers.values())).weight.device
+        self.layers = layers
+        self.sizes = [size for layer in layers.values() for size in layer.sizes]
+        """Rows that are ranked together, in the order of `layers`: a layer's, or each expert's."""
+        device = next(model.parameters()).device
         self.flat = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
         """Sums of this rank since `clear`, all layers one after the other. A micro-batch's magnitudes are float32;
         their sum in double precision does not depend on the order, hence not on how micro-batches lie on ranks."""
+        self.tokens = torch.zeros(len(self.sizes), dtype=torch.float64, device=device)
+        """Of each expert the tokens that counted since `clear`; of other layers zero."""
+        self.calls = dict.fromkeys(layers, 0)
+        """How often each layer was measured since `clear`."""
         self.counting = False
         """Whether forward passes of training count."""
-        self.token_masks: dict[str, torch.Tensor] = {}
-        """The micro-batch's real tokens, bool `(batch, length)`, for "input" and "target" tokens."""
-        self._per_token, self._count_padding = per_token, count_padding
-        self.by_layer = dict(zip(layers, self.flat.split(self.sizes), strict=True))
+        self.plan = plan
+        self._model, self._per_token, self._count_padding = model, per_token, count_padding
+        self._masks: Mapping[str, torch.Tensor] = {}
+        self._place = dict.fromkeys(layers, 0)
+        self._trials: list[tuple[Mapping[str, torch.Tensor], dict[str, list[torch.Size]]]] = []
+        self._learning = False
+        totals = [layer.layout.total for layer in layers.values()]
+        self.by_layer = dict(zip(layers, self.flat.split(totals), strict=True))
         """Views of `flat` by layer name."""
-        self._handles = [
-            layer.register_forward_hook(self._recorder(self.by_layer[name], token_mask_of(name, model)))
-            for name, layer in layers.items()
-        ]
+        groups = [layer.layout.matrices for layer in layers.values()]
+        self._tokens = dict(zip(layers, self.tokens.split(groups), strict=True))
+        self.taps: dict[str, ExpertsTap] = {}
+        """By name, the modules of experts."""
+        self._handles = [handle for layer in layers.values() for handle in self._watch(layer, mask_bias)]
 
     def clear(self) -> None:
         """Start from zero."""
         self.flat.zero_()
+        self.tokens.zero_()
+        self.calls = dict.fromkeys(self.layers, 0)
+
+    def begin(self, token_masks: Mapping[str, torch.Tensor]) -> None:
+        """A forward pass of training comes next, over these real tokens: bool `(batch, length)` by kind."""
+        self._masks = token_masks
+        self._place = dict.fromkeys(self.layers, 0)
+        for tap in self.taps.values():
+            tap.active = self.counting
+
+    def learn(self, token_masks: Mapping[str, torch.Tensor]) -> None:
+        """The forward pass that comes next is a trial: note what every layer does with these tokens."""
+        self._learning = True
+        self._trials.append((token_masks, {name: [] for name in self.layers}))
+
+    def learnt(self) -> dict[str, str]:
+        """The trials are over: plan how outputs are counted, and return why not by layer where they cannot be."""
+        self._learning = False
+        found = {
+            name: calls_of([Trial(shapes[name], masks) for masks, shapes in self._trials]) for name in self.layers
+        }
+        self._trials.clear()
+        self.plan = {name: calls for name, calls in found.items() if not isinstance(calls, str)}
+        return {name: reason for name, reason in found.items() if isinstance(reason, str)}
 
     def remove(self) -> None:
         """Take the hooks off again."""
         for handle in self._handles:
             handle.remove()
+        for tap in self.taps.values():
+            tap.remove()
 
-    def _recorder(self, sums: torch.Tensor, kind: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        """Return the forward hook that adds one layer's magnitudes to `sums`."""
+    def _watch(self, layer: TrackedLayer, mask_bias: bool) -> list[RemovableHandle]:
+        """Let the layer's outputs come to `_record`."""
+        if layer.kind == "experts":
+            return [self._watch_experts(layer, mask_bias)]
+        if layer.kind == "router":
+            return [layer.module.register_forward_pre_hook(self._router_hook(layer))]
+        return [layer.module.register_forward_hook(self._linear_hook(layer))]
 
+    def _linear_hook(self, layer: TrackedLayer) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def record(module: nn.Module, _: Any, output: torch.Tensor) -> None:
-            # A forward pass inside backward recomputes activations: those tokens were counted the first time.
-            if not self.counting or not module.training or torch._C._current_graph_task_id() != -1:
-                return
-            sums.add_(row_magnitude(output, self._counted_tokens(kind, output), per_token=self._per_token))
+            if self._is_seen(layer, module, output.shape[:-1]):
+                self._record(layer, output)
 
         return record
 
-    def _counted_tokens(self, kind: str, output: torch.Tensor) -> torch.Tensor | None:
-        """Bool of the leading shape of `output`: the tokens that count, or None for all of them."""
-        if self._count_padding:
+    def _router_hook(self, layer: TrackedLayer) -> Callable[[nn.Module, Any], None]:
+        def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            # Before the forward, because ZeRO-3 takes the weight away after it. The product is a small one.
+            hidden = inputs[0]
+            if self._is_seen(layer, module, hidden.shape[:-1]):
+                with torch.no_grad():
+                    weight, bias = module.weight, getattr(module, "bias", None)
+                    self._record(layer, nn.functional.linear(hidden.to(weight.dtype), weight, bias))  # type: ignore[union-attr, arg-type]
+
+        return record
+
+    def _watch_experts(self, layer: TrackedLayer, mask_bias: bool) -> RemovableHandle:
+        name, _, projection = layer.name.rpartition(".")
+        if name not in self.taps:
+            by_projection = {
+                other.name.rpartition(".")[2]: other for other in self.layers.values() if other.module is layer.module
+            }
+
+            def observe(which: str, routed: Routed) -> None:
+                measured = by_projection.get(which)
+                if measured is not None and self._is_seen(measured, measured.module, routed.leading):
+                    self._record_experts(measured, routed)
+
+            self.taps[name] = ExpertsTap(name, layer.module, observe, mask_bias)
+
+        def learn(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._learning:
+                hidden = args[0] if args else next(iter(kwargs.values()))
+                self._is_seen(layer, module, hidden.shape[:-1])
+
+        return layer.module.register_forward_pre_hook(learn, with_kwargs=True)
+
+    def _is_seen(self, layer: TrackedLayer, module: nn.Module, leading: torch.Size) -> bool:
+        """Whether a call's outputs are to be recorded; a trial's are not, but their shape is noted."""
+        # A forward pass inside backward recomputes activations: those tokens were counted the first time.
+        if torch._C._current_graph_task_id() != -1:
+            return False
+        if self._learning:
+            self._trials[-1][1][layer.name].append(leading)
+            return False
+        return self.counting and module.training
+
+    def _record(self, layer: TrackedLayer, output: torch.Tensor) -> None:
+        """Add the magnitudes of a call's outputs."""
+        which = self._counted(layer, output.shape[:-1])
+        if which is not False:
+            self.calls[layer.name] += 1
+            magnitude = row_magnitude(output, which, per_token=self._per_token)
+            self.by_layer[layer.name].add_(magnitude)
+
+    def _record_experts(self, layer: TrackedLayer, routed: Routed) -> None:
+        """Add to each expert's sums those of the tokens that were routed to it."""
+        which = self._counted(layer, routed.leading)
+        if which is False:
+            return
+        self.calls[layer.name] += 1
+        counts = None if which is None else which.expand(routed.leading).reshape(-1)[routed.token]
+        matrices = layer.layout.matrices
+        experts = routed.experts if counts is None else routed.experts[counts]
+        self._tokens[layer.name].add_(torch.bincount(experts, minlength=matrices))
+        start = 0
+        for sums, count in zip(self.by_layer[layer.name].view(matrices, -1), routed.per_expert, strict=True):
+            if count:
+                here = slice(start, start + count)
+                mask = None if counts is None else counts[here]
+                sums.add_(row_magnitude(routed.output[here], mask, per_token=self._per_token))
+            start += count
+
+    def _counted(self, layer: TrackedLayer, leading: torch.Size) -> torch.Tensor | None | bool:
+        """Bool per output: those that count; None: all of them; False: the call is not one over tokens at all."""
+        if self.plan is None:
             return None
-        mask = self.token_masks[kind]
-        # A classifier's head runs over one vector per sample: fillers have no real token and do not count.
-        return mask.any(dim=1) if output.dim() == 2 else mask
+        calls, place = self.plan[layer.name], self._place[layer.name]
+        if place >= len(calls):
+            raise ClDistError(f"layer {layer.name} runs more often in a forward pass than it did before training")
+        self._place[layer.name] += 1
+        if calls[place].form == "table":
+            # A layer that runs over tokens too is measured over those alone.
+            return None if all(call.form == "table" for call in calls) else False
+        which = counted(calls[place], leading, self._masks, layer.name)
+        return None if self._count_padding else which

@@ -1,8 +1,9 @@
 """Linear layers whose backward pass computes only chosen rows of the weight gradient.
 
 MIGU knows its rows when the forward pass is over, so the products that would only be zeroed later need never be made.
-The layers stay `nn.Linear`: each gets a `forward` of its own on the instance, so that hooks (DeepSpeed's gather and
-release, PEFT's, the user's) go on working, and taking it away again restores the layer.
+The layers stay what they are (`nn.Linear`, or transformers' `Conv1D`, whose weight is transposed): each gets a `forward`
+of its own on the instance, so that hooks (DeepSpeed's gather and release, PEFT's, the user's) go on working, and taking it
+away again restores the layer. Experts have a forward like that in `models/experts.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.kernels import masked_weight_grad
@@ -31,17 +33,17 @@ class RowSkipper:
         mask_bias: Mask the bias's gradient along; false: it is computed whole.
 
     Raises:
-        BadInput: A layer's forward is not nn.Linear's own, so that replacing it would change what the layer computes.
+        BadInput: A layer's forward is not its type's own, so that replacing it would change what the layer computes.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Linear], mask_bias: bool = True) -> None:
+    def __init__(self, layers: Mapping[str, nn.Linear | Conv1D], mask_bias: bool = True) -> None:
         for name, layer in layers.items():
             _refuse_foreign_forward(name, layer)
         self._layers = dict(layers)
         self._switch = _Switch()
         self._rows = {name: _ChosenRows(name, mask_bias) for name in layers}
         for name, layer in layers.items():
-            # On the instance: DeepSpeed and PEFT look at the type, which stays nn.Linear.
+            # On the instance: DeepSpeed and PEFT look at the type, which stays what it was.
             layer.forward = _skipping_forward(  # type: ignore[method-assign, assignment]
                 layer, self._switch, self._rows[name]
             )
@@ -87,8 +89,9 @@ class _ChosenRows:
     rows: torch.Tensor | None = None
 
 
-def _refuse_foreign_forward(name: str, layer: nn.Linear) -> None:
-    if "forward" in layer.__dict__ or type(layer).forward is not nn.Linear.forward:
+def _refuse_foreign_forward(name: str, layer: nn.Linear | Conv1D) -> None:
+    own = (nn.Linear.forward, Conv1D.forward)
+    if "forward" in layer.__dict__ or type(layer).forward not in own:
         owner = getattr(layer.__dict__.get("forward", type(layer).forward), "__module__", "another library")
         raise BadInput(
             f"method.skip_rows: the forward of layer {name} ({type(layer).__name__}) has been replaced by {owner}, and "
@@ -96,13 +99,33 @@ def _refuse_foreign_forward(name: str, layer: nn.Linear) -> None:
         )
 
 
-def _skipping_forward(layer: nn.Linear, switch: _Switch, chosen: _ChosenRows) -> Callable[[torch.Tensor], torch.Tensor]:
+def _skipping_forward(
+    layer: nn.Linear | Conv1D, switch: _Switch, chosen: _ChosenRows
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    if isinstance(layer, Conv1D):
+        return _skipping_conv1d_forward(layer, switch, chosen)
+
     # Traced, backward would look for its rows while it is compiled, before they are chosen.
     @torch.compiler.disable(recursive=True, reason="the rows that backward computes are chosen anew in every step")
     def forward(input: torch.Tensor) -> torch.Tensor:
         if not (switch.active and layer.training and torch.is_grad_enabled()):
             return nn.functional.linear(input, layer.weight, layer.bias)
         result: torch.Tensor = _SkippingLinear.apply(*_autocast(input, layer.weight, layer.bias), chosen)
+        return result
+
+    return forward
+
+
+def _skipping_conv1d_forward(
+    layer: Conv1D, switch: _Switch, chosen: _ChosenRows
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    # For the same reason as above.
+    @torch.compiler.disable(recursive=True, reason="the rows that backward computes are chosen anew in every step")
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if not (switch.active and layer.training and torch.is_grad_enabled()):
+            inactive: torch.Tensor = Conv1D.forward(layer, x)
+            return inactive
+        result: torch.Tensor = _SkippingConv1D.apply(*_autocast(x, layer.weight, layer.bias), chosen)
         return result
 
     return forward
@@ -140,6 +163,31 @@ class _SkippingLinear(torch.autograd.Function):
         grad_weight = grad_bias = None
         if needs_weight or needs_bias:
             grad_weight, grad_bias = _weight_gradients(ctx.chosen, input, grad_output, needs_bias)
+        return grad_input, grad_weight, grad_bias, None
+
+
+class _SkippingConv1D(torch.autograd.Function):
+    """`Y = X W + b`, W `(in, out)`; `dX = dY W^T` whole, `dW[:, rows] = X^T dY[:, rows]` and nothing else of dW."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, chosen: _ChosenRows
+    ) -> torch.Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.chosen = chosen
+        output = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight)
+        return output.view(*input.shape[:-1], weight.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_input = grad_output @ weight.t() if needs_input else None
+        grad_weight = grad_bias = None
+        if needs_weight or needs_bias:
+            transposed, grad_bias = _weight_gradients(ctx.chosen, input, grad_output, needs_bias)
+            grad_weight = transposed.t().contiguous()
         return grad_input, grad_weight, grad_bias, None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cl_dist.kernels import row_segments
+from cl_dist.kernels import RowLayout
 from cl_dist.sharding.shard import Shard
 from cl_dist.sharding.view import ShardView
 
@@ -22,17 +22,19 @@ class RowFreezer:
 
     Args:
         shards: The engine's shards.
+        layouts: By parameter name, how its rows lie; without one they are the rows of its first dimension.
     """
 
-    def __init__(self, shards: ShardView) -> None:
-        self._shards = shards
+    def __init__(self, shards: ShardView, layouts: Mapping[str, RowLayout] | None = None) -> None:
+        self._shards, self._layouts = shards, layouts or {}
         self._keep: Mapping[str, torch.Tensor] = {}
         self._saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         inner = shards.layout.inner
         self._handles = [inner.register_step_pre_hook(self._save), inner.register_step_post_hook(self._restore)]
 
     def freeze(self, keep: Mapping[str, torch.Tensor]) -> None:
-        """Set, by parameter name, the `(rows,)` bool masks of rows that may move; an empty mapping freezes nothing."""
+        """Set, by parameter name, the `(rows,)` bool masks of rows that may move (of all
+        experts one after the other); an empty mapping freezes nothing."""
         self._keep = keep
 
     def remove(self) -> None:
@@ -59,9 +61,9 @@ class RowFreezer:
 
     def _dropped_rows(self, name: str, shard: Shard, keep: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         shape = self._shards.shape(name)
-        length = shape.numel() // shape[0]
+        layout = self._layouts.get(name, RowLayout(1, shape[0], shape.numel() // shape[0]))
         keep = keep.to(shard.data.device)  # masters may be offloaded
-        segments = row_segments(shard.start, shard.data.numel(), length)
+        segments = layout.segments(shard.start, shard.data.numel())
         return [(segment.view(shard.data), ~keep.narrow(0, segment.row, segment.rows)) for segment in segments]
 
     def _restore(self, *_: Any) -> None:

@@ -148,11 +148,11 @@ def _order(scope: str) -> list[str]:
     all_reduce, size = torch.distributed.all_reduce, migu._sums.flat.numel()
 
     def noted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if size <= tensor.numel() <= size + 2 and tensor.dtype == torch.float64:
+        if tensor.numel() >= size and tensor.dtype == torch.float64:
             events.append("sum")
         return all_reduce(tensor, *args, **kwargs)
 
-    last = list(migu._layers.values())[-1]
+    last = list(migu._layers.values())[-1].module
     last.register_forward_hook(lambda *_: events.append("forward"))
     last.register_full_backward_pre_hook(lambda *_: events.append("backward"))
     engine.shards.on_boundary(lambda: events.append("update"), lambda: None)
@@ -172,7 +172,7 @@ def _left_behind() -> list[str]:
     engine, migu = _engine(first_task="masked")
     engine.before_task(TaskPlace(0, "t", STEPS))
     _step(engine, 0)
-    layers = migu._layers
+    layers = {name: layer.module for name, layer in migu._layers.items()}
     engine.destroy()
     return [name for name, layer in layers.items() if "forward" in layer.__dict__ or layer._forward_hooks]
 

@@ -15,6 +15,7 @@ from cl_dist.methods.kif.orthogonal import Orthogonality
 from cl_dist.methods.kif.results import write_scores
 from cl_dist.methods.kif.units import UnitMap
 from cl_dist.models.names import LORA_A
+from cl_dist.models.tracked import row_layouts
 from cl_dist.sharding import Shard, ShardView
 
 
@@ -33,7 +34,8 @@ class UnitMethod(Method):
         """Cut the model into units and lay importance out along the shards; a rebuilt engine begins with none."""
         config, lora = self._unit_config, any(LORA_A in name for name in shards.names)
         self._shards, self._device, self._seed = shards, next(model.parameters()).device, train.seed
-        self.units = UnitMap.build({n: tuple(shards.shape(n)) for n in shards.names}, config.units_for(lora))
+        shapes = {name: tuple(shards.shape(name)) for name in shards.names}
+        self.units = UnitMap.build(shapes, config.units_for(lora), row_layouts(model))
         self.importance = Importance(shards, config)
         self._orthogonality = Orthogonality(shards, config.orthogonal_for(lora), self._device)
 

@@ -1,18 +1,21 @@
 """Skill units as data: which slices of which parameters are scored and fused as one.
 
-- `matrix` (TaSL): every trainable parameter is a unit, with LoRA each lora_A and each lora_B.
+- `matrix` (TaSL): every trainable parameter is a unit, with LoRA each lora_A and each lora_B. A parameter that holds one
+  matrix per expert of a mixture is as many units.
 - `rank` (KIF): unit j of a LoRA module is row j of lora_A and column j of lora_B together. What is trained beside LoRA
   (a classifier's head) forms units as under `matrix`.
 - `row`: every row of a parameter with two or more dimensions (an output feature of a linear layer, a token of an
-  embedding).
+  embedding). What is stored transposed (GPT-2's Conv1D, GPT-OSS's experts) is cut by output feature all the same, and
+  of experts each one's rows are units.
 
-Nothing that is trained is left out: biases and norm weights, which have one dimension, are a unit each per parameter,
-under `row` too. Units follow from names and shapes alone, in model order, so that they are the same for any number of
+Nothing that is trained is left out: biases and norm weights, which have one dimension, are a unit each per parameter
+(of experts, per expert), under `row` too. Units follow from names and shapes alone, in model order, so that they are the same for any number of
 ranks and any ZeRO stage.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -22,6 +25,7 @@ from typing import Any, Literal
 import torch
 
 from cl_dist.errors import BadInput
+from cl_dist.kernels import RowLayout
 from cl_dist.models.names import LORA_A, LORA_B
 
 Units = Literal["matrix", "rank", "row"]
@@ -32,41 +36,46 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Part:
-    """How one parameter is cut: along one axis into slices of one, each of which belongs to another unit; or not."""
+    """How one parameter is cut: along some axes into slices of one, each of which belongs to another unit; or not."""
 
     first: int
     """Unit of the first slice; the others follow."""
     shape: tuple[int, ...]
-    axis: int | None
-    """Axis that is cut; None: the whole parameter belongs to one unit."""
+    axes: tuple[int, ...]
+    """Axes that are cut, ascending: slices are numbered with the last one running fastest. None at all: the whole
+    parameter belongs to one unit."""
 
     @property
     def count(self) -> int:
         """Units that own a slice of the parameter."""
-        return 1 if self.axis is None else self.shape[self.axis]
+        return math.prod(self.shape[axis] for axis in self.axes)
 
     @property
     def elements(self) -> int:
         """Elements of each slice."""
         return math.prod(self.shape) // self.count
 
-    @property
-    def stride(self) -> int:
-        """Distance of two neighbouring slices in the flattened parameter."""
-        return math.prod(self.shape if self.axis is None else self.shape[self.axis + 1 :])
-
     def slices(self, number: int) -> list[list[int]]:
         """Slice `number` as one [start, stop] per dimension."""
         whole = [[0, size] for size in self.shape]
-        if self.axis is not None:
-            whole[self.axis] = [number, number + 1]
+        for axis in reversed(self.axes):
+            number, place = divmod(number, self.shape[axis])
+            whole[axis] = [place, place + 1]
         return whole
 
     def chunks(self, start: int, stop: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         """For the flattened elements `[start, stop)`: offsets from `start`, and `(<= CHUNK,)` int64 slice numbers."""
         for position in range(start, stop, CHUNK):
             elements = torch.arange(position, min(position + CHUNK, stop), device=device)
-            yield position - start, elements.div_(self.stride, rounding_mode="floor").remainder_(self.count)
+            yield position - start, self._numbers(elements)
+
+    def _numbers(self, elements: torch.Tensor) -> torch.Tensor:
+        numbers = torch.zeros_like(elements)
+        for axis in self.axes:
+            stride, size = math.prod(self.shape[axis + 1 :]), self.shape[axis]
+            place = elements.div(stride, rounding_mode="floor").remainder_(size)
+            numbers.mul_(size).add_(place)
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -79,13 +88,20 @@ class UnitMap:
     """How each trainable parameter is cut, by its name."""
 
     @staticmethod
-    def build(shapes: Mapping[str, tuple[int, ...]], units: Units) -> UnitMap:
+    def build(
+        shapes: Mapping[str, tuple[int, ...]], units: Units, layouts: Mapping[str, RowLayout] | None = None
+    ) -> UnitMap:
         """Cut the trainable parameters, given with their whole shapes in model order, into units.
+
+        Args:
+            shapes: By parameter name.
+            units: How they are cut.
+            layouts: Of those whose rows do not lie along the first axis (see `models.tracked.row_layouts`).
 
         Raises:
             BadInput: Rank units without a pair of LoRA matrices.
         """
-        builder = _Builder(shapes)
+        builder = _Builder(shapes, layouts or {})
         for name in shapes:
             builder.add(name, units)
         if units == "rank" and not builder.pairs:
@@ -114,8 +130,8 @@ class UnitMap:
 class _Builder:
     """Numbers units as parameters come."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._shapes = shapes
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], layouts: Mapping[str, RowLayout]) -> None:
+        self._shapes, self._layouts = shapes, layouts
         self.names: list[str] = []
         self.parts: dict[str, Part] = {}
         self.pairs = 0
@@ -126,21 +142,32 @@ class _Builder:
         pair = self._pair(name) if units == "rank" else None
         if pair is not None:
             self._add_pair(*pair)
-        elif units == "row" and len(self._shapes[name]) > 1:
-            self._add(name, 0, [f"{name}[{row}]" for row in range(self._shapes[name][0])])
         else:
-            self._add(name, None, [name])
+            self._add(name, self._axes(name, rows=units == "row"))
 
-    def _add(self, name: str, axis: int | None, units: list[str]) -> None:
-        self.parts[name] = Part(len(self.names), self._shapes[name], axis)
-        self.names += units
+    def _axes(self, name: str, rows: bool) -> tuple[int, ...]:
+        """Along which axes a parameter is cut into rows or, of experts, into matrices."""
+        dimensions, layout = len(self._shapes[name]), self._layouts.get(name)
+        if layout is None:
+            return (0,) if rows and dimensions > 1 else ()
+        if layout.length == 1 and dimensions == 2:  # a bias per expert
+            return (0,)
+        own = (dimensions - 1 if layout.columns else dimensions - 2,) if rows else ()
+        return (0, *own) if dimensions == 3 else own
+
+    def _add(self, name: str, axes: tuple[int, ...]) -> None:
+        shape = self._shapes[name]
+        self.parts[name] = Part(len(self.names), shape, axes)
+        for places in itertools.product(*(range(shape[axis]) for axis in axes)):
+            self.names.append(name + "".join(f"[{place}]" for place in places))
 
     def _add_pair(self, a: str, b: str) -> None:
         self.pairs += 1
         module, _, rest = a.partition(LORA_A)
         adapter = rest.removesuffix(".weight")
-        self.parts[b] = Part(len(self.names), self._shapes[b], 1)
-        self._add(a, 0, [f"{module}.lora.{adapter}[{rank}]" for rank in range(self._shapes[a][0])])
+        for matrix, axis in ((b, 1), (a, 0)):
+            self.parts[matrix] = Part(len(self.names), self._shapes[matrix], (axis,))
+        self.names += [f"{module}.lora.{adapter}[{rank}]" for rank in range(self._shapes[a][0])]
 
     def _pair(self, name: str) -> tuple[str, str] | None:
         """Names of lora_A `(r, in)` and lora_B `(out, r)` where `name` is one of such a pair."""

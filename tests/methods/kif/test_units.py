@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_dist.errors import BadInput
+from cl_dist.kernels import RowLayout
 from cl_dist.methods.kif import units as module
 from cl_dist.methods.kif.units import Part, UnitMap, add_sums_, spread
 
@@ -60,10 +61,32 @@ def test_rank_units_need_lora(names: tuple[str, ...]) -> None:
         UnitMap.build(dict.fromkeys(names, (3, 5)), "rank")
 
 
+def test_rows_are_output_rows_however_the_weight_is_stored() -> None:
+    """GPT-2's Conv1D is `(in, out)`, Mixtral's experts are `(experts, out, in)`, GPT-OSS's `(experts, in, out)`."""
+    shapes = {"conv": (5, 3), "mixtral": (2, 3, 5), "gptoss": (2, 5, 3), "gptoss_bias": (2, 3), "linear": (3, 5)}
+    layouts = {
+        "conv": RowLayout(1, 3, 5, columns=True),
+        "mixtral": RowLayout(2, 3, 5),
+        "gptoss": RowLayout(2, 3, 5, columns=True),
+        "gptoss_bias": RowLayout(2, 3, 1),
+    }
+    rows = UnitMap.build(shapes, "row", layouts)
+    counts = {name: part.count for name, part in rows.parts.items()}
+    assert counts == {"conv": 3, "mixtral": 6, "gptoss": 6, "gptoss_bias": 2, "linear": 3}
+    units = rows.as_json()
+    assert units["conv[2]"] == [{"parameter": "conv", "slices": [[0, 5], [2, 3]]}]
+    assert units["mixtral[1][2]"] == [{"parameter": "mixtral", "slices": [[1, 2], [2, 3], [0, 5]]}]
+    assert units["gptoss[1][2]"] == [{"parameter": "gptoss", "slices": [[1, 2], [0, 5], [2, 3]]}]
+    matrices = UnitMap.build(shapes, "matrix", layouts)
+    assert [name for name in matrices.names if "mixtral" in name] == ["mixtral[0]", "mixtral[1]"]
+    assert {"conv", "linear"} <= set(matrices.names), "one matrix is one unit"
+    assert matrices.as_json()["gptoss[1]"] == [{"parameter": "gptoss", "slices": [[1, 2], [0, 5], [0, 3]]}]
+
+
 def parts() -> st.SearchStrategy[Part]:
     shapes = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
     return shapes.flatmap(
-        lambda shape: st.sampled_from([None, *range(len(shape))]).map(lambda axis: Part(0, shape, axis))
+        lambda shape: st.sets(st.sampled_from(range(len(shape)))).map(lambda axes: Part(0, shape, tuple(sorted(axes))))
     )
 
 

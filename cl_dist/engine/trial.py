@@ -1,0 +1,70 @@
+"""Two tiny batches that go through a model before anything is trained.
+
+Their numbers of samples, input tokens, target tokens and real tokens of either are all different, and so are the products
+of the first with the others: whatever a layer's output is shaped like, there is one reading of it
+(`methods/token_axes.py`). The tokens are made up, so that an engine can be tried out without data.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from cl_dist.engine.broken import is_collective
+from cl_dist.errors import BadInput, ClDistError
+from cl_dist.models.structure import base_model
+from cl_dist.tasks.collate import Batch, collate
+from cl_dist.tasks.encode import Objective
+from cl_dist.tasks.types import IGNORE, Encoded
+
+LENGTHS = (((7, 5, 6), (4, 2, 3)), ((5, 3), (3, 2)))
+"""Input and target tokens of the samples of either batch."""
+
+
+def trial_batches(model: nn.Module, objective: Objective) -> list[Batch]:
+    """The batches, on the CPU, the same on every rank."""
+    config = base_model(model).config
+    text = config.get_text_config()
+    draw = random.Random(0)
+    vocabulary = int(getattr(text, "vocab_size", None) or 2)
+    start = getattr(config, "decoder_start_token_id", None)
+    pad = getattr(text, "pad_token_id", None)
+    pad_id = pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0
+    end = getattr(text, "eos_token_id", None)
+    reserved = {pad_id, *(end if isinstance(end, list) else [end])}
+    ids = [number for number in range(min(vocabulary, 512)) if number not in reserved] or [0]
+
+    def sample(length: int, targets: int) -> Encoded:
+        tokens = [draw.choice(ids) for _ in range(length)]
+        answer = [draw.choice(ids) for _ in range(targets)]
+        labels = {"classification": [0], "seq2seq_lm": answer}.get(objective, [IGNORE, *tokens[1:]])
+        return Encoded(0, tokens, labels)
+
+    return [
+        collate([sample(*pair) for pair in zip(*lengths, strict=True)], objective, pad_id, pad_id if start is None else start)
+        for lengths in LENGTHS
+    ]
+
+
+@contextmanager
+def told_by_trial() -> Iterator[None]:
+    """What fails on a tiny batch of made-up tokens is the model's fault: say so in place of an internal error.
+
+    Errors of collectives, of memory and the project's own pass.
+    """
+    try:
+        yield
+    except (ClDistError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_collective(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(
+            f"model.name_or_path: one forward and backward pass on a tiny batch, before training, failed with "
+            f"{type(error).__name__}: {reason}; this model cannot be trained as the recipe says"
+        ) from error

@@ -1,0 +1,70 @@
+"""What a method that masks layers would train without a mask: named, with its share, before anything is trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import nn
+
+from cl_dist.errors import BadInput
+from cl_dist.models.tracked import block_parameters, tables_in_blocks
+from cl_dist.sharding import ShardView
+
+SHOWN = 8
+"""Names in a message."""
+
+
+class Untracked:
+    """Trainable matrices inside the blocks that cannot be masked.
+
+    Args:
+        shards: The engine's shards.
+        model: The model.
+        owners: By parameter name, the type of the module that it belongs to.
+    """
+
+    def __init__(self, shards: ShardView, model: nn.Module, owners: Mapping[str, str]) -> None:
+        self._shards = shards
+        self._in_blocks = sum(shards.numel(name) for name in block_parameters(model))
+        self._tables = tables_in_blocks(model)
+        self._reasons = {name: f"a parameter of {owner}, no linear layer" for name, owner in owners.items()}
+
+    def add(self, reasons: Mapping[str, str]) -> None:
+        """More of them, each with the reason."""
+        self._reasons.update(reasons)
+
+    def check(self, untracked: Literal["error", "dense"]) -> None:
+        """Raise BadInput where there are any and the recipe does not allow them."""
+        if self._reasons and untracked == "error":
+            raise BadInput(
+                f"method.untracked: the outputs of some trainable matrices in the blocks cannot be measured, so that "
+                f"they would be trained without a mask: {self._listed()}; allowed are untracked: dense, which does that, "
+                "LoRA, or another model"
+            )
+
+    def message(self) -> str | None:
+        """A sentence for the log about what is trained without a mask; None: nothing is."""
+        parts = []
+        if self._reasons:
+            parts.append(f"untracked matrices in the blocks: {self._listed()}")
+        if self._tables:
+            names = ", ".join(_families(dict.fromkeys(self._tables, "")))
+            parts.append(f"embedding tables in the blocks: {names} ({self._share(self._tables)})")
+        return f"migu: trained without a mask: {'; '.join(parts)}" if parts else None
+
+    def _listed(self) -> str:
+        families = _families(self._reasons)
+        shown = [f"{name} ({reason})" for name, reason in list(families.items())[:SHOWN]]
+        more = [f"{len(families) - SHOWN} more"] if len(families) > SHOWN else []
+        return f"{', '.join([*shown, *more])}: {self._share(self._reasons)}"
+
+    def _share(self, names: Mapping[str, str] | list[str]) -> str:
+        share = sum(self._shards.numel(name) for name in names) / max(1, self._in_blocks)
+        return f"{100 * share:.2g} % of the trainable parameters in the blocks"
+
+
+def _families(reasons: Mapping[str, str]) -> dict[str, str]:
+    """The same layer of all blocks under one name: `layers.*.mixer.dt_proj.weight`."""
+    return {re.sub(r"(?<=\.)\d+(?=\.)", "*", name): reason for name, reason in reasons.items()}

@@ -1,0 +1,219 @@
+"""Rank side of test_tracked_layers: families whose linear layers are no `nn.Linear`, or do not run over (batch, length)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    DebertaConfig,
+    DebertaForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from cl_dist.config.methods import MiguConfig
+from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
+from cl_dist.engine.distributed import join
+from cl_dist.engine.engine import TrainingEngine
+from cl_dist.errors import BadInput
+from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.migu import Migu
+from cl_dist.models.checkpointing import enable_activation_checkpointing
+from cl_dist.models.load import LoadedModel
+from tests.distributed.worlds import CLASSES, VOCABULARY, mean_loss, micro_batches, samples, whole
+from tests.oracle_tracked import DenseTracked
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 20, "intermediate_size": 12, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+DECODER = {**SMALL, "num_key_value_heads": 1, "max_position_embeddings": 64}
+ENCODER = {**SMALL, "max_position_embeddings": 64, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
+           "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": CLASSES}  # fmt: skip
+MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**DECODER, num_local_experts=5, num_experts_per_tok=2)),
+    "qwen3moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **DECODER, head_dim=10, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=8, decoder_sparse_step=1
+        )
+    ),
+    "qwen2moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **DECODER,
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=12,
+            decoder_sparse_step=1,
+        )
+    ),
+    "gptoss": lambda: GptOssForCausalLM(
+        GptOssConfig(**DECODER, head_dim=10, num_local_experts=5, num_experts_per_tok=2, sliding_window=16)
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=20, n_layer=2, n_head=2, n_positions=64, resid_pdrop=0.0,
+                   embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    ),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(vocab_size=VOCABULARY, hidden_size=20, ffn_dim=11, num_hidden_layers=2, num_attention_heads=2,
+                  max_position_embeddings=64, word_embed_proj_dim=20, dropout=0.0, pad_token_id=0, bos_token_id=1,
+                  eos_token_id=2)
+    ),
+    "deberta": lambda: DebertaForSequenceClassification(DebertaConfig(**ENCODER)),
+    "deberta-v3": lambda: DebertaV2ForSequenceClassification(
+        DebertaV2Config(**ENCODER, share_att_key=True, position_buckets=4, norm_rel_ebd="layer_norm")
+    ),
+    "mamba": lambda: MambaForCausalLM(
+        MambaConfig(vocab_size=VOCABULARY, hidden_size=20, state_size=4, num_hidden_layers=2, pad_token_id=0,
+                    bos_token_id=1, eos_token_id=2)
+    ),
+}  # fmt: skip
+QUANTITIES = ("master", "exp_avg", "exp_avg_sq")
+
+
+def build(name: str, seed: int = 0) -> torch.nn.Module:
+    """A tiny model with weights large enough to tell its tokens apart."""
+    torch.manual_seed(seed)
+    model = MODELS[name]()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15, generator=generator)
+    model.tie_weights()  # type: ignore[operator]
+    if hasattr(model.config, "_attn_implementation"):
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+    return model
+
+
+def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Train every case with cl_dist and densely."""
+    join(timeout_seconds=120)
+    return [Case(**case).run() for case in cases]
+
+
+def refusals(names: list[str]) -> dict[str, str]:
+    """What is said of models that MIGU does not take."""
+    join(timeout_seconds=120)
+    return {name: Case(name, 2, build_only=True).refusal for name in names}
+
+
+class Case:
+    """One configuration, trained both ways."""
+
+    def __init__(
+        self, name: str, stage: int, accumulation: int = 1, mask: str = "gradient", steps: int = 3, skip: bool = True,
+        recompute: bool = False, untracked: str = "error", padding: bool = False, deepspeed: dict[str, Any] | None = None,
+        scope: str = "step", build_only: bool = False,
+    ) -> None:  # fmt: skip
+        self.family = "roberta" if name.startswith("deberta") else "llama"  # whose samples and loss
+        self.steps, self.accumulation, self.refusal = steps, accumulation, ""
+        self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        self.micro = 4 // self.world
+        self.recipe = Recipe(
+            model=ModelConfig(name_or_path="odd"),
+            stream=StreamConfig(tasks=(TaskConfig(name="t", format="builtin"),)),
+            train=TrainConfig(
+                micro_batch_size=self.micro, gradient_accumulation=accumulation, learning_rate=1e-2, eps=1e-2, clip=None
+            ),
+            zero=ZeroConfig(stage=stage, deepspeed=deepspeed or {}),  # type: ignore[arg-type]
+            output_dir="unused",
+        )  # fmt: skip
+        self.config = MiguConfig(
+            name="migu",
+            mask=mask,
+            first_task="masked",
+            skip_rows=skip,
+            untracked=untracked,
+            count_padding=padding,
+            mask_scope=scope,  # type: ignore[arg-type]
+        )
+        model = build(name)
+        self.dense = DenseTracked(copy.deepcopy(model), self.config)
+        if recompute:
+            enable_activation_checkpointing(model)  # type: ignore[arg-type]
+        self.migu = Migu(self.config)
+        objective = "classification" if self.family == "roberta" else "causal_lm"
+        try:
+            self.engine = TrainingEngine(LoadedModel(model, None, objective), self.recipe, [self.migu])  # type: ignore[arg-type]
+        except BadInput as error:
+            if not build_only:
+                raise
+            self.refusal = str(error)
+
+    def run(self) -> dict[str, Any]:
+        """Train; compare weights and moments, and what moved in every step."""
+        self.engine.before_task(TaskPlace(index=0, name="t", steps=self.steps))
+        report: dict[str, Any] = {"flips": 0, "rows": 0, "frozen_moved": 0, "moved_wrong": 0, "stuck": 0, "groups": {}}
+        for step in range(self.steps):
+            before = {quantity: whole(self.engine.shards, quantity) for quantity in QUANTITIES}
+            self._step(step, report)
+            after = {quantity: whole(self.engine.shards, quantity) for quantity in QUANTITIES}
+            if self.config.mask == "update":
+                report["frozen_moved"] += self._moved_dropped(before, after)
+            if step == 0:
+                self._note_moved(before["master"], after["master"], report)
+        self._compare(report)
+        report["message"] = self.migu.start_message()
+        self.engine.destroy()
+        return report
+
+    def _step(self, step: int, report: dict[str, Any]) -> None:
+        per_rank = self.micro * self.accumulation
+        batch = samples(self.family, per_rank * self.world, seed=step)
+        chunks = [batch[r * per_rank : (r + 1) * per_rank] for r in range(self.world)]
+        everyone = [micro_batches(self.family, chunk, self.micro) for chunk in chunks]
+        targets = sum(b.targets for rank in everyone for b in rank)
+        self.engine.train_step(step, everyone[self.rank], targets)
+        every = [b for micro_batch in zip(*everyone, strict=True) for b in micro_batch]
+        self.dense.step([(mean_loss(b, self.family, targets), b.token_masks["input"]) for b in every], self.migu.keep)
+        for name, keep in self.dense.keep.items():
+            report["flips"] += int((self.migu.keep[name] != keep.reshape(-1)).sum())
+            report["rows"] += keep.numel()
+
+    def _moved_dropped(self, before: dict[str, Any], after: dict[str, Any]) -> int:
+        """Elements of dropped rows (weight or moment) that changed at all."""
+        return sum(
+            int((before[q][name] != after[q][name])[~self.dense.spread(name, keep)].sum())
+            for q in QUANTITIES
+            for name, keep in self.migu.keep.items()
+        )
+
+    def _note_moved(self, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], report: dict[str, Any]) -> None:
+        """Which rows the first step has moved: of a weight that is masked exactly the kept ones."""
+        for name, keep in self.migu.keep.items():
+            moved = before[name] != after[name]
+            kept = self.dense.spread(name, keep)
+            report["moved_wrong"] += int((moved & ~kept).sum())
+            if "bias" not in name:
+                report["stuck"] += int((kept & ~moved).sum())
+            if "experts" in name:
+                report["groups"][name] = [[int(of.sum()), of.numel()] for of in keep.view(len(moved), -1)]
+        blocks = ("layers.", ".h.", "encoder.layer.")
+        names = (name for name, tensor in before.items() if tensor.dim() > 1 and any(part in name for part in blocks))
+        report["unmasked"] = sorted(name for name in names if name not in self.migu.keep)
+
+    def _compare(self, report: dict[str, Any]) -> None:
+        end = whole(self.engine.shards, "master")
+        dense = {n: p.detach() for n, p in self.dense.parameters.items()}
+        report["error"] = max(float(((end[n] - dense[n]).abs() / dense[n].abs().clamp(min=1.0)).max()) for n in end)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            held = whole(self.engine.shards, moment)
+            truth = {n: self.dense.optimizer.state[p][moment] for n, p in self.dense.parameters.items()}
+            scale = max(float(t.abs().max()) for t in truth.values())
+            report[moment] = max(float((held[n] - truth[n]).abs().max()) for n in held) / scale
