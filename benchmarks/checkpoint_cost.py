@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import yaml
+from cl_dist.launch.interpreter import PROGRAM, python_command
 
 from cl_dist.config.schema import CheckpointConfig
 
@@ -53,7 +54,7 @@ def line(options: argparse.Namespace, method: str, lora: int, interval: int) -> 
     out.mkdir(parents=True, exist_ok=True)
     recipe = out / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(content(options, method, lora, out)))
-    subprocess.run([sys.executable, "-m", "cl_dist", "run", str(recipe), "--fresh"], check=True, stdout=sys.stderr)
+    subprocess.run([*python_command(PROGRAM), "run", str(recipe), "--fresh"], check=True, stdout=sys.stderr)
     records = [json.loads(text) for text in (out / "run" / "log.jsonl").read_text().splitlines()]
     step = median(record["seconds"] for record in records if record["event"] == "step")
     saves = [record for record in records if record["event"] == "saved" and record["step"] < EVERY * SAVES]

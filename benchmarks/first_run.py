@@ -21,6 +21,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cl_dist.launch.interpreter import PROGRAM, python_command
+
 SUMMARY = {
     "average_performance": "AP",
     "backward_transfer": "BWT",
@@ -58,7 +60,7 @@ def run(options: argparse.Namespace, method: str) -> dict[str, Any]:
     settings = [f"method.name={method}", f"stream.root={options.data}", f"model.name_or_path={options.model}"]
     settings += [f"model.gguf_file={options.gguf}"] if options.gguf else []
     settings += [f"output_dir={out}", *options.set]
-    command = [sys.executable, "-m", "cl_dist", "run", options.recipe]
+    command = [*python_command(PROGRAM), "run", options.recipe]
     command += [part for setting in settings for part in ("--set", setting)]
     command += ["--resume"] if (out / "manifest.json").exists() else []
     subprocess.run(command, check=True, stdout=sys.stderr)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from cl_dist.benchmarks.memory import peak
 from cl_dist.benchmarks.training import WAYS, StepSize, build_model, token_ids
+from cl_dist.launch.interpreter import python_command
 
 from cl_dist.errors import ClDistError
 
@@ -32,7 +33,7 @@ def peaks(size: StepSize, device: torch.device) -> dict[str, Any]:
 
 def _in_fresh_process(way: str, size: StepSize, device: torch.device) -> list[int | None]:
     task = {"way": way, "size": asdict(size), "device": str(device), "threads": torch.get_num_threads()}
-    command = [sys.executable, "-m", "cl_dist.benchmarks.step_memory", json.dumps(task)]
+    command = [*python_command("cl_dist.benchmarks.step_memory:program"), json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -57,10 +58,12 @@ def measure(way: str, size: StepSize, device: torch.device) -> list[int | None]:
     return [None, None] if found is None else [found.highest, found.highest - found.before]
 
 
-def _main(task: dict[str, Any]) -> None:
+def program() -> None:
+    """Be the process that measures one way; the task is the only argument."""
+    task = json.loads(sys.argv[1])
     torch.set_num_threads(task["threads"])
     print(json.dumps(measure(task["way"], StepSize(**task["size"]), torch.device(task["device"]))))
 
 
 if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    program()

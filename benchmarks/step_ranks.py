@@ -19,6 +19,7 @@ import torch
 from cl_dist.benchmarks.harness import Contestant, Times, race
 from cl_dist.benchmarks.training import StepSize, build_model, token_ids
 from cl_dist.launch.child import die_with_launcher, report_failure
+from cl_dist.launch.interpreter import python_command
 from cl_dist.launch.local import launch
 
 from cl_dist.config.methods import MiguConfig
@@ -50,7 +51,7 @@ def race_on_ranks(size: StepSize, stage: int, options: Namespace) -> tuple[Times
     with tempfile.TemporaryDirectory(prefix="cl-dist-bench-") as folder:
         result = Path(folder) / "times.json"
         task = {"size": asdict(size), "stage": stage, "runs": options.runs, "result": str(result)}
-        command = [sys.executable, "-m", "cl_dist.benchmarks.step_ranks", json.dumps(task)]
+        command = [*python_command("cl_dist.benchmarks.step_ranks:program"), json.dumps(task)]
         ending = launch(command, options.processes, _environment(options))
         if ending.exit_code != 0:
             raise ClDistError("\n".join([*ending.output, f"measuring on {options.processes} ranks: {ending.message}"]))
@@ -152,6 +153,11 @@ def _serve(task: Namespace) -> None:
     leave()
 
 
+def program() -> None:
+    """Be one rank; the task is the only argument."""
+    end_with(lambda: _main(Namespace(**json.loads(sys.argv[1]))))
+
+
 def _main(task: Namespace) -> int:
     os.dup2(2, 1)  # standard output belongs to the table or the JSON document
     die_with_launcher(os.environ)
@@ -164,4 +170,4 @@ def _main(task: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    end_with(lambda: _main(Namespace(**json.loads(sys.argv[1]))))
+    program()

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cl_dist.errors import ClDistError
 
 LINE_SECONDS = 5.0
 """Without a terminal a line is due after so many seconds, and at every tenth of a task's steps."""
@@ -61,12 +65,38 @@ class Reporter(Protocol):
         """Give the terminal back, also after an error."""
 
 
-def make_reporter(rank: int, stream: TextIO) -> Reporter:
-    """The reporter of a rank: silent but for rank 0, which has a bar where `stream` is a terminal that can draw one."""
+def make_reporter(rank: int, stream: TextIO, terminal: int | None = None) -> Reporter:
+    """The reporter of a rank: silent but for rank 0, which has a bar where `stream` is a terminal that can draw one.
+
+    `terminal`: a descriptor of the terminal that `stream`, a pipe, leads to. A reporter never raises what has gone
+    wrong with telling: the run goes on.
+    """
     if rank != 0:
         return SilentReporter()
-    console = Console(file=stream)
-    return BarReporter(console) if console.is_terminal and not console.is_dumb_terminal else LineReporter(stream)
+    console = Console(file=stream) if terminal is None else _PipedConsole(stream, terminal)
+    draws = console.is_terminal and not console.is_dumb_terminal
+    return UnfailingReporter(BarReporter(console) if draws else LineReporter(stream), stream)
+
+
+class _PipedConsole(Console):
+    """A terminal behind a pipe: everything is as it would be, but for where its size is asked."""
+
+    def __init__(self, stream: TextIO, terminal: int) -> None:
+        super().__init__(file=stream, force_terminal=True)
+        self._terminal = terminal
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """Columns and lines, as they are now."""
+        try:
+            columns, lines = os.get_terminal_size(self._terminal)
+        except OSError:  # it was closed
+            columns = lines = 0
+        return ConsoleDimensions(columns or 80, lines or 25)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        raise AttributeError("the size is the terminal's")
 
 
 class SilentReporter:
@@ -154,6 +184,73 @@ class LineReporter(SilentReporter):
     def run_finished(self, metrics: Mapping[str, Any]) -> None:
         """The accuracy matrix and the metrics."""
         self.message(format_summary(metrics))
+
+
+class UnfailingReporter:
+    """Another reporter, without its errors: plain lines follow on the first one, and nothing on the second.
+
+    Args:
+        reporter: What tells, as long as it can.
+        stream: Where the lines go.
+    """
+
+    def __init__(self, reporter: Reporter, stream: TextIO) -> None:
+        self.reporter, self._stream = reporter, stream
+        self._tasks: Sequence[str] = ()
+        self._task: tuple[int, str, int] | None = None
+
+    def run_started(self, tasks: Sequence[str], ranks: int) -> None:
+        """Passed on."""
+        self._tasks = tasks
+        self._try("run_started", tasks, ranks)
+
+    def task_started(self, index: int, name: str, steps: int) -> None:
+        """Passed on."""
+        self._task = (index, name, steps)
+        self._try("task_started", index, name, steps)
+
+    def step(self, step: int, loss: float, tokens_per_second: float, lr: float) -> None:
+        """Passed on."""
+        self._try("step", step, loss, tokens_per_second, lr)
+
+    def evaluating(self, name: str) -> None:
+        """Passed on."""
+        self._try("evaluating", name)
+
+    def task_finished(self, index: int, row: Row) -> None:
+        """Passed on."""
+        self._try("task_finished", index, row)
+
+    def message(self, text: str) -> None:
+        """Passed on."""
+        self._try("message", text)
+
+    def run_finished(self, metrics: Mapping[str, Any]) -> None:
+        """Passed on."""
+        self._try("run_finished", metrics)
+
+    def close(self) -> None:
+        """Passed on."""
+        self._try("close")
+
+    def _try(self, what: str, *arguments: Any) -> None:
+        try:
+            getattr(self.reporter, what)(*arguments)
+        except ClDistError:  # of a signal that has come meanwhile
+            raise
+        except Exception as error:
+            self._replace(error)
+
+    def _replace(self, error: Exception) -> None:
+        failed, self.reporter = self.reporter, SilentReporter()
+        with suppress(Exception):
+            failed.close()
+        if isinstance(failed, BarReporter):
+            self.reporter = LineReporter(self._stream)
+            self.reporter.tasks = self._tasks
+            self.message(f"no progress bar from here on: {type(error).__name__}: {error}")
+            if self._task is not None:
+                self.task_started(*self._task)
 
 
 class BarReporter:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterable
 
 SAME_PRESS_SECONDS = 0.5
 """SIGINTs this close together are one Ctrl-C: a terminal and a launcher may both pass it on."""
 SAME_REQUEST_SECONDS = 5.0
-"""SIGTERMs and SIGUSR1s this close together are one request: a scheduler sends them directly and through srun."""
+"""Other signals this close together are one request: a scheduler sends them directly and through srun, and a terminal
+that is closed sends SIGHUP itself and through the shell."""
+
+
+def heeded(numbers: Iterable[int]) -> list[int]:
+    """Those of the signals to listen for: SIGHUP stays ignored where it is (nohup)."""
+    ignores_hangups = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in numbers if not (number == signal.SIGHUP and ignores_hangups)]
 
 
 class StopRequests:
@@ -23,7 +31,7 @@ class StopRequests:
         self._pressed: float | None = None
         """When the first SIGINT came."""
         self._same_until = 0.0
-        """Until then SIGTERM and SIGUSR1 belong to a request that was made."""
+        """Until then all but SIGINT belong to a request that was made."""
         self._warned = False
         """Whether a SIGUSR1 has come, and not yet the SIGTERM that it warns of."""
 

@@ -20,6 +20,11 @@ import numpy as np
 import torch
 from numba.np.ufunc.parallel import threading_layer
 
+# numba reads settings from a file in the working folder, where anybody may have left one: where its compiled code is
+# kept, for example, which it unpickles. Settings by environment variables stay.
+numba.core.config._config_fname = os.devnull
+numba.core.config.reload_config()
+
 OLDEST_TRITON = (3, 4)
 """The first release with everything that the kernels use (masked histograms); an older one counts as absent."""
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 LAUNCHER_PID = "CL_DIST_LAUNCHER_PID"
 FAILURE_FILE = "CL_DIST_FAILURE_FILE"
+TERMINAL = "CL_DIST_TERMINAL"
+"""A file descriptor of the terminal that shows the first rank's output, which itself is a pipe."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -31,6 +33,11 @@ class Failure:
 def is_launched(environment: Mapping[str, str]) -> bool:
     """Whether `local.launch` started this process."""
     return LAUNCHER_PID in environment
+
+
+def terminal(environment: Mapping[str, str]) -> int | None:
+    """A file descriptor of the terminal that the launcher prints this rank's output to; None where there is none."""
+    return int(environment[TERMINAL]) if is_launched(environment) and TERMINAL in environment else None
 
 
 def die_with_launcher(environment: Mapping[str, str]) -> None:

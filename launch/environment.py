@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
-from cl_dist.launch.hosts import expand_nodes, interface_towards
+from cl_dist.launch.hosts import expand_nodes, interface_of, interface_towards
 from cl_dist.launch.rendezvous import derived_port
 
 from cl_dist.errors import BadInput
 
 DEFAULT_ADDRESS = "127.0.0.1"
 INTERFACE = "GLOO_SOCKET_IFNAME"
+NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def find_ranks(environment: Mapping[str, str]) -> Ranks | None:
 
 def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
     """Set what torch.distributed reads: RANK, WORLD_SIZE, LOCAL_RANK, and where they are not set MASTER_ADDR,
-    MASTER_PORT and, over several machines, GLOO_SOCKET_IFNAME.
+    MASTER_PORT, and network interfaces: over several machines Gloo's, on one machine the loopback for Gloo and NCCL.
 
     Raises BadInput where the ranks are on several machines and nothing tells the address of the first.
     """
@@ -114,7 +115,9 @@ def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
         environment["MASTER_ADDR"] = _address(ranks, launcher, environment)
     if not environment.get("MASTER_PORT"):
         environment["MASTER_PORT"] = str(_port(launcher, environment))
-    if not environment.get(INTERFACE) and not _is_one_machine(launcher, environment):
+    if _is_one_machine(launcher, environment):
+        _keep_to_this_machine(environment)
+    elif not environment.get(INTERFACE):
         _choose_interface(launcher, environment)
 
 
@@ -187,6 +190,14 @@ def _address(ranks: Ranks, launcher: _Launcher, environment: Mapping[str, str]) 
 def _port(launcher: _Launcher, environment: Mapping[str, str]) -> int:
     """Of a job whose launcher set none. It is not tried whether it is free: only rank 0's machine could tell."""
     return derived_port(f"{environment.get(launcher.job, '')}.{environment.get('SLURM_STEP_ID', '')}")
+
+
+def _keep_to_this_machine(environment: MutableMapping[str, str]) -> None:
+    """Let Gloo and NCCL listen where no other machine reaches them."""
+    interface = interface_of(DEFAULT_ADDRESS)
+    if interface is not None:
+        for name in (INTERFACE, NCCL_INTERFACE):
+            environment.setdefault(name, interface)
 
 
 def _choose_interface(launcher: _Launcher, environment: MutableMapping[str, str]) -> None:

@@ -65,11 +65,12 @@ def interface_towards(hosts: Iterable[str]) -> str | None:
     for host in hosts:
         address = address_towards(host)
         if address is not None:
-            return _interface_of(address)
+            return interface_of(address)
     return None
 
 
-def _interface_of(address: str) -> str | None:
+def interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 address; None where none has."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:

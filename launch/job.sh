@@ -36,7 +36,7 @@ cpus_on_every_node() {
 cd -- "$working_folder" || exit 1
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 # TERM reaches the search for a port, too.
-MASTER_PORT=$("$python" -m cl_dist.launch.rendezvous) || ((asked)) || exit 1
+MASTER_PORT=$("$python" -c "$bootstrap" cl_dist.launch.rendezvous:program) || ((asked)) || exit 1
 cores=${SLURM_CPUS_PER_TASK:-$(($(cpus_on_every_node) / ranks_per_node))}
 OMP_NUM_THREADS=$((cores > 1 ? cores : 1))
 export MASTER_PORT OMP_NUM_THREADS
@@ -68,7 +68,7 @@ code=138 # as if USR1 had ended ranks that did not listen yet
 if ! ((asked)); then
     srun --mpi=none --export=ALL --kill-on-bad-exit=1 --distribution=block \
         --cpus-per-task="$OMP_NUM_THREADS" --cpu-bind=cores \
-        "$python" -m cl_dist "${arguments[@]}" &
+        "$python" -c "$bootstrap" cl_dist.cli:program "${arguments[@]}" &
     ranks=$!
     # A signal may have come before it was known whom to pass it on to.
     if ((asked)); then pass_on; fi

@@ -1,11 +1,13 @@
 """Starts the ranks of a run on this machine, watches them, and makes their ends into one.
 
 The ranks are in sessions of their own: a Ctrl-C in the terminal reaches the launcher alone, which passes it on once.
-They die with the launcher (`child.die_with_launcher`), and all of them die soon after the first that fails.
+They die with the launcher (`child.die_with_launcher`), and all of them die soon after the first that fails. They
+print into pipes that the launcher empties whatever becomes of its own output: no rank waits for a terminal or a pager.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -20,17 +22,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, TextIO
 
 from cl_dist.launch import child
 from cl_dist.launch.child import Failure
 
-from cl_dist.stop_requests import StopRequests
+from cl_dist.output import pass_on, same_stream, steady_output
+from cl_dist.stop_requests import StopRequests, heeded
 
 DONE, INTERRUPTED = 0, 75
 ADDRESS = "127.0.0.1"
 POLL_SECONDS = 0.05
 PORT_ATTEMPTS = 3
+READ_BYTES = 1 << 16
 KEPT_LINES = 100
 """Lines of output that are kept of every rank but the first; as long as a traceback through the libraries."""
 SHOWN_LINES = 20
@@ -61,10 +65,10 @@ class _Rank:
     """One started rank."""
 
     index: int
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     failure_file: Path
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
-    reader: threading.Thread | None = None
+    readers: list[threading.Thread] = field(default_factory=list)
     ended: float | None = None
     """Seconds since the epoch."""
     stopped: bool = False
@@ -129,10 +133,10 @@ def launch(
 ) -> Ending:
     """Run `command` as `processes` ranks and wait for all of them.
 
-    The first rank has this process's output. SIGINT, SIGTERM, SIGUSR1 and SIGHUP are passed on as SIGTERM, once; the
-    second one kills the ranks. When a rank fails the others are asked to stop and, `grace_seconds` later, killed. A
-    rank that is stopped (SIGSTOP) for well over `hang_seconds` is killed: by then the other ranks would have ended the
-    job themselves, if there are any that can.
+    What the first rank prints is printed by this process. SIGINT, SIGTERM, SIGUSR1 and SIGHUP are passed on as SIGTERM,
+    once; the second one kills the ranks. When a rank fails the others are asked to stop and, `grace_seconds` later,
+    killed. A rank that is stopped (SIGSTOP) for well over `hang_seconds` is killed: by then the other ranks would have
+    ended the job themselves, if there are any that can.
     """
     for attempt in range(1, PORT_ATTEMPTS + 1):
         port = find_free_port()
@@ -208,7 +212,7 @@ class _Launch:
 
     def run(self) -> Ending:
         """Start the ranks, wait for all of them, and say how that went."""
-        with tempfile.TemporaryDirectory(prefix="cl-dist-") as folder, self._signals_counted():
+        with steady_output(), tempfile.TemporaryDirectory(prefix="cl-dist-") as folder, self._signals_counted():
             try:
                 for index in range(self.processes):
                     self.ranks.append(self._start(index, Path(folder)))
@@ -224,26 +228,28 @@ class _Launch:
         environment = rank_environment(self.environment, index, self.processes, self.port)
         environment[child.LAUNCHER_PID] = str(os.getpid())
         environment[child.FAILURE_FILE] = str(failure_file)
-        captured = index > 0
-        process = subprocess.Popen(
-            self.command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if captured else None,
-            stderr=subprocess.STDOUT if captured else None,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        one_pipe = index > 0 or same_stream()
+        with _terminal_for(index, environment) as kept_open:
+            process = subprocess.Popen(
+                self.command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT if one_pipe else subprocess.PIPE,
+                pass_fds=kept_open,
+                start_new_session=True,
+            )
         rank = _Rank(index, process, failure_file)
-        if process.stdout is not None:
-            rank.reader = threading.Thread(target=_keep_lines, args=(process.stdout, rank.lines), daemon=True)
-            rank.reader.start()
+        for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+            if pipe is not None:
+                target, argument = (_keep_lines, rank.lines) if index > 0 else (_print_all, stream)
+                rank.readers.append(threading.Thread(target=target, args=(pipe, argument), daemon=True))
+                rank.readers[-1].start()
         return rank
 
     @contextmanager
     def _signals_counted(self) -> Iterator[None]:
-        """Count the signals that ask to stop; `_watch` answers them. SIGHUP stays ignored where it is (nohup)."""
+        """Count the signals that ask to stop; `_watch` answers them."""
         heard = StopRequests()
 
         def count(number: int, frame: FrameType | None) -> None:
@@ -252,15 +258,12 @@ class _Launch:
                 self.request = signal.SIGUSR1
             self.requests = max(self.requests, 2 if at_once else 1)
 
-        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        heeded = [number for number in STOP_SIGNALS if number != signal.SIGHUP or before[number] != signal.SIG_IGN]
-        for number in heeded:
-            signal.signal(number, count)
+        before = {number: signal.signal(number, count) for number in heeded(STOP_SIGNALS)}
         try:
             yield
         finally:
-            for number in heeded:
-                signal.signal(number, before[number])
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _watch(self) -> None:
         """One look at the ranks: pass signals on, note who ended, and end the rest once one failed."""
@@ -306,8 +309,8 @@ class _Launch:
         self._kill_all()
         for rank in self.ranks:
             rank.process.wait()
-            if rank.reader is not None:
-                rank.reader.join(timeout=1.0)
+            for reader in rank.readers:
+                reader.join(timeout=1.0)
         # DeepSpeed's name of a buffer: user, address and port of the rendezvous, rank (csrc/cpu/comm/shm.cpp). The port
         # was ours, so no other run's buffer matches.
         for buffer in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{ADDRESS}_{self.port}_*"):
@@ -347,10 +350,33 @@ class _Launch:
         return Ending(exit_code, prefix + own.message, traceback)
 
 
-def _keep_lines(stream: IO[str], lines: deque[str]) -> None:
-    """Read a rank's output to its end, so that it never blocks, and keep the last lines."""
-    with stream:
-        for line in stream:
+@contextmanager
+def _terminal_for(index: int, environment: dict[str, str]) -> Iterator[tuple[int, ...]]:
+    """Let the first rank know the terminal that its output goes to in the end, where there is one, for a progress bar
+    of its size; yields the file descriptors that the rank inherits.
+    """
+    if index > 0 or not sys.stdout.isatty():
+        yield ()
+        return
+    descriptor = os.dup(sys.stdout.fileno())
+    environment[child.TERMINAL] = str(descriptor)
+    try:
+        yield (descriptor,)
+    finally:
+        os.close(descriptor)
+
+
+def _print_all(pipe: IO[bytes], stream: TextIO) -> None:
+    """Read what the first rank prints to its end, and print it."""
+    with pipe:
+        while data := os.read(pipe.fileno(), READ_BYTES):
+            pass_on(data, stream)
+
+
+def _keep_lines(pipe: IO[bytes], lines: deque[str]) -> None:
+    """Read another rank's output to its end, and keep the last lines."""
+    with io.TextIOWrapper(pipe, encoding="utf-8", errors="replace") as text:
+        for line in text:
             lines.append(line.rstrip("\n"))
 
 

@@ -1,4 +1,4 @@
-"""Where the ranks of a job meet: a port of the first machine. `python -m cl_dist.launch.rendezvous` prints a free one.
+"""Where the ranks of a job meet: a port of the first machine. `program` prints a free one, for the batch script.
 
 A port is derived from the job, so that jobs on one machine look in different places first, and then tried, so that
 none is taken that somebody else listens on.
@@ -45,5 +45,10 @@ def _is_free(port: int) -> bool:
         return True
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """Print a free port for this job."""
     print(free_port(job_name(os.environ)))  # noqa: T201 - the batch script reads it
+
+
+if __name__ == "__main__":
+    program()

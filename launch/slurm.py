@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 
+from cl_dist.launch.interpreter import BOOTSTRAP
+
 from cl_dist.errors import BadInput
 
 DEFAULT_RESTARTS = 20
@@ -197,6 +199,8 @@ class SlurmJob:
     def _values(self) -> Iterator[str]:
         """The job's values as assignments of bash."""
         yield f"python={quote(self.python)}"
+        yield "# Python without the working folder on its import path, calling the function that is named next."
+        yield f"bootstrap={quote(BOOTSTRAP)}"
         yield f"arguments=({' '.join(map(quote, self.arguments))})"
         yield f"run_folder={quote(self.run_folder)}"
         yield f"working_folder={quote(self.working_folder)}"

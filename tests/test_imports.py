@@ -19,7 +19,7 @@ SOURCES = {
 }
 
 LAYERS = [
-    {"", "errors", "heartbeat", "process_end", "recipes", "seeds", "stop_requests"},
+    {"", "errors", "heartbeat", "output", "process_end", "recipes", "seeds", "stop_requests"},
     {"config", "kernels", "launch", "progress", "watchdog"},
     {"sharding", "models", "tasks"},
     {"engine", "methods", "evaluation", "state"},
@@ -97,7 +97,7 @@ def test_neighbours_do_not_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "allowed"), [("kernels", {"errors"}), ("launch", {"", "errors", "config", "stop_requests"})]
+    ("source", "allowed"), [("kernels", {"errors"}), ("launch", {"", "errors", "config", "output", "stop_requests"})]
 )
 def test_kernels_and_launch_stand_by_themselves(source: str, allowed: set[str]) -> None:
     assert {where for target, where in component_graph()[source].items() if target not in allowed} == set()

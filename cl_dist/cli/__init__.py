@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NoReturn
 
 from cl_dist.cli.failures import guarded
-from cl_dist.cli.parser import build_parser
+from cl_dist.cli.parser import parse
 from cl_dist.launch.child import die_with_launcher
+from cl_dist.output import direct_output, fill_missing_descriptors, steady_output
 from cl_dist.process_end import end_with
 
 
 def program() -> NoReturn:
     """Be the program `cl-dist`: run the command that its arguments name and end the process with its exit code."""
+    fill_missing_descriptors()
     end_with(main)
 
 
@@ -26,9 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     die_with_launcher(os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        parsed = build_parser().parse_args(arguments)
-    except SystemExit as end:  # argparse has said what is wrong, or printed its help
-        return int(end.code or 0)
-    parsed.argv = arguments
-    return guarded(parsed)
+    with direct_output():
+        try:
+            parsed = parse(arguments)
+        except SystemExit as end:  # argparse has said what is wrong, or printed its help
+            code = int(end.code or 0)
+            return guarded(Namespace(command=lambda _: code, debug=False))
+        # A command that works must not end because nobody reads what it prints.
+        with steady_output() if parsed.works(parsed) else nullcontext():
+            return guarded(parsed)

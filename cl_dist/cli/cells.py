@@ -20,8 +20,10 @@ from typing import IO
 
 from cl_dist.config.load import dump_recipe
 from cl_dist.errors import Interrupted
+from cl_dist.launch.interpreter import PROGRAM, python_command
 from cl_dist.launch.local import STOP_SIGNALS
 from cl_dist.state.atomic import write_text
+from cl_dist.stop_requests import heeded
 from cl_dist.sweep.checks import state_of
 from cl_dist.sweep.folder import SweepFolder
 from cl_dist.sweep.grid import Cell
@@ -85,15 +87,7 @@ class CellRunner:
         recipe.parent.mkdir(parents=True, exist_ok=True)
         write_text(recipe, dump_recipe(cell.recipe))
         began = time.monotonic()
-        command = [
-            sys.executable,
-            "-m",
-            "cl_dist",
-            "run",
-            str(recipe),
-            *(["--resume"] if resume else []),
-            *self._options,
-        ]
+        command = [*python_command(PROGRAM), "run", str(recipe), *(["--resume"] if resume else []), *self._options]
         code, words = self._wait_for(command)
         if self._asked or code == Interrupted.exit_code:
             self._refresh()
@@ -130,7 +124,7 @@ class CellRunner:
 
     @contextmanager
     def _signals_passed_on(self) -> Iterator[None]:
-        """Signals that ask to stop reach the run; SIGHUP stays ignored where it is (nohup)."""
+        """Signals that ask to stop reach the run."""
 
         def stop(number: int, frame: FrameType | None) -> None:
             self._asked = True
@@ -138,15 +132,12 @@ class CellRunner:
                 with suppress(ProcessLookupError):
                     self._process.send_signal(signal.SIGTERM)
 
-        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        heeded = [number for number in STOP_SIGNALS if number != signal.SIGHUP or before[number] != signal.SIG_IGN]
-        for number in heeded:
-            signal.signal(number, stop)
+        before = {number: signal.signal(number, stop) for number in heeded(STOP_SIGNALS)}
         try:
             yield
         finally:
-            for number in heeded:
-                signal.signal(number, before[number])
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _pass_on(stream: IO[str], words: list[str]) -> None:

@@ -77,7 +77,12 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     what.add_argument("--table", action="store_true", help="write the tables of what is there, run nothing")
     what.add_argument("--submit", action="store_true", help="submit a Slurm job for every run that is not finished")
     add_job_options(parser.add_argument_group("with --submit", "as in cl-dist slurm"))
-    parser.set_defaults(command=compare)
+    parser.set_defaults(command=compare, works=_works)
+
+
+def _works(arguments: Namespace) -> bool:
+    """Whether this call runs or submits something; otherwise all it does is for its reader."""
+    return not (arguments.dry_run or arguments.print or arguments.table)
 
 
 def compare(arguments: Namespace) -> int:

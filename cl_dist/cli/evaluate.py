@@ -26,7 +26,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser = commands.add_parser("eval", parents=[changes, common], help="evaluate a model that a run has saved")
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--task", metavar="NAME", help="the model after this task (default: the last one done)")
-    parser.set_defaults(command=evaluate)
+    parser.set_defaults(command=evaluate, works=lambda parsed: True)
 
 
 def evaluate(arguments: Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -11,7 +12,11 @@ from contextlib import suppress
 from cl_dist.errors import BadInput, ClDistError, Interrupted, JobFailed, RankLost
 from cl_dist.launch.child import report_failure
 from cl_dist.launch.environment import find_ranks
+from cl_dist.output import drain_output
 
+UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+"""What the system says of a path that cannot be, whatever the machine's state."""
+SHOWN_CHARACTERS = 100
 SIGNALLED = 128
 """Exit codes above it are this plus the signal that ended a process."""
 
@@ -20,16 +25,15 @@ def guarded(arguments: Namespace) -> int:
     """Run the parsed command; turn whatever it raises into a message and an exit code."""
     try:
         code = int(arguments.command(arguments))
-        sys.stdout.flush()  # here, where a closed pipe is understood, rather than when Python exits
+        sys.stdout.flush()  # here, where output that is lost is understood, rather than when Python exits
         return code
     except ClDistError as error:
         return _end(error.exit_code, str(error), arguments.debug, whole_job=isinstance(error, JobFailed))
     except KeyboardInterrupt:
         return _end(Interrupted.exit_code, "stopped before anything was started", arguments.debug)
-    except BrokenPipeError:  # the reader of our output (`| head`) has had enough
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - Python flushes it when it exits
-        return 1
     except Exception as error:  # a bug, here or in a library
+        if isinstance(error, OSError) and error.errno in UNUSABLE_PATH:
+            return _end(BadInput.exit_code, f"{_shortened(error.filename)}: {error.strerror}", arguments.debug)
         summary = " ".join(str(error).split())
         message = f"internal error: {type(error).__name__}: {summary} (run again with --debug for the traceback)"
         return _end(1, message, arguments.debug)
@@ -50,6 +54,7 @@ def end_now(message: str, speaks: bool) -> None:
     """
     if not report_failure(os.environ, RankLost.exit_code, message, whole_job=True) and speaks:
         tell(RankLost.exit_code, message, whole_job=True)
+    drain_output()
     os._exit(RankLost.exit_code)
 
 
@@ -59,6 +64,12 @@ def _end(exit_code: int, message: str, debug: bool, whole_job: bool = False) -> 
     if not report_failure(os.environ, exit_code, message, whole_job):
         tell(exit_code, message, whole_job)
     return exit_code
+
+
+def _shortened(path: object) -> str:
+    """A path as a message can show it."""
+    text = str(path)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
 def _rank_prefix() -> str:

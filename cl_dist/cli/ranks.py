@@ -13,13 +13,16 @@ from types import FrameType
 
 from cl_dist.cli.failures import SIGNALLED, tell
 from cl_dist.errors import BadInput, ClDistError, Interrupted
-from cl_dist.launch.child import is_launched
+from cl_dist.launch.child import is_launched, terminal
 from cl_dist.launch.environment import Ranks, export_ranks, find_ranks
+from cl_dist.launch.interpreter import PROGRAM, python_command
 from cl_dist.launch.local import launch
 from cl_dist.launch.mpi import ask_mpi
+from cl_dist.output import lost_output
 from cl_dist.progress import Reporter, make_reporter
+from cl_dist.stop_requests import heeded
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def run_on_ranks(
@@ -28,22 +31,32 @@ def run_on_ranks(
     check: Callable[[bool], None],
     work: Callable[[Reporter], None],
     hang_seconds: float | None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> int:
     """Do `work` on every rank and return the exit code.
 
     `check(first)` raises BadInput for unusable input; it runs before any rank is started, or on every rank where
     another launcher has started them. `first` is False on ranks that leave the run folder to rank 0. A rank that we
-    started and that is stopped (SIGSTOP) for well over `hang_seconds` is killed.
+    started and that is stopped (SIGSTOP) for well over `hang_seconds` is killed. `note` is told afterwards what of the
+    output was lost, once for each stream.
     """
     ranks = find_ranks(os.environ)
     if ranks is None:
         with notices_left_to_the_run():
             check(True)
-        return _start_ranks(arguments, processes, hang_seconds)
+        code = _start_ranks(arguments, processes, hang_seconds)
+        if code != BadInput.exit_code:  # the run folder may be another run's
+            _note_lost_output(note)
+        return code
     if not is_launched(os.environ):
         with told_once_per_machine(), notices_left_to_the_run():
             check(ranks.rank == 0)
-    return _be_rank(ranks, work)
+    return _be_rank(ranks, work, note)
+
+
+def _note_lost_output(note: Callable[[str], None]) -> None:
+    for text in lost_output():
+        note(text)
 
 
 @contextmanager
@@ -71,7 +84,7 @@ def told_by_first_rank() -> Iterator[None]:
 
 
 def _start_ranks(arguments: Namespace, processes: int, hang_seconds: float | None) -> int:
-    command = [sys.executable, "-m", "cl_dist", *arguments.argv]
+    command = [*python_command(PROGRAM), *arguments.argv]
     ending = launch(command, processes, os.environ, hang_seconds=hang_seconds)
     for line in ending.output:
         print(line, file=sys.stderr)
@@ -80,15 +93,21 @@ def _start_ranks(arguments: Namespace, processes: int, hang_seconds: float | Non
     return ending.exit_code
 
 
-def _be_rank(ranks: Ranks, work: Callable[[Reporter], None]) -> int:
+def _be_rank(ranks: Ranks, work: Callable[[Reporter], None], note: Callable[[str], None]) -> int:
     ranks = ask_mpi(ranks, os.environ)
     export_ranks(ranks, os.environ)
-    reporter = make_reporter(ranks.rank, sys.stdout)
+    reporter = make_reporter(ranks.rank, sys.stdout, terminal(os.environ))
+    refused = False
     try:
         with _interruptible():
             work(reporter)
+    except BadInput:
+        refused = True
+        raise
     finally:
         reporter.close()
+        if ranks.rank == 0 and not refused:
+            _note_lost_output(note)
     return 0
 
 
@@ -116,7 +135,7 @@ def _interruptible() -> Iterator[None]:
             error.exit_code = SIGNALLED + number
         raise error
 
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, stop) for number in heeded(STOP_SIGNALS)}
     try:
         yield
     except Interrupted:

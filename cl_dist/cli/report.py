@@ -14,7 +14,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser = commands.add_parser("report", parents=[common], help="tables and pictures of a run, finished or not")
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where to write (default: RUN/report)")
-    parser.set_defaults(command=report)
+    parser.set_defaults(command=report, works=lambda parsed: True)
 
 
 def report(arguments: Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, Namespace
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from cl_dist.cli.ranks import run_on_ranks, told_by_first_rank, told_once_per_ma
 from cl_dist.config.boundary import refusing
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
+from cl_dist.errors import ClDistError
 from cl_dist.launch.environment import find_ranks
 from cl_dist.launch.scheduler import TimeLeft
 from cl_dist.progress import Reporter
+from cl_dist.state.run_folder import RunFolder
 from cl_dist.tasks.orders import resolve_order
 from cl_dist.tasks.types import Task
 
@@ -27,7 +30,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
     parser.add_argument("--fresh", action="store_true", help="put the run in output_dir aside and start anew")
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, works=lambda parsed: True)
 
 
 def run(arguments: Namespace) -> int:
@@ -37,7 +40,8 @@ def run(arguments: Namespace) -> int:
     recipe = resolve_order(recipe, recipe_dir)
     check = partial(_check, recipe, recipe_dir, arguments.resume, arguments.fresh)
     work = partial(_train, recipe, recipe_dir, arguments.resume)
-    return run_on_ranks(arguments, recipe.launch.processes, check, work, recipe.launch.hang_seconds)
+    note = partial(_note_lost_output, RunFolder(Path(recipe.output_dir)))
+    return run_on_ranks(arguments, recipe.launch.processes, check, work, recipe.launch.hang_seconds, note)
 
 
 def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]:
@@ -101,6 +105,13 @@ def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: b
         )
         if fresh:
             set_aside(output_dir)
+
+
+def _note_lost_output(folder: RunFolder, text: str) -> None:
+    """Let the run's log say, afterwards, that not everything could be printed."""
+    if folder.log.exists():
+        with suppress(ClDistError):  # a full disk
+            folder.append_log({"event": "output_lost", "message": text})
 
 
 def _train(recipe: Recipe, recipe_dir: Path, resume: bool, reporter: Reporter) -> None:

@@ -41,7 +41,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--print", action="store_true", help="print the script and change nothing (the default)")
     what.add_argument("--submit", action="store_true", help="keep script and recipe in the run folder, and submit")
-    parser.set_defaults(command=slurm)
+    parser.set_defaults(command=slurm, works=lambda parsed: parsed.submit)
 
 
 def add_job_options(parser: ArgumentParser | _ArgumentGroup) -> None:

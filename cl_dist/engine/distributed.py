@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 
 from cl_dist.engine.broken import telling_broken_collectives
+from cl_dist.engine.meeting import init_method
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
 
@@ -39,6 +40,9 @@ def join(timeout_seconds: float) -> tuple[int, int]:
     with telling_broken_collectives(rank, timeout_seconds, lambda reason, _: reason):
         deepspeed.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            init_method=init_method(),
+            rank=rank,
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
             timeout=timedelta(seconds=timeout_seconds),
             auto_mpi_discovery=False,
             verbose=False,

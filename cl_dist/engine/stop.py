@@ -11,13 +11,13 @@ from types import FrameType
 import torch
 
 from cl_dist.engine.distributed import device
-from cl_dist.stop_requests import StopRequests
+from cl_dist.stop_requests import StopRequests, heeded
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
-    """Catches SIGINT, SIGTERM and SIGUSR1; a second request ends the process at once (`StopRequests`).
+    """Catches SIGINT, SIGTERM, SIGUSR1 and SIGHUP; a second request ends the process at once (`StopRequests`).
 
     Args:
         is_due: Asked at every step: whether this rank must stop without a signal.
@@ -26,7 +26,7 @@ class StopRequest:
     def __init__(self, is_due: Callable[[], bool] = lambda: False) -> None:
         self._is_due = is_due
         self._requests = StopRequests()
-        self._previous = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._ask) for number in heeded(SIGNALS)}
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         if self._requests.ends_at_once(number, time.monotonic()):

@@ -124,7 +124,17 @@ def exported(environment: dict[str, str]) -> dict[str, str]:
 def test_torch_gets_what_torchrun_set() -> None:
     assert exported(torch_variables()) == {**exported(torch_variables()), **torch_variables()}
     assert exported({**torch_variables(), "GLOO_SOCKET_IFNAME": "ib0"})["GLOO_SOCKET_IFNAME"] == "ib0"
-    assert "GLOO_SOCKET_IFNAME" not in exported({**torch_variables(), "LOCAL_WORLD_SIZE": "4"})
+
+
+@pytest.mark.parametrize("environment", [open_mpi(), {**torch_variables(), "LOCAL_WORLD_SIZE": "4"}])
+def test_on_one_machine_only_the_loopback_listens(environment: dict[str, str]) -> None:
+    found = exported(environment)
+    assert (found["GLOO_SOCKET_IFNAME"], found["NCCL_SOCKET_IFNAME"]) == ("lo", "lo")
+    assert exported({**environment, "NCCL_SOCKET_IFNAME": "ib0"})["NCCL_SOCKET_IFNAME"] == "ib0"
+
+
+def test_over_several_machines_nccl_finds_its_own_interface() -> None:
+    assert "NCCL_SOCKET_IFNAME" not in exported({**torch_variables(), "LOCAL_WORLD_SIZE": "2"})
 
 
 def test_on_one_machine_the_address_is_its_own() -> None:

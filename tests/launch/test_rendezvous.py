@@ -3,8 +3,8 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 
+from cl_dist.launch.interpreter import python_command
 from cl_dist.launch.rendezvous import FIRST_PORT, PORTS, derived_port, free_port, job_name
 
 
@@ -24,6 +24,6 @@ def test_jobs_look_in_different_places() -> None:
 
 
 def test_the_batch_script_reads_it() -> None:
-    command = [sys.executable, "-m", "cl_dist.launch.rendezvous"]
+    command = python_command("cl_dist.launch.rendezvous:program")
     done = subprocess.run(command, env={**os.environ, "SLURM_JOB_ID": "17"}, capture_output=True, text=True, check=True)
     assert FIRST_PORT <= int(done.stdout) < FIRST_PORT + PORTS

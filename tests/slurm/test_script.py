@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cl_dist.launch.interpreter import BOOTSTRAP, PROGRAM
 from cl_dist.launch.scheduler import JobState, TimeLeft, job_state, submit
 from cl_dist.launch.slurm import SlurmJob
 
@@ -31,11 +32,11 @@ RANK = """\
 # Called as Python is by the script; notes how it was started and behaves as the second argument says.
 import json, os, runpy, signal, sys, time
 sys.path.insert(0, {repository!r})
-if sys.argv[2] != "cl_dist":
+if sys.argv[3] != "cl_dist.cli:program":
     sys.argv[1:] = []
     runpy.run_module("cl_dist.launch.rendezvous", run_name="__main__")
     sys.exit()
-behaviour, rank, asked = sys.argv[4], os.environ["SLURM_PROCID"], []
+behaviour, rank, asked = sys.argv[5], os.environ["SLURM_PROCID"], []
 restart = os.environ.get("SLURM_RESTART_COUNT", "0")
 if behaviour != "deaf":
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -114,7 +115,7 @@ def test_every_rank_gets_its_arguments_and_its_environment(cluster: Cluster, tmp
     )  # fmt: skip
     ranks = job.started()
     for number, rank in enumerate(ranks):
-        assert rank["arguments"] == ["-m", "cl_dist", "run", "end", *NASTY]
+        assert rank["arguments"] == ["-c", BOOTSTRAP, PROGRAM, "run", "end", *NASTY]
         variables = rank["environment"]
         assert "PYTEST_CURRENT_TEST" not in variables
         assert (variables["SLURM_PROCID"], variables["SLURM_NTASKS"]) == (str(number), "2")

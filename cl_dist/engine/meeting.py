@@ -1,0 +1,74 @@
+"""Where the ranks of one machine meet: a store that listens on the loopback interface alone.
+
+torch's own (`env://`) listens on all interfaces, whatever address it is given, and lets everybody in who can reach it.
+It takes a socket that listens already, though, which decides who that is.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from ipaddress import ip_address
+from typing import Any
+
+import torch
+from torch.distributed.rendezvous import register_rendezvous_handler
+
+from cl_dist.errors import ClDistError
+
+SCHEME = "cl-dist-loopback"
+LOOPBACK = "127.0.0.1"
+_BACKLOG = 4096
+
+
+def init_method() -> str:
+    """How torch is to find the other ranks: as its environment variables say, and on one machine through here.
+
+    Under torchrun, which serves the store itself (on all interfaces), it is torch's own way.
+    """
+    served_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if served_by_launcher or not is_loopback(os.environ.get("MASTER_ADDR", "")):
+        return "env://"
+    with suppress(RuntimeError):  # it is registered already
+        register_rendezvous_handler(SCHEME, _meet)
+    return f"{SCHEME}://"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if address == "localhost":
+        return True
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:  # another name
+        return False
+
+
+def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Any, int, int]]:
+    """Torch's protocol of a rendezvous: yields the store, this process's rank and the number of ranks."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address = LOOPBACK if address == "localhost" else address
+    listener = {"master_listen_fd": _listen(address, port)} if rank == 0 else {}
+    store = torch.distributed.TCPStore(address, port, world, is_master=rank == 0, timeout=timeout, **listener)
+    yield store, rank, world
+    # torch asks for another one where it has lost a rank, which no launcher of ours replaces.
+    raise RuntimeError("the ranks meet once")
+
+
+def _listen(address: str, port: int) -> int:
+    """A listening socket, which torch closes."""
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    # As torch does: connections of a job that has just ended must not keep the port.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        code = "EADDRINUSE: " if "in use" in str(error) else ""
+        raise ClDistError(f"the ranks cannot meet at {address}:{port}: {code}{error.strerror}") from error
+    return listener.detach()
