@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from cl_dist.tasks.formats import READERS
 from cl_dist.tasks.formats.files import enumerate_names, missing
 from cl_dist.tasks.formats.source import RawTask, Source, Split
 from cl_dist.tasks.types import Example, Kind, Task
+
+logger = logging.getLogger(__name__)
 
 
 def load_stream(stream: StreamConfig, recipe_dir: Path) -> tuple[Task, ...]:
@@ -77,6 +80,9 @@ def settle_labels(source: Source, raw: RawTask) -> tuple[str, ...]:
     check_labels(stated)
     for split in (raw.train, raw.evaluation):
         check_answers(split, stated)
+    answers = {example.answer for split in (raw.train, raw.evaluation) for example in split.examples}
+    if source.task.labels is not None and (unmet := set(stated) - answers):
+        logger.warning("task %r: no sample has the label %s", source.task.name, enumerate_names(unmet))
     return stated
 
 
