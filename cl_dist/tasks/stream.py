@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from cl_dist.tasks.formats.files import enumerate_names, missing
 from cl_dist.tasks.formats.source import RawTask, Source, Split
 from cl_dist.tasks.text import compose
 from cl_dist.tasks.types import Example, Kind, LabelSource, Task
+
+logger = logging.getLogger(__name__)
 
 
 def load_stream(stream: StreamConfig, recipe_dir: Path) -> tuple[Task, ...]:
@@ -95,6 +98,9 @@ def settle_labels(source: Source, raw: RawTask) -> tuple[tuple[str, ...], LabelS
     check_labels(labels)
     for split in (raw.train, raw.evaluation):
         check_answers(split, labels)
+    answers = {compose(example.answer) for split in (raw.train, raw.evaluation) for example in split.examples}
+    if source.task.labels is not None and (unmet := [label for label in labels if label not in answers]):
+        logger.warning("task %r: no sample has the label %s", source.task.name, enumerate_names(unmet))
     return labels, "recipe" if source.task.labels is not None else "data"
 
 

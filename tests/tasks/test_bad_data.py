@@ -298,3 +298,32 @@ def test_half_a_character_beside_the_records(tmp_path: Path, place: str) -> None
     content: Any = ["yes", "no \ud800"] if place == "labels.json" else {"TC": [{"instruction": "\ud800 Pick."}]}
     write_json(folder / place, content)
     refuse(tmp_path, place, "holds half a surrogate pair at character", format="cl_benchmark", path="bench")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.jsonl", '{"input": "q"}\n{"z": ' + "[" * 300_000 + "]" * 300_000 + "}", "a.jsonl, line 2: JSON nested too"),
+        ("a.json", '{"a": ' * 300_000, "a.json, line 1: JSON nested too deeply"),
+        ("a.csv", 'input,output\n"never closed,1\n', "data set a.csv cannot be loaded: Error tokenizing data"),
+        (
+            "a.csv",
+            "input,output\nq,0.5\nr,1.0\n",
+            "a.csv[train], record 0: field 'output' must be a string, not a number",
+        ),
+        ("a.csv", "", "data set a.csv cannot be loaded: "),
+        ("a.parquet", "PAR1garbagePAR1", "data set a.parquet cannot be loaded: "),
+    ],
+)
+@pytest.mark.parametrize("within", [False, True])
+def test_huggingface_files_that_the_library_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, problem: str, within: bool
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set" if within else tmp_path
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(content)
+    message = refuse(tmp_path, format="huggingface", path="set" if within else name)
+    assert within or problem in message
+    assert "while generating" not in message

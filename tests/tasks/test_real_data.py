@@ -85,7 +85,7 @@ def published(folder: str) -> Path:
 
 
 def load_shipped(recipe: str, folder: str, *changes: str) -> tuple[Task, ...]:
-    """The tasks of a shipped recipe from the benchmark's own files, checked as a run would check them; the first samples
+    """The tasks of a shipped recipe from the benchmark's own files, checked as a run checks them; the first samples
     are encoded too (the tokenizer is another, in which prompts are longer).
     """
     loaded, recipe_dir = load_recipe(recipe, [f"stream.root={published(folder)}", *changes])

@@ -133,3 +133,11 @@ def test_tasks_keep_the_order_of_the_stream(tmp_path: Path) -> None:
 def test_checking_data_imports_neither_torch_nor_datasets() -> None:
     code = "import sys, cl_dist.tasks.stream; sys.exit(bool({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_stated_label_that_no_sample_has_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_lines(tmp_path / "a.jsonl", as_lines(records("input", "output", 8)))
+    assert load_one(tmp_path, path="a.jsonl", labels=("yes", "no")).labels == ("yes", "no")
+    assert "no sample has" not in caplog.text
+    assert load_one(tmp_path, path="a.jsonl", labels=("yes", "no", "mabye")).labels == ("yes", "no", "mabye")
+    assert "task 'task': no sample has the label mabye" in caplog.text

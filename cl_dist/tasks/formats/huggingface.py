@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
-from cl_dist.config.files import is_folder, is_there, refuse_special, refuse_special_below
+from cl_dist.config.files import is_file, is_folder, is_there, refuse_special, refuse_special_below
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.tasks.formats.files import collect, converter, enumerate_names, kind_of, logger, missing
 from cl_dist.tasks.formats.jsonl import split_files
@@ -31,6 +32,9 @@ FILE_FORMATS = {
     ".arrow": "arrow",
 }
 """The library's name of the format of a single data file, by its ending."""
+
+DEEP_JSON = re.compile(rb'(?:[\[{]\s*(?:"[^"]{0,99}"\s*:\s*)?){1000}')
+"""A thousand lists and objects, each the first thing in the one before."""
 
 DEV_SPLITS = ("validation", "dev", "eval")
 
@@ -63,6 +67,7 @@ def load(source: Source) -> Mapping[str, Any]:
         raise BadInput(f"subset: {subset!r} names a configuration, and what is at {path} has none; leave it out")
     refuse_special(path)
     refuse_special_below(path)
+    refuse_deep_json(path)
     with _told_as_bad_input(name):
         if is_saved(path):  # its records are read where they lie: nothing is gained by streaming them
             dataset = datasets.load_from_disk(str(path))
@@ -76,6 +81,19 @@ def load(source: Source) -> Mapping[str, Any]:
     if not isinstance(dataset, Mapping):
         raise BadInput(f"data set {name} is a single split; save a DatasetDict with the splits 'train' and 'test'")
     return dataset
+
+
+def refuse_deep_json(path: Path) -> None:
+    """Raise BadInput for a JSON file, or one below a folder, that is nested so deeply that the library's parser would
+    take the process down.
+    """
+    for file in [path] if not is_folder(path) else sorted(path.rglob("*.json*")):
+        if file.suffix in (".json", ".jsonl") and is_file(file) and file.stat().st_size:
+            with file.open("rb") as opened, mmap(opened.fileno(), 0, access=ACCESS_READ) as data:
+                found = DEEP_JSON.search(data)
+                if found is not None:
+                    line = data[: found.start()].count(b"\n") + 1
+                    raise BadInput(f"{file}, line {line}: JSON nested too deeply")
 
 
 def single_file(path: Path, wanted: str) -> tuple[str, dict[str, str]]:
@@ -101,7 +119,9 @@ def _told_as_bad_input(name: str) -> Iterator[None]:
     except ClDistError:  # our own, and a signal that asks to stop
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # What it raises while it converts files says no more than that; the cause says what is wrong with them.
+        told = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
+        reason = " ".join(str(told).split()) or type(told).__name__
         raise BadInput(f"data set {name} cannot be loaded: {reason}") from error
 
 

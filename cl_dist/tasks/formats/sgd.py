@@ -85,7 +85,7 @@ def expected_file(train: Path, split: str) -> Path:
 
 def with_slots(samples: Split, index: Path) -> Split:
     """The samples with the slots that the index names; BadInput where it does not fit them."""
-    lines = read_text(index).rstrip("\n").split("\n")
+    lines = read_text(index).rstrip().split("\n")
     slots = [parse_line(line.strip(), f"{index}, line {number}") for number, line in enumerate(lines, start=1)]
     if len(slots) != len(samples.examples):
         raise BadInput(
