@@ -151,7 +151,9 @@ def _plain(example: Example) -> list[object]:
 def _model_digest(place: ModelPlace, recipe: Recipe, patterns: Sequence[str]) -> ModelDigest:
     if place.folder is None:
         assert recipe.model.name_or_path in BUILTIN_FAMILIES
-        files = {"builtin": text_digest([recipe.model.name_or_path, recipe.train.seed])}
+        # Its weights are drawn from the seed.
+        drawn = [recipe.train.seed] if patterns is MODEL_FILES else []
+        files = {"builtin": text_digest([recipe.model.name_or_path, *drawn])}
     else:
         files = file_digests(place.files(patterns, code=recipe.model.trust_remote_code))
     return ModelDigest(source=recipe.model.name_or_path, revision=place.revision, files=files)

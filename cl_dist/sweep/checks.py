@@ -87,26 +87,34 @@ def refuse_other_recipes(sweep: SweepFolder, grid: Grid) -> None:
 
 
 def _refuse_other_inputs(sweep: SweepFolder, problems: Problems) -> None:
-    """Runs on one order must have been given the same data, base model and tokenizer, wherever these lay."""
-    first: dict[str, tuple[Path, Inputs]] = {}
+    """Runs on one order whose settings name the same inputs must have been given the same, wherever these lay."""
+    first: dict[str, tuple[RunFolder, Inputs]] = {}
     for place in sweep.found():
-        path = sweep.run(*place)
-        inputs = Manifest.read(RunFolder(path).manifest).inputs
+        folder = RunFolder(sweep.run(*place))
+        inputs = Manifest.read(folder.manifest).inputs
         if inputs is None:
             continue
-        other, theirs = first.setdefault(place[0], (path, inputs))
-        # A built-in model is drawn from the seed, in which the runs of a sweep differ.
-        changes = input_changes(theirs, inputs if _has_files(inputs) else replace(inputs, base_model=theirs.base_model))
+        other, theirs = first.setdefault(place[0], (folder, inputs))
+        changes = input_changes(theirs, _comparable(inputs, theirs, folder, other))
         if changes:
             problems.add(
-                f"{path} was given other inputs than {other}: {'; '.join(changes)}; results of different inputs do not "
-                "belong in one table: choose another --out"
+                f"{folder.path} was given other inputs than {other.path}: {'; '.join(changes)}; results of different "
+                "inputs do not belong in one table: choose another --out"
             )
     problems.check()
 
 
-def _has_files(inputs: Inputs) -> bool:
-    return list(inputs.base_model.files) != ["builtin"]
+def _comparable(inputs: Inputs, theirs: Inputs, folder: RunFolder, other: RunFolder) -> Inputs:
+    """`inputs`, but for what a setting of one method (`--set-for`) or the seed makes another than in `theirs`."""
+    stored = [as_plain(stored_recipe(each.config)) for each in (other, folder)]
+    told = changed_settings(*stored, digested=True)
+    if any(text.startswith("stream") for text in told):
+        inputs = replace(inputs, data=theirs.data)
+    if stored[0]["model"] != stored[1]["model"]:
+        inputs = replace(inputs, base_model=theirs.base_model, tokenizer=theirs.tokenizer)
+    if list(inputs.base_model.files) == ["builtin"]:  # drawn from the seed
+        inputs = replace(inputs, base_model=theirs.base_model)
+    return inputs
 
 
 def _differences_at(folder: RunFolder, place: tuple[str, str, int], cells: Sequence[Cell]) -> list[str]:

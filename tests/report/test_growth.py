@@ -1,0 +1,79 @@
+"""Runs of many tasks: pictures, the page and what is printed grow with the tasks, not with their square."""
+
+from __future__ import annotations
+
+import csv
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cl_dist.progress import WIDEST_MATRIX, format_matrix
+from cl_dist.report import pictures
+from cl_dist.report.drawing import DPI, NUMBERED, TALL, WIDE
+from cl_dist.report.units import correlation
+from cl_dist.report.write import write_report
+from tests.report.runs import write_run
+from tests.report.test_pictures import opened, results
+
+DRAWN: dict[str, Callable[[list[str]], bytes]] = {
+    "accuracy_matrix": lambda names: pictures.accuracy_matrix(names, scores(len(names))),
+    "scores": lambda names: pictures.scores(names, scores(len(names))),
+    "loss": lambda names: pictures.loss(names, {name: {step: 1 / step for step in range(1, 30)} for name in names}),
+    "unit_importance": lambda names: pictures.unit_importance(names, results(len(names), 2)),
+    "task_correlation": lambda names: pictures.task_correlation(names, correlation(results(len(names), 2).importance)),
+    "fusion": lambda names: pictures.fusion(names, results(len(names), 2)),
+}
+
+
+def scores(tasks: int) -> list[list[float]]:
+    draws = random.Random(0)
+    return [[draws.random() for _ in range(tasks)] for _ in range(tasks + 1)]
+
+
+def names(tasks: int) -> list[str]:
+    return [f"task-of-a-long-name-{number}" for number in range(tasks)]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_picture_of_many_tasks_has_its_size_and_costs_no_more_than_one_of_few(name: str) -> None:
+    """Sixteen times the cells of a picture that has its numbers still, in less than four times its time."""
+    seconds = {}
+    DRAWN[name](names(4))  # matplotlib is imported
+    for tasks in (NUMBERED, 4 * NUMBERED):
+        began = time.process_time()
+        image = opened(DRAWN[name](names(tasks)))
+        seconds[tasks] = time.process_time() - began
+        assert image.shape[0] <= (TALL + 3) * DPI
+        assert image.shape[1] <= (WIDE + 4) * DPI
+    assert seconds[4 * NUMBERED] < 4 * seconds[NUMBERED] + 0.2, seconds
+
+
+def test_five_hundred_tasks(tmp_path: Path) -> None:
+    """The whole report; what the page has no room for is in a file."""
+    folder = write_run(tmp_path / "run", names(500), 300)
+    began = time.process_time()
+    report = write_report(folder.path)
+    assert time.process_time() - began < 30
+    assert report.files == ("report.md", "accuracy_matrix.png", "scores.png", "accuracy_matrix.csv", "loss.png")
+    assert (folder.report / "report.md").stat().st_size < 100_000
+    with (folder.report / "accuracy_matrix.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 301
+    matrix = report.run.manifest.accuracy_matrix
+    assert float(rows[7][names(500)[3]]) == matrix[7][3]
+    page = (folder.report / "report.md").read_text()
+    assert f"| {names(500)[3]} | {matrix[4][3]:.4f} | {matrix[300][3]:.4f} |" in page
+    assert "and 175 more." in page
+
+
+def test_what_is_printed_of_many_tasks_is_a_line_for_each() -> None:
+    many = names(WIDEST_MATRIX + 1)
+    matrix = scores(len(many))[:4]
+    lines = format_matrix(many, matrix).splitlines()
+    assert len(lines) == len(many) + 1
+    assert lines[3].split() == [many[2], f"{matrix[3][2]:.4f}", f"{matrix[3][2]:.4f}"]
+    assert lines[4].split() == [many[3], "-", f"{matrix[3][3]:.4f}"]
+    assert len(format_matrix(many[:-1], [row[:-1] for row in matrix]).splitlines()) == len(matrix) + 1
