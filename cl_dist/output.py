@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from cl_dist.errors import ClDistError
 
@@ -194,7 +194,7 @@ def direct_output() -> Iterator[None]:
         buffer = io.BufferedWriter(_Direct(output, raises=True))
         sys.stdout = _text(buffer, sys.stdout, line_buffering=os.isatty(output))
     if errors is not None:
-        sys.stderr = _text(cast(io.BufferedWriter, _Direct(errors, raises=False)), sys.stderr, write_through=True)
+        sys.stderr = _text(_Direct(errors, raises=False), sys.stderr, write_through=True)
     try:
         yield
     finally:
@@ -226,7 +226,7 @@ def steady_output() -> Iterator[None]:
     _outlets[:] = dict.fromkeys([output, errors])
     with suppress(OutputLost):
         sys.stdout.flush()
-    sys.stdout, sys.stderr = (_text(cast(io.BufferedWriter, outlet), stream, write_through=True)
+    sys.stdout, sys.stderr = (_text(outlet, stream, write_through=True)
                               for outlet, stream in zip((output, errors), before, strict=True))  # fmt: skip
     try:
         yield
@@ -296,9 +296,7 @@ def _descriptor(stream: TextIO | None) -> int | None:
     return descriptor
 
 
-def _text(
-    buffer: io.BufferedWriter, like: TextIO, line_buffering: bool = False, write_through: bool = False
-) -> io.TextIOWrapper:
+def _text(buffer: Any, like: TextIO, line_buffering: bool = False, write_through: bool = False) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         buffer,
         encoding=like.encoding or "utf-8",

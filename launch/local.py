@@ -27,6 +27,7 @@ from typing import IO, TextIO
 from cl_dist.launch import child
 from cl_dist.launch.child import Failure
 
+from cl_dist.errors import BadInput
 from cl_dist.output import pass_on, same_stream, steady_output
 from cl_dist.stop_requests import StopRequests, heeded
 
@@ -34,6 +35,8 @@ DONE, INTERRUPTED = 0, 75
 ADDRESS = "127.0.0.1"
 POLL_SECONDS = 0.05
 PORT_ATTEMPTS = 3
+MOST_RANKS = 1024
+"""Ranks on one machine, far above what any has cores, GPUs or memory for."""
 READ_BYTES = 1 << 16
 KEPT_LINES = 100
 """Lines of output that are kept of every rank but the first; as long as a traceback through the libraries."""
@@ -145,6 +148,15 @@ def launch(
         if attempt == PORT_ATTEMPTS or "EADDRINUSE" not in (ending.message or ""):
             break
     return ending
+
+
+def check_processes(processes: int) -> None:
+    """Raise BadInput for more ranks than a machine can hold, before one of them is started."""
+    if processes > MOST_RANKS:
+        raise BadInput(
+            f"launch.processes: {processes} ranks on this machine, which has {len(os.sched_getaffinity(0))} cores; "
+            f"allowed are at most {MOST_RANKS}, and more with cl-dist slurm on several nodes"
+        )
 
 
 def find_free_port() -> int:

@@ -18,6 +18,17 @@ from cl_dist.launch.interpreter import BOOTSTRAP
 from cl_dist.errors import BadInput
 
 DEFAULT_RESTARTS = 20
+MOST_RANKS = 1024
+MOST_RANKS_OF_A_JOB = 1_000_000
+LIMITS = {
+    "nodes": (1, 100_000),
+    "ranks_per_node": (1, MOST_RANKS),
+    "cpus_per_rank": (1, 65_536),
+    "max_restarts": (0, 100_000),
+}
+"""Above what any cluster has."""
+MOST_DAYS = 3650
+"""Longest time limit."""
 WARN_SECONDS = 120
 """How long before the time limit Slurm asks the job to stop, unless the job is short."""
 LOG = "slurm-%j.log"
@@ -57,10 +68,10 @@ CAPTURED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OPTION = re.compile(r"([a-z][a-z0-9-]*)(?:=[A-Za-z0-9_.,:;=@%+*/&|()\[\]^~-]+)?")
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_TIME = re.compile(r"(?:([0-9]{1,9})-)?([0-9]{1,9})(?::([0-9]{1,9}))?(?::([0-9]{1,9}))?")
 _GPUS = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9_.-]*:)?[0-9]{1,4}")
-_PARTITIONS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,-]*")
-_INTERFACE = re.compile(r"[A-Za-z0-9_.,:-]+")
+_PARTITIONS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,-]{0,999}")
+_INTERFACE = re.compile(r"[A-Za-z0-9_.:,][A-Za-z0-9_.,:-]{0,199}")
 _OWN_OPTIONS = {
     "job-name": "--job-name",
     "nodes": "--nodes",
@@ -151,11 +162,20 @@ class SlurmJob:
         return default_warning(self.time) if self.warn_seconds is None else self.warn_seconds
 
     def _check_sizes(self) -> None:
-        least = {"nodes": 1, "ranks_per_node": 1, "cpus_per_rank": 1, "max_restarts": 0}
-        for name, limit in least.items():
+        for name, (least, most) in LIMITS.items():
             value = getattr(self, name)
-            if value is not None and value < limit:
-                raise BadInput(f"--{name.replace('_', '-')}: {value} is too few, allowed is at least {limit}")
+            if value is not None and not least <= value <= most:
+                few = "few" if value < least else "many"
+                raise BadInput(
+                    f"--{name.replace('_', '-')}: {value} is too {few}, allowed is at least {least} and at most {most}"
+                )
+        if self.gpus > MOST_RANKS:
+            raise BadInput(f"--gpus-per-node: {self.gpus} is too many, allowed is at most {MOST_RANKS}")
+        if self.ranks > MOST_RANKS_OF_A_JOB:
+            raise BadInput(
+                f"--nodes: {self.nodes} nodes of {self.ranks_on_node} ranks each are {self.ranks} ranks, allowed are at "
+                f"most {MOST_RANKS_OF_A_JOB}"
+            )
         if 0 < self.gpus < self.ranks_on_node:
             raise BadInput(
                 f"--ranks-per-node: {self.ranks_on_node} ranks do not each have a GPU of their own on a node with "
@@ -265,6 +285,8 @@ def seconds(time: str) -> int:
         raise BadInput(
             f"--time: {time!r} is no time limit; write minutes, hours:minutes:seconds or days-hours:minutes:seconds"
         )
+    if total > 86400 * MOST_DAYS:
+        raise BadInput(f"--time: {time!r} is too long, allowed are at most {MOST_DAYS} days")
     return total
 
 

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import fcntl
+import os
+import struct
+import termios
 from io import StringIO
 
 import pytest
@@ -10,6 +14,7 @@ from cl_dist.progress import (
     LineReporter,
     Reporter,
     SilentReporter,
+    UnfailingReporter,
     format_matrix,
     format_summary,
     make_reporter,
@@ -78,12 +83,19 @@ def test_a_matrix_that_is_not_full_yet() -> None:
     assert format_matrix(["a"], [[0.5]]) == "             a\nbefore  0.5000"
 
 
+def reporter(stream: StringIO, terminal: int | None = None) -> Reporter:
+    """What tells on rank 0."""
+    made = make_reporter(0, stream, terminal)
+    assert isinstance(made, UnfailingReporter)
+    return made.reporter
+
+
 def test_only_the_first_rank_tells_and_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
-    assert type(make_reporter(0, Terminal())) is LineReporter
+    assert type(reporter(Terminal())) is LineReporter
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert isinstance(make_reporter(0, Terminal()), BarReporter)
-    assert isinstance(make_reporter(0, StringIO()), LineReporter)
+    assert isinstance(reporter(Terminal()), BarReporter)
+    assert isinstance(reporter(StringIO()), LineReporter)
     for stream in (Terminal(), StringIO()):
         assert isinstance(make_reporter(1, stream), SilentReporter)
         tell_a_run(make_reporter(1, stream))
@@ -139,3 +151,45 @@ def test_bars_of_a_run_leave_the_terminal_as_it_was(monkeypatch: pytest.MonkeyPa
     assert "[bold]said as it is[/bold]" in text
     assert text.rstrip("\n").endswith(SUMMARY.splitlines()[-1])
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
+
+
+def test_behind_a_pipe_bars_have_the_terminals_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    master, slave = os.openpty()
+    stream = StringIO()
+    bars = reporter(stream, slave)
+    assert isinstance(bars, BarReporter)
+    for columns in (123, 1, 0):
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        assert bars.console.size == (columns or 80, 40)
+        tell_a_run(make_reporter(0, stream, slave))
+    assert stream.getvalue().rstrip("\n").endswith(SUMMARY.splitlines()[-1])
+    assert "no progress bar from here on" not in stream.getvalue()
+    os.close(master)
+    assert bars.console.size == (80, 25) or bars.console.size == (80, 40)
+    os.close(slave)
+    assert bars.console.size == (80, 25)
+
+
+class Fussy(Terminal):
+    """Cannot be drawn on."""
+
+    def write(self, text: str) -> int:
+        if "\x1b" in text:
+            raise UnicodeEncodeError("ascii", text, 0, 1, "no such character")
+        return super().write(text)
+
+
+def test_a_bar_that_fails_gives_way_to_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Fussy()
+    tell_a_run(make_reporter(0, stream))
+    assert stream.getvalue().startswith("no progress bar from here on: UnicodeEncodeError")
+    assert "step 2/2  loss 0.5000" in stream.getvalue()
+    assert stream.getvalue().endswith(SUMMARY)
+
+
+def test_a_stream_that_is_gone_is_no_error() -> None:
+    stream = StringIO()
+    stream.close()
+    tell_a_run(make_reporter(0, stream))

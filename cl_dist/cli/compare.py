@@ -21,6 +21,7 @@ from cl_dist.cli.slurm import add_job_options, make_job, newest_job, slurm
 from cl_dist.config.load import dump_recipe, load_recipe, to_dict
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.launch.environment import find_ranks
+from cl_dist.launch.local import check_processes
 from cl_dist.launch.scheduler import require_sbatch
 from cl_dist.launch.slurm import job_name, quote
 from cl_dist.state.atomic import advising, write_text
@@ -115,6 +116,8 @@ def _compare(arguments: Namespace) -> int:
         _submit(sweep, grid, arguments)
         refresh()
     else:
+        for cell in grid.cells:
+            check_processes(cell.recipe.launch.processes)
         _run(sweep, grid, refresh, arguments)
     return 0
 

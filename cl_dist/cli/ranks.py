@@ -16,9 +16,9 @@ from cl_dist.errors import BadInput, ClDistError, Interrupted
 from cl_dist.launch.child import is_launched, terminal
 from cl_dist.launch.environment import Ranks, export_ranks, find_ranks
 from cl_dist.launch.interpreter import PROGRAM, python_command
-from cl_dist.launch.local import launch
+from cl_dist.launch.local import check_processes, launch
 from cl_dist.launch.mpi import ask_mpi
-from cl_dist.output import lost_output
+from cl_dist.output import drain_output, lost_output
 from cl_dist.progress import Reporter, make_reporter
 from cl_dist.stop_requests import heeded
 
@@ -42,6 +42,7 @@ def run_on_ranks(
     """
     ranks = find_ranks(os.environ)
     if ranks is None:
+        check_processes(processes)
         with notices_left_to_the_run():
             check(True)
         code = _start_ranks(arguments, processes, hang_seconds)
@@ -55,6 +56,7 @@ def run_on_ranks(
 
 
 def _note_lost_output(note: Callable[[str], None]) -> None:
+    drain_output()  # only then it shows
     for text in lost_output():
         note(text)
 

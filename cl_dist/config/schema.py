@@ -300,7 +300,7 @@ class ZeroConfig:
 class LaunchConfig:
     """How `cl-dist run` starts its ranks."""
 
-    processes: PositiveInt = 1
+    processes: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     """Ranks to start on this machine. Under torchrun, deepspeed, mpirun or srun the ranks that they started are
     used."""
     timeout_seconds: Seconds = 1800.0

@@ -14,7 +14,7 @@ from datetime import timedelta
 from ipaddress import ip_address
 from typing import Any
 
-import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from cl_dist.errors import ClDistError
@@ -52,8 +52,8 @@ def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Any, int, in
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     address = LOOPBACK if address == "localhost" else address
-    listener = {"master_listen_fd": _listen(address, port)} if rank == 0 else {}
-    store = torch.distributed.TCPStore(address, port, world, is_master=rank == 0, timeout=timeout, **listener)
+    listener = _listen(address, port) if rank == 0 else None
+    store = TCPStore(address, port, world, is_master=rank == 0, timeout=timeout, master_listen_fd=listener)
     yield store, rank, world
     # torch asks for another one where it has lost a rank, which no launcher of ours replaces.
     raise RuntimeError("the ranks meet once")

@@ -310,3 +310,47 @@ def test_bad_input_is_told_before_anything_heavy_is_imported(setting: str, recip
     )
     assert end.stdout == "2 False\n"
     assert end.stderr.startswith("cl-dist: error: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("slurm", "quickstart", "--print", "--job-name=--"),
+        ("slurm", "quickstart", "--job-n=--"),
+        ("slurm", "quickstart", "--nodes=--"),
+        ("compare", "quickstart", "--out=--", "--dry-run"),
+        ("run", "quickstart", "--set=--"),
+        ("eval", "run", "--task=--"),
+    ],
+)
+def test_two_dashes_are_no_value(command: Command, arguments: tuple[str, ...]) -> None:
+    code, _, error = command(*arguments)
+    assert code == 2
+    assert error.splitlines()[-1].endswith(": '--' is not a value")
+
+
+def test_two_dashes_end_the_options(command: Command) -> None:
+    assert command("status", "--", "--debug=--")[2].startswith("cl-dist: error: --debug=--/manifest.json is missing")
+    assert command("recipe", "quickstart", "--set=model.name_or_path=--")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "quickstart/x"])
+@pytest.mark.parametrize("words", [("status",), ("report",), ("eval",), ("run",), ("compare", "quickstart", "--out")])
+def test_a_path_that_cannot_be(command: Command, words: tuple[str, ...], name: str, tmp_path: Path) -> None:
+    (tmp_path / "quickstart").touch()
+    code, _, error = command(*words, name)
+    assert code == 2
+    assert len(error) < 1000
+    assert "internal error" not in error
+
+
+@pytest.mark.parametrize("command_words", [("run",), ("compare", "--out", "sweep")])
+def test_more_ranks_than_any_machine_holds(command: Command, command_words: tuple[str, ...], tmp_path: Path) -> None:
+    for number in (1025, 2**31):
+        code, _, error = command(
+            command_words[0], "quickstart", f"--set=launch.processes={number}", "--set=output_dir=here",
+            *command_words[1:],
+        )  # fmt: skip
+        assert code == 2
+        assert error.startswith(f"cl-dist: error: launch.processes: {number} ")
+    assert not (tmp_path / "here").exists()

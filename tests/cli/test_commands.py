@@ -18,6 +18,7 @@ from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import CheckpointEntry, Manifest
 from tests.cli.conftest import Command
 
+PROGRAM = Path(sys.executable).with_name("cl-dist")
 MATRIX = ((0.25, 0.5), (0.75, 0.5), (0.5, 1.0))
 MANIFEST = Manifest(tasks=("spring", "summer"), world_size=2, zero_stage=3, accuracy_matrix=MATRIX[:1])
 
@@ -169,7 +170,7 @@ class TestFailures:
     def test_a_reader_that_has_had_enough_is_no_error(self) -> None:
         reader, writer = os.pipe()
         os.close(reader)
-        end = subprocess.run(["cl-dist", "methods"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        end = subprocess.run([PROGRAM, "methods"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
         os.close(writer)
         assert (end.returncode, end.stderr) == (141, "")
 

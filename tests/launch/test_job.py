@@ -107,7 +107,7 @@ class TestAFreshRun:
 
     def asked_for(self, commands: Commands) -> list[str]:
         """What `cl-dist` was called with, start by start."""
-        return [call.rpartition("cl_dist ")[2] for call in commands.calls("srun")]
+        return [call.rpartition("cl_dist.cli:program ")[2] for call in commands.calls("srun")]
 
     def test_is_asked_for_at_the_first_start_alone(self, commands: Commands) -> None:
         (commands.folder / "manifest.json").touch()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ from tests.recipes import write_recipe
 from tests.zygote import Zygote
 
 PATIENCE_SECONDS = 120
+PROGRAM = Path(sys.executable).with_name("cl-dist")
 NO_MPI = mpi.missing()
 
 
@@ -95,6 +97,84 @@ def test_a_signal_to_the_launcher(tmp_path: Path, undisturbed: Path, number: sig
     assert_same(tmp_path / "run", undisturbed)
 
 
+def leave_a_trap(folder: Path) -> None:
+    """Let the working folder hold modules and settings that nobody has asked for."""
+    for name in ("peft", "datasets", "safetensors", "runpy", "importlib"):
+        (folder / f"{name}.py").write_text('raise SystemExit("code from the working folder was run")')
+    (folder / ".numba_config.yaml").write_text(f"cache_dir: {folder / 'numba'}")
+
+
+def listening(process: psutil.Process) -> set[str]:
+    """The addresses that a process listens on."""
+    return {entry.laddr.ip for entry in process.net_connections("tcp") if entry.status == psutil.CONN_LISTEN}
+
+
+def saved(run: Path) -> list[int]:
+    """Steps of the states that the manifest names."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["status"] == "interrupted"
+    return [entry["step"] for entry in manifest["checkpoints"]]
+
+
+def lost(run: Path) -> list[str]:
+    """What the log says of output that nobody got."""
+    records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [record["message"].partition(" bytes of ")[2] for record in records if record["event"] == "output_lost"]
+
+
+def test_ctrl_c_ends_tee_first_and_the_state_is_saved(tmp_path: Path) -> None:
+    """A Ctrl-C reaches tee as well. What the working folder holds plays no part, and no other machine gets in."""
+    recipe = endless_recipe(tmp_path)
+    leave_a_trap(tmp_path)
+    line = f"{PROGRAM} run {recipe} 2>&1 | tee log; exit ${{PIPESTATUS[0]}}"
+    shell = subprocess.Popen(["bash", "-c", line], cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
+    wait_for_steps(tmp_path / "run", 3)
+    ranks = [each for each in psutil.Process(shell.pid).children(recursive=True) if "RANK" in each.environ()]
+    assert len(ranks) == 2
+    assert [listening(rank) for rank in ranks] == [{"127.0.0.1"}] * 2
+    os.killpg(shell.pid, signal.SIGINT)
+    assert shell.wait(timeout=PATIENCE_SECONDS) == 75
+    assert len(saved(tmp_path / "run")) == 1
+    assert lost(tmp_path / "run") == ["standard output were lost: nobody reads it"]
+    assert "code from the working folder" not in (tmp_path / "log").read_text()
+    assert not (tmp_path / "numba").exists()
+
+
+def test_a_reader_that_has_stopped_delays_nothing(tmp_path: Path) -> None:
+    """A pager that waits, a terminal after Ctrl-S: the pipe is full, and whoever writes to it waits."""
+    recipe = endless_recipe(tmp_path)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(1 << 16))
+    os.set_blocking(writer, True)
+    launcher = subprocess.Popen([PROGRAM, "run", recipe], cwd=tmp_path, stdout=writer, stderr=writer)
+    wait_for_steps(tmp_path / "run", 3)
+    launcher.terminate()
+    assert launcher.wait(timeout=PATIENCE_SECONDS) == 75
+    assert len(saved(tmp_path / "run")) == 1
+    assert lost(tmp_path / "run") == ["standard output were lost: its reader has stopped reading"]
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize(
+    "redirection",
+    ["| head -1", *(pytest.param(text, marks=pytest.mark.slow) for text in (">&- 2>&- <&-", ">/dev/full 2>&1"))],
+)
+def test_a_run_is_done_whoever_reads_of_it(tmp_path: Path, redirection: str) -> None:
+    recipe = write_recipe(tmp_path, launch={"processes": 1}, method={"name": "sequential"})
+    line = f"{PROGRAM} run {recipe} {redirection}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "metrics.json").exists()
+    assert len(lost(tmp_path / "run")) == ("&-" not in redirection)
+
+
 def test_the_launcher_killed_takes_its_ranks_along(tmp_path: Path, undisturbed: Path, zygote: Zygote) -> None:
     recipe = slow_recipe(tmp_path)
     launcher = start(["-m", "cl_dist", "run", str(recipe)], tmp_path)
@@ -138,6 +218,8 @@ def test_under_other_launchers_the_weights_are_the_same(tmp_path: Path, undistur
             python, "-m", "deepspeed.launcher.runner", "--num_accelerators=2", port, "--module", "cl_dist"
         ],
     }[launcher]  # fmt: skip
+    if launcher == "torchrun":
+        leave_a_trap(tmp_path)
     process = start_program([*command, "run", str(recipe)], tmp_path)
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, output
