@@ -18,7 +18,9 @@ from cl_dist.cli.cells import CellRunner, Failure
 from cl_dist.cli.ranks import notices_left_to_the_run
 from cl_dist.cli.run import check_stream_and_model
 from cl_dist.cli.slurm import add_job_options, make_job, newest_job, slurm
+from cl_dist.config.boundary import refusing
 from cl_dist.config.load import dump_recipe, load_recipe, to_dict
+from cl_dist.config.paths import expand
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.launch.environment import find_ranks
 from cl_dist.launch.scheduler import require_sbatch
@@ -84,8 +86,10 @@ def compare(arguments: Namespace) -> int:
     """Check the whole grid, then list, print, submit or run it; write the tables."""
     if find_ranks(os.environ) is not None:
         raise BadInput("cl-dist compare starts the ranks of its runs itself; call it without torchrun, mpirun or srun")
+    arguments.out = expand(str(arguments.out), "--out")
     sweep = SweepFolder(arguments.out)
-    sweep.require_own()
+    with refusing("--out"):
+        sweep.require_own()
     if arguments.submit:
         require_sbatch()
     grid = build_grid(_request(arguments))

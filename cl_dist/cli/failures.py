@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from argparse import Namespace
 from contextlib import suppress
 
+from cl_dist.config.words import show_path
 from cl_dist.errors import BadInput, ClDistError, Interrupted, JobFailed, RankLost
 from cl_dist.launch.child import report_failure
 from cl_dist.launch.environment import find_ranks
@@ -30,6 +32,8 @@ def guarded(arguments: Namespace) -> int:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - Python flushes it when it exits
         return 1
     except Exception as error:  # a bug, here or in a library
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # only what somebody typed is
+            return _end(BadInput.exit_code, f"{error.strerror}: {show_path(error.filename)}", arguments.debug)
         summary = " ".join(str(error).split())
         message = f"internal error: {type(error).__name__}: {summary} (run again with --debug for the traceback)"
         return _end(1, message, arguments.debug)

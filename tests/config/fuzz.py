@@ -267,17 +267,22 @@ def judge(mutant: Mutant, folder: Path) -> Outcome:
     before = signal.signal(signal.SIGALRM, _alarm)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        return _judge(mutant, folder)
+        return _outcome(mutant, folder)
     except Hang:
         return Outcome("hang", f"still busy after {SECONDS} s")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _outcome(mutant: Mutant, folder: Path) -> Outcome:
+    try:
+        return _judge(mutant, folder)
     except BadInput as error:
         return _judge_message(str(error))
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         return Outcome("crash", f"{type(error).__name__} in {Path(place.filename).name}: {str(error)[:80]!r}")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _judge(mutant: Mutant, folder: Path) -> Outcome:
