@@ -18,6 +18,8 @@ from cl_dist.cli.cells import CellRunner, Failure
 from cl_dist.cli.ranks import notices_left_to_the_run
 from cl_dist.cli.run import check_stream_and_model
 from cl_dist.cli.slurm import add_job_options, make_job, newest_job, slurm
+from cl_dist.config.boundary import refusing
+from cl_dist.config.files import expand
 from cl_dist.config.load import dump_recipe, load_recipe, to_dict
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.launch.environment import find_ranks
@@ -90,13 +92,15 @@ def compare(arguments: Namespace) -> int:
     """Check the whole grid, then list, print, submit or run it; write the tables."""
     if find_ranks(os.environ) is not None:
         raise BadInput("cl-dist compare starts the ranks of its runs itself; call it without torchrun, mpirun or srun")
+    arguments.out = expand(str(arguments.out), "--out")
     with advising("free some space; the same command goes on"):
         return _compare(arguments)
 
 
 def _compare(arguments: Namespace) -> int:
     sweep = SweepFolder(arguments.out)
-    sweep.require_own()
+    with refusing("--out"):
+        sweep.require_own()
     if arguments.submit:
         require_sbatch()
     grid = build_grid(_request(arguments))

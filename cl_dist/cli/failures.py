@@ -9,6 +9,7 @@ import traceback
 from argparse import Namespace
 from contextlib import suppress
 
+from cl_dist.config.words import show_path
 from cl_dist.errors import BadInput, ClDistError, Interrupted, JobFailed, RankLost
 from cl_dist.launch.child import report_failure
 from cl_dist.launch.environment import find_ranks
@@ -16,7 +17,6 @@ from cl_dist.output import drain_output
 
 UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 """What the system says of a path that cannot be, whatever the machine's state."""
-SHOWN_CHARACTERS = 100
 SIGNALLED = 128
 """Exit codes above it are this plus the signal that ended a process."""
 
@@ -33,7 +33,7 @@ def guarded(arguments: Namespace) -> int:
         return _end(Interrupted.exit_code, "stopped before anything was started", arguments.debug)
     except Exception as error:  # a bug, here or in a library
         if isinstance(error, OSError) and error.errno in UNUSABLE_PATH:
-            return _end(BadInput.exit_code, f"{_shortened(error.filename)}: {error.strerror}", arguments.debug)
+            return _end(BadInput.exit_code, f"{show_path(error.filename)}: {error.strerror}", arguments.debug)
         summary = " ".join(str(error).split())
         message = f"internal error: {type(error).__name__}: {summary} (run again with --debug for the traceback)"
         return _end(1, message, arguments.debug)
@@ -64,12 +64,6 @@ def _end(exit_code: int, message: str, debug: bool, whole_job: bool = False) -> 
     if not report_failure(os.environ, exit_code, message, whole_job):
         tell(exit_code, message, whole_job)
     return exit_code
-
-
-def _shortened(path: object) -> str:
-    """A path as a message can show it."""
-    text = str(path)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
 def _rank_prefix() -> str:

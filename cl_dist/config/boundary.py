@@ -32,7 +32,7 @@ def refusing(what: str) -> Iterator[None]:
         if error.filename is None:  # not about a path: a library that cannot be loaded, for example
             raise
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
-        raise BadInput(f"{what}: {show_path(path)} cannot be used: {error.strerror}; give another path") from error
+        raise BadInput(f"{what}: {error.strerror}: {show_path(path)}; give another path") from error
     except UnicodeError as error:
         raise BadInput(f"{what}: holds text that is not Unicode ({error.reason}); allowed: UTF-8") from error
     except RecursionError as error:

@@ -23,9 +23,9 @@ def refuse_unread(recipe: Recipe) -> None:
 def _of_training(recipe: Recipe) -> Iterator[str]:
     train, tasks = recipe.train, recipe.stream.tasks
     if tasks and all(task.format == "text" or task.text_field is not None for task in tasks):
-        for name, why in (("truncate", "prompt to cut"), ("long_answers", "answer"), ("template", "turn of a chat")):
+        for name, why in (("truncate", "prompts to cut"), ("long_answers", "answers"), ("template", "turns of a chat")):
             if _given(train, name):
-                yield f"train.{name}: {getattr(train, name)} is read by no task: all are plain text, without a {why}"
+                yield f"train.{name}: {getattr(train, name)} is read by no task: all are plain text, without {why}"
     if train.keep_optimizer and any(method.name == "multi_task" for method in recipe.method):
         yield "train.keep_optimizer: true is read by nothing: multi_task trains once, and no task follows"
 

@@ -45,7 +45,12 @@ def trial_batches(model: nn.Module, objective: Objective) -> list[Batch]:
         return Encoded(0, tokens, labels)
 
     return [
-        collate([sample(*pair) for pair in zip(*lengths, strict=True)], objective, pad_id, pad_id if start is None else start)
+        collate(
+            [sample(*pair) for pair in zip(*lengths, strict=True)],
+            objective,
+            pad_id,
+            pad_id if start is None else start,
+        )
         for lengths in LENGTHS
     ]
 

@@ -89,9 +89,7 @@ class MagnitudeSums:
     def learnt(self) -> dict[str, str]:
         """The trials are over: plan how outputs are counted, and return why not by layer where they cannot be."""
         self._learning = False
-        found = {
-            name: calls_of([Trial(shapes[name], masks) for masks, shapes in self._trials]) for name in self.layers
-        }
+        found = {name: calls_of([Trial(shapes[name], masks) for masks, shapes in self._trials]) for name in self.layers}
         self._trials.clear()
         self.plan = {name: calls for name, calls in found.items() if not isinstance(calls, str)}
         return {name: reason for name, reason in found.items() if isinstance(reason, str)}
@@ -186,7 +184,7 @@ class MagnitudeSums:
                 sums.add_(row_magnitude(routed.output[here], mask, per_token=self._per_token))
             start += count
 
-    def _counted(self, layer: TrackedLayer, leading: torch.Size) -> torch.Tensor | None | bool:
+    def _counted(self, layer: TrackedLayer, leading: torch.Size) -> torch.Tensor | bool | None:
         """Bool per output: those that count; None: all of them; False: the call is not one over tokens at all."""
         if self.plan is None:
             return None

@@ -283,4 +283,3 @@ class Migu(Method):
             return
         mask_rows_(shard.data, shard.start, self._layouts[name], keep.to(shard.data.device))
         self._shards.gradient_changed(name)
-

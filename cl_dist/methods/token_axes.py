@@ -79,7 +79,9 @@ def _is_table(shapes: Sequence[torch.Size], trials: Sequence[Trial]) -> bool:
     if len(set(shapes)) == 1:
         return True
     packed = any(
-        prod(shape) == int(mask.sum()) for shape, trial in zip(shapes, trials, strict=True) for mask in trial.masks.values()
+        prod(shape) == int(mask.sum())
+        for shape, trial in zip(shapes, trials, strict=True)
+        for mask in trial.masks.values()
     )
     return all(len(shape) > 1 and shape[0] == 1 for shape in shapes) and not packed
 

@@ -193,7 +193,9 @@ def _is_router(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -
     count = whole_shape(experts.down_proj)[0]  # type: ignore[arg-type]
     shapes = {key: whole_shape(parameter) for key, parameter in parameters.items()}
     is_matrix = len(shapes["weight"]) == 2 and shapes["weight"][0] == count
-    return is_matrix and (set(shapes) == {"weight"} or (set(shapes) == {"weight", "bias"} and shapes["bias"] == (count,)))
+    return is_matrix and (
+        set(shapes) == {"weight"} or (set(shapes) == {"weight", "bias"} and shapes["bias"] == (count,))
+    )
 
 
 def _projections(name: str, module: nn.Module) -> Iterator[TrackedLayer]:

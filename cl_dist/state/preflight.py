@@ -30,6 +30,7 @@ FREE_SETTINGS = (
     "eval.batch_size",
     "zero.stage",
     "zero.offload",
+    "zero.deepspeed.zero_optimization",
     "train.micro_batch_size",
     "train.gradient_accumulation",
     "train.max_skipped_steps",
@@ -221,8 +222,8 @@ def changed_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, di
 
 
 def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a nested recipe with its dotted key, such as `stream.tasks[0].name`."""
-    if isinstance(value, Mapping) and value:
+    """Every leaf of a nested recipe with its dotted key, such as `stream.tasks[0].name`; none of an empty mapping."""
+    if isinstance(value, Mapping):
         for name, entry in value.items():
             yield from _settings(entry, f"{key}.{name}" if key else str(name))
     elif isinstance(value, Sequence) and not isinstance(value, str) and value:

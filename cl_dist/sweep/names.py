@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cl_dist.config.boundary import refusing
 from cl_dist.config.fields import method_classes
-from cl_dist.config.words import did_you_mean
+from cl_dist.config.files import expand
+from cl_dist.config.words import did_you_mean, shorten
 from cl_dist.errors import BadInput
 from cl_dist.tasks.orders import ORDERS
 
+_SEED = re.compile(r"[0-9]{1,12}")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 OWN_ORDER = "own"
 """Label of the order of a recipe that names its tasks itself."""
@@ -112,8 +115,15 @@ def parse_orders(text: str, problems: Problems) -> list[OrderChoice]:
 def _parse_order(entry: str, problems: Problems) -> OrderChoice:
     if entry in ORDERS:
         return OrderChoice(order_label(entry), entry)
-    folder = Path(entry).expanduser().absolute()
-    if not entry or not folder.is_dir():
+    folder = Path(entry)
+    try:
+        with refusing("--orders"):
+            folder = expand(entry, "--orders").absolute()
+            found = bool(entry) and folder.is_dir()
+    except BadInput as error:
+        problems.add(str(error))
+        found = True  # it is told already
+    if not found:
         shown = entry or '""'
         problems.add(
             f"--orders {shown}: neither a folder nor a published order; allowed: {', '.join(ORDERS)}"
@@ -135,10 +145,10 @@ def order_label(order: int | str | None) -> str:
 def parse_seeds(text: str, problems: Problems) -> list[int]:
     """`--seeds 0,1,2` as numbers."""
     entries = [entry.strip() for entry in text.split(",")]
+    seeds = [int(entry) for entry in entries if _SEED.fullmatch(entry) and int(entry) < 2**31]
     for entry in entries:
-        if not (entry.isascii() and entry.isdecimal() and int(entry) < 2**31):
-            problems.add(f'--seeds: "{entry}" is no seed; allowed: whole numbers from 0 to {2**31 - 1}')
-    seeds = [int(entry) for entry in entries if entry.isascii() and entry.isdecimal()]
+        if not _SEED.fullmatch(entry) or int(entry) >= 2**31:
+            problems.add(f'--seeds: "{shorten(entry)}" is no seed; allowed: whole numbers from 0 to {2**31 - 1}')
     _refuse_twice("--seeds", [str(seed) for seed in seeds], problems)
     return seeds
 

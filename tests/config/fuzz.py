@@ -31,7 +31,7 @@ from cl_dist.config.yaml_text import parse_yaml
 from cl_dist.errors import BadInput
 from cl_dist.tasks.orders import resolve_order
 
-SECONDS = 10
+SECONDS = 20
 """A pre-flight of a tiny recipe that takes longer hangs."""
 MEMORY = 4 * 2**30
 LONGEST_MESSAGE = 4000
@@ -65,8 +65,9 @@ ODD = [
     "[" * 60 + "]" * 60, "[" * 800 + "]" * 800, "{a: " * 300 + "1" + "}" * 300, "[" + "x, " * 5000 + "x]", "[a, a]",
     # YAML itself
     "!!python/object/apply:os.system [id]", "!!binary aGk=", "!!set {a}", "!!timestamp 2024-01-01", "&a [*a]",
-    "*nothing", "!x y", "{1: 2}", "{true: 2}", "{[a]: 2}", "{a: 1, a: 2}", "{<<: {a: 1}}", "{<<: 3}", "{? : 1}", "| x", "'unclosed",
-    "!!int x", "!!float x", "!!str 5", "!!null x", "!!map 3", "!!seq 3", "!!merge x", "? x", "- x", "%YAML 1.1",
+    "*nothing", "!x y", "{1: 2}", "{true: 2}", "{[a]: 2}", "{a: 1, a: 2}", "{<<: {a: 1}}", "{<<: 3}", "{? : 1}",
+    "| x", "'unclosed", "!!int x", "!!float x", "!!str 5", "!!null x", "!!map 3", "!!seq 3", "!!merge x",
+    "? x", "- x", "%YAML 1.1",
 ]  # fmt: skip
 """Values as YAML texts."""
 
@@ -81,8 +82,8 @@ ODD_PATHS = [
 ]  # fmt: skip
 TEXTS = [
     "\0", "\ufeff", "\t", "---\n", "...\n", "&a ", "*a", "<<: *a\n", "{", "}", "[", "]", ": ", "? ", "!!python/none ",
-    "'", '"', "#", "%", "\r", "\x85", "\u2028", "\ud7ff", "|\n", ">\n", "[" * 2000, "{a: " * 2000, "- " * 2000, "x" * 100000,
-    "@", "`", "\U0010ffff", "a: &a {k: 1}\n", "b: &b {<<: [*a, *a]}\n", MERGES, LONG_ALIASES,
+    "'", '"', "#", "%", "\r", "\x85", "\u2028", "\ud7ff", "|\n", ">\n", "[" * 2000, "{a: " * 2000, "- " * 2000,
+    "x" * 100000, "@", "`", "\U0010ffff", "a: &a {k: 1}\n", "b: &b {<<: [*a, *a]}\n", MERGES, LONG_ALIASES,
 ]  # fmt: skip
 """What is inserted into the text of a recipe."""
 
@@ -178,7 +179,8 @@ def texts(draw: st.DrawFn) -> bytes:
     """The recipe's text with a piece put in, taken out or doubled, in some encoding."""
     text = RECIPE
     for _ in range(draw(st.integers(1, 3))):
-        start = draw(st.integers(0, len(text)))
+        starts = [0, *(place + 1 for place, letter in enumerate(text) if letter == "\n")]
+        start = draw(st.integers(0, len(text)) | st.sampled_from(starts))
         stop = start + draw(st.integers(0, 12))
         piece = draw(st.sampled_from([*TEXTS, "", text[start:stop] * 2]) | st.sampled_from(ODD))
         text = text[:start] + piece + text[stop:]
@@ -244,7 +246,7 @@ def playground() -> Iterator[Path]:
         (folder / "loop").symlink_to("loop")
         os.chdir(folder)
         os.environ["HOME"] = name
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, limits[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (_mapped() + MEMORY, limits[1]))
         try:
             yield folder
         finally:
@@ -255,21 +257,32 @@ def playground() -> Iterator[Path]:
                 os.environ["HOME"] = home
 
 
+def _mapped() -> int:
+    """Bytes of address space that this process has already: libraries alone may take gigabytes."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+
+
 def judge(mutant: Mutant, folder: Path) -> Outcome:
     """Send a mutant through everything that comes before ranks are started, and see what happens."""
-    signal.signal(signal.SIGALRM, _alarm)
+    before = signal.signal(signal.SIGALRM, _alarm)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        return _judge(mutant, folder)
+        return _outcome(mutant, folder)
     except Hang:
         return Outcome("hang", f"still busy after {SECONDS} s")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _outcome(mutant: Mutant, folder: Path) -> Outcome:
+    try:
+        return _judge(mutant, folder)
     except BadInput as error:
         return _judge_message(str(error))
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         return Outcome("crash", f"{type(error).__name__} in {Path(place.filename).name}: {str(error)[:80]!r}")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _judge(mutant: Mutant, folder: Path) -> Outcome:
@@ -373,6 +386,7 @@ def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=10000)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     counts = campaign(parser.parse_args().examples)
     print("\n".join(f"{kind:<10} {count}" for kind, count in counts.kinds.most_common()))
     print("\n".join(f"  {count:>5} {fault}" for fault, count in counts.faults.most_common()))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import combinations, product
 from typing import Any
 
 import pytest
 
+from cl_dist.config.deepspeed import ALLOWED
 from tests.distributed.chosen import WORLDS, Reports, parameters, run_chosen
 
 STAGES = (0, 1, 2, 3)
@@ -79,7 +81,34 @@ SKIPPING: list[dict[str, Any]] = [
     {"stage": 3, "recompute": True, "family": "t5", "deepspeed": RELEASED},
     {"stage": 3, "recompute": True, "dtype": "bfloat16", "deepspeed": RELEASED},
 ]
-CASES = PAIRED + SPECIAL + SKIPPING
+# Every raw setting that a recipe may give (cl_dist.config.deepspeed), away from its default.
+RAW: list[dict[str, Any]] = [
+    {"stage": 1, "clip": 0.1, "deepspeed": {"zero_optimization": {
+        "contiguous_gradients": False, "reduce_scatter": False, "reduce_bucket_size": 500, "overlap_comm": True,
+        "allgather_bucket_size": 2, "use_multi_rank_bucket_allreduce": False, "ignore_unused_parameters": False,
+        "parameter_alignment": True}}},
+    {"stage": 2, "mask": "update", "deepspeed": {"zero_optimization": {
+        "contiguous_gradients": True, "reduce_bucket_size": 1, "overlap_comm": True, "allgather_bucket_size": 500,
+        "use_multi_rank_bucket_allreduce": False, "ignore_unused_parameters": False, "parameter_alignment": True}}},
+    {"stage": 2, "clip": 0.1, "accumulation": 3, "deepspeed": {"zero_optimization": {
+        "contiguous_gradients": False, "reduce_scatter": False, "overlap_comm": True}}},
+    {"stage": 3, "clip": 0.1, "deepspeed": {"zero_optimization": {
+        "contiguous_gradients": False, "reduce_scatter": False, "reduce_bucket_size": 500, "overlap_comm": True,
+        "sub_group_size": 1000, "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0,
+        "stage3_model_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+        "stage3_use_all_reduce_for_fetch_params": True, "memory_efficient_linear": False,
+        "override_module_apply": False, "enable_sanity_checks": True}}},
+    {"stage": 3, "mask": "update", "recompute": True, "deepspeed": {"zero_optimization": {
+        "stage3_param_persistence_threshold": 0, "stage3_allgather_sequential": True,
+        "offload_param": {"device": "cpu", "pin_memory": False}}}},
+    {"stage": 3, "accumulation": 3, "offload": True, "deepspeed": {"zero_optimization": {
+        "stage3_param_persistence_threshold": 0, "offload_param": {"device": "cpu", "pin_memory": False}}}},
+    *({"stage": stage, "dtype": "bfloat16", "deepspeed": {"communication_data_type": "fp32"}} for stage in STAGES),
+    *({"stage": stage, "dtype": "bfloat16", "deepspeed": {"communication_data_type": "bf16"}} for stage in STAGES),
+    *({"stage": stage, "dtype": "bfloat16", "accumulation": 3, "clip": 0.1,
+       "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}}} for stage in (1, 2, 3)),
+]  # fmt: skip
+CASES = PAIRED + SPECIAL + SKIPPING + RAW
 
 STEPS = 3
 FLOAT32_BOUND = STEPS * 2**-23
@@ -92,6 +121,24 @@ def test_the_selection_covers_every_pair_of_settings() -> None:
     for (first, first_values), (second, second_values) in combinations(FACTORS.items(), 2):
         for pair in product(first_values, second_values):
             assert any((row[first], row[second]) == pair for row in SELECTION), (first, second, pair)
+
+
+def test_every_raw_setting_is_run() -> None:
+    run = {(key, case["stage"]) for case in CASES for key in keys(case.get("deepspeed", {}))}
+    for key, setting in ALLOWED.items():
+        stages = {stage for name, stage in run if name == key}
+        assert stages <= set(setting.stages), key
+        assert (3 in stages) == (3 in setting.stages), key
+        assert bool(stages & {0, 1, 2}) == bool({0, 1, 2} & set(setting.stages)), key
+
+
+def keys(settings: dict[str, Any], section: str = "") -> Iterator[str]:
+    """Dotted keys of nested settings."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from keys(value, f"{section}{name}.")
+        else:
+            yield f"{section}{name}"
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -155,10 +156,20 @@ def test_changed_settings_of_plain_dicts() -> None:
     new = {"a": {"b": 1, "c": [1, 3]}, "d": {"e": None}, "launch": {"processes": 2}}
     assert changed_settings(old, new) == [
         "a.c[1]: 2 in the run, 3 now",
-        "d: {} in the run, not set now",
         "d.e: not set in the run, None now",
     ]
     assert changed_settings(old, old) == []
+
+
+def test_raw_settings_of_the_shards_may_differ_on_resume_and_no_others() -> None:
+    """They say how the work is done, as the stage does, and some are for one stage only."""
+    none: dict[str, Any] = {"zero": {"deepspeed": {}}}
+    buckets = {"zero": {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 500}}}}
+    assert changed_settings(none, buckets) == changed_settings(buckets, none) == []
+    precision = {"zero": {"deepspeed": {"communication_data_type": "bf16"}}}
+    assert changed_settings(none, precision) == [
+        "zero.deepspeed.communication_data_type: not set in the run, 'bf16' now"
+    ]
 
 
 def no_run(path: Path) -> None:

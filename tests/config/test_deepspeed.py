@@ -1,0 +1,149 @@
+"""The tables of raw DeepSpeed settings against DeepSpeed's own configuration."""
+
+from __future__ import annotations
+
+from collections.abc import KeysView
+from typing import Any, ClassVar
+
+import pytest
+
+from cl_dist.config.deepspeed import ALLOWED, OWNED, REFUSED, SECTIONS, refuse_raw_settings
+from cl_dist.config.load import load_recipe
+from cl_dist.errors import BadInput
+
+TABLES = {*ALLOWED, *REFUSED, *OWNED, *SECTIONS}
+VALUES = [None, True, False, -1, 0, 1, 2, 3, 500, 10**9, 10**10 + 1, 2**63, 5e8, 0.5, float("inf"), float("nan"), "",
+          "x", "auto", "fp32", "bf16", "fp16", "cpu", "none", "nvme", "true", "1", [], [1], {}, {"a": 1}]  # fmt: skip
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """`a.b: value` as mappings."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+class Recorder(dict[str, Any]):
+    """A configuration that remembers what was looked for in it."""
+
+    asked: ClassVar[set[str]] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> KeysView[str]:  # type: ignore[override]
+        return KeysView(self)
+
+    def __copy__(self) -> Recorder:
+        return Recorder(self)
+
+
+def test_every_section_that_deepspeed_reads_is_in_a_table() -> None:
+    from deepspeed.runtime import config
+
+    config.DeepSpeedConfig(Recorder(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1))
+    assert len(Recorder.asked) > 50
+    sections = {key.partition(".")[0] for key in TABLES}
+    assert Recorder.asked | set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS) <= sections
+
+
+def test_every_key_of_deepspeeds_typed_sections_is_in_a_table() -> None:
+    from deepspeed.runtime.config import _REMOVED_ZERO_CONFIG_KEYS
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
+
+    names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    known = {key.split(".")[1] for key in TABLES if key.startswith("zero_optimization.")}
+    assert names | set(_REMOVED_ZERO_CONFIG_KEYS) == known
+    inside = {key.split(".")[2] for key in TABLES if key.startswith("zero_optimization.offload_param.")}
+    assert set(DeepSpeedZeroOffloadParamConfig.model_fields) == inside
+
+
+@pytest.mark.parametrize("key", [key for key in ALLOWED if key.startswith("zero_optimization.")])
+def test_deepspeed_reads_every_value_that_is_allowed_as_it_is_written(key: str) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    stage = ALLOWED[key].stages[-1]
+    taken = [value for value in VALUES if accepts(key, value, stage)]
+    assert taken
+    for value in taken:
+        settings = nested(key.removeprefix("zero_optimization."), value)
+        read = DeepSpeedZeroConfig(stage=stage, **settings).model_dump(by_alias=True)
+        for part in key.split(".")[1:]:
+            read = read[part]
+        assert read == value
+
+
+def accepts(key: str, value: Any, stage: int) -> bool:
+    try:
+        refuse_raw_settings(nested(key, value), stage)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("key", [*REFUSED, *OWNED])
+@pytest.mark.parametrize("value", [None, True, {}, {"enabled": True}])
+def test_a_refused_setting_is_refused_by_name_whatever_its_value(key: str, value: Any) -> None:
+    for stage in (0, 1, 2, 3):
+        with pytest.raises(ValueError, match=rf"^deepspeed\.{key}: (not supported|set by cl_dist from)"):
+            refuse_raw_settings(nested(key, value), stage)
+
+
+@pytest.mark.parametrize("key", ALLOWED)
+def test_a_setting_is_refused_at_stages_that_do_not_read_it(key: str) -> None:
+    good = next(value for value in VALUES if accepts(key, value, ALLOWED[key].stages[0]))
+    assert [stage for stage in range(4) if accepts(key, good, stage)] == list(ALLOWED[key].stages)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "zero_optimisation={reduce_bucket_size: 1}",
+            "zero_optimisation: unknown key; did you mean zero_optimization?",
+        ),
+        ("reduce_bucket_size=1", "reduce_bucket_size: unknown key; did you mean zero_optimization.reduce_bucket_size?"),
+        ("zero_optimization.prefetch_bucket_size=1", "did you mean zero_optimization.stage3_prefetch_bucket_size?"),
+        (
+            "zero_optimization.reduce_bucket_size=abc",
+            '_size: "abc" is not allowed; allowed: a whole number, at least 1',
+        ),
+        ("zero_optimization.reduce_bucket_size=0", "reduce_bucket_size: 0 is not allowed; allowed: a whole number, at"),
+        (
+            "zero_optimization.allgather_bucket_size=3",
+            "bucket_size: 3 is not allowed; allowed: an even number, at least",
+        ),
+        ("zero_optimization.overlap_comm='true'", 'overlap_comm: "true" is not allowed; allowed: true or false'),
+        ("zero_optimization.stage3_max_live_parameters=1", "read at stage 3 only, and zero.stage is 2; remove it"),
+        ("torch_autocast={enabled: true}", "torch_autocast: not supported: the precision is train.dtype's; remove it"),
+        ("tensor_parallel={autotp_size: 2}", "tensor_parallel: not supported: cl_dist trains with data parallelism al"),
+        ("zero_optimization.zenflow={topk_ratio: 0.1}", "zenflow: not supported: it updates weights outside of the st"),
+        ("zero_optimization.offload_param=null", "offload_param: null is not a mapping of settings"),
+        ("communication_data_type=fp16", 'communication_data_type: "fp16" is not allowed; allowed: fp32, bf16'),
+        ("zzz=1", "zzz: unknown key; allowed here: data_types, zero_optimization, communication_data_type"),
+    ],
+)
+def test_a_raw_setting_is_told_by_its_dotted_key(setting: str, message: str) -> None:
+    with pytest.raises(BadInput) as refusal:
+        load_recipe("quickstart", [f"zero.deepspeed.{setting}"])
+    assert str(refusal.value).startswith("zero.deepspeed.")
+    assert message in str(refusal.value)
+
+
+def test_gradients_of_bfloat16_are_not_added_up_in_float32_at_stage_0() -> None:
+    changes = ["zero.deepspeed.data_types.grad_accum_dtype=fp32", "train.dtype=bfloat16", "zero.stage=0"]
+    with pytest.raises(BadInput, match=r"^zero.deepspeed.data_types.grad_accum_dtype: DeepSpeed adds gradients up in"):
+        load_recipe("quickstart", changes)
+    for good in ("train.dtype=float32", "zero.stage=1"):
+        load_recipe("quickstart", [*changes, good])
