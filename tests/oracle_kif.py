@@ -38,6 +38,11 @@ class Settings:
     accumulate_new: float = 0.3
     orthogonal: float = 0.0
     keep_optimizer: bool = False
+    importance_at: str = "before_update"
+    importance_from_step: int = 1
+    masks: str = "units"
+    empty_inner_scores: bool = False
+    empty_outer_scores: bool = False
 
 
 class Dense:
@@ -62,6 +67,7 @@ class Dense:
             )
         self.importance = {n: torch.zeros_like(m) for n, m in self.masters.items()}
         self.deviation = {n: torch.zeros_like(m) for n, m in self.masters.items()}
+        self.seen = 0
 
     def step(self, losses: Sequence[Callable[[torch.nn.Module], torch.Tensor]]) -> None:
         """One step; the gradients of the losses, and of the penalty, add up."""
@@ -72,11 +78,14 @@ class Dense:
             master.grad = torch.zeros_like(master) if grad is None else grad.float()
         if self.settings.orthogonal:
             self._penalty().backward()
-        self._track()
+        if self.settings.importance_at == "before_update":
+            self._track()
         if self.settings.clip:
             torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.settings.clip)
         assert self.optimizer is not None
         self.optimizer.step()
+        if self.settings.importance_at == "after_update":
+            self._track()
         self.model.zero_grad(set_to_none=True)
         self._publish()
 
@@ -99,6 +108,9 @@ class Dense:
     @torch.no_grad()
     def _track(self) -> None:
         s = self.settings
+        self.seen += 1
+        if self.seen < s.importance_from_step:
+            return
         for name, w in self.masters.items():
             assert w.grad is not None
             wg = w * w.grad
@@ -178,20 +190,61 @@ class DenseRecurrent(Dense):
         self.swap()
         self.past_scores = {unit: self._score(unit) for unit in self.units}
         self.swap()
-        cut, past_cut = (_percentile(list(x.values()), 100 - s.threshold) for x in (self.scores, self.past_scores))
         table = {
             (True, True): (s.weight_new, s.weight_old),
             (True, False): (1.0, 0.0),
             (False, True): (0.0, 1.0),
             (False, False): (s.weight_neither, 1 - s.weight_neither),
         }
+        if s.masks == "elements":
+            self._fuse_elements(table)
+        else:
+            self._fuse_units(table)
+        self._publish()
+        for tensor in (*self.importance.values(), *self.deviation.values()) if s.empty_inner_scores else ():
+            tensor.zero_()
+        past = (*self.past_importance.values(), *self.past_deviation.values())
+        for tensor in past if s.empty_outer_scores else ():
+            tensor.zero_()
+
+    def _fuse_units(self, table: dict[tuple[bool, bool], tuple[float, float]]) -> None:
+        s = self.settings
+        cut, past_cut = (_percentile(list(x.values()), 100 - s.threshold) for x in (self.scores, self.past_scores))
         self.pairs = {u: table[self.scores[u] > cut, self.past_scores[u] > past_cut] for u in self.units}
         for unit, (m, n) in self.pairs.items():
             for name, box in unit:
                 at = _index(box)
                 start, turned, end = self.start[name][at], self.inner_end[name][at], self.masters[name][at]
                 self.masters[name][at] = start + m * (turned - start) + n * (end - turned)
-        self._publish()
+
+    def _fuse_elements(self, table: dict[tuple[bool, bool], tuple[float, float]]) -> None:
+        """Every element by itself, above or below one quantile of all elements' scores; a unit's pair is the mean."""
+        masks = []
+        for importance, deviation in (
+            (self.importance, self.deviation),
+            (self.past_importance, self.past_deviation),
+        ):
+            scores = {n: importance[n].double() * deviation[n].double() for n in importance}
+            every = torch.cat([each.reshape(-1) for each in scores.values()])
+            cut = torch.quantile(every, 1 - self.settings.threshold / 100)
+            masks.append({n: each > cut for n, each in scores.items()})
+        shares = {}
+        for name, master in self.masters.items():
+            now, past = (mask[name] for mask in masks)
+            m, n = (torch.zeros(master.shape, dtype=torch.float64) for _ in range(2))
+            for key, (new, old) in table.items():
+                at = (now == key[0]) & (past == key[1])
+                m[at], n[at] = new, old
+            shares[name] = (m, n)
+            start, turned, end = self.start[name], self.inner_end[name], master.data
+            master.data.copy_(start + m.float() * (turned - start) + n.float() * (end - turned))
+
+        def mean(unit: Unit, which: int) -> float:
+            return float(
+                torch.cat([shares[name][which][_index(box)].double().reshape(-1) for name, box in unit]).mean()
+            )
+
+        self.pairs = {unit: (mean(unit, 0), mean(unit, 1)) for unit in self.units}
 
     def swap(self) -> None:
         """Measure the importance to the past from here on, or no longer."""

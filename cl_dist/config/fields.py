@@ -68,6 +68,8 @@ def _describe_plain(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         item = get_args(annotation)[0]
         return "a list of mappings" if component_of(item) or item is MethodConfig else "a list of texts"
+    if get_origin(annotation) is dict and get_origin(get_args(annotation)[1]) is Annotated:
+        return f"a mapping of names, each to {describe(get_args(annotation)[1])}"
     if component_of(annotation) or get_origin(annotation) is dict:
         return "a mapping of settings"
     return _WORDS[annotation]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from cl_dist.config.by_task import VariedConfig
 from cl_dist.config.ranges import STRICT, Divisor, Fraction, NonNegative, Percent, Positive, PositiveInt, Share
 
 
@@ -35,15 +36,19 @@ class IncLoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class OLoraConfig:
+class OLoraConfig(VariedConfig):
     """O-LoRA: IncLoRA whose new adapters are kept orthogonal to the old ones (arXiv 2310.14152)."""
+
+    VARIED: ClassVar[tuple[str, ...]] = ("lambda1", "lambda2")
 
     name: Literal["olora"]
     """Name of the method."""
     lambda1: NonNegative = 0.5
-    """Weight of the penalty sum(abs(A_old A_new^T)) over all modules and old adapters (reference code: 0.5)."""
+    """Weight of the penalty sum(abs(A_old A_new^T)) over all modules and old adapters (reference code: 0.5; on the long
+    benchmark 0, 0.5 or 5 by task, see `by_task`)."""
     lambda2: NonNegative = 0.0
-    """Weight of the sum of the norms of the new lora_A and lora_B (reference code: 0, on some tasks 0.1 or 0.3)."""
+    """Weight of the sum of the norms of the new lora_A and lora_B (reference code: 0; on the long benchmark 0, 0.1
+    or 0.3 by task)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -90,8 +95,10 @@ class MultiTaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class MiguConfig:
+class MiguConfig(VariedConfig):
     """MIGU, magnitude-based gradient updating (arXiv 2406.17245)."""
+
+    VARIED: ClassVar[tuple[str, ...]] = ("threshold",)
 
     name: Literal["migu"]
     """Name of the method."""
@@ -127,6 +134,7 @@ class MiguConfig:
 
     def __post_init__(self) -> None:
         """Refuse a scope that only skipping can serve, and ways to measure what random rows do not need."""
+        super().__post_init__()
         if self.mask_scope == "micro_batch" and not self.skip_rows:
             raise ValueError("mask_scope: micro_batch masks inside the backward pass, which skip_rows: false forbids")
         if self.selection == "random":
@@ -134,8 +142,19 @@ class MiguConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class UnitConfig:
+class UnitConfig(VariedConfig):
     """What KIF and its relatives share: units, their importance, and the fixed shares of a fusion by masks."""
+
+    VARIED: ClassVar[tuple[str, ...]] = (
+        "order",
+        "beta1",
+        "beta2",
+        "threshold",
+        "weight_new",
+        "weight_old",
+        "weight_neither",
+        "orthogonal",
+    )
 
     name: Literal["kif", "tasl", "recurrent_kif"]
     """Name of the method."""
@@ -149,6 +168,10 @@ class UnitConfig:
     """Share of the old value in the smoothed importance."""
     beta2: Fraction = 0.85
     """Share of the old value in the smoothed deviation from it."""
+    importance_at: Literal["before_update", "after_update"] = "before_update"
+    """`before_update` (paper): importance is taken from the reduced gradient before clipping and the weights that it
+    belongs to. `after_update` (reference code): from the clipped gradient and the weights that the optimiser has
+    already updated with it."""
     importance_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which importance and deviation are kept between steps; bfloat16 halves their memory."""
     threshold: Percent = 20.0
@@ -169,6 +192,7 @@ class UnitConfig:
 
     def __post_init__(self) -> None:
         """Refuse shares that do not make a whole."""
+        super().__post_init__()
         if abs(self.weight_new + self.weight_old - 1.0) > 1e-9:
             raise ValueError(
                 f"weight_new: {self.weight_new} and weight_old {self.weight_old} are not 1 together, so that fusion "
@@ -192,6 +216,8 @@ class KifConfig(UnitConfig):
     task (arXiv 2408.05200).
     """
 
+    VARIED: ClassVar[tuple[str, ...]] = (*UnitConfig.VARIED, "fusion", "tau", "accumulate_new")
+
     name: Literal["kif"]  # the tag that tells the three apart
     """Name of the method."""
     fusion: Literal["adaptive", "hard"] = "adaptive"
@@ -201,6 +227,9 @@ class KifConfig(UnitConfig):
     """Temperature of the adaptive fusion: the smaller, the more the larger score decides."""
     accumulate_new: Share = 0.3
     """Share of a task's scores in the accumulated scores; the past keeps the rest."""
+    importance_from_step: PositiveInt = 1
+    """First step of a task, counted from 1, whose importance is taken; the reference code leaves the first step out
+    (2)."""
     replay_ratio: Share = 0.0
     """Share of every past task's training samples that is mixed into a task's own (KIF-M, TaSL-M; 0.02 in the papers);
     0: none."""
@@ -240,6 +269,8 @@ class RecurrentKifConfig(UnitConfig):
     each such cycle the two changes are fused by the importance of either (arXiv 2502.17510).
     """
 
+    VARIED: ClassVar[tuple[str, ...]] = (*UnitConfig.VARIED, "outer_learning_rate", "outer_loss_weight")
+
     name: Literal["recurrent_kif"]
     """Name of the method."""
     inner_steps: PositiveInt = 8
@@ -248,6 +279,23 @@ class RecurrentKifConfig(UnitConfig):
     """Steps on the memory in a cycle; they come on top of the task's own steps."""
     outer_learning_rate: Positive | None = None
     """Learning rate of the steps on the memory; null: as in the task's own."""
+    outer_loss_weight: Positive = 1.0
+    """What the loss of the steps on the memory is multiplied by. The reference code divides it by the number of
+    micro-batches of a step on the task, although there is one on the memory: 0.25 with its scripts' settings."""
+    schedule_over: Literal["all_steps", "inner_steps"] = "all_steps"
+    """What train.schedule and train.warmup_steps count: `all_steps`, or `inner_steps` (reference code) the task's own
+    alone; steps on the memory then have the rate of the next one."""
+    fuse_last_cycle: bool = True
+    """Whether a last cycle with fewer than inner_steps own steps has steps on the memory and is fused; the reference
+    code does neither (false)."""
+    empty_inner_scores: bool = False
+    """Start the importance to the task from zero after every cycle (the reference code's scripts do: true); false: it
+    goes on from cycle to cycle."""
+    empty_outer_scores: bool = False
+    """The same for the importance to the past (the reference code's scripts: false)."""
+    masks: Literal["units", "elements"] = "units"
+    """What the masks of a fusion decide about: whole `units`, or single `elements` (reference code), whose threshold is
+    that of all elements of the model together."""
     order: Literal["first", "second", "mixed"] = "first"
     """Importance of an element with weight w and gradient g: `first` (reference code) is abs(w g), `second` its square,
     `mixed` abs(w g - (w g)^2 / 2)."""
@@ -267,10 +315,12 @@ class RecurrentKifConfig(UnitConfig):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class EwcConfig:
+class EwcConfig(VariedConfig):
     """EWC, elastic weight consolidation: a quadratic penalty holds back the weights that mattered to past tasks (arXiv
     1612.00796).
     """
+
+    VARIED: ClassVar[tuple[str, ...]] = ("weight",)
 
     name: Literal["ewc"]
     """Name of the method."""
@@ -290,15 +340,18 @@ class EwcConfig:
 
     def __post_init__(self) -> None:
         """Refuse a decay that nothing would read; the default passes, since a run's config.yaml spells it out."""
+        super().__post_init__()
         if self.variant == "separate" and self.gamma != type(self).gamma:
             raise ValueError(f"gamma: {self.gamma} has a meaning for variant online only; separate forgets nothing")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class LwfConfig:
+class LwfConfig(VariedConfig):
     """LwF, learning without forgetting: the old model's responses on the new task's samples are learnt along (arXiv
     1606.09282).
     """
+
+    VARIED: ClassVar[tuple[str, ...]] = ("weight", "temperature")
 
     name: Literal["lwf"]
     """Name of the method."""

@@ -102,6 +102,15 @@ def _drop_unknown_settings(method: dict[str, Any]) -> None:
     if cls is not None:
         for key in set(method) - set(info_of(cls)):
             del method[key]
+        _drop_from_tasks(method, getattr(cls, "VARIED", ()))
+
+
+def _drop_from_tasks(method: dict[str, Any], varied: Sequence[str]) -> None:
+    """Let `by_task` keep what the new method takes there."""
+    tasks = method.get("by_task")
+    if isinstance(tasks, dict) and all(isinstance(values, dict) for values in tasks.values()):
+        kept = {task: {key: value for key, value in values.items() if key in varied} for task, values in tasks.items()}
+        method["by_task"] = {task: values for task, values in kept.items() if values}
 
 
 def _set(recipe: dict[str, Any], override: Override) -> None:

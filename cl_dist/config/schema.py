@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from cl_dist.config.by_task import unknown_task
 from cl_dist.config.composition import GROWING, refuse_exclusive
 from cl_dist.config.deepspeed import refuse_raw_settings
 from cl_dist.config.formats import describe_unread
@@ -151,6 +152,9 @@ class StreamConfig:
     folder of CL_Benchmark. All its tasks are looked up in `root`, in the format `format`."""
     format: DataFormat = "tasl"
     """Format of the tasks that `order` names."""
+    epochs_by_task: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Passes over the training samples of some of the tasks that `order` names, such as {mnli: 2}; the others have
+    train.epochs. Tasks that are listed have `epochs` of their own."""
     root: str | None = None
     """Folder that relative paths of tasks start from."""
     max_train_samples: PositiveInt | None = None
@@ -177,6 +181,8 @@ class StreamConfig:
         if bool(self.tasks) == (self.order is not None):
             problem = "both are given" if self.tasks else "neither is given"
             raise ValueError(f"tasks: a stream has either tasks or an order; {problem}")
+        if self.tasks and self.epochs_by_task:
+            raise ValueError("epochs_by_task: is for the tasks that an order names; give tasks[].epochs in its place")
         names = [task.name for task in self.tasks]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -431,9 +437,13 @@ class Recipe:
         if not names:
             raise ValueError("method: the list is empty; for plain fine-tuning give the method sequential")
         refuse_exclusive(names)
-        self._check_fusion([method for method in self.method if isinstance(method, UnitConfig)])
+        units = [method for method in self.method if isinstance(method, UnitConfig)]
+        self._check_fusion([each for method in units for each in (method, *map(method.for_task, method.by_task))])
         self._check_starts(names)
         self._check_joint_epochs(names)
+        problem = unknown_task(self.method, [task.name for task in self.stream.tasks]) if self.stream.tasks else None
+        if problem is not None:
+            raise ValueError(problem)
 
     def _check_fusion(self, methods: Sequence[UnitConfig]) -> None:
         for method in methods:

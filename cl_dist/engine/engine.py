@@ -178,6 +178,7 @@ class TrainingEngine:
         """Tell the methods that a task begins."""
         self._place = place
         for method in self.methods:
+            method.follow(place.name)
             method.before_task(place)
 
     def after_task(self, place: TaskPlace) -> None:
@@ -207,7 +208,7 @@ class TrainingEngine:
         where = f"task {self._place.name}, step {step + 1}"
         self._guard.begin(where)
         torch.manual_seed(derive_seed(train.seed, "step", self._place.index, step, torch.distributed.get_rank()))
-        self.shards.set_learning_rate(learning_rate(train, step, self._place.steps))
+        self.shards.set_learning_rate(learning_rate(train, *self._place.schedule(step)))
         total = sum(self._micro_step(step, batch.to(device()), global_targets, real_batches) for batch in batches)
         targets = sum(batch.targets for batch in batches)
         every = train.check_replicas_every

@@ -59,7 +59,7 @@ class TaskTrainer:
         own = self._batch_plan(samples, epochs, self._train.max_steps_per_task, "order")
         self._plan: BatchPlan | InterleavedPlan = own
         if memory is not None:
-            self.cycles = Cycles(own.steps, memory.inner, memory.outer)
+            self.cycles = Cycles(own.steps, memory.inner, memory.outer, memory.last, memory.scheduled)
             self._plan = InterleavedPlan(own, self._memory_plan(memory, self.cycles), self.cycles, len(samples))
             self._samples = [*samples, *memory.samples]
         self.probe = EngineProbe(engine, self._collator, tasks, self._learnt, self._collate)
@@ -91,7 +91,8 @@ class TaskTrainer:
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step (0-based)."""
-        return learning_rate(self._train, step, self.steps)
+        place = (step, self.steps) if self.cycles is None else self.cycles.schedule(step)
+        return learning_rate(self._train, *place)
 
     def tokens(self, step: int) -> int:
         """Real tokens in a step's global batch, inputs and (with an encoder-decoder) targets."""

@@ -32,6 +32,7 @@ def all_metrics(matrix: Matrix, single: Sequence[float] | None = None) -> dict[s
         "forgetting": forgetting(matrix),
         "forgetting_with_last": forgetting_with_last(matrix),
         "forward_transfer_zero_shot": forward_transfer_zero_shot(matrix),
+        "forward_transfer_absolute": forward_transfer_absolute(matrix),
         "forward_transfer_single": forward_transfer_single(matrix, single),
         "learning_accuracy": learning_accuracy(matrix),
     }
@@ -71,8 +72,15 @@ def forgetting_with_last(matrix: Matrix) -> float | None:
 
 
 def forward_transfer_zero_shot(matrix: Matrix) -> float | None:
-    """FWT: `1/(T-1) sum_{j>=1} (a[j-1][j] - a[-1][j])`, the gain on a task before it is trained (GEM, TaSL)."""
+    """FWT: `1/(T-1) sum_{j>=1} (a[j-1][j] - a[-1][j])`, the gain on a task before it is trained (GEM)."""
     return _mean(_difference(matrix[j][j], matrix[0][j]) for j in range(1, len(matrix) - 1))
+
+
+def forward_transfer_absolute(matrix: Matrix) -> float | None:
+    """FWT with nothing subtracted: `1/(T-1) sum_{j>=1} a[j-1][j]`, the score itself on a task before it is trained
+    (TaSL, eval_fwt.py of its code). A score, not a gain: what the untouched model can do counts too.
+    """
+    return _mean(matrix[j][j] for j in range(1, len(matrix) - 1))
 
 
 def forward_transfer_single(matrix: Matrix, single: Sequence[float] | None) -> float | None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cl_dist.config.by_task import VariedConfig
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence, Set
     from pathlib import Path
@@ -70,6 +72,10 @@ class TaskPlace:
     probe: Probe | None = None
     """Asks about samples; None where an engine is driven without a `TaskTrainer`."""
 
+    def schedule(self, step: int) -> tuple[int, int]:
+        """Where in the learning rate's schedule a step stands, and the schedule's length."""
+        return (step, self.steps) if self.cycles is None else self.cycles.schedule(step)
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -80,6 +86,10 @@ class Memory:
     """After so many steps on the task's own samples ..."""
     outer: int
     """... come so many on these."""
+    last: bool = True
+    """Whether they come after a last, shorter run of own steps too."""
+    scheduled: bool = True
+    """Whether the learning rate's schedule counts them."""
 
 
 class Method:
@@ -94,6 +104,15 @@ class Method:
     """Whether the output head must run over every position, not only those that predict an answer."""
     keeps_unfused = False
     """Whether a task's weights as trained, before `after_task` changes them, are to be kept beside its model."""
+    config: Any = None
+    """The recipe's entry, with the settings of the task in hand (`by_task`); None where a method has no settings."""
+    _everywhere: Any = None
+
+    def follow(self, task: str) -> None:
+        """Take the settings of a task, which comes next: `before_task` follows, and nothing is laid out anew."""
+        if isinstance(self.config, VariedConfig):
+            self._everywhere = self._everywhere or self.config
+            self.config = self._everywhere.for_task(task)
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """The engine was built (or rebuilt) around `model`; its training state is seen through `shards`."""

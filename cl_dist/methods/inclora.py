@@ -42,16 +42,12 @@ class OLora(IncLora):
     """
 
     def __init__(self, config: OLoraConfig) -> None:
-        self.config = config
-
-    def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """Lay the penalty out along the new adapter."""
-        super().attach(model, shards, train)
-        device = next(model.parameters()).device
-        self._overlap = PastOverlap(model, shards, self.config.lambda1, self.config.lambda2, device)
+        self.config: OLoraConfig = config
 
     def before_task(self, place: TaskPlace) -> None:
-        """Take the old adapters, which are in place by now."""
+        """Lay the penalty out along the new adapter and the old ones, which are in place by now."""
+        device = next(self._model.parameters()).device
+        self._overlap = PastOverlap(self._model, self._shards, self.config.lambda1, self.config.lambda2, device)
         self._overlap.gather_past(frozen_adapters(self._model))
 
     def before_update(self) -> None:

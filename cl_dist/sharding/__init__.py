@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cl_dist.sharding.leftovers import remove_leftovers
     from cl_dist.sharding.replicas import replica_checksums
     from cl_dist.sharding.shard import Shard
+    from cl_dist.sharding.stepped import SteppedGradients
     from cl_dist.sharding.view import ShardView
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "RowFreezer",
     "Shard",
     "ShardView",
+    "SteppedGradients",
     "check_deepspeed",
     "gather_state_dict",
     "remove_leftovers",
@@ -39,6 +41,7 @@ def __getattr__(name: str) -> object:
         "RowFreezer": "freeze",
         "Shard": "shard",
         "ShardView": "view",
+        "SteppedGradients": "stepped",
     }
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

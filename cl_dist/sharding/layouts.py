@@ -103,21 +103,24 @@ class Layout(ABC):
     def flat_tensors(self) -> list[torch.Tensor]:
         """The tensors that the inner optimiser steps on."""
 
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The inner optimiser, and stage 3's second one for the share that an offload ratio leaves on the GPU."""
+        backup = getattr(self.zero, "backup_optimizer", None)
+        return [self.inner] if backup is None else [self.inner, backup]
+
     @contextmanager
     def optimizer_paused(self) -> Iterator[None]:
         """Let DeepSpeed go through its step, with all that it keeps account of, while the inner optimiser does nothing.
 
         Its hooks do not run either: they belong to `Optimizer.step`, which is hidden meanwhile.
         """
-        # Stage 3 has a second optimiser for the share that an offload ratio leaves on the GPU.
-        both = (self.inner, getattr(self.zero, "backup_optimizer", None))
-        optimizers = [optimizer for optimizer in both if optimizer is not None]
-        for optimizer in optimizers:
-            optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]
+        for optimizer in self.optimizers:
+            optimizer.step = lambda *_, **__: None  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            for optimizer in optimizers:
+            for optimizer in self.optimizers:
                 del optimizer.__dict__["step"]
 
 

@@ -245,4 +245,5 @@ def _settings(base: Recipe, parts: Sequence[str]) -> list[dict[str, object]]:
 def _without_defaults(entry: dict[str, object]) -> dict[str, object]:
     """A method's settings without those that have their defaults, so that commands stay short."""
     fields = info_of(method_classes()[str(entry["name"])])
-    return {key: value for key, value in entry.items() if key == "name" or value != fields[key].default}
+    defaults = {key: info.get_default(call_default_factory=True) for key, info in fields.items()}
+    return {key: value for key, value in entry.items() if key == "name" or value != defaults[key]}

@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from cl_dist.config.boundary import refusing
 from cl_dist.config.files import expand, is_folder
+from cl_dist.config.problems import describe_problems
 from cl_dist.config.schema import Recipe, TaskConfig
 from cl_dist.config.words import shorten
 from cl_dist.errors import BadInput
@@ -63,9 +66,16 @@ def _with_tasks(recipe: Recipe, recipe_dir: Path) -> Recipe:
     stream = recipe.stream
     order = str(stream.order)
     names = ORDERS.get(order) or read_order(_order_folder(recipe_dir, order))
+    epochs = stream.epochs_by_task
+    unknown = next((name for name in epochs if name not in names), None)
+    if unknown is not None:
+        raise BadInput(f'stream.epochs_by_task: "{unknown}" is no task of order {order}: {enumerate_names(names)}')
     root = str(stream.root or recipe_dir)
-    tasks = tuple(TaskConfig(name=name, format=stream.format, path=root) for name in names)
-    return replace(recipe, stream=replace(stream, tasks=tasks, order=None))
+    try:
+        tasks = tuple(TaskConfig(name=n, format=stream.format, path=root, epochs=epochs.get(n)) for n in names)
+        return replace(recipe, stream=replace(stream, tasks=tasks, order=None, epochs_by_task={}))
+    except ValidationError as error:  # settings that name tasks, and not these
+        raise BadInput("\n".join(describe_problems(error, len(recipe.method)))) from error
 
 
 def _order_folder(recipe_dir: Path, order: str) -> Path:

@@ -119,18 +119,22 @@ class BatchPlan:
 @dataclass(frozen=True)
 class Cycles:
     """Steps on a task's own samples that alternate with steps on samples of past tasks: `inner` of the one, then
-    `outer` of the other, and again. A last, shorter run of own steps is followed by `outer` steps too.
+    `outer` of the other, and again.
     """
 
     own: int
     """Steps on own samples in the whole task."""
     inner: int
     outer: int
+    last: bool = True
+    """Whether a last, shorter run of own steps is followed by `outer` steps too."""
+    scheduled: bool = True
+    """Whether the learning rate's schedule counts steps on past samples."""
 
     @property
     def steps(self) -> int:
         """All steps."""
-        return self.own + self.outer * ceil(self.own / self.inner)
+        return self.own + self.outer * (ceil(self.own / self.inner) if self.last else self.own // self.inner)
 
     @property
     def outer_steps(self) -> int:
@@ -144,6 +148,16 @@ class Cycles:
         if position < inner:
             return False, cycle * self.inner + position
         return True, cycle * self.outer + position - inner
+
+    def schedule(self, step: int) -> tuple[int, int]:
+        """Where in the learning rate's schedule a step stands, and the schedule's length; a step that the schedule does
+        not count stands where the next own one does.
+        """
+        if self.scheduled:
+            return step, self.steps
+        past, number = self.locate(step)
+        done = number if not past else (number // self.outer + 1) * self.inner
+        return min(done, self.own), self.own
 
     def starts(self, step: int) -> bool:
         """Whether a step is the first of a cycle."""

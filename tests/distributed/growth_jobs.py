@@ -177,11 +177,12 @@ class Case:
     def __init__(
         self, stage: int, lambda1: float = 0.05, lambda2: float = 0.0, accumulation: int = 1, clip: float | None = None,
         dtype: str = "float32", offload: bool = False, deepspeed: dict[str, Any] | None = None,
-        methods: tuple[MethodConfig, ...] | None = None,
+        by_task: dict[str, dict[str, float]] | None = None, methods: tuple[MethodConfig, ...] | None = None,
     ) -> None:  # fmt: skip
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         self.micro, self.accumulation = 4 // self.world, accumulation
-        penalty = OLoraConfig(name="olora", lambda1=lambda1, lambda2=lambda2)
+        self.by_task, self.lambda1, self.lambda2 = by_task or {}, lambda1, lambda2
+        penalty = OLoraConfig(name="olora", lambda1=lambda1, lambda2=lambda2, by_task=self.by_task)
         plain = lambda1 == lambda2 == 0
         self.methods = methods or ((IncLoraConfig(name="inclora") if plain else penalty),)
         recipe = Recipe(
@@ -239,7 +240,11 @@ class Case:
     def _begin(self, index: int) -> None:
         self.engine.prepare_task(index)
         self.engine.shards.reset_optimizer()
-        self.engine.before_task(TaskPlace(index, "t", STEPS))
+        self.engine.before_task(TaskPlace(index, f"t{index}", STEPS))
+        own = self.by_task.get(f"t{index}", {})
+        self.dense.lambda1, self.dense.lambda2 = (
+            own.get(name, usual) for name, usual in (("lambda1", self.lambda1), ("lambda2", self.lambda2))
+        )
 
     def _start(self, index: int) -> dict[str, torch.Tensor]:
         """Begin a task on both sides with the same new matrices."""

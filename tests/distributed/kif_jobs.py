@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -36,14 +37,27 @@ class Recorder(Method):
     """Behind a method that measures importance: keeps the weights and reduced gradients that it saw, whole."""
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """Remember where to look."""
+        """Remember where to look, and look at the weights behind every step of the optimiser, before any fusion."""
         self._shards = shards
+        shards.layout.inner.register_step_post_hook(self._stepped)
+
+    def _stepped(self, *_: Any) -> None:
+        self.updated = whole(self._shards, "master")
 
     def before_update(self) -> None:
         """Put all ranks' shards together; the gradient has the penalty's in it, and is not clipped yet."""
         gradients = {name: self._shards.gradient(name) for name in self._shards.names}
         held = {name: shard for name, shard in gradients.items() if shard is not None}
         self.weights, self.gradients = whole(self._shards, "master"), together(held, self._shards)
+
+    def given_to(self, dense: Dense) -> None:
+        """Let the oracle take the step's importance from what was seen."""
+        if dense.settings.importance_at == "before_update":
+            dense.measure(self.weights, self.gradients)
+            return
+        norm = torch.cat([gradient.double().reshape(-1) for gradient in self.gradients.values()]).norm()
+        factor = 1.0 if dense.settings.clip is None else min(1.0, dense.settings.clip / (float(norm) + 1e-6))
+        dense.measure(self.updated, {name: gradient * factor for name, gradient in self.gradients.items()})
 
 
 class Case:
@@ -53,7 +67,9 @@ class Case:
         self, stage: int, units: str, order: str = "mixed", fusion: str = "adaptive", lora: bool = False,
         family: str = "llama", dtype: str = "float32", accumulation: int = 1, clip: float | None = None,
         offload: bool = False, orthogonal: float = 0.0, keep_optimizer: bool = False,
-        deepspeed: dict[str, Any] | None = None, importance_dtype: str = "float32", **constants: float,
+        deepspeed: dict[str, Any] | None = None, importance_dtype: str = "float32",
+        importance_at: str = "before_update", importance_from_step: int = 1,
+        by_task: dict[str, dict[str, Any]] | None = None, **constants: float,
     ) -> None:  # fmt: skip
         self.family, self.accumulation, self.dtype = family, accumulation, dtype
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -61,11 +77,12 @@ class Case:
         adapters = LoraConfig(r=RANKS, alpha=RANKS) if lora else None
         config = KifConfig(
             name="kif", units=units, order=order, fusion=fusion, orthogonal=orthogonal,  # type: ignore[arg-type]
-            importance_dtype=importance_dtype, **constants,  # type: ignore[arg-type]
+            importance_dtype=importance_dtype, importance_at=importance_at,  # type: ignore[arg-type]
+            importance_from_step=importance_from_step, by_task=by_task or {}, **constants,  # type: ignore[arg-type]
         )  # fmt: skip
         recipe = Recipe(
             model=ModelConfig(name_or_path="odd", lora=adapters),
-            stream=StreamConfig(tasks=(TaskConfig(name="t", format="builtin"),)),
+            stream=StreamConfig(tasks=tuple(TaskConfig(name=f"t{i}", format="builtin") for i in range(TASKS))),
             method=(config,),
             train=TrainConfig(
                 micro_batch_size=self.micro, gradient_accumulation=accumulation, learning_rate=1e-2, eps=1e-2,
@@ -79,8 +96,11 @@ class Case:
             model = add_lora(model, adapters, OBJECTIVES[family], seed=1)  # type: ignore[arg-type]
         model = model.to(getattr(torch, dtype))
         settings = Settings(
-            units, order, fusion, clip=clip, orthogonal=orthogonal, keep_optimizer=keep_optimizer, **constants
-        )
+            units, order, fusion, clip=clip, orthogonal=orthogonal, keep_optimizer=keep_optimizer,
+            importance_at=importance_at, importance_from_step=importance_from_step, **constants,
+        )  # fmt: skip
+        self.by_task = by_task or {}
+        self.settings = settings
         self.dense = Dense(copy.deepcopy(model), settings)
         self.given = Dense(copy.deepcopy(model), settings)
         """The oracle again, given the weights and gradients that the ranks have."""
@@ -98,7 +118,9 @@ class Case:
         return worst
 
     def _task(self, index: int) -> dict[str, float]:
-        place = TaskPlace(index, "t", STEPS)
+        place = TaskPlace(index, f"t{index}", STEPS)
+        own = dataclasses.replace(self.settings, **self.by_task.get(place.name, {}))
+        self.dense.settings = self.given.settings = own
         if not self.dense.settings.keep_optimizer:
             self.engine.shards.reset_optimizer()
         self.engine.before_task(place)
@@ -129,7 +151,7 @@ class Case:
         targets = sum(b.targets for rank in everyone for b in rank)
         self.engine.train_step(step, everyone[self.rank], targets)
         self.dense.step([mean_loss(b, self.family, targets) for rank in everyone for b in rank])
-        self.given.measure(self.recorder.weights, self.recorder.gradients)
+        self.recorder.given_to(self.given)
 
     def _along_shards(self, quantity: str) -> dict[str, torch.Tensor]:
         return together(self.kif.tensors()[quantity], self.engine.shards)

@@ -22,8 +22,10 @@ from tests.distributed.kif_jobs import RANKS, Recorder, _apart, _relative, _unit
 from tests.distributed.worlds import mean_loss, micro_batches, odd_model, samples, whole
 from tests.oracle_kif import DenseRecurrent, Settings
 
-CYCLES = Cycles(own=3, inner=2, outer=1)
+OWN, INNER, OUTER = 3, 2, 1
 """Two steps, one on the past, one step, one on the past."""
+RATES = {"all_steps": (1.0, 4 / 5, 3 / 5, 2 / 5, 1 / 5), "inner_steps": (1.0, 2 / 3, 1 / 3, 1 / 3, 0.0)}
+"""Linear schedules over five steps, and over the three own ones: a step on the past has the next own one's rate."""
 
 
 def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -38,14 +40,18 @@ class Case:
     def __init__(
         self, stage: int, units: str, order: str, dtype: str = "float32", accumulation: int = 1, offload: bool = False,
         clip: float | None = None, orthogonal: float = 0.0, outer_learning_rate: float | None = None,
+        schedule_over: str | None = None, fuse_last_cycle: bool = True, outer_loss_weight: float = 1.0, **kept: Any,
     ) -> None:  # fmt: skip
-        self.accumulation, self.outer_lr = accumulation, outer_learning_rate
+        self.accumulation, self.outer_lr, self.outer_weight = accumulation, outer_learning_rate, outer_loss_weight
+        self.cycles = Cycles(OWN, INNER, OUTER, fuse_last_cycle, schedule_over != "inner_steps")
+        self.rates = (1.0,) * 5 if schedule_over is None else RATES[schedule_over]
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         self.micro = 4 // self.world
         adapters = LoraConfig(r=RANKS, alpha=RANKS) if units == "rank" else None
         config = RecurrentKifConfig(
             name="recurrent_kif", units=units, order=order, threshold=40.0, orthogonal=orthogonal,  # type: ignore[arg-type]
-            outer_learning_rate=outer_learning_rate,
+            outer_learning_rate=outer_learning_rate, outer_loss_weight=outer_loss_weight,
+            schedule_over=schedule_over or "all_steps", fuse_last_cycle=fuse_last_cycle, **kept,  # type: ignore[arg-type]
         )  # fmt: skip
         recipe = Recipe(
             model=ModelConfig(name_or_path="odd", lora=adapters),
@@ -53,7 +59,7 @@ class Case:
             method=(config,),
             train=TrainConfig(
                 micro_batch_size=self.micro, gradient_accumulation=accumulation, learning_rate=1e-2, eps=1e-2,
-                clip=clip, dtype=dtype,  # type: ignore[arg-type]
+                clip=clip, dtype=dtype, schedule="linear" if schedule_over else "constant",  # type: ignore[arg-type]
             ),
             zero=ZeroConfig(stage=stage, offload=offload),  # type: ignore[arg-type]
             output_dir="unused",
@@ -63,8 +69,9 @@ class Case:
             model = add_lora(model, adapters, "causal_lm", seed=1)
         model = model.to(getattr(torch, dtype))
         settings = Settings(
-            units, order, "hard", clip=clip, orthogonal=orthogonal, threshold=40.0, weight_new=0.4, weight_old=0.6
-        )
+            units, order, "hard", clip=clip, orthogonal=orthogonal, threshold=40.0, weight_new=0.4, weight_old=0.6,
+            **kept,
+        )  # fmt: skip
         self.dense = DenseRecurrent(copy.deepcopy(model), settings)
         self.given = DenseRecurrent(copy.deepcopy(model), settings)
         """The oracle again, given the weights and gradients that the ranks have."""
@@ -75,10 +82,11 @@ class Case:
         """Train the stream; the errors at its end."""
         self._begin(TaskPlace(0, "t", 2))
         for step in range(2):
+            self._set_rate(1.0 - step / 2 if self.rates[1] < 1.0 else 1.0)
             self._step(step, self.dense.step)
         self.engine.after_task(TaskPlace(0, "t", 2))
         first = self._errors_of_first_task()
-        place = TaskPlace(1, "t", CYCLES.steps, CYCLES)
+        place = TaskPlace(1, "t", self.cycles.steps, self.cycles)
         self._begin(place)
         fused = 0.0
         for number in range(2):
@@ -103,25 +111,35 @@ class Case:
         self.given.start_cycle()
         own = [0, 1] if number == 0 else [3]
         for step in own:
+            self._set_rate(self.rates[step])
             self._step(step, self.dense.step)
-        self.dense.turn()
-        self.given.turn()
-        self.given.swap()
-        self._step(own[-1] + 1, self._past_step)
-        self.given.swap()
-        self.dense.end_cycle()
-        self.given.end_cycle()
+        if number == 0 or self.cycles.last:
+            self._turn_and_fuse(own[-1] + 1)
         if number == 1:
             self.engine.after_task(place)
         masters = whole(self.engine.shards, "master")
         return max(_apart(masters, self.dense.masters), _unpublished(self.engine.model, masters))
 
+    def _turn_and_fuse(self, step: int) -> None:
+        """The cycle's step on the past, `step`, and on the oracle's side its fusion."""
+        self.dense.turn()
+        self.given.turn()
+        self.given.swap()
+        self._set_rate(self.rates[step])
+        self._step(step, self._past_step)
+        self.given.swap()
+        self.dense.end_cycle()
+        self.given.end_cycle()
+
+    def _set_rate(self, share: float) -> None:
+        assert self.dense.optimizer is not None
+        self.dense.optimizer.param_groups[0]["lr"] = share * self.dense.settings.lr
+
     def _past_step(self, losses: Sequence[Callable[[torch.nn.Module], torch.Tensor]]) -> None:
         assert self.dense.optimizer is not None
-        group = self.dense.optimizer.param_groups[0]
-        group["lr"] = self.outer_lr or self.dense.settings.lr
-        self.dense.past_step(losses)
-        group["lr"] = self.dense.settings.lr
+        if self.outer_lr is not None:
+            self.dense.optimizer.param_groups[0]["lr"] = self.outer_lr
+        self.dense.past_step([lambda model, of=loss_of: self.outer_weight * of(model) for loss_of in losses])
 
     def _step(self, step: int, dense: Callable[[Sequence[Callable[[torch.nn.Module], torch.Tensor]]], None]) -> None:
         per_rank = self.micro * self.accumulation
@@ -131,7 +149,7 @@ class Case:
         targets = sum(b.targets for rank in everyone for b in rank)
         self.engine.train_step(step, everyone[self.rank], targets)
         dense([mean_loss(b, "llama", targets) for rank in everyone for b in rank])
-        self.given.measure(self.recorder.weights, self.recorder.gradients)
+        self.recorder.given_to(self.given)
 
     def _scores(self) -> dict[str, float]:
         dense, given, scores = self.dense, self.given, self.method.scores

@@ -17,6 +17,7 @@ FAST: list[dict[str, Any]] = [
     {"stage": 2, "lambda1": 0.05, "clip": 0.1},
     {"stage": 3, "lambda1": 0.05, "lambda2": 0.02, "accumulation": 3},
     {"stage": 3, "lambda1": 0.05, "dtype": "bfloat16"},
+    {"stage": 3, "lambda1": 0.05, "by_task": {"t1": {"lambda1": 0, "lambda2": 0.1}, "t2": {"lambda1": 0.2}}},
 ]
 SLOW: list[dict[str, Any]] = [
     {"stage": 1, "lambda1": 0.05, "accumulation": 3},

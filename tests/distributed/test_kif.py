@@ -51,6 +51,21 @@ SPECIAL: list[dict[str, Any]] = [
     {"stage": 3, "units": "rank", "dtype": "bfloat16", "accumulation": 3, "orthogonal": 0.1},
     {"stage": 2, "units": "matrix", "importance_dtype": "bfloat16"},
     {"stage": 3, "units": "rank", "importance_dtype": "bfloat16", "order": "second"},
+    *({"stage": stage, "importance_at": "after_update", **rest} for stage, rest in (
+        (0, {"units": "matrix", "order": "first", "fusion": "hard", "clip": 0.1, "importance_from_step": 2}),
+        (1, {"units": "row", "clip": 0.1, "accumulation": 3}),
+        (2, {"units": "rank", "clip": 0.1, "orthogonal": 0.1, "importance_from_step": 2}),
+        (3, {"units": "rank", "order": "second", "clip": 0.1}),
+        (2, {"units": "matrix", "offload": True, "clip": 0.1}),
+        (3, {"units": "row", "offload": True, "clip": 0.1}),
+        (0, {"units": "rank", "dtype": "bfloat16"}),
+        (1, {"units": "rank", "dtype": "bfloat16", "clip": 0.1,
+             "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}}}),
+    )),
+    {"stage": 2, "units": "rank", "by_task": {
+        "t1": {"tau": 0.1, "order": "first", "beta1": 0.5, "accumulate_new": 0.6},
+        "t2": {"fusion": "hard", "threshold": 40.0, "weight_new": 0.4, "weight_old": 0.6, "orthogonal": 0.5},
+    }},
 ]  # fmt: skip
 CASES = [{"lora": case["units"] == "rank", **case} for case in SELECTION + SPECIAL]
 

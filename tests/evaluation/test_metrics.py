@@ -26,6 +26,7 @@ def test_hand_computed() -> None:
         "forgetting": ((0.9 - 0.8) + (0.8 - 0.5)) / 2,
         "forgetting_with_last": ((0.9 - 0.8) + (0.8 - 0.5)) / 2,
         "forward_transfer_zero_shot": ((0.25 - 0.2) + (0.5 - 0.3)) / 2,
+        "forward_transfer_absolute": (0.25 + 0.5) / 2,
         "forward_transfer_single": ((0.9 - 0.95) + (0.8 - 0.7) + (0.6 - 0.8)) / 3,
         "learning_accuracy": (0.9 + 0.8 + 0.6) / 3,
     }
@@ -48,6 +49,7 @@ def test_only_seen_tasks_evaluated() -> None:
     matrix: list[list[float | None]] = [[None] * 3, [0.9, None, None], [0.6, 0.8, None], [0.7, 0.7, 0.5]]
     metrics = all_metrics(matrix)
     assert metrics["forward_transfer_zero_shot"] is None
+    assert metrics["forward_transfer_absolute"] is None
     assert metrics["backward_transfer"] == pytest.approx(((0.7 - 0.9) + (0.7 - 0.8)) / 2)
     assert metrics["forgetting"] == pytest.approx(((0.9 - 0.7) + (0.8 - 0.7)) / 2)
     matrix[2][0] = None
@@ -113,7 +115,8 @@ def test_a_constant_added_to_all_scores_moves_only_the_averages(matrix: list[lis
     moved = all_metrics([[known(value) + shift for value in row] for row in matrix])
     for name, value in all_metrics(matrix).items():
         if value is not None:
-            expected = value + shift if name in ("average_performance", "learning_accuracy") else value
+            averages = ("average_performance", "learning_accuracy", "forward_transfer_absolute")
+            expected = value + shift if name in averages else value
             assert moved[name] == pytest.approx(expected, abs=1e-9)
 
 

@@ -182,6 +182,34 @@ def test_cycles_take_every_step_of_both_kinds_once(own: int, inner: int, outer: 
     assert expected == [(located[s][0], cycles.starts(s), cycles.turns(s), cycles.ends(s)) for s in steps]
 
 
+@given(own=st.integers(1, 60), inner=st.integers(1, 9), outer=st.integers(1, 5))
+def test_a_short_last_cycle_may_go_without_past_steps(own: int, inner: int, outer: int) -> None:
+    fused, plain = Cycles(own, inner, outer), Cycles(own, inner, outer, last=False)
+    left = own % inner
+    assert plain.steps == fused.steps - (outer if left else 0)
+    for step in range(plain.steps):
+        assert plain.locate(step) == fused.locate(step)
+        assert (plain.starts(step), plain.turns(step), plain.ends(step)) == (
+            fused.starts(step), fused.turns(step), fused.ends(step),
+        )  # fmt: skip
+    assert plain.ends(plain.steps - 1) == (left == 0)
+
+
+@given(own=st.integers(1, 60), inner=st.integers(1, 9), outer=st.integers(1, 5), last=st.booleans())
+def test_a_schedule_of_own_steps_goes_on_behind_the_past_ones(own: int, inner: int, outer: int, last: bool) -> None:
+    cycles = Cycles(own, inner, outer, last, scheduled=False)
+    places, done = [], 0
+    for step in range(cycles.steps):
+        past, _ = cycles.locate(step)
+        places.append((done, own))
+        done += not past
+    assert [cycles.schedule(step) for step in range(cycles.steps)] == places
+    everything = Cycles(own, inner, outer, last)
+    assert [everything.schedule(s) for s in (0, everything.steps - 1)] == [
+        (0, everything.steps), (everything.steps - 1, everything.steps),
+    ]  # fmt: skip
+
+
 def test_interleaved_plan_numbers_past_samples_behind_the_own_ones() -> None:
     own, past = make_plan(micro_batch_size=2, ranks=2, max_steps=3), make_plan(lengths=[1] * 3, ranks=2, epochs=2)
     plan = InterleavedPlan(own, past, Cycles(own=3, inner=2, outer=1), first_past=10)

@@ -79,8 +79,14 @@ def mask_shares(
         both: Shares in what is important to both.
         neither: Shares in what is important to neither.
     """
-    now, before = important(current, threshold), important(accumulated, threshold)
-    new, old = now.to(current.dtype), before.to(current.dtype)
+    return shares_of(important(current, threshold), important(accumulated, threshold), both=both, neither=neither)
+
+
+def shares_of(
+    now: torch.Tensor, before: torch.Tensor, *, both: tuple[float, float], neither: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shares of new and of old, float64, where two bool masks say what is important to the task and to the past."""
+    new, old = now.double(), before.double()
     for where, shares in ((now & before, both), (~now & ~before, neither)):
         new[where], old[where] = shares
     return new, old

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
 from cl_dist.config.methods import UnitConfig
 from cl_dist.errors import ClDistError
 from cl_dist.kernels import importance_update_
-from cl_dist.methods.kif.units import CHUNK, Part, UnitMap, add_sums_
+from cl_dist.methods.kif.units import CHUNK, UnitMap, add_sums_
 from cl_dist.sharding import Shard, ShardView
 
 SMALL = 1 << 16
@@ -32,24 +32,25 @@ class _Group(NamedTuple):
 class Importance:
     """Smoothed importance and uncertainty as flat tensors along this rank's master weights.
 
-    With p = w g from the float32 master weight and the reduced gradient before clipping, I is |p|, p^2 or |p - p^2/2|;
+    With p = w g from the float32 master weight and a gradient, I is |p|, p^2 or |p - p^2/2|;
     smoothed = beta1 smoothed + (1 - beta1) I, then uncertainty = beta2 uncertainty + (1 - beta2) |I - smoothed|
     (arXiv 2408.05200, 2408.09857).
 
     Args:
         shards: The engine's shards.
-        config: `order`, `beta1`, `beta2` and `importance_dtype` (of both tensors; arithmetic is in float32) are read.
+        dtype: Of both tensors; arithmetic is in float32.
     """
 
-    def __init__(self, shards: ShardView, config: UnitConfig) -> None:
-        self._shards, self._config = shards, config
-        self._dtype = torch.bfloat16 if config.importance_dtype == "bfloat16" else torch.float32
+    def __init__(self, shards: ShardView, dtype: Literal["float32", "bfloat16"]) -> None:
+        self._shards = shards
+        self._dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         self.smoothed: dict[str, Shard] = {}
         """By parameter name; parameters of which this rank owns nothing are missing."""
         self.uncertainty: dict[str, Shard] = {}
         masters = ((name, shards.master(name)) for name in shards.names)
         owned = {name: master for name, master in masters if master is not None}
         self._groups = [self._lay_out({name: owned[name] for name in names}) for names in _grouped(owned)]
+        self._waiting: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
 
     def _lay_out(self, masters: Mapping[str, Shard]) -> _Group:
         """Make the states of some shards, one after the other in one piece of memory."""
@@ -71,22 +72,39 @@ class Importance:
         """Of both tensors together."""
         return 2 * self._dtype.itemsize
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the step's reduced gradient; between reduction and clipping."""
+    def update(self, config: UnitConfig) -> None:
+        """Take in the step's reduced gradient; between reduction and clipping.
+
+        Args:
+            config: `order`, `beta1` and `beta2` are read.
+        """
         for group in self._groups:
-            masters = {name: self._shards.master(name) for name in group.names}
-            weights = [master.data for master in masters.values() if master is not None]
-            gradients = [self._gradient(name, master) for name, master in masters.items() if master is not None]
-            importance_update_(
-                _in_one_piece(weights),
-                _in_one_piece(gradients),
-                group.smoothed,
-                group.uncertainty,
-                beta1=self._config.beta1,
-                beta2=self._config.beta2,
-                order=self._config.order,
-            )
+            self._update(group, [self._gradient(name, self._master(name)) for name in group.names], config)
+
+    def update_stepped(self, gradients: Mapping[str, Shard], config: UnitConfig) -> None:
+        """Take in what the optimiser has just stepped: `SteppedGradients`' gradients and the updated weights.
+
+        A group whose parameters are stepped one after the other waits for the last of them.
+        """
+        for group in self._groups:
+            now = {name: gradients[name].data for name in group.names if name in gradients}
+            seen = {**self._waiting.pop(group.names, {}), **now}
+            if len(seen) == len(group.names):
+                self._update(group, [seen[name] for name in group.names], config)
+            elif seen:  # what DeepSpeed gives back its memory for, before the others are stepped
+                self._waiting[group.names] = {name: gradient.clone() for name, gradient in seen.items()}
+
+    @torch.no_grad()
+    def _update(self, group: _Group, gradients: Sequence[torch.Tensor], config: UnitConfig) -> None:
+        importance_update_(
+            _in_one_piece([self._master(name).data for name in group.names]),
+            _in_one_piece(gradients),
+            group.smoothed,
+            group.uncertainty,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            order=config.order,
+        )
 
     def reset(self) -> None:
         """Start from zero."""
@@ -106,35 +124,65 @@ class Importance:
         Raises:
             ClDistError: A score is not finite.
         """
-        sums = {name: torch.zeros(part.count, dtype=torch.float64) for name, part in units.parts.items()}
-        for name, smoothed in self.smoothed.items():
-            sums[name] = self._element_sums(name, units.parts[name], smoothed).cpu()
-        total = self._shards.sum_over_ranks(torch.cat(list(sums.values())).to(device)).cpu()
+        sums = slice_sums(self._shards, units, self.element_scores, device)
         scores = torch.ones(len(units), dtype=torch.float64)
-        for part, slices in zip(units.parts.values(), total.split([s.numel() for s in sums.values()]), strict=True):
+        for part, slices in zip(units.parts.values(), sums, strict=True):
             scores[part.first : part.first + part.count] *= slices / part.elements
         if not scores.isfinite().all():
             raise ClDistError("the importance of a skill unit is not a finite number; lower train.learning_rate")
         return scores
+
+    def _master(self, name: str) -> Shard:
+        master = self._shards.master(name)
+        assert master is not None  # the groups name what this rank owns
+        return master
 
     def _gradient(self, name: str, master: Shard) -> torch.Tensor:
         """The gradient of the elements of `master`, where they lie; zero where the parameter got none."""
         owned = self._shards.own_gradient(name)
         return torch.zeros_like(master.data) if owned is None else owned.data.to(master.data.device)
 
-    def _element_sums(self, name: str, part: Part, smoothed: Shard) -> torch.Tensor:
-        """`(part.count,)` float64: the scores of this rank's elements, added up per slice.
+    def element_scores(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Scores of the elements that this rank owns of a parameter, in chunks: (offset, `(<= CHUNK,)` float64).
 
-        The kernels' own sums do not fit. `rank_unit_scores` wants lora_A and lora_B whole, whereas a shard may end
+        The kernels' own scores do not fit. `rank_unit_scores` wants lora_A and lora_B whole, whereas a shard may end
         anywhere inside a row or column. `importance_update_` sums neighbouring elements alone, not columns. Both take
         the products in float32.
         """
-        sums = torch.zeros(part.count, dtype=torch.float64, device=smoothed.data.device)
-        pieces = zip(smoothed.data.split(CHUNK), self.uncertainty[name].data.split(CHUNK), strict=True)
+        if name not in self.smoothed:
+            return
+        pieces = zip(self.smoothed[name].data.split(CHUNK), self.uncertainty[name].data.split(CHUNK), strict=True)
         for number, (importance, uncertainty) in enumerate(pieces):
             # Float64: the product of two second-order numbers can be too small for float32.
-            add_sums_(sums, importance.double() * uncertainty, smoothed.start + number * CHUNK, part)
-        return sums
+            yield number * CHUNK, importance.double() * uncertainty
+
+
+def slice_sums(
+    shards: ShardView,
+    units: UnitMap,
+    values: Callable[[str], Iterator[tuple[int, torch.Tensor]]],
+    device: torch.device,
+) -> Sequence[torch.Tensor]:
+    """Sums of elements' values over every parameter's slices, `(part.count,)` float64 each on the CPU, in the order of
+    `units.parts`; the same on all ranks (collective: one all-reduce).
+
+    Args:
+        shards: The engine's shards.
+        units: How the parameters are cut.
+        values: Gives a parameter's values along this rank's master, in chunks with their offsets.
+        device: Where collectives run.
+    """
+    flat = torch.zeros(sum(part.count for part in units.parts.values()), dtype=torch.float64)
+    parts = flat.split([part.count for part in units.parts.values()])
+    for sums, (name, part) in zip(parts, units.parts.items(), strict=True):
+        master = shards.master(name)
+        if master is None:
+            continue
+        own = torch.zeros(part.count, dtype=torch.float64, device=master.data.device)
+        for offset, chunk in values(name):
+            add_sums_(own, chunk, master.start + offset, part)
+        sums.copy_(own)
+    return shards.sum_over_ranks(flat.to(device)).cpu().split([part.count for part in units.parts.values()])
 
 
 def _grouped(shards: Mapping[str, Shard]) -> list[list[str]]:

@@ -9,6 +9,7 @@ import torch
 from cl_dist.config.methods import KifConfig
 from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.kif.importance import Importance
 from cl_dist.methods.kif.scores import UnitScores
 from cl_dist.methods.kif.shared import UnitMethod
 from cl_dist.methods.kif.weights import KeptWeights
@@ -26,7 +27,8 @@ class Kif(UnitMethod):
 
     def __init__(self, config: KifConfig) -> None:
         super().__init__(config)
-        self.config = config
+        self.config: KifConfig = config
+        self._step = 0
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Lay out units, importance, scores and the previous weights."""
@@ -43,8 +45,18 @@ class Kif(UnitMethod):
         """The replay memory: a share of every past task's samples."""
         return list(past_samples(tasks[:index], self.config.replay_ratio, self._seed))
 
+    def before_step(self, step: int) -> None:
+        """Note which step it is."""
+        self._step = step
+
+    def _take_importance(self, importance: Importance) -> None:
+        """See `UnitMethod`; the first steps of a task may be left out."""
+        if self._step + 1 >= self.config.importance_from_step:
+            super()._take_importance(importance)
+
     def after_task(self, place: TaskPlace) -> None:
         """Score the units, fuse, and start the next task's importance from zero."""
+        self.scores.config = self.config
         self.scores.take(self.importance.unit_scores(self.units, self._device), first=place.index == 0)
         if place.index > 0:
             # lerp is exact where the share is 0 or 1

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from cl_dist.config.methods import RecurrentKifConfig
 from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.base import Memory, TaskPlace
-from cl_dist.methods.kif.fusion import mask_shares, minmax
-from cl_dist.methods.kif.importance import Importance
+from cl_dist.methods.kif.elements import threshold
+from cl_dist.methods.kif.fusion import mask_shares, minmax, shares_of
+from cl_dist.methods.kif.importance import Importance, slice_sums
 from cl_dist.methods.kif.shared import UnitMethod
 from cl_dist.methods.kif.weights import KeptWeights
 from cl_dist.methods.replay import past_samples
@@ -24,7 +25,8 @@ class RecurrentKif(UnitMethod):
 
     A cycle starts at weights s; its inner steps, on the task's samples, lead to i, its outer steps, on the memory, to
     o. With a unit's shares m and n (`mask_shares` of the two importances) the next cycle starts at
-    s + m (i - s) + n (o - i). The importance of either kind of step goes on from cycle to cycle, within a task.
+    s + m (i - s) + n (o - i). The importance of either kind of step goes on from cycle to cycle within a task, unless
+    the recipe empties it.
 
     Args:
         config: The recipe's `method` entry.
@@ -32,14 +34,14 @@ class RecurrentKif(UnitMethod):
 
     def __init__(self, config: RecurrentKifConfig) -> None:
         super().__init__(config)
-        self.config = config
+        self.config: RecurrentKifConfig = config
         self._place = TaskPlace(0, "", 0)
         self._step, self._outer = -1, False
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Lay out units, the importance of both kinds of steps, scores and two copies of the weights."""
         super().attach(model, shards, train)
-        self.past_importance = Importance(shards, self.config)
+        self.past_importance = Importance(shards, self.config.importance_dtype)
         self.start, self.turn = KeptWeights(shards), KeptWeights(shards)
         """The weights at the start of a cycle, and where its steps on the memory began."""
         names = ("current", "current_normalised", "accumulated", "accumulated_normalised", "share_new", "share_old")
@@ -52,10 +54,14 @@ class RecurrentKif(UnitMethod):
     def memory(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Memory | None:
         """A share of every past task's samples; the first task has none."""
         samples = list(past_samples(tasks[:index], self.config.replay_ratio, self._seed))
-        return Memory(samples, self.config.inner_steps, self.config.outer_steps) if samples else None
+        config = self.config
+        scheduled = config.schedule_over == "all_steps"
+        memory = Memory(samples, config.inner_steps, config.outer_steps, config.fuse_last_cycle, scheduled)
+        return memory if samples else None
 
     def before_task(self, place: TaskPlace) -> None:
         """Note how the task's steps alternate."""
+        super().before_task(place)
         self._place, self._step = place, -1
 
     def before_forward(self, step: int, batch: Batch) -> None:
@@ -69,18 +75,23 @@ class RecurrentKif(UnitMethod):
         if cycles.turns(step):
             self.turn.keep()
 
+    def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Weigh the loss on the memory."""
+        return loss * self.config.outer_loss_weight if self._outer else loss
+
     def before_update(self) -> None:
         """Add the penalty's gradient, then take the importance to the task or to the past."""
         if not self._outer:
             super().before_update()
             return
         self._orthogonality.add_gradient()
-        self.past_importance.update()
+        self._take_importance(self.past_importance)
         if self.config.outer_learning_rate is not None:
             self._shards.set_learning_rate(self.config.outer_learning_rate)
 
     def after_update(self) -> None:
         """Fuse at the end of a cycle; that of the task's last one is left to `after_task`."""
+        super().after_update()
         cycles = self._place.cycles
         if cycles is not None and cycles.ends(self._step) and self._step + 1 < self._place.steps:
             self._fuse()
@@ -90,13 +101,15 @@ class RecurrentKif(UnitMethod):
         self.after_update()
 
     def after_task(self, place: TaskPlace) -> None:
-        """Fuse the last cycle, and start the next task's importances from zero."""
-        if place.cycles is None:
+        """Fuse the last cycle, unless it has no steps on the memory, and start the next task's importances from
+        zero.
+        """
+        if place.cycles is not None and place.cycles.ends(place.steps - 1):
+            self._fuse()
+        elif place.cycles is None or place.cycles.outer_steps == 0:
             self._score()
             self.scores["share_new"].fill_(1.0)
             self.scores["share_old"].fill_(0.0)
-        else:
-            self._fuse()
         self.importance.reset()
         self.past_importance.reset()
         self._outer = False
@@ -128,13 +141,20 @@ class RecurrentKif(UnitMethod):
     def _fuse(self) -> None:
         """Replace the masters by s + m (i - s) + n (o - i) and publish them (collective)."""
         self._score()
-        config = self.config
+        if self.config.masks == "units":
+            self._fuse_units()
+        else:
+            self._fuse_elements()
+        self._shards.publish()
+        if self.config.empty_inner_scores:
+            self.importance.reset()
+        if self.config.empty_outer_scores:
+            self.past_importance.reset()
+
+    def _fuse_units(self) -> None:
+        """One pair of shares for every unit."""
         new, old = mask_shares(
-            self.scores["current"],
-            self.scores["accumulated"],
-            config.threshold,
-            both=(config.weight_new, config.weight_old),
-            neither=(config.weight_neither, 1.0 - config.weight_neither),
+            self.scores["current"], self.scores["accumulated"], self.config.threshold, **self._constants()
         )
         self.scores["share_new"].copy_(new)
         self.scores["share_old"].copy_(old)
@@ -142,7 +162,48 @@ class RecurrentKif(UnitMethod):
         self.turn.mix(self.units, old, lambda share, turn, end: share * (end - turn))
         self._add(self.turn, new)
         self._add(self.start, 1.0 - new)
-        self._shards.publish()
+
+    def _constants(self) -> dict[str, tuple[float, float]]:
+        config = self.config
+        both = (config.weight_new, config.weight_old)
+        return {"both": both, "neither": (config.weight_neither, 1.0 - config.weight_neither)}
 
     def _add(self, kept: KeptWeights, shares: torch.Tensor) -> None:
         kept.mix(self.units, shares, lambda share, weights, sum_: torch.addcmul(sum_, share, weights))
+
+    def _fuse_elements(self) -> None:
+        """One pair of shares for every element; a unit's are told as the mean of its elements'."""
+        cuts = [
+            threshold(importance, self._shards, self.config.threshold, self._device)
+            for importance in (self.importance, self.past_importance)
+        ]
+        told = self._unit_means(lambda name: ((at, new) for at, new, _ in self._element_shares(name, *cuts)))
+        self.scores["share_new"].copy_(told)
+        told = self._unit_means(lambda name: ((at, old) for at, _, old in self._element_shares(name, *cuts)))
+        self.scores["share_old"].copy_(told)
+        for name, start in self.start.shards.items():
+            master = self._shards.master(name)
+            assert master is not None  # the kept weights lie along the masters
+            for at, new, old in self._element_shares(name, *cuts):
+                weights = master.data.narrow(0, at, new.numel())
+                first, turn = (
+                    kept.data.narrow(0, at, new.numel()).to(weights.device) for kept in (start, self.turn.shards[name])
+                )
+                weights.copy_(first + new.to(weights) * (turn - first) + old.to(weights) * (weights - turn))
+
+    def _element_shares(
+        self, name: str, cut: float, past_cut: float
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Shares of the two changes in the elements that this rank owns of a parameter: (offset, new, old)."""
+        pieces = zip(self.importance.element_scores(name), self.past_importance.element_scores(name), strict=True)
+        for (at, scores), (_, past) in pieces:
+            yield at, *shares_of(scores > cut, past > past_cut, **self._constants())
+
+    def _unit_means(self, values: Callable[[str], Iterator[tuple[int, torch.Tensor]]]) -> torch.Tensor:
+        """Mean of elements' values in every unit, `(units,)` float64 (collective)."""
+        sums = slice_sums(self._shards, self.units, values, self._device)
+        total, count = (torch.zeros(len(self.units), dtype=torch.float64) for _ in range(2))
+        for part, slices in zip(self.units.parts.values(), sums, strict=True):
+            total[part.first : part.first + part.count] += slices
+            count[part.first : part.first + part.count] += part.elements
+        return total / count

@@ -17,7 +17,8 @@ class UnitScores:
     """
 
     def __init__(self, units: int, config: KifConfig) -> None:
-        self._config = config
+        self.config = config
+        """May be replaced between two tasks."""
         self.current = torch.zeros(units, dtype=torch.float64)
         """The task's scores u."""
         self.current_normalised = torch.zeros_like(self.current)
@@ -40,11 +41,11 @@ class UnitScores:
         self.current_normalised.copy_(minmax(scores))
         now = self.current_normalised
         self.share_new.copy_(torch.ones_like(now) if first else self._share(now, past))
-        self.accumulated.copy_(scores if first else accumulate(now, past, self._config.accumulate_new))
+        self.accumulated.copy_(scores if first else accumulate(now, past, self.config.accumulate_new))
         self.accumulated_normalised.copy_(minmax(self.accumulated))
 
     def _share(self, now: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
-        config = self._config
+        config = self.config
         if config.fusion == "adaptive":
             return adaptive_share(now, past, config.tau)
         return hard_share(now, past, config.threshold, config.weight_new, config.weight_neither)
