@@ -79,6 +79,23 @@ def test_the_end_of_a_run() -> None:
     assert format_summary(METRICS) + "\n" == SUMMARY
 
 
+def test_what_readers_of_the_scores_must_know() -> None:
+    told = {
+        "metric": {"spring": "exact_match", "a-long-name": "rouge_l"},
+        "scored_on": {"spring": "train", "a-long-name": "dev"},
+        "answers_outside_labels": {"spring": 0},
+        "cut_generations": {"a-long-name": 3},
+    }
+    assert format_summary({**METRICS, **told}).removeprefix(SUMMARY[:-1]).splitlines()[1:] == [
+        "the metrics are means of different scores: exact_match (spring); rouge_l (a-long-name)",
+        "scored on training data: spring",
+        "scored on the dev split: a-long-name",
+        "generations cut at eval.max_new_tokens in the last evaluation: a-long-name 3",
+    ]
+    alike = {"metric": dict.fromkeys(METRICS["tasks"], "rouge_l"), "scored_on": dict.fromkeys(METRICS["tasks"], "test")}
+    assert format_summary({**METRICS, **alike}) + "\n" == SUMMARY
+
+
 def test_a_matrix_that_is_not_full_yet() -> None:
     assert format_matrix(["a"], [[0.5]]) == "             a\nbefore  0.5000"
 

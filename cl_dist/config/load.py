@@ -110,9 +110,9 @@ def _fill_defaults(data: dict[str, Any], name: str) -> None:
     train = data.get("train")
     if isinstance(train, dict) and isinstance(train.get("max_length"), int):
         train.setdefault("max_target_length", max(1, min(TrainConfig.max_target_length, train["max_length"] // 2)))
-    longest = train.get("max_target_length") if isinstance(train, dict) else None
-    if isinstance(longest, int) and isinstance(data.setdefault("eval", {}), dict):
-        data["eval"].setdefault("max_new_tokens", longest)
+    longest, evaluation = train.get("max_target_length") if isinstance(train, dict) else None, data.get("eval", {})
+    if isinstance(evaluation, dict) and type(longest) is int and longest > 0:
+        data["eval"] = {"max_new_tokens": longest, **evaluation}
 
 
 def _types_root(changes: Sequence[Override]) -> bool:

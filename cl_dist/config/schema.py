@@ -386,6 +386,13 @@ class EvalConfig:
                 f'rouge_tokenizer_path: "{self.rouge_tokenizer_path}" has a meaning for rouge_tokenizer: xlingual '
                 f"only, not {self.rouge_tokenizer}"
             )
+        if self.normalise != "none" and (self.metric == "rouge_l" or self.mode == "perplexity"):
+            raise ValueError(
+                f"normalise: {self.normalise} is for exact match and macro-F1, not for what is scored here"
+            )
+        written = self.mode in ("auto", "generate") and self.metric in ("auto", "rouge_l")
+        if self.rouge_tokenizer != "default" and not written:
+            raise ValueError(f"rouge_tokenizer: {self.rouge_tokenizer} is for ROUGE-L, not for what is scored here")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

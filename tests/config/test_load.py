@@ -137,3 +137,36 @@ class TestPaths:
 
     def test_a_stream_without_paths_is_left_alone(self) -> None:
         assert load_recipe("quickstart")[0].stream.root is None
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "longest"),
+    [
+        ({}, {}, 50),
+        ({"max_target_length": 128}, {}, 128),
+        ({"max_length": 32}, {"batch_size": 3}, 16),
+        ({"max_target_length": 128}, {"max_new_tokens": 9}, 9),
+    ],
+)
+def test_what_is_generated_is_as_long_as_what_is_learnt(
+    tmp_path: Path, train: dict[str, int], evaluation: dict[str, int], longest: int
+) -> None:
+    recipe, _ = load_recipe(write(tmp_path / "mine.yaml", {**minimal(), "train": train, "eval": evaluation}))
+    assert recipe.eval.max_new_tokens == longest
+    (tmp_path / "dumped.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(str(tmp_path / "dumped.yaml"))[0] == recipe
+
+
+def test_a_day_is_a_text_in_yaml(tmp_path: Path) -> None:
+    recipe, _ = load_recipe("quickstart", ["train.date=2031-01-02"])
+    assert recipe.train.date == "2031-01-02"
+    (tmp_path / "dumped.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(str(tmp_path / "dumped.yaml"))[0] == recipe
+
+
+def test_a_folder_with_a_tokenizer_lies_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for written, found in (("mine", str(tmp_path / "mine")), ("openai-community/gpt2", "openai-community/gpt2")):
+        settings = {"rouge_tokenizer": "xlingual", "rouge_tokenizer_path": written}
+        recipe, _ = load_recipe(write(tmp_path / "mine.yaml", {**minimal(), "eval": settings}))
+        assert recipe.eval.rouge_tokenizer_path == found

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_dist.evaluation.scores import SCORES, exact_match, macro_f1, rouge_l
+from cl_dist.config.schema import EvalConfig
+from cl_dist.evaluation.scores import NORMALISERS, SCORES, comparison, exact_match, macro_f1, rouge_l
 
 
 @pytest.mark.parametrize(
@@ -17,10 +20,42 @@ from cl_dist.evaluation.scores import SCORES, exact_match, macro_f1, rouge_l
         ("sport", "sports", 0.0),
         ("very positive", "verypositive", 0.0),
         ("", "sports", 0.0),
+        ("sports.", "sports", 0.0),
+        ("CAFE\u0301", "caf\u00e9", 1.0),  # an accent of its own, or one with its letter
+        ("cafe", "caf\u00e9", 0.0),
     ],
 )
 def test_exact_match(prediction: str, reference: str, score: float) -> None:
     assert exact_match(prediction, reference) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("Sports.", "sports", 1.0),
+        (" 'very'  positive!\n", "Very positive", 1.0),
+        ("very-positive", "very positive", 0.0),  # nothing takes the hyphen's place
+        ("e-mail", "email", 1.0),
+        ("\uff11\u3002", "\uff11", 0.0),  # ASCII punctuation alone
+        ("e-\u0301", "\u00e9", 1.0),
+        ("STRASSE", "stra\u00dfe", 0.0),  # lower case is not case folding
+        ("...", "", 1.0),
+    ],
+)
+def test_exact_match_without_punctuation(prediction: str, reference: str, score: float) -> None:
+    """Every value here is that of compute_metrics.py in the public code of O-LoRA and MIGU, but for the accents."""
+    compared = comparison("exact_match", EvalConfig(normalise="punctuation"))
+    assert compared.score(prediction, reference) == score
+    assert macro_f1([(prediction, reference)], ["other"], compared.normaliser) == score
+
+
+@given(st.text())
+def test_texts_that_look_the_same_score_the_same(text: str) -> None:
+    composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+    for normal in NORMALISERS:
+        for metric in SCORES:
+            score = comparison(metric, EvalConfig(normalise=normal)).score  # type: ignore[arg-type]
+            assert score(composed, decomposed) == score(composed, composed)
 
 
 def test_rouge_l_by_hand() -> None:

@@ -17,6 +17,11 @@ from cl_dist.state.ledger import Ledger
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
 
+SCORING: dict[str, dict[str, str | int]] = {
+    "yelp": {"metric": "rouge_l", "scored_on": "train"},
+    "amazon": {"metric": "exact_match", "scored_on": "test"},
+}
+"""How two of the tasks were scored, where a run has them."""
 TIMING = {"train_seconds": 2.0, "steps": 3, "tokens": 600, "evaluate_seconds": 0.5}
 
 
@@ -35,6 +40,7 @@ def write_run(
         status="finished" if done == len(tasks) else "interrupted",
         completed=done,
         accuracy_matrix=rows,
+        scoring=SCORING,
         peak_memory_bytes=(512 << 20, 256 << 20),
         timings=(TIMING,) * done,
     )

@@ -81,6 +81,8 @@ class TestFinished:
         assert "| `average_performance` | 0.8750 | AP: mean of the last row" in page
         assert "forward_transfer_single" not in page
         assert "Scored by rouge_l." in page
+        assert "- The metrics are means of different scores: rouge_l (yelp); exact_match (amazon).\n" in page
+        assert "- Scored on training data: yelp.\n" in page
         assert "| yelp | 3 | 2.0 | 300 | 0.5 |" in page
         assert "Peak memory of each rank, MiB: 512, 256." in page
         assert "28 units in 14 modules, 448 trained elements." in page

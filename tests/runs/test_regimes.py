@@ -27,6 +27,7 @@ def _run(zygote: Zygote, folder: Path, *arguments: str) -> Path:
     folder.mkdir(exist_ok=True)
     outcome = zygote.run(["run", *arguments, "--debug"], folder, world=2)
     assert outcome.codes == [0, 0], "\n".join(outcome.output)
+    (folder / "screen.txt").write_text(outcome.output[0])
     return folder / "run"
 
 
@@ -46,7 +47,6 @@ def instructed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path
     """
     root = tmp_path_factory.mktemp("instructed")
     write_lines(root / "weather.txt", ["the rain falls on the old town"] * 40)
-    write_lines(root / "weather.test.txt", ["the rain falls on the old town"] * 4)
     instances = [{"id": str(n), "input": f"text {n}", "output": list(SUMMARIES)} for n in range(32)]
     records = [{"prompt": f"question {n}?", "answer": VERDICT} for n in range(32)]
     for split in ("train", "test", "eval"):
@@ -86,6 +86,27 @@ def test_generated_answers_are_scored_by_rouge_l(instructed: Path, task: str, an
         assert [_rouge_l(line["prediction"], line["reference"]) for line in lines] == scores
         assert {line["reference"] for line in lines} <= set(answers)
         assert event["score"] == pytest.approx(sum(scores) / 5)
+
+
+def test_how_each_task_was_scored_is_told(instructed: Path) -> None:
+    metrics = json.loads((instructed / "metrics.json").read_text())
+    assert metrics["metric"] == {"weather": "log_likelihood", "1572": "rouge_l", "C-STANCE": "rouge_l"}
+    assert metrics["scored_on"] == {"weather": "train", "1572": "test", "C-STANCE": "test"}
+    log = [json.loads(line) for line in (instructed / "log.jsonl").read_text().splitlines()]
+    last = {each["task"]: each for each in log if each["event"] == "evaluation"}
+    for name in ("1572", "C-STANCE"):
+        file = instructed / "tasks" / last[name]["folder"] / "predictions" / f"{name}.jsonl"
+        cut = sum(json.loads(line)["cut"] for line in file.read_text().splitlines())
+        assert metrics["cut_generations"][name] == last[name]["cut_generations"] == cut
+        first = next(each for each in log if each["event"] == "evaluation" and each["task"] == name)
+        assert first["cut_generations"] == 5, "the untouched model does not know where to stop"
+    assert "weather" not in metrics["cut_generations"]
+    notices = {(each["task"], each["about"]): each["message"] for each in log if each["event"] == "notice"}
+    assert set(notices) == {("weather", "scored_on"), (None, "metrics")}
+    screen = (instructed.parent / "screen.txt").read_text()
+    assert all(text in screen for text in notices.values())
+    assert "the metrics are means of different scores: log_likelihood (weather); rouge_l (1572, C-STANCE)" in screen
+    assert "scored on training data: weather" in screen
 
 
 def _rouge_l(prediction: str, reference: str) -> float:

@@ -28,9 +28,9 @@ def matrix(first: float, kept: float, second: float) -> Matrix:
     return ((0.0, 0.0), (first, 0.125), (kept, second))
 
 
-def finish(cell: Cell, scores: Matrix) -> None:
+def finish(cell: Cell, scores: Matrix, scoring: dict[str, dict[str, str | int]] | None = None) -> None:
     """Leave what a finished run of this cell leaves, with these scores."""
-    ledger = _start(cell, scores, "finished")
+    ledger = _start(cell, scores, "finished", scoring)
     ledger.write_metrics({"accuracy_matrix": scores, **all_metrics(scores)})
 
 
@@ -39,7 +39,7 @@ def stop_half_way(cell: Cell, scores: Matrix, status: str = "interrupted") -> No
     _start(cell, scores[:2], status)
 
 
-def _start(cell: Cell, scores: Matrix, status: str) -> Ledger:
+def _start(cell: Cell, scores: Matrix, status: str, scoring: dict[str, dict[str, str | int]] | None = None) -> Ledger:
     cell.folder.path.mkdir(parents=True)
     manifest = Manifest(
         tasks=tuple(task.name for task in cell.recipe.stream.tasks),
@@ -48,6 +48,7 @@ def _start(cell: Cell, scores: Matrix, status: str) -> Ledger:
         status=status,  # type: ignore[arg-type]
         completed=len(scores) - 1,
         accuracy_matrix=tuple(tuple(row) for row in scores),
+        scoring=scoring or {},
     )
     ledger = Ledger(cell.folder, manifest, writer=True)
     ledger.start(dump_recipe(cell.recipe))

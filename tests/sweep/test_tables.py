@@ -77,6 +77,23 @@ def test_the_page(grid: Grid, tmp_path: Path) -> None:
     assert page[-1] == "- own migu seed1: interrupted, 1 of 2 tasks done"
 
 
+def test_the_tables_say_how_tasks_were_scored(tmp_path: Path) -> None:
+    grid = make_grid(tmp_path)
+    for cell in grid.cells:
+        first, second = (task.name for task in cell.recipe.stream.tasks)
+        metrics = ("exact_match", "rouge_l" if cell.method == "migu" else "exact_match")
+        scoring = {
+            first: {"metric": metrics[0], "scored_on": "train"},
+            second: {"metric": metrics[1], "scored_on": "train"},
+        }
+        finish(cell, matrix(0.5, 0.5, 0.5), scoring)  # type: ignore[arg-type]
+    results = results_of(grid, tmp_path)
+    different = f"the metrics are means of different scores: exact_match ({first}); rouge_l ({second})."
+    for page in (markdown_page(results, "recipe"), latex_table(results).replace(r"\_", "_")):
+        assert f"All runs: scored on training data: {first}, {second}." in page
+        assert f"own migu seed0, own migu seed1: {different}" in page
+
+
 def test_runs_of_earlier_calls_stay_in_the_table(grid: Grid, tmp_path: Path) -> None:
     results = read_results(SweepFolder(tmp_path / "sweep"), [("own", "kif", 5)])
     assert [(row.method, len(row.cells), len(row.finished)) for row in results.rows] == [
