@@ -19,6 +19,7 @@ from cl_dist.engine.trial import told_by_trial, trial_batches
 from cl_dist.errors import ClDistError
 from cl_dist.heartbeat import beat
 from cl_dist.methods.base import Memory, Method, TaskPlace
+from cl_dist.models.cache_setting import switch_cache_off
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.measuring import evaluation_mode
 from cl_dist.models.structure import base_model
@@ -68,7 +69,7 @@ class TrainingEngine:
         import deepspeed
 
         base = base_model(model)
-        base.config.use_cache = False
+        switch_cache_off(model)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_adamw(model, self.recipe.train),

@@ -24,7 +24,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
 
 from cl_dist.evaluation.batches import pad_side
 from cl_dist.evaluation.wrapped import accepts, device_of
@@ -140,11 +139,18 @@ def packing_agrees(model: nn.Module, prompt: Tokens, labels: Sequence[Tokens], p
     Tried once for a model: some models take a mask and positions and do something else with them.
     """
     if model not in _AGREES:
-        packed = causal_scores(model, [prompt], labels, pad_id, packed=True)
-        separate = causal_scores(model, [prompt], labels, pad_id, packed=False)
-        rounding = torch.finfo(_dtype(model)).eps ** 0.5
-        _AGREES[model] = bool(torch.all((packed - separate).abs() <= rounding * (1 + separate.abs())))
+        _AGREES[model] = _tried(model, prompt, labels, pad_id)
     return _AGREES[model]
+
+
+def _tried(model: nn.Module, prompt: Tokens, labels: Sequence[Tokens], pad_id: int) -> bool:
+    separate = causal_scores(model, [prompt], labels, pad_id, packed=False)
+    try:
+        packed = causal_scores(model, [prompt], labels, pad_id, packed=True)
+    except (RuntimeError, ValueError, IndexError):  # the mask has a shape that the model's code does not expect
+        return False
+    rounding = torch.finfo(_dtype(model)).eps ** 0.5
+    return bool(torch.all((packed - separate).abs() <= rounding * (1 + separate.abs())))
 
 
 def causal_scores(
@@ -220,8 +226,8 @@ def log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 class _Started:
     """An encoder-decoder that has read B prompts of S columns and the decoder's start token."""
 
-    hidden: torch.Tensor
-    """(B, S, H): the encoder's output."""
+    encoded: Any
+    """The encoder's output, of a class that its decoder knows; `last_hidden_state` is (B, S, H)."""
     mask: torch.Tensor
     """(B, S), int64: 0 on the prompts' padding."""
     logits: torch.Tensor
@@ -233,24 +239,25 @@ class _Started:
 def _start_decoder(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> _Started:
     """Compute what all labels have in common."""
     base = base_model(model)
-    hidden = base.get_encoder()(input_ids=input_ids, attention_mask=mask).last_hidden_state
+    encoded = base.get_encoder()(input_ids=input_ids, attention_mask=mask)
     output = model(
-        encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+        encoder_outputs=encoded,
         attention_mask=mask,
         decoder_input_ids=input_ids.new_full((len(input_ids), 1), base.config.decoder_start_token_id),
         use_cache=True,
     )
-    return _Started(hidden, mask, output.logits, output.past_key_values)
+    return _Started(encoded, mask, output.logits, output.past_key_values)
 
 
 def _decoded_scores(model: nn.Module, started: _Started, labels: Sequence[Tokens], pad_id: int) -> torch.Tensor:
     """(B, labels): the start token predicts a label's first token, and each token the one after it."""
-    count, rows = len(labels), len(started.hidden)
-    targets = pad([list(label) for label in labels], IGNORE).repeat(rows, 1).to(started.hidden.device)
+    hidden = started.encoded.last_hidden_state
+    count, rows = len(labels), len(hidden)
+    targets = pad([list(label) for label in labels], IGNORE).repeat(rows, 1).to(hidden.device)
     logits = started.logits.repeat_interleave(count, dim=0)
     if targets.shape[1] > 1:
         rest = model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=started.hidden.repeat_interleave(count, dim=0)),
+            encoder_outputs=type(started.encoded)(last_hidden_state=hidden.repeat_interleave(count, dim=0)),
             attention_mask=started.mask.repeat_interleave(count, dim=0),
             decoder_input_ids=targets[:, :-1].masked_fill(targets[:, :-1] == IGNORE, pad_id),
             past_key_values=_repeated(started.cache, count),

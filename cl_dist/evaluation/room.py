@@ -39,8 +39,8 @@ def check_room(model: nn.Module, encoder: Encoder, tasks: Iterable[Task], config
         over = prompt + new - 1 - longest.source
         if over > 0:
             raise BadInput(
-                f"eval.max_new_tokens: {new} tokens after the prompts of task {task.name!r}, which have up to {prompt}, "
-                f"go past the {longest.source} positions of {name}; allowed is at most {new - over}, or make "
+                f"eval.max_new_tokens: {new} tokens after prompts of up to {prompt} (task {task.name!r}) go "
+                f"past the {longest.source} positions of {name}; allowed is at most {new - over}, or make "
                 f"train.max_length {over} smaller"
                 if new > over
                 else f"train.max_length: the prompts of task {task.name!r} have up to {prompt} tokens, which leaves no "

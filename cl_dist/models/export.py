@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cl_dist.models.cache_setting import cache_as_loaded
 from cl_dist.models.lora import adapter_names, in_adapter, joined_adapters
 
 
@@ -35,7 +36,8 @@ def export_model(
     if isinstance(model, PeftModel):
         _save_adapter(model, folder, weights)
     else:
-        model.save_pretrained(folder, state_dict={**weights, **_buffers(model)})
+        with cache_as_loaded(model):
+            model.save_pretrained(folder, state_dict={**weights, **_buffers(model)})
     tokenizer.save_pretrained(folder)
 
 

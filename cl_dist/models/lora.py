@@ -15,13 +15,15 @@ from peft import PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from cl_dist.config.schema import LoraConfig
 from cl_dist.errors import BadInput
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.names import LORA_A, LORA_B
-from cl_dist.models.structure import LINEAR, head_prefixes, is_below
+from cl_dist.models.structure import LINEAR, base_model, head_prefixes, is_below
 from cl_dist.tasks.encode import Objective
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,9 @@ PAST_FORWARD: dict[str, tuple[str, ...]] = {
     "jamba": ("dt_proj",),
 }
 """Layers, by model type, whose weight the model's own code reads: an adapter around them would be passed by."""
+
+LIKE_LINEAR = frozenset(("FalconLinear",))
+"""Classes whose own forward does the same as `nn.Linear`'s."""
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """Modules without a forward of their own, which cannot be trained whole beside an adapter."""
@@ -75,7 +80,25 @@ def add_lora(
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         adapted = peft.get_peft_model(model, configuration, autocast_adapter_dtype=False)
     initialise_(adapted, seed, only={name for name, _ in adapted.named_parameters() if _is_lora(name)})
+    _check_readable(adapted)
     return adapted
+
+
+def _check_readable(model: PeftModel) -> None:
+    """BadInput where what is going to be exported would not be found again: for some families the libraries rename
+    weights on loading in such a way that an adapter of theirs no longer fits.
+    """
+    with warnings.catch_warnings(), _refusals_told(base_model(model)):
+        warnings.simplefilter("ignore")
+        stored = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        lost = peft.set_peft_model_state_dict(model, stored).unexpected_keys
+    if lost:
+        paths = (name.partition(".lora_")[0].split(".") for name in lost)
+        modules = ", ".join(sorted({".".join(path[-2:]) for path in paths}))
+        raise BadInput(
+            f"model.lora.target_modules: peft would not load adapters on {modules} of {type(base_model(model)).__name__}"
+            " again, because it looks for them under another name; allowed are the other linear layers"
+        )
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -198,7 +221,8 @@ def _refusals_told(model: PreTrainedModel) -> Iterator[None]:
 def _trained_whole(model: PreTrainedModel, objective: Objective, drawn: Collection[str]) -> list[str]:
     """Names of the modules that are trained as they are: a classifier's head, and owners of drawn parameters."""
     head = head_prefixes(model) if objective == "classification" else ()
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in sorted(drawn))
+    # A bias begins with zero wherever it is made, and the one of a tied head cannot be trained apart from its module.
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in sorted(drawn) if not name.endswith("bias"))
     wanted = [*head, *(owner for owner in owners if not is_below(owner, head))]
     outermost = [name for name in wanted if not is_below(name, [each for each in wanted if each != name])]
     if "" in outermost or any(isinstance(model.get_submodule(name), _CONTAINERS) for name in outermost):
@@ -222,18 +246,23 @@ def _targets(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str]) -> 
         if barred:
             names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in barred))
             logger.warning(
-                "model.lora.target_modules: all-linear leaves out %s, whose weights %s reads past the layers",
+                "model.lora.target_modules: all-linear leaves out %s of %s, which adapters would not reach",
                 names,
                 type(model).__name__,
             )
         passed_over = (*head_prefixes(model), *whole, *barred)
-        return [name for name in linear if not is_below(name, passed_over)]
+        targets = [name for name in linear if not is_below(name, passed_over)]
+        if not targets:
+            raise BadInput(
+                f"model.lora: {type(model).__name__} has no linear layer that can have an adapter; leave model.lora out"
+            )
+        return targets
     _check_named(lora.target_modules, linear)
     named = [name for name in linear if any(_ends(name, ending) for ending in lora.target_modules)]
     if refused := [name for name in named if name in barred]:
         raise BadInput(
-            f"model.lora.target_modules: {refused[0]} cannot have an adapter, because {type(model).__name__} reads its "
-            "weight past the layer; allowed are the other linear layers, or all-linear"
+            f"model.lora.target_modules: {refused[0]} of {type(model).__name__} cannot have an adapter: its weight is "
+            "read past the layer, or it does more than a linear layer; allowed are the others, or all-linear"
         )
     if trained := [name for name in named if is_below(name, whole)]:
         raise BadInput(
@@ -248,9 +277,17 @@ def _is_read(module: nn.Module) -> bool:
 
 
 def _barred(model: PreTrainedModel, linear: Sequence[str]) -> list[str]:
-    """The layers that `PAST_FORWARD` speaks of."""
+    """The layers that an adapter cannot be put around: those of `PAST_FORWARD`, and those that do something else than a
+    linear layer (routers, that choose experts).
+    """
     names = PAST_FORWARD.get(model.config.get_text_config().model_type, ())
-    return [name for name in linear if name.rpartition(".")[2] in names]
+    return [name for name in linear if name.rpartition(".")[2] in names or not _is_plain(model.get_submodule(name))]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer does what linear layers do, and is called at all: `nn.MultiheadAttention` reads its weights."""
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward) or type(module).__name__ in LIKE_LINEAR
+    return plain and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def _check_named(endings: Sequence[str], linear: Sequence[str]) -> None:

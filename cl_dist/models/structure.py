@@ -30,12 +30,18 @@ def block_prefixes(model: nn.Module) -> tuple[str, ...]:
 def head_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules that make up the output head, as they appear in `model.named_modules()`.
 
-    They are the children of the transformers model beside its body: `lm_head`, `score`, `classifier`, `cls`.
+    They are the children of the transformers model beside its body: `lm_head`, `score`, `classifier`, `cls`. The body
+    holds the embeddings, whatever it is called.
     """
     base = base_model(model)
     prefix = next(name for name, module in model.named_modules() if module is base)
-    body = {base.base_model_prefix, "encoder", "decoder", "shared"}
-    return tuple(f"{prefix}.{child}".lstrip(".") for child, _ in base.named_children() if child not in body)
+    body, embeddings = {base.base_model_prefix, "encoder", "decoder", "shared"}, base.get_input_embeddings()
+    heads = (
+        name
+        for name, child in base.named_children()
+        if name not in body and not any(module is embeddings for module in child.modules())
+    )
+    return tuple(f"{prefix}.{name}".lstrip(".") for name in heads)
 
 
 def unread_parameters(model: nn.Module) -> frozenset[str]:

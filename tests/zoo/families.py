@@ -78,15 +78,24 @@ class Specimen:
     config: Callable[[], PreTrainedConfig]
     objective: Objective
     """What it is trained to do."""
+    bare: bool = False
+    """Stored without any head."""
+
+    @property
+    def auto_class(self) -> Any:
+        """What the checkpoint is loaded with as it is."""
+        if self.bare:
+            return hf.AutoModel
+        return AUTO_CLASSES["masked_lm" if self.family == "encoder" else _FIRST[self.family]]
 
     def build(self, folder: Path) -> Path:
         """Write the model, with weights of a fixed seed, and its tokenizer into `folder`, which is returned.
 
-        An encoder is written as it is published: with the head that fills masks, which a classifier does not have.
+        It is written as it is published: an encoder with the head that fills masks, a decoder with the one of a
+        language model. A classifier has neither.
         """
         torch.manual_seed(0)
-        stored: Objective = "masked_lm" if self.family == "encoder" else self.objective
-        model: PreTrainedModel = AUTO_CLASSES[_STORED[stored]].from_config(self.config())
+        model: PreTrainedModel = self.auto_class.from_config(self.config())
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
@@ -95,14 +104,6 @@ class Specimen:
         byte_tokenizer(self.family).save_pretrained(folder)
         return folder
 
-
-_STORED: dict[Objective, Objective] = {
-    "causal_lm": "causal_lm",
-    "classification": "causal_lm",
-    "seq2seq_lm": "seq2seq_lm",
-    "masked_lm": "masked_lm",
-}
-"""The head that a checkpoint has which is trained for this: a decoder's classifier starts from the language model."""
 
 _FIRST: dict[Family, Objective] = {
     "decoder": "causal_lm",
@@ -269,12 +270,27 @@ _CONFIGURATIONS: dict[Family, dict[str, Callable[[], PreTrainedConfig]]] = {
             activation_dropout=0.0,
             **IDS,
         ),
-        "ConvBERT": _kept("ConvBert", **ENCODER, embedding_size=32, head_ratio=2),
     },
 }
 
-SPECIMENS: dict[str, Specimen] = {
-    name: Specimen(name, family, config, _FIRST[family])
-    for family, configurations in _CONFIGURATIONS.items()
-    for name, config in configurations.items()
-}
+CLASSIFIERS = ("Llama", "Qwen2", "Gemma 3, multimodal", "GPT-2", "OPT", "BLOOM")
+"""Decoders that are tried as classifiers, too."""
+
+MASKED = ("BERT", "RoBERTa", "DistilBERT", "DeBERTa v3", "ModernBERT")
+"""Encoders that are tried as masked language models, too."""
+
+
+def _specimens() -> list[Specimen]:
+    made = [
+        Specimen(name, family, config, _FIRST[family])
+        for family, configurations in _CONFIGURATIONS.items()
+        for name, config in configurations.items()
+    ]
+    decoders, encoders = _CONFIGURATIONS["decoder"], _CONFIGURATIONS["encoder"]
+    made += [Specimen(f"{name}, classifier", "decoder", decoders[name], "classification") for name in CLASSIFIERS]
+    made += [Specimen(f"{name}, masked LM", "encoder", encoders[name], "masked_lm") for name in MASKED]
+    made += [Specimen(f"{name}, body alone", "encoder", encoders[name], "masked_lm", True) for name in MASKED[:3]]
+    return made
+
+
+SPECIMENS = {specimen.name: specimen for specimen in _specimens()}

@@ -1,0 +1,61 @@
+"""The table of docs/models.md: what the zoo found, one row per model, and every refusal in its own words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.ranks import REPOSITORY
+from tests.zoo.families import SPECIMENS
+from tests.zoo.jobs import BROKEN, REFUSED, TRAININGS, WORKS
+
+PAGE = REPOSITORY / "docs" / "models.md"
+BEGIN = "<!-- The rest is written by `python -m tests.zoo`. -->"
+
+HEADER = "| model | trained as | attention | prompt and answer | " + " | ".join(TRAININGS) + " |"
+RULE = "|" + "---|" * (4 + len(TRAININGS))
+
+
+def row(name: str, found: Mapping[str, Any]) -> str:
+    """A model's row."""
+    cells = [name, SPECIMENS[name].objective, found["attention"], _positions(found["told"])]
+    return "| " + " | ".join([*cells, *(_cell(found[training]) for training in TRAININGS)]) + " |"
+
+
+def refusals(name: str, found: Mapping[str, Any]) -> list[str]:
+    """A line for each of its trainings that is refused."""
+    return [
+        f"- {name}, {training}: `{found[training].removeprefix(REFUSED)}`"
+        for training in TRAININGS
+        if found[training].startswith(REFUSED)
+    ]
+
+
+def _positions(longest: list[int | None]) -> str:
+    return "no end" if longest == [None, None] else "table"
+
+
+def _cell(outcome: str) -> str:
+    if outcome == WORKS:
+        return "yes"
+    return "refused" if outcome.startswith(REFUSED) else "broken"
+
+
+def text(findings: Mapping[str, Mapping[str, Any]]) -> str:
+    """What comes after `BEGIN`."""
+    refused = [line for name, found in findings.items() for line in refusals(name, found)]
+    rows = [row(name, found) for name, found in findings.items()]
+    return "\n".join(["", HEADER, RULE, *rows, "", "What is refused, and how:", "", *refused, ""])
+
+
+def lines_of(name: str, page: Path = PAGE) -> list[str]:
+    """The page's lines about one model: its row, then its refusals."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    trainings = tuple(f"- {name}, {training}: " for training in TRAININGS)
+    return [line for line in lines if line.startswith((f"| {name} | ", *trainings))]
+
+
+def broken(found: Mapping[str, Any]) -> dict[str, str]:
+    """The trainings that neither work nor are refused in time, and what became of them."""
+    return {training: found[training] for training in TRAININGS if found[training].startswith(BROKEN)}
