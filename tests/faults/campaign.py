@@ -353,13 +353,9 @@ def exchange_the_data(scene: Scene) -> bool:
     if not (scene.run.run / "manifest.json").exists():
         scene.outcome.details.append("the run had not begun")
         return False
-    file = scene.random.choice(
-        sorted(scene.run.folder.glob("s*mer/*.jsonl")) + [scene.run.folder / "spring/train.jsonl"]
-    )
+    file = scene.random.choice(sorted(scene.run.folder.glob("s*/*.jsonl")))
     scene.backup, scene.refusal = (file, file.read_bytes()), 2
-    file.write_text(
-        file.read_text().replace('"north"', '"up"').replace('"south"', '"north"').replace('"up"', '"south"')
-    )
+    file.write_text(file.read_text().replace("north", "up").replace("south", "north").replace("up", "south"))
     scene.outcome.details.append(f"exchanged {file.relative_to(scene.run.folder)}")
     return True
 
