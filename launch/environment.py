@@ -197,7 +197,7 @@ def _keep_to_this_machine(environment: MutableMapping[str, str]) -> None:
     interface = interface_of(DEFAULT_ADDRESS)
     if interface is not None:
         for name in (INTERFACE, NCCL_INTERFACE):
-            environment.setdefault(name, interface)
+            environment[name] = environment.get(name) or interface
 
 
 def _choose_interface(launcher: _Launcher, environment: MutableMapping[str, str]) -> None:
