@@ -20,14 +20,13 @@ CL_DIST = str(Path(sys.executable).with_name("cl-dist"))
 WORKER = """
 import os, sys
 from cl_dist import output
-output.PATIENCE_SECONDS = 0.3
 from cl_dist.output import fill_missing_descriptors, lost_output, steady_output
 fill_missing_descriptors()
-with steady_output():
+with steady_output(0.3):
     for number in range(int(sys.argv[2])):
         print("line", number, "of", sys.argv[1] * 400, flush=True)
         print("error", number, file=sys.stderr)
-    output.drain_output(0.3)
+    output.drain_output()
     with open("done", "w") as file:
         file.write("\\n".join(["done", *lost_output()]))
 """
