@@ -100,6 +100,17 @@ def test_a_reader_that_goes_on_gets_everything_or_is_told_where_not(folder: Path
     os.close(writer)
 
 
+def test_waiting_for_a_reader_that_has_stopped_has_an_end() -> None:
+    reader, writer = os.pipe()
+    outlet, began = output.Outlet(writer, "the pipe", patience=0.2), time.monotonic()
+    outlet.write(bytes(200_000))
+    outlet.drain()
+    assert 0.2 <= time.monotonic() - began < 5
+    assert outlet.lost_bytes > 100_000
+    os.close(reader)
+    os.close(writer)
+
+
 def read_until(reader: int, condition: Callable[[], bool]) -> bytes:
     """Read a pipe until a condition holds and nothing is left."""
     received = b""
