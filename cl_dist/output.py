@@ -26,6 +26,8 @@ BUFFER_BYTES = 1 << 20
 """What is kept for a reader that is slow, or has stopped reading; what comes on top is lost."""
 PATIENCE_SECONDS = 5.0
 """At the end a reader may take so long for the next piece before the rest is given up."""
+HASTE_SECONDS = 0.5
+"""The same for a rank: launchers kill ranks that do not end soon after the first one has."""
 PIECE_BYTES = 4096
 """What is written at once; a reader that takes a piece is alive."""
 NOBODY_READS = 128 + 13
@@ -84,9 +86,9 @@ class _Direct(_Raw):
 class Outlet(_Raw):
     """Written by a thread: `write` neither waits nor raises, and `flush` does nothing (`drain` waits)."""
 
-    def __init__(self, descriptor: int, name: str) -> None:
+    def __init__(self, descriptor: int, name: str, patience: float = PATIENCE_SECONDS) -> None:
         super().__init__(descriptor)
-        self.name = name
+        self.name, self.patience = name, patience
         self.other: Outlet | None = None
         """Where it is said that something was lost here."""
         self.lost_bytes = 0
@@ -114,11 +116,11 @@ class Outlet(_Raw):
                 self._keep(content)
         return len(content)
 
-    def drain(self, patience: float = PATIENCE_SECONDS) -> None:
+    def drain(self) -> None:
         """Wait until all is written, or nothing more has been for `patience` seconds."""
         with self._changed:
             while self._size and os.getpid() == self._process:
-                taken, until = self._taken, time.monotonic() + patience
+                taken, until = self._taken, time.monotonic() + self.patience
                 while self._size and taken == self._taken and time.monotonic() < until:
                     self._changed.wait(until - time.monotonic())
                 if taken == self._taken:
@@ -204,8 +206,9 @@ def direct_output() -> Iterator[None]:
 
 
 @contextmanager
-def steady_output() -> Iterator[None]:
-    """While this lasts printing neither raises nor waits; at the end what is left is waited for, within reason.
+def steady_output(patience: float = PATIENCE_SECONDS) -> Iterator[None]:
+    """While this lasts printing neither raises nor waits; at the end a reader may take `patience` seconds for the next
+    piece of what is left.
 
     Inside of another one it does nothing.
     """
@@ -214,12 +217,12 @@ def steady_output() -> Iterator[None]:
     if _outlets or None in descriptors:
         yield
         return
-    output = Outlet(cast(int, descriptors[0]), "standard output")
+    output = Outlet(cast(int, descriptors[0]), "standard output", patience)
     # Into one file both go by one thread, which keeps their order.
     errors = (
         output
         if _same_file(*cast("tuple[int, int]", descriptors))
-        else Outlet(cast(int, descriptors[1]), "standard error")
+        else Outlet(cast(int, descriptors[1]), "standard error", patience)
     )
     if errors is not output:
         output.other, errors.other = errors, output
@@ -236,10 +239,10 @@ def steady_output() -> Iterator[None]:
         _outlets.clear()
 
 
-def drain_output(patience: float = PATIENCE_SECONDS) -> None:
-    """Wait until all that was printed is written, or its reader has not gone on for `patience` seconds."""
+def drain_output() -> None:
+    """Wait until all that was printed is written, or its reader has not gone on for too long."""
     for outlet in _outlets:
-        outlet.drain(patience)
+        outlet.drain()
 
 
 def lost_output() -> list[str]:

@@ -101,6 +101,11 @@ def find_ranks(environment: Mapping[str, str]) -> Ranks | None:
     return first
 
 
+def is_rank(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher made this process a rank, with numbers that can be or not."""
+    return any(launcher.counts(environment) for launcher in _LAUNCHERS)
+
+
 def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
     """Set what torch.distributed reads: RANK, WORLD_SIZE, LOCAL_RANK, and where they are not set MASTER_ADDR,
     MASTER_PORT, and network interfaces: over several machines Gloo's, on one machine the loopback for Gloo and NCCL.
@@ -197,7 +202,7 @@ def _keep_to_this_machine(environment: MutableMapping[str, str]) -> None:
     interface = interface_of(DEFAULT_ADDRESS)
     if interface is not None:
         for name in (INTERFACE, NCCL_INTERFACE):
-            environment.setdefault(name, interface)
+            environment[name] = environment.get(name) or interface
 
 
 def _choose_interface(launcher: _Launcher, environment: MutableMapping[str, str]) -> None:

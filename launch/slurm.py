@@ -173,8 +173,8 @@ class SlurmJob:
             raise BadInput(f"--gpus-per-node: {self.gpus} is too many, allowed is at most {MOST_RANKS}")
         if self.ranks > MOST_RANKS_OF_A_JOB:
             raise BadInput(
-                f"--nodes: {self.nodes} nodes of {self.ranks_on_node} ranks each are {self.ranks} ranks, allowed are at "
-                f"most {MOST_RANKS_OF_A_JOB}"
+                f"--nodes: {self.nodes} nodes of {self.ranks_on_node} ranks each are {self.ranks} ranks, allowed are "
+                f"at most {MOST_RANKS_OF_A_JOB}"
             )
         if 0 < self.gpus < self.ranks_on_node:
             raise BadInput(

@@ -20,14 +20,13 @@ CL_DIST = str(Path(sys.executable).with_name("cl-dist"))
 WORKER = """
 import os, sys
 from cl_dist import output
-output.PATIENCE_SECONDS = 0.3
 from cl_dist.output import fill_missing_descriptors, lost_output, steady_output
 fill_missing_descriptors()
-with steady_output():
+with steady_output(0.3):
     for number in range(int(sys.argv[2])):
         print("line", number, "of", sys.argv[1] * 400, flush=True)
         print("error", number, file=sys.stderr)
-    output.drain_output(0.3)
+    output.drain_output()
     with open("done", "w") as file:
         file.write("\\n".join(["done", *lost_output()]))
 """
@@ -98,6 +97,17 @@ def test_a_reader_that_goes_on_gets_everything_or_is_told_where_not(folder: Path
     assert received.count(0) + outlet.lost_bytes == 3 * BUFFER_BYTES // 2 // 1000 * 1000
     os.close(reader)
     outlet.drain()
+    os.close(writer)
+
+
+def test_waiting_for_a_reader_that_has_stopped_has_an_end() -> None:
+    reader, writer = os.pipe()
+    outlet, began = output.Outlet(writer, "the pipe", patience=0.2), time.monotonic()
+    outlet.write(bytes(200_000))
+    outlet.drain()
+    assert 0.2 <= time.monotonic() - began < 5
+    assert outlet.lost_bytes > 100_000
+    os.close(reader)
     os.close(writer)
 
 

@@ -92,7 +92,11 @@ def _serve() -> None:
 
 
 def fork_rank(job: dict[str, Any], rank: int) -> int:
-    """Fork rank `rank` of a job (see `Zygote.run`) and return its process id."""
+    """Fork rank `rank` of a job (see `Zygote.run`) and return its process id.
+
+    A job may have two more entries: `output`, the file descriptor that its first rank prints to, and `foreign`, those
+    that its ranks are to close.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -100,6 +104,10 @@ def fork_rank(job: dict[str, Any], rank: int) -> int:
         os.setsid()
         os.environ.update(rank_environment(rank, job["world"], job["port"]))
         output = os.open(Path(job["folder"], f"rank-{rank}.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        if rank == 0 and "output" in job:
+            output = job["output"]
+        for descriptor in job.get("foreign", ()):  # a pipe has no reader only when nobody has that end open
+            os.close(descriptor)
         os.dup2(output, 1)
         os.dup2(output, 2)
         code = _be_rank(job, rank)

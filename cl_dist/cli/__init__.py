@@ -12,7 +12,8 @@ from typing import NoReturn
 from cl_dist.cli.failures import guarded
 from cl_dist.cli.parser import parse
 from cl_dist.launch.child import die_with_launcher
-from cl_dist.output import direct_output, fill_missing_descriptors, steady_output
+from cl_dist.launch.environment import is_rank
+from cl_dist.output import HASTE_SECONDS, PATIENCE_SECONDS, direct_output, fill_missing_descriptors, steady_output
 from cl_dist.process_end import end_with
 
 
@@ -37,5 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = int(end.code or 0)
             return guarded(Namespace(command=lambda _: code, debug=False))
         # A command that works must not end because nobody reads what it prints.
-        with steady_output() if parsed.works(parsed) else nullcontext():
+        patience = HASTE_SECONDS if is_rank(os.environ) else PATIENCE_SECONDS
+        with steady_output(patience) if parsed.works(parsed) else nullcontext():
             return guarded(parsed)

@@ -1,7 +1,7 @@
 """A campaign of faults: small runs, each hit by one fault at a random moment, then resumed: a Markdown table.
 
 Usage:
-    python -m tests.faults.campaign [--runs 108] [--only N ...] [--seed 0] [--out runs/faults]
+    python -m tests.faults.campaign [--runs 156] [--only N ...] [--seed 0] [--out runs/faults]
 
 Every run is two real ranks of `cl-dist run`, forked from a process that has imported the libraries already, which ends
 the other rank when one has failed, as the launcher does. Run i of a seed is always hit by the same fault after the same
@@ -9,8 +9,8 @@ number of events, counted by the lines of its log, and a fraction of a second. A
 had ended, or nothing was saved yet that could be damaged) is started again, with an earlier moment. It passes when
 
 - `--resume` ends with the weights, scores and data order of a run that nothing happened to, bit for bit; or
-- where the fault took what no copy exists of, `--resume` refuses with one sentence, the models of the tasks that are
-  done are untouched, and with the damaged file put back `--resume` ends as above.
+- where the fault took what no copy exists of, or exchanged the data, `--resume` refuses with one sentence, the models
+  of the tasks that are done are untouched, and with the file put back `--resume` ends as above.
 
 Every run leaves a line in OUT/results.jsonl; called again, the campaign goes on where it was. Linux only. For the full
 disk it needs user namespaces (`unshare -Urm`); without them that fault is left out, and the table says so.
@@ -142,9 +142,10 @@ class Run:
     Args:
         folder: Where recipe and run are; on a disk of its own for the fault that fills it.
         recipe: A key of `RECIPES`.
+        files: Whether the data is in files beside the recipe.
     """
 
-    def __init__(self, folder: Path, recipe: str) -> None:
+    def __init__(self, folder: Path, recipe: str, files: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.run, self.file = folder, folder / "run", folder / "recipe.yaml"
         self.output = folder.with_name(f"{folder.name}-output")
@@ -154,15 +155,19 @@ class Run:
         for section in (COMMON, RECIPES[recipe]):
             for key, value in section.items():
                 content[key] = {**content.get(key, {}), **value}
+        if files:
+            content["stream"]["tasks"] = [{"name": name, "path": str(folder / name)} for name in write_data(folder)]
         self.file.write_text(yaml.safe_dump(content))
 
-    def start(self, *arguments: str) -> Job:
-        """Start `cl-dist run` on the recipe."""
+    def start(self, *arguments: str, pipe: tuple[int, int] | None = None) -> Job:
+        """Start `cl-dist run` on the recipe; the first rank prints to the second end of `pipe`."""
         self.commands += 1
         output = self.output / str(self.commands)
         output.mkdir(parents=True, exist_ok=True)
         argv = ["run", str(self.file), *arguments]
         job = {"argv": argv, "folder": str(output), "world": WORLD, "fault": None, "port": free_port()}
+        if pipe is not None:
+            job |= {"output": pipe[1], "foreign": [pipe[0]]}
         return Job([fork_rank(job, rank) for rank in range(WORLD)], output)
 
     def finish(self, job: Job, outcome: Outcome, what: str) -> int:
@@ -211,6 +216,20 @@ class Run:
             return {"checkpoints": [], "completed": 0}
 
 
+def write_data(folder: Path) -> list[str]:
+    """Write files of two tasks; returns their names, which are those of their folders."""
+    directions = ("north", "south", "east", "west")
+    for shift, name in enumerate(("spring", "summer")):
+        (folder / name).mkdir(exist_ok=True)
+        for split, count in (("train", 8 * STEPS), ("test", 16)):
+            records = (
+                {"input": f"{name} {split} {number} where to", "output": directions[(number + shift) % 4]}
+                for number in range(count)
+            )
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return ["spring", "summer"]
+
+
 @dataclass
 class Scene:
     """A run at the moment of its fault."""
@@ -220,7 +239,11 @@ class Scene:
     random: random.Random
     outcome: Outcome
     backup: tuple[Path, bytes] | None = None
-    """A file as it was before it was damaged."""
+    """A file as it was before it was damaged or exchanged."""
+    pipe: tuple[int, int] | None = None
+    """What the first rank prints to, and this end of it."""
+    refusal: int | None = None
+    """The exit code that the resume must have before the file is put back; None: whether it refuses is left to it."""
 
 
 def kill_one_rank(scene: Scene) -> bool:
@@ -323,6 +346,59 @@ def problem_of_a_full_disk(code: int, texts: list[str]) -> str | None:
     return "a traceback on the full disk" if any("Traceback" in text for text in texts) else None
 
 
+def exchange_the_data(scene: Scene) -> bool:
+    """Everything is killed, and the answers of one file of the data are others."""
+    if not kill_all(scene):
+        return False
+    if not (scene.run.run / "manifest.json").exists():
+        scene.outcome.details.append("the run had not begun")
+        return False
+    file = scene.random.choice(sorted(scene.run.folder.glob("s*/*.jsonl")))
+    scene.backup, scene.refusal = (file, file.read_bytes()), 2
+    file.write_text(file.read_text().replace("north", "up").replace("south", "north").replace("up", "south"))
+    scene.outcome.details.append(f"exchanged {file.relative_to(scene.run.folder)}")
+    return True
+
+
+def close_the_pipe(scene: Scene) -> bool:
+    """Whoever reads what the run prints goes away (`| head`); every second time the run is asked to stop, too, as by
+    Ctrl-C, which ends `tee` first.
+    """
+    assert scene.pipe is not None
+    os.close(scene.pipe[0])
+    return _went_on(scene)
+
+
+def stop_the_reader(scene: Scene) -> bool:
+    """Whoever reads what the run prints reads no more (Ctrl-S): the pipe is full."""
+    assert scene.pipe is not None
+    os.set_blocking(scene.pipe[1], False)
+    for size in (1 << 16, 1):
+        with suppress(BlockingIOError):
+            while True:
+                os.write(scene.pipe[1], bytes(size))
+    os.set_blocking(scene.pipe[1], True)
+    return _went_on(scene)
+
+
+def print_to_a_full_disk(scene: Scene) -> bool:
+    """What the run prints goes to a file on a full disk, from the start."""
+    return _went_on(scene)
+
+
+def _went_on(scene: Scene) -> bool:
+    """Whether the run was under way; it has to come to its end, or to save where it was asked to stop."""
+    under_way, began = not scene.job.ended, bool(scene.run.events())
+    asked = scene.random.random() < 0.5
+    if asked:
+        scene.outcome.details.append("asked to stop")
+        scene.job.signal(signal.SIGTERM, *range(WORLD))
+    code = scene.run.finish(scene.job, scene.outcome, "the run")
+    problem = problem_of_a_stop(code, began) if asked else (f"it ended with exit code {code}" if code else None)
+    _noted(scene, code, problem)
+    return under_way
+
+
 def _noted(scene: Scene, code: int, problem: str | None) -> bool:
     """Note a problem; 0 is the exit code of a run that the fault did not reach."""
     if problem is not None:
@@ -367,7 +443,15 @@ FAULTS: dict[str, Fault] = {
     "file of a saved state deleted": delete_a_file,
     "disk full": fill_the_disk,
     "second job on the run folder": start_a_second_job,
+    "data replaced": exchange_the_data,
+    "pipe closed": close_the_pipe,
+    "reader stopped": stop_the_reader,
+    "stdout full": print_to_a_full_disk,
 }
+GROUPS = (tuple(FAULTS)[:9], tuple(FAULTS)[9:])
+"""The first runs take turns with the first faults, so that a number always means the same run."""
+RUNS_OF_EACH = 12
+PIPES = ("pipe closed", "reader stopped")
 OPTIONS: Mapping[str, tuple[str, ...]] = {"SIGSTOP of one rank": ("--set", f"launch.hang_seconds={HANG_SECONDS}")}
 """Arguments of the run that is hit."""
 DAMAGES = ("newest state truncated", "bit of the newest state flipped", "file of a saved state deleted")
@@ -377,7 +461,7 @@ DAMAGES = ("newest state truncated", "bit of the newest state flipped", "file of
 def main() -> None:
     """Run what is left of the campaign and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=108)
+    parser.add_argument("--runs", type=int, default=RUNS_OF_EACH * len(FAULTS))
     parser.add_argument("--only", type=int, nargs="+", help="numbers of single runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
@@ -389,6 +473,10 @@ def main() -> None:
     results = out / "results.jsonl"
     done = {outcome.number for outcome in read(results)}
     references = {name: reference(out / f"reference-{number}", name) for number, name in enumerate(RECIPES)}
+    references |= {
+        f"{name}, files": reference(out / f"reference-files-{number}", name, files=True)
+        for number, name in enumerate(RECIPES)
+    }
     for number in options.only or range(options.runs):
         if number not in done:
             outcome = hit(number, options.seed, out / f"run-{number:03d}", references)
@@ -417,9 +505,9 @@ def read(results: Path) -> list[Outcome]:
     return [Outcome(**json.loads(line)) for line in lines]
 
 
-def reference(folder: Path, recipe: str) -> Mapping[str, Any]:
+def reference(folder: Path, recipe: str, files: bool = False) -> Mapping[str, Any]:
     """The end of a run that nothing happens to, and its events."""
-    run = Run(folder, recipe)
+    run = Run(folder, recipe, files)
     if not (run.run / "metrics.json").exists():
         shutil.rmtree(run.run, ignore_errors=True)
         noted = Outcome(-1, "none", recipe, 0)
@@ -431,17 +519,27 @@ def reference(folder: Path, recipe: str) -> Mapping[str, Any]:
 def hit(number: int, seed: int, folder: Path, references: Mapping[str, Mapping[str, Any]]) -> Outcome:
     """One run, its fault, its resume and the verdict; again, with an earlier moment, where the fault missed it."""
     chance = random.Random(f"{seed}/{number}")
-    faults, recipes = list(FAULTS), list(RECIPES)
-    fault, recipe = faults[number % len(faults)], recipes[number // len(faults) % len(recipes)]
-    first, last = moments(fault, references[recipe]["events"])
+    fault, recipe = what_hits(number)
+    expected = references[f"{recipe}, files" if fault == "data replaced" else recipe]
+    first, last = moments(fault, expected["events"])
     events = chance.randint(first, last)
     for _ in range(HIT_ATTEMPTS):
         outcome = Outcome(number, fault, recipe, events)
-        attempt(outcome, chance, folder, references[recipe], last)
+        attempt(outcome, chance, folder, expected, last)
         if outcome.hit:
             break
         events = chance.randint(first, events)
     return outcome
+
+
+def what_hits(number: int) -> tuple[str, str]:
+    """Fault and recipe of a run: the faults of a group take turns, and at each turn the next recipe is hit."""
+    recipes = list(RECIPES)
+    for group in ([fault for fault in group if fault in FAULTS] for group in GROUPS):
+        if number < RUNS_OF_EACH * len(group):
+            return group[number % len(group)], recipes[number // len(group) % len(recipes)]
+        number -= RUNS_OF_EACH * len(group)
+    return what_hits(number)
 
 
 def moments(fault: str, events: list[str]) -> tuple[int, int]:
@@ -460,12 +558,18 @@ def attempt(outcome: Outcome, chance: random.Random, folder: Path, expected: Map
     folder.mkdir()
     if outcome.fault == "disk full":
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)], check=True)
-    run = Run(folder, outcome.recipe)
-    job = run.start(*OPTIONS.get(outcome.fault, ()))
+    run = Run(folder, outcome.recipe, files=outcome.fault == "data replaced")
+    pipe = os.pipe() if outcome.fault in PIPES else None
+    if outcome.fault == "stdout full":
+        pipe = (os.open(os.devnull, os.O_RDONLY), os.open("/dev/full", os.O_WRONLY))
+    job = run.start(*OPTIONS.get(outcome.fault, ()), pipe=pipe)
     wait_for_the_moment(run, job, outcome.events, last, chance.uniform(0, LONGEST_DELAY))
     outcome.after = (run.events() or [""])[-1]
-    scene = Scene(run, job, chance, outcome)
+    scene = Scene(run, job, chance, outcome, pipe=pipe)
     outcome.hit = FAULTS[outcome.fault](scene)
+    for descriptor in pipe or ():
+        with suppress(OSError):
+            os.close(descriptor)
     if outcome.verdict == "?":
         outcome.verdict = judge(scene, expected) if outcome.hit else "not hit"
     outcome.seconds = round(time.monotonic() - began, 1)
@@ -492,6 +596,8 @@ def judge(scene: Scene, expected: Mapping[str, Any]) -> str:
         code = run.finish(run.start(), scene.outcome, "started again, nothing was there yet")
     else:
         code = run.resume(scene.outcome)
+    if scene.refusal is not None and code != scene.refusal:
+        return f"the resume ended with exit code {code}, where {scene.refusal} is right"
     if code == 0:
         return compare(run, expected)
     if scene.backup is None:

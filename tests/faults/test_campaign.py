@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+
 import pytest
 
-from tests.faults.campaign import FAULTS, Outcome, moments, problem_of_a_full_disk, problem_of_a_stop, table
+from tests.faults.campaign import (
+    FAULTS,
+    RECIPES,
+    Outcome,
+    moments,
+    problem_of_a_full_disk,
+    problem_of_a_stop,
+    table,
+    what_hits,
+)
+from tests.ranks import REPOSITORY
 
 EVENTS = ["evaluation", "step", "step", "saved", "step", "evaluation", "evaluation"]
 SENTENCE = "cl-dist: error: no space left on the disk of run/manifest.json: nothing was replaced"
@@ -43,6 +56,17 @@ def test_the_end_after_a_sigterm(code: int, began: bool, right: bool) -> None:
 )
 def test_the_end_on_a_full_disk(code: int, texts: list[str], right: bool) -> None:
     assert (problem_of_a_full_disk(code, texts) is None) is right
+
+
+def test_every_fault_hits_every_recipe_equally_often() -> None:
+    runs = Counter(what_hits(number) for number in range(12 * len(FAULTS)))
+    assert runs == {(fault, recipe): 4 for fault in FAULTS for recipe in RECIPES}
+
+
+def test_a_number_means_the_same_run_as_ever() -> None:
+    lines = (REPOSITORY / "benchmarks" / "results" / "faults.jsonl").read_text().splitlines()
+    known = [Outcome(**json.loads(line)) for line in lines]
+    assert [what_hits(outcome.number) for outcome in known] == [(outcome.fault, outcome.recipe) for outcome in known]
 
 
 def test_a_run_that_was_not_hit_has_not_passed() -> None:
