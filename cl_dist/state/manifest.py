@@ -6,6 +6,7 @@ manifest says at which bytes of that file those begin that count.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -208,7 +209,10 @@ class Manifest:
     def with_score(self, task: int, score: float) -> Manifest:
         """The manifest with one more score of the row under way, which `append_score` puts on the disk."""
         row = self.row_under_way or (None,) * len(self.tasks)
-        return replace(self, row_under_way=(*row[:task], score, *row[task + 1 :]))
+        # Not `replace`: it would check the whole matrix for every score.
+        changed = copy.copy(self)
+        object.__setattr__(changed, "row_under_way", (*row[:task], score, *row[task + 1 :]))
+        return changed
 
     def append_score(self, path: Path, task: int, score: float) -> None:
         """Append the score of a task to the row under way, durably; `path` holds this manifest already."""
