@@ -6,6 +6,7 @@ manifest says at which bytes of that file those begin that count.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -222,8 +223,11 @@ class Manifest:
     def with_score(self, scored: TaskScored) -> Manifest:
         """The manifest with one more score of the row under way, which `append_score` puts on the disk."""
         row, task = self.row_under_way or (None,) * len(self.tasks), scored.task
-        scoring = {**self.scoring, self.tasks[task]: scored.how}
-        return replace(self, row_under_way=(*row[:task], scored.score, *row[task + 1 :]), scoring=scoring)
+        # Not `replace`: it would check the whole matrix for every score.
+        changed = copy.copy(self)
+        object.__setattr__(changed, "row_under_way", (*row[:task], scored.score, *row[task + 1 :]))
+        object.__setattr__(changed, "scoring", {**self.scoring, self.tasks[task]: scored.how})
+        return changed
 
     def append_score(self, path: Path, scored: TaskScored) -> None:
         """Append the score of a task to the row under way, durably; `path` holds this manifest already."""
