@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cl_dist.config.schema import Recipe
+from cl_dist.config.yaml_text import parse_yaml
 from cl_dist.errors import BadInput
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
@@ -20,14 +20,14 @@ def stored_recipe(path: Path) -> Recipe:
     Raises `BadInput` where the file is missing or damaged.
     """
     try:
-        return _RECIPE.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return _RECIPE.validate_python(parse_yaml(path.read_text(encoding="utf-8"), path.name))
     except FileNotFoundError as error:
         raise BadInput(f"--resume: {path} is missing, so the recipe cannot be compared") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "recipe"
         raise BadInput(f"{path} is damaged: {where}: {first['msg']}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, BadInput) as error:
         raise BadInput(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
