@@ -161,6 +161,16 @@ def test_changed_settings_of_plain_dicts() -> None:
     assert changed_settings(old, old) == []
 
 
+def test_a_path_that_leaves_the_files_below_it_no_room_is_refused(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["a" * 100] * 36)
+    with pytest.raises(
+        BadInput, match=r"^output_dir .* is a path of \d+ bytes; allowed: at most 3500, since files below"
+    ):
+        preflight(deep, RECIPE, resume=False, fresh=False)
+    assert not (tmp_path / ("a" * 100)).exists()
+    preflight(deep.parents[4], RECIPE, resume=False, fresh=False)
+
+
 def test_raw_settings_of_the_shards_may_differ_on_resume_and_no_others() -> None:
     """They say how the work is done, as the stage does, and some are for one stage only."""
     none: dict[str, Any] = {"zero": {"deepspeed": {}}}
