@@ -34,7 +34,7 @@ def refusing(what: str) -> Iterator[None]:
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
         raise BadInput(f"{what}: {error.strerror}: {show_path(path)}; give another path") from error
     except UnicodeError as error:
-        raise BadInput(f"{what}: holds text that is not Unicode ({error.reason}); allowed: UTF-8") from error
+        raise BadInput(f"{what}: holds text that is not UTF-8") from error
     except RecursionError as error:
         raise BadInput(f"{what}: nested too deeply") from error
     except (OverflowError, MemoryError) as error:

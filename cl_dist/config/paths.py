@@ -4,10 +4,12 @@ from.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from cl_dist.config.files import expand, is_there
+from cl_dist.config.files import expand, is_folder, is_there
 from cl_dist.config.schema import Recipe, StreamConfig
 from cl_dist.errors import BadInput
 
@@ -26,11 +28,14 @@ def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Rec
     if stream.root is None and stream.instruction_file is None and not any(task.path for task in stream.tasks):
         return recipe
     root = (Path.cwd() if typed_root and stream.root else folder) / expand(stream.root or "", "stream.root")
+    with _naming("stream.root"):
+        has_root = is_there(root)
+    starts = (root if has_root else None, folder)
     tasks = tuple(
-        replace(task, path=_beside(task.path, root, folder, f"stream.tasks.{number}.path"))
+        replace(task, path=_beside(task.path, *starts, f"stream.tasks.{number}.path"))
         for number, task in enumerate(stream.tasks)
     )
-    instructions = _beside(stream.instruction_file, root, folder, "stream.instruction_file")
+    instructions = _beside(stream.instruction_file, *starts, "stream.instruction_file")
     resolved = replace(stream, root=str(root), tasks=tasks, instruction_file=instructions)
     if not _starts_from_root(resolved):
         if stream.root is not None:
@@ -55,7 +60,8 @@ def _resolve_include_path(recipe: Recipe, folder: Path) -> Recipe:
     if general is None or general.include_path is None:
         return recipe
     path = expand(general.include_path, "eval.general.include_path")
-    found = next((base / path for base in (folder, Path.cwd()) if is_there(base / path)), folder / path)
+    with _naming("eval.general.include_path"):
+        found = next((base / path for base in (folder, Path.cwd()) if is_there(base / path)), folder / path)
     return replace(recipe, eval=replace(recipe.eval, general=replace(general, include_path=str(found.absolute()))))
 
 
@@ -65,7 +71,8 @@ def _resolve_rouge_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
     if written is None:
         return recipe
     path = expand(written, "eval.rouge_tokenizer_path")
-    found = next((base / path for base in (folder, Path.cwd()) if (base / path).is_dir()), None)
+    with _naming("eval.rouge_tokenizer_path"):
+        found = next((base / path for base in (folder, Path.cwd()) if is_folder(base / path)), None)
     if found is None:
         return recipe
     return replace(recipe, eval=replace(recipe.eval, rouge_tokenizer_path=str(found.absolute())))
@@ -76,13 +83,22 @@ def _at_home(written: str, setting: str) -> str:
     return str(expand(written, setting)) if written.startswith("~") else written
 
 
-def _beside(written: str | None, root: Path, folder: Path, setting: str) -> str | None:
+def _beside(written: str | None, root: Path | None, folder: Path, setting: str) -> str | None:
     """A path that is found in the recipe's folder and not below the root as an absolute one, any other as written but
     for its `~`. Where there is no root as yet, none is found elsewhere in its place.
     """
     if written is None:
         return None
     path = expand(written, setting)
-    if is_there(root / path) or not is_there(root) or not is_there(folder / path):
-        return _at_home(written, setting)
-    return str(folder / path)
+    with _naming(setting):
+        beside = root is not None and not is_there(root / path) and is_there(folder / path)
+    return str(folder / path) if beside else _at_home(written, setting)
+
+
+@contextmanager
+def _naming(setting: str) -> Iterator[None]:
+    """Let a message about a path begin with the setting that holds it."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{setting}: {error}") from error

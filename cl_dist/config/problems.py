@@ -93,7 +93,7 @@ def _method_sentence(key: str, entry: Any) -> str:
 def _allowed(known: str, value: Any) -> str:
     allowed = _settings()[known].allowed
     if isinstance(value, int | float) and abs(value) > MOST_INT:
-        allowed += f" (and never above {MOST_INT if 'whole' in allowed else MOST_FLOAT:g})"
+        allowed += f" (and never above {MOST_INT if 'whole' in allowed else MOST_FLOAT})"
     unquoted = "a text" in allowed or "a list of texts" in allowed
     if unquoted and isinstance(value, bool | int | float):
         return f"{allowed} (in quotes it is a text)"

@@ -39,6 +39,9 @@ FREE_SETTINGS = (
 """Settings that may differ on resume: they change how a run is done, not what a healthy step does (`elastic` keeps
 the product of micro_batch_size, gradient_accumulation and ranks)."""
 
+LONGEST_PATH = 3500
+"""Bytes: Linux opens no path of more than 4096, and a run's own files lie up to four folders deeper."""
+
 _SHOWN_DIFFERENCES = 8
 _POSITION = re.compile(r"\[\d+\]")
 
@@ -119,7 +122,13 @@ def _unused(output_dir: Path, stamp: str) -> Path:
 
 
 def _require_folder(output_dir: Path) -> None:
-    """Make the folder; `BadInput` where that is impossible."""
+    """Make the folder; `BadInput` where that is impossible, or leaves the files below it no room for their names."""
+    length = len(os.fsencode(output_dir.absolute()))
+    if length > LONGEST_PATH:
+        raise BadInput(
+            f"output_dir {show_path(output_dir)} is a path of {length} bytes; allowed: at most {LONGEST_PATH}, since "
+            "files below it have longer ones"
+        )
     if os.path.exists(output_dir) and not os.path.isdir(output_dir):
         kind = "a file" if output_dir.is_file() else "no folder"
         raise BadInput(f"output_dir {output_dir} is {kind}; it must be a folder, or a path that is free")

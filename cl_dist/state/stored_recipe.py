@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cl_dist.config.schema import Recipe
+from cl_dist.config.yaml_text import parse_yaml
 from cl_dist.errors import BadInput
 from cl_dist.state.integrity import CheckpointDamaged, StateUnusable
 from cl_dist.state.stored_json import first_problem, read_stored
@@ -22,14 +22,14 @@ def stored_recipe(path: Path) -> Recipe:
     Raises `BadInput` where the file is missing or damaged.
     """
     try:
-        return _RECIPE.validate_python(yaml.safe_load(read_stored(path).decode("utf-8")))
+        return _RECIPE.validate_python(parse_yaml(read_stored(path).decode("utf-8"), path.name))
     except CheckpointDamaged as error:
         raise BadInput(f"--resume: {error}, so the recipe cannot be compared") from error
     except StateUnusable as error:
         raise BadInput(str(error)) from error
     except ValidationError as error:
         raise BadInput(f"{path} is damaged: {first_problem(error, 'recipe')}") from error
-    except (ValueError, RecursionError, OverflowError, yaml.YAMLError) as error:
+    except (ValueError, BadInput) as error:
         raise BadInput(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 

@@ -127,10 +127,11 @@ class Hang(BaseException):
 
 def keys() -> list[str]:
     """Dotted keys of every setting, as `--set` takes them; those of methods behind `method.`."""
-    return [_typed(setting) for setting in settings_of(Recipe)]
+    return [typed(setting) for setting in settings_of(Recipe)]
 
 
-def _typed(setting: Setting) -> str:
+def typed(setting: Setting) -> str:
+    """A setting's key as `--set` takes it."""
     key = setting.key.replace("tasks[].", "tasks.1.").replace("[]", "")
     return f"method.{key.partition(').')[2]}" if key.startswith("method(") else key
 
@@ -219,14 +220,15 @@ BY_KIND = {
 """Values that a setting may well have, by the words of its description."""
 
 
-def _fitting(allowed: str) -> list[str]:
+def fitting(allowed: str) -> list[str]:
+    """Values that a setting may well have, by the words that describe it."""
     fitting = [value for kind, values in BY_KIND.items() if kind in allowed for value in values]
     return [*fitting, *(word for word in allowed.split(", ") if " " not in word)]
 
 
 KEYS = [*keys(), *raw_deepspeed()]
 FITTING: dict[str, list[str]] = {key: ["1", "true", "cpu", "fp32", "{}", "5e8"] for key in KEYS} | {
-    _typed(setting): _fitting(setting.allowed) for setting in settings_of(Recipe)
+    typed(setting): fitting(setting.allowed) for setting in settings_of(Recipe)
 }
 WORDS = sorted({word for setting in settings_of(Recipe) for word in setting.allowed.split(", ") if " " not in word})
 
@@ -293,7 +295,7 @@ def _judge(mutant: Mutant, folder: Path) -> Outcome:
     recipe, recipe_dir = load_recipe(name, mutant.changes)
     recipe = resolve_order(recipe, recipe_dir)
     run_command._check(recipe, recipe_dir, False, False, True)
-    problem = _unused(mutant, recipe, folder)
+    problem = unused(mutant, recipe, folder)
     return Outcome("accepted") if problem is None else Outcome("ignored", problem)
 
 
@@ -312,7 +314,7 @@ RESOLVED = ("stream.root", "stream.instruction_file", "output_dir", "eval.genera
 """Paths, which come out absolute."""
 
 
-def _unused(mutant: Mutant, recipe: Recipe, folder: Path) -> str | None:
+def unused(mutant: Mutant, recipe: Recipe, folder: Path) -> str | None:
     """What of an accepted mutant is not in the recipe that would be run and kept; None: all of it is."""
     written = folder / "written.yaml"
     written.write_text(dump_recipe(recipe), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import KeysView
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -147,3 +148,22 @@ def test_gradients_of_bfloat16_are_not_added_up_in_float32_at_stage_0() -> None:
         load_recipe("quickstart", changes)
     for good in ("train.dtype=float32", "zero.stage=1"):
         load_recipe("quickstart", [*changes, good])
+
+
+def test_the_page_lists_every_setting_as_it_is_checked() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "deepspeed.md").read_text(encoding="utf-8")
+    for row in [*allowed_rows(), *refused_rows()]:
+        assert row in page.splitlines()
+    assert page.count("\n| `") == len(ALLOWED) + len(REFUSED)
+
+
+def allowed_rows() -> list[str]:
+    """`| setting | values | stages |`."""
+    return [
+        f"| `{key}` | {setting.words} | {', '.join(map(str, setting.stages))} |" for key, setting in ALLOWED.items()
+    ]
+
+
+def refused_rows() -> list[str]:
+    """`| setting | why not |`."""
+    return [f"| `{key}` | {why} |" for key, why in REFUSED.items()]

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from tests.config.fuzz import LONG_ALIASES, MERGES, RECIPE, Mutant, judge, mutants, playground
+from cl_dist.config.fields import settings_of
+from cl_dist.config.load import load_recipe
+from cl_dist.config.schema import Recipe
+from tests.config.fuzz import LONG_ALIASES, MERGES, RECIPE, Mutant, fitting, judge, mutants, playground, typed, unused
 
-EXAMPLES = 600
+EXAMPLES = 300
 
 KNOWN = [
     'model.name_or_path="\\ud800"', 'output_dir="a\\0b"', "stream.tasks.1.path=fifo", "stream.tasks.1.path=/dev/zero",
@@ -41,6 +44,7 @@ def test_what_once_broke_the_pre_flight_is_refused(change: str, folder: Path) ->
 def test_a_text_that_multiplies_itself_is_refused(bomb: str, folder: Path) -> None:
     outcome = judge(Mutant((bomb + RECIPE).encode()), folder)
     assert outcome.kind == "refused", outcome
+    assert ("unknown key" if bomb == MERGES else "counting each use of an alias") in outcome.detail
 
 
 def test_a_recipe_that_is_a_pipe_a_device_or_huge_is_refused(folder: Path) -> None:
@@ -57,6 +61,36 @@ def test_the_judge_sees_what_is_wrong(folder: Path) -> None:
     """A recipe that is fine, with a home folder of its own, and one that is not."""
     assert judge(Mutant(RECIPE.encode(), ("output_dir=~/x", "train.epochs=3")), folder).kind == "accepted"
     assert judge(Mutant(RECIPE.encode(), ("train.epochs=0",)), folder).kind == "refused"
+
+
+@pytest.mark.parametrize("change", ["train.epochs=3", "stream.tasks.1.name=x", "method.name=ewc", "zero.offload=true"])
+def test_the_judge_sees_a_setting_that_is_not_used(change: str, folder: Path) -> None:
+    (folder / "mine.yaml").write_text(RECIPE, encoding="utf-8")
+    other, _ = load_recipe("mine.yaml")
+    said = unused(Mutant(RECIPE.encode(), (change,)), other, folder)
+    assert said is not None
+    assert said.startswith(change.partition("=")[0].replace("method.", "method.0."))
+
+
+def test_every_setting_takes_every_plausible_value_or_refuses_it(folder: Path) -> None:
+    outcomes = {mutant: judge(mutant, folder) for mutant in single_changes()}
+    assert [(mutant.changes, outcome) for mutant, outcome in outcomes.items() if not outcome.good] == []
+    accepted = {key(mutant) for mutant, outcome in outcomes.items() if outcome.kind == "accepted"}
+    assert len(accepted) > 0.8 * len({key(mutant) for mutant in outcomes})  # the others need a second setting
+
+
+def key(mutant: Mutant) -> str:
+    """The setting that a mutant is about."""
+    return mutant.changes[-1].partition("=")[0]
+
+
+def single_changes() -> Iterator[Mutant]:
+    """Every setting of the schema alone, behind the method that has it."""
+    for setting in settings_of(Recipe):
+        method = setting.key.removeprefix("method(").partition(")")[0] if setting.key.startswith("method(") else None
+        before = () if method is None else ("model.lora={r: 2}", f"method={{name: {method}}}")
+        for value in fitting(setting.allowed):
+            yield Mutant(RECIPE.encode(), (*before, f"{typed(setting)}={value}"))
 
 
 @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))

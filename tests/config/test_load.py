@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes, to_dict
 from cl_dist.config.methods import MiguConfig, SequentialConfig
+from cl_dist.config.problems import describe_problems
+from cl_dist.config.schema import Recipe
 from cl_dist.config.yaml_text import render_yaml
 from cl_dist.errors import BadInput
 from cl_dist.tasks.orders import resolve_order
@@ -170,3 +174,74 @@ def test_a_folder_with_a_tokenizer_lies_beside_the_recipe(tmp_path: Path) -> Non
         settings = {"rouge_tokenizer": "xlingual", "rouge_tokenizer_path": written}
         recipe, _ = load_recipe(write(tmp_path / "mine.yaml", {**minimal(), "eval": settings}))
         assert recipe.eval.rouge_tokenizer_path == found
+
+
+def test_what_is_wrong_with_a_recipe_as_a_whole_is_one_sentence() -> None:
+    with pytest.raises(ValidationError) as error:
+        TypeAdapter(Recipe).validate_json("{")
+    assert describe_problems(error.value)[0].startswith("recipe: Invalid JSON")
+
+
+def test_of_very_many_problems_the_first_ten_are_told(tmp_path: Path) -> None:
+    data = {**minimal(), "train": {f"x{number}{'y' * 1000}": 1 for number in range(30)}}
+    with pytest.raises(BadInput) as error:
+        load_recipe(write(tmp_path / "mine.yaml", data))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "and 20 more problems"
+    assert all(len(line) < 600 for line in lines)
+
+
+def test_numbers_and_waits_that_no_machine_takes_are_refused() -> None:
+    for setting, message in {
+        "train.epochs=2147483648": "at least 1 (and never above 2147483647)",
+        "train.learning_rate=1e308": "above 0 (and never above 1e+30)",
+        "train.eps=1e-320": "a number, at least 1e-30",
+        "launch.timeout_seconds=1e308": "a number, at least 0.1, at most 31536000",
+        "launch.hang_seconds=1e308": "a number, at least 0.1, at most 31536000",
+        "checkpoint.every_minutes=1e308": "a number, above 0, at most 525600",
+        "stream.max_train_samples=99999999999999999999": "(and never above 2147483647)",
+    }.items():
+        with pytest.raises(BadInput) as error:
+            load_recipe("quickstart", [setting])
+        assert message in str(error.value)
+
+
+class TestHome:
+    """`~` is the home folder in every path of a recipe; a user that is not there is named."""
+
+    KEYS = ("output_dir", "stream.root", "stream.instruction_file", "stream.tasks.0.path", "eval.general.include_path")
+
+    def load(self, key: str, path: str, folder: Path) -> Recipe:
+        data = {**minimal(), "stream": {"tasks": [{"name": "t", "format": "cl_benchmark"}]}}
+        data["eval"] = {"general": {"tasks": ["hellaswag"]}}
+        return load_recipe(write(folder / "mine.yaml", data), [f"{key}={path}"])[0]
+
+    def value(self, recipe: Recipe, key: str) -> Any:
+        value: Any = to_dict(recipe)
+        for part in key.split("."):
+            value = value[int(part)] if part.isdecimal() else value[part]
+        return value
+
+    @pytest.mark.parametrize("key", KEYS)
+    def test_it_is_put_in(self, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        assert self.value(self.load(key, "~/x", tmp_path), key) == str(tmp_path / "home" / "x")
+        assert self.value(self.load("output_dir", "a~/x", tmp_path), "output_dir") == "a~/x"
+
+    @pytest.mark.parametrize("key", KEYS)
+    def test_an_unknown_user_is_refused(self, key: str, tmp_path: Path) -> None:
+        with pytest.raises(BadInput, match=f"^{key}: ~no_such_user/x: no home folder of a user 'no_such_user'"):
+            self.load(key, "~no_such_user/x", tmp_path)
+
+    @pytest.mark.parametrize("key", KEYS[1:])
+    def test_a_name_that_is_too_long_is_told_with_its_setting(self, key: str, tmp_path: Path) -> None:
+        with pytest.raises(BadInput, match=f"^{key}: the path .*aaa.* cannot be used: File name too long"):
+            self.load(key, "a" * 300, tmp_path)
+
+
+def test_a_folder_whose_name_is_no_text_cannot_be_written_down(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"d\xff")
+    file = write(folder / "mine.yaml", {**minimal(), "stream": {"root": "data", "tasks": [{"name": "t"}]}})
+    with pytest.raises(BadInput, match=r"^recipe: the path .*d\\udcff is not UTF-8 text"):
+        load_recipe(file)

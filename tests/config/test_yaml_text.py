@@ -80,6 +80,49 @@ def test_an_alias_that_multiplies_itself_is_refused() -> None:
         parse_yaml("\n".join(lines), "recipe.yaml")
 
 
+def test_merged_keys_are_counted_too() -> None:
+    keys = ", ".join(f"k{number}: 1" for number in range(1000))
+    with pytest.raises(BadInput, match="more than 100000 values"):  # a thousand equal ones two hundred times
+        parse_yaml(f"a: &a {{{keys}}}\nb: {{<<: [{', '.join(['*a'] * 200)}]}}", "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a: &a {x: 1, y: 2}\nb: &b {y: 3, z: 4}\nc: {<<: [*a, *b], w: 5}", {"x": 1, "y": 2, "z": 4, "w": 5}),
+        ("a: &a {x: 1}\nc: {x: 2, <<: *a}", {"x": 2}),
+        ("a: &a {x: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: *b}", {"x": 1, "y": 2}),
+        ("a: &a {x: 1}\nc: {<<: *a, <<: {x: 2, y: 3}}", {"x": 1, "y": 3}),
+    ],
+)
+def test_of_several_merged_mappings_the_first_one_counts(text: str, value: dict[str, int]) -> None:
+    assert parse_yaml(text, "recipe.yaml")["c"] == value
+    if text.count("<<") < 2:
+        assert yaml.safe_load(text)["c"] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('a: "\\ud800"', "line 1: \\ud800 is not usable as a text"),
+        ('a: "x\\0"', "line 1: x\\0 is not usable as a text"),
+        ('"\\udfff": 1', "line 1: \\udfff is not usable as a text"),
+        ("a: 0x" + "f" * 5000, "is not usable as a whole number"),
+        ("a: {<<: 3}", "line 1: expected a mapping or list of mappings for merging"),
+        ("[" * 60 + "]" * 60, "nested too deeply"),
+        ("a: " + "x" * 2**20, "characters; allowed: at most 1048576"),
+        ("? " + "x" * 10000 + "\n: 1\n? " + "x" * 10000 + "\n: 2", "xxx... is given twice"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_what_no_file_system_or_terminal_takes_is_refused(text: str, message: str) -> None:
+    with pytest.raises(BadInput) as error:
+        parse_yaml(text, "recipe.yaml")
+    assert message in str(error.value)
+    assert len(str(error.value)) < 400
+    str(error.value).encode("utf-8")
+
+
 def test_aliases_are_copies_and_merged_keys_can_be_given_again() -> None:
     data = parse_yaml("a: &a {x: 1, y: [2]}\nb: *a\nc: {<<: *a, x: 3}", "recipe.yaml")
     assert data["c"] == {"x": 3, "y": [2]}

@@ -161,6 +161,16 @@ def test_changed_settings_of_plain_dicts() -> None:
     assert changed_settings(old, old) == []
 
 
+def test_a_path_that_leaves_the_files_below_it_no_room_is_refused(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["a" * 100] * 36)
+    with pytest.raises(
+        BadInput, match=r"^output_dir .* is a path of \d+ bytes; allowed: at most 3500, since files below"
+    ):
+        preflight(deep, RECIPE, resume=False, fresh=False)
+    assert not (tmp_path / ("a" * 100)).exists()
+    preflight(deep.parents[4], RECIPE, resume=False, fresh=False)
+
+
 def test_raw_settings_of_the_shards_may_differ_on_resume_and_no_others() -> None:
     """They say how the work is done, as the stage does, and some are for one stage only."""
     none: dict[str, Any] = {"zero": {"deepspeed": {}}}
@@ -265,8 +275,8 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], str, str]] = [
     (someones_folder, "resume", r"holds thesis\.tex but no manifest\.json, so it is not a run folder"),
     (someones_config, "", r"holds config\.yaml but no manifest\.json, so it is not a run folder"),
     (run_without_config, "resume", r"--resume: .*config\.yaml is missing, so the recipe cannot be compared"),
-    (damaged_config, "resume", r"config\.yaml is damaged: while parsing"),
-    (config_with_tag, "resume", r"config\.yaml is damaged: could not determine a constructor for the tag"),
+    (damaged_config, "resume", r"config\.yaml is damaged: config\.yaml, line 1: expected the node content"),
+    (config_with_tag, "resume", r"config\.yaml is damaged: config\.yaml, line 1: the tag .* is not allowed"),
     (config_of_newer_release, "resume", r"config\.yaml is damaged: telescope: Unexpected keyword argument"),
     (config_is_a_list, "resume", r"config\.yaml is damaged: recipe: "),
     (binary_config, "resume", r"config\.yaml is damaged: "),
