@@ -12,6 +12,7 @@ import pytest
 from cl_dist.cli.parser import build_parser
 from cl_dist.config.fields import method_classes
 from cl_dist.config.load import load_recipe, shipped_recipes
+from cl_dist.config.methods import OLoraConfig
 from cl_dist.config.schema import Recipe
 from cl_dist.sweep.grid import Request, build_grid
 from cl_dist.tasks.orders import resolve_order
@@ -89,3 +90,22 @@ def test_an_end_task_starts_from_what_pre_training_leaves() -> None:
     assert model.parts[-2:] == (f"{last:02}-{first.stream.tasks[-1].name}", "model")
     assert (second.model.objective, second.method[0].name) == ("classification", "sequential")
     assert second.train.micro_batch_size * second.train.gradient_accumulation * second.launch.processes == 16
+
+
+def test_olora_has_the_values_of_its_script_for_every_task() -> None:
+    """cmnfriend/O-LoRA scripts/long.sh, in its order."""
+    (line,) = (line for line in COMMANDS if "--out sweeps/L1-long" in line)
+    parsed = build_parser().parse_args(shlex.split(line)[1:])
+    request = Request(
+        recipe=parsed.recipe, changes=parsed.changes, methods=parsed.methods, orders=parsed.orders,
+        seeds=parsed.seeds, out=parsed.out, method_changes=parsed.method_changes,
+    )  # fmt: skip
+    (cell,) = build_grid(request).cells
+    (method,) = cell.recipe.method
+    assert isinstance(method, OLoraConfig)
+    own = [(task.name, method.for_task(task.name), task.epochs or 1) for task in cell.recipe.stream.tasks]
+    assert [(name, each.lambda1, each.lambda2, epochs) for name, each, epochs in own] == [
+        ("yelp", 0, 0, 1), ("amazon", 0.5, 0, 1), ("mnli", 0.5, 0, 2), ("cb", 0.5, 0, 1), ("copa", 0.5, 0.1, 1),
+        ("qqp", 0.5, 0.1, 1), ("rte", 0.5, 0.3, 1), ("imdb", 0.5, 0, 1), ("sst-2", 0.5, 0.1, 1), ("dbpedia", 5, 0, 1),
+        ("agnews", 5, 0, 1), ("yahoo", 5, 0.1, 1), ("multirc", 5, 0, 1), ("boolqa", 5, 0.1, 1), ("wic", 5, 0.3, 1),
+    ]  # fmt: skip

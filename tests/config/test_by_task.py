@@ -124,6 +124,12 @@ def test_what_may_differ_is_a_setting() -> None:
     assert "tau" in KifConfig.VARIED
 
 
+@pytest.mark.parametrize("name", [name for name, cls in method_classes().items() if issubclass(cls, VariedConfig)])
+def test_every_such_method_checks_them(name: str) -> None:
+    with pytest.raises(BadInput, match=r"method\.by_task\.copa\.nope: unknown key"):
+        load(f"method={{name: {name}, by_task: {{copa: {{nope: 1}}}}}}")
+
+
 def test_epochs_of_the_tasks_that_an_order_names() -> None:
     tasks = load("stream.epochs_by_task={mnli: 2}", "method.name=olora").stream.tasks
     assert {task.name: task.epochs for task in tasks if task.epochs} == {"mnli": 2}

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.distributed.chosen import Reports, parameters, run_chosen
 
-WORLDS = (1, 2)
 CASES: list[dict[str, Any]] = [
     {"stage": 0, "units": "row", "order": "first"},
     {"stage": 1, "units": "rank", "order": "mixed", "accumulation": 2, "orthogonal": 0.1},
@@ -29,15 +28,13 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def reports() -> dict[int, list[dict[str, float]]]:
-    """Every case at every world size; the ranks of a world are started once."""
-    job = "tests.distributed.recurrent_jobs:run_cases"
-    return {world: run_ranks(job, world, {"cases": CASES}, timeout=600)[0] for world in WORLDS}
+def reports(request: pytest.FixtureRequest) -> Reports:
+    """See `run_chosen`."""
+    return run_chosen(request, "tests.distributed.recurrent_jobs:run_cases", CASES)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda number: "-".join(map(str, CASES[number].values())))
-def test_equals_the_dense_oracle(reports: dict[int, list[dict[str, float]]], world: int, case: int) -> None:
+@pytest.mark.parametrize(("case", "world"), parameters(CASES))
+def test_equals_the_dense_oracle(reports: Reports, world: int, case: int) -> None:
     report, settings = reports[world][case], CASES[case]
     assert report["left"] == 0.0, "the next task's importance does not start at zero"
     assert report["shares"] == 0.0, "the first task was fused"

@@ -92,6 +92,15 @@ def test_killed_and_resumed(
 
 
 RECURRENT = {"name": "recurrent_kif", "inner_steps": 2, "outer_steps": 1, "replay_ratio": 0.25}
+AS_PUBLISHED = {
+    "importance_at": "after_update", "empty_inner_scores": True, "schedule_over": "inner_steps",
+    "outer_loss_weight": 0.25, "by_task": {"summer": {"weight_neither": 0.4, "beta1": 0.5}},
+}  # fmt: skip
+LATE = {
+    "importance_at": "after_update",
+    "importance_from_step": 2,
+    "by_task": {"summer": {"tau": 0.5, "order": "first"}},
+}
 """Two cycles of three steps; the last checkpoint before the second one's fusion lies after its first step."""
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -101,12 +110,17 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], int, int]] = {
         2,
     ),
     "zero3-keep-replay": (
-        {"zero": {"stage": 3}, "train": {"keep_optimizer": True}, "method": {"replay_ratio": 0.25}},
+        {"zero": {"stage": 3}, "train": {"keep_optimizer": True}, "method": {"replay_ratio": 0.25, **LATE}},
         STEPS + 1,
         2,
     ),
     "zero1-offload-tasl": ({"zero": {"stage": 1, "offload": True}, "method": {"name": "tasl"}}, STEPS, 2),
     "zero2-recurrent": ({"method": RECURRENT, "checkpoint": {"every_steps": 4}}, STEPS + 2, 70),
+    "zero2-recurrent-as-published": (
+        {"method": {**RECURRENT, **AS_PUBLISHED}, "checkpoint": {"every_steps": 4}, "train": {"schedule": "linear"}},
+        STEPS + 2,
+        70,
+    ),
 }
 """What is changed, the second task's steps, and which call of the fusion's arithmetic is the last one."""
 

@@ -38,12 +38,18 @@ def threshold(importance: Importance, shards: ShardView, percent: float, device:
             for _, scores in importance.element_scores(name):
                 yield scores.view(torch.int64)  # scores are not negative, and such floats are ordered as their bits are
 
-    return _to_float(select(keys, rank, shards, device))
+    return _to_float(select(keys, rank, lambda counts: shards.sum_over_ranks(counts.to(device)).cpu()))
 
 
-def select(keys: Callable[[], Iterator[torch.Tensor]], rank: int, shards: ShardView, device: torch.device) -> int:
-    """The key that has `rank` keys before it in ascending order, of all ranks' int64 keys, none of which is negative
-    (collective; radix selection).
+def select(
+    keys: Callable[[], Iterator[torch.Tensor]], rank: int, over_ranks: Callable[[torch.Tensor], torch.Tensor]
+) -> int:
+    """The key that has `rank` keys before it in ascending order, of all ranks' keys (radix selection).
+
+    Args:
+        keys: Gives this rank's keys, `(n,)` int64 and none of them negative, in chunks; asked once for every digit.
+        rank: From 0.
+        over_ranks: Adds counts up over the ranks.
     """
     prefix = 0
     for shift in range(64 - DIGIT, -1, -DIGIT):
@@ -52,7 +58,7 @@ def select(keys: Callable[[], Iterator[torch.Tensor]], rank: int, shards: ShardV
             upper = chunk >> (shift + DIGIT) if shift + DIGIT < 64 else torch.zeros_like(chunk)
             digits = (chunk[upper == prefix] >> shift) & ((1 << DIGIT) - 1)
             counts += torch.bincount(digits, minlength=1 << DIGIT).cpu()
-        before = shards.sum_over_ranks(counts.to(device)).cpu().cumsum(0)
+        before = over_ranks(counts).cumsum(0)
         digit = int((before <= rank).sum())
         rank -= int(before[digit - 1]) if digit else 0
         prefix = prefix << DIGIT | digit
