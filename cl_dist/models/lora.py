@@ -96,8 +96,8 @@ def _check_readable(model: PeftModel) -> None:
         paths = (name.partition(".lora_")[0].split(".") for name in lost)
         modules = ", ".join(sorted({".".join(path[-2:]) for path in paths}))
         raise BadInput(
-            f"model.lora.target_modules: peft would not load adapters on {modules} of {type(base_model(model)).__name__}"
-            " again, because it looks for them under another name; allowed are the other linear layers"
+            f"model.lora.target_modules: peft would not load adapters on {modules} of {model.config.model_type} again, "
+            "because it looks for them under another name; allowed are the other linear layers"
         )
 
 
