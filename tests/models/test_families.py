@@ -87,9 +87,9 @@ def test_layers_that_adapters_would_not_reach_are_left_out_or_refused(
     assert {name.split(".lora_")[0].split(".")[-1] for name, _ in model.named_parameters() if ".lora_" in name} == {
         "in_proj"
     }
-    assert [message.partition(", which")[0] for message in caplog.messages] == [
+    assert caplog.messages[-1].startswith(
         "model.lora.target_modules: all-linear leaves out x_proj, dt_proj, out_proj of MambaForCausalLM"
-    ]
+    )
     with pytest.raises(BadInput, match=r"^model\.lora\.target_modules: .*dt_proj of MambaForCausalLM cannot have"):
         adapted(zoo, "Mamba", "dt_proj")
 

@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    NystromformerConfig,
+    NystromformerForMaskedLM,
+)
 
 from cl_dist.config.schema import LoraConfig
 from cl_dist.models.lora import add_lora
@@ -41,14 +49,18 @@ def test_a_configuration_says_where_its_positions_end(config: dict[str, Any], ex
     assert configured_positions(config) == expected
 
 
-def tiny_gpt2(positions: int = 48) -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=90, n_embd=8, n_layer=1, n_head=2, n_positions=positions))
+class OwnConfig(GPT2Config):
+    """As of a model whose code comes with it: a type that nobody knows."""
+
+    model_type = "own"
+
+
+def tiny_gpt2(config: type[GPT2Config] = GPT2Config) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(config(vocab_size=90, n_embd=8, n_layer=1, n_head=2, n_positions=48))
 
 
 def test_a_table_of_no_telling_name_is_told_by_its_size() -> None:
-    """As in a model whose code comes with it: a model type and a name that nobody knows."""
-    model = tiny_gpt2()
-    model.config.model_type = "own"
+    model = tiny_gpt2(OwnConfig)
     model.transformer.where = model.transformer.wpe
     del model.transformer.wpe
     assert longest_inputs(model) == Positions(48)
@@ -71,6 +83,20 @@ def test_the_halves_of_an_encoder_decoder_have_tables_of_their_own() -> None:
     assert longest_inputs(model) == Positions(64, 64)
     model.model.decoder.embed_positions = type(model.model.decoder.embed_positions)(20, 8)
     assert longest_inputs(model) == Positions(64, 20)
+
+
+def test_rows_that_no_position_has_a_number_for_do_not_count() -> None:
+    """Nystromformer's table has two rows more than it has positions."""
+    config = NystromformerConfig(
+        vocab_size=90, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=16, segment_means_seq_len=16, num_landmarks=16, conv_kernel_size=3,
+    )  # fmt: skip
+    model = NystromformerForMaskedLM(config).eval()
+    assert model.nystromformer.embeddings.position_embeddings.num_embeddings == 18
+    assert longest_inputs(model) == Positions(16) == configured_positions(config.to_dict())
+    model(torch.ones(1, 16, dtype=torch.int64))
+    with pytest.raises(RuntimeError):
+        model(torch.ones(1, 17, dtype=torch.int64))
 
 
 def test_adapters_change_nothing() -> None:
