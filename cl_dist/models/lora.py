@@ -93,11 +93,12 @@ def _check_readable(model: PeftModel) -> None:
         stored = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         lost = peft.set_peft_model_state_dict(model, stored).unexpected_keys
     if lost:
-        paths = (name.partition(".lora_")[0].split(".") for name in lost)
+        # What is left over bears the name that it was looked for by, with an empty part where that went wrong.
+        paths = ([part for part in name.partition(".lora_")[0].split(".") if part] for name in lost)
         modules = ", ".join(sorted({".".join(path[-2:]) for path in paths}))
         raise BadInput(
-            f"model.lora.target_modules: peft would not load adapters on {modules} of {type(base_model(model)).__name__}"
-            " again, because it looks for them under another name; allowed are the other linear layers"
+            f"model.lora.target_modules: peft would not load adapters on {modules} of {model.config.model_type} again, "
+            "because it looks for them under another name; allowed are the other linear layers"
         )
 
 

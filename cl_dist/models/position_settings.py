@@ -41,12 +41,14 @@ TABLES: dict[str, str] = {
             "fnet",
             "gpt_neo",
             "ibert",
+            "longformer",
             "marian",
             "mbart",
             "megatron-bert",
             "mobilebert",
             "mpnet",
             "mvp",
+            "nystromformer",
             "opt",
             "pegasus",
             "plbart",
@@ -59,6 +61,7 @@ TABLES: dict[str, str] = {
             "xlm-roberta",
             "xlm-roberta-xl",
             "xmod",
+            "yoso",
         ),
         _NAMED,
     ),
@@ -66,7 +69,17 @@ TABLES: dict[str, str] = {
 """Model types whose positions come from a table, and the setting that says how many there are."""
 
 AFTER_PADDING = frozenset(
-    ("camembert", "data2vec-text", "ibert", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
+    (
+        "camembert",
+        "data2vec-text",
+        "ibert",
+        "longformer",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    )
 )
 """Those that count positions from the padding token's id + 1 on: that many rows of the table are not positions."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from cl_dist.models.position_settings import NAMES, Positions, configured_positions
 from cl_dist.models.structure import base_model, unread_parameters
@@ -26,7 +27,7 @@ def longest_inputs(model: nn.Module) -> Positions:
     base = base_model(model)
     longest = configured_positions(base.config.to_dict())
     for name, table in _tables(base):
-        rows = int(table.num_embeddings) - _reserved(table)
+        rows = min(int(table.num_embeddings) - _reserved(table), _numbered(base, name))
         if not base.config.is_encoder_decoder:
             longest = longest.smaller(Positions(source=rows))
             continue
@@ -58,6 +59,12 @@ def _is_of_that_size(module: nn.Embedding, sizes: list[int], base: nn.Module) ->
     if module is text.get_input_embeddings() or module.num_embeddings == text.config.get_text_config().vocab_size:
         return False
     return any(0 <= module.num_embeddings - size <= SPARE_ROWS for size in sizes)
+
+
+def _numbered(base: nn.Module, name: str) -> int:
+    """How many positions the module around a table has numbers for: BERT and its relatives keep them in a buffer."""
+    numbers = getattr(base.get_submodule(name.rpartition(".")[0]), "position_ids", None)
+    return int(numbers.shape[-1]) if isinstance(numbers, Tensor) else sys.maxsize
 
 
 def _reserved(table: nn.Embedding) -> int:

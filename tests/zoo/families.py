@@ -200,6 +200,17 @@ _CONFIGURATIONS: dict[Family, dict[str, Callable[[], PreTrainedConfig]]] = {
         "GPT-OSS": _kept(
             "GptOss", **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=16
         ),
+        "Laguna": _kept(
+            "Laguna",
+            **GROUPED,
+            **EXPERTS,
+            head_dim=8,
+            num_experts=4,
+            shared_expert_intermediate_size=24,
+            sliding_window=16,
+        ),
+        "Llama 4": _kept("Llama4Text", **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+        "Phi-MoE": _kept("Phimoe", **GROUPED, num_local_experts=4, num_experts_per_tok=2),
         "Mamba": _kept("Mamba", vocab_size=VOCABULARY_SIZE, hidden_size=32, state_size=4, num_hidden_layers=2, **IDS),
     },
     "encoder-decoder": {
@@ -207,6 +218,7 @@ _CONFIGURATIONS: dict[Family, dict[str, Callable[[], PreTrainedConfig]]] = {
         "Flan-T5": _kept("T5", **T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
         "mT5": _kept("MT5", **T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
         "UMT5": _kept("UMT5", **T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        "Switch": _kept("SwitchTransformers", **T5, num_experts=4, num_decoder_layers=2),
         "BART": _kept("Bart", **BART),
         "mBART": _kept("MBart", **BART),
         "Pegasus": _kept("Pegasus", **BART),

@@ -34,8 +34,8 @@ BROKEN = "broken: "
 """How a training ends: all is well; refused with these words before the first step; anything else."""
 
 ROUNDING = 1e-5
-"""The same weights may give logits that differ by so much of the largest: where a tensor lies in memory decides in which
-order some operations add up.
+"""The same weights may give logits that differ by this share of the largest: where a tensor lies in memory decides in
+which order some operations add up.
 """
 
 FAR = 3 * POSITIONS

@@ -1,0 +1,104 @@
+"""How long inputs may be, told by configurations and by tables. The zoo tries the families' own code out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    NystromformerConfig,
+    NystromformerForMaskedLM,
+)
+
+from cl_dist.config.schema import LoraConfig
+from cl_dist.models.lora import add_lora
+from cl_dist.models.position_settings import Positions, configured_positions
+from cl_dist.models.positions import longest_inputs
+
+CONFIGURED: list[tuple[dict[str, Any], Positions]] = [
+    ({"model_type": "gpt2", "n_positions": 96}, Positions(96)),
+    ({"model_type": "opt", "max_position_embeddings": 128}, Positions(128)),
+    ({"model_type": "mpt", "max_seq_len": 64}, Positions(64)),
+    ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, Positions(512)),
+    ({"model_type": "mpnet", "max_position_embeddings": 514, "pad_token_id": 0}, Positions(512)),
+    ({"model_type": "bart", "max_position_embeddings": 99, "is_encoder_decoder": True}, Positions(99, 99)),
+    (
+        {"model_type": "led", "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 32},
+        Positions(64, 32),
+    ),
+    ({"model_type": "deberta-v2", "max_position_embeddings": 64}, Positions(64)),
+    ({"model_type": "deberta-v2", "max_position_embeddings": 64, "position_biased_input": False}, Positions()),
+    ({"model_type": "llama", "max_position_embeddings": 64}, Positions()),
+    ({"model_type": "t5", "n_positions": 512, "is_encoder_decoder": True}, Positions()),
+    ({"model_type": "some", "text_config": {"model_type": "gpt2", "n_positions": 7}}, Positions(7)),
+    ({"model_type": "gpt2"}, Positions()),
+    ({"model_type": "gpt2", "n_positions": "many"}, Positions()),
+    ({"model_type": "gpt2", "n_positions": True}, Positions()),
+    ({}, Positions()),
+]
+
+
+@pytest.mark.parametrize(("config", "expected"), CONFIGURED, ids=[str(config)[:50] for config, _ in CONFIGURED])
+def test_a_configuration_says_where_its_positions_end(config: dict[str, Any], expected: Positions) -> None:
+    assert configured_positions(config) == expected
+
+
+class OwnConfig(GPT2Config):
+    """As of a model whose code comes with it: a type that nobody knows."""
+
+    model_type = "own"
+
+
+def tiny_gpt2(config: type[GPT2Config] = GPT2Config) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(config(vocab_size=90, n_embd=8, n_layer=1, n_head=2, n_positions=48))
+
+
+def test_a_table_of_no_telling_name_is_told_by_its_size() -> None:
+    model = tiny_gpt2(OwnConfig)
+    model.transformer.where = model.transformer.wpe
+    del model.transformer.wpe
+    assert longest_inputs(model) == Positions(48)
+    model.transformer.where = nn.Embedding(32, 8)  # buckets of distances, say
+    assert longest_inputs(model) == Positions()
+
+
+def test_the_table_decides_where_it_is_smaller_than_the_configuration_says() -> None:
+    model = tiny_gpt2()
+    model.transformer.wpe = nn.Embedding(40, 8)
+    assert longest_inputs(model) == Positions(40)
+
+
+def test_the_halves_of_an_encoder_decoder_have_tables_of_their_own() -> None:
+    config = BartConfig(
+        vocab_size=90, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config)
+    assert longest_inputs(model) == Positions(64, 64)
+    model.model.decoder.embed_positions = type(model.model.decoder.embed_positions)(20, 8)
+    assert longest_inputs(model) == Positions(64, 20)
+
+
+def test_rows_that_no_position_has_a_number_for_do_not_count() -> None:
+    """Nystromformer's table has two rows more than it has positions."""
+    config = NystromformerConfig(
+        vocab_size=90, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=16, segment_means_seq_len=16, num_landmarks=16, conv_kernel_size=3,
+    )  # fmt: skip
+    model = NystromformerForMaskedLM(config).eval()
+    assert model.nystromformer.embeddings.position_embeddings.num_embeddings == 18
+    assert longest_inputs(model) == Positions(16) == configured_positions(config.to_dict())
+    model(torch.ones(1, 16, dtype=torch.int64))
+    with pytest.raises(RuntimeError):
+        model(torch.ones(1, 17, dtype=torch.int64))
+
+
+def test_adapters_change_nothing() -> None:
+    model = add_lora(tiny_gpt2(), LoraConfig(r=2), "causal_lm", 1)
+    assert longest_inputs(model) == Positions(48)
