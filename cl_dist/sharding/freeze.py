@@ -34,7 +34,8 @@ class RowFreezer:
 
     def freeze(self, keep: Mapping[str, torch.Tensor]) -> None:
         """Set, by parameter name, the `(rows,)` bool masks of rows that may move (of all
-        experts one after the other); an empty mapping freezes nothing."""
+        experts one after the other); an empty mapping freezes nothing.
+        """
         self._keep = keep
 
     def remove(self) -> None:
