@@ -24,7 +24,7 @@ from cl_dist.heartbeat import beat
 from cl_dist.methods.registry import build_methods
 from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.load import LoadedModel, check_length, load_model
-from cl_dist.models.lora import add_lora, load_adapter
+from cl_dist.models.lora import add_lora, load_adapter, without_adapter
 from cl_dist.models.structure import base_model
 from cl_dist.tasks.encode import Encoder, label_names
 from cl_dist.tasks.stream import load_stream
@@ -54,6 +54,12 @@ class System:
         memory = self.engine.memory(index, self.samples)
         tasks = self.samples[: index + 1]
         return TaskTrainer(self.engine, samples, self.loaded.tokenizer, self.encoder.pad_id, index, memory, tasks)
+
+    def start_messages(self) -> list[str]:
+        """Sentences for the log of a run that begins: what the adapters leave out, and what methods have to say."""
+        lora = self.recipe.model.lora
+        left_out = without_adapter(self.engine.model) if lora and lora.target_modules == "all-linear" else None
+        return [text for text in (left_out, *(each.start_message() for each in self.engine.methods)) if text]
 
 
 def build_system(recipe: Recipe, recipe_dir: Path) -> System:

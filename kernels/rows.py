@@ -47,8 +47,8 @@ class RowLayout(NamedTuple):
     """How the rows of a weight lie in its flattened parameter.
 
     A weight is `matrices` matrices one after the other (the experts of a mixture; else one), each of which is
-    `(rows, length)`, or with `columns` `(length, rows)`: row j is then column j of what is stored. Row j of matrix m has
-    number `m * rows + j`.
+    `(rows, length)`, or with `columns` `(length, rows)`: row j is then column j of what is stored. Row j of matrix m
+    has number `m * rows + j`.
     """
 
     matrices: int

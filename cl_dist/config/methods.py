@@ -129,8 +129,8 @@ class MiguConfig(VariedConfig):
     """With gradient accumulation. `step`: one mask per step from all its micro-batches, exact. `micro_batch`: each
     micro-batch is masked by the magnitudes so far in its step, an approximation that lets it skip rows."""
     untracked: Literal["error", "dense"] = "error"
-    """What to do about trainable matrices inside the transformer blocks whose outputs cannot be measured. `error`: refuse
-    the model and name them; `dense`: train them without a mask, and say so."""
+    """What to do about trainable matrices inside the transformer blocks whose outputs cannot be measured. `error`:
+    refuse the model and name them; `dense`: train them without a mask, and say so."""
 
     def __post_init__(self) -> None:
         """Refuse a scope that only skipping can serve, and ways to measure what random rows do not need."""

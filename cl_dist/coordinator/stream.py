@@ -61,7 +61,7 @@ class Coordinator:
         self._state.forget_strays()
         self.reporter.run_started([task.name for task in self.tasks], torch.distributed.get_world_size())
         self._tell_notices()
-        for text in filter(None, (method.start_message() for method in self.system.engine.methods)):
+        for text in self.system.start_messages():
             self.reporter.message(text)
             self.ledger.log(event="method", message=text)
         self._stop = StopRequest(self.deadline.is_near)

@@ -1,7 +1,7 @@
 """Two tiny batches that go through a model before anything is trained.
 
-Their numbers of samples, input tokens, target tokens and real tokens of either are all different, and so are the products
-of the first with the others: whatever a layer's output is shaped like, there is one reading of it
+Their numbers of samples, input tokens, target tokens and real tokens of either are all different, and so are the
+products of the first with the others: whatever a layer's output is shaped like, there is one reading of it
 (`methods/token_axes.py`). The tokens are made up, so that an engine can be tried out without data.
 """
 

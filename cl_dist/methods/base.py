@@ -95,9 +95,9 @@ class Memory:
 class Method:
     """A continual-learning method; the engine calls its moments in the same order in every run.
 
-    `attach`, the trials, then for each task `training_data`, `prepare_task`, `before_task`, for each step `before_step`,
-    (`before_forward`, `added_loss`, `before_backward`) per micro-batch, `before_update`, `after_update`, and finally
-    `after_task` and `write_results`.
+    `attach`, the trials, then for each task `training_data`, `prepare_task`, `before_task`, for each step
+    `before_step`, (`before_forward`, `added_loss`, `before_backward`) per micro-batch, `before_update`, `after_update`,
+    and finally `after_task` and `write_results`.
     """
 
     needs_all_logits = False

@@ -57,7 +57,7 @@ class MagnitudeSums:
         self._model, self._per_token, self._count_padding = model, per_token, count_padding
         self._masks: Mapping[str, torch.Tensor] = {}
         self._place = dict.fromkeys(layers, 0)
-        self._trials: list[tuple[Mapping[str, torch.Tensor], dict[str, list[torch.Size]]]] = []
+        self._trials: list[tuple[Mapping[str, torch.Tensor], dict[str, list[torch.Size | None]]]] = []
         self._learning = False
         totals = [layer.layout.total for layer in layers.values()]
         self.by_layer = dict(zip(layers, self.flat.split(totals), strict=True))
@@ -111,7 +111,8 @@ class MagnitudeSums:
 
     def _linear_hook(self, layer: TrackedLayer) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def record(module: nn.Module, _: Any, output: torch.Tensor) -> None:
-            if self._is_seen(layer, module, output.shape[:-1]):
+            leading = output.shape[:-1] if isinstance(output, torch.Tensor) else None
+            if self._is_seen(layer, module, leading):
                 self._record(layer, output)
 
         return record
@@ -123,12 +124,12 @@ class MagnitudeSums:
             if self._is_seen(layer, module, hidden.shape[:-1]):
                 with torch.no_grad():
                     weight, bias = module.weight, getattr(module, "bias", None)
-                    self._record(layer, nn.functional.linear(hidden.to(weight.dtype), weight, bias))  # type: ignore[union-attr, arg-type]
+                    self._record(layer, nn.functional.linear(hidden.to(weight.dtype), weight, bias))  # type: ignore[arg-type]
 
         return record
 
     def _watch_experts(self, layer: TrackedLayer, mask_bias: bool) -> RemovableHandle:
-        name, _, projection = layer.name.rpartition(".")
+        name, _, _ = layer.name.rpartition(".")
         if name not in self.taps:
             by_projection = {
                 other.name.rpartition(".")[2]: other for other in self.layers.values() if other.module is layer.module
@@ -148,7 +149,7 @@ class MagnitudeSums:
 
         return layer.module.register_forward_pre_hook(learn, with_kwargs=True)
 
-    def _is_seen(self, layer: TrackedLayer, module: nn.Module, leading: torch.Size) -> bool:
+    def _is_seen(self, layer: TrackedLayer, module: nn.Module, leading: torch.Size | None) -> bool:
         """Whether a call's outputs are to be recorded; a trial's are not, but their shape is noted."""
         # A forward pass inside backward recomputes activations: those tokens were counted the first time.
         if torch._C._current_graph_task_id() != -1:

@@ -8,7 +8,7 @@ shards of the reduced gradients; or, with `mask_scope: micro_batch`, each micro-
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,7 @@ from cl_dist.methods.agreement import Agreement
 from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.methods.magnitudes import MagnitudeSums, Plan
 from cl_dist.methods.untracked import Untracked
-from cl_dist.models.skipping import RowSkipper
+from cl_dist.models.skipping import RowSkipper, is_skippable
 from cl_dist.models.tracked import TrackedLayer, tracked_layers, untracked_matrices
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import RowFreezer, ShardView
@@ -64,10 +64,11 @@ class Migu(Method):
         self._agreement = Agreement(self._sums.flat.device)
         self._layouts = self._row_layouts()
         self._freezer = RowFreezer(self._shards, self._layouts) if config.mask == "update" else None
+        whole = [layer for layer in layers.values() if not (layer.kind == "experts" or is_skippable(layer.module))]
+        # Layers whose rows backward computes all: routers, and linear layers with a forward of their own.
+        self._not_skipped = {name for layer in whole for name in (layer.weight, layer.bias) if name is not None}
         known_in_time = self._train.gradient_accumulation == 1 or config.mask_scope == "micro_batch"
         self._skipper = RowSkipper(self._skippable(), config.mask_bias) if config.skip_rows and known_in_time else None
-        routers = [layer for layer in layers.values() if layer.kind == "router"]
-        self._not_skipped = {name for layer in routers for name in (layer.weight, layer.bias)}
         for tap in self._sums.taps.values():
             tap.skips = self._skipper is not None
         self._mask_from_here()
@@ -80,19 +81,24 @@ class Migu(Method):
         return layouts
 
     def _skippable(self) -> dict[str, nn.Linear | Conv1D]:
-        """The layers that `RowSkipper` takes; experts skip in their taps, routers not at all.
+        """The layers that `RowSkipper` takes; experts skip in their taps, other layers not at all.
 
         Raises:
-            BadInput: Masks of single micro-batches are asked for, which a router's gradient cannot be given.
+            BadInput: Masks of single micro-batches are asked for, and there is a layer that cannot skip.
         """
-        routers = [layer.name for layer in self._layers.values() if layer.kind == "router"]
-        if routers and self.config.mask_scope == "micro_batch" and self._train.gradient_accumulation > 1:
+        if not self.config.skip_rows:
+            return {}
+        if self._not_skipped and self.config.mask_scope == "micro_batch" and self._train.gradient_accumulation > 1:
             raise BadInput(
-                f"method.mask_scope: micro_batch masks inside the backward pass, which {routers[0]} and other routers "
-                "of experts do not allow; allowed for this model is step"
+                f"method.mask_scope: micro_batch masks inside the backward pass, which {min(self._not_skipped)} does "
+                "not allow; allowed for this model is step"
             )
         modules = {name: layer.module for name, layer in self._layers.items()}
-        return {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+        return {
+            name: module
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear | Conv1D) and self._layers[name].weight not in self._not_skipped
+        }
 
     def detach(self) -> None:
         """Remove the layer hooks and the optimiser hooks."""
@@ -244,7 +250,7 @@ class Migu(Method):
         self._check_measured(rest[: len(calls)].tolist())
         return flat, tokens
 
-    def _check_measured(self, calls: list[float]) -> None:
+    def _check_measured(self, calls: Sequence[float]) -> None:
         """All ranks see the same numbers."""
         missing = [name for name, count in zip(self._layers, calls, strict=True) if count == 0]
         if missing:

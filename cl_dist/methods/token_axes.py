@@ -9,6 +9,7 @@ pass and only checks the shape.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -16,24 +17,26 @@ import torch
 
 from cl_dist.errors import ClDistError
 
-Form = Literal["tokens", "swapped", "flat", "samples", "table"]
-"""What the leading axes of an output are: `(batch, length, ...)`, `(length, batch)`, both in one, one vector per sample,
-or something that is not of the batch (DeBERTa runs some layers over its table of relative positions)."""
+Form = Literal["tokens", "flat", "samples", "table"]
+"""What the leading axes of an output are: the batch and the length each on an axis of its own, both on one, one vector
+per sample, or something that is not of the batch (DeBERTa runs some layers over its table of relative positions)."""
 
 
 class Call(NamedTuple):
     """One call of a layer in a forward pass."""
 
     form: Form
-    kind: str
+    kind: str = "input"
     """Which token mask fits: "input" or "target"."""
+    axes: tuple[int, int] = (0, 1)
+    """Of `tokens`: where batch and length are. Other axes hold several vectors of one token."""
 
 
 class Trial(NamedTuple):
     """What a layer did with one trial batch."""
 
-    shapes: list[torch.Size]
-    """Leading shape of its outputs, call by call."""
+    shapes: list[torch.Size | None]
+    """Leading shape of its outputs, call by call; None: the output is no tensor."""
     masks: Mapping[str, torch.Tensor]
     """The batch's real tokens, bool `(batch, length)`, by kind."""
 
@@ -46,29 +49,34 @@ def calls_of(trials: Sequence[Trial]) -> tuple[Call, ...] | str:
     if len(counts) > 1:
         return "it does not run equally often in every forward pass"
     calls = []
-    for shapes in zip(*(trial.shapes for trial in trials), strict=True):
-        forms = {_call(shape, trial.masks) for shape, trial in zip(shapes, trials, strict=True)}
-        found = forms.pop() if len(forms) == 1 else None
-        if found is None and _is_table(shapes, trials):
-            found = Call("table", "input")
-        if found is None:
+    for seen in zip(*(trial.shapes for trial in trials), strict=True):
+        shapes = [shape for shape in seen if shape is not None]
+        if len(shapes) < len(seen):
+            return "its output is not one tensor"
+        readings = [_readings(shape, trial.masks) for shape, trial in zip(shapes, trials, strict=True)]
+        possible = set.intersection(*readings)
+        if not possible and _is_table(shapes, trials):
+            possible = {Call("table")}
+        if len(possible) != 1:
             return f"its outputs of shape {tuple(shapes[0])} are not the batch's tokens {_sizes(trials[0].masks)}"
-        calls.append(found)
+        calls.append(possible.pop())
     return tuple(calls)
 
 
-def _call(leading: torch.Size, masks: Mapping[str, torch.Tensor]) -> Call | None:
+def _readings(leading: torch.Size, masks: Mapping[str, torch.Tensor]) -> set[Call]:
+    """All that a leading shape can be read as."""
+    found: set[Call] = set()
     for kind, mask in masks.items():
         batch, length = mask.shape
-        if leading[:2] == (batch, length):
-            return Call("tokens", kind)
-        if leading == (length, batch):
-            return Call("swapped", kind)
+        places = permutations(range(len(leading)), 2)
+        found |= {
+            Call("tokens", kind, pair) for pair in places if (leading[pair[0]], leading[pair[1]]) == (batch, length)
+        }
         if leading in ((batch * length,), (1, batch * length)):
-            return Call("flat", kind)
-        if leading == (batch,):
-            return Call("samples", kind)
-    return None
+            found.add(Call("flat", kind))
+    if leading == (next(iter(masks.values())).shape[0],):
+        found.add(Call("samples"))
+    return found
 
 
 def _is_table(shapes: Sequence[torch.Size], trials: Sequence[Trial]) -> bool:
@@ -91,23 +99,21 @@ def _sizes(masks: Mapping[str, torch.Tensor]) -> str:
 
 
 def counted(call: Call, leading: torch.Size, masks: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """Bool, one per output vector, or of a shape that broadcasts to `leading`: the outputs of real tokens.
+    """Bool of a shape that broadcasts to `leading`: the outputs of real tokens.
 
     Raises:
         ClDistError: The outputs of layer `name` do not have the shape that the trial has shown.
     """
     mask = masks[call.kind]
-    if call.form == "samples":
-        mask = mask.any(dim=1)
-    elif call.form == "swapped":
-        mask = mask.t()
-    fits = leading[: mask.dim()] == mask.shape if call.form != "flat" else prod(leading) == mask.numel()
-    if not fits:
-        raise ClDistError(
-            f"layer {name}: outputs of shape {tuple(leading)} do not fit a batch of {tuple(masks[call.kind].shape)} tokens, "
-            f"as they did before training ({call.form})"
-        )
-    if call.form == "flat":
+    batch, length = call.axes
+    if call.form == "samples" and leading == mask.shape[:1]:
+        return mask.any(dim=1)
+    if call.form == "flat" and prod(leading) == mask.numel():
         return mask.reshape(leading)
-    extra = len(leading) - mask.dim() if call.form == "tokens" else 0
-    return mask.reshape(*mask.shape, *(1 for _ in range(extra)))
+    if call.form == "tokens" and max(call.axes) < len(leading) and (leading[batch], leading[length]) == mask.shape:
+        ordered = mask if batch < length else mask.t()
+        return ordered.reshape([size if axis in call.axes else 1 for axis, size in enumerate(leading)])
+    raise ClDistError(
+        f"layer {name}: outputs of shape {tuple(leading)} do not fit a batch of {tuple(mask.shape)} tokens, as they "
+        f"did before training ({call.form})"
+    )

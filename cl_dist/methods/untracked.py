@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Literal
 
 from torch import nn
 
 from cl_dist.errors import BadInput
-from cl_dist.models.tracked import block_parameters, tables_in_blocks
+from cl_dist.models.tracked import any_block, block_parameters, tables_in_blocks
 from cl_dist.sharding import ShardView
 
 SHOWN = 8
@@ -39,9 +38,9 @@ class Untracked:
         """Raise BadInput where there are any and the recipe does not allow them."""
         if self._reasons and untracked == "error":
             raise BadInput(
-                f"method.untracked: the outputs of some trainable matrices in the blocks cannot be measured, so that "
-                f"they would be trained without a mask: {self._listed()}; allowed are untracked: dense, which does that, "
-                "LoRA, or another model"
+                "method.untracked: the outputs of some trainable matrices in the blocks cannot be measured, so that "
+                f"they would be trained without a mask: {self._listed()}; allowed are untracked: dense, which does "
+                "that, LoRA, or another model"
             )
 
     def message(self) -> str | None:
@@ -66,5 +65,5 @@ class Untracked:
 
 
 def _families(reasons: Mapping[str, str]) -> dict[str, str]:
-    """The same layer of all blocks under one name: `layers.*.mixer.dt_proj.weight`."""
-    return {re.sub(r"(?<=\.)\d+(?=\.)", "*", name): reason for name, reason in reasons.items()}
+    """The same layer of all blocks once."""
+    return {any_block(name): reason for name, reason in reasons.items()}

@@ -1,9 +1,9 @@
 """Experts whose projections show their outputs, and whose backward pass computes chosen rows of each expert alone.
 
 transformers keeps the experts of a mixture as parameters of three dimensions and multiplies them inside one forward,
-where no hook sees what a projection puts out. `ExpertsTap` puts a forward of its own on the instance, which computes the
-same: tokens sorted by expert, each expert's rows multiplied, outputs weighted and put back in order. Where it is not
-asked to look, transformers' own forward runs, whichever implementation is chosen there.
+where no hook sees what a projection puts out. `ExpertsTap` puts a forward of its own on the instance, which computes
+the same: tokens sorted by expert, each expert's rows multiplied, outputs weighted and put back in order. Where it is
+not asked to look, transformers' own forward runs, whichever implementation is chosen there.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class ExpertsTap:
     def __init__(self, name: str, module: nn.Module, observe: Observe, mask_bias: bool = True) -> None:
         if "forward" in module.__dict__:
             raise BadInput(
-                f"method.untracked: the forward of {name} ({type(module).__name__}) has been replaced by another library, "
-                "so that its experts' outputs cannot be seen; use transformers' own"
+                f"method.untracked: the forward of {name} ({type(module).__name__}) has been replaced by another "
+                "library, so that its experts' outputs cannot be seen; use transformers' own"
             )
         self.active = False
         """Whether forward passes of training are observed."""
@@ -66,9 +66,10 @@ class ExpertsTap:
         """While rows are skipped: by projection, each expert's `(kept,)` int64; set before each backward pass."""
         self.skips = False
         """Whether backward is to compute the chosen rows alone."""
-        self._name, self._module, self._observe, self._mask_bias = name, module, observe, mask_bias
+        self._name, self._observe, self._mask_bias = name, observe, mask_bias
+        self._module: Any = module  # its attributes are the experts interface's
         self._signature = inspect.signature(type(module).forward)
-        module.forward = self._forward  # type: ignore[method-assign, assignment]
+        module.forward = self._forward
 
     def remove(self) -> None:
         """Give the module its own forward back."""

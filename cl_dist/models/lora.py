@@ -23,7 +23,8 @@ from cl_dist.config.schema import LoraConfig
 from cl_dist.errors import BadInput
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.names import LORA_A, LORA_B
-from cl_dist.models.structure import LINEAR, base_model, head_prefixes, is_below
+from cl_dist.models.structure import LINEAR, base_model, block_prefixes, head_prefixes, is_below
+from cl_dist.models.tracked import any_block, is_matrix, whole_shape
 from cl_dist.tasks.encode import Objective
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ LIKE_LINEAR = frozenset(("FalconLinear",))
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """Modules without a forward of their own, which cannot be trained whole beside an adapter."""
 
+SHOWN = 8
+"""Names in a message."""
 FIRST_ADAPTER = "default"
 """peft's own name for an adapter; those of later tasks are `task1`, `task2` and so on."""
 
@@ -100,6 +103,34 @@ def _check_readable(model: PeftModel) -> None:
             f"model.lora.target_modules: peft would not load adapters on {modules} of {model.config.model_type} again, "
             "because it looks for them under another name; allowed are the other linear layers"
         )
+
+
+def without_adapter(model: nn.Module) -> str | None:
+    """A sentence about the matrices in the blocks that `all-linear` puts no adapter on; None: there are none.
+
+    Experts and their routers are parameters of their own modules in transformers, not linear layers, and so are some
+    weights of state-space models. Embedding tables are not meant.
+    """
+    modules, prefixes = dict(model.named_modules(remove_duplicate=False)), block_prefixes(model)
+    sizes = {
+        name: whole_shape(parameter).numel()
+        for name, parameter in model.named_parameters()
+        if name.startswith(prefixes) and not _is_lora(name) and is_matrix(parameter)
+    }
+    left = {
+        name: size
+        for name, size in sizes.items()
+        if ".base_layer." not in name and not isinstance(modules[name.rpartition(".")[0]], nn.Embedding)
+    }
+    if not left:
+        return None
+    names = list(dict.fromkeys(any_block(name).removeprefix("base_model.model.") for name in left))
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    share = 100 * sum(left.values()) / sum(sizes.values())
+    return (
+        f"model.lora.target_modules: all-linear puts no adapter on {shown} ({share:.2g} % of the matrices in the "
+        "blocks), which are no linear layers of their own: they stay as they are"
+    )
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

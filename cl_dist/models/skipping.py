@@ -1,9 +1,9 @@
 """Linear layers whose backward pass computes only chosen rows of the weight gradient.
 
 MIGU knows its rows when the forward pass is over, so the products that would only be zeroed later need never be made.
-The layers stay what they are (`nn.Linear`, or transformers' `Conv1D`, whose weight is transposed): each gets a `forward`
-of its own on the instance, so that hooks (DeepSpeed's gather and release, PEFT's, the user's) go on working, and taking it
-away again restores the layer. Experts have a forward like that in `models/experts.py`.
+The layers stay what they are (`nn.Linear`, or transformers' `Conv1D`, whose weight is transposed): each gets a
+`forward` of its own on the instance, so that hooks (DeepSpeed's gather and release, PEFT's, the user's) go on working,
+and taking it away again restores the layer. Experts have a forward like that in `models/experts.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.kernels import masked_weight_grad
+
+_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
 
 class RowSkipper:
@@ -44,7 +46,7 @@ class RowSkipper:
         self._rows = {name: _ChosenRows(name, mask_bias) for name in layers}
         for name, layer in layers.items():
             # On the instance: DeepSpeed and PEFT look at the type, which stays what it was.
-            layer.forward = _skipping_forward(  # type: ignore[method-assign, assignment]
+            layer.forward = _skipping_forward(  # type: ignore[method-assign]
                 layer, self._switch, self._rows[name]
             )
 
@@ -89,9 +91,13 @@ class _ChosenRows:
     rows: torch.Tensor | None = None
 
 
+def is_skippable(module: nn.Module) -> bool:
+    """Whether `RowSkipper` takes a layer of this type: one whose forward is that of `nn.Linear` or `Conv1D`."""
+    return isinstance(module, nn.Linear | Conv1D) and type(module).forward in _FORWARDS
+
+
 def _refuse_foreign_forward(name: str, layer: nn.Linear | Conv1D) -> None:
-    own = (nn.Linear.forward, Conv1D.forward)
-    if "forward" in layer.__dict__ or type(layer).forward not in own:
+    if "forward" in layer.__dict__ or type(layer).forward not in _FORWARDS:
         owner = getattr(layer.__dict__.get("forward", type(layer).forward), "__module__", "another library")
         raise BadInput(
             f"method.skip_rows: the forward of layer {name} ({type(layer).__name__}) has been replaced by {owner}, and "
@@ -143,6 +149,16 @@ def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
+def _own(output: torch.Tensor) -> torch.Tensor:
+    """The same memory, no longer marked as a view: models may change a layer's output in place (DeBERTa does), which
+    autograd forbids for views that a custom function returns.
+    """
+    if not output._is_view():
+        return output
+    owned: torch.Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    return owned
+
+
 class _SkippingLinear(torch.autograd.Function):
     """`Y = X W^T (+ b)`; `dX = dY W` whole, `dW[rows] = dY[:, rows]^T X` and nothing else of dW."""
 
@@ -152,7 +168,7 @@ class _SkippingLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(input, weight)
         ctx.chosen = chosen
-        return nn.functional.linear(input, weight, bias)
+        return _own(nn.functional.linear(input, weight, bias))
 
     @staticmethod
     @once_differentiable
@@ -176,7 +192,7 @@ class _SkippingConv1D(torch.autograd.Function):
         ctx.save_for_backward(input, weight)
         ctx.chosen = chosen
         output = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight)
-        return output.view(*input.shape[:-1], weight.shape[1])
+        return _own(output.view(*input.shape[:-1], weight.shape[1]))
 
     @staticmethod
     @once_differentiable

@@ -5,13 +5,15 @@ output rows. There are four kinds:
 
 - `linear`: `nn.Linear`, weight `(out, in)`;
 - `conv1d`: transformers' `Conv1D` (GPT-2), weight `(in, out)`: its rows are columns of what is stored;
-- `router`: the choice of experts, a module with a weight `(experts, in)` of its own beside the experts;
+- `router`: the choice of experts, a module beside the experts with a weight `(experts, in)`, which puts out more than
+  the logits, so that these are computed once more;
 - `experts`: one projection of all experts of a mixture, a parameter with three dimensions. Each expert's rows are
   ranked by themselves, over the tokens that were routed to it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -100,7 +102,7 @@ def row_layouts(model: nn.Module) -> dict[str, RowLayout]:
 def untracked_matrices(model: nn.Module, tracked: Mapping[str, TrackedLayer]) -> dict[str, str]:
     """Trainable matrices inside the blocks that belong to no tracked layer: by parameter name, whose they are.
 
-    A matrix has two or more dimensions with more than one element; norms, biases and other vectors are trained whole as
+    Norms, biases and other vectors are trained whole as
     ever. So are embedding tables (T5's position biases lie in a block), which are no linear map: see
     `tables_in_blocks`.
     """
@@ -128,6 +130,16 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
     """Shape of the whole parameter, which ZeRO-3 keeps in `ds_shape`."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
+
+
+def is_matrix(parameter: torch.Tensor) -> bool:
+    """Whether a parameter has two or more dimensions with more than one element."""
+    return sum(size > 1 for size in whole_shape(parameter)) >= 2
+
+
+def any_block(name: str) -> str:
+    """The same layer of all blocks under one name: `layers.*.mixer.dt_proj.weight`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -176,11 +188,12 @@ def _layers_of(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -
 
 
 def _matrix_kind(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> Kind | None:
-    if isinstance(module, nn.Linear):
-        return "linear"
     if isinstance(module, Conv1D):
         return "conv1d"
-    return "router" if _is_router(name, module, modules) else None
+    plain = type(module).forward is nn.Linear.forward
+    if not plain and _is_router(name, module, modules):
+        return "router"
+    return "linear" if isinstance(module, nn.Linear) else None
 
 
 def _is_router(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
@@ -216,7 +229,7 @@ def _matrices_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
     modules, matrices = dict(model.named_modules(remove_duplicate=False)), {}
     names = set(block_parameters(model))
     for name, parameter in model.named_parameters():
-        if name in names and sum(size > 1 for size in whole_shape(parameter)) >= 2:
+        if name in names and is_matrix(parameter):
             matrices[name] = modules[name.rpartition(".")[0]]
     return matrices
 

@@ -1,4 +1,4 @@
-"""Rank side of test_tracked_layers: families whose linear layers are no `nn.Linear`, or do not run over (batch, length)."""
+"""Rank side of test_tracked_layers: families with layers that are no nn.Linear, or do not run over (batch, length)."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ class Case:
 
     def __init__(
         self, name: str, stage: int, accumulation: int = 1, mask: str = "gradient", steps: int = 3, skip: bool = True,
-        recompute: bool = False, untracked: str = "error", padding: bool = False, deepspeed: dict[str, Any] | None = None,
-        scope: str = "step", build_only: bool = False,
+        recompute: bool = False, untracked: str = "error", padding: bool = False,
+        deepspeed: dict[str, Any] | None = None, scope: str = "step", build_only: bool = False,
     ) -> None:  # fmt: skip
         self.family = "roberta" if name.startswith("deberta") else "llama"  # whose samples and loss
         self.steps, self.accumulation, self.refusal = steps, accumulation, ""
@@ -194,7 +194,9 @@ class Case:
             for name, keep in self.migu.keep.items()
         )
 
-    def _note_moved(self, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], report: dict[str, Any]) -> None:
+    def _note_moved(
+        self, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], report: dict[str, Any]
+    ) -> None:
         """Which rows the first step has moved: of a weight that is masked exactly the kept ones."""
         for name, keep in self.migu.keep.items():
             moved = before[name] != after[name]

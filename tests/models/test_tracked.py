@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
+
 from cl_dist.config.schema import LoraConfig
 from cl_dist.errors import BadInput
 from cl_dist.models.lora import add_lora

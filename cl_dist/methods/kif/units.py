@@ -1,7 +1,7 @@
 """Skill units as data: which slices of which parameters are scored and fused as one.
 
-- `matrix` (TaSL): every trainable parameter is a unit, with LoRA each lora_A and each lora_B. A parameter that holds one
-  matrix per expert of a mixture is as many units.
+- `matrix` (TaSL): every trainable parameter is a unit, with LoRA each lora_A and each lora_B. A parameter
+  that holds one matrix per expert of a mixture is as many units.
 - `rank` (KIF): unit j of a LoRA module is row j of lora_A and column j of lora_B together. What is trained beside LoRA
   (a classifier's head) forms units as under `matrix`.
 - `row`: every row of a parameter with two or more dimensions (an output feature of a linear layer, a token of an
@@ -9,8 +9,8 @@
   of experts each one's rows are units.
 
 Nothing that is trained is left out: biases and norm weights, which have one dimension, are a unit each per parameter
-(of experts, per expert), under `row` too. Units follow from names and shapes alone, in model order, so that they are the same for any number of
-ranks and any ZeRO stage.
+(of experts, per expert), under `row` too. Units follow from names and shapes alone, in model order, so that they are
+the same for any number of ranks and any ZeRO stage.
 """
 
 from __future__ import annotations
