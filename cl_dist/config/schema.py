@@ -59,7 +59,7 @@ class LoraConfig:
     """Dropout probability on the adapter's input."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names (or name endings) of the linear layers that get an adapter; `all-linear` takes every one but the output
-    head."""
+    head and what an adapter would not reach (docs/models.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

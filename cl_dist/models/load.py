@@ -113,7 +113,8 @@ def check_length(loaded: LoadedModel, max_length: int, max_target_length: int | 
     """Raise BadInput where inputs of `max_length` tokens, or an encoder-decoder's answers of `max_target_length`, go
     past the model's last position (`positions.longest_inputs`).
     """
-    refuse_long(longest_inputs(loaded.model), base_model(loaded.model).name_or_path, max_length, max_target_length)
+    name = str(base_model(loaded.model).name_or_path)
+    refuse_long(longest_inputs(loaded.model), name, max_length, max_target_length)
 
 
 def family_of(config: PreTrainedConfig, name: str) -> Family:

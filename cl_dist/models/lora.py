@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -94,8 +95,8 @@ def _check_readable(model: PeftModel) -> None:
     with warnings.catch_warnings(), _refusals_told(base_model(model)):
         warnings.simplefilter("ignore")
         stored = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-        lost = peft.set_peft_model_state_dict(model, stored).unexpected_keys
-    if lost:
+        result: Any = peft.set_peft_model_state_dict(model, stored)
+    if lost := result.unexpected_keys:
         # What is left over bears the name that it was looked for by, with an empty part where that went wrong.
         paths = ([part for part in name.partition(".lora_")[0].split(".") if part] for name in lost)
         modules = ", ".join(sorted({".".join(path[-2:]) for path in paths}))

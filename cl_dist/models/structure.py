@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 from peft import PeftModel
@@ -58,6 +59,6 @@ def unread_parameters(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) not in known)
 
 
-def is_below(name: str, prefixes: tuple[str, ...]) -> bool:
+def is_below(name: str, prefixes: Iterable[str]) -> bool:
     """Whether a module's name is one of the prefixes or lies below one."""
     return any(name == prefix.rstrip(".") or name.startswith(f"{prefix.rstrip('.')}.") for prefix in prefixes)
