@@ -28,6 +28,8 @@ PATIENCE_SECONDS = 5.0
 """At the end a reader may take so long for the next piece before the rest is given up."""
 HASTE_SECONDS = 0.5
 """The same for a rank: launchers kill ranks that do not end soon after the first one has."""
+PAUSE_SECONDS = 0.2
+"""A reader that takes nothing for so long while the buffer is full has stopped reading."""
 PIECE_BYTES = 4096
 """What is written at once; a reader that takes a piece is alive."""
 NOBODY_READS = 128 + 13
@@ -84,7 +86,7 @@ class _Direct(_Raw):
 
 
 class Outlet(_Raw):
-    """Written by a thread: `write` neither waits nor raises, and `flush` does nothing (`drain` waits)."""
+    """Written by a thread: `write` does not wait for a reader that has stopped, and never raises; `drain` waits."""
 
     def __init__(self, descriptor: int, name: str, patience: float = PATIENCE_SECONDS) -> None:
         super().__init__(descriptor)
@@ -98,6 +100,8 @@ class Outlet(_Raw):
         self._pieces: deque[bytes] = deque()
         self._size = self._taken = self._gap = 0
         """Bytes that wait, bytes that were written or given up, and bytes that were lost since the last one kept."""
+        self._stopped_at = -1
+        """What `_taken` was when the reader was found to have stopped reading."""
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -109,12 +113,21 @@ class Outlet(_Raw):
                 _write_all(self._descriptor, content)
             return len(content)
         with self._changed:
-            if self._size + len(content) > BUFFER_BYTES:
+            if not self._has_room(len(content)):
                 self._gap += len(content)
                 self._lose(len(content), "its reader has stopped reading")
             else:
                 self._keep(content)
         return len(content)
+
+    def _has_room(self, number: int) -> bool:
+        """Whether so many bytes can be kept; a reader that is alive is waited for, one that has stopped only once."""
+        while self._size + number > BUFFER_BYTES and self._size and self._taken != self._stopped_at:
+            taken = self._taken
+            self._changed.wait(PAUSE_SECONDS)
+            if self._taken == taken:
+                self._stopped_at = taken
+        return self._size + number <= BUFFER_BYTES or not self._size
 
     def drain(self) -> None:
         """Wait until all is written, or nothing more has been for `patience` seconds."""
