@@ -94,6 +94,8 @@ class Outlet(_Raw):
         self.other: Outlet | None = None
         """Where it is said that something was lost here."""
         self.lost_bytes = 0
+        self.inside_a_line = False
+        """Whether the next bytes do not begin a line."""
         self.reason = ""
         """Why the first of them were lost."""
         self._process = os.getpid()
@@ -118,6 +120,7 @@ class Outlet(_Raw):
                 self._lose(len(content), "its reader has stopped reading")
             else:
                 self._keep(content)
+        self._say_what_is_lost()
         return len(content)
 
     def _has_room(self, number: int) -> bool:
@@ -137,7 +140,8 @@ class Outlet(_Raw):
                 while self._size and taken == self._taken and time.monotonic() < until:
                     self._changed.wait(until - time.monotonic())
                 if taken == self._taken:
-                    return self._give_up()
+                    self._give_up()
+        self._say_what_is_lost()
 
     def _give_up(self) -> None:
         if self._size:
@@ -151,6 +155,7 @@ class Outlet(_Raw):
             self._gap = 0
         self._pieces.extend(content[at : at + PIECE_BYTES] for at in range(0, len(content), PIECE_BYTES))
         self._size += len(content)
+        self.inside_a_line = not content.endswith(b"\n")
         if self._thread is None:
             self._thread = threading.Thread(target=self._write_on, name=f"{self.name} writer", daemon=True)
             self._thread.start()
@@ -174,12 +179,18 @@ class Outlet(_Raw):
                     gone = problem.errno in _GONE
                     self._lose(len(piece), "nobody reads it" if gone else f"it cannot be written: {problem.strerror}")
                 self._changed.notify_all()
+            self._say_what_is_lost()
 
     def _lose(self, number: int, reason: str) -> None:
-        first, self.reason = not self.reason, self.reason or reason
+        self.reason = self.reason or reason
         self.lost_bytes += number
-        if first and self.other is not None:
-            self.other.write(f"cl-dist: note: {self.name} is lost: {reason}; the work goes on\n".encode())
+
+    def _say_what_is_lost(self) -> None:
+        """Once, on the other stream; not under this one's lock, since the other one may want to say the same here."""
+        if self.reason and self.other is not None:
+            other, self.other = self.other, None
+            begin = "\n" if other.inside_a_line else ""
+            other.write(f"{begin}cl-dist: note: {self.name} is lost: {self.reason}; the work goes on\n".encode())
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
