@@ -28,6 +28,8 @@ PATIENCE_SECONDS = 5.0
 """At the end a reader may take so long for the next piece before the rest is given up."""
 HASTE_SECONDS = 0.5
 """The same for a rank: launchers kill ranks that do not end soon after the first one has."""
+PAUSE_SECONDS = 0.2
+"""A reader that takes nothing for so long while the buffer is full has stopped reading."""
 PIECE_BYTES = 4096
 """What is written at once; a reader that takes a piece is alive."""
 NOBODY_READS = 128 + 13
@@ -84,7 +86,7 @@ class _Direct(_Raw):
 
 
 class Outlet(_Raw):
-    """Written by a thread: `write` neither waits nor raises, and `flush` does nothing (`drain` waits)."""
+    """Written by a thread: `write` does not wait for a reader that has stopped, and never raises; `drain` waits."""
 
     def __init__(self, descriptor: int, name: str, patience: float = PATIENCE_SECONDS) -> None:
         super().__init__(descriptor)
@@ -92,12 +94,16 @@ class Outlet(_Raw):
         self.other: Outlet | None = None
         """Where it is said that something was lost here."""
         self.lost_bytes = 0
+        self.inside_a_line = False
+        """Whether the next bytes do not begin a line."""
         self.reason = ""
         """Why the first of them were lost."""
         self._process = os.getpid()
         self._pieces: deque[bytes] = deque()
         self._size = self._taken = self._gap = 0
         """Bytes that wait, bytes that were written or given up, and bytes that were lost since the last one kept."""
+        self._stopped_at = -1
+        """What `_taken` was when the reader was found to have stopped reading."""
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -109,12 +115,22 @@ class Outlet(_Raw):
                 _write_all(self._descriptor, content)
             return len(content)
         with self._changed:
-            if self._size + len(content) > BUFFER_BYTES:
+            if not self._has_room(len(content)):
                 self._gap += len(content)
                 self._lose(len(content), "its reader has stopped reading")
             else:
                 self._keep(content)
+        self._say_what_is_lost()
         return len(content)
+
+    def _has_room(self, number: int) -> bool:
+        """Whether so many bytes can be kept; a reader that is alive is waited for, one that has stopped only once."""
+        while self._size + number > BUFFER_BYTES and self._size and self._taken != self._stopped_at:
+            taken = self._taken
+            self._changed.wait(PAUSE_SECONDS)
+            if self._taken == taken:
+                self._stopped_at = taken
+        return self._size + number <= BUFFER_BYTES or not self._size
 
     def drain(self) -> None:
         """Wait until all is written, or nothing more has been for `patience` seconds."""
@@ -124,7 +140,8 @@ class Outlet(_Raw):
                 while self._size and taken == self._taken and time.monotonic() < until:
                     self._changed.wait(until - time.monotonic())
                 if taken == self._taken:
-                    return self._give_up()
+                    self._give_up()
+        self._say_what_is_lost()
 
     def _give_up(self) -> None:
         if self._size:
@@ -138,6 +155,7 @@ class Outlet(_Raw):
             self._gap = 0
         self._pieces.extend(content[at : at + PIECE_BYTES] for at in range(0, len(content), PIECE_BYTES))
         self._size += len(content)
+        self.inside_a_line = not content.endswith(b"\n")
         if self._thread is None:
             self._thread = threading.Thread(target=self._write_on, name=f"{self.name} writer", daemon=True)
             self._thread.start()
@@ -161,12 +179,18 @@ class Outlet(_Raw):
                     gone = problem.errno in _GONE
                     self._lose(len(piece), "nobody reads it" if gone else f"it cannot be written: {problem.strerror}")
                 self._changed.notify_all()
+            self._say_what_is_lost()
 
     def _lose(self, number: int, reason: str) -> None:
-        first, self.reason = not self.reason, self.reason or reason
+        self.reason = self.reason or reason
         self.lost_bytes += number
-        if first and self.other is not None:
-            self.other.write(f"cl-dist: note: {self.name} is lost: {reason}; the work goes on\n".encode())
+
+    def _say_what_is_lost(self) -> None:
+        """Once, on the other stream; not under this one's lock, since the other one may want to say the same here."""
+        if self.reason and self.other is not None:
+            other, self.other = self.other, None
+            begin = "\n" if other.inside_a_line else ""
+            other.write(f"{begin}cl-dist: note: {self.name} is lost: {self.reason}; the work goes on\n".encode())
 
 
 def _write_all(descriptor: int, content: bytes) -> None:

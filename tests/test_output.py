@@ -22,7 +22,7 @@ import os, sys
 from cl_dist import output
 from cl_dist.output import fill_missing_descriptors, lost_output, steady_output
 fill_missing_descriptors()
-with steady_output(0.3):
+with steady_output(2.0):
     for number in range(int(sys.argv[2])):
         print("line", number, "of", sys.argv[1] * 400, flush=True)
         print("error", number, file=sys.stderr)

@@ -347,17 +347,13 @@ def test_a_path_that_cannot_be(command: Command, words: tuple[str, ...], name: s
     (tmp_path / "quickstart").touch()
     code, _, error = command(*words, name)
     assert code == 2
-    assert len(error) < 1000
     assert "internal error" not in error
 
 
 @pytest.mark.parametrize("command_words", [("run",), ("compare", "--out", "sweep")])
 def test_more_ranks_than_any_machine_holds(command: Command, command_words: tuple[str, ...], tmp_path: Path) -> None:
     for number in (1025, 2**31):
-        code, _, error = command(
-            command_words[0], "quickstart", f"--set=launch.processes={number}", "--set=output_dir=here",
-            *command_words[1:],
-        )  # fmt: skip
+        code, _, error = command(*command_words, "quickstart", f"--set=launch.processes={number}")
         assert code == 2
         assert error.startswith(f"cl-dist: error: launch.processes: {number} ")
-    assert not (tmp_path / "here").exists()
+    assert not (tmp_path / "sweep" / "table.md").exists()

@@ -1,4 +1,4 @@
-"""The store of one machine's ranks. That nothing else of a run listens elsewhere is in `tests/runs/test_interrupts.py`."""
+"""The store of one machine's ranks. That nothing else listens elsewhere is in `tests/runs/test_interrupts.py`."""
 
 from __future__ import annotations
 

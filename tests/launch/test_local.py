@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -232,6 +236,40 @@ ending = launch([sys.executable, "-c", sys.argv[1]], 2, os.environ, 1.0)
 print(ending.message)
 sys.exit(ending.exit_code)
 """
+
+
+DRAWER = """
+rank and sys.exit()
+from cl_dist.launch.child import terminal
+from cl_dist.output import steady_output
+from cl_dist.progress import make_reporter
+with steady_output():
+    reporter = make_reporter(rank, sys.stdout, terminal(os.environ))
+    reporter.run_started(["spring"], 1)
+    reporter.task_started(0, "spring", 4)
+    reporter.step(2, 0.5, 100.0, 1e-3)
+    size = reporter.reporter.console.size
+    reporter.close()
+print("columns", size.width, "lines", size.height)
+"""
+
+
+def test_the_first_rank_draws_on_the_launchers_terminal(folder: Path) -> None:
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 111, 0, 0))
+    command = [sys.executable, "-c", LAUNCHER, PRELUDE + DRAWER]
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    process = subprocess.Popen(command, stdout=slave, stderr=slave, env=environment, start_new_session=True)
+    os.close(slave)
+    drawn = b""
+    with suppress(OSError):  # EIO: all is read
+        while data := os.read(master, 1 << 16):
+            drawn += data
+    os.close(master)
+    assert process.wait(timeout=PATIENCE_SECONDS) == 0, drawn
+    assert b"\x1b[?25h" in drawn
+    assert b"2/4" in drawn
+    assert b"columns 111 lines 33" in drawn
 
 
 class TestStopped:
