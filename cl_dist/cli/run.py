@@ -41,7 +41,7 @@ def run(arguments: Namespace) -> int:
 
 def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> None:
     """Raise BadInput where the data or the model cannot be used, as far as that shows without torch."""
-    with refusing("data or model"):
+    with refusing("stream"):
         _check_stream_and_model(recipe, recipe_dir)
 
 
@@ -54,7 +54,8 @@ def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> None:
     from cl_dist.tasks.warmup import check_warmup
 
     tasks = load_stream(recipe.stream, recipe_dir)
-    check_model_config(recipe.model, [label for task in tasks for label in task.labels])
+    with refusing("model.name_or_path"):
+        check_model_config(recipe.model, [label for task in tasks for label in task.labels])
     if recipe.train.template == "chat":
         check_chat_template(recipe.model)
     if recipe.eval.general is not None:
