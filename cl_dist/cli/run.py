@@ -49,7 +49,7 @@ def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]
 
     Raises BadInput where the data or the model cannot be used, as far as that shows without torch.
     """
-    with refusing("data or model"):
+    with refusing("stream"):
         return _check_stream_and_model(recipe, recipe_dir)
 
 
@@ -63,8 +63,9 @@ def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...
     from cl_dist.tasks.warmup import check_warmup
 
     tasks = load_stream(recipe.stream, recipe_dir)
-    check_model_config(recipe.model, [label for task in tasks for label in task.labels])
-    check_positions(recipe.model, recipe.train)
+    with refusing("model.name_or_path"):
+        check_model_config(recipe.model, [label for task in tasks for label in task.labels])
+        check_positions(recipe.model, recipe.train)
     if recipe.train.template == "chat":
         check_chat_template(recipe.model)
     if recipe.eval.rouge_tokenizer == "xlingual":

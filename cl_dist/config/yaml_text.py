@@ -156,7 +156,7 @@ for _tag, _pattern, _first in (
 
 for _tag, _constructor in (
     ("null", _scalar("null", lambda text: None)),
-    ("str", _scalar("a text (half of a surrogate pair, or a NUL character)", _to_text)),
+    ("str", _scalar("a text: it holds half of a surrogate pair or a NUL character", _to_text)),
     ("bool", _scalar("true or false", _to_bool)),
     ("int", _scalar("a whole number", _to_int)),
     ("float", _scalar("a number", _to_float)),

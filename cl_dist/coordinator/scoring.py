@@ -14,7 +14,7 @@ from cl_dist.heartbeat import beat
 from cl_dist.progress import Reporter
 from cl_dist.state.atomic import telling_full_disk
 from cl_dist.state.ledger import Ledger
-from cl_dist.state.scores import How, TaskScored
+from cl_dist.state.scores import How
 from cl_dist.tasks.types import Task
 
 Row = tuple[float | None, ...]
@@ -58,7 +58,7 @@ class Scoring:
                 entry = scoring_entry(self._system.tasks[places[result.task]], result)
                 self._record(result, entry, predictions)
                 row[places[result.task]] = result.score
-                self._ledger.scored(TaskScored(places[result.task], result.score, entry))
+                self._ledger.scored(places[result.task], result.score, entry)
         return tuple(row)
 
     def _pass(self, tasks: Sequence[Task]) -> list[TaskScore]:

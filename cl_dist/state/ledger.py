@@ -10,7 +10,7 @@ from cl_dist.errors import ClDistError
 from cl_dist.state.atomic import write_json, write_text
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
-from cl_dist.state.scores import TaskScored
+from cl_dist.state.scores import How, TaskScored
 from cl_dist.state.together import together
 
 
@@ -56,8 +56,11 @@ class Ledger:
         self.write(write)
         self.manifest = stored[0]  # not before it is on the disk: `note_failure` goes by it
 
-    def scored(self, scored: TaskScored) -> None:
-        """Add a task's score to the row under way: one line of a file (collective)."""
+    def scored(self, task: int, score: float, how: How | None = None) -> None:
+        """Add the score of the task at position `task`, and how it came about, to the row under way: one line of a file
+        (collective).
+        """
+        scored = TaskScored(task, score, how or {})
         manifest = self.manifest.with_score(scored)
         self.write(lambda: manifest.append_score(self.folder.manifest, scored))
         self.manifest = manifest

@@ -103,8 +103,8 @@ RAW: list[dict[str, Any]] = [
         "offload_param": {"device": "cpu", "pin_memory": False}}}},
     {"stage": 3, "accumulation": 3, "offload": True, "deepspeed": {"zero_optimization": {
         "stage3_param_persistence_threshold": 0, "offload_param": {"device": "cpu", "pin_memory": False}}}},
-    *({"stage": stage, "dtype": "bfloat16", "deepspeed": {"communication_data_type": "fp32"}} for stage in STAGES),
-    *({"stage": stage, "dtype": "bfloat16", "deepspeed": {"communication_data_type": "bf16"}} for stage in STAGES),
+    *({"stage": stage, "dtype": "bfloat16", "deepspeed": {"communication_data_type": "fp32"}} for stage in (0, 2)),
+    *({"stage": stage, "dtype": "bfloat16", "deepspeed": {"communication_data_type": "bf16"}} for stage in (1, 3)),
     *({"stage": stage, "dtype": "bfloat16", "accumulation": 3, "clip": 0.1,
        "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}}} for stage in (1, 2, 3)),
 ]  # fmt: skip
