@@ -64,7 +64,7 @@ def _check(cls: type[VariedConfig], place: str, name: str, value: Any) -> None:
         raise ValueError(f"{place}: {reason}; by_task may give {', '.join(cls.VARIED)}")
     annotated: Any = Annotated
     parts = (info.annotation, *info.metadata)
-    kind = annotated[parts] if info.metadata else info.annotation
+    kind: Any = annotated[parts] if info.metadata else info.annotation
     try:
         TypeAdapter(kind, config={"allow_inf_nan": False}).validate_python(value, strict=True)
     except ValidationError:

@@ -229,7 +229,7 @@ class KifConfig(UnitConfig):
     """Share of a task's scores in the accumulated scores; the past keeps the rest."""
     importance_from_step: PositiveInt = 1
     """First step of a task, counted from 1, whose importance is taken; the reference code leaves the first step out
-    (2)."""
+    (2). In a task with fewer steps no unit is more important than another."""
     replay_ratio: Share = 0.0
     """Share of every past task's training samples that is mixed into a task's own (KIF-M, TaSL-M; 0.02 in the papers);
     0: none."""
