@@ -13,7 +13,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cl_dist.report import pictures
@@ -39,7 +40,7 @@ def measure(tasks: int) -> tuple[str, ...]:
     names = tuple(f"task-number-{number}" for number in range(tasks))
     draws = random.Random(0)
     matrix = tuple(tuple(draws.random() for _ in names) for _ in range(tasks + 1))
-    drawn = [_seconds(lambda draw=draw: draw(names, matrix)) for draw in (pictures.accuracy_matrix, pictures.scores)]
+    drawn = [_seconds(partial(draw, names, matrix)) for draw in (pictures.accuracy_matrix, pictures.scores)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     with tempfile.TemporaryDirectory() as folder:
         written = _written(names, matrix, RunFolder(Path(folder)))
@@ -67,12 +68,17 @@ def _written(names: tuple[str, ...], matrix: tuple[tuple[float, ...], ...], fold
     ledger.start("")
     scores = folder.path / "scores.jsonl"
     before = scores.stat().st_size
-    seconds = _seconds(lambda: [ledger.scored(task, score) for task, score in enumerate(matrix[-1])])
+    seconds = _seconds(lambda: _score(ledger, matrix[-1]))
     ledger.update(accuracy_matrix=matrix, completed=tasks, **NOTHING_SCORED)
     manifest = folder.manifest.stat().st_size
     row = scores.stat().st_size - before + manifest
     read = _seconds(lambda: Manifest.read(folder.manifest))
     return f"{row / 1024:.0f}", f"{manifest / 1024:.0f}", f"{1000 * seconds / tasks:.2f}", f"{read:.2f}"
+
+
+def _score(ledger: Ledger, scores: Sequence[float]) -> None:
+    for task, score in enumerate(scores):
+        ledger.scored(task, score)
 
 
 def _seconds(work: Callable[[], object]) -> float:

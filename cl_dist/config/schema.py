@@ -129,6 +129,8 @@ class TaskConfig:
             raise ValueError(
                 f'name: "{self.name}" cannot name a folder; allowed: letters, digits, "-", "_" and ".", no leading "."'
             )
+        if self.format == "builtin" and self.path is not None:
+            raise ValueError(f'path: "{self.path}" is not read: format builtin is generated and has no path')
         problem = describe_unread(self, [self.format]) or self._field_beside_text()
         if problem is not None:
             raise ValueError(problem)

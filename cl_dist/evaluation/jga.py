@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+from cl_dist.tasks.text import compose
 from cl_dist.tasks.types import Slot
 
 
 def slot_match(prediction: str, reference: str) -> float:
-    """1.0 where the prediction, in lower case and without white space around it, is the reference to the letter.
+    """1.0 where the prediction, in lower case and without white space around it, is the reference to the letter, both
+    in Unicode's normal form C.
 
     The reference is taken as it is: one with capitals is never met (in the benchmark there is none).
     """
-    return float(prediction.strip().lower() == reference)
+    return float(compose(prediction.strip().lower()) == compose(reference))
 
 
 def joint_goal_accuracy(outcomes: Iterable[tuple[Slot, bool]]) -> float:

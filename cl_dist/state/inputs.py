@@ -144,8 +144,12 @@ def _split_digest(examples: Sequence[Example]) -> SplitDigest:
 
 def _plain(example: Example) -> list[object]:
     """A sample's own values; fields that later releases add count where a sample has them."""
-    fields = dataclasses.fields(example)
-    return [[field.name, value] for field in fields if (value := getattr(example, field.name)) != field.default]
+    values = dataclasses.asdict(example)
+    return [[field.name, values[field.name]] for field in dataclasses.fields(example) if _is_given(example, field)]
+
+
+def _is_given(example: Example, field: dataclasses.Field[object]) -> bool:
+    return bool(getattr(example, field.name) != field.default)
 
 
 def _model_digest(place: ModelPlace, recipe: Recipe, patterns: Sequence[str]) -> ModelDigest:

@@ -226,7 +226,8 @@ class Manifest:
         # Not `replace`: it would check the whole matrix for every score.
         changed = copy.copy(self)
         object.__setattr__(changed, "row_under_way", (*row[:task], scored.score, *row[task + 1 :]))
-        object.__setattr__(changed, "scoring", {**self.scoring, self.tasks[task]: scored.how})
+        if scored.how:
+            object.__setattr__(changed, "scoring", {**self.scoring, self.tasks[task]: scored.how})
         return changed
 
     def append_score(self, path: Path, scored: TaskScored) -> None:
@@ -277,7 +278,7 @@ def _with_scores(document: dict[str, Any], path: Path) -> dict[str, Any]:
     if isinstance(rows, list) and rows and all(type(place) is int for place in rows):
         matrix = file.rows(rows)
         found |= {"accuracy_matrix": matrix, "written": matrix}
-    places = ScorePlaces(tuple(rows) if found else (), under_way if type(under_way) is int else None)
+    places = ScorePlaces(tuple(rows or ()) if found else (), under_way if type(under_way) is int else None)
     if places.under_way is not None:
         lines, names = list(file.scores_after(places.under_way)), document.get("tasks")
         names = names if lines and isinstance(names, list) else []

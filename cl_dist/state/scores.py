@@ -58,7 +58,12 @@ class ScoreFile:
 
     def append_scores(self, scores: Sequence[TaskScored]) -> None:
         """Append scores of the row under way, durably; as `append_rows`."""
-        self._append([{"task": each.task, "score": finite(each.score), "how": each.how} for each in scores])
+        self._append(
+            [
+                {"task": each.task, "score": finite(each.score), **({"how": each.how} if each.how else {})}
+                for each in scores
+            ]
+        )
 
     def _append(self, records: Sequence[dict[str, Any]]) -> tuple[int, ...]:
         if not records:

@@ -146,7 +146,6 @@ def test_no_path(tmp_path: Path) -> None:
 
 def test_builtin_name_and_path(tmp_path: Path) -> None:
     refuse(tmp_path, "no built-in task of that name; there are: autumn, dawn,", format="builtin")
-    refuse(tmp_path, "has no path: leave `path` out", name="spring", format="builtin", path="x")
 
 
 def test_text_has_no_labels(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_an_order_folder_beside_the_recipe_becomes_tasks(tmp_path: Path) -> None
 
 
 def test_an_unknown_order_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"stream.order: '7' is neither a folder nor one of 1, 2, 3, 4, 5, 6, superni-1"):
+    with pytest.raises(BadInput, match=r"stream.order: '7' is neither a folder nor one of 1, 2, 3, 4, 5, 6, sgd-1"):
         resolve_order(with_order("7"), tmp_path)
 
 
