@@ -54,6 +54,7 @@ def read(source: Source) -> RawTask:
         train=read_json_split(train, convert, empty),
         evaluation=with_slots(scored, evaluation.with_name(evaluation.name.removesuffix(SUFFIX) + ".idx")),
         kind="generation",
+        evaluated="test" if evaluation == files["test"] else "dev",
     )
 
 

@@ -72,15 +72,19 @@ class RawTask:
     """Allowed answers where the format states them."""
     kind: Kind | None = None
     """Kind of the task where the format settles it; else it follows from the answers."""
+    evaluated: ScoredOn | None = None
+    """Which split `evaluation` is, where the reader knows better than `scored_on`."""
 
     @property
     def scored_on(self) -> ScoredOn | None:
-        """Which split the evaluation split is, by the name of its file, its folders or its data set's split; None where
+        """Which split the evaluation split is, by the name of its file, its folder or its data set's split; None where
         nothing is called so.
         """
+        if self.evaluated is not None:
+            return self.evaluated
         origin = self.evaluation.origin
         if origin == self.train.origin:
             return "train"
         path, _, split = origin.removesuffix("]").partition("[")
-        names = [split, Path(path).stem.rpartition(".")[2], *(folder.name for folder in Path(path).parents)]
+        names = [split, Path(path).stem.rpartition(".")[2], Path(path).parent.name]
         return next((SPLITS[name.lower()] for name in names if name.lower() in SPLITS), None)
