@@ -115,9 +115,7 @@ def everything(cases: list[dict[str, Any]], trials: list[str]) -> dict[str, Any]
         "layerdrop": _refusal(dropping, [_migu()]),
         "broken": _refusal(short, []),
         "unused": _unused_layer(),
-        "trials": {
-            f"{stage}-{dtype}": _trials(stage, dtype) for stage in range(4) for dtype in ("float32", "bfloat16")
-        },
+        "trials": {each: _trials(int(each[0]), each[2:]) for each in trials},
         "adapters": without_adapter(add_lora(build("mixtral"), LoraConfig(r=2), "causal_lm", 0)),  # type: ignore[arg-type]
         "no experts": without_adapter(add_lora(build("gpt2"), LoraConfig(r=2), "causal_lm", 0)),  # type: ignore[arg-type]
     }
