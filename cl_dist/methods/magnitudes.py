@@ -185,7 +185,7 @@ class MagnitudeSums:
                 sums.add_(row_magnitude(routed.output[here], mask, per_token=self._per_token))
             start += count
 
-    def _counted(self, layer: TrackedLayer, leading: torch.Size) -> torch.Tensor | bool | None:
+    def _counted(self, layer: TrackedLayer, leading: torch.Size) -> torch.Tensor | Literal[False] | None:
         """Bool per output: those that count; None: all of them; False: the call is not one over tokens at all."""
         if self.plan is None:
             return None

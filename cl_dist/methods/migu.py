@@ -23,6 +23,7 @@ from cl_dist.methods.agreement import Agreement
 from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.methods.magnitudes import MagnitudeSums, Plan
 from cl_dist.methods.untracked import Untracked
+from cl_dist.models.dropout import layerdrop
 from cl_dist.models.skipping import RowSkipper, is_skippable
 from cl_dist.models.tracked import TrackedLayer, tracked_layers, untracked_matrices
 from cl_dist.seeds import derive_seed
@@ -52,6 +53,11 @@ class Migu(Method):
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Hook the tracked layers, and let them skip rows where the recipe allows it."""
         self._model, self._shards, self._train, self._seed = model, shards, train, train.seed
+        if dropped := layerdrop(model):
+            raise BadInput(
+                f"method.name: migu measures every layer in every step, but the model's configuration ({dropped}) "
+                "leaves out layers at random while it trains; allowed is 0 there"
+            )
         layers = tracked_layers(model, self.config.layers)
         self._untracked = Untracked(shards, model, untracked_matrices(model, layers))
         self._install(layers, plan=None)
@@ -257,8 +263,8 @@ class Migu(Method):
             raise ClDistError(
                 f"method migu: the output of {missing[0]}"
                 + (f" and {len(missing) - 1} other layers" if missing[1:] else "")
-                + " was not measured in this step on any rank, so its rows cannot be chosen; a layer that a model uses "
-                "only sometimes (layerdrop) has to be frozen, or used always"
+                + " was not measured in this step on any rank, so its rows cannot be chosen; MIGU needs every "
+                "layer in every step"
             )
 
     def _random_rows(self, number: int, rows: int) -> RowMask:

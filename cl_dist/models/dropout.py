@@ -7,6 +7,13 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from cl_dist.models.structure import base_model
 
+
+def layerdrop(model: nn.Module) -> dict[str, float]:
+    """Settings of the model's configuration that leave out whole layers at random in training, where they are on."""
+    settings = base_model(model).config.to_dict()
+    return {name: value for name, value in settings.items() if "layerdrop" in name and value}
+
+
 _MARKS = ("dropout", "pdrop")
 """Parts of the names under which transformers' configurations keep dropout probabilities."""
 

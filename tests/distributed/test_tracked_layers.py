@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,39 +11,69 @@ from tests.distributed.test_exactness import FLOAT32_BOUND, RELEASED
 from tests.ranks import run_ranks
 
 EXPERTS = ("mixtral", "qwen3moe", "gptoss")
-CASES: list[dict[str, Any]] = [
+FAST: list[dict[str, Any]] = [
     # Skipped in backward, on the shards, and with the rows that are not kept frozen.
+    {"name": "mixtral", "stage": 2},
+    {"name": "mixtral", "stage": 3, "accumulation": 3},
+    {"name": "qwen3moe", "stage": 3},
+    {"name": "qwen3moe", "stage": 2, "accumulation": 3, "mask": "update"},
+    {"name": "gptoss", "stage": 3},
+    {"name": "gptoss", "stage": 2, "accumulation": 3, "mask": "update"},
+    {"name": "gpt2", "stage": 2, "accumulation": 3, "mask": "update"},
+    {"name": "opt", "stage": 3},
+    {"name": "deberta", "stage": 2},
+    {"name": "mamba", "stage": 2, "untracked": "dense"},
+]
+SLOW: list[dict[str, Any]] = [
     *({"name": name, "stage": stage} for name in EXPERTS for stage in (2, 3)),
     *({"name": name, "stage": stage, "accumulation": 3} for name in EXPERTS for stage in (2, 3)),
     *({"name": name, "stage": stage, "mask": "update"} for name in EXPERTS for stage in (2, 3)),
     {"name": "mixtral", "stage": 3, "skip": False, "recompute": True, "deepspeed": RELEASED},
     {"name": "gptoss", "stage": 3, "recompute": True, "deepspeed": RELEASED},
-    {"name": "gptoss", "stage": 2, "accumulation": 3, "mask": "update"},
     {"name": "qwen3moe", "stage": 0},
     {"name": "qwen2moe", "stage": 2},
     *({"name": "gpt2", "stage": stage} for stage in (0, 3)),
-    {"name": "gpt2", "stage": 2, "accumulation": 3, "mask": "update"},
     {"name": "gpt2", "stage": 3, "skip": False, "mask": "update", "deepspeed": RELEASED},
     {"name": "opt", "stage": 2},
     {"name": "opt", "stage": 3, "accumulation": 3, "mask": "update"},
-    {"name": "deberta", "stage": 2},
     {"name": "deberta-v3", "stage": 2, "recompute": True},
-    {"name": "mamba", "stage": 2, "untracked": "dense"},
     {"name": "mamba", "stage": 3, "untracked": "dense", "accumulation": 3},
 ]
+CASES = [*FAST, *(case for case in SLOW if case not in FAST)]
+TRIALS = [("2", "float32"), ("3", "bfloat16")]
+SLOW_TRIALS = [(stage, dtype) for stage in "0123" for dtype in ("float32", "bfloat16") if (stage, dtype) not in TRIALS]
+
+
+def marked(values: Sequence[Any], fast: int, ids: Sequence[str]) -> list[Any]:
+    """Parameters, those behind the first `fast` ones slow."""
+    marks = [[] if number < fast else [pytest.mark.slow] for number in range(len(values))]
+    return [pytest.param(*each, id=name, marks=mark) for each, name, mark in zip(values, ids, marks, strict=True)]
 
 
 @pytest.fixture(scope="module")
-def reports() -> list[dict[str, Any]]:
-    """What two ranks say of all cases."""
-    found: list[dict[str, Any]] = run_ranks(
-        "tests.distributed.tracked_jobs:run_cases", 2, {"cases": CASES}, timeout=600
-    )[0]
-    return found
+def said(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What two ranks say of the cases that the chosen tests look at, and of the models that are refused."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    parameters = [call.params for call in calls if call is not None]
+    # The fast ones always: a test looks at several of them.
+    cases = sorted({*range(len(FAST)), *(each["case"] for each in parameters if "case" in each)})
+    trials = [f"{each['stage']}-{each['dtype']}" for each in parameters if "dtype" in each]
+    arguments = {"cases": [CASES[number] for number in cases], "trials": trials}
+    found: dict[str, Any] = run_ranks("tests.distributed.tracked_jobs:everything", 2, arguments, timeout=600)[0]
+    return {**found, "cases": dict(zip(cases, found["cases"], strict=True))}
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, case.values())) for case in CASES])
-def test_equals_the_dense_oracle(reports: list[dict[str, Any]], case: int) -> None:
+@pytest.fixture(scope="module")
+def reports(said: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Of the cases alone, by number."""
+    cases: dict[int, dict[str, Any]] = said["cases"]
+    return cases
+
+
+@pytest.mark.parametrize(
+    "case", marked([(n,) for n in range(len(CASES))], len(FAST), ["-".join(map(str, case.values())) for case in CASES])
+)
+def test_equals_the_dense_oracle(reports: dict[int, dict[str, Any]], case: int) -> None:
     report = reports[case]
     assert report["rows"] > 0
     assert report["flips"] == 0, "other rows were kept than the oracle keeps"
@@ -56,9 +87,9 @@ def test_equals_the_dense_oracle(reports: list[dict[str, Any]], case: int) -> No
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_exactly_the_kept_share_of_every_expert_s_rows_moves(reports: list[dict[str, Any]], name: str) -> None:
-    for report, case in zip(reports, CASES, strict=True):
-        if case["name"] != name:
+def test_exactly_the_kept_share_of_every_expert_s_rows_moves(reports: dict[int, dict[str, Any]], name: str) -> None:
+    for number, report in reports.items():
+        if CASES[number]["name"] != name:
             continue
         groups = [group for of_weight in report["groups"].values() for group in of_weight]
         assert len(report["groups"]) == 2 * 2 * (2 if name == "gptoss" else 1)  # two blocks, two projections, biases
@@ -66,15 +97,43 @@ def test_exactly_the_kept_share_of_every_expert_s_rows_moves(reports: list[dict[
         assert sum(kept > 0 for kept, _ in groups) > len(groups) // 2
 
 
-def test_what_cannot_be_measured_is_refused_by_name() -> None:
-    message = run_ranks("tests.distributed.tracked_jobs:refusals", 2, {"names": ["mamba"]}, timeout=120)[1]["mamba"]
+def test_what_cannot_be_measured_is_refused_by_name(said: dict[str, Any]) -> None:
+    message = said["mamba"]
     assert message.startswith("method.untracked: ")
     for part in ("dt_proj.weight (its forward does not run)", "conv1d.weight", "A_log", "% of the trainable", "dense"):
         assert part in message
     assert "in_proj" not in message
 
 
-def test_dense_says_what_is_not_masked(reports: list[dict[str, Any]]) -> None:
+def test_layers_that_are_left_out_at_random_are_refused(said: dict[str, Any]) -> None:
+    assert "layerdrop" in said["layerdrop"]
+    assert "0.5" in said["layerdrop"]
+
+
+def test_a_model_that_cannot_run_is_refused_before_training(said: dict[str, Any]) -> None:
+    assert said["broken"].startswith("model.name_or_path: one forward and backward pass on a tiny batch")
+    assert "TypeError: " in said["broken"]
+
+
+def test_a_layer_that_is_not_measured_in_a_step_is_an_error_by_name(said: dict[str, Any]) -> None:
+    assert "the output of model.layers.1.mlp.experts.gate_up_proj and 2 other layers was not measured" in said["unused"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), marked([*TRIALS, *SLOW_TRIALS], len(TRIALS), ["-".join(pair) for pair in TRIALS + SLOW_TRIALS])
+)
+def test_a_trial_changes_nothing(said: dict[str, Any], stage: str, dtype: str) -> None:
+    assert said["trials"][f"{stage}-{dtype}"] == {"generator and counters": True, "weights and moments": True}
+
+
+def test_lora_says_what_all_linear_leaves_out(said: dict[str, Any]) -> None:
+    for part in ("all-linear puts no adapter on", "model.layers.*.mlp.experts.gate_up_proj", "experts.down_proj", "%"):
+        assert part in said["adapters"]
+    assert "q_proj" not in said["adapters"]
+    assert said["no experts"] is None
+
+
+def test_dense_says_what_is_not_masked(reports: dict[int, dict[str, Any]]) -> None:
     number = next(number for number, case in enumerate(CASES) if case["name"] == "mamba")
     report = reports[number]
     parts = {name.split("mixer.")[1] for name in report["unmasked"]}

@@ -29,14 +29,15 @@ from transformers import (
 )
 
 from cl_dist.config.methods import MiguConfig
-from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
+from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
-from cl_dist.errors import BadInput
+from cl_dist.errors import BadInput, ClDistError
 from cl_dist.methods.base import TaskPlace
 from cl_dist.methods.migu import Migu
 from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.load import LoadedModel
+from cl_dist.models.lora import add_lora, without_adapter
 from tests.distributed.worlds import CLASSES, VOCABULARY, mean_loss, micro_batches, samples, whole
 from tests.oracle_tracked import DenseTracked
 
@@ -101,16 +102,89 @@ def build(name: str, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Train every case with cl_dist and densely."""
+def everything(cases: list[dict[str, Any]], trials: list[str]) -> dict[str, Any]:
+    """Train every case with cl_dist and densely; what else the tests ask about, in the same start."""
     join(timeout_seconds=120)
-    return [Case(**case).run() for case in cases]
+    dropping = build("opt")
+    dropping.config.layerdrop = 0.5  # type: ignore[union-attr, assignment]
+    short = MODELS["opt"]()
+    short.model.decoder.embed_positions = torch.nn.Embedding(3, 20)  # type: ignore[union-attr, assignment]
+    return {
+        "cases": [Case(**case).run() for case in cases],
+        "mamba": _refusal(build("mamba"), [_migu()]),
+        "layerdrop": _refusal(dropping, [_migu()]),
+        "broken": _refusal(short, []),
+        "unused": _unused_layer(),
+        "trials": {each: _trials(int(each[0]), each[2:]) for each in trials},
+        "adapters": without_adapter(add_lora(build("mixtral"), LoraConfig(r=2), "causal_lm", 0)),  # type: ignore[arg-type]
+        "no experts": without_adapter(add_lora(build("gpt2"), LoraConfig(r=2), "causal_lm", 0)),  # type: ignore[arg-type]
+    }
 
 
-def refusals(names: list[str]) -> dict[str, str]:
-    """What is said of models that MIGU does not take."""
-    join(timeout_seconds=120)
-    return {name: Case(name, 2, build_only=True).refusal for name in names}
+def _migu() -> Migu:
+    return Migu(MiguConfig(name="migu", first_task="masked"))
+
+
+def _recipe(stage: int, dtype: str = "float32", accumulation: int = 1) -> Recipe:
+    return Recipe(
+        model=ModelConfig(name_or_path="odd"),
+        stream=StreamConfig(tasks=(TaskConfig(name="t", format="builtin"),)),
+        train=TrainConfig(
+            micro_batch_size=2,
+            gradient_accumulation=accumulation,
+            learning_rate=1e-2,
+            eps=1e-2,
+            dtype=dtype,  # type: ignore[arg-type]
+        ),
+        zero=ZeroConfig(stage=stage),  # type: ignore[arg-type]
+        output_dir="unused",
+    )
+
+
+def _refusal(model: torch.nn.Module, methods: list[Migu]) -> str:
+    """What is said of a model that cannot be trained."""
+    try:
+        TrainingEngine(LoadedModel(model, None, "causal_lm"), _recipe(2), methods)  # type: ignore[arg-type]
+    except BadInput as error:
+        return str(error)
+    return ""
+
+
+def _unused_layer() -> str:
+    """What is said of a layer that did run in the trial and does not in training."""
+    model = build("qwen3moe")
+    engine = TrainingEngine(LoadedModel(model, None, "causal_lm"), _recipe(2), [_migu()])  # type: ignore[arg-type]
+    engine.before_task(TaskPlace(0, "t", 1))
+    model.model.layers[1].mlp.forward = lambda hidden: hidden  # type: ignore[union-attr, index]
+    try:
+        engine.train_step(0, micro_batches("llama", samples("llama", 2), 2), 10)
+    except ClDistError as error:
+        return str(error)
+    return ""
+
+
+def _trials(stage: int, dtype: str) -> dict[str, bool]:
+    """Whether more trials before and between the steps change anything at all."""
+    ends = {}
+    for extra in (False, True):
+        torch.manual_seed(0)
+        model = build("opt").to(getattr(torch, dtype))
+        engine = TrainingEngine(LoadedModel(model, None, "causal_lm"), _recipe(stage, dtype, 2), [_migu()])  # type: ignore[arg-type]
+        engine.before_task(TaskPlace(0, "t", 2))
+        state, counters = torch.get_rng_state(), (engine._engine.global_steps, engine.shards.optimizer_step)
+        for step in range(2):
+            if extra:
+                engine._try_out()
+            rank = torch.distributed.get_rank()
+            mine = micro_batches("llama", samples("llama", 8, seed=step)[4 * rank : 4 * rank + 4], 2)
+            if step == 0:
+                same = torch.equal(state, torch.get_rng_state())
+                same &= counters == (engine._engine.global_steps, engine.shards.optimizer_step) == (0, 0)
+            engine.train_step(step, mine, 20)
+        ends[extra] = {quantity: whole(engine.shards, quantity) for quantity in QUANTITIES}
+        engine.destroy()
+    equal = all(torch.equal(ends[False][q][name], ends[True][q][name]) for q in QUANTITIES for name in ends[False][q])
+    return {"generator and counters": same, "weights and moments": equal}
 
 
 class Case:
@@ -119,10 +193,10 @@ class Case:
     def __init__(
         self, name: str, stage: int, accumulation: int = 1, mask: str = "gradient", steps: int = 3, skip: bool = True,
         recompute: bool = False, untracked: str = "error", padding: bool = False,
-        deepspeed: dict[str, Any] | None = None, scope: str = "step", build_only: bool = False,
+        deepspeed: dict[str, Any] | None = None, scope: str = "step",
     ) -> None:  # fmt: skip
         self.family = "roberta" if name.startswith("deberta") else "llama"  # whose samples and loss
-        self.steps, self.accumulation, self.refusal = steps, accumulation, ""
+        self.steps, self.accumulation = steps, accumulation
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         self.micro = 4 // self.world
         self.recipe = Recipe(
@@ -149,12 +223,7 @@ class Case:
             enable_activation_checkpointing(model)  # type: ignore[arg-type]
         self.migu = Migu(self.config)
         objective = "classification" if self.family == "roberta" else "causal_lm"
-        try:
-            self.engine = TrainingEngine(LoadedModel(model, None, objective), self.recipe, [self.migu])  # type: ignore[arg-type]
-        except BadInput as error:
-            if not build_only:
-                raise
-            self.refusal = str(error)
+        self.engine = TrainingEngine(LoadedModel(model, None, objective), self.recipe, [self.migu])  # type: ignore[arg-type]
 
     def run(self) -> dict[str, Any]:
         """Train; compare weights and moments, and what moved in every step."""
