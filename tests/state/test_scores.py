@@ -170,3 +170,15 @@ def test_damaged_scores_are_named(tmp_path: Path, harm: Callable[[Path], None], 
     harm(tmp_path / "scores.jsonl")
     with pytest.raises(BadInput, match=message):
         Manifest.read(path)
+
+
+def test_a_line_that_was_cut_off_harms_no_other(tmp_path: Path) -> None:
+    """Rows and scores that are appended right behind it are read again."""
+    file = ScoreFile(tmp_path / "scores.jsonl")
+    file.append_scores([(0, 0.5)])
+    file.path.write_bytes(file.path.read_bytes()[:-5])
+    assert file.rows(file.append_rows([(0.1,), (0.2,)])) == ((0.1,), (0.2,))
+    file.path.write_bytes(file.path.read_bytes()[:-5])
+    begin = file.end()
+    file.append_scores([(1, 0.75)])
+    assert dict(file.scores_after(begin)) == {1: 0.75}
