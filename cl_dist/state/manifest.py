@@ -262,11 +262,11 @@ def _with_scores(document: dict[str, Any], path: Path) -> dict[str, Any]:
     if isinstance(rows, list) and rows and all(type(place) is int for place in rows):
         matrix = file.rows(rows)
         found |= {"accuracy_matrix": matrix, "written": matrix}
-    places = ScorePlaces(tuple(rows) if found else (), under_way if type(under_way) is int else None)
+    places = ScorePlaces(tuple(rows or ()) if found else (), under_way if type(under_way) is int else None)
     if places.under_way is not None:
         scored, names = dict(file.scores_after(places.under_way)), document.get("tasks")
-        known = scored and isinstance(names, list)
-        found["row_under_way"] = [scored.get(task) for task in range(len(names))] if known else []
+        count = len(names) if scored and isinstance(names, list) else 0
+        found["row_under_way"] = [scored.get(task) for task in range(count)]
     return {**document, **found, "scores": places}
 
 

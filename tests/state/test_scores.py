@@ -57,7 +57,8 @@ def test_every_prefix_of_the_writes_is_a_state_of_the_run(tmp_path: Path, monkey
     """
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    ledger, copies = Ledger(folder, EMPTY, writer=True), []
+    ledger = Ledger(folder, EMPTY, writer=True)
+    copies: list[tuple[Path, int]] = []
     states = [known(EMPTY)]
 
     def keep(torn: bool = False) -> None:
@@ -70,7 +71,7 @@ def test_every_prefix_of_the_writes_is_a_state_of_the_run(tmp_path: Path, monkey
             states.append(now)
         copies.append((copy, len(states) - 1))
 
-    append, write = ScoreFile._append, manifests.write_json
+    append, write = ScoreFile._append, manifests.write_json  # type: ignore[attr-defined]
 
     def appending(self: ScoreFile, records: Any) -> tuple[int, ...]:
         keep()
@@ -150,7 +151,10 @@ def test_a_manifest_with_the_scores_in_it_is_read_and_they_move(tmp_path: Path) 
 
 
 def damage(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(change(path.read_bytes())) and None  # type: ignore[func-returns-value]
+    def harm(path: Path) -> None:
+        path.write_bytes(change(path.read_bytes()))
+
+    return harm
 
 
 @pytest.mark.parametrize(
