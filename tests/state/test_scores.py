@@ -57,7 +57,8 @@ def test_every_prefix_of_the_writes_is_a_state_of_the_run(tmp_path: Path, monkey
     """
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    ledger, copies = Ledger(folder, EMPTY, writer=True), []
+    ledger = Ledger(folder, EMPTY, writer=True)
+    copies: list[tuple[Path, int]] = []
     states = [known(EMPTY)]
 
     def keep(torn: bool = False) -> None:
@@ -70,7 +71,7 @@ def test_every_prefix_of_the_writes_is_a_state_of_the_run(tmp_path: Path, monkey
             states.append(now)
         copies.append((copy, len(states) - 1))
 
-    append, write = ScoreFile._append, manifests.write_json
+    append, write = ScoreFile._append, manifests.write_json  # type: ignore[attr-defined]
 
     def appending(self: ScoreFile, records: Any) -> tuple[int, ...]:
         keep()
@@ -150,7 +151,10 @@ def test_a_manifest_with_the_scores_in_it_is_read_and_they_move(tmp_path: Path) 
 
 
 def damage(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(change(path.read_bytes())) and None  # type: ignore[func-returns-value]
+    def harm(path: Path) -> None:
+        path.write_bytes(change(path.read_bytes()))
+
+    return harm
 
 
 @pytest.mark.parametrize(
@@ -170,3 +174,15 @@ def test_damaged_scores_are_named(tmp_path: Path, harm: Callable[[Path], None], 
     harm(tmp_path / "scores.jsonl")
     with pytest.raises(BadInput, match=message):
         Manifest.read(path)
+
+
+def test_a_line_that_was_cut_off_harms_no_other(tmp_path: Path) -> None:
+    """Rows and scores that are appended right behind it are read again."""
+    file = ScoreFile(tmp_path / "scores.jsonl")
+    file.append_scores([(0, 0.5)])
+    file.path.write_bytes(file.path.read_bytes()[:-5])
+    assert file.rows(file.append_rows([(0.1,), (0.2,)])) == ((0.1,), (0.2,))
+    file.path.write_bytes(file.path.read_bytes()[:-5])
+    begin = file.end()
+    file.append_scores([(1, 0.75)])
+    assert dict(file.scores_after(begin)) == {1: 0.75}
