@@ -19,6 +19,7 @@ FAST: list[dict[str, Any]] = [
     {"name": "qwen3moe", "stage": 2, "accumulation": 3, "mask": "update"},
     {"name": "gptoss", "stage": 3},
     {"name": "gptoss", "stage": 2, "accumulation": 3, "mask": "update"},
+    {"name": "gptoss-idle", "stage": 2, "mask": "update"},
     {"name": "gpt2", "stage": 2, "accumulation": 3, "mask": "update"},
     {"name": "opt", "stage": 3},
     {"name": "deberta", "stage": 2},
@@ -139,3 +140,10 @@ def test_dense_says_what_is_not_masked(reports: dict[int, dict[str, Any]]) -> No
     parts = {name.split("mixer.")[1] for name in report["unmasked"]}
     assert parts == {"dt_proj.weight", "conv1d.weight", "A_log"}
     assert all(part in report["message"] for part in parts)
+
+
+def test_an_expert_without_a_token_keeps_no_row(reports: dict[int, dict[str, Any]]) -> None:
+    number = next(number for number, case in enumerate(CASES) if case["name"] == "gptoss-idle")
+    groups = reports[number]["groups"].values()
+    assert all(of_weight[-1][0] == 0 for of_weight in groups)
+    assert all(kept > 0 for of_weight in groups for kept, _ in of_weight[:1])
