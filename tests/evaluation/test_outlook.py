@@ -168,3 +168,8 @@ def test_tasks_of_different_scores() -> None:
     assert notice.task is None
     assert "means of different scores: exact_match (t); rouge_l (free)" in notice.text
     assert look(*tasks, mode="generate", metric="exact_match") == ()
+
+
+def test_the_first_task_that_the_model_cannot_score_is_named() -> None:
+    with pytest.raises(BadInput, match="'free'"):
+        look(labelled("good", "bad"), free("very good"), tokenizer=words(), objective="classification")
