@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 MAX_SHOWN = 60
@@ -40,6 +40,17 @@ def shorten(text: str, most: int = MAX_SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def printable(text: str) -> str:
+    """A text that every terminal and file takes: NULs and halves of surrogate pairs are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0")
+
+
 def show_path(path: object) -> str:
-    """A path as a message repeats it; bytes that are no text are escaped."""
-    return shorten(str(path).encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0"), MAX_PATH)
+    """A path as a message repeats it."""
+    return shorten(printable(str(path)), MAX_PATH)
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """Names in one line: the first ones, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

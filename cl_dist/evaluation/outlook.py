@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from cl_dist.config.schema import EvalConfig
+from cl_dist.config.words import shorten
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.choice import resolve_metric, resolve_mode
 from cl_dist.evaluation.scores import Comparison, comparison, normalise
@@ -16,9 +17,6 @@ from cl_dist.heartbeat import beat
 from cl_dist.progress import different_scores
 from cl_dist.tasks.encode import Encoder, Objective
 from cl_dist.tasks.types import Task
-
-_SHOWN = 60
-"""Most characters of an answer that a message repeats."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ def _of_losses(task: Task, encoder: Encoder, compared: Comparison) -> Iterator[N
         if not same and compared.score(written, reference) < compared.score(reference, reference):
             lost.append((reference, written))
     if lost:
-        reference, written = (_shown(text) for text in lost[0])
+        reference, written = (repr(shorten(text)) for text in lost[0])
         yield Notice(
             task.name,
             "lost_text",
@@ -207,7 +205,3 @@ def _alike(labels: Iterable[str], look: Callable[[str], Hashable]) -> tuple[str,
         if other != label:
             return other, label
     return None
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")

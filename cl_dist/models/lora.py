@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cl_dist.config.schema import LoraConfig
+from cl_dist.config.words import first_of
 from cl_dist.errors import BadInput
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.names import LORA_A, LORA_B
@@ -97,7 +98,7 @@ def _check_readable(model: PeftModel) -> None:
         stored = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         result: Any = peft.set_peft_model_state_dict(model, stored)
     if lost := result.unexpected_keys:
-        # What is left over bears the name that it was looked for by, with an empty part where that went wrong.
+        # A key that is left over is the name peft looked for, with an empty part where the renaming went wrong.
         paths = ([part for part in name.partition(".lora_")[0].split(".") if part] for name in lost)
         modules = ", ".join(sorted({".".join(path[-2:]) for path in paths}))
         raise BadInput(
@@ -107,7 +108,7 @@ def _check_readable(model: PeftModel) -> None:
 
 
 def without_adapter(model: nn.Module) -> str | None:
-    """A sentence about the matrices in the blocks that `all-linear` puts no adapter on; None: there are none.
+    """A sentence about the matrices in the blocks that `all-linear` leaves without an adapter; None: there are none.
 
     Experts and their routers are parameters of their own modules in transformers, not linear layers, and so are some
     weights of state-space models. Embedding tables are not meant.
@@ -126,11 +127,10 @@ def without_adapter(model: nn.Module) -> str | None:
     if not left:
         return None
     names = list(dict.fromkeys(any_block(name).removeprefix("base_model.model.") for name in left))
-    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
     share = 100 * sum(left.values()) / sum(sizes.values())
     return (
-        f"model.lora.target_modules: all-linear puts no adapter on {shown} ({share:.2g} % of the matrices in the "
-        "blocks), which are no linear layers of their own: they stay as they are"
+        f"model.lora.target_modules: all-linear leaves out {first_of(names, SHOWN)} ({share:.3g} % of the matrices in "
+        "the blocks), which are not linear layers of their own: they get no adapter and stay as they are"
     )
 
 
