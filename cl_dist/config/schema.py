@@ -162,7 +162,7 @@ class StreamConfig:
     max_train_samples: PositiveInt | None = None
     """Use only the first so many training samples of each task."""
     max_eval_samples: PositiveInt | None = None
-    """Use only the first so many evaluation samples of each task; format sgd: and the rest of the last one's turn."""
+    """Use only the first N evaluation samples of each task; with format sgd, up to the end of the last one's turn."""
     eval_split: Literal["test", "dev"] = "test"
     """Split to evaluate on; where a task has no such file, the other one serves and the log says so."""
     instruction_file: str | None = None

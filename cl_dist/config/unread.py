@@ -39,6 +39,10 @@ def _of_evaluation(recipe: Recipe) -> Iterator[str]:
             f"eval.max_new_tokens: {evaluation.max_new_tokens} is not used: eval.mode {evaluation.mode} generates "
             "no text"
         )
+    formats = {task.format for task in recipe.stream.tasks}
+    for name in ("normalise", "rouge_tokenizer"):
+        if formats == {"sgd"} and evaluation.metric == "auto" and _given(evaluation, name):
+            yield f"eval.{name}: {getattr(evaluation, name)} is not used: format sgd is scored by jga"
     if evaluation.general is not None and not evaluation.general.after:
         yield "eval.general.after: an empty list measures nothing; leave eval.general out, or say after which tasks"
 

@@ -25,9 +25,7 @@ def show(value: Any) -> str:
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a text that UTF-8 can hold: bytes of a command line that are no text come as halves of
-    surrogate pairs.
-    """
+    """Whether UTF-8 can hold a value; bytes of a command line that are not text arrive as halves of surrogate pairs."""
     try:
         str(value).encode("utf-8")
     except UnicodeEncodeError:
@@ -38,6 +36,11 @@ def is_text(value: Any) -> bool:
 def shorten(text: str, most: int = MAX_SHOWN) -> str:
     """A text that a message repeats, cut where it is long."""
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def percent(share: float) -> str:
+    """A share between 0 and 1 with two digits that count: `0.56 %`, `100 %`."""
+    return f"{float(f'{100 * share:.2g}'):g} %"
 
 
 def printable(text: str) -> str:

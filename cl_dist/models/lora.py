@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cl_dist.config.schema import LoraConfig
-from cl_dist.config.words import first_of
+from cl_dist.config.words import first_of, percent
 from cl_dist.errors import BadInput
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.names import LORA_A, LORA_B
@@ -127,9 +127,9 @@ def without_adapter(model: nn.Module) -> str | None:
     if not left:
         return None
     names = list(dict.fromkeys(any_block(name).removeprefix("base_model.model.") for name in left))
-    share = 100 * sum(left.values()) / sum(sizes.values())
+    share = percent(sum(left.values()) / sum(sizes.values()))
     return (
-        f"model.lora.target_modules: all-linear leaves out {first_of(names, SHOWN)} ({share:.3g} % of the matrices in "
+        f"model.lora.target_modules: all-linear leaves out {first_of(names, SHOWN)} ({share} of the matrices in "
         "the blocks), which are not linear layers of their own: they get no adapter and stay as they are"
     )
 

@@ -12,6 +12,7 @@ from tests.config.fuzz import playground
 
 PROSE = "stream.tasks=[{name: prose, format: builtin}, {name: t, format: text, path: x}]"
 TEXTS = "stream.tasks=[{name: a, format: text, path: x}, {name: b, format: jsonl, path: x, text_field: text}]"
+SLOTS = "stream.tasks=[{name: a, format: sgd, path: x}]"
 GENERAL = "eval.general={tasks: [hellaswag], after: []}"
 
 UNREAD = [
@@ -23,6 +24,8 @@ UNREAD = [
     (["eval.mode=likelihood", "eval.max_new_tokens=9"], "eval.max_new_tokens: 9 is not used: eval.mode l"),
     (["eval.mode=perplexity", "eval.max_new_tokens=9"], "eval.max_new_tokens: 9 is not used: eval.mode "),
     (["eval.metric=jga", "eval.normalise=punctuation"], "eval.normalise: punctuation is for exact match and macro-F1"),
+    ([SLOTS, "eval.normalise=punctuation"], "eval.normalise: punctuation is not used: format sgd is scored by jga"),
+    ([SLOTS, "eval.rouge_tokenizer=unicode"], "eval.rouge_tokenizer: unicode is not used: format sgd is scored by"),
     ([GENERAL], "eval.general.after: an empty list measures nothing"),
     (["model.trust_remote_code=true"], "model.trust_remote_code: true is not used: builtin:llama-tiny co"),
     (["method={name: migu, selection: random, magnitude: batch}"], "method.magnitude: batch is not used"),
@@ -41,6 +44,7 @@ READ = [
     ["train.keep_optimizer=true"],
     ["eval.mode=generate", "eval.max_new_tokens=9"],
     ["eval.max_new_tokens=9"],
+    [SLOTS, "eval.metric=exact_match", "eval.normalise=punctuation"],
     ["eval.mode=likelihood", "train.max_target_length=9"],  # which eval.max_new_tokens follows
     ["eval.mode=likelihood", "train.max_length=64"],
     ["model.name_or_path=a/b", "model.trust_remote_code=true"],
