@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +27,6 @@ from cl_dist.models.names import LORA_A, LORA_B
 from cl_dist.models.structure import LINEAR, base_model, block_prefixes, head_prefixes, is_below
 from cl_dist.models.tracked import any_block, is_matrix, whole_shape
 from cl_dist.tasks.encode import Objective
-
-logger = logging.getLogger(__name__)
 
 TASK_TYPES: dict[Objective, TaskType | None] = {
     "causal_lm": TaskType.CAUSAL_LM,
@@ -111,7 +108,8 @@ def without_adapter(model: nn.Module) -> str | None:
     """A sentence about the matrices in the blocks that `all-linear` leaves without an adapter; None: there are none.
 
     Experts and their routers are parameters of their own modules in transformers, not linear layers, and so are some
-    weights of state-space models. Embedding tables are not meant.
+    weights of state-space models; of others the model reads the weight itself (`PAST_FORWARD`). Embedding tables are
+    not meant.
     """
     modules, prefixes = dict(model.named_modules(remove_duplicate=False)), block_prefixes(model)
     sizes = {
@@ -130,7 +128,7 @@ def without_adapter(model: nn.Module) -> str | None:
     share = percent(sum(left.values()) / sum(sizes.values()))
     return (
         f"model.lora.target_modules: all-linear leaves out {first_of(names, SHOWN)} ({share} of the matrices in "
-        "the blocks), which are not linear layers of their own: they get no adapter and stay as they are"
+        "the blocks), which an adapter would not reach: they stay as they are"
     )
 
 
@@ -276,13 +274,6 @@ def _targets(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str]) -> 
     linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and _is_read(module)]
     barred = _barred(model, linear)
     if lora.target_modules == "all-linear":
-        if barred:
-            names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in barred))
-            logger.warning(
-                "model.lora.target_modules: all-linear leaves out %s of %s, which adapters would not reach",
-                names,
-                type(model).__name__,
-            )
         passed_over = (*head_prefixes(model), *whole, *barred)
         targets = [name for name in linear if not is_below(name, passed_over)]
         if not targets:
