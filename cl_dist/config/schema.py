@@ -36,7 +36,6 @@ from cl_dist.config.ranges import (
 from cl_dist.config.unread import refuse_unread
 
 BUILTIN_MODELS = ("builtin:llama-tiny", "builtin:t5-tiny", "builtin:roberta-tiny")
-FORMATS = ("builtin", "cl_benchmark", "tasl", "trace", "superni", "sgd", "jsonl", "text", "huggingface")
 BUILTIN_OBJECTIVES = {
     "builtin:llama-tiny": "causal_lm",
     "builtin:t5-tiny": "seq2seq_lm",
