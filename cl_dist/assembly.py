@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,23 +11,24 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from cl_dist.config.schema import Recipe
+from cl_dist.config.schema import EvalConfig, Recipe
 from cl_dist.engine.distributed import device
 from cl_dist.engine.ds_config import deepspeed_config
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import BadInput
+from cl_dist.evaluation.choice import resolve_mode
 from cl_dist.evaluation.evaluate import Evaluator
 from cl_dist.evaluation.general import GeneralEvaluator, HarnessTasks, load_harness_tasks
 from cl_dist.evaluation.outlook import Notice, outlook
-from cl_dist.evaluation.room import check_general_room
+from cl_dist.evaluation.room import check_general_room, check_room
 from cl_dist.heartbeat import beat
 from cl_dist.methods.registry import build_methods
 from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.load import LoadedModel, check_length, load_model
 from cl_dist.models.lora import add_lora, load_adapter, without_adapter
 from cl_dist.models.structure import base_model
-from cl_dist.tasks.encode import Encoder, label_names
+from cl_dist.tasks.encode import Encoder, Objective, label_names
 from cl_dist.tasks.stream import load_stream
 from cl_dist.tasks.types import Encoded, Task
 
@@ -78,7 +80,7 @@ def build_system(recipe: Recipe, recipe_dir: Path) -> System:
     check_length(loaded, recipe.train.max_length, recipe.train.max_target_length)
     beat("tokenising the data", opaque=True)
     encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
-    notices = outlook(tasks, encoder, loaded.objective, recipe.eval)
+    notices = _check_scoring(tasks, loaded.model, encoder, loaded.objective, recipe.eval)
     samples = tuple(encoder.train(task) for task in tasks)
     beat("building the engine", opaque=True)
     engine = TrainingEngine(loaded, recipe, build_methods(recipe.method))
@@ -113,7 +115,7 @@ def build_saved(
     if source.lora is not None:
         model = load_adapter(base_model(loaded.model), folder)
     encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
-    notices = outlook(tasks, encoder, loaded.objective, recipe.eval)
+    notices = _check_scoring(tasks, model, encoder, loaded.objective, recipe.eval)
     return tasks, _evaluator(recipe, model.to(device()), loaded, encoder, names, synced=False), notices
 
 
@@ -137,6 +139,17 @@ def _load(recipe: Recipe, labels: int) -> LoadedModel:
     if recipe.train.activation_checkpointing:
         enable_activation_checkpointing(model)
     return replace(loaded, model=model)
+
+
+def _check_scoring(
+    tasks: Sequence[Task], model: torch.nn.Module, encoder: Encoder, objective: Objective, config: EvalConfig
+) -> tuple[Notice, ...]:
+    """What to know about the scores; BadInput for tasks that cannot be scored, or need more positions."""
+    notices = outlook(tasks, encoder, objective, config)
+    generated = [task for task in tasks if resolve_mode(task, objective, config) == "generate"]
+    if generated:
+        check_room(model, encoder, generated, config)
+    return notices
 
 
 def _evaluator(

@@ -3,7 +3,7 @@
 Every command prints through `direct_output`: what cannot be written ends it quietly where nobody reads it (`| head`),
 and with a sentence otherwise (a full disk). A command that works, trains for hours say, prints through `steady_output`:
 a thread per stream writes, and printing neither raises nor waits, whatever became of terminal, pipe or disk. What is
-lost so is counted, and said on the other stream.
+lost is counted and reported on the other stream.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import Any, TextIO, cast
 from cl_dist.errors import ClDistError
 
 BUFFER_BYTES = 1 << 20
-"""What is kept for a reader that is slow, or has stopped reading; what comes on top is lost."""
+"""What is kept for a reader that is slow or has stopped; anything beyond it is lost."""
 PATIENCE_SECONDS = 5.0
-"""At the end a reader may take so long for the next piece before the rest is given up."""
+"""At the end, how long a reader may take for the next piece before the rest is dropped."""
 HASTE_SECONDS = 0.5
 """The same for a rank: launchers kill ranks that do not end soon after the first one has."""
 PAUSE_SECONDS = 0.2
-"""A reader that takes nothing for so long while the buffer is full has stopped reading."""
+"""A reader that takes nothing for this long while the buffer is full has stopped reading."""
 PIECE_BYTES = 4096
 """What is written at once; a reader that takes a piece is alive."""
 NOBODY_READS = 128 + 13
-"""Exit code of a command whose reader has had enough: as if SIGPIPE had ended it, like other programs."""
+"""Exit code of a command whose reader has left: as if SIGPIPE had ended it, as with other programs."""
 _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO)
 """What the system says of a pipe without a reader, and of a terminal that was closed."""
 
@@ -124,7 +124,7 @@ class Outlet(_Raw):
         return len(content)
 
     def _has_room(self, number: int) -> bool:
-        """Whether so many bytes can be kept; a reader that is alive is waited for, one that has stopped only once."""
+        """Whether `number` bytes can be kept. Waits for a reader that is alive; for one that has stopped, only once."""
         while self._size + number > BUFFER_BYTES and self._size and self._taken != self._stopped_at:
             taken = self._taken
             self._changed.wait(PAUSE_SECONDS)
@@ -264,13 +264,13 @@ def steady_output(patience: float = PATIENCE_SECONDS) -> Iterator[None]:
 
 
 def drain_output() -> None:
-    """Wait until all that was printed is written, or its reader has not gone on for too long."""
+    """Wait until everything printed is written, or its reader has been idle for too long."""
     for outlet in _outlets:
         outlet.drain()
 
 
 def lost_output() -> list[str]:
-    """What of this process's output was lost, in a sentence for each stream; nothing where all is well."""
+    """A sentence per stream about what was lost of this process's output; none where nothing was."""
     return [
         f"{outlet.lost_bytes} bytes of {outlet.name} were lost: {outlet.reason}"
         for outlet in _outlets

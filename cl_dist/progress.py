@@ -30,9 +30,9 @@ SUMMARY = {
 """The keys of metrics.json that end a run, and their names."""
 COUNTS = {
     "cut_generations": "generations cut at eval.max_new_tokens in the last evaluation",
-    "answers_outside_labels": "evaluation answers that are none of the labels, so that nothing is right there",
+    "answers_outside_labels": "evaluation answers that match no label, so that no prediction can be right",
 }
-"""Counts by task in metrics.json that are told where they are not 0."""
+"""Counts by task in metrics.json that are shown where they are not 0, and what they count."""
 
 Row = Sequence[float | None]
 
@@ -69,7 +69,7 @@ def make_reporter(rank: int, stream: TextIO, terminal: int | None = None) -> Rep
     """The reporter of a rank: silent but for rank 0, which has a bar where `stream` is a terminal that can draw one.
 
     `terminal`: a descriptor of the terminal that `stream`, a pipe, leads to. A reporter never raises what has gone
-    wrong with telling: the run goes on.
+    wrong with printing: the run goes on.
     """
     if rank != 0:
         return SilentReporter()
@@ -187,10 +187,10 @@ class LineReporter(SilentReporter):
 
 
 class UnfailingReporter:
-    """Another reporter, without its errors: plain lines follow on the first one, and nothing on the second.
+    """Another reporter, without its errors: after the first one it prints plain lines, after the second nothing.
 
     Args:
-        reporter: What tells, as long as it can.
+        reporter: The one in use, until it fails.
         stream: Where the lines go.
     """
 
@@ -358,9 +358,9 @@ def score_notes(metrics: Mapping[str, Any]) -> list[str]:
     notes = [f"the metrics are means of different scores: {different}"] if different else []
     notes += [f"scored on training data: {', '.join(splits['train'])}"] if "train" in splits else []
     notes += [f"scored on the dev split: {', '.join(splits['dev'])}"] if "dev" in splits else []
-    for key, told in COUNTS.items():
+    for key, what in COUNTS.items():
         if counts := [f"{task} {count}" for task, count in metrics.get(key, {}).items() if count]:
-            notes.append(f"{told}: {', '.join(counts)}")
+            notes.append(f"{what}: {', '.join(counts)}")
     return notes
 
 

@@ -72,7 +72,7 @@ def _check(recipe: Recipe, recipe_dir: Path, inputs: Inputs | None, model: Path,
         return
     now = with_data(inputs, tasks) if trained_whole else read_inputs(recipe, tasks)
     for change in [] if now is None else input_changes(inputs, now, tasks):
-        print(f"not what the run was given: {change}", file=sys.stderr, flush=True)
+        print(f"differs from what the run was given: {change}", file=sys.stderr, flush=True)
 
 
 def _evaluate(recipe: Recipe, recipe_dir: Path, index: int, reporter: Reporter) -> None:

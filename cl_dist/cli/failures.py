@@ -32,7 +32,7 @@ def guarded(arguments: Namespace) -> int:
     except KeyboardInterrupt:
         return _end(Interrupted.exit_code, "stopped before anything was started", arguments.debug)
     except Exception as error:  # a bug, here or in a library
-        if isinstance(error, OSError) and error.errno in UNUSABLE_PATH:
+        if isinstance(error, OSError) and error.filename is not None and error.errno in UNUSABLE_PATH:
             return _end(BadInput.exit_code, f"{show_path(error.filename)}: {error.strerror}", arguments.debug)
         summary = " ".join(str(error).split())
         message = f"internal error: {type(error).__name__}: {summary} (run again with --debug for the traceback)"

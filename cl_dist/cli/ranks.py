@@ -37,8 +37,8 @@ def run_on_ranks(
 
     `check(first)` raises BadInput for unusable input; it runs before any rank is started, or on every rank where
     another launcher has started them. `first` is False on ranks that leave the run folder to rank 0. A rank that we
-    started and that is stopped (SIGSTOP) for well over `hang_seconds` is killed. `note` is told afterwards what of the
-    output was lost, once for each stream.
+    started and that is stopped (SIGSTOP) for well over `hang_seconds` is killed. Afterwards `note` gets a sentence
+    about what was lost of each output stream.
     """
     ranks = find_ranks(os.environ)
     if ranks is None:

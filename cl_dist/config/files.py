@@ -21,8 +21,8 @@ _SPECIAL = {
 
 
 def expand(written: str, setting: str) -> Path:
-    """The path that a recipe's text means, with `~` and `~user` replaced; BadInput, naming the setting, for a user that
-    there is not.
+    """The path that a recipe's text means, with `~` and `~user` replaced; BadInput, naming the setting, for an unknown
+    user.
     """
     try:
         return Path(written).expanduser()

@@ -17,7 +17,7 @@ from cl_dist.config.overrides import Override, apply_overrides, parse_override
 from cl_dist.config.paths import resolve_paths
 from cl_dist.config.problems import describe_problems
 from cl_dist.config.schema import Recipe, TrainConfig
-from cl_dist.config.words import did_you_mean, shorten, show_path
+from cl_dist.config.words import did_you_mean, printable, shorten, show_path
 from cl_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml, render_yaml
 from cl_dist.errors import BadInput
 
@@ -72,7 +72,7 @@ def _require_unicode(recipe: Recipe) -> None:
     try:
         json.dumps(to_dict(recipe), ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        word = error.object[max(0, error.start - 30) : error.end].encode("utf-8", "backslashreplace").decode("utf-8")
+        word = printable(error.object[max(0, error.start - 30) : error.end])
         raise BadInput(f"recipe: the path ...{word} is not UTF-8 text; rename the folder or file") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -16,7 +17,7 @@ def _refuse_given(settings: object, why: str, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if value != getattr(type(settings), name):
-            raise ValueError(f"{name}: {str(value).lower()} is read by nothing: {why}")
+            raise ValueError(f"{name}: {str(value).lower()} is not used: {why}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -217,6 +218,8 @@ class KifConfig(UnitConfig):
     """
 
     VARIED: ClassVar[tuple[str, ...]] = (*UnitConfig.VARIED, "fusion", "tau", "accumulate_new")
+    OF_MASKS: ClassVar[tuple[str, ...]] = ("threshold", "weight_new", "weight_old", "weight_neither")
+    """Settings of the hard fusion alone."""
 
     name: Literal["kif"]  # the tag that tells the three apart
     """Name of the method."""
@@ -238,10 +241,18 @@ class KifConfig(UnitConfig):
         """Refuse settings of the other fusion as well."""
         super().__post_init__()
         if self.fusion == "adaptive":
-            masks = ("threshold", "weight_new", "weight_old", "weight_neither")
-            _refuse_given(self, "fusion: adaptive takes shares from the scores and makes no masks", *masks)
+            _refuse_given(self, "fusion: adaptive takes shares from the scores and makes no masks", *self.OF_MASKS)
         else:
             _refuse_given(self, "fusion: hard fuses by masks", "tau")
+
+    def for_task(self, task: str) -> KifConfig:
+        """See `VariedConfig`. Where a task has the other fusion, what only the first one reads has its default."""
+        values = self.by_task.get(task, {})
+        if values.get("fusion", self.fusion) == self.fusion:
+            return super().for_task(task)
+        unread = ("tau",) if self.fusion == "adaptive" else self.OF_MASKS
+        defaults = {name: getattr(type(self), name) for name in unread}
+        return replace(self, by_task={}, **{**defaults, **values})
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -13,8 +13,8 @@ from cl_dist.config.ranges import MOST_FLOAT, MOST_INT
 from cl_dist.config.schema import Recipe
 from cl_dist.config.words import did_you_mean, shorten, show
 
-MOST_TOLD = 10
-"""Most problems that are told at once."""
+MOST_SHOWN = 10
+"""Most problems that one message lists."""
 
 
 def describe_problems(error: ValidationError, methods: int = 1) -> list[str]:
@@ -26,9 +26,9 @@ def describe_problems(error: ValidationError, methods: int = 1) -> list[str]:
             key = key.replace("method.0", "method", 1)
         # A value that fits no member of a union is reported once per member; the first report says it all.
         sentences.setdefault(key, _sentence(key, dict(problem)))
-    told = list(sentences.values())
-    rest = [f"and {len(told) - MOST_TOLD} more problems"] if len(told) > MOST_TOLD else []
-    return told[:MOST_TOLD] + rest
+    found = list(sentences.values())
+    rest = [f"and {len(found) - MOST_SHOWN} more problems"] if len(found) > MOST_SHOWN else []
+    return found[:MOST_SHOWN] + rest
 
 
 @cache

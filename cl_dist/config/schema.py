@@ -36,7 +36,6 @@ from cl_dist.config.ranges import (
 from cl_dist.config.unread import refuse_unread
 
 BUILTIN_MODELS = ("builtin:llama-tiny", "builtin:t5-tiny", "builtin:roberta-tiny")
-FORMATS = ("builtin", "cl_benchmark", "tasl", "trace", "superni", "sgd", "jsonl", "text", "huggingface")
 BUILTIN_OBJECTIVES = {
     "builtin:llama-tiny": "causal_lm",
     "builtin:t5-tiny": "seq2seq_lm",
@@ -162,7 +161,7 @@ class StreamConfig:
     max_train_samples: PositiveInt | None = None
     """Use only the first so many training samples of each task."""
     max_eval_samples: PositiveInt | None = None
-    """Use only the first so many evaluation samples of each task; format sgd: and the rest of the last one's turn."""
+    """Use only the first N evaluation samples of each task; with format sgd, up to the end of the last one's turn."""
     eval_split: Literal["test", "dev"] = "test"
     """Split to evaluate on; where a task has no such file, the other one serves and the log says so."""
     instruction_file: str | None = None
@@ -172,8 +171,8 @@ class StreamConfig:
     """Format cl_benchmark: prompts begin with two lines, `Task:` the group and `Dataset:` the data set, as in the
     scripts of O-LoRA and MIGU (--add_task_name, --add_dataset_name). A model is told the task by it."""
     max_labels: PositiveInt = 50
-    """A task without stated labels counts as classification when its training answers are at most so many distinct
-    ones, no more than the square root of their number, and each occurs twice at least."""
+    """A task without stated labels counts as classification when its training answers have at most this many distinct
+    values, no more than the square root of their number, and each occurs at least twice."""
     empty_answers: Literal["error", "keep", "skip"] = "error"
     """A record whose answer is empty: `error` names it and ends the run; `keep` learns it, that is to answer nothing
     (as the public code of TaSL and KIF); `skip` leaves it out, and the log says how many."""
@@ -388,7 +387,7 @@ class EvalConfig:
                 f'rouge_tokenizer_path: "{self.rouge_tokenizer_path}" has a meaning for rouge_tokenizer: xlingual '
                 f"only, not {self.rouge_tokenizer}"
             )
-        if self.normalise != "none" and (self.metric == "rouge_l" or self.mode == "perplexity"):
+        if self.normalise != "none" and (self.metric in ("rouge_l", "jga") or self.mode == "perplexity"):
             raise ValueError(
                 f"normalise: {self.normalise} is for exact match and macro-F1, not for what is scored here"
             )

@@ -25,18 +25,24 @@ def _of_training(recipe: Recipe) -> Iterator[str]:
     if tasks and all(task.format == "text" or task.text_field is not None for task in tasks):
         for name, why in (("truncate", "prompts to cut"), ("long_answers", "answers"), ("template", "turns of a chat")):
             if _given(train, name):
-                yield f"train.{name}: {getattr(train, name)} is read by no task: all are plain text, without {why}"
+                yield f"train.{name}: {getattr(train, name)} is not used: all tasks are plain text, without {why}"
     if train.keep_optimizer and any(method.name == "multi_task" for method in recipe.method):
-        yield "train.keep_optimizer: true is read by nothing: multi_task trains once, and no task follows"
+        yield "train.keep_optimizer: true is not used: multi_task trains once, and no task follows"
 
 
 def _of_evaluation(recipe: Recipe) -> Iterator[str]:
     evaluation = recipe.eval
-    if evaluation.mode in ("likelihood", "perplexity") and _given(evaluation, "max_new_tokens"):
+    # A recipe that says nothing has the answers' length of training (config.load).
+    is_own = evaluation.max_new_tokens != recipe.train.max_target_length and _given(evaluation, "max_new_tokens")
+    if evaluation.mode in ("likelihood", "perplexity") and is_own:
         yield (
-            f"eval.max_new_tokens: {evaluation.max_new_tokens} is read by nothing: eval.mode {evaluation.mode} "
-            "generates no text"
+            f"eval.max_new_tokens: {evaluation.max_new_tokens} is not used: eval.mode {evaluation.mode} generates "
+            "no text"
         )
+    formats = {task.format for task in recipe.stream.tasks}
+    for name in ("normalise", "rouge_tokenizer"):
+        if formats == {"sgd"} and evaluation.metric == "auto" and _given(evaluation, name):
+            yield f"eval.{name}: {getattr(evaluation, name)} is not used: format sgd is scored by jga"
     if evaluation.general is not None and not evaluation.general.after:
         yield "eval.general.after: an empty list measures nothing; leave eval.general out, or say after which tasks"
 
@@ -44,7 +50,7 @@ def _of_evaluation(recipe: Recipe) -> Iterator[str]:
 def _of_model(recipe: Recipe) -> Iterator[str]:
     model = recipe.model
     if model.trust_remote_code and model.name_or_path.startswith("builtin:"):
-        yield f"model.trust_remote_code: true is read by nothing: {model.name_or_path} comes without code of its own"
+        yield f"model.trust_remote_code: true is not used: {model.name_or_path} comes without code of its own"
 
 
 def _given(component: Any, name: str) -> bool:

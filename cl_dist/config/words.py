@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 MAX_SHOWN = 60
@@ -25,9 +25,7 @@ def show(value: Any) -> str:
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a text that UTF-8 can hold: bytes of a command line that are no text come as halves of
-    surrogate pairs.
-    """
+    """Whether UTF-8 can hold a value; bytes of a command line that are not text arrive as halves of surrogate pairs."""
     try:
         str(value).encode("utf-8")
     except UnicodeEncodeError:
@@ -40,6 +38,22 @@ def shorten(text: str, most: int = MAX_SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def percent(share: float) -> str:
+    """A share between 0 and 1 with two digits that count: `0.56 %`, `100 %`."""
+    return f"{float(f'{100 * share:.2g}'):g} %"
+
+
+def printable(text: str) -> str:
+    """A text that every terminal and file takes: NULs and halves of surrogate pairs are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0")
+
+
 def show_path(path: object) -> str:
-    """A path as a message repeats it; bytes that are no text are escaped."""
-    return shorten(str(path).encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0"), MAX_PATH)
+    """A path as a message repeats it."""
+    return shorten(printable(str(path)), MAX_PATH)
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """Names in one line: the first ones, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

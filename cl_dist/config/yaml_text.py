@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from cl_dist.config.words import shorten
+from cl_dist.config.words import printable, shorten
 from cl_dist.errors import BadInput
 
 _NULL = re.compile(r"~|null|Null|NULL|")
@@ -31,7 +31,7 @@ MAX_VALUES = 100_000
 MAX_DEPTH = 50
 """Lists and mappings inside each other."""
 MAX_SENTENCE = 200
-"""Characters of PyYAML's message about a problem."""
+"""Characters of PyYAML's message about a problem, which repeats names of any length."""
 MAX_DIGITS = 100
 """Of a whole number; Python itself refuses to print very long ones."""
 
@@ -103,14 +103,9 @@ def _scalar(kind: str, convert: Callable[[str], Any]) -> Callable[[_Loader, yaml
         try:
             return convert(text)
         except ValueError:
-            raise _problem(f"{_printable(text)} is not usable as {kind}", node) from None
+            raise _problem(f"{shorten(printable(text))} is not usable as {kind}", node) from None
 
     return construct
-
-
-def _printable(text: str) -> str:
-    """A text that may hold anything, for a message."""
-    return shorten(text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _to_text(text: str) -> str:
@@ -201,7 +196,7 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark is not None else ""
-        raise BadInput(f"{source}{line}: {_short(error.problem or error.context)}") from None
+        raise BadInput(f"{source}{line}: {shorten(str(error.problem or error.context), MAX_SENTENCE)}") from None
     except yaml.reader.ReaderError as error:
         raise BadInput(f"{source}: the character at position {error.position} is not allowed in YAML") from None
     except OverflowError:
@@ -210,12 +205,6 @@ def parse_yaml(text: str, source: str) -> Any:
         ) from None
     except RecursionError:
         raise BadInput(f"{source}: nested too deeply") from None
-
-
-def _short(problem: str | None) -> str:
-    """PyYAML's sentence, which repeats names of any length."""
-    words = str(problem)
-    return words if len(words) <= MAX_SENTENCE else f"{words[:MAX_SENTENCE]}..."
 
 
 class _Copy:

@@ -121,7 +121,7 @@ def _tell_what_is_new(resumed: Resumption, system: System, reporter: Reporter) -
 
 
 def _with_inputs(ledger: Ledger, system: System, resume: bool, reporter: Reporter) -> Manifest:
-    """The manifest with the digests of what this run has read; refuses what an earlier start has not read (collective).
+    """The manifest with digests of what this run has read; refuses other inputs than before (collective).
 
     Rank 0 reads the base model for it, once more where `state.digests` does not know the files. Every rank digests the
     data that it has read itself: on several nodes each may have a copy.
@@ -130,8 +130,8 @@ def _with_inputs(ledger: Ledger, system: System, resume: bool, reporter: Reporte
     now = by_first(lambda: read_inputs(system.recipe, system.tasks))
     if manifest.inputs is None and resume and folder.manifest.exists():
         reporter.message(
-            "this run does not say what it was given (an earlier release began it): data, base model and tokenizer are "
-            "not compared with what they were; from now on they will be"
+            "an earlier release began this run and recorded no digests of its inputs: data, base model and tokenizer "
+            "cannot be compared with what they were; from now on they will be"
         )
     before = manifest.inputs or now
     if before is None or now is None:

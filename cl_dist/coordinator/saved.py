@@ -21,12 +21,12 @@ from cl_dist.state.run_folder import RunFolder, TaskFolder
 def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Reporter) -> dict[str, float]:
     """Score the model that the run in `recipe.output_dir` saved after task `task_index`, on every task of the recipe.
 
-    The scores are also written to evaluation.json in the task's folder, but for a run that is read-only. The model is
+    The scores are also written to evaluation.json in the task's folder, unless the run is read-only. The model is
     loaded whole on every rank.
 
     Raises:
         BadInput: The saved model or the data is not usable.
-        ClDistError: The scores are all found and told, but could not be written.
+        ClDistError: All scores were computed and shown, but could not be written.
     """
     rank, _ = join(recipe.launch.timeout_seconds)
     quiet_libraries(rank)
@@ -53,11 +53,11 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
 
 
 class _Store:
-    """Writes predictions and scores into a task's folder; what fails there is said at the end, and stops nothing.
+    """Writes predictions and scores into a task's folder; a failure there stops nothing and is reported at the end.
 
     Args:
         folder: Of the task.
-        reporter: Where it is said that the folder is read-only.
+        reporter: Says that the folder is read-only, where it is.
     """
 
     def __init__(self, folder: TaskFolder, reporter: Reporter) -> None:
@@ -96,4 +96,4 @@ def _can_write(folder: Path) -> bool:
         with tempfile.TemporaryFile(dir=folder):
             return True
     except OSError as error:
-        return error.errno in FULL_DISK  # which is told when something is written
+        return error.errno in FULL_DISK  # reported when something is written

@@ -1,7 +1,7 @@
 """Two tiny batches that go through a model before anything is trained.
 
-Their numbers of samples, input tokens, target tokens and real tokens of either are all different, and so are the
-products of the first with the others: whatever a layer's output is shaped like, there is one reading of it
+Their numbers of samples, input tokens, target tokens and real tokens of either all differ, and so do the
+products of the first with the others: whatever shape a layer's output has, it can be read in one way only
 (`methods/token_axes.py`). The tokens are made up, so that an engine can be tried out without data.
 """
 
@@ -57,7 +57,7 @@ def trial_batches(model: nn.Module, objective: Objective) -> list[Batch]:
 
 @contextmanager
 def told_by_trial() -> Iterator[None]:
-    """What fails on a tiny batch of made-up tokens is the model's fault: say so in place of an internal error.
+    """What fails on a tiny batch of made-up tokens is the model's fault: a BadInput in place of an internal error.
 
     Errors of collectives, of memory and the project's own pass.
     """

@@ -5,7 +5,7 @@ Several small tasks are scored in one pass: task by task, one with fewer batches
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch.distributed as dist
@@ -17,7 +17,6 @@ from cl_dist.evaluation.batches import cut_pass, deal_batches, plan_passes, roun
 from cl_dist.evaluation.choice import resolve_mode
 from cl_dist.evaluation.modes import Scorer, Subject, make_scorer
 from cl_dist.evaluation.result import Mode, Prediction, TaskScore
-from cl_dist.evaluation.room import check_room
 from cl_dist.evaluation.wrapped import evaluating
 from cl_dist.tasks.encode import Encoder, Objective
 from cl_dist.tasks.types import Task
@@ -52,13 +51,6 @@ class Evaluator:
         self._subject = Subject(model, tokenizer, objective, encoder, label_names, synced)
         self._config = config
         self._rank, self._world = rank, world
-
-    def check_modes(self, tasks: Iterable[Task]) -> None:
-        """Raise BadInput for the first task that cannot be scored as the settings say."""
-        modes = [(task, resolve_mode(task, self._subject.objective, self._config)) for task in tasks]
-        generated = [task for task, mode in modes if mode == "generate"]
-        if generated:
-            check_room(self._subject.model, self._subject.encoder, generated, self._config)
 
     def passes(self, tasks: Sequence[Task]) -> list[Sequence[Task]]:
         """The tasks, in order, in the groups that are best scored together.

@@ -1,5 +1,5 @@
-"""What is known about a run's scores before its training: answers that no model could give, and what readers of the
-scores must know. Imports no torch.
+"""What is known about a run's scores before training: answers that no model could give, and what readers of the
+scores should know. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from cl_dist.config.schema import EvalConfig
+from cl_dist.config.words import shorten
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.choice import resolve_metric, resolve_mode
 from cl_dist.evaluation.scores import Comparison, comparison, normalise
@@ -16,9 +17,6 @@ from cl_dist.heartbeat import beat
 from cl_dist.progress import different_scores
 from cl_dist.tasks.encode import Encoder, Objective
 from cl_dist.tasks.types import Task
-
-_SHOWN = 60
-"""Most characters of an answer that a message repeats."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +80,19 @@ def _check_for_scorer(task: Task, compared: Comparison) -> None:
     """Raise BadInput for labels that the scorer takes for one, or for nothing, though they differ in more than case."""
     if (pair := _alike(task.labels, compared.normaliser)) and normalise(pair[0]) != normalise(pair[1]):
         raise BadInput(
-            f"task {task.name!r}: the labels {pair[0]!r} and {pair[1]!r} are one without their punctuation, so either "
+            f"task {task.name!r}: the labels {pair[0]!r} and {pair[1]!r} are the same without punctuation, so either "
             "would count as the other; set eval.normalise: none, or rename one"
         )
     empty = next((label for label in task.labels if not compared.normaliser(label)), None)
     if empty is not None:
         raise BadInput(
-            f"task {task.name!r}: nothing is left of the label {empty!r} without its punctuation; set eval.normalise: "
+            f"task {task.name!r}: nothing is left of the label {empty!r} without punctuation; set eval.normalise: "
             "none, or rename it"
         )
 
 
 def _check_tokens(task: Task, encoder: Encoder) -> None:
-    """Raise BadInput for two labels of the same tokens: both are equally likely always."""
+    """Raise BadInput for two labels of the same tokens: both always have the same likelihood."""
     if pair := _alike(task.labels, lambda label: tuple(encoder.scored_ids(label))):
         raise BadInput(
             f"task {task.name!r}: the labels {pair[0]!r} and {pair[1]!r} are the same tokens to this model's tokenizer "
@@ -131,9 +129,9 @@ def _of_labels(task: Task, compared: Comparison) -> Iterator[Notice]:
         yield Notice(
             task.name,
             "answers_outside_labels",
-            f"task {task.name!r}: the answers of {task.unlisted} of {len(task.evaluation)} evaluation samples are none "
-            f"of the {len(task.labels)} labels found in the training answers, so no prediction can be right there; "
-            "state the task's `labels`, or `labels: []` where it is to generate text",
+            f"task {task.name!r}: the answers of {task.unlisted} of {len(task.evaluation)} evaluation samples match "
+            f"none of the {len(task.labels)} labels found in the training answers, so no prediction can be right "
+            "there; state the task's `labels`, or `labels: []` if it should generate text",
         )
     if pair := _alike(task.labels, compared.normaliser):
         text = f"the labels {pair[0]!r} and {pair[1]!r} differ in case alone, so the scorer counts either as the other"
@@ -163,7 +161,7 @@ def _of_losses(task: Task, encoder: Encoder, compared: Comparison) -> Iterator[N
         if not same and compared.score(written, reference) < compared.score(reference, reference):
             lost.append((reference, written))
     if lost:
-        reference, written = (_shown(text) for text in lost[0])
+        reference, written = (repr(shorten(text)) for text in lost[0])
         yield Notice(
             task.name,
             "lost_text",
@@ -207,7 +205,3 @@ def _alike(labels: Iterable[str], look: Callable[[str], Hashable]) -> tuple[str,
         if other != label:
             return other, label
     return None
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")

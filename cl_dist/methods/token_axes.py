@@ -42,7 +42,7 @@ class Trial(NamedTuple):
 
 
 def calls_of(trials: Sequence[Trial]) -> tuple[Call, ...] | str:
-    """Every call that a layer makes in a forward pass, or the reason why it cannot be told whose outputs they are."""
+    """Every call that a layer makes in a forward pass, or why its outputs cannot be assigned to tokens."""
     counts = {len(trial.shapes) for trial in trials}
     if counts == {0}:
         return "its forward does not run"

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from cl_dist.config.words import first_of, percent
 from cl_dist.errors import BadInput
 from cl_dist.models.tracked import any_block, block_parameters, tables_in_blocks
 from cl_dist.sharding import ShardView
@@ -28,7 +29,7 @@ class Untracked:
         self._shards = shards
         self._in_blocks = sum(shards.numel(name) for name in block_parameters(model))
         self._tables = tables_in_blocks(model)
-        self._reasons = {name: f"a parameter of {owner}, no linear layer" for name, owner in owners.items()}
+        self._reasons = {name: f"a parameter of {owner}, not a linear layer" for name, owner in owners.items()}
 
     def add(self, reasons: Mapping[str, str]) -> None:
         """More of them, each with the reason."""
@@ -54,14 +55,12 @@ class Untracked:
         return f"migu: trained without a mask: {'; '.join(parts)}" if parts else None
 
     def _listed(self) -> str:
-        families = _families(self._reasons)
-        shown = [f"{name} ({reason})" for name, reason in list(families.items())[:SHOWN]]
-        more = [f"{len(families) - SHOWN} more"] if len(families) > SHOWN else []
-        return f"{', '.join([*shown, *more])}: {self._share(self._reasons)}"
+        families = [f"{name} ({reason})" for name, reason in _families(self._reasons).items()]
+        return f"{first_of(families, SHOWN)}: {self._share(self._reasons)}"
 
     def _share(self, names: Mapping[str, str] | list[str]) -> str:
         share = sum(self._shards.numel(name) for name in names) / max(1, self._in_blocks)
-        return f"{100 * share:.2g} % of the trainable parameters in the blocks"
+        return f"{percent(share)} of the trainable parameters in the blocks"
 
 
 def _families(reasons: Mapping[str, str]) -> dict[str, str]:

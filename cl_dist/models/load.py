@@ -207,24 +207,22 @@ def _set_first_token(model: PreTrainedModel, name: str) -> None:
 
 
 def _tell_attention(model: PreTrainedModel, settings: ModelConfig) -> None:
-    """One line where `auto` means another attention than it usually does."""
+    """Log a line where `auto` has fallen back to another attention."""
     if settings.attention == "auto" and model.config._attn_implementation != "sdpa":
         logger.warning(
-            "model.attention: %s has no sdpa, so auto is %s", type(model).__name__, model.config._attn_implementation
+            "model.attention: %s has no sdpa, so auto uses %s", type(model).__name__, model.config._attn_implementation
         )
 
 
 def _check_attention(model: ModelConfig, config: PreTrainedConfig, auto_class: Any) -> None:
-    """Refuse sdpa in so many words where the family's code has none; a model's own code is asked when it is built."""
+    """Refuse sdpa by name where the family's code has none; what a model's own code supports shows when it is built."""
     built = auto_class._model_mapping.get(type(config), None)
     if model.attention == "sdpa" and built is not None and not built._supports_sdpa:
         raise _no_sdpa(model, built.__name__)
 
 
 def _no_sdpa(model: ModelConfig, architecture: str) -> BadInput:
-    return BadInput(
-        f"model.attention: sdpa is not there for {model.name_or_path}, a {architecture}; allowed are auto and eager"
-    )
+    return BadInput(f"model.attention: {model.name_or_path}, a {architecture}, has no sdpa; allowed are auto and eager")
 
 
 def _build(

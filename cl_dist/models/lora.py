@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,14 +20,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cl_dist.config.schema import LoraConfig
+from cl_dist.config.words import first_of, percent
 from cl_dist.errors import BadInput
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.names import LORA_A, LORA_B
 from cl_dist.models.structure import LINEAR, base_model, block_prefixes, head_prefixes, is_below
 from cl_dist.models.tracked import any_block, is_matrix, whole_shape
 from cl_dist.tasks.encode import Objective
-
-logger = logging.getLogger(__name__)
 
 TASK_TYPES: dict[Objective, TaskType | None] = {
     "causal_lm": TaskType.CAUSAL_LM,
@@ -97,7 +95,7 @@ def _check_readable(model: PeftModel) -> None:
         stored = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         result: Any = peft.set_peft_model_state_dict(model, stored)
     if lost := result.unexpected_keys:
-        # What is left over bears the name that it was looked for by, with an empty part where that went wrong.
+        # A key that is left over is the name peft looked for, with an empty part where the renaming went wrong.
         paths = ([part for part in name.partition(".lora_")[0].split(".") if part] for name in lost)
         modules = ", ".join(sorted({".".join(path[-2:]) for path in paths}))
         raise BadInput(
@@ -107,10 +105,11 @@ def _check_readable(model: PeftModel) -> None:
 
 
 def without_adapter(model: nn.Module) -> str | None:
-    """A sentence about the matrices in the blocks that `all-linear` puts no adapter on; None: there are none.
+    """A sentence about the matrices in the blocks that `all-linear` leaves without an adapter; None: there are none.
 
     Experts and their routers are parameters of their own modules in transformers, not linear layers, and so are some
-    weights of state-space models. Embedding tables are not meant.
+    weights of state-space models; of others the model reads the weight itself (`PAST_FORWARD`). Embedding tables are
+    not meant.
     """
     modules, prefixes = dict(model.named_modules(remove_duplicate=False)), block_prefixes(model)
     sizes = {
@@ -126,11 +125,10 @@ def without_adapter(model: nn.Module) -> str | None:
     if not left:
         return None
     names = list(dict.fromkeys(any_block(name).removeprefix("base_model.model.") for name in left))
-    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-    share = 100 * sum(left.values()) / sum(sizes.values())
+    share = percent(sum(left.values()) / sum(sizes.values()))
     return (
-        f"model.lora.target_modules: all-linear puts no adapter on {shown} ({share:.2g} % of the matrices in the "
-        "blocks), which are no linear layers of their own: they stay as they are"
+        f"model.lora.target_modules: all-linear leaves out {first_of(names, SHOWN)} ({share} of the matrices in "
+        "the blocks), which an adapter would not reach: they stay as they are"
     )
 
 
@@ -276,13 +274,6 @@ def _targets(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str]) -> 
     linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and _is_read(module)]
     barred = _barred(model, linear)
     if lora.target_modules == "all-linear":
-        if barred:
-            names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in barred))
-            logger.warning(
-                "model.lora.target_modules: all-linear leaves out %s of %s, which adapters would not reach",
-                names,
-                type(model).__name__,
-            )
         passed_over = (*head_prefixes(model), *whole, *barred)
         targets = [name for name in linear if not is_below(name, passed_over)]
         if not targets:

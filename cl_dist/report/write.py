@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cl_dist.config.words import first_of
 from cl_dist.errors import BadInput
 from cl_dist.progress import WIDEST_MATRIX
 from cl_dist.report import pictures, tables
@@ -87,7 +88,7 @@ def _unit_files(tasks: tuple[str, ...], units: UnitResults) -> Iterator[tuple[st
 def _missing(run: RunData, units: UnitResults | None) -> Iterator[str]:
     left = run.manifest.tasks[len(run.done) :]
     if left:
-        yield f"The run is not finished: nothing yet about {_first_of(left)}."
+        yield f"The run is not finished: nothing yet about {first_of(left, MOST_NAMED)}."
     if not run.manifest.accuracy_matrix:
         yield "No scores: the untouched model has not been evaluated yet."
     if not run.log.losses:
@@ -98,12 +99,6 @@ def _missing(run: RunData, units: UnitResults | None) -> Iterator[str]:
         yield f"No settings: {run.folder.config.name} is not there."
     if units is not None and len(run.done) == 1:
         yield "No correlation and no picture of fusion: both need two finished tasks."
-
-
-def _first_of(names: Sequence[str]) -> str:
-    """The names, or of many of them the first."""
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _check_out(out: Path) -> None:

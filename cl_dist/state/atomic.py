@@ -49,7 +49,7 @@ class DiskFull(ClDistError):
 
 @contextmanager
 def advising(advice: str) -> Iterator[None]:
-    """Around what a command writes that has no --resume: a full disk is told with this advice."""
+    """For commands without --resume: inside, a full disk is reported with this advice."""
     try:
         yield
     except DiskFull as error:

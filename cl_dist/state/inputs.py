@@ -28,6 +28,7 @@ from cl_dist.tasks.types import Example, Task
 
 _STRICT = ConfigDict(extra="forbid")
 _SHOWN_CHANGES = 4
+_FIELDS = dataclasses.fields(Example)
 
 INPUT_SETTINGS = (
     "model.name_or_path",
@@ -137,19 +138,15 @@ def _task_digest(task: Task) -> TaskDigest:
 def _split_digest(examples: Sequence[Example]) -> SplitDigest:
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps(_plain(example), separators=(",", ":")).encode() + b"\n")
+        digest.update(json.dumps(_plain(example), default=dataclasses.asdict, separators=(",", ":")).encode() + b"\n")
     beat()
     return SplitDigest(samples=len(examples), sha256=digest.hexdigest())
 
 
 def _plain(example: Example) -> list[object]:
     """A sample's own values; fields that later releases add count where a sample has them."""
-    values = dataclasses.asdict(example)
-    return [[field.name, values[field.name]] for field in dataclasses.fields(example) if _is_given(example, field)]
-
-
-def _is_given(example: Example, field: dataclasses.Field[object]) -> bool:
-    return bool(getattr(example, field.name) != field.default)
+    values = ((field, getattr(example, field.name)) for field in _FIELDS)
+    return [[field.name, value] for field, value in values if value != field.default]
 
 
 def _model_digest(place: ModelPlace, recipe: Recipe, patterns: Sequence[str]) -> ModelDigest:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cl_dist.errors import BadInput
-from cl_dist.state.atomic import advising, write_text
+from cl_dist.state.atomic import write_text
 
 TABLES = ("table.md", "table.csv", "table.tex")
 _SEED = re.compile(r"seed(\d+)")
@@ -76,8 +76,7 @@ class SweepFolder:
         """Write tables by file name, each replaced atomically; `BadInput` where that cannot be."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with advising("free some space; the same command goes on"):
-                for name, text in contents.items():
-                    write_text(self.path / name, text)
+            for name, text in contents.items():
+                write_text(self.path / name, text)
         except OSError as error:
             raise BadInput(f"--out {self.path}: the tables cannot be written there: {error.strerror}") from error

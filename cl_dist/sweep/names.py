@@ -122,7 +122,7 @@ def _parse_order(entry: str, problems: Problems) -> OrderChoice:
             found = bool(entry) and folder.is_dir()
     except BadInput as error:
         problems.add(str(error))
-        found = True  # it is told already
+        found = True  # already reported
     if not found:
         shown = entry or '""'
         problems.add(

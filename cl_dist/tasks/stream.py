@@ -70,7 +70,7 @@ def build_task(source: Source, raw: RawTask) -> Task:
 
 
 def first_samples(examples: Sequence[Example], most: int | None) -> Sequence[Example]:
-    """At most so many of the samples, and the rest of the turns that they are of: half a turn would be easier."""
+    """At most `most` of the samples, and the rest of the turns that they belong to: half a turn would be easier."""
     if most is None or most >= len(examples):
         return examples
     turns = {example.slot.turn for example in examples[:most] if example.slot is not None}
@@ -107,10 +107,10 @@ def settle_labels(source: Source, raw: RawTask) -> tuple[tuple[str, ...], LabelS
 def infer_labels(examples: Sequence[Example], most: int) -> tuple[str, ...]:
     """The distinct training answers, sorted, where they look like labels; none where they look like free text.
 
-    Labels are few (2 to `most`), come back (each answer is there twice at least: an answer that occurs once says that
-    others are still to be met), and are few against the number of samples: at most its square root, so that what is
+    Labels are few (2 to `most`), recur (each answer occurs at least twice: one that occurs once suggests
+    that others are still to come), and are few against the number of samples: at most its square root, so that what is
     picked out of a long list of names or values is not taken for classes. Evaluation answers have no say: a model must
-    not be told what it is going to be asked.
+    not know what it is going to be asked.
     """
     counts = Counter(compose(example.answer) for example in examples)
     few = 2 <= len(counts) <= min(most, math.isqrt(len(examples)))
@@ -121,8 +121,8 @@ def check_labels(labels: Sequence[str]) -> None:
     """BadInput for fewer than two labels, an empty one or one that is there twice."""
     if len(labels) < 2:
         raise BadInput(
-            f"{len(labels)} label(s) stated; a classification task needs at least two, and one that is to generate "
-            "text has `labels: []`"
+            f"{len(labels)} label(s) stated; a classification task needs at least two; a task that generates text "
+            "has `labels: []`"
         )
     for index, label in enumerate(labels):
         if not label.strip() or label != label.strip():

@@ -26,7 +26,7 @@ ANSWER_PROBES = ("a", "Zq", "7b")
 """Answers of the same kind. They end in letters, since many tokenizers join a full stop with the line's end."""
 
 CLOCK = "strftime_now"
-"""The one function of transformers' templates that tells the time."""
+"""The one function of transformers' templates that knows the time."""
 DATE_CODES = (
     *(f"%-{code}" for code in "dmyHIMSj"),
     *(f"%{code}" for code in "aAbBcdDeFGhHIjklmMnpPrRStTuUVwWxXyYzZ"),

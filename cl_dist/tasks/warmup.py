@@ -1,10 +1,11 @@
-"""Does a warm-up end within any task? Told from the data, before a model is built."""
+"""Whether a warm-up ends within any task: known from the data, before a model is built."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
 
+from cl_dist.config.methods import RecurrentKifConfig
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
 from cl_dist.tasks.types import Task
@@ -13,8 +14,8 @@ from cl_dist.tasks.types import Task
 def check_warmup(recipe: Recipe, tasks: Sequence[Task], ranks: int) -> None:
     """Raise BadInput where no task has as many optimiser steps as `train.warmup_steps`.
 
-    ranks: how many there are going to be. How many samples a plain text makes shows only once it is in tokens, so
-    streams with one pass.
+    ranks: how many there are going to be. How many samples a plain text makes is known only once it is in tokens, so
+    streams with one are not checked.
     """
     warmup = recipe.train.warmup_steps
     if warmup == 0 or any(task.kind == "text" for task in tasks):
@@ -37,7 +38,15 @@ def _most_steps(recipe: Recipe, tasks: Sequence[Task], index: int, ranks: int) -
         samples = sum(len(task.train) for task in tasks)
     epochs = recipe.stream.tasks[index].epochs or train.epochs
     steps = epochs * ceil(samples / (train.micro_batch_size * train.gradient_accumulation * ranks))
-    return min(steps, train.max_steps_per_task or steps)
+    steps = min(steps, train.max_steps_per_task or steps)
+    return steps + sum(_steps_between(method, steps) for method in recipe.method)
+
+
+def _steps_between(method: object, steps: int) -> int:
+    """Steps on past samples that the schedule counts beside a task's own."""
+    if not isinstance(method, RecurrentKifConfig) or method.schedule_over != "all_steps":
+        return 0
+    return method.outer_steps * ceil(steps / method.inner_steps)
 
 
 def _adds_samples(method: object) -> bool:

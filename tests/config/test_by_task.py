@@ -85,6 +85,27 @@ def test_a_penalty_on_adapters_in_one_task_needs_adapters() -> None:
         load("model.lora=null", "method={name: kif, by_task: {copa: {orthogonal: 0.5}}}")
 
 
+@pytest.mark.parametrize(
+    ("method", "values", "expected"),
+    [
+        ("fusion: hard, threshold: 30", "fusion: adaptive, tau: 0.5", ("adaptive", 20.0, 0.5)),
+        ("fusion: adaptive, tau: 0.5", "fusion: hard, threshold: 30", ("hard", 30.0, 0.25)),
+        ("fusion: hard, threshold: 30", "fusion: hard", ("hard", 30.0, 0.25)),
+    ],
+)
+def test_a_task_may_be_fused_in_the_other_way(method: str, values: str, expected: tuple[str, float, float]) -> None:
+    (kif,) = load(f"method={{name: kif, {method}, by_task: {{copa: {{{values}}}}}}}").method
+    assert isinstance(kif, KifConfig)
+    own = kif.for_task("copa")
+    assert (own.fusion, own.threshold, own.tau) == expected
+    assert kif.for_task("mnli") == kif
+
+
+def test_what_the_other_fusion_does_not_read_is_refused_in_a_task() -> None:
+    with pytest.raises(BadInput, match=r"method\.by_task\.copa\.threshold: 25\.0 is not used: fusion: adaptive"):
+        load("method={name: kif, fusion: hard, by_task: {copa: {fusion: adaptive, threshold: 25}}}")
+
+
 def test_another_method_drops_them_and_a_relative_keeps_them() -> None:
     (migu,) = load(f"method={{name: olora, by_task: {OLORA}}}", "method.name=migu").method
     assert isinstance(migu, VariedConfig)

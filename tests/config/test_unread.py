@@ -12,25 +12,29 @@ from tests.config.fuzz import playground
 
 PROSE = "stream.tasks=[{name: prose, format: builtin}, {name: t, format: text, path: x}]"
 TEXTS = "stream.tasks=[{name: a, format: text, path: x}, {name: b, format: jsonl, path: x, text_field: text}]"
+SLOTS = "stream.tasks=[{name: a, format: sgd, path: x}]"
 GENERAL = "eval.general={tasks: [hellaswag], after: []}"
 
 UNREAD = [
     (["train.max_steps_per_task=4", "train.warmup_steps=5"], "train.warmup_steps: 5 is more than max_steps_pe"),
-    ([TEXTS, "train.truncate=left"], "train.truncate: left is read by no task: all are plain text, without prompts"),
-    ([TEXTS, "train.long_answers=cut"], "train.long_answers: cut is read by no task: all are plain text, without"),
-    ([TEXTS, "train.template=chat"], "train.template: chat is read by no task: all are plain text, without turns"),
-    (["method.name=multi_task", "train.keep_optimizer=true"], "train.keep_optimizer: true is read by nothing: m"),
-    (["eval.mode=likelihood", "eval.max_new_tokens=9"], "eval.max_new_tokens: 9 is read by nothing: eval.mode l"),
-    (["eval.mode=perplexity", "eval.max_new_tokens=9"], "eval.max_new_tokens: 9 is read by nothing: eval.mode "),
+    ([TEXTS, "train.truncate=left"], "train.truncate: left is not used: all tasks are plain text, without prompts"),
+    ([TEXTS, "train.long_answers=cut"], "train.long_answers: cut is not used: all tasks are plain text, without"),
+    ([TEXTS, "train.template=chat"], "train.template: chat is not used: all tasks are plain text, without turns"),
+    (["method.name=multi_task", "train.keep_optimizer=true"], "train.keep_optimizer: true is not used: m"),
+    (["eval.mode=likelihood", "eval.max_new_tokens=9"], "eval.max_new_tokens: 9 is not used: eval.mode l"),
+    (["eval.mode=perplexity", "eval.max_new_tokens=9"], "eval.max_new_tokens: 9 is not used: eval.mode "),
+    (["eval.metric=jga", "eval.normalise=punctuation"], "eval.normalise: punctuation is for exact match and macro-F1"),
+    ([SLOTS, "eval.normalise=punctuation"], "eval.normalise: punctuation is not used: format sgd is scored by jga"),
+    ([SLOTS, "eval.rouge_tokenizer=unicode"], "eval.rouge_tokenizer: unicode is not used: format sgd is scored by"),
     ([GENERAL], "eval.general.after: an empty list measures nothing"),
-    (["model.trust_remote_code=true"], "model.trust_remote_code: true is read by nothing: builtin:llama-tiny co"),
-    (["method={name: migu, selection: random, magnitude: batch}"], "method.magnitude: batch is read by nothing"),
-    (["method={name: migu, selection: random, count_padding: true}"], "method.count_padding: true is read by"),
-    (["method={name: kif, threshold: 30}"], "method.threshold: 30.0 is read by nothing: fusion: adaptive take"),
-    (["method={name: kif, weight_new: 0.4, weight_old: 0.6}"], "method.weight_new: 0.4 is read by nothing: fu"),
-    (["method={name: kif, weight_neither: 0.4}"], "method.weight_neither: 0.4 is read by nothing"),
-    (["method={name: kif, fusion: hard, tau: 0.5}"], "method.tau: 0.5 is read by nothing: fusion: hard fuses "),
-    (["method={name: tasl, tau: 0.5}"], "method.tau: 0.5 is read by nothing: fusion: hard fuses by masks"),
+    (["model.trust_remote_code=true"], "model.trust_remote_code: true is not used: builtin:llama-tiny co"),
+    (["method={name: migu, selection: random, magnitude: batch}"], "method.magnitude: batch is not used"),
+    (["method={name: migu, selection: random, count_padding: true}"], "method.count_padding: true is not used"),
+    (["method={name: kif, threshold: 30}"], "method.threshold: 30.0 is not used: fusion: adaptive take"),
+    (["method={name: kif, weight_new: 0.4, weight_old: 0.6}"], "method.weight_new: 0.4 is not used: fu"),
+    (["method={name: kif, weight_neither: 0.4}"], "method.weight_neither: 0.4 is not used"),
+    (["method={name: kif, fusion: hard, tau: 0.5}"], "method.tau: 0.5 is not used: fusion: hard fuses "),
+    (["method={name: tasl, tau: 0.5}"], "method.tau: 0.5 is not used: fusion: hard fuses by masks"),
     (["train.micro_batch_size=100000", "train.gradient_accumulation=100000"], "train.micro_batch_size: 100000, "),
 ]  # fmt: skip
 
@@ -40,6 +44,9 @@ READ = [
     ["train.keep_optimizer=true"],
     ["eval.mode=generate", "eval.max_new_tokens=9"],
     ["eval.max_new_tokens=9"],
+    [SLOTS, "eval.metric=exact_match", "eval.normalise=punctuation"],
+    ["eval.mode=likelihood", "train.max_target_length=9"],  # which eval.max_new_tokens follows
+    ["eval.mode=likelihood", "train.max_length=64"],
     ["model.name_or_path=a/b", "model.trust_remote_code=true"],
     ["method={name: migu, magnitude: batch, count_padding: true}"],
     ["method={name: migu, selection: random, threshold: 0.5}"],
@@ -83,6 +90,8 @@ SMALL = ["stream.max_train_samples=8", "train.micro_batch_size=2", "train.gradie
         (["train.max_steps_per_task=5"], 5),
         (["method={name: replay, ratio: 1.0}", "stream.tasks=[{name: dusk, format: builtin}]"], 6),
         (["method={name: multi_task}"], 6 * 4),
+        (["method={name: recurrent_kif, inner_steps: 2, outer_steps: 4}"], 6 * 4 + 4 * 12),
+        (["method={name: recurrent_kif, schedule_over: inner_steps}"], 6 * 4),
     ],
 )
 def test_a_warm_up_must_end_within_some_task(changes: list[str], steps: int) -> None:

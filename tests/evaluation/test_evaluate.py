@@ -284,13 +284,6 @@ def test_macro_f1_needs_labels() -> None:
         resolve_mode(CONTINUE, "causal_lm", EvalConfig(metric="macro_f1"))
 
 
-def test_check_modes_names_the_first_bad_task() -> None:
-    evaluator, _ = built(ROBERTA, [["classification", 7]])
-    evaluator.check_modes([CLASSIFY])
-    with pytest.raises(BadInput, match="'continue'"):
-        evaluator.check_modes([CLASSIFY, CONTINUE, READ])
-
-
 def test_every_objective_has_modes() -> None:
     assert set(MODES) == {"causal_lm", "seq2seq_lm", "classification", "masked_lm"}
 

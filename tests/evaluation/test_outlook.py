@@ -103,9 +103,9 @@ def test_labels_that_a_template_edits() -> None:
 def test_labels_that_are_one_without_punctuation() -> None:
     task = labelled("C", "C++", "other")
     assert look(task) == ()
-    with pytest.raises(BadInput, match=r"labels 'C' and 'C\+\+' are one without their punctuation"):
+    with pytest.raises(BadInput, match=r"labels 'C' and 'C\+\+' are the same without punctuation"):
         look(task, normalise="punctuation")
-    with pytest.raises(BadInput, match=r"nothing is left of the label '\+' without its punctuation"):
+    with pytest.raises(BadInput, match=r"nothing is left of the label '\+' without punctuation"):
         look(labelled("+", "other"), normalise="punctuation")
 
 
@@ -153,7 +153,7 @@ def test_where_labels_and_scores_come_from() -> None:
     (notice,) = look(inferred)
     assert (notice.text, notice.on_screen) == ("task 't': 2 labels found in the training answers: yes, no", False)
     outside = labelled("yes", "no", labels_from="training answers", unlisted=3)
-    assert "the answers of 3 of 4 evaluation samples are none of the 2 labels" in look(outside)[1].text
+    assert "the answers of 3 of 4 evaluation samples match none of the 2 labels" in look(outside)[1].text
     (notice,) = look(labelled("yes", "no", scored_on="train"))
     assert notice.text.startswith("task 't' has no evaluation file, so it is scored on its training data")
     assert notice.on_screen
@@ -168,3 +168,8 @@ def test_tasks_of_different_scores() -> None:
     assert notice.task is None
     assert "means of different scores: exact_match (t); rouge_l (free)" in notice.text
     assert look(*tasks, mode="generate", metric="exact_match") == ()
+
+
+def test_the_first_task_that_the_model_cannot_score_is_named() -> None:
+    with pytest.raises(BadInput, match="'free'"):
+        look(labelled("good", "bad"), free("very good"), tokenizer=words(), objective="classification")

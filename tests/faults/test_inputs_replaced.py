@@ -132,13 +132,13 @@ def test_a_run_goes_on_with_what_it_was_given(zygote: Zygote, tmp_path: Path) ->
     project = tmp_path / "again"
     outcome = zygote.run(["eval", str(project / "run")], project / "out")
     assert outcome.codes == [0], outcome.output
-    assert "not what the run was given" not in outcome.output[0]
+    assert "differs from what the run was given" not in outcome.output[0]
     scores = json.loads((project / "run" / "tasks" / "02-two" / "evaluation.json").read_text())
     assert list(scores.values()) == list(manifest.accuracy_matrix[-1])
     write_data(project / "data" / "one", "other")
     outcome = zygote.run(["eval", str(project / "run")], project / "out")
     assert outcome.codes == [0], outcome.output
-    assert "not what the run was given: the training data of task 'one'" in outcome.output[0]
+    assert "differs from what the run was given: the training data of task 'one'" in outcome.output[0]
 
     if can_mount():
         check_read_only(project, scores)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from tests.recipes import write_recipe
+from tests.zoo.families import POSITIONS, SPECIMENS
 from tests.zygote import Zygote
 
 CLASSES = {
@@ -71,3 +72,14 @@ def test_a_saved_adapter_loads_with_peft_alone(zygote: Zygote, tmp_path: Path) -
     moved = [float(p.detach().abs().max()) for n, p in model.named_parameters() if ".lora_B." in n]
     assert len(moved) == 14
     assert max(moved) > 0
+
+
+def test_answers_past_the_last_position_are_refused_before_training(zygote: Zygote, tmp_path: Path) -> None:
+    model = {"name_or_path": str(SPECIMENS["GPT-2"].build(tmp_path / "model"))}
+    lengths = {"max_length": POSITIONS, "max_target_length": 8}
+    evaluation = {"mode": "generate", "max_new_tokens": POSITIONS}
+    path = write_recipe(tmp_path, model=model, train=lengths, eval=evaluation)
+    outcome = zygote.run(["run", str(path)], tmp_path, world=1)
+    assert outcome.codes == [2], "\n".join(outcome.output)
+    assert f"eval.max_new_tokens: {POSITIONS} tokens after prompts of up to" in outcome.output[0]
+    assert not list((tmp_path / "run").glob("tasks/*"))

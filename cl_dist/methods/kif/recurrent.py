@@ -172,15 +172,15 @@ class RecurrentKif(UnitMethod):
         kept.mix(self.units, shares, lambda share, weights, sum_: torch.addcmul(sum_, share, weights))
 
     def _fuse_elements(self) -> None:
-        """One pair of shares for every element; a unit's are told as the mean of its elements'."""
+        """One pair of shares for every element; a unit's shares are reported as the mean over its elements."""
         cuts = [
             threshold(importance, self._shards, self.config.threshold, self._device)
             for importance in (self.importance, self.past_importance)
         ]
-        told = self._unit_means(lambda name: ((at, new) for at, new, _ in self._element_shares(name, *cuts)))
-        self.scores["share_new"].copy_(told)
-        told = self._unit_means(lambda name: ((at, old) for at, _, old in self._element_shares(name, *cuts)))
-        self.scores["share_old"].copy_(told)
+        means = self._unit_means(lambda name: ((at, new) for at, new, _ in self._element_shares(name, *cuts)))
+        self.scores["share_new"].copy_(means)
+        means = self._unit_means(lambda name: ((at, old) for at, _, old in self._element_shares(name, *cuts)))
+        self.scores["share_old"].copy_(means)
         for name, start in self.start.shards.items():
             master = self._shards.master(name)
             assert master is not None  # the kept weights lie along the masters
