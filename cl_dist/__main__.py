@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 
 # Python has put the working folder first on the import path, where anybody may have left a `yaml.py`. It goes, unless
 # the package itself was found there; what PYTHONPATH says stays.
+# Until then nothing may be imported but what Python itself has loaded already.
+_HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _WITHOUT_IT = getattr(sys.flags, "safe_path", False) or sys.flags.isolated
-if __name__ == "__main__" and not _WITHOUT_IT and Path(sys.path[0]) != Path(__file__).parents[1]:
+if __name__ == "__main__" and not _WITHOUT_IT and sys.path[0] != _HOME:
     del sys.path[0]
 
 from cl_dist.cli import program  # noqa: E402

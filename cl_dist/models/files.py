@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,10 @@ TOKENIZER_FILES = (
     "*.model",
     "*.vocab",
     "*.tiktoken",
+    "*.spm",
+    "*.bpe",
+    "bpe.codes",
+    "dict.txt",
     "tekken.json",
     "normalizer.json",
     "chat_template.json",
@@ -66,8 +73,19 @@ class ModelPlace:
         assert self.folder is not None
         for patterns in WEIGHT_FILES:
             if any(self.folder.glob(patterns[0])):
-                return patterns
+                return [*patterns, *_shards(self.folder / patterns[0])]
         return ()
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index of weights names, whatever they are called; none where it is no index."""
+    if not index.name.endswith(".index.json"):
+        return set()
+    # What is no index will be named by whoever loads it.
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        names = json.loads(index.read_bytes())["weight_map"].values()
+        return {glob.escape(name) for name in names if isinstance(name, str) and name and not name.startswith("/")}
+    return set()
 
 
 def locate_model(model: ModelConfig) -> ModelPlace | None:

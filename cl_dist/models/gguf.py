@@ -58,10 +58,15 @@ def _convert_once(source: str, gguf_file: str, cache_dir: Path) -> None:
 
 
 def _target(source: str, gguf_file: str, cache_dir: Path) -> Path:
-    """A folder name that changes with the file (place, size, time of change) and with the converting library."""
+    """A folder name that changes with the file (place, size, inode, times of change) and with the converting library.
+
+    `cp -p` and `rsync -t` keep the size of a file and its time of modification where they put another one in its
+    place; inode or `ctime` tell.
+    """
     file = os.path.realpath(str(cached_file(source, gguf_file)))
     state = os.stat(file)
-    identity = f"{file}:{state.st_size}:{state.st_mtime_ns}:{transformers_version}"
+    times = f"{state.st_mtime_ns}:{state.st_ctime_ns}"
+    identity = f"{file}:{state.st_size}:{state.st_ino}:{times}:{transformers_version}"
     return cache_dir / f"gguf-{Path(gguf_file).stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 

@@ -45,6 +45,7 @@ INPUT_SETTINGS = (
     "stream.tasks[].text_field",
     "stream.tasks[].streaming",
     "eval.general.include_path",
+    "eval.rouge_tokenizer_path",
 )
 """Settings that say where inputs are and how they are read: where digests say what was read, these may differ."""
 
@@ -97,6 +98,8 @@ class Inputs:
     """Where they are, relative to the run folder, by setting (`state.places`). Not compared."""
     general: dict[str, str] = dataclasses.field(default_factory=dict)
     """SHA-256 of the harness's task files below `eval.general.include_path`, by name."""
+    rouge_tokenizer: dict[str, str] = dataclasses.field(default_factory=dict)
+    """SHA-256 of the files in the folder `eval.rouge_tokenizer_path`, by name."""
 
 
 def read_inputs(recipe: Recipe, tasks: Sequence[Task]) -> Inputs | None:
@@ -115,6 +118,7 @@ def read_inputs(recipe: Recipe, tasks: Sequence[Task]) -> Inputs | None:
         tokenizer=_model_digest(place, recipe, TOKENIZER_FILES),
         places=input_places(recipe, Path(recipe.output_dir)),
         general=_general_digests(recipe),
+        rouge_tokenizer=_rouge_tokenizer_digests(recipe),
     )
 
 
@@ -169,6 +173,14 @@ def _general_digests(recipe: Recipe) -> dict[str, str]:
     return file_digests((path.relative_to(folder).as_posix(), path) for path in found)
 
 
+def _rouge_tokenizer_digests(recipe: Recipe) -> dict[str, str]:
+    written = recipe.eval.rouge_tokenizer_path
+    if written is None or not Path(written).is_dir():  # a Hugging Face id, which is compared as it is written
+        return {}
+    place = ModelPlace(Path(written), None, None)
+    return file_digests(place.files(TOKENIZER_FILES, code=False))
+
+
 def refuse_other_inputs(before: Inputs, now: Inputs, tasks: Sequence[Task], folder: Path) -> None:
     """Raise `BadInput` where what the run in `folder` was given is not what lies there now."""
     changes = input_changes(before, now, tasks)
@@ -186,7 +198,10 @@ def input_changes(before: Inputs, now: Inputs, tasks: Sequence[Task] = ()) -> li
         *_data_changes(before.data, now.data, {task.name: task.origins for task in tasks}),
         *_file_changes("the base model", before.base_model, now.base_model),
         *_file_changes("the tokenizer", before.tokenizer, now.tokenizer),
-        *_general_changes(before.general, now.general),
+        *_named_changes("the harness's task files changed (eval.general.include_path", before.general, now.general),
+        *_named_changes(
+            "ROUGE-L's tokenizer changed (eval.rouge_tokenizer_path", before.rouge_tokenizer, now.rouge_tokenizer
+        ),
     ]
 
 
@@ -225,7 +240,7 @@ def _file_changes(what: str, before: ModelDigest, now: ModelDigest) -> Iterator[
         yield f"{what} changed ({now.source}: {', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}{moved})"
 
 
-def _general_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+def _named_changes(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if changed:
-        yield f"the harness's task files changed (eval.general.include_path: {', '.join(changed[:3])})"
+        yield f"{what}: {', '.join(changed[:3])})"

@@ -36,6 +36,7 @@ def _paths(recipe: Recipe) -> dict[str, Path]:
         "stream.root": stream.root,
         "stream.instruction_file": stream.instruction_file,
         "eval.general.include_path": None if general is None else general.include_path,
+        "eval.rouge_tokenizer_path": recipe.eval.rouge_tokenizer_path,
         **{f"stream.tasks[{position}].path": task.path for position, task in enumerate(stream.tasks)},
     }
     paths = {key: Path(path) for key, path in written.items() if path is not None and os.path.isabs(path)}
@@ -58,4 +59,6 @@ def _with_paths(recipe: Recipe, paths: Mapping[str, str]) -> Recipe:
     if general is not None:
         general = replace(general, include_path=paths.get("eval.general.include_path", general.include_path))
     model = replace(recipe.model, name_or_path=paths.get("model.name_or_path", recipe.model.name_or_path))
-    return replace(recipe, stream=stream, model=model, eval=replace(recipe.eval, general=general))
+    tokenizer = paths.get("eval.rouge_tokenizer_path", recipe.eval.rouge_tokenizer_path)
+    evaluation = replace(recipe.eval, general=general, rouge_tokenizer_path=tokenizer)
+    return replace(recipe, stream=stream, model=model, eval=evaluation)

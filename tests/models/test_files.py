@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,21 @@ def test_the_weights_that_are_loaded(tmp_path: Path, there: list[str], read: lis
     assert files(tmp_path, TOKENIZER_FILES) == ["tokenizer.json"]
 
 
+def test_an_index_names_its_files_itself(tmp_path: Path) -> None:
+    shards = ["weights-a.safetensors", "b[1].safetensors"]
+    for name in [*shards, "c.safetensors", "model-00001-of-00002.bin"]:
+        (tmp_path / name).touch()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": shards[0], "y": shards[1], "z": shards[0], "w": 3, "v": "/etc"}}))
+    assert files(tmp_path, MODEL_FILES) == sorted([index.name, *shards])
+    for nonsense in ("", "[]", '{"weight_map": []}', "[" * 100_000):
+        index.write_text(nonsense)
+        assert files(tmp_path, MODEL_FILES) == [index.name]
+
+
 def test_tokenizers_of_every_kind(tmp_path: Path) -> None:
     names = ["tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "x.tiktoken"]
+    names += ["source.spm", "bpe.codes", "dict.txt", "sentencepiece.bpe.model"]
     names += ["special_tokens_map.json", "added_tokens.json", "tokenizer_config.json", "chat_template.jinja"]
     for name in [*names, "model.safetensors", "config.json"]:
         (tmp_path / name).touch()

@@ -240,6 +240,11 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(gguf_folder: Pa
     assert len(first) == 1
     os.utime(source / "tiny.gguf", ns=(1, 1))
     assert len(load_once()) == 2
+    # Another one of the same size and time, as `cp -p` leaves it.
+    shutil.copy(source / "tiny.gguf", source / "other.gguf")
+    os.utime(source / "other.gguf", ns=(1, 1))
+    (source / "other.gguf").replace(source / "tiny.gguf")
+    assert len(load_once()) == 3
     assert not list(cache.glob("gguf-??????")), "a temporary folder was left"
 
 

@@ -147,6 +147,20 @@ class TestModel:
         (change,) = input_changes(before, self.inputs(recipe, place))
         assert told.replace("PATH", str(place)) in change
 
+    def test_the_tokenizer_of_rouge_l(self, recipe: Recipe, tmp_path: Path) -> None:
+        place, there = self.folder(tmp_path / "a"), self.folder(tmp_path / "b")
+
+        def scored_by(folder: Path) -> Inputs:
+            scored = replace(recipe.eval, rouge_tokenizer="xlingual", rouge_tokenizer_path=str(folder))
+            return digest(replace(recipe, eval=scored))
+
+        before = scored_by(place)
+        assert before.places["eval.rouge_tokenizer_path"].endswith("a")
+        assert input_changes(before, scored_by(there)) == []
+        (place / "merges.txt").write_text("a b")
+        told = "ROUGE-L's tokenizer changed (eval.rouge_tokenizer_path: merges.txt)"
+        assert input_changes(before, scored_by(place)) == [told]
+
     def test_its_own_code_counts_where_it_is_run(self, recipe: Recipe, tmp_path: Path) -> None:
         place = self.folder(tmp_path / "a")
         for trusted, changes in ((False, 0), (True, 2)):  # of the model and of the tokenizer
