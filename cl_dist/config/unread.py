@@ -32,7 +32,9 @@ def _of_training(recipe: Recipe) -> Iterator[str]:
 
 def _of_evaluation(recipe: Recipe) -> Iterator[str]:
     evaluation = recipe.eval
-    if evaluation.mode in ("likelihood", "perplexity") and _given(evaluation, "max_new_tokens"):
+    derived = recipe.train.max_target_length  # what a recipe that says nothing gets, and its config.yaml spells out
+    limited = _given(evaluation, "max_new_tokens") and evaluation.max_new_tokens != derived
+    if evaluation.mode in ("likelihood", "perplexity") and limited:
         yield (
             f"eval.max_new_tokens: {evaluation.max_new_tokens} is read by nothing: eval.mode {evaluation.mode} "
             "generates no text"

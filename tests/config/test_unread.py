@@ -40,6 +40,8 @@ READ = [
     ["train.keep_optimizer=true"],
     ["eval.mode=generate", "eval.max_new_tokens=9"],
     ["eval.max_new_tokens=9"],
+    ["eval.mode=likelihood"],  # the recipe gives max_target_length, from which max_new_tokens follows
+    ["eval.mode=likelihood", "train.max_target_length=16"],
     ["model.name_or_path=a/b", "model.trust_remote_code=true"],
     ["method={name: migu, magnitude: batch, count_padding: true}"],
     ["method={name: migu, selection: random, threshold: 0.5}"],
