@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cl_dist.config.ranges import STRICT
+from cl_dist.config.words import show
 
 Config = TypeVar("Config", bound="VariedConfig")
 
@@ -69,5 +70,5 @@ def _check(cls: type[VariedConfig], place: str, name: str, value: Any) -> None:
         TypeAdapter(kind, config={"allow_inf_nan": False}).validate_python(value, strict=True)
     except ValidationError:
         raise ValueError(
-            f"{place}: {value!r} is not allowed; allowed: {describe(info.annotation, info.metadata)}"
+            f"{place}: {show(value)} is not allowed; allowed: {describe(info.annotation, info.metadata)}"
         ) from None

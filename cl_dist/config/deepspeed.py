@@ -7,7 +7,7 @@ and tests/distributed/test_exactness.py; nothing of DeepSpeed is imported here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,9 @@ ALLOWED: dict[str, Allowed] = {
 }
 """By dotted key. All of them change how the work is done; `communication_data_type` and `grad_accum_dtype` also the
 precision in which gradients are reduced and summed."""
+
+MOST_TOLD = 20
+"""Most settings that are refused by name at once."""
 
 SECTIONS = ("data_types", "zero_optimization", "zero_optimization.offload_param")
 
@@ -197,36 +200,46 @@ OWNED = {
 
 
 def refuse_raw_settings(settings: Mapping[str, Any], stage: int) -> None:
-    """Raise ValueError, naming the dotted key, for the first raw setting that is unknown, refused, owned by the recipe,
-    of a wrong value, or not read at `stage`.
+    """Raise ValueError, naming the dotted keys, for the raw settings that are unknown, refused, owned by the recipe, of a
+    wrong value, or not read at `stage`: a line each, so that a whole configuration can be pasted and put right at once.
     """
-    _check_section("", settings, stage)
+    problems = list(_problems("", settings, stage))
+    told = problems[:MOST_TOLD]
+    if len(problems) > MOST_TOLD:
+        told.append(f"deepspeed: {len(problems) - MOST_TOLD} more settings are refused")
+    if told:
+        raise ValueError("\nzero.".join(told))  # the first gets its `zero.` as every component's message does
 
 
-def _check_section(section: str, settings: Mapping[str, Any], stage: int) -> None:
+def _problems(section: str, settings: Mapping[str, Any], stage: int) -> Iterator[str]:
     for name, value in settings.items():
         key = f"{section}.{name}" if section else name
         if key not in SECTIONS:
-            _check_setting(key, value, stage)
+            problem = _problem(key, value, stage)
         elif isinstance(value, Mapping):
-            _check_section(key, value, stage)
+            yield from _problems(key, value, stage)
+            continue
         else:
-            raise ValueError(f"deepspeed.{key}: {show(value)} is not a mapping of settings")
+            problem = f"{show(value)} is not a mapping of settings"
+        if problem is not None:
+            yield f"deepspeed.{shorten(key)}: {problem}"
 
 
-def _check_setting(key: str, value: Any, stage: int) -> None:
+def _problem(key: str, value: Any, stage: int) -> str | None:
+    """What is wrong with one setting; None: nothing."""
     if key in OWNED:
-        raise ValueError(f"deepspeed.{key}: set by cl_dist from {OWNED[key]}; remove it here")
+        return f"set by cl_dist from {OWNED[key]}; remove it here"
     if key in REFUSED:
-        raise ValueError(f"deepspeed.{key}: not supported: {REFUSED[key]}; remove it")
+        return f"not supported: {REFUSED[key]}; remove it"
     setting = ALLOWED.get(key)
     if setting is None:
-        raise ValueError(f"deepspeed.{shorten(key)}: unknown key{_similar(key)}")
+        return f"unknown key{_similar(key)}"
     if stage not in setting.stages:
         stages = " or ".join(map(str, setting.stages))
-        raise ValueError(f"deepspeed.{key}: read at stage {stages} only, and zero.stage is {stage}; remove it")
-    if not setting.fits(value):
-        raise ValueError(f"deepspeed.{key}: {show(value)} is not allowed; allowed: {setting.words}")
+        return f"read at stage {stages} only, and zero.stage is {stage}; remove it"
+    if value == "auto":
+        return "auto is a placeholder that only transformers' Trainer fills in; give a value, or remove it"
+    return None if setting.fits(value) else f"{show(value)} is not allowed; allowed: {setting.words}"
 
 
 def _similar(key: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection
 from typing import Any
+
+from cl_dist.config.words import show
 
 FILES = frozenset({"root", "eval_split"})
 ANSWERS = FILES | {"empty_answers"}
@@ -36,7 +37,7 @@ def describe_unread(config: Any, formats: Collection[str]) -> str | None:
         if readers and value != field.default and not set(readers) & set(formats):
             told = f"format {readers[0]}" if len(readers) == 1 else f"formats {_enumerate(readers)}"
             return (
-                f"{field.name}: {json.dumps(value, ensure_ascii=False)} has a meaning for {told} only, "
+                f"{field.name}: {show(value)} has a meaning for {told} only, "
                 f"not {_enumerate(sorted(formats))}"
             )
     return None

@@ -15,6 +15,8 @@ from cl_dist.config.words import did_you_mean, shorten, show
 
 MOST_SHOWN = 10
 """Most problems that one message lists."""
+LONGEST = 750
+"""Characters of one problem's line; the names of a component's settings fit."""
 
 
 def describe_problems(error: ValidationError, methods: int = 1) -> list[str]:
@@ -26,9 +28,14 @@ def describe_problems(error: ValidationError, methods: int = 1) -> list[str]:
             key = key.replace("method.0", "method", 1)
         # A value that fits no member of a union is reported once per member; the first report says it all.
         sentences.setdefault(key, _sentence(key, dict(problem)))
-    found = list(sentences.values())
+    found = ["\n".join(map(_clip, sentence.splitlines())) for sentence in sentences.values()]
     rest = [f"and {len(found) - MOST_SHOWN} more problems"] if len(found) > MOST_SHOWN else []
     return found[:MOST_SHOWN] + rest
+
+
+def _clip(line: str) -> str:
+    """A line without its middle where names or values of any length have made it endless."""
+    return line if len(line) <= LONGEST else f"{line[: LONGEST * 2 // 3]} ... {line[-LONGEST // 3 :]}"
 
 
 @cache

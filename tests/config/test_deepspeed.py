@@ -167,3 +167,45 @@ def allowed_rows() -> list[str]:
 def refused_rows() -> list[str]:
     """`| setting | why not |`."""
     return [f"| `{key}` | {why} |" for key, why in REFUSED.items()]
+
+
+PASTED = """\
+zero:
+  stage: 3
+  deepspeed:
+    bf16: {enabled: auto}
+    optimizer: {type: AdamW, params: {lr: auto}}
+    zero_optimization:
+      stage: 3
+      offload_optimizer: {device: cpu, pin_memory: true}
+      overlap_comm: true
+      reduce_bucket_size: auto
+      sub_group_size: 1e9
+    gradient_accumulation_steps: auto
+    steps_per_print: 2000
+"""
+
+
+def test_a_configuration_written_for_another_trainer_is_answered_in_one_round(tmp_path: Path) -> None:
+    file = tmp_path / "pasted.yaml"
+    file.write_text(f"model: {{name_or_path: a/b}}\nstream: {{order: 1}}\n{PASTED}", encoding="utf-8")
+    with pytest.raises(BadInput) as refusal:
+        load_recipe(str(file))
+    lines = str(refusal.value).splitlines()
+    assert [line.partition(":")[0].removeprefix("zero.deepspeed.") for line in lines] == [
+        "bf16",
+        "optimizer",
+        "zero_optimization.stage",
+        "zero_optimization.offload_optimizer",
+        "zero_optimization.reduce_bucket_size",
+        "gradient_accumulation_steps",
+        "steps_per_print",
+    ]
+    assert "auto is a placeholder" in lines[4]
+
+
+def test_not_more_settings_are_refused_by_name_than_anybody_reads() -> None:
+    with pytest.raises(ValueError) as refusal:
+        refuse_raw_settings({f"x{number}": 1 for number in range(5000)}, 2)
+    lines = str(refusal.value).splitlines()
+    assert len(lines) == 21 and lines[-1] == "zero.deepspeed: 4980 more settings are refused"

@@ -47,6 +47,8 @@ READ = [
     [SLOTS, "eval.metric=exact_match", "eval.normalise=punctuation"],
     ["eval.mode=likelihood", "train.max_target_length=9"],  # which eval.max_new_tokens follows
     ["eval.mode=likelihood", "train.max_length=64"],
+    ["eval.mode=likelihood"],  # the recipe gives max_target_length, from which max_new_tokens follows
+    ["eval.mode=likelihood", "train.max_target_length=16"],
     ["model.name_or_path=a/b", "model.trust_remote_code=true"],
     ["method={name: migu, magnitude: batch, count_padding: true}"],
     ["method={name: migu, selection: random, threshold: 0.5}"],
