@@ -16,10 +16,11 @@ from cl_dist.engine.objective import keeps_logits, loss_sum, predicting_position
 from cl_dist.engine.optimizer import build_adamw, learning_rate
 from cl_dist.engine.replicas import check_replicas
 from cl_dist.engine.trial import told_by_trial, trial_batches
-from cl_dist.errors import ClDistError
+from cl_dist.errors import BadInput, ClDistError
 from cl_dist.heartbeat import beat
 from cl_dist.methods.base import Memory, Method, TaskPlace
 from cl_dist.models.cache_setting import switch_cache_off
+from cl_dist.models.dropout import layerdrop
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.measuring import evaluation_mode
 from cl_dist.models.structure import base_model
@@ -54,6 +55,7 @@ class TrainingEngine:
 
     Raises:
         ClDistError: The installed DeepSpeed is not one whose shards this release knows.
+        BadInput: The model cannot be trained as the recipe says.
     """
 
     def __init__(self, loaded: LoadedModel, recipe: Recipe, methods: Sequence[Method]) -> None:
@@ -69,6 +71,7 @@ class TrainingEngine:
         import deepspeed
 
         base = base_model(model)
+        _refuse_layerdrop(model, self.recipe.zero.stage)
         switch_cache_off(model)
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -357,3 +360,12 @@ class TrainingEngine:
             return
         for method in self.methods:
             method.update_skipped()
+
+
+def _refuse_layerdrop(model: torch.nn.Module, stage: int) -> None:
+    """Ranks that leave out other layers would wait for each other, or add up gradients of different layers."""
+    if stage > 0 and torch.distributed.get_world_size() > 1 and (dropped := layerdrop(model)):
+        raise BadInput(
+            f"model.name_or_path: the model's configuration ({dropped}) leaves out layers at random while it trains, "
+            "on each rank others, which ZeRO cannot do; allowed are 0 there, zero.stage: 0 and a single rank"
+        )

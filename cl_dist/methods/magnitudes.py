@@ -53,6 +53,8 @@ class MagnitudeSums:
         """How often each layer was measured since `clear`."""
         self.counting = False
         """Whether forward passes of training count."""
+        self.awaited: set[str] | None = {layer.name for layer in layers.values() if layer.kind != "experts"}
+        """Layers whose forward has not run in training yet; None: nobody asks."""
         self.plan = plan
         self._model, self._per_token, self._count_padding = model, per_token, count_padding
         self._masks: Mapping[str, torch.Tensor] = {}
@@ -157,6 +159,8 @@ class MagnitudeSums:
         if self._learning:
             self._trials[-1][1][layer.name].append(leading)
             return False
+        if self.awaited and module.training:
+            self.awaited.discard(layer.name)
         return self.counting and module.training
 
     def _record(self, layer: TrackedLayer, output: torch.Tensor) -> None:

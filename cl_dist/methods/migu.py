@@ -24,6 +24,7 @@ from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.methods.magnitudes import MagnitudeSums, Plan
 from cl_dist.methods.untracked import Untracked
 from cl_dist.models.dropout import layerdrop
+from cl_dist.models.every_expert import module_experts
 from cl_dist.models.skipping import RowSkipper, is_skippable
 from cl_dist.models.tracked import TrackedLayer, tracked_layers, untracked_matrices
 from cl_dist.seeds import derive_seed
@@ -60,7 +61,13 @@ class Migu(Method):
             )
         layers = tracked_layers(model, self.config.layers)
         self._untracked = Untracked(shards, model, untracked_matrices(model, layers))
-        self._install(layers, plan=None)
+        # How many tokens come to an expert is chance: no trial could say what its outputs are.
+        inside = module_experts(model)
+        routed = [layer for name, layer in layers.items() if name.startswith(inside)]
+        if len(routed) == len(layers):
+            raise BadInput("method.layers: the outputs of none of this model's linear layers can be measured")
+        self._untracked.add({layer.weight: "it runs over the tokens that are routed to it" for layer in routed})
+        self._install({name: layer for name, layer in layers.items() if layer not in routed}, plan=None)
 
     def _install(self, layers: Mapping[str, TrackedLayer], plan: Plan | None) -> None:
         config = self.config
@@ -178,6 +185,7 @@ class Migu(Method):
     def before_update(self) -> None:
         """Zero the gradients of the rows that are not kept, where backward has not left it at that."""
         if not self._masks_this_task:
+            self._check_ran()
             return
         if self._skipper is None:
             self._remember(self._choose_rows())
@@ -256,16 +264,17 @@ class Migu(Method):
         self._check_measured(rest[: len(calls)].tolist())
         return flat, tokens
 
+    def _check_ran(self) -> None:
+        """A model may take another way in training than in the trials; the first step shows it, masked or not."""
+        missing, self._sums.awaited = self._sums.awaited, None
+        if missing:
+            raise _unmeasured([name for name in self._layers if name in missing])
+
     def _check_measured(self, calls: Sequence[float]) -> None:
         """All ranks see the same numbers."""
         missing = [name for name, count in zip(self._layers, calls, strict=True) if count == 0]
         if missing:
-            raise ClDistError(
-                f"method migu: the output of {missing[0]}"
-                + (f" and {len(missing) - 1} other layers" if missing[1:] else "")
-                + " was not measured in this step on any rank, so its rows cannot be chosen; MIGU needs every "
-                "layer in every step"
-            )
+            raise _unmeasured(missing)
 
     def _random_rows(self, number: int, rows: int) -> RowMask:
         """As many rows, drawn from (seed, task, step, layer): the same on every rank and after a resume."""
@@ -295,3 +304,12 @@ class Migu(Method):
             return
         mask_rows_(shard.data, shard.start, self._layouts[name], keep.to(shard.data.device))
         self._shards.gradient_changed(name)
+
+
+def _unmeasured(missing: Sequence[str]) -> ClDistError:
+    return ClDistError(
+        f"method migu: the output of {missing[0]}"
+        + (f" and {len(missing) - 1} other layers" if missing[1:] else "")
+        + " was not measured in this step on any rank, so its rows cannot be chosen; MIGU needs every layer in every "
+        "step"
+    )

@@ -37,6 +37,7 @@ from cl_dist.models.check import (
     resolve_objective,
     unsupported_architecture,
 )
+from cl_dist.models.every_expert import run_every_expert
 from cl_dist.models.gguf import converted_gguf
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.positions import longest_inputs
@@ -99,6 +100,7 @@ def load_model(
     if objective == "seq2seq_lm":
         _set_first_token(built, model.name_or_path)
     _tell_attention(built, model)
+    run_every_expert(built)
     unread = unread_parameters(built)
     for name, parameter in built.named_parameters():
         if name in unread:  # a tower for pictures learns nothing from text

@@ -107,8 +107,24 @@ def test_what_cannot_be_measured_is_refused_by_name(said: dict[str, Any]) -> Non
 
 
 def test_layers_that_are_left_out_at_random_are_refused(said: dict[str, Any]) -> None:
-    assert "layerdrop" in said["layerdrop"]
-    assert "0.5" in said["layerdrop"]
+    for message, words in zip(said["layerdrop"], ("migu measures every layer", "zero.stage: 0"), strict=True):
+        assert "'layerdrop': 0.5" in message
+        assert words in message
+
+
+def test_experts_that_are_modules_are_refused_by_name(said: dict[str, Any]) -> None:
+    message = said["switch"]
+    assert message.startswith("method.untracked: ")
+    assert "expert_0.wi.weight (it runs over the tokens that are routed to it)" in message
+    # Eight experts with two matrices in encoder and decoder: those that the trials route no token to as well.
+    assert "24 more: " in message
+
+
+def test_experts_that_are_modules_train_as_on_one_process(said: dict[str, Any]) -> None:
+    """Each rank's sample is routed to other experts."""
+    assert len(said["module experts"]) == 3
+    for case, difference in said["module experts"].items():
+        assert difference < FLOAT32_BOUND, case
 
 
 def test_a_model_that_cannot_run_is_refused_before_training(said: dict[str, Any]) -> None:
@@ -117,7 +133,10 @@ def test_a_model_that_cannot_run_is_refused_before_training(said: dict[str, Any]
 
 
 def test_a_layer_that_is_not_measured_in_a_step_is_an_error_by_name(said: dict[str, Any]) -> None:
-    assert "the output of model.layers.1.mlp.experts.gate_up_proj and 2 other layers was not measured" in said["unused"]
+    masked, dense = said["unused"]
+    assert "the output of model.layers.1.mlp.experts.gate_up_proj and 2 other layers was not measured" in masked
+    # In the first step of a first task without a mask already, not after all of it.
+    assert "the output of model.layers.1.mlp.gate was not measured" in dense
 
 
 @pytest.mark.parametrize(
