@@ -4,6 +4,7 @@ scores should know. Imports no torch.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -104,7 +105,7 @@ def _check_tokens(task: Task, encoder: Encoder) -> None:
 def _check_written(task: Task, encoder: Encoder, compared: Comparison) -> None:
     """Raise BadInput for a label that no generated text is equal to."""
     for label in task.labels:
-        written = encoder.answer_text(encoder.scored_ids(label))
+        written = encoder.answer_text(encoder.generated_ids(label))
         if compared.score(written, label) < 1:
             raise BadInput(
                 f"task {task.name!r}: the label {label!r} cannot be generated: the tokenizer or the chat template "
@@ -116,9 +117,18 @@ def _of_data(task: Task) -> Iterator[Notice]:
     if task.scored_on == "train":
         text = "has no evaluation file, so it is scored on its training data: such scores say nothing about new samples"
         yield Notice(task.name, "scored_on", f"task {task.name!r} {text}")
-    elif task.evaluation == task.train:
+    elif known := _learnt(task):
+        count = len(task.evaluation)
         text = f"the samples of its {task.scored_on} split are those that it is trained on"
-        yield Notice(task.name, "scored_on", f"task {task.name!r}: {text}")
+        if known < count:
+            text = f"{known} of {count} samples of its {task.scored_on} split are among those that it is trained on"
+        yield Notice(task.name, "scored_on", f"task {task.name!r}: {text}", on_screen=2 * known >= count)
+
+
+def _learnt(task: Task) -> int:
+    """How many evaluation samples are training samples, to the letter."""
+    learnt = {(each.prompt, each.answer) for each in task.train}
+    return sum((each.prompt, each.answer) in learnt for each in task.evaluation)
 
 
 def _of_labels(task: Task, compared: Comparison) -> Iterator[Notice]:
@@ -134,13 +144,19 @@ def _of_labels(task: Task, compared: Comparison) -> Iterator[Notice]:
             "there; state the task's `labels`, or `labels: []` if it should generate text",
         )
     if pair := _alike(task.labels, compared.normaliser):
-        text = f"the labels {pair[0]!r} and {pair[1]!r} differ in case alone, so the scorer counts either as the other"
+        what = "case" if pair[0].casefold() == pair[1].casefold() else "case or white space"
+        text = (
+            f"the labels {pair[0]!r} and {pair[1]!r} differ in {what} alone, so the scorer counts either as the other"
+        )
+        yield Notice(task.name, "labels_alike", f"task {task.name!r}: {text}")
+    if pair := _alike(task.labels, _visible):
+        text = f"the labels {pair[0]!r} and {pair[1]!r} differ in characters that cannot be seen, and count as two"
         yield Notice(task.name, "labels_alike", f"task {task.name!r}: {text}")
 
 
 def _of_length(task: Task, encoder: Encoder, config: EvalConfig) -> Iterator[Notice]:
     """References that no generation can reach in full."""
-    lengths = [len(encoder.scored_ids(reference)) for reference in _references(task)]
+    lengths = [len(encoder.generated_ids(reference)) for reference in _references(task)]
     longer = sum(length > config.max_new_tokens for length in lengths)
     if longer:
         yield Notice(
@@ -156,7 +172,7 @@ def _of_losses(task: Task, encoder: Encoder, compared: Comparison) -> Iterator[N
     lost: list[tuple[str, str]] = []
     references = _references(task)
     for reference in references:
-        written = encoder.answer_text(encoder.scored_ids(reference))
+        written = encoder.answer_text(encoder.generated_ids(reference))
         same = normalise(written) == normalise(reference)
         if not same and compared.score(written, reference) < compared.score(reference, reference):
             lost.append((reference, written))
@@ -205,3 +221,8 @@ def _alike(labels: Iterable[str], look: Callable[[str], Hashable]) -> tuple[str,
         if other != label:
             return other, label
     return None
+
+
+def _visible(text: str) -> str:
+    """The text without characters that only format it: zero-width blanks, byte order marks, soft hyphens."""
+    return "".join(character for character in text if unicodedata.category(character) != "Cf")

@@ -157,6 +157,14 @@ class Encoder:
         parts = self._parts(answer)
         return [*parts.body, *parts.tail[:1]]
 
+    def generated_ids(self, answer: str) -> list[int]:
+        """What a model that has learnt an answer generates behind `prompt_ids`, up to and with the token that ends
+        generation; words that the chat template puts behind an answer come before it.
+        """
+        parts = self._parts(answer)
+        end = next(place for place, token in enumerate(parts.tail) if token in self.stops)
+        return [*parts.body, *parts.tail[: end + 1]]
+
     @property
     def stops(self) -> list[int]:
         """Ids that end a generated answer."""

@@ -31,8 +31,8 @@ def words(lower: bool = False) -> PreTrainedTokenizerFast:
 
 def labelled(*labels: str, **rest: Any) -> Task:
     """A classification task."""
-    examples = [Example("question", label) for label in labels]
-    return Task("t", "classification", examples, [*examples, *examples], labels, **rest)
+    train, samples = ([Example(prompt, label) for label in labels] for prompt in ("question", "another question"))
+    return Task("t", "classification", train, [*samples, *samples], labels, **rest)
 
 
 def free(*answers: str, **rest: Any) -> Task:
@@ -160,6 +160,49 @@ def test_where_labels_and_scores_come_from() -> None:
     same = [Example("question", "x")]
     (notice,) = look(Task("t", "generation", same, list(same), scored_on="dev"))
     assert notice.text == "task 't': the samples of its dev split are those that it is trained on"
+
+
+@pytest.mark.parametrize(
+    ("known", "words", "on_screen"), [(4, "the samples of", True), (2, "2 of 4 samples", True), (1, "1 of 4", False)]
+)
+def test_samples_that_are_trained_on_are_found_in_any_order(known: int, words: str, on_screen: bool) -> None:
+    train = [Example(f"question {number}", "x") for number in range(9)]
+    samples = [*train[:known][::-1], *(Example(f"new {number}", "x") for number in range(4 - known))]
+    (notice,) = look(Task("t", "generation", train, samples))
+    assert notice.text.startswith(f"task 't': {words}")
+    assert notice.text.endswith("that it is trained on")
+    assert notice.on_screen == on_screen
+
+
+def test_an_answer_of_the_same_prompt_is_another_sample() -> None:
+    assert look(Task("t", "generation", [Example("q", "x")], [Example("q", "y")])) == ()
+
+
+@pytest.mark.parametrize("hidden", ["\u200b", "\ufeff", "\u00ad", "\u200e"])
+def test_labels_that_differ_in_what_cannot_be_seen(hidden: str) -> None:
+    (notice,) = look(labelled("yes", f"y{hidden}es", "no"))
+    assert notice.text == (
+        f"task 't': the labels 'yes' and {f'y{hidden}es'!r} differ in characters that cannot be seen, and count as two"
+    )
+    assert hidden not in notice.text
+
+
+def test_labels_that_differ_in_a_blank() -> None:
+    (notice,) = look(labelled("very good", "very\u00a0good", "no"))
+    assert "differ in case or white space alone" in notice.text
+
+
+OVER = "{% for m in messages %}{{ m.content }}{{ '|' if m.role == 'user' else '[over]' }}{% endfor %}"
+
+
+def test_words_behind_an_answer_are_no_part_of_it() -> None:
+    """They are generated, so they count where `eval.max_new_tokens` ends an answer, and are cut off after that."""
+    tokenizer = byte_tokenizer("decoder")
+    tokenizer.chat_template = OVER
+    assert look(labelled("good", "bad"), tokenizer=tokenizer, template="chat", mode="generate") == ()
+    assert look(free("some text"), tokenizer=tokenizer, template="chat", metric="exact_match", max_new_tokens=16) == ()
+    (notice,) = look(free("some text"), tokenizer=tokenizer, template="chat", max_new_tokens=15)
+    assert "take more than 15 tokens (the longest 16)" in notice.text  # [over] and the end
 
 
 def test_tasks_of_different_scores() -> None:

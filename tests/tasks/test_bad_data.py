@@ -206,7 +206,7 @@ def save_splits(folder: Path, **splits: dict[str, list[Any]]) -> None:
     datasets.DatasetDict(made).save_to_disk(str(folder))
 
 
-def test_huggingface_splits_and_columns(tmp_path: Path) -> None:
+def test_huggingface_splits_and_columns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     columns = {"input": ["q"], "output": ["a"]}
     save_splits(tmp_path / "no-train", test=columns)
     save_splits(tmp_path / "no-test", train=columns)
@@ -214,6 +214,7 @@ def test_huggingface_splits_and_columns(tmp_path: Path) -> None:
     save_splits(tmp_path / "wrong", train={"input": ["q"], "output": [1]}, test=columns)
     refuse(tmp_path, "data set no-train has no split 'train'; it has: test", format="huggingface", path="no-train")
     refuse(tmp_path, "has no split to evaluate on", "it has: train", format="huggingface", path="no-test")
+    assert not caplog.records  # it is evaluated on nothing
     refuse(tmp_path, "no-column[train] has no column 'output'", format="huggingface", path="no-column")
     refuse(tmp_path, "wrong[train], record 0: field 'output' must be a string", format="huggingface", path="wrong")
 

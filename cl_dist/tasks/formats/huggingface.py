@@ -135,14 +135,15 @@ def choose_split(dataset: Mapping[str, Any], wanted: str, name: str) -> str:
     dev = next((split for split in DEV_SPLITS if split in dataset), None)
     found = {"test": "test" if "test" in dataset else None, "dev": dev}
     chosen = found[wanted]
-    if chosen is None:
-        chosen = found["test"] or found["dev"]
-        logger.warning("data set %s has no %s split: evaluating on %s", name, wanted, chosen)
-    if chosen is None:
+    if chosen is not None:
+        return chosen
+    other = found["test"] or found["dev"]
+    if other is None:
         raise BadInput(
             f"data set {name} has no split to evaluate on ('test' or 'validation'); it has: {enumerate_names(dataset)}"
         )
-    return chosen
+    logger.warning("data set %s has no %s split: evaluating on %s", name, wanted, other)
+    return other
 
 
 def read_split(split: Any, source: Source, origin: str, most: int | None) -> Split:
