@@ -19,7 +19,7 @@ def run_every_expert(model: nn.Module) -> None:
     for module in model.modules():
         forward = _FORWARDS.get(type(module).__name__)
         if forward is not None:
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+            module.forward = MethodType(forward, module)
 
 
 def module_experts(model: nn.Module) -> tuple[str, ...]:
