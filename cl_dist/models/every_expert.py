@@ -2,7 +2,7 @@
 
 transformers calls those experts only to which a token was routed. Ranks see other tokens, so they would call other
 modules: under ZeRO-3 each would gather another expert's weights, and from stage 1 on add up gradients of different
-experts; jobs hang or train wrong weights. An expert without tokens gets an empty input here, and a gradient of zero.
+experts; jobs break off or hang. An expert without tokens gets an empty input here, and a gradient of zero.
 """
 
 from __future__ import annotations

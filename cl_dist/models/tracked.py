@@ -244,7 +244,9 @@ def _refuse_shared_weights(model: nn.Module, tracked: Mapping[str, TrackedLayer]
     for layer in tracked.values():
         name = layer.weight.rpartition(".")[0]
         if others := [owner for owner in owners[id(_parameter(modules, layer.weight))] if owner != name]:
+            in_blocks = is_below(name, block_prefixes(model))
+            allowed = "LoRA or another method" if in_blocks else "method.layers: blocks"
             raise BadInput(
                 f"method.layers: the weight of {name} is also that of {others[0]}, whose rows would be masked along; "
-                "allowed for this model is method.layers: blocks"
+                f"allowed for this model is {allowed}"
             )
