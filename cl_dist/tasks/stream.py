@@ -93,6 +93,8 @@ def settle_labels(source: Source, raw: RawTask) -> tuple[tuple[str, ...], LabelS
         return (), None
     if stated is None:
         found = infer_labels(raw.train.examples, source.stream.max_labels)
+        if not found:
+            warn_of_few_answers(source, raw.train.examples)
         return found, "training answers" if found else None
     labels = tuple(compose(label) for label in stated)
     check_labels(labels)
@@ -115,6 +117,20 @@ def infer_labels(examples: Sequence[Example], most: int) -> tuple[str, ...]:
     counts = Counter(compose(example.answer) for example in examples)
     few = 2 <= len(counts) <= min(most, math.isqrt(len(examples)))
     return tuple(sorted(counts)) if few and min(counts.values()) > 1 and all(counts) else ()
+
+
+def warn_of_few_answers(source: Source, examples: Sequence[Example]) -> None:
+    """Say so where answers that are taken for free text may have been meant as labels: few, most there twice."""
+    counts = Counter(compose(example.answer) for example in examples)
+    again = sum(count > 1 for count in counts.values())
+    if 2 <= len(counts) <= source.stream.max_labels and 2 * again > len(counts):
+        logger.warning(
+            "task %r: its %d distinct answers in %d training samples are taken for free text, not for labels (at most "
+            "the square root of the samples, each there twice); state its `labels` if they are, or `labels: []`",
+            source.task.name,
+            len(counts),
+            len(examples),
+        )
 
 
 def check_labels(labels: Sequence[str]) -> None:

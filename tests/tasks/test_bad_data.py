@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,29 @@ def test_huggingface_splits_and_columns(tmp_path: Path, caplog: pytest.LogCaptur
     refuse(tmp_path, "wrong[train], record 0: field 'output' must be a string", format="huggingface", path="wrong")
 
 
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (("input,output,output", "a,b,c"), "a.csv: column 'output' is there twice"),
+        (("input,output", "a,b", "c,"), "record 1: field 'output' is empty"),
+        (("input,output", "a,b", "c"), "record 1: field 'output' is empty"),
+    ],
+)
+def test_csv_files_with_a_column_twice_and_without_a_cell(tmp_path: Path, lines: tuple[str, ...], problem: str) -> None:
+    pytest.importorskip("datasets")
+    write_lines(tmp_path / "a.csv", lines)
+    refuse(tmp_path, problem, format="huggingface", path="a.csv")
+
+
+def test_dates_and_bytes_are_no_numbers(tmp_path: Path) -> None:
+    save_splits(
+        tmp_path / "dates",
+        train={"input": ["q"], "output": [datetime(2024, 1, 2)]},
+        test={"input": ["q"], "output": ["a"]},
+    )
+    refuse(tmp_path, "must be a string, not a datetime", format="huggingface", path="dates")
+
+
 def test_huggingface_sample_without_a_class(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
@@ -307,9 +331,9 @@ def test_half_a_character_beside_the_records(tmp_path: Path, place: str) -> None
         ("a.json", '{"a": ' * 300_000, "a.json, line 1: JSON nested too deeply"),
         ("a.csv", 'input,output\n"never closed,1\n', "data set a.csv cannot be loaded: Error tokenizing data"),
         (
-            "a.csv",
-            "input,output\nq,0.5\nr,1.0\n",
-            "a.csv[train], record 0: field 'output' must be a string, not a number",
+            "a.json",
+            '[{"input": "q", "output": 0.5}]',
+            "a.json[train], record 0: field 'output' must be a string, not a number",
         ),
         ("a.csv", "", "data set a.csv cannot be loaded: "),
         ("a.parquet", "PAR1garbagePAR1", "data set a.parquet cannot be loaded: "),

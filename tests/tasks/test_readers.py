@@ -197,6 +197,17 @@ def test_huggingface_saved_to_disk_has_class_names(tmp_path: Path) -> None:
     assert task.labels == ("bad", "good")
 
 
+def test_class_names_lose_the_white_space_around_them_as_answers_do(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"input": datasets.Value("string"), "output": datasets.ClassLabel(names=["no ", "yes"])}
+    )
+    split = datasets.Dataset.from_dict({"input": ["a", "b"], "output": [0, 1]}, features=features)
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "saved"))
+    task = load_one(tmp_path, format="huggingface", path="saved")
+    assert (task.labels, task.train[0].answer) == (("no", "yes"), "no")
+
+
 def test_huggingface_folder_of_data_files(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     for split in ("train", "test"):
@@ -233,6 +244,23 @@ def test_huggingface_single_file(tmp_path: Path, ending: str, caplog: pytest.Log
     write(tmp_path / f"a.test.{ending}", 5)
     streamed = load_one(tmp_path, format="huggingface", path=f"a.{ending}", streaming=True)
     assert (len(streamed.train), len(streamed.evaluation)) == (8, 5)
+
+
+TEXTS = ("None", "null", "NA", "nan", "007", "1.50", "1e5", "True", "2024-01-02", "yes")
+"""What pandas takes for nothing, numbers, truth values and dates."""
+
+
+@pytest.mark.parametrize("path", ["folder/train.csv", "folder", "folder/train.tsv"])
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:4], TEXTS[4:7], ("1", "0"), ("True", "False")])
+def test_cells_of_csv_files_are_text(tmp_path: Path, texts: tuple[str, ...], path: str) -> None:
+    ending = ".tsv" if path.endswith(".tsv") else ".csv"
+    rows = [("input", "output", "score"), *((text, text, "" if n else "0.5") for n, text in enumerate(texts))]
+    for split in ("train", "test"):
+        lines = [("\t" if ending == ".tsv" else ",").join(row) for row in rows]
+        write_lines(tmp_path / f"folder/{split}{ending}", lines)
+    task = load_one(tmp_path, format="huggingface", path=path, labels=())
+    assert [example.prompt for example in task.train] == list(texts)
+    assert [example.answer for example in task.evaluation] == list(texts)
 
 
 def test_huggingface_single_file_of_another_format(tmp_path: Path) -> None:

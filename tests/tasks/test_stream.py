@@ -77,6 +77,28 @@ def test_evaluation_answers_have_no_say_in_the_labels_and_are_counted(tmp_path: 
     assert load_one(tmp_path, path="t", stream={"max_eval_samples": 2}).unlisted == 1
 
 
+@pytest.mark.parametrize(
+    ("answers", "labels", "warned"),
+    [
+        ([*"abcde"] * 4, None, True),  # five classes, but fewer than 25 samples
+        (["yes", "no"] * 9 + ["maybe"], None, True),  # a class of one sample
+        ([*"abcde"] * 5, None, False),  # taken for labels
+        ([*"abcde"] * 4, (), False),  # said to be text
+        ([*"abcde"] * 4, tuple("abcde"), False),  # said to be labels
+        ([f"text {number}" for number in range(20)] + ["text 0"], None, False),  # text
+        (["yes"] * 20, None, False),
+    ],
+)
+def test_answers_that_may_have_been_meant_as_labels(
+    tmp_path: Path, answers: list[str], labels: tuple[str, ...] | None, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for split in ("train", "test"):
+        write_lines(tmp_path / f"t/{split}.jsonl", as_lines([{"input": "q", "output": each} for each in answers]))
+    task = load_one(tmp_path, path="t", labels=labels)
+    assert ("taken for free text" in caplog.text) == warned
+    assert not (warned and task.labels)
+
+
 def test_an_empty_list_of_labels_makes_a_task_of_text(tmp_path: Path) -> None:
     write_task(tmp_path / "t")
     task = load_one(tmp_path, path="t", labels=())

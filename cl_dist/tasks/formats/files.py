@@ -154,9 +154,9 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
 
 
 def json_type(value: object) -> str:
-    """JSON's name of a parsed value's type."""
+    """JSON's name of a parsed value's type; Python's where JSON has no such values (dates and bytes in data sets)."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
 
 
 def text_field(record: Mapping[str, Any], field: str, may_be_empty: bool = False) -> str:

@@ -7,6 +7,7 @@ comes with a data set is never run: the library's supported releases refuse load
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ FILE_FORMATS = {
     ".arrow": "arrow",
 }
 """The library's name of the format of a single data file, by its ending."""
+CSV_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 DEEP_JSON = re.compile(rb'(?:[\[{]\s*(?:"[^"]{0,99}"\s*:\s*)?){1000}')
 """A thousand lists and objects, each the first thing in the one before."""
@@ -73,14 +75,49 @@ def load(source: Source) -> Mapping[str, Any]:
             dataset = datasets.load_from_disk(str(path))
         elif is_there(path) and not is_folder(path):
             builder, files = single_file(path, source.stream.eval_split)
-            separator = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            dataset = datasets.load_dataset(builder, data_files=files, streaming=streaming, **separator)
+            options = csv_options(source, sorted({Path(file) for file in files.values()}))
+            dataset = datasets.load_dataset(builder, data_files=files, streaming=streaming, **options)
         else:
             written = str(path) if is_there(path) else name
-            dataset = datasets.load_dataset(written, subset, streaming=streaming)
+            options = csv_options(source, sorted(path.glob("**/*"))) if is_there(path) else {}
+            dataset = datasets.load_dataset(written, subset, streaming=streaming, **options)
     if not isinstance(dataset, Mapping):
         raise BadInput(f"data set {name} is a single split; save a DatasetDict with the splits 'train' and 'test'")
     return dataset
+
+
+def csv_options(source: Source, paths: list[Path]) -> dict[str, Any]:
+    """How the library is to read files that are all CSV or TSV: every cell is text. Left to itself it makes numbers of
+    `007`, and nothing of `None` and `NA`.
+
+    Raises BadInput for a column that is read and is there twice.
+    """
+    files = [path for path in paths if path.suffix in FILE_FORMATS]
+    if not files or not all(path.suffix in CSV_SEPARATORS for path in files):
+        return {}
+    columns: set[str] = set()
+    for file in files:
+        header = csv_header(file)
+        if doubled := [field for field in read_fields(source) if header.count(field) > 1]:
+            raise BadInput(f"{file}: column {doubled[0]!r} is there twice")
+        columns.update(header)
+    separator = {"sep": CSV_SEPARATORS[files[0].suffix]} if len({file.suffix for file in files}) == 1 else {}
+    return {"converters": dict.fromkeys(sorted(columns), str), "keep_default_na": False, **separator}
+
+
+def csv_header(file: Path) -> list[str]:
+    """The names of a file's columns; none where it cannot be read, which the library reports."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            return next(csv.reader(opened, delimiter=CSV_SEPARATORS[file.suffix]), [])
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
+
+
+def read_fields(source: Source) -> list[str]:
+    """The columns that are read."""
+    task = source.task
+    return [task.input_field, task.output_field] if task.text_field is None else [task.text_field]
 
 
 def refuse_deep_json(path: Path) -> None:
@@ -149,7 +186,7 @@ def choose_split(dataset: Mapping[str, Any], wanted: str, name: str) -> str:
 def read_split(split: Any, source: Source, origin: str, most: int | None) -> Split:
     """The records of a split, with class numbers turned into their names; of a streamed one no more than `most`."""
     task = source.task
-    fields = [task.input_field, task.output_field] if task.text_field is None else [task.text_field]
+    fields = read_fields(source)
     # What a streamed split holds may not be known before its first record.
     for field in fields if split.column_names is not None else ():
         if field not in split.column_names:
@@ -179,4 +216,4 @@ def named_records(split: Any, output_field: str) -> Iterator[dict[str, Any]]:
 def label_names(split: Any, output_field: str) -> tuple[str, ...] | None:
     """Names of the classes where the output column is a `ClassLabel`, else None."""
     names = getattr((split.features or {}).get(output_field), "names", None)
-    return tuple(names) if names else None
+    return tuple(str(name).strip() for name in names) if names else None
