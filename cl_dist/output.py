@@ -220,12 +220,13 @@ def direct_output() -> Iterator[None]:
         buffer = io.BufferedWriter(_Direct(output, raises=True))
         sys.stdout = _text(buffer, sys.stdout, line_buffering=os.isatty(output))
     if errors is not None:
-        sys.stderr = _text(_Direct(errors, raises=False), sys.stderr, write_through=True)
+        sys.stderr = _text(_Direct(errors, raises=False), sys.stderr, line_buffering=True)
     try:
         yield
     finally:
         with suppress(OutputLost):
             sys.stdout.flush()
+        sys.stderr.flush()
         sys.stdout, sys.stderr = before
 
 
@@ -253,7 +254,7 @@ def steady_output(patience: float = PATIENCE_SECONDS) -> Iterator[None]:
     _outlets[:] = dict.fromkeys([output, errors])
     with suppress(OutputLost):
         sys.stdout.flush()
-    sys.stdout, sys.stderr = (_text(outlet, stream, write_through=True)
+    sys.stdout, sys.stderr = (_text(outlet, stream, line_buffering=True)
                               for outlet, stream in zip((output, errors), before, strict=True))  # fmt: skip
     try:
         yield
@@ -265,6 +266,8 @@ def steady_output(patience: float = PATIENCE_SECONDS) -> Iterator[None]:
 
 def drain_output() -> None:
     """Wait until everything printed is written, or its reader has been idle for too long."""
+    for stream in (sys.stdout, sys.stderr) if _outlets else ():
+        stream.flush()  # the beginning of a line
     for outlet in _outlets:
         outlet.drain()
 
@@ -323,12 +326,12 @@ def _descriptor(stream: TextIO | None) -> int | None:
     return descriptor
 
 
-def _text(buffer: Any, like: TextIO, line_buffering: bool = False, write_through: bool = False) -> io.TextIOWrapper:
+def _text(buffer: Any, like: TextIO, line_buffering: bool) -> io.TextIOWrapper:
+    """A line goes out in one piece, so that those of several processes on one terminal do not run into each other."""
     return io.TextIOWrapper(
         buffer,
         encoding=like.encoding or "utf-8",
         errors="backslashreplace",
         newline="\n",
         line_buffering=line_buffering,
-        write_through=write_through,
     )

@@ -201,6 +201,20 @@ def test_somebody_elses_non_blocking_pipe_loses_nothing(folder: Path) -> None:
     assert process.wait() == 0
 
 
+@pytest.mark.parametrize("manager", ["direct_output", "steady_output"])
+def test_a_line_is_written_in_one_piece(folder: Path, manager: str) -> None:
+    """Ranks of other launchers share a terminal; a pipe with O_DIRECT keeps what each write has written apart."""
+    reading, writing = os.pipe2(os.O_DIRECT)
+    code = (
+        f"import sys\nfrom cl_dist.output import {manager}\nwith {manager}():\n    print('one', 2, file=sys.stderr)\n"
+    )
+    code += "    print('begun', end='', file=sys.stderr)\n"
+    subprocess.run([sys.executable, "-c", code], stderr=writing, timeout=30, check=True)
+    os.close(writing)
+    assert [os.read(reading, 100), os.read(reading, 100), os.read(reading, 100)] == [b"one 2\n", b"begun", b""]
+    os.close(reading)
+
+
 def test_a_fork_prints_by_itself(folder: Path) -> None:
     code = "import os\nfrom cl_dist.output import steady_output\nwith steady_output():\n    print('one', flush=True)\n"
     code += "    if os.fork():\n        os.wait()\n    else:\n        print('two', flush=True)\n        os._exit(0)\n"

@@ -1,26 +1,44 @@
-"""`cl-dist`: commands that parse, delegate and print. Heavy modules are imported by the command that needs them."""
+"""`cl-dist`: commands that parse, delegate and print. Heavy modules are imported by the command that needs them, and
+nothing at all with this one, so that Ctrl-C is understood from the first moment.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
-
-from cl_dist.cli.failures import guarded
-from cl_dist.cli.parser import parse
-from cl_dist.launch.child import die_with_launcher
-from cl_dist.launch.environment import is_rank
-from cl_dist.output import HASTE_SECONDS, PATIENCE_SECONDS, direct_output, fill_missing_descriptors, steady_output
-from cl_dist.process_end import end_with
 
 
 def program() -> NoReturn:
     """Be the program `cl-dist`: run the command that its arguments name and end the process with its exit code."""
+    with _ending_at_ctrl_c():
+        import cl_dist.cli.parser  # noqa: F401 - all commands, which takes the longest
+        from cl_dist.output import fill_missing_descriptors
+        from cl_dist.process_end import end_with
     fill_missing_descriptors()
     end_with(main)
+
+
+@contextmanager
+def _ending_at_ctrl_c() -> Iterator[None]:
+    """While the modules are imported, where Python would print a traceback; SIGINT stays ignored where it is (`&`)."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        try:
+            os.write(2, b"cl-dist: interrupted: stopped before anything was started\n")
+        finally:
+            os._exit(75)  # as `errors.Interrupted`, which may not be imported yet
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 2 bad input, 75 interrupted and resumable, 76 another rank was lost (of ranks that cl-dist did not start
     itself), 1 anything else.
     """
+    from argparse import Namespace
+    from contextlib import nullcontext
+
+    from cl_dist.cli.failures import guarded
+    from cl_dist.cli.parser import parse
+    from cl_dist.launch.child import die_with_launcher
+    from cl_dist.launch.environment import is_rank
+    from cl_dist.output import HASTE_SECONDS, PATIENCE_SECONDS, direct_output, steady_output
+
     die_with_launcher(os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
     with direct_output():

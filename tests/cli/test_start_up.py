@@ -1,0 +1,41 @@
+"""Ctrl-C while the modules are still being imported, which on a busy machine takes seconds."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from cl_dist import __version__
+
+PRESSED = """
+import os, signal, sys
+
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pydantic":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Press())
+signal.signal(signal.SIGINT, signal.{before})
+from cl_dist.cli import program
+sys.argv[1:] = ["--version"]
+program()
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "output", "errors"),
+    [
+        ("default_int_handler", 75, "", "cl-dist: interrupted: stopped before anything was started\n"),
+        ("SIG_IGN", 0, f"cl-dist {__version__}\n", ""),
+    ],
+)
+def test_ctrl_c_at_start_up_is_one_sentence(before: str, code: int, output: str, errors: str) -> None:
+    assert hasattr(signal, before)
+    done = subprocess.run(
+        [sys.executable, "-c", PRESSED.format(before=before)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, output, errors)
