@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from cl_dist.config.files import is_file, is_folder, refuse_special, refuse_special_below
 from cl_dist.config.schema import BUILTIN_MODELS, ModelConfig, TrainConfig
+from cl_dist.config.words import show
 from cl_dist.errors import BadInput
 from cl_dist.models.position_settings import Positions, configured_positions
 from cl_dist.tasks.encode import Objective
@@ -57,6 +58,11 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("d_model", "d_ff", "num_layers", "num_heads", "n_embd", "n_layer", "n_head"),
+)
+"""Entries of config.json that a model is built from without a look at them."""
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 HEADER_LIMIT = 100 * 2**20
 """Bytes; safetensors itself refuses longer headers."""
@@ -236,7 +242,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise BadInput(f"model.name_or_path: {file} is not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise BadInput(f"model.name_or_path: {file} must hold a JSON object, it holds a {type(config).__name__}")
+    _check_entries(config, file)
     return config
+
+
+def _check_entries(config: dict[str, Any], file: Path) -> None:
+    """Refuse what is read here, or by no code that would notice, where it is of another type or out of range."""
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list | None) or not all(isinstance(name, str) for name in architectures or []):
+        raise BadInput(f"model.name_or_path: architectures in {file} is {show(architectures)}; allowed: a list of texts")
+    for name in SIZES:
+        size = config.get(name)
+        if isinstance(size, int) and size < 0:
+            raise BadInput(f"model.name_or_path: {name} in {file} is {size}, and no size is negative")
 
 
 def _instead_of_config(folder: Path) -> str:
@@ -271,9 +289,10 @@ def _weight_files(folder: Path) -> list[Path]:
         return sorted(folder.glob("model*.safetensors"))
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        there = [(folder / name).is_file() for name in names]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise BadInput(f"model.name_or_path: {index} is not a safetensors index ({error})") from error
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    if missing := [name for name, found in zip(names, there, strict=True) if not found]:
         raise BadInput(f"model.name_or_path: {index} names files that are not there: {', '.join(missing)}")
     return [folder / name for name in names]
 

@@ -26,6 +26,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils import logging as hf_logging
 
 from cl_dist.config.schema import ModelConfig
+from cl_dist.config.words import show
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.models.builtin import builtin_config, byte_tokenizer
 from cl_dist.models.check import (
@@ -156,6 +157,9 @@ def _tokenizer(model: ModelConfig, source: str | None, config: PreTrainedConfig)
     if source is None:
         return byte_tokenizer(BUILTIN_FAMILIES[model.name_or_path])
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise BadInput(f"model.name_or_path: model_max_length of the tokenizer of {source} is {show(longest)}, no number")
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -194,6 +198,8 @@ def _text_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
             f"model.name_or_path: {name} is a {config.model_type} with more than one text model in it; allowed are "
             "models with one"
         ) from error
+    if not isinstance(text, PreTrainedConfig):
+        raise BadInput(f"model.name_or_path: text_config of {name} is {show(text)}; allowed: a mapping of settings")
     return text
 
 

@@ -258,3 +258,19 @@ def test_a_damaged_gguf_file_is_told_on_every_rank(gguf_folder: Path, tmp_path: 
     assert first.startswith("model.gguf_file: tiny.gguf of ")
     assert "cannot be converted" in first
     assert not any((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("config.json", {"text_config": 7}, r"text_config of .* is 7; allowed: a mapping of settings"),
+        ("tokenizer_config.json", {"model_max_length": "8"}, r"model_max_length of the tokenizer of .* is \"8\", no nu"),
+    ],
+)
+def test_entries_of_another_type_are_refused_by_name(
+    load: Loader, folders: dict[str, Path], tmp_path: Path, file: str, values: dict[str, object], message: str
+) -> None:
+    folder = copied(folders["llama"], tmp_path)
+    change_json(folder / file, **values)
+    with pytest.raises(BadInput, match=message):
+        load(folder, "causal_lm")
