@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,8 @@ def test_answers_that_may_have_been_meant_as_labels(
 ) -> None:
     for split in ("train", "test"):
         write_lines(tmp_path / f"t/{split}.jsonl", as_lines([{"input": "q", "output": each} for each in answers]))
-    task = load_one(tmp_path, path="t", labels=labels)
+    with caplog.at_level(logging.WARNING):
+        task = load_one(tmp_path, path="t", labels=labels)
     assert ("taken for free text" in caplog.text) == warned
     assert not (warned and task.labels)
 
