@@ -198,11 +198,20 @@ def _require_resumable(folder: RunFolder, recipe: Recipe, world_size: int | None
         rest = f"; and {more} more" if more > 0 else ""
         raise BadInput(
             f"--resume: the recipe is not the one that {folder.path} was started with: {shown}{rest}; "
-            f"only {', '.join(FREE_SETTINGS)} may differ"
+            f"only {', '.join(FREE_SETTINGS)} may differ{_other_defaults(manifest)}"
         )
     if world_size is not None and manifest.status != "finished":
         before = with_segments(manifest, folder.config).segments[-1]
         resumption(recipe, before, world_size, folder.path)
+
+
+def _other_defaults(manifest: Manifest) -> str:
+    """What helps where a setting that nobody has touched differs."""
+    if manifest.inputs is not None:
+        return ""
+    return (
+        "; an earlier release began this run, and its defaults may have been others: give the run's values with --set"
+    )
 
 
 def _require_same_inputs(folder: RunFolder, tasks: Sequence[Task], inputs: Callable[[], Inputs | None] | None) -> None:

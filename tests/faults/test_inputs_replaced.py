@@ -177,6 +177,7 @@ def test_a_run_of_an_earlier_release_says_that_it_is_not_compared(zygote: Zygote
     outcome = resumed(zygote, elsewhere)
     assert outcome.codes == [2], "its paths are all that is known of its inputs"
     assert "stream.tasks[0].path: 'data/one' in the run, './data/one' now" in outcome.output[0]
+    assert "its defaults may have been others: give the run's values with --set" in outcome.output[0]
     outcome = resumed(zygote, recipe)
     assert outcome.codes == [0], outcome.output
     assert "data, base model and tokenizer are not compared with what they were" in outcome.output[0]
