@@ -36,10 +36,7 @@ def describe_unread(config: Any, formats: Collection[str]) -> str | None:
         value = getattr(config, field.name)
         if readers and value != field.default and not set(readers) & set(formats):
             told = f"format {readers[0]}" if len(readers) == 1 else f"formats {_enumerate(readers)}"
-            return (
-                f"{field.name}: {show(value)} has a meaning for {told} only, "
-                f"not {_enumerate(sorted(formats))}"
-            )
+            return f"{field.name}: {show(value)} has a meaning for {told} only, not {_enumerate(sorted(formats))}"
     return None
 
 

@@ -217,6 +217,11 @@ class KifConfig(UnitConfig):
     """
 
     VARIED: ClassVar[tuple[str, ...]] = (*UnitConfig.VARIED, "fusion", "tau", "accumulate_new")
+    READ_BY: ClassVar[dict[str, tuple[str, ...]]] = {
+        "adaptive": ("tau",),
+        "hard": ("threshold", "weight_new", "weight_old", "weight_neither"),
+    }
+    """Settings that one kind of fusion alone reads."""
 
     name: Literal["kif"]  # the tag that tells the three apart
     """Name of the method."""
@@ -238,10 +243,10 @@ class KifConfig(UnitConfig):
         """Refuse settings of the other fusion as well."""
         super().__post_init__()
         if self.fusion == "adaptive":
-            masks = ("threshold", "weight_new", "weight_old", "weight_neither")
-            _refuse_given(self, "fusion: adaptive takes shares from the scores and makes no masks", *masks)
+            why = "fusion: adaptive takes shares from the scores and makes no masks"
+            _refuse_given(self, why, *self.READ_BY["hard"])
         else:
-            _refuse_given(self, "fusion: hard fuses by masks", "tau")
+            _refuse_given(self, "fusion: hard fuses by masks", *self.READ_BY["adaptive"])
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
