@@ -62,8 +62,8 @@ def apply_overrides(recipe: dict[str, Any], overrides: Sequence[Override]) -> No
     """Change `recipe` in place; where a key is set twice the later one wins.
 
     `method` may be a mapping or a list and is a list afterwards. Changing a method's name drops the settings that stood
-    in the recipe and that the new method does not have or read, so that `method.name=migu` works on any recipe. Raises BadInput
-    for a key that leads through something that is neither a mapping nor an entry of a list.
+    in the recipe and that the new method does not have or read, so that `method.name=migu` works on any recipe. Raises
+    BadInput for a key that leads through something that is neither a mapping nor an entry of a list.
     """
     for override in sorted(overrides, key=lambda override: override.order):
         if override.path[0] == "method" and override.order > 0:
