@@ -201,7 +201,7 @@ OWNED = {
 
 def refuse_raw_settings(settings: Mapping[str, Any], stage: int) -> None:
     """Raise ValueError, naming the dotted keys, for the raw settings that are unknown, refused, owned by the recipe, of
-    a wrong value, or not read at `stage`: a line each, so that a whole configuration can be pasted and put right at once.
+    a wrong value, or not read at `stage`: a line each, so that a pasted configuration is put right at once.
     """
     problems = list(_problems("", settings, stage))
     told = problems[:MOST_TOLD]
