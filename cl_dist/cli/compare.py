@@ -149,7 +149,9 @@ def _check_data_and_models(cells: Sequence[Cell]) -> None:
     problems, seen = Problems(), set()
     for cell in cells:
         data = to_dict(cell.recipe)
-        key = json.dumps([data[section] for section in ("model", "stream", "eval")])
+        del data["train"]["seed"]
+        methods = data["method"] if cell.recipe.train.warmup_steps else None  # they say how many steps a task has
+        key = json.dumps([*(data[section] for section in ("model", "stream", "eval", "train", "launch")), methods])
         if key not in seen:
             seen.add(key)
             try:

@@ -218,8 +218,11 @@ class KifConfig(UnitConfig):
     """
 
     VARIED: ClassVar[tuple[str, ...]] = (*UnitConfig.VARIED, "fusion", "tau", "accumulate_new")
-    OF_MASKS: ClassVar[tuple[str, ...]] = ("threshold", "weight_new", "weight_old", "weight_neither")
-    """Settings of the hard fusion alone."""
+    READ_BY: ClassVar[dict[str, tuple[str, ...]]] = {
+        "adaptive": ("tau",),
+        "hard": ("threshold", "weight_new", "weight_old", "weight_neither"),
+    }
+    """Settings that one kind of fusion alone reads."""
 
     name: Literal["kif"]  # the tag that tells the three apart
     """Name of the method."""
@@ -241,17 +244,17 @@ class KifConfig(UnitConfig):
         """Refuse settings of the other fusion as well."""
         super().__post_init__()
         if self.fusion == "adaptive":
-            _refuse_given(self, "fusion: adaptive takes shares from the scores and makes no masks", *self.OF_MASKS)
+            why = "fusion: adaptive takes shares from the scores and makes no masks"
+            _refuse_given(self, why, *self.READ_BY["hard"])
         else:
-            _refuse_given(self, "fusion: hard fuses by masks", "tau")
+            _refuse_given(self, "fusion: hard fuses by masks", *self.READ_BY["adaptive"])
 
     def for_task(self, task: str) -> KifConfig:
         """See `VariedConfig`. Where a task has the other fusion, what only the first one reads has its default."""
         values = self.by_task.get(task, {})
         if values.get("fusion", self.fusion) == self.fusion:
             return super().for_task(task)
-        unread = ("tau",) if self.fusion == "adaptive" else self.OF_MASKS
-        defaults = {name: getattr(type(self), name) for name in unread}
+        defaults = {name: getattr(type(self), name) for name in self.READ_BY[self.fusion]}
         return replace(self, by_task={}, **{**defaults, **values})
 
 

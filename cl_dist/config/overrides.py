@@ -62,16 +62,20 @@ def apply_overrides(recipe: dict[str, Any], overrides: Sequence[Override]) -> No
     """Change `recipe` in place; where a key is set twice the later one wins.
 
     `method` may be a mapping or a list and is a list afterwards. Changing a method's name drops the settings that stood
-    in the recipe and that the new method does not have, so that `method.name=migu` works on any recipe. Raises BadInput
-    for a key that leads through something that is neither a mapping nor an entry of a list.
+    in the recipe and that the new method does not have or read, so that `method.name=migu` works on any recipe. Raises
+    BadInput for a key that leads through something that is neither a mapping nor an entry of a list.
     """
     for override in sorted(overrides, key=lambda override: override.order):
         if override.path[0] == "method" and override.order > 0:
             _normalise_method(recipe)
             override = _indexed(override, recipe["method"])
+        before = _method_names(recipe) if override.changes_method else []
         _set(recipe, override)
         if override.changes_method:
-            _drop_unknown_settings(recipe["method"][int(override.path[1])])
+            method = recipe["method"][int(override.path[1])]
+            _drop_unknown_settings(method)
+            if method["name"] not in before:
+                _drop_unread_settings(method)
     _normalise_method(recipe)
 
 
@@ -80,6 +84,11 @@ def _normalise_method(recipe: dict[str, Any]) -> None:
     method = recipe.setdefault("method", {"name": "sequential"})
     if not isinstance(method, list):
         recipe["method"] = [method]
+
+
+def _method_names(recipe: dict[str, Any]) -> list[Any]:
+    """Names of the methods, whatever they are."""
+    return [method.get("name") for method in recipe["method"] if isinstance(method, dict)]
 
 
 def _indexed(override: Override, methods: Any) -> Override:
@@ -103,6 +112,18 @@ def _drop_unknown_settings(method: dict[str, Any]) -> None:
         for key in set(method) - set(info_of(cls)):
             del method[key]
         _drop_from_tasks(method, getattr(cls, "VARIED", ()))
+
+
+def _drop_unread_settings(method: dict[str, Any]) -> None:
+    """Drop what the new method has too and, with its kind of fusion, does not read (kif's `tau` in tasl)."""
+    cls = method_classes().get(method["name"]) if isinstance(method["name"], str) else None
+    tasks = method.get("by_task")
+    for settings in (method, *(tasks.values() if isinstance(tasks, dict) else ())):
+        if isinstance(settings, dict):
+            kind = settings.get("fusion", method.get("fusion", getattr(cls, "fusion", None)))
+            for reader, names in getattr(cls, "READ_BY", {}).items():
+                for name in names if reader != kind else ():
+                    settings.pop(name, None)
 
 
 def _drop_from_tasks(method: dict[str, Any], varied: Sequence[str]) -> None:

@@ -250,7 +250,9 @@ def _check_entries(config: dict[str, Any], file: Path) -> None:
     """Refuse what is read here, or by no code that would notice, where it is of another type or out of range."""
     architectures = config.get("architectures")
     if not isinstance(architectures, list | None) or not all(isinstance(name, str) for name in architectures or []):
-        raise BadInput(f"model.name_or_path: architectures in {file} is {show(architectures)}; allowed: a list of texts")
+        raise BadInput(
+            f"model.name_or_path: architectures in {file} is {show(architectures)}; allowed: a list of texts"
+        )
     for name in SIZES:
         size = config.get(name)
         if isinstance(size, int) and size < 0:

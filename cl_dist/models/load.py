@@ -159,7 +159,9 @@ def _tokenizer(model: ModelConfig, source: str | None, config: PreTrainedConfig)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
     longest = tokenizer.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, int | float):
-        raise BadInput(f"model.name_or_path: model_max_length of the tokenizer of {source} is {show(longest)}, no number")
+        raise BadInput(
+            f"model.name_or_path: model_max_length of the tokenizer of {source} is {show(longest)}, no number"
+        )
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -88,6 +88,7 @@ class TestRefusals:
             (["--methods", "migo,kiff"], ["did you mean migu?", "did you mean kif?"]),
             (["--set", "model.name_or_path=/nowhere"], ["/nowhere"]),
             (["--methods", "a=migu,b=migu", "--set-for", "b:model.name_or_path=/nowhere"], ["/nowhere"]),
+            (["--methods", "a=migu,b=migu", "--set-for", "b:train.warmup_steps=9999"], ["train.warmup_steps: 9999"]),
             (["--set", "stream.tasks=[{name: x, format: tasl}]"], ["task 'x'"]),
             (["--set", "train.epochs=0"], ["train.epochs: 0 is not allowed"]),
         ],

@@ -60,7 +60,7 @@ def test_a_method_without_settings_follows_too() -> None:
             {"name": "olora", "by_task": {"copa": {"lambda2": -1}}},
             "copa.lambda2: -1 is not allowed; allowed: a number",
         ),
-        ({"name": "olora", "by_task": {"copa": {"lambda2": "1"}}}, "copa.lambda2: '1' is not allowed"),
+        ({"name": "olora", "by_task": {"copa": {"lambda2": "1"}}}, 'copa.lambda2: "1" is not allowed'),
         ({"name": "olora", "by_task": {"copa": 3}}, "method.by_task: 3 is not a mapping of settings"),
         ({"name": "kif", "by_task": {"copa": {"units": "row"}}}, "copa.units: is the same in all tasks of a run"),
         ({"name": "kif", "by_task": {"copa": {"name": "tasl"}}}, "copa.name: is the same in all tasks of a run"),

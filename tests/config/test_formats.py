@@ -143,3 +143,18 @@ def test_the_home_folder_is_meant_by_a_tilde(
 def test_an_unknown_user_is_named(changes: list[str], recipe: str) -> None:
     with pytest.raises(BadInput, match=r"^stream\..*: ~nobody-here/.*: no home folder of a user 'nobody-here'"):
         load_recipe(recipe, changes)
+
+
+def test_a_value_of_any_length_is_repeated_in_part() -> None:
+    with pytest.raises(BadInput) as refusal:
+        load_recipe("quickstart", [f"stream.instruction_file={'a/' * 3000}", f"stream.order={'b' * 9000}"])
+    assert max(map(len, str(refusal.value).splitlines())) < 800
+
+
+def test_names_of_many_tasks_make_no_endless_message() -> None:
+    tasks = ", ".join(f"{{name: t{number}, format: builtin}}" for number in range(2000))
+    with pytest.raises(
+        BadInput, match=r'^method\.by_task: "none" is no task of the stream.* \.\.\. .*t1999$'
+    ) as refusal:
+        load_recipe("quickstart", [f"stream.tasks=[{tasks}]", "method={name: migu, by_task: {none: {threshold: 0}}}"])
+    assert len(str(refusal.value)) < 800

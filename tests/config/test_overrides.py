@@ -57,6 +57,18 @@ def test_changing_the_method_on_a_shipped_recipe_just_works() -> None:
     assert load_recipe("standard-order1", ["method.name=sequential"])[0].method == (SequentialConfig(),)
 
 
+def test_another_kind_of_fusion_takes_the_place_of_what_it_does_not_read() -> None:
+    kif: dict[str, Any] = {"name": "kif", "tau": 0.5, "beta1": 0.9, "by_task": {"spring": {"tau": 0.1, "beta2": 0.8}}}
+    left = {"name": "tasl", "beta1": 0.9, "by_task": {"spring": {"beta2": 0.8}}}
+    assert changed({"method": dict(kif)}, "method.name=tasl")["method"] == [left]
+    assert changed({"method": dict(kif)}, "method.name=kif")["method"][0]["tau"] == 0.5
+    given = changed({"method": dict(kif)}, "method.name=tasl", "method.tau=0.2")["method"][0]
+    assert given["tau"] == 0.2  # typed with the new name: kept, and refused
+    masks = {"name": "tasl", "threshold": 30}
+    assert changed({"method": dict(masks)}, "method.name=kif")["method"] == [{"name": "kif"}]
+    assert changed({"method": masks | {"fusion": "hard"}}, "method.name=kif")["method"][0]["threshold"] == 30
+
+
 def test_the_order_of_the_methods_name_and_settings_is_free() -> None:
     overrides = ["method.name=migu", "method.threshold=0.2", "method.mask=update"]
     for order in permutations(overrides):

@@ -264,7 +264,11 @@ def test_a_damaged_gguf_file_is_told_on_every_rank(gguf_folder: Path, tmp_path: 
     ("file", "values", "message"),
     [
         ("config.json", {"text_config": 7}, r"text_config of .* is 7; allowed: a mapping of settings"),
-        ("tokenizer_config.json", {"model_max_length": "8"}, r"model_max_length of the tokenizer of .* is \"8\", no nu"),
+        (
+            "tokenizer_config.json",
+            {"model_max_length": "8"},
+            r"model_max_length of the tokenizer of .* is \"8\", no nu",
+        ),
     ],
 )
 def test_entries_of_another_type_are_refused_by_name(
