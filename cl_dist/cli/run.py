@@ -20,6 +20,7 @@ from cl_dist.launch.environment import find_ranks
 from cl_dist.launch.scheduler import TimeLeft
 from cl_dist.progress import Reporter
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.state.stored_recipe import kept_defaults
 from cl_dist.tasks.orders import resolve_order
 from cl_dist.tasks.types import Task
 
@@ -37,6 +38,9 @@ def run(arguments: Namespace) -> int:
     """Check the recipe, its data, its model and its run folder, then train."""
     with told_once_per_machine():
         recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes)
+        if arguments.resume:
+            kept = kept_defaults(RunFolder(Path(recipe.output_dir)).config)
+            recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes, kept)
     recipe = resolve_order(recipe, recipe_dir)
     check = partial(_check, recipe, recipe_dir, arguments.resume, arguments.fresh)
     work = partial(_train, recipe, recipe_dir, arguments.resume)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,24 +26,31 @@ SUFFIXES = (".yaml", ".yml")
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
+def load_recipe(
+    name_or_path: str, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> tuple[Recipe, Path]:
     """Read, override and check a recipe; return it with the folder that its relative paths started from.
 
     `name_or_path` is the name of a shipped recipe or a YAML file; overrides have the form `a.b.c=value`. Paths of data
-    come out absolute (see `cl_dist.config.paths`), so the recipe means the same wherever it is written to. Raises
-    BadInput with one line per problem.
+    come out absolute (see `cl_dist.config.paths`), so the recipe means the same wherever it is written to. `defaults`
+    has values by dotted key, for settings that neither the recipe nor an override gives. Raises BadInput with one line
+    per problem.
     """
     with refusing("recipe"):
-        return _load(name_or_path, overrides)
+        return _load(name_or_path, overrides, defaults or {})
 
 
-def _load(name_or_path: str, overrides: Sequence[str]) -> tuple[Recipe, Path]:
+def _load(name_or_path: str, overrides: Sequence[str], defaults: Mapping[str, Any]) -> tuple[Recipe, Path]:
     changes = [parse_override(text) for text in overrides]
     name, text, folder = _find(name_or_path)
     data = parse_yaml(text, name_or_path)
     if not isinstance(data, dict):
         raise BadInput(f"{name_or_path}: a recipe is a mapping of settings (model: ..., stream: ...), this is none")
     apply_overrides(data, changes)
+    for key, value in defaults.items():
+        component, _, setting = key.partition(".")
+        if isinstance(data.setdefault(component, {}), dict):
+            data[component].setdefault(setting, value)
     _fill_defaults(data, name)
     recipe = resolve_paths(_check(data), folder, typed_root=_types_root(changes))
     _require_unicode(recipe)

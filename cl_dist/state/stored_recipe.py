@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from cl_dist.config.files import is_file
 from cl_dist.config.schema import Recipe
 from cl_dist.config.yaml_text import parse_yaml
 from cl_dist.errors import BadInput
@@ -14,6 +15,17 @@ from cl_dist.state.integrity import CheckpointDamaged, StateUnusable
 from cl_dist.state.stored_json import first_problem, read_stored
 
 _RECIPE: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+
+CHANGED_DEFAULTS = ("model.attention", "eval.max_new_tokens")
+"""Settings whose default was another one in an earlier release."""
+
+
+def kept_defaults(config: Path) -> dict[str, Any]:
+    """What a run that goes on keeps of `CHANGED_DEFAULTS`, by dotted key, unless it is given; nothing without a run."""
+    if not is_file(config):
+        return {}
+    plain = as_plain(stored_recipe(config))
+    return {key: plain[key.partition(".")[0]][key.partition(".")[2]] for key in CHANGED_DEFAULTS}
 
 
 def stored_recipe(path: Path) -> Recipe:
