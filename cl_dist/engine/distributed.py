@@ -29,12 +29,13 @@ def join(timeout_seconds: float) -> tuple[int, int]:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
-    from deepspeed.ops import __compatible_ops__
 
     if torch.cuda.is_available():
         torch.cuda.set_device(_own_gpu())
-    # The shared-memory collective serves DeepSpeed's inference only; building it costs two minutes on a cold start.
-    __compatible_ops__["deepspeed_shm_comm"] = False
+    # The shared-memory collective serves DeepSpeed's inference only; building it costs two minutes on a cold start. It
+    # is all that DeepSpeed looks up in this table. To read the table would fill it first, by running compilers whose
+    # messages ("cannot find -laio") would stand at the start of every run.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     beat(f"meeting at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
     rank = int(os.environ.get("RANK", "0"))
     with telling_broken_collectives(rank, timeout_seconds, lambda reason, _: reason):

@@ -12,7 +12,7 @@ from cl_dist.benchmarks.label_scoring import read, table
 from tests.ranks import REPOSITORY
 
 LABELS = ("good", "bad", "neither good nor bad")
-SAMPLES = 7
+SAMPLES = 13
 
 
 def write_task(folder: Path) -> None:

@@ -102,7 +102,8 @@ def test_how_each_task_was_scored_is_told(instructed: Path) -> None:
         assert first["cut_generations"] == 5, "the untouched model does not know where to stop"
     assert "weather" not in metrics["cut_generations"]
     notices = {(each["task"], each["about"]): each["message"] for each in log if each["event"] == "notice"}
-    assert set(notices) == {("weather", "scored_on"), (None, "metrics")}
+    scored_on = {(name, "scored_on") for name in ("weather", "1572", "C-STANCE")}  # each on samples that it is trained on
+    assert set(notices) == {*scored_on, (None, "metrics")}
     screen = (instructed.parent / "screen.txt").read_text()
     assert all(text in screen for text in notices.values())
     assert "the metrics are means of different scores: log_likelihood (weather); rouge_l (1572, C-STANCE)" in screen
@@ -132,6 +133,7 @@ def test_domains_and_then_end_tasks_with_a_fresh_head(zygote: Zygote, tmp_path: 
         train__gradient_accumulation=1,
         train__max_length=64,
         train__max_steps_per_task=8,
+        train__warmup_steps=0,
         train__learning_rate="3e-3",
         output_dir=tmp_path / "first" / "run",
     )

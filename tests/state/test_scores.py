@@ -16,7 +16,7 @@ from cl_dist.state import manifest as manifests
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.manifest import NOTHING_SCORED, Manifest
 from cl_dist.state.run_folder import RunFolder
-from cl_dist.state.scores import ScoreFile
+from cl_dist.state.scores import ScoreFile, TaskScored
 
 TASKS = ("a", "b", "c")
 EMPTY = Manifest(tasks=TASKS, world_size=1, zero_stage=0)
@@ -179,10 +179,10 @@ def test_damaged_scores_are_named(tmp_path: Path, harm: Callable[[Path], None], 
 def test_a_line_that_was_cut_off_harms_no_other(tmp_path: Path) -> None:
     """Rows and scores that are appended right behind it are read again."""
     file = ScoreFile(tmp_path / "scores.jsonl")
-    file.append_scores([(0, 0.5)])
+    file.append_scores([TaskScored(0, 0.5, {})])
     file.path.write_bytes(file.path.read_bytes()[:-5])
     assert file.rows(file.append_rows([(0.1,), (0.2,)])) == ((0.1,), (0.2,))
     file.path.write_bytes(file.path.read_bytes()[:-5])
     begin = file.end()
-    file.append_scores([(1, 0.75)])
-    assert dict(file.scores_after(begin)) == {1: 0.75}
+    file.append_scores([TaskScored(1, 0.75, {})])
+    assert list(file.scores_after(begin)) == [TaskScored(1, 0.75, {})]
