@@ -102,7 +102,8 @@ def test_how_each_task_was_scored_is_told(instructed: Path) -> None:
         assert first["cut_generations"] == 5, "the untouched model does not know where to stop"
     assert "weather" not in metrics["cut_generations"]
     notices = {(each["task"], each["about"]): each["message"] for each in log if each["event"] == "notice"}
-    scored_on = {(name, "scored_on") for name in ("weather", "1572", "C-STANCE")}  # each on samples that it is trained on
+    # Each is scored on samples that it is trained on.
+    scored_on = {(name, "scored_on") for name in ("weather", "1572", "C-STANCE")}
     assert set(notices) == {*scored_on, (None, "metrics")}
     screen = (instructed.parent / "screen.txt").read_text()
     assert all(text in screen for text in notices.values())
