@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from cl_dist.launch.interpreter import PROGRAM
 from cl_dist.launch.scheduler import JobState, job_state
 from safetensors.torch import load_file
 
@@ -79,7 +80,7 @@ class Run:
             with suppress(psutil.Error):
                 variables = process.environ()
                 ours = variables.get("SLURM_JOB_ID") == self.job and "SLURM_STEP_ID" in variables
-                if ours and "cl_dist" in process.cmdline():
+                if ours and PROGRAM in process.cmdline():
                     found.append(process)
         return found
 
