@@ -180,7 +180,7 @@ def test_a_run_of_an_earlier_release_says_that_it_is_not_compared(zygote: Zygote
     assert "its defaults may have been others: give the run's values with --set" in outcome.output[0]
     outcome = resumed(zygote, recipe)
     assert outcome.codes == [0], outcome.output
-    assert "data, base model and tokenizer are not compared with what they were" in outcome.output[0]
+    assert "recorded no digests of its inputs: data, base model and tokenizer cannot be compared" in outcome.output[0]
     assert Manifest.read(manifest).inputs is not None
 
 
