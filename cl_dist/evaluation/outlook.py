@@ -43,7 +43,16 @@ def outlook(tasks: Sequence[Task], encoder: Encoder, objective: Objective, confi
     for task in tasks:
         beat()
         notices += _of_task(task, encoder, objective, config)
-    return (*notices, *_of_metrics(tasks, objective, config))
+    return (*notices, *_of_template(encoder), *_of_metrics(tasks, objective, config))
+
+
+def _of_template(encoder: Encoder) -> Iterator[Notice]:
+    if encoder.unanswered_cue:
+        text = (
+            f"train.template: chat: the template asks for an answer with {encoder.unanswered_cue!r} but its answered "
+            "turns do not contain it; prompts leave it out, in training and in evaluation"
+        )
+        yield Notice(None, "template", text)
 
 
 def _of_metrics(tasks: Sequence[Task], objective: Objective, config: EvalConfig) -> Iterator[Notice]:

@@ -100,6 +100,11 @@ class Encoder:
         self._reserve = max(lengths, default=min(train.max_target_length, train.max_length // 2))
 
     @property
+    def unanswered_cue(self) -> str:
+        """What the chat template asks with but its answered turns lack, which prompts leave out; "" for nothing."""
+        return "" if self._template is None else self._template.unanswered
+
+    @property
     def pad_id(self) -> int:
         """Id to pad with: the tokenizer's padding token, else its end-of-sequence token."""
         pad = self._tokenizer.pad_token_id

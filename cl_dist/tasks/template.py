@@ -92,6 +92,9 @@ class ChatTemplate:
             raise BadInput(f"{SETTING}: the tokenizer has no end-of-sequence token, which ends an answer")
         self._tokenizer = tokenizer
         self._template = with_frozen_clock(self._find_template(), date)
+        self.unanswered = self._find_unanswered()
+        """Text with which the template asks for an answer but which its answered turns lack, such as the opening
+        `<think>` of DeepSeek-R1. Prompts leave it out, so that evaluation asks as training did."""
         probes = [self._ids(self.user_turn(probe)) for probe in PROBES]
         self.head = _common_start(probes)
         """Ids before every prompt."""
@@ -107,9 +110,26 @@ class ChatTemplate:
             reason = " ".join(str(error).split())
             raise BadInput(f"{SETTING}: the tokenizer of {self._tokenizer.name_or_path}: {reason}") from error
 
+    def _find_unanswered(self) -> str:
+        question = [{"role": "user", "content": PROBES[0]}]
+        asked = self._render(question, add_generation_prompt=True)
+        answered = [self._render([*question, {"role": "assistant", "content": answer}]) for answer in ANSWER_PROBES]
+        shared = "".join(_common_start([asked, *answered]))
+        ids = self._ids(asked)
+        while ids[: len(start := self._ids(shared))] != start:  # `<think>` and `<answer>` share a `<`, but no token
+            shared = shared[:-1]
+        # The turn's own mark, at least, has to come before every answer: it is what the model learns to answer to.
+        if shared != asked and len(shared) <= len(self._render(question, add_generation_prompt=False)):
+            raise BadInput(
+                f"{SETTING}: in the template of {self._tokenizer.name_or_path} the assistant's turn does not begin "
+                "with what asks for it, so prompts and answers cannot be put together; use none"
+            )
+        return asked[len(shared) :]
+
     def user_turn(self, prompt: str) -> str:
         """The text that the model answers."""
-        return self._render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        asked = self._render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return asked.removesuffix(self.unanswered)
 
     def bare(self, ids: list[int]) -> list[int]:
         """A prompt's own ids out of those of its turn; none where they have grown together with the template's."""
@@ -159,11 +179,6 @@ class ChatTemplate:
     def _answer_text(self, answer: str) -> str:
         """The assistant's turn behind what asks for it."""
         told = self._render([{"role": "user", "content": PROBES[0]}, {"role": "assistant", "content": answer}])
-        if not told.startswith(self._asked):
-            raise BadInput(
-                f"{SETTING}: in the template of {self._tokenizer.name_or_path} the assistant's turn does not begin "
-                "with what asks for it, so prompts and answers cannot be put together; use none"
-            )
         return told[len(self._asked) :]
 
     def _ids_behind(self, before: str, text: str) -> list[int]:

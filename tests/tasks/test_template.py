@@ -24,7 +24,7 @@ CHATML = (
 WITHOUT_END = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 REFUSING = "{{ raise_exception('only even turns') }}"
 THINKING = (
-    "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'assistant' %}<hm>{% endif %}{{ m['content'] }}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<hm>{% endif %}{{ m['role'] }}:{{ m['content'] }}"
     "{% endfor %}{% if add_generation_prompt %}assistant:!{% endif %}"
 )
 
@@ -263,3 +263,16 @@ def test_templates_that_cannot_be_used(tokenizer: Any, objective: Objective, mes
 def test_an_assistant_that_does_not_begin_as_asked_for() -> None:
     with pytest.raises(BadInput, match="does not begin with what asks for it"):
         encoder(chat_tokenizer(THINKING)).answer_ids("yes")
+
+
+@pytest.mark.parametrize("cue", ["<think>\n", "<end>"])  # as DeepSeek-R1; the latter shares a letter with an answer
+def test_what_a_template_asks_with_and_does_not_answer_is_left_out(cue: str) -> None:
+    lead = "<" if cue == "<end>" else ""
+    tokenizer = marking_tokenizer(turns(f"<a>{lead}{CONTENT}<end>", f"<a>{cue}"), "<end>")
+    encode = encoder(tokenizer, labels=("good", "bad"))
+    assert encode.unanswered_cue == cue
+    assert tokenizer.decode(encode.prompt_ids("What?")) == f"<u>What?\n<a>{lead}"
+    (sample,) = encode.train(one_sample("What?", "good"))
+    whole = f"<u>What?\n<a>{lead}good<end>"
+    assert tokenizer.decode(sample.input_ids) == rendered(tokenizer, "What?", "good") == whole
+    assert encoder(marking_tokenizer(turns(f"<a>{CONTENT}<end>"))).unanswered_cue == ""
