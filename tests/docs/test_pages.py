@@ -29,7 +29,6 @@ SHELL = ("", "bash", "sh", "console")
 SECTIONS = ("checkpoint", "eval", "launch", "method", "model", "stream", "train", "zero")
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-SPAN = re.compile(r"`([^`\n]+)`")
 
 
 @cache
@@ -39,8 +38,9 @@ def text_of(page: Path) -> str:
 
 
 def spans_of(text: str) -> list[str]:
-    """What stands in backticks outside of code blocks."""
-    return SPAN.findall(FENCE.sub("", text))
+    """What stands in backticks outside of code blocks, also where a line breaks in it."""
+    paragraphs = FENCE.sub("", text).split("\n\n")
+    return [span for each in paragraphs for span in re.findall(r"`([^`]+)`", re.sub(r"\n *", " ", each))]
 
 
 def blocks_of(text: str, *languages: str) -> list[str]:
@@ -139,6 +139,11 @@ def test_code_that_is_named_exists(page: Path) -> None:
 # Commands
 
 
+@cache
+def parser() -> ArgumentParser:
+    return build_parser()
+
+
 def commands_in(lines: list[str]) -> list[list[str]]:
     """The words behind `cl-dist` or `-m cl_dist` in every line that calls it, without comments."""
     calls = [
@@ -155,7 +160,7 @@ def rejected(text: str) -> list[str]:
 
 def _parses(words: list[str]) -> bool:
     try:
-        build_parser().parse_args(words)
+        parser().parse_args(words)
     except SystemExit:
         return False
     return True
@@ -163,7 +168,7 @@ def _parses(words: list[str]) -> bool:
 
 def unknown(text: str) -> list[str]:
     """Commands in backticks, which may be abridged: those whose subcommand or one of whose options does not exist."""
-    return [" ".join(words) for words in commands_in(spans_of(text)) if not _known(words, build_parser())]
+    return [" ".join(words) for words in commands_in(spans_of(text)) if not _known(words, parser())]
 
 
 def _known(words: list[str], parser: ArgumentParser) -> bool:
@@ -172,6 +177,19 @@ def _known(words: list[str], parser: ArgumentParser) -> bool:
         return words[0] in choices[0] and _known(words[1:], choices[0][words[0]])
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
     return set(options) <= set(parser._option_string_actions)
+
+
+def unknown_script_options(text: str) -> list[str]:
+    """Options of scripts and test programs that their source does not mention."""
+    commands = ["\n".join(blocks_of(text, *SHELL)).replace("\\\n", " "), *spans_of(text)]
+    calls = re.findall(r"python (benchmarks/\S+\.py|-m tests\.[\w.]+)([^\n]*)", "\n".join(commands))
+    bad = []
+    for program, arguments in calls:
+        path = program if program.endswith(".py") else program.removeprefix("-m ").replace(".", "/")
+        files = [file for file in (f"/{path}", f"/{path}.py", f"/{path}/__main__.py") if file in sources()]
+        source = "".join(sources()[file] for file in files)
+        bad.extend(option for option in re.findall(r"--[a-z-]+", arguments) if f'"{option}"' not in source)
+    return bad
 
 
 def missing_targets(text: str) -> list[str]:
@@ -185,6 +203,7 @@ def test_commands_are_ones_that_the_parser_takes(text: str) -> None:
     assert rejected(text) == []
     assert unknown(text) == []
     assert missing_targets(text) == []
+    assert unknown_script_options(text) == []
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "cl_dist/recipes").glob("*.yaml")), ids=lambda recipe: recipe.stem)
@@ -287,6 +306,8 @@ def test_each_check_finds_a_fault(settings: set[str]) -> None:
         "runs x",
     ]
     assert missing_targets("`make none`, `make lint`") == ["none"]
+    scripts = "`python benchmarks/first_run.py --data a --none b`, `python -m tests.faults.campaign --runs 1 --nope`"
+    assert unknown_script_options(scripts) == ["--none", "--nope"]
     wrong = "`train.none`, `train.epochs=3`, `stream.tasks[].epochs`, `method.1.none`, `train.jsonl`, --set eval.none=1"
     assert set(unknown_settings(wrong, settings)) == {"eval.none", "train.none", "method.1.none"}
     assert unknown_keys("```yaml\ntrain: {epochs: 1, none: 2}\n```\n", settings) == ["train.none"]
