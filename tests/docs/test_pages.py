@@ -153,9 +153,9 @@ def commands_in(lines: list[str]) -> list[list[str]]:
 
 
 def rejected(text: str) -> list[str]:
-    """Commands of code blocks that the parser does not take."""
+    """Commands of code blocks that the parser does not take as they are; it would take abridged options."""
     lines = "\n".join(blocks_of(text, *SHELL)).replace("\\\n", " ").splitlines()
-    return [" ".join(words) for words in commands_in(lines) if not _parses(words)]
+    return [" ".join(words) for words in commands_in(lines) if not _parses(words) or not _known(words, parser())]
 
 
 def _parses(words: list[str]) -> bool:
@@ -167,16 +167,35 @@ def _parses(words: list[str]) -> bool:
 
 
 def unknown(text: str) -> list[str]:
-    """Commands in backticks, which may be abridged: those whose subcommand or one of whose options does not exist."""
-    return [" ".join(words) for words in commands_in(spans_of(text)) if not _known(words, parser())]
+    """Commands in backticks, which may be abridged, whose subcommand or options do not exist, and options of none."""
+    spans = spans_of(text)
+    commands = [" ".join(words) for words in commands_in(spans) if not _known(words, parser())]
+    return [
+        *commands,
+        *(span for span in spans if span.startswith("--") and span.split()[0].split("=")[0] not in options()),
+    ]
 
 
-def _known(words: list[str], parser: ArgumentParser) -> bool:
-    choices = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+@cache
+def options() -> set[str]:
+    """The options of all commands, and those of other programs that pages speak of."""
+    found = {"--empty_inner_score_flag"}
+    parsers = [parser()]
+    while parsers:
+        one = parsers.pop()
+        found |= set(one._option_string_actions)
+        parsers.extend(
+            each for action in one._actions if isinstance(action.choices, dict) for each in action.choices.values()
+        )
+    return found
+
+
+def _known(words: list[str], command: ArgumentParser) -> bool:
+    choices = [action.choices for action in command._actions if isinstance(action.choices, dict)]
     if choices and words and not words[0].startswith("-"):
         return words[0] in choices[0] and _known(words[1:], choices[0][words[0]])
-    options = [word.partition("=")[0] for word in words if word.startswith("--")]
-    return set(options) <= set(parser._option_string_actions)
+    given = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return set(given) <= set(command._option_string_actions)
 
 
 def unknown_script_options(text: str) -> list[str]:
@@ -298,13 +317,10 @@ def test_each_check_finds_a_fault(settings: set[str]) -> None:
     ]
     block = "```\n.venv/bin/cl-dist run a.yaml --none\ncl-dist none\ncl-dist run a.yaml --resume  # go\n```\n"
     assert rejected(block) == ["run a.yaml --none", "none"]
-    assert unknown(
-        "`cl-dist compare ... --none`, `cl-dist bench none`, `cl-dist slurm`, `torchrun -m cl_dist runs x`"
-    ) == [
-        "compare ... --none",
-        "bench none",
-        "runs x",
-    ]
+    abridged = (
+        "`cl-dist compare ... --none`, `cl-dist bench none`, `cl-dist slurm`, `torchrun -m cl_dist runs x`, `--nope`"
+    )
+    assert unknown(abridged) == ["compare ... --none", "bench none", "runs x", "--nope"]
     assert missing_targets("`make none`, `make lint`") == ["none"]
     scripts = "`python benchmarks/first_run.py --data a --none b`, `python -m tests.faults.campaign --runs 1 --nope`"
     assert unknown_script_options(scripts) == ["--none", "--nope"]
