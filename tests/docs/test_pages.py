@@ -238,13 +238,18 @@ def test_comments_of_recipes_name_what_exists(recipe: Path, settings: set[str]) 
 
 
 @pytest.fixture(scope="module")
-def settings() -> set[str]:
-    """Every setting's dotted name, as `cl-dist recipe --explain` prints it; a method's own as `method.threshold`."""
+def explained() -> dict[str, str]:
+    """The text of every setting by its name, such as `method(kif).tau`, as `cl-dist recipe --explain` prints it."""
     printed = StringIO()
     with redirect_stdout(printed):
         assert main(["recipe", "--explain"]) == 0
-    names = re.findall(r"^\S.*", printed.getvalue(), flags=re.MULTILINE)
-    return {_plain(name) for name in names}
+    return {block.partition("\n")[0]: block for block in printed.getvalue().strip().split("\n\n")}
+
+
+@pytest.fixture(scope="module")
+def settings(explained: dict[str, str]) -> set[str]:
+    """Every setting's dotted name; a method's own as `method.threshold`."""
+    return {_plain(name) for name in explained}
 
 
 def _plain(name: str) -> str:
@@ -300,10 +305,48 @@ def test_settings_are_ones_of_the_schema(text: str, settings: set[str]) -> None:
     assert unknown_keys(text, settings) == []
 
 
+def wrong_defaults(text: str, explained: dict[str, str]) -> list[str]:
+    """Rows of the tables of one or more methods' settings whose defaults are not those of the schema."""
+    wrong = []
+    for section in text.split("\n## "):
+        rows = [[cell.strip(" `") for cell in line.strip("|").split(" | ")] for line in section.splitlines()]
+        header = next((row for row in rows if row[0] == "| setting" or row[0] == "setting"), ["", ""])
+        named = re.findall(r"`method\.name: (\w+)`", section)[:1]
+        methods = named if header[1] == "default" else header[1:-1]
+        for row in rows:
+            names = [name.strip("| `") for name in row[0].split(", ")]
+            for method, value in zip(methods, row[1:], strict=False):
+                values = value.split(", ") if len(names) > 1 and ", " in value else [value] * len(names)
+                keys = [f"method({method}).{name}" for name in names]
+                pairs = [
+                    (key, each.strip("`"))
+                    for key, each in zip(keys, values, strict=True)
+                    if key in explained and each != "as in kif"
+                ]
+                wrong.extend(key for key, each in pairs if _number(each) != _number(_default(explained[key])))
+    return wrong
+
+
+def _default(block: str) -> str:
+    found = re.findall(r"\(default: (.*?)\)", block.replace("\n    ", " "))
+    return found[0] if found else "none"
+
+
+def _number(value: str) -> float | str:
+    return float(value) if re.fullmatch(r"[\d.]+", value) else value
+
+
+@pytest.mark.parametrize("page", ["kif.md", "methods-penalties.md"])
+def test_defaults_are_those_of_the_schema(page: str, explained: dict[str, str]) -> None:
+    assert wrong_defaults(text_of(ROOT / "docs" / page), explained) == []
+
+
 # The checks themselves
 
 
-def test_each_check_finds_a_fault(settings: set[str]) -> None:
+def test_each_check_finds_a_fault(settings: set[str], explained: dict[str, str]) -> None:
+    table = "## A\n`method.name: lwf`\n| setting | default | meaning |\n|---|---|---|\n| `top_k`, `temperature` | 32, 2 | |\n"
+    assert wrong_defaults(table, explained) == ["method(lwf).top_k"]
     assert broken_links(ROOT / "README.md", "[a](docs/none.md) [b](docs/data.md#none) [c](docs/data.md#text)") == [
         "docs/none.md",
         "docs/data.md#none",
