@@ -345,7 +345,7 @@ def test_defaults_are_those_of_the_schema(page: str, explained: dict[str, str]) 
 
 
 def test_each_check_finds_a_fault(settings: set[str], explained: dict[str, str]) -> None:
-    table = "## A\n`method.name: lwf`\n| setting | default | meaning |\n|---|---|---|\n| `top_k`, `temperature` | 32, 2 | |\n"
+    table = "## A\n`method.name: lwf`\n| setting | default | meaning |\n| `top_k`, `temperature` | 32, 2 | x |\n"
     assert wrong_defaults(table, explained) == ["method(lwf).top_k"]
     assert broken_links(ROOT / "README.md", "[a](docs/none.md) [b](docs/data.md#none) [c](docs/data.md#text)") == [
         "docs/none.md",
