@@ -1,19 +1,19 @@
 # Every target sets up what it needs: a virtual environment in .venv with the versions of requirements.lock.
-# Needed on the machine: make, Python 3.10 or later (with venv and its header files) and a C++ compiler.
+# The machine needs make, Python 3.10 or later (with venv and header files) and a C++ compiler.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CODE := cl_dist kernels launch tests benchmarks tools setup.py
-# Each file on one worker: a file's tests share the ranks that it starts. Three of them fill two cores: ranks that start
-# and ranks that wait for each other leave a quarter of two workers' time idle.
+# One worker per file, because the tests of a file share the ranks that it starts. Three workers keep two cores busy: two
+# would leave a quarter of the time idle while ranks start or wait for each other.
 WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
-# Interpreters that requirements.lock serves: the oldest one supported, and one that the newest packages support.
+# Interpreters that requirements.lock supports: the oldest supported one, and one that the newest packages support.
 LOCK_PYTHONS ?= python3.10 python3.11
 
-# What DeepSpeed compiles at run time it builds with ninja, which lies in the virtual environment.
+# DeepSpeed compiles operators at run time with ninja, which is in the virtual environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -22,30 +22,30 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 quickstart: $(INSTALLED)  ## Train a tiny model on four built-in tasks with two ranks
 	CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(BIN)/cl-dist run quickstart --fresh
 
-test: $(INSTALLED)  ## The tests, but the slow ones
+test: $(INSTALLED)  ## Run the tests, except the slow ones
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-cluster: $(INSTALLED)  ## Jobs on a Slurm cluster that the tests bring up on this machine; skipped where Slurm is not installed
+test-cluster: $(INSTALLED)  ## Run jobs on a Slurm cluster that the tests start on this machine; skipped if Slurm is not installed
 	$(BIN)/python -m pytest tests/slurm/test_jobs.py $(PYTEST_ARGS)
 
-test-all: $(INSTALLED)  ## All tests
+test-all: $(INSTALLED)  ## Run all tests
 	$(PYTEST) $(PYTEST_ARGS)
 
-install: $(INSTALLED)  ## The set-up alone
+install: $(INSTALLED)  ## Set up only
 
-lint: $(INSTALLED)  ## Style, formatting and types
+lint: $(INSTALLED)  ## Check style, formatting and types
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-format: $(INSTALLED)  ## Repair style and formatting where a program can
+format: $(INSTALLED)  ## Fix style and formatting automatically
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-lock:  ## Choose the versions in requirements.lock anew
+lock:  ## Re-resolve the versions in requirements.lock
 	python3 tools/make_lock.py $(LOCK_PYTHONS)
 
-clean:  ## Remove the set-up, caches and build products; runs stay
+clean:  ## Remove the set-up, caches and build products, but not runs
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(wildcard $(CODE)) -name __pycache__ -type d -prune -exec rm -rf {} +
 

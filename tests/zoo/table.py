@@ -1,4 +1,4 @@
-"""The table of docs/models.md: what the zoo found, one row per model, and every refusal in its own words."""
+"""The table of docs/models.md: one row per model of the zoo, and the message of every refusal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.zoo.jobs import BROKEN, REFUSED, TRAININGS, WORKS
 PAGE = REPOSITORY / "docs" / "models.md"
 BEGIN = "<!-- The rest is written by `python -m tests.zoo`. -->"
 
-HEADER = "| model | trained as | attention | prompt and answer | " + " | ".join(TRAININGS) + " |"
+HEADER = "| model | trained as | attention | positions | " + " | ".join(TRAININGS) + " |"
 RULE = "|" + "---|" * (4 + len(TRAININGS))
 
 
@@ -24,7 +24,7 @@ def row(name: str, found: Mapping[str, Any]) -> str:
 
 
 def refusals(name: str, found: Mapping[str, Any]) -> list[str]:
-    """A line for each of its trainings that is refused."""
+    """One line per training of the model that is refused."""
     return [
         f"- {name}, {training}: `{found[training].removeprefix(REFUSED)}`"
         for training in TRAININGS
@@ -33,7 +33,7 @@ def refusals(name: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def _positions(longest: list[int | None]) -> str:
-    return "no end" if longest == [None, None] else "table"
+    return "unlimited" if longest == [None, None] else "table"
 
 
 def _cell(outcome: str) -> str:
@@ -43,10 +43,10 @@ def _cell(outcome: str) -> str:
 
 
 def text(findings: Mapping[str, Mapping[str, Any]]) -> str:
-    """What comes after `BEGIN`."""
+    """The page's text after `BEGIN`."""
     refused = [line for name, found in findings.items() for line in refusals(name, found)]
     rows = [row(name, found) for name, found in findings.items()]
-    return "\n".join(["", HEADER, RULE, *rows, "", "What is refused, and how:", "", *refused, ""])
+    return "\n".join(["", HEADER, RULE, *rows, "", "The messages of the refused trainings:", "", *refused, ""])
 
 
 def lines_of(name: str, page: Path = PAGE) -> list[str]:
@@ -57,5 +57,5 @@ def lines_of(name: str, page: Path = PAGE) -> list[str]:
 
 
 def broken(found: Mapping[str, Any]) -> dict[str, str]:
-    """The trainings that neither work nor are refused in time, and what became of them."""
+    """The trainings that neither work nor are refused in time, with their outcomes."""
     return {training: found[training] for training in TRAININGS if found[training].startswith(BROKEN)}
