@@ -5,7 +5,6 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-TOP_LEVEL = ("benchmarks", "kernels", "launch")
 
 setup(
     name="cl-dist",
@@ -15,10 +14,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # These folders stay at the top level but are imported below cl_dist: a top-level module named `kernels` would be
-    # taken for the PyPI package of that name, which transformers looks for.
-    packages=[*find_packages(include=["cl_dist", "cl_dist.*"]), *(f"cl_dist.{name}" for name in TOP_LEVEL)],
-    package_dir={f"cl_dist.{name}": name for name in TOP_LEVEL},
+    # benchmarks, kernels and launch lie at the top level and are imported through symbolic links in cl_dist: a top-level
+    # module named `kernels` would be taken for the PyPI package of that name, which transformers looks for.
+    packages=find_packages(include=["cl_dist", "cl_dist.*"]),
     package_data={"cl_dist": ["py.typed", "recipes/*.yaml"], "cl_dist.launch": ["job.sh"]},
     install_requires=[
         "torch>=2.8",

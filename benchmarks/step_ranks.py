@@ -114,7 +114,7 @@ class Trainer:
         recipe = Recipe(
             model=ModelConfig(name_or_path="unused"),
             stream=StreamConfig(tasks=(TaskConfig(name="unused", format="builtin"),)),
-            train=TrainConfig(micro_batch_size=1, dtype=size.dtype),
+            train=TrainConfig(micro_batch_size=1, dtype=size.dtype),  # type: ignore[arg-type]  # checked with the options
             zero=ZeroConfig(stage=stage),  # type: ignore[arg-type]
             output_dir="unused",
         )

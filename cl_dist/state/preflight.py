@@ -15,6 +15,7 @@ from cl_dist.config.boundary import refusing
 from cl_dist.config.schema import Recipe
 from cl_dist.config.words import show_path
 from cl_dist.errors import BadInput
+from cl_dist.state.atomic import make_folder
 from cl_dist.state.elastic import resumption, with_segments
 from cl_dist.state.inputs import INPUT_SETTINGS, Inputs, refuse_other_inputs
 from cl_dist.state.lock import RunLock, Tell, refuse_if_locked
@@ -133,7 +134,7 @@ def _require_folder(output_dir: Path) -> None:
         kind = "a file" if output_dir.is_file() else "no folder"
         raise BadInput(f"output_dir {output_dir} is {kind}; it must be a folder, or a path that is free")
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(output_dir)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise BadInput(f"output_dir {show_path(output_dir)} cannot be made: {reason}") from error
