@@ -13,7 +13,7 @@ from typing import Any
 
 from cl_dist.config.boundary import refusing
 from cl_dist.config.schema import Recipe
-from cl_dist.config.words import show_path
+from cl_dist.config.words import listed, show_path
 from cl_dist.errors import BadInput
 from cl_dist.state.atomic import make_folder
 from cl_dist.state.elastic import resumption, with_segments
@@ -194,11 +194,9 @@ def _require_resumable(folder: RunFolder, recipe: Recipe, world_size: int | None
         as_plain(stored_recipe(folder.config)), as_plain(recipe), digested=manifest.inputs is not None
     )
     if differences:
-        shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
-        more = len(differences) - _SHOWN_DIFFERENCES
-        rest = f"; and {more} more" if more > 0 else ""
+        shown = listed(differences, _SHOWN_DIFFERENCES, separator="; ")
         raise BadInput(
-            f"--resume: the recipe is not the one that {folder.path} was started with: {shown}{rest}; "
+            f"--resume: the recipe is not the one that {folder.path} was started with: {shown}; "
             f"only {', '.join(FREE_SETTINGS)} may differ{_other_defaults(manifest)}"
         )
     if world_size is not None and manifest.status != "finished":
