@@ -7,6 +7,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+
 from cl_dist.kernels import reference
 from cl_dist.kernels.backend import LANES, Launch, blocks, cpu_jit, cpu_part, fold_lanes, jit, path_of, power_of_two, tl
 
