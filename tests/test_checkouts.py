@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,22 @@ def test_the_installed_checkout_is_found_from_anywhere(probe: Path) -> None:
 def test_links_are_all_there() -> None:
     for name in FOLDERS:
         assert (REPOSITORY / "cl_dist" / name).readlink() == Path("..", name)
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_every_file_once(second: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(second, source, symlinks=True)
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, source)
+    command = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    done = run([*command, str(source)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = [path.relative_to(REPOSITORY) for path in (REPOSITORY / "cl_dist").rglob("*.py")]
+    sources += [
+        Path("cl_dist", path.relative_to(REPOSITORY)) for name in FOLDERS for path in (REPOSITORY / name).glob("*.py")
+    ]
+    assert sorted(name for name in names if name.endswith(".py")) == sorted(map(str, sources))
+    assert {"cl_dist/launch/job.sh", "cl_dist/recipes/quickstart.yaml", "cl_dist/py.typed"} <= set(names)

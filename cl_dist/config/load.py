@@ -72,7 +72,7 @@ def _summary(text: str, order: str | int | None) -> str:
 
 @cache
 def _shipped() -> dict[str, tuple[str, str | int | None]]:
-    """By name the text of a shipped recipe, and the order that replaces the table of orders in it; None: it has none."""
+    """By name the text of a shipped recipe, and the order that replaces its table of orders; None: it has none."""
     found: dict[str, tuple[str, str | int | None]] = {}
     for file in resources.files("cl_dist.recipes").iterdir():
         if not file.name.endswith(".yaml"):
