@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -280,6 +281,23 @@ def test_a_power_loss_takes_away_nothing_that_was_promised(lives: list[Life]) ->
     promised = [event["state"]["known"] for event in lives[0].events if event["do"] == "mark"]
     assert promised[-1][:2] == ["finished", 2]
     assert max(len(state[2]) for state in promised) == 2, "several checkpoints were named at once"
+
+
+def test_what_another_process_writes_is_recorded(tmp_path: Path) -> None:
+    """And a rename that the recorder can't put in its place among the syncs is an error."""
+    root, log = tmp_path / "root", tmp_path / "events.jsonl"
+    root.mkdir()
+    with recorded(root, log) as recorder:
+        subprocess.run(["sh", "-c", "echo text > a"], cwd=root, check=True)
+        recorder.mark("written")
+        subprocess.run(["mv", "a", "b"], cwd=root, check=True)
+        with pytest.raises(AssertionError, match="b was renamed past the recorder"):
+            recorder.mark("renamed")
+    events = read_events(log)
+    assert [event["do"] for event in events] == ["root", "link", "write", "mark"]
+    found = {crash.found.content("a") for crash in crashes(events)}
+    contents = Contents(tmp_path)
+    assert {name if name is None else contents.read(name) for name in found} == {None, b"", b"te", b"text\n", bytes(5)}
 
 
 def test_every_sync_of_the_product_is_recorded(lives: list[Life]) -> None:
