@@ -198,22 +198,12 @@ def without(events: Sequence[Event], site: str) -> list[Event]:
     return [event for event in events if event.get("site") != site]
 
 
-def swapped(events: Sequence[Event], site: str) -> list[Event]:
-    """The events with each sync of one place in the code on the other side of the rename that it belongs to."""
+def swapped(events: Sequence[Event], site: str, forwards: bool) -> list[Event]:
+    """The events with each sync of one place in the code behind the next rename, or before the one that precedes it."""
     changed = list(events)
     for event in [event for event in events if event.get("site") == site]:
         at = next(number for number, other in enumerate(changed) if other is event)
-        after = _rename(changed, range(at + 1, len(changed)))
-        before = _rename(changed, range(at - 1, -1, -1))
-        target = after if after is not None else before
-        if target is not None:
-            changed.insert(target, changed.pop(at))
+        places = range(at + 1, len(changed)) if forwards else range(at - 1, -1, -1)
+        rename = next(place for place in places if changed[place]["do"] == "rename")
+        changed.insert(rename, changed.pop(at))
     return changed
-
-
-def _rename(events: Sequence[Event], places: range) -> int | None:
-    """The first rename at these places, where only other syncs, writes and new names lie between."""
-    for place in places:
-        if events[place]["do"] in ("rename", "mark"):
-            return place if events[place]["do"] == "rename" else None
-    return None
