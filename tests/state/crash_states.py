@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -199,11 +200,12 @@ def without(events: Sequence[Event], site: str) -> list[Event]:
 
 
 def swapped(events: Sequence[Event], site: str, forwards: bool) -> list[Event]:
-    """The events with each sync of one place in the code behind the next rename, or before the one that precedes it."""
+    """The events with each sync of one place in the code behind the next renames, or before those that precede it."""
     changed = list(events)
     for event in [event for event in events if event.get("site") == site]:
         at = next(number for number, other in enumerate(changed) if other is event)
         places = range(at + 1, len(changed)) if forwards else range(at - 1, -1, -1)
-        rename = next(place for place in places if changed[place]["do"] == "rename")
-        changed.insert(rename, changed.pop(at))
+        renames = dropwhile(lambda place: changed[place]["do"] != "rename", places)
+        *_, last = takewhile(lambda place: changed[place]["do"] == "rename", renames)
+        changed.insert(last, changed.pop(at))
     return changed

@@ -18,6 +18,7 @@ import torch
 
 from cl_dist.errors import ClDistError
 from cl_dist.state import atomic
+from cl_dist.state.data_order import DataOrder
 from cl_dist.state.integrity import read_sealed, write_sealed
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.scores import ScoreFile, TaskScored
@@ -167,7 +168,7 @@ def _kept(tree: Tree) -> Tree:
 
 
 class PieceJudge(Judge):
-    """Of the pieces: a model that is replaced, a state that two machines have written, and the first score of all."""
+    """Of the pieces: a model that is replaced, a state that two machines have written, the first score and step."""
 
     def __call__(self, crash: Crash) -> str:
         folder = self._recovered(crash.found)
@@ -178,6 +179,10 @@ class PieceJudge(Judge):
             return "the model is not the promised one"
         if crash.promised is not None and crash.promised["state"] and not self.is_whole(crash.found.tree("state")):
             return "the state is not whole"
+        order = folder / "data_order.jsonl"
+        learnt = order.read_bytes().count(b"}\n") if order.exists() else 0
+        if crash.promised is not None and learnt < crash.promised["learnt"]:
+            return "a line of the data order is lost"
         scores = len(list(ScoreFile(folder / "scores.jsonl").scores_after(0)))
         return (
             ""
@@ -194,7 +199,7 @@ class PieceJudge(Judge):
 def _pieces(root: Path, log: Path) -> None:
     """Replace a model, whose first version nobody may miss; write a state on two machines; score."""
     with recorded(root, log) as recorder:
-        promise = {"model": 0, "state": False, "scores": 0}
+        promise = {"model": 0, "state": False, "scores": 0, "learnt": 0}
         for version in (1, 2):
             with atomic.publishing(root / "tasks" / "model") as temporary:
                 (temporary / "sub").mkdir()
@@ -209,6 +214,12 @@ def _pieces(root: Path, log: Path) -> None:
         atomic.publish(root / "state")
         promise["state"] = True
         recorder.mark(promise)
+        order = DataOrder(root / "data_order.jsonl", ["spring"], writer=True)
+        for step in (1, 2):
+            order.append(0, step, [step])
+            order.sync()
+            promise["learnt"] = step
+            recorder.mark(promise)
         for task in range(2):
             ScoreFile(root / "scores.jsonl").append_scores([TaskScored(task, 0.5, {})])
             promise["scores"] += 1
