@@ -5,7 +5,6 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-TOP_LEVEL = ("benchmarks", "kernels", "launch")
 
 setup(
     name="cl-dist",
@@ -15,10 +14,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # These folders stay at the top level but are imported below cl_dist: a top-level module named `kernels` would be
-    # taken for the PyPI package of that name, which transformers looks for.
-    packages=[*find_packages(include=["cl_dist", "cl_dist.*"]), *(f"cl_dist.{name}" for name in TOP_LEVEL)],
-    package_dir={f"cl_dist.{name}": name for name in TOP_LEVEL},
+    # benchmarks, kernels and launch lie at the top level and are imported through symbolic links in cl_dist: a module
+    # named `kernels` would be taken for the PyPI package of that name, which transformers looks for.
+    packages=find_packages(include=["cl_dist", "cl_dist.*"]),
     package_data={"cl_dist": ["py.typed", "recipes/*.yaml"], "cl_dist.launch": ["job.sh"]},
     install_requires=[
         "torch>=2.8",
@@ -27,7 +25,10 @@ setup(
         "peft>=0.21,<0.22",
         "datasets>=5.2,<6",
         "accelerate>=1.15,<2",
+        "huggingface_hub>=2.4,<3",
+        "tokenizers>=0.23",
         "safetensors>=0.8",
+        "numpy>=2.2,<3",
         "sentencepiece>=0.2",
         "protobuf>=6",  # transformers reads tokenizers that come as a sentencepiece model alone with it
         "gguf>=0.19",
@@ -35,8 +36,10 @@ setup(
         "matplotlib>=3.10,<4",
         "rouge-score>=0.1.2",
         "pydantic>=2.14,<3",
+        "pydantic_core",  # pydantic itself says which release
         "PyYAML>=6.0.3",
         "rich>=15",
+        "typing_extensions>=4.15",
     ],
     extras_require={
         "general": ["lm_eval>=0.4.13,<0.5"],

@@ -22,9 +22,9 @@ from statistics import median
 from typing import Any
 
 import yaml
-from cl_dist.launch.interpreter import PROGRAM, python_command
 
 from cl_dist.config.schema import CheckpointConfig
+from cl_dist.launch.interpreter import PROGRAM, python_command
 
 EVERY = 3
 SAVES = 4

@@ -10,7 +10,6 @@ from typing import Any
 
 from cl_dist.benchmarks.options import add_options, read_options
 from cl_dist.benchmarks.shapes import MODELS, model_of
-
 from cl_dist.errors import BadInput, ClDistError
 
 COMMON = ("hidden", "tokens", "threshold", "runs", "dtype", "threads", "device", "csv")

@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+
 from cl_dist.benchmarks import limits
 from cl_dist.benchmarks.command import main
 from cl_dist.benchmarks.harness import Contestant, clock_for, race

@@ -20,15 +20,15 @@ from statistics import median
 from typing import ClassVar
 
 import torch
-from cl_dist.benchmarks.harness import Times, rotated
-from cl_dist.launch.local import find_free_port, rank_environment
 
 from cl_dist.assembly import cache_folder
+from cl_dist.benchmarks.harness import Times, rotated
 from cl_dist.config.methods import KifConfig
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join, leave
 from cl_dist.engine.ds_config import deepspeed_config
 from cl_dist.engine.engine import TrainingEngine
+from cl_dist.launch.local import find_free_port, rank_environment
 from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.methods.kif import Kif
 from cl_dist.models.load import LoadedModel, load_model

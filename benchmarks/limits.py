@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from cl_dist.benchmarks.harness import Contestant, Spread, Times
 
 READ, UPDATE, PRODUCT = "read", "update", "product"

@@ -7,13 +7,14 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 import torch
+from torch import nn
+
 from cl_dist.benchmarks import limits
 from cl_dist.benchmarks.command import main
 from cl_dist.benchmarks.harness import Contestant, clock_for, race
 from cl_dist.benchmarks.report import Column, Entry, timed
 from cl_dist.benchmarks.shapes import Layer, layers_of
 from cl_dist.kernels import reference, row_magnitude
-from torch import nn
 
 PAIRS = (("fused", "reference"), ("fused", "torch"), ("fused", "linear"))
 COLUMNS = (

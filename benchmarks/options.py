@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.benchmarks.shapes import MODELS
-
 from cl_dist.errors import BadInput
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 import torch
+
 from cl_dist.benchmarks import limits
 from cl_dist.benchmarks.command import main
 from cl_dist.benchmarks.harness import Contestant, clock_for, race

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from cl_dist.benchmarks.harness import Times
 from cl_dist.benchmarks.limits import machine
-
 from cl_dist.errors import BadInput
 
 if TYPE_CHECKING:

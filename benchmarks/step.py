@@ -10,6 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import nn
+
 from cl_dist.benchmarks import limits
 from cl_dist.benchmarks.command import main
 from cl_dist.benchmarks.harness import clock_for, race
@@ -18,8 +20,6 @@ from cl_dist.benchmarks.shapes import MODELS, Model, default_blocks, model_of
 from cl_dist.benchmarks.step_memory import peaks
 from cl_dist.benchmarks.step_ranks import DEFAULT_STAGE, race_on_ranks
 from cl_dist.benchmarks.training import WAYS, Masked, StepSize, Way, build_model, operations, token_ids
-from torch import nn
-
 from cl_dist.errors import ClDistError
 
 PAIRS = (("masked", "dense"), ("masked", "reference"), ("reference", "dense"))

@@ -16,18 +16,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+
 from cl_dist.benchmarks.harness import Contestant, Times, race
 from cl_dist.benchmarks.training import StepSize, build_model, token_ids
-from cl_dist.launch.child import die_with_launcher, report_failure
-from cl_dist.launch.interpreter import python_command
-from cl_dist.launch.local import launch
-
 from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import device, join, leave
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.engine.quiet import quiet_libraries
 from cl_dist.errors import ClDistError
+from cl_dist.launch.child import die_with_launcher, report_failure
+from cl_dist.launch.interpreter import python_command
+from cl_dist.launch.local import launch
 from cl_dist.methods.base import TaskPlace
 from cl_dist.methods.migu import Migu
 from cl_dist.models.load import LoadedModel
@@ -114,7 +114,7 @@ class Trainer:
         recipe = Recipe(
             model=ModelConfig(name_or_path="unused"),
             stream=StreamConfig(tasks=(TaskConfig(name="unused", format="builtin"),)),
-            train=TrainConfig(micro_batch_size=1, dtype=size.dtype),
+            train=TrainConfig(micro_batch_size=1, dtype=size.dtype),  # type: ignore[arg-type]  # checked with the options
             zero=ZeroConfig(stage=stage),  # type: ignore[arg-type]
             output_dir="unused",
         )

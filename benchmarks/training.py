@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cl_dist.benchmarks.harness import Contestant
-from cl_dist.benchmarks.shapes import VOCABULARY
-from cl_dist.kernels import kept_rows, topk_row_masks
-from cl_dist.kernels.rows import RowMask
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cl_dist.benchmarks.harness import Contestant
+from cl_dist.benchmarks.shapes import VOCABULARY
 from cl_dist.config.schema import LoraConfig
+from cl_dist.kernels import kept_rows, topk_row_masks
+from cl_dist.kernels.rows import RowMask
 from cl_dist.methods.magnitudes import MagnitudeSums
 from cl_dist.models.lora import add_lora
 from cl_dist.models.skipping import RowSkipper

@@ -8,6 +8,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from cl_dist.kernels import reference
 from cl_dist.kernels.backend import Launch, blocks, cpu_jit, jit, path_of, tl
 from cl_dist.kernels.rows import RowLayout

@@ -30,12 +30,13 @@ OLDEST_TRITON = (3, 4)
 
 try:
     import triton
-    import triton.language as tl
+    import triton.language
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
-        triton = tl = None
+        triton = None
 except ImportError:  # Triton is an extra; a file with kernels imports without it
-    triton = tl = None
+    triton = None
+tl: Any = None if triton is None else triton.language
 
 LANES = 128
 """Sums that a CPU kernel keeps side by side, so that adding to them vectorises; `fold_lanes` adds them up.

@@ -7,6 +7,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+
 from cl_dist.kernels import reference
 from cl_dist.kernels.backend import LANES, Launch, blocks, cpu_jit, cpu_part, fold_lanes, jit, path_of, power_of_two, tl
 
@@ -77,9 +78,18 @@ def importance_update_(
     _check_units(param, start, unit_length, unit_sums)
     path = path_of(param)
     if path == "torch":
-        units = {"start": start, "unit_length": unit_length, "unit_sums": unit_sums}
-        wide = (param.float(), grad.float())  # a product of float16 overflows
-        reference.importance_update_(*wide, smoothed, uncertainty, beta1=beta1, beta2=beta2, order=order, **units)
+        reference.importance_update_(
+            param.float(),  # a product of float16 overflows
+            grad.float(),
+            smoothed,
+            uncertainty,
+            beta1=beta1,
+            beta2=beta2,
+            order=order,
+            start=start,
+            unit_length=unit_length,
+            unit_sums=unit_sums,
+        )
         return
     tensors = (param.detach(), grad.detach(), smoothed.detach(), uncertainty.detach())
     settings = (ORDERS[order], beta1, 1 - beta1, beta2, 1 - beta2)

@@ -8,6 +8,7 @@ for that has not been measured on a GPU.
 from __future__ import annotations
 
 import torch
+
 from cl_dist.kernels.backend import Launch, blocks, jit, path_of, tl
 from cl_dist.kernels.masked_weight_grad import _interpreted, _precision
 from cl_dist.kernels.row_magnitude import SMALLEST_NORM, TOKEN_BLOCK, _fold_launch, _tile_of, _weights, row_magnitude

@@ -9,6 +9,7 @@ import threading
 from contextlib import suppress
 
 import torch
+
 from cl_dist.kernels.backend import Launch, blocks, jit, path_of, power_of_two, tl
 
 GATHER_COST = 64

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+
 from cl_dist.kernels.rows import RowMask, counted_tokens
 
 

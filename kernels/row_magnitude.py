@@ -12,6 +12,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from cl_dist.kernels import reference
 from cl_dist.kernels.backend import LANES, Launch, blocks, cpu_jit, cpu_part, fold_lanes, jit, path_of, power_of_two, tl
 from cl_dist.kernels.rows import counted_tokens

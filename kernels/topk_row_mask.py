@@ -15,6 +15,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from cl_dist.kernels import reference
 from cl_dist.kernels.backend import Launch, cpu_jit, cpu_part, jit, path_of, tl
 from cl_dist.kernels.rows import RowMask

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
+from cl_dist.errors import BadInput
 from cl_dist.launch.hosts import expand_nodes, interface_of, interface_towards
 from cl_dist.launch.rendezvous import derived_port
-
-from cl_dist.errors import BadInput
 
 DEFAULT_ADDRESS = "127.0.0.1"
 INTERFACE = "GLOO_SOCKET_IFNAME"

@@ -24,10 +24,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TextIO
 
+from cl_dist.errors import BadInput
 from cl_dist.launch import child
 from cl_dist.launch.child import Failure
-
-from cl_dist.errors import BadInput
 from cl_dist.output import pass_on, same_stream, steady_output
 from cl_dist.stop_requests import StopRequests, heeded
 

@@ -13,10 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 
+from cl_dist.errors import BadInput
 from cl_dist.launch.interpreter import BOOTSTRAP
 from cl_dist.launch.local import MOST_RANKS
-
-from cl_dist.errors import BadInput
 
 DEFAULT_RESTARTS = 20
 MOST_RANKS_OF_A_JOB = 1_000_000

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.test_imports import SOURCES
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["sh", "make", "cat", "env", "rm", "touch"]
@@ -64,6 +70,48 @@ def test_with_an_unfit_python(tmp_path: Path, difference: str, message: str) -> 
     done = make(tmp_path, {}, f"PYTHON={interpreter(difference, tmp_path)}")
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def declared() -> dict[str, Requirement]:
+    """What setup.py asks for, the extras included but for that of developers, by normalised name."""
+    call = next(
+        node
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup"
+    )
+    given = {word.arg: word.value for word in call.keywords}
+    extras = ast.literal_eval(given["extras_require"])
+    needed = [
+        *ast.literal_eval(given["install_requires"]),
+        *(n for name in extras if name != "dev" for n in extras[name]),
+    ]
+    return {canonicalize_name(Requirement(text).name): Requirement(text) for text in needed}
+
+
+def test_everything_that_is_imported_is_declared() -> None:
+    imported = set()
+    for path in (path for folder in SOURCES.values() for path in folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
+    foreign = imported - sys.stdlib_module_names - {"cl_dist"}
+    assert {"torch", "yaml", "mpi4py"} <= foreign
+    owners = packages_distributions()
+    missing = {name for name in foreign if not {canonicalize_name(owner) for owner in owners[name]} & declared().keys()}
+    assert missing == set()
+
+
+def test_the_lock_is_inside_the_declared_ranges() -> None:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    lines += (ROOT / "requirements-triton.lock").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert declared().keys() <= {pin.name for pin in pins}
+    for pin in pins:
+        version = next(iter(pin.specifier)).version
+        wanted = declared().get(canonicalize_name(pin.name))
+        assert wanted is None or wanted.specifier.contains(version), f"{pin}, setup.py says {wanted}"
 
 
 def test_the_lock_names_no_registry_and_pins_everything() -> None:

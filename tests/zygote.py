@@ -50,7 +50,7 @@ class Zygote:
         self, argv: list[str], folder: Path, world: int = 1, fault: dict[str, Any] | None = None, timeout: float = 180.0
     ) -> Outcome:
         """Run `cl-dist ARGV` on `world` ranks; output goes to files in `folder`. `fault` is for
-        `tests.faults.moments`."""
+        `tests.faults.moments`, or for the `module` that it names."""
         job = {
             "argv": argv,
             "folder": str(folder),
@@ -123,7 +123,8 @@ def fork_rank(job: dict[str, Any], rank: int) -> int:
 
 def _be_rank(job: dict[str, Any], rank: int) -> int:
     if job["fault"] is not None:
-        import_module("tests.faults.moments").arm(rank=rank, **job["fault"])
+        module = job["fault"].pop("module", "tests.faults.moments")
+        import_module(module).arm(rank=rank, **job["fault"])
     return int(import_module("cl_dist.cli").main(job["argv"]))
 
 

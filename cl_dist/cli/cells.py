@@ -22,7 +22,7 @@ from cl_dist.config.load import dump_recipe
 from cl_dist.errors import Interrupted
 from cl_dist.launch.interpreter import PROGRAM, python_command
 from cl_dist.launch.local import STOP_SIGNALS
-from cl_dist.state.atomic import write_text
+from cl_dist.state.atomic import make_folder, write_text
 from cl_dist.stop_requests import heeded
 from cl_dist.sweep.checks import state_of
 from cl_dist.sweep.folder import SweepFolder
@@ -84,7 +84,7 @@ class CellRunner:
         resume = cell.folder.manifest.exists()
         print(f"{place}: {'going on' if resume else 'starting'} in {cell.folder.path}", flush=True)
         recipe = self._sweep.recipe(cell.order, cell.method, cell.seed)
-        recipe.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(recipe.parent)
         write_text(recipe, dump_recipe(cell.recipe))
         began = time.monotonic()
         command = [*python_command(PROGRAM), "run", str(recipe), *(["--resume"] if resume else []), *self._options]

@@ -26,7 +26,7 @@ from cl_dist.launch.environment import find_ranks
 from cl_dist.launch.local import check_processes
 from cl_dist.launch.scheduler import require_sbatch
 from cl_dist.launch.slurm import job_name, quote
-from cl_dist.state.atomic import advising, write_text
+from cl_dist.state.atomic import advising, make_folder, write_text
 from cl_dist.state.lock import RunLock
 from cl_dist.sweep.checks import refuse_other_recipes, state_of
 from cl_dist.sweep.folder import TABLES, SweepFolder
@@ -212,7 +212,7 @@ def _submit(sweep: SweepFolder, grid: Grid, arguments: Namespace) -> None:
             print(f"{cell.name}: job {job.number} is {job.state.state} already")
             continue
         recipe = sweep.recipe(cell.order, cell.method, cell.seed)
-        recipe.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(recipe.parent)
         write_text(recipe, dump_recipe(cell.recipe))
         print(f"{cell.name}:", flush=True)
         own = {
@@ -227,7 +227,7 @@ def _submit(sweep: SweepFolder, grid: Grid, arguments: Namespace) -> None:
 
 def _keep_base(sweep: SweepFolder, grid: Grid) -> None:
     try:
-        sweep.path.mkdir(parents=True, exist_ok=True)
+        make_folder(sweep.path)
         if not sweep.base.exists():
             write_text(sweep.base, dump_recipe(grid.base))
     except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from importlib import resources
 from inspect import getdoc
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def recipe(arguments: Namespace) -> int:
     elif arguments.changes:
         raise BadInput("--set: no recipe to change; name one, as in: cl-dist recipe quickstart --set train.epochs=1")
     else:
-        _print_table({name: _summary(name) for name in shipped_recipes()})
+        _print_table(shipped_recipes())
     return 0
 
 
@@ -102,12 +101,6 @@ def _metrics(folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
     if any(len(row) != len(manifest.tasks) for row in metrics["accuracy_matrix"]):
         raise BadInput(f"{folder.metrics} is damaged: its rows do not have {len(manifest.tasks)} scores, one per task")
     return metrics
-
-
-def _summary(name: str) -> str:
-    """A shipped recipe's first line, which is a comment that says what it is."""
-    text = (resources.files("cl_dist.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
-    return text.partition("\n")[0].lstrip("# ")
 
 
 def _print_table(rows: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
 from cl_dist.launch.scheduler import JobState, job_state, require_sbatch, submit
 from cl_dist.launch.slurm import DEFAULT_RESTARTS, LOG, SlurmJob, captured_environment, job_name, quote
-from cl_dist.state.atomic import write_json, write_text
+from cl_dist.state.atomic import make_folder, write_json, write_text
 from cl_dist.state.preflight import preflight, put_back, set_aside
 from cl_dist.state.run_folder import RunFolder, SlurmRecord
 from cl_dist.tasks.orders import resolve_order
@@ -142,7 +142,7 @@ def _script(job: SlurmJob, arguments: Namespace) -> str:
 def _submit(job: SlurmJob, recipe: Recipe, folder: RunFolder, arguments: Namespace) -> None:
     """Keep what the job runs, so that a recipe edited meanwhile changes nothing, and hand it to Slurm."""
     record = folder.new_slurm_record()
-    record.path.mkdir(parents=True)
+    make_folder(record.path)
     write_text(record.recipe, dump_recipe(recipe))
     script = _script(replace(job, arguments=("run", str(record.recipe)), fresh=False), arguments)
     write_text(record.script, script)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cl_dist.config.words import did_you_mean, shorten, show
+from cl_dist.config.words import did_you_mean, listed, shorten, show
 
 SHARDED = (1, 2, 3)
 """ZeRO stages at which anything is sharded at all."""
@@ -235,7 +235,7 @@ def _problem(key: str, value: Any, stage: int) -> str | None:
     if setting is None:
         return f"unknown key{_similar(key)}"
     if stage not in setting.stages:
-        stages = " or ".join(map(str, setting.stages))
+        stages = listed(setting.stages, last="or")
         return f"read at stage {stages} only, and zero.stage is {stage}; remove it"
     if value == "auto":
         return "auto is a placeholder that only transformers' Trainer fills in; give a value, or remove it"

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from cl_dist.config.words import show
+from cl_dist.config.words import listed, show
 
 FILES = frozenset({"root", "eval_split"})
 ANSWERS = FILES | {"empty_answers"}
@@ -35,11 +35,7 @@ def describe_unread(config: Any, formats: Collection[str]) -> str | None:
         readers = [name for name, read in READS.items() if field.name in read]
         value = getattr(config, field.name)
         if readers and value != field.default and not set(readers) & set(formats):
-            told = f"format {readers[0]}" if len(readers) == 1 else f"formats {_enumerate(readers)}"
-            return f"{field.name}: {show(value)} has a meaning for {told} only, not {_enumerate(sorted(formats))}"
+            readers_named = f"format{'s' if len(readers) > 1 else ''} {listed(readers, last='and')}"
+            others = listed(sorted(formats), last="and")
+            return f"{field.name}: {show(value)} has a meaning for {readers_named} only, not {others}"
     return None
-
-
-def _enumerate(names: list[str]) -> str:
-    """`a, b and c`."""
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]

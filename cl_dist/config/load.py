@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,7 @@ def load_recipe(
 
 def _load(name_or_path: str, overrides: Sequence[str], defaults: Mapping[str, Any]) -> tuple[Recipe, Path]:
     changes = [parse_override(text) for text in overrides]
-    name, text, folder = _find(name_or_path)
-    data = parse_yaml(text, name_or_path)
+    name, data, folder = _find(name_or_path)
     if not isinstance(data, dict):
         raise BadInput(f"{name_or_path}: a recipe is a mapping of settings (model: ..., stream: ...), this is none")
     apply_overrides(data, changes)
@@ -57,10 +57,39 @@ def _load(name_or_path: str, overrides: Sequence[str], defaults: Mapping[str, An
     return recipe, folder
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    entries = resources.files("cl_dist.recipes").iterdir()
-    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+def shipped_recipes() -> dict[str, str]:
+    """The recipes that come with the package, sorted: names, and what each is.
+
+    A file has its own name; one that differs in the task order alone has several, each with the order that it takes.
+    """
+    return {name: _summary(*found) for name, found in sorted(_shipped().items())}
+
+
+def _summary(text: str, order: str | int | None) -> str:
+    """A recipe's first line, which is a comment that says what it is."""
+    return text.partition("\n")[0].strip("# .") + (f"; order {order}" if order is not None else "")
+
+
+@cache
+def _shipped() -> dict[str, tuple[str, str | int | None]]:
+    """By name the text of a shipped recipe, and the order that replaces its table of orders; None: it has none."""
+    found: dict[str, tuple[str, str | int | None]] = {}
+    for file in resources.files("cl_dist.recipes").iterdir():
+        if not file.name.endswith(".yaml"):
+            continue
+        text = file.read_text(encoding="utf-8")
+        orders = parse_yaml(text, file.name)["stream"].get("order")
+        names = orders if isinstance(orders, dict) else {file.name.removesuffix(".yaml"): None}
+        found |= {name: (text, order) for name, order in names.items()}
+    return found
+
+
+def _read_shipped(name: str) -> dict[str, Any]:
+    text, order = _shipped()[name]
+    data: dict[str, Any] = parse_yaml(text, name)
+    if order is not None:
+        data["stream"]["order"] = order
+    return data
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -83,19 +112,18 @@ def _require_unicode(recipe: Recipe) -> None:
         raise BadInput(f"recipe: the path ...{word} is not UTF-8 text; rename the folder or file") from error
 
 
-def _find(name_or_path: str) -> tuple[str, str, Path]:
-    """Name, text and folder of a recipe. A shipped recipe's relative paths start from the working directory."""
-    if name_or_path in shipped_recipes():
-        file = resources.files("cl_dist.recipes") / f"{name_or_path}.yaml"
-        return name_or_path, file.read_text(encoding="utf-8"), Path.cwd()
+def _find(name_or_path: str) -> tuple[str, Any, Path]:
+    """Name, content and folder of a recipe. A shipped recipe's relative paths start from the working directory."""
+    if name_or_path in _shipped():
+        return name_or_path, _read_shipped(name_or_path), Path.cwd()
     path = expand(name_or_path, "recipe")
     if path.suffix not in SUFFIXES:
-        known = shipped_recipes()
+        known = list(shipped_recipes())
         raise BadInput(
             f"{shorten(name_or_path)}: no shipped recipe and no YAML file (.yaml, .yml); shipped: {', '.join(known)}"
             f"{did_you_mean(name_or_path, known)}"
         )
-    return path.stem, _read(path), path.absolute().parent
+    return path.stem, parse_yaml(_read(path), name_or_path), path.absolute().parent
 
 
 def _read(path: Path) -> str:

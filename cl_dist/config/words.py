@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 MAX_SHOWN = 60
@@ -53,7 +53,19 @@ def show_path(path: object) -> str:
     return shorten(printable(str(path)), MAX_PATH)
 
 
-def first_of(names: Sequence[str], most: int) -> str:
-    """Names in one line: the first ones, and how many more there are."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+def listed(items: Iterable[object], most: int | None = None, last: str = "", separator: str = ", ") -> str:
+    """Items in one line: `a, b, c`.
+
+    Args:
+        items: What is listed.
+        most: Of more items than these the first ones are named, and how many follow: `a, b and 7 more`.
+        last: The word before the last one: `a, b or c`.
+        separator: Between two. With `; `, for phrases that have commas of their own, `and 7 more` is set off too.
+    """
+    words = [str(item) for item in items]
+    if most is not None and len(words) > most:
+        joint = " and" if separator == ", " else f"{separator}and"
+        return f"{separator.join(words[:most])}{joint} {len(words) - most} more"
+    if last and len(words) > 1:
+        return f"{separator.join(words[:-1])} {last} {words[-1]}"
+    return separator.join(words)

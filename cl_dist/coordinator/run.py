@@ -20,6 +20,7 @@ from cl_dist.errors import BadInput, Interrupted
 from cl_dist.heartbeat import beat
 from cl_dist.models.dropout import has_dropout
 from cl_dist.progress import Reporter
+from cl_dist.state.atomic import make_folder
 from cl_dist.state.elastic import Resumption, resumption, segment, with_segments
 from cl_dist.state.inputs import read_inputs, refuse_other_inputs, with_data
 from cl_dist.state.ledger import Ledger
@@ -85,7 +86,7 @@ def run(
 def _claim(folder: RunFolder, stack: ExitStack, reporter: Reporter) -> None:
     """Make the run folder this job's until `stack` ends; one rank does it."""
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.path)
         stack.enter_context(RunLock(folder.lock, reporter.message))
         folder.recover()
         Watchdog.prepare(folder.logs)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cl_dist.config.words import listed
 from cl_dist.engine.distributed import device
 from cl_dist.errors import JobFailed
 from cl_dist.sharding import ShardView
@@ -85,7 +86,7 @@ class UpdateGuard:
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, own)
         losses = [
-            f"the loss is {value} on samples {_listed(indices)} (rank {rank})"
+            f"the loss is {value} on samples {listed(indices, _SHOWN_SAMPLES)} (rank {rank})"
             for rank, found in enumerate(everyone)
             for value, indices in found["losses"]
         ]
@@ -94,7 +95,7 @@ class UpdateGuard:
         name = next(_names(everyone), None)
         of = "the norm of the gradient" if name is None else f"the gradient of {name}"
         samples = [index for found in everyone for index in found["samples"]]
-        return f"{of} is not finite, though the loss is, on samples {_listed(samples)}"
+        return f"{of} is not finite, though the loss is, on samples {listed(samples, _SHOWN_SAMPLES)}"
 
     def _last_words(self) -> str:
         before = ""
@@ -108,8 +109,3 @@ class UpdateGuard:
 
 def _names(everyone: list[Any]) -> Iterator[str]:
     return (found["gradient"] for found in everyone if found["gradient"] is not None)
-
-
-def _listed(indices: list[int]) -> str:
-    shown = ", ".join(map(str, indices[:_SHOWN_SAMPLES]))
-    return f"{shown} and {len(indices) - _SHOWN_SAMPLES} more" if len(indices) > _SHOWN_SAMPLES else shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from cl_dist.config.words import listed
 from cl_dist.errors import JobFailed
 from cl_dist.sharding import replica_checksums
 
@@ -48,6 +49,4 @@ def _describe(names: list[str], sums: torch.Tensor, differing: list[int], where:
 
 
 def _named(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:_SHOWN_RANKS]))
-    more = f" and {len(ranks) - _SHOWN_RANKS} more" if len(ranks) > _SHOWN_RANKS else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks, _SHOWN_RANKS)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cl_dist.config.schema import EvalConfig
+from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.result import Mode
 from cl_dist.tasks.encode import Objective
@@ -22,7 +23,7 @@ def resolve_mode(task: Task, objective: Objective, config: EvalConfig) -> Mode:
     mode = _default_mode(task) if config.mode == "auto" else config.mode
     where = f"eval.mode {mode}: task {task.name!r}"
     if mode not in MODES[objective]:
-        allowed = " or ".join(MODES[objective])
+        allowed = listed(MODES[objective], last="or")
         raise BadInput(
             f"{where} cannot be scored so with a {objective} model, which allows {allowed} (model.objective)"
         )

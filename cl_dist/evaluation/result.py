@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from cl_dist.state.atomic import make_folder, replacing
+
 Mode = Literal["likelihood", "generate", "perplexity"]
 
 CUT_GENERATIONS = "cut_generations"
@@ -69,8 +71,10 @@ def weighted_mean(predictions: Iterable[Prediction]) -> float:
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Write one JSON object a line with the fields of `Prediction`; folders above `path` are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    """Replace the file `path`, durably, by one JSON object a line with the fields of `Prediction`; folders above it are
+    made. `DiskFull` where the disk is full.
+    """
+    make_folder(path.parent)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for prediction in predictions:
             file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")

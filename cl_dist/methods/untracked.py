@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from cl_dist.config.words import first_of, percent
+from cl_dist.config.words import listed, percent
 from cl_dist.errors import BadInput
 from cl_dist.models.tracked import any_block, block_parameters, tables_in_blocks
 from cl_dist.sharding import ShardView
@@ -56,7 +56,7 @@ class Untracked:
 
     def _listed(self) -> str:
         families = [f"{name} ({reason})" for name, reason in _families(self._reasons).items()]
-        return f"{first_of(families, SHOWN)}: {self._share(self._reasons)}"
+        return f"{listed(families, SHOWN)}: {self._share(self._reasons)}"
 
     def _share(self, names: Mapping[str, str] | list[str]) -> str:
         share = sum(self._shards.numel(name) for name in names) / max(1, self._in_blocks)

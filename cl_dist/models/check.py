@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from cl_dist.config.files import is_file, is_folder, refuse_special, refuse_special_below
 from cl_dist.config.schema import BUILTIN_MODELS, ModelConfig, TrainConfig
-from cl_dist.config.words import show
+from cl_dist.config.words import listed, show
 from cl_dist.errors import BadInput
 from cl_dist.models.position_settings import Positions, configured_positions
 from cl_dist.tasks.encode import Objective
@@ -110,7 +110,8 @@ def resolve_objective(objective: str, family: Family, name: str) -> Objective:
         if objective == candidate:
             return candidate
     raise BadInput(
-        f"model.objective: {name} is of the {family} family, which allows {' and '.join(allowed)}, not {objective}"
+        f"model.objective: {name} is of the {family} family, which allows {listed(allowed, last='and')}, "
+        f"not {objective}"
     )
 
 

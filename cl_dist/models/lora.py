@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cl_dist.config.schema import LoraConfig
-from cl_dist.config.words import first_of, percent
+from cl_dist.config.words import listed, percent
 from cl_dist.errors import BadInput
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.names import LORA_A, LORA_B
@@ -127,7 +127,7 @@ def without_adapter(model: nn.Module) -> str | None:
     names = list(dict.fromkeys(any_block(name).removeprefix("base_model.model.") for name in left))
     share = percent(sum(left.values()) / sum(sizes.values()))
     return (
-        f"model.lora.target_modules: all-linear leaves out {first_of(names, SHOWN)} ({share} of the matrices in "
+        f"model.lora.target_modules: all-linear leaves out {listed(names, SHOWN)} ({share} of the matrices in "
         "the blocks), which an adapter would not reach: they stay as they are"
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cl_dist.config.words import first_of
+from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.progress import WIDEST_MATRIX
 from cl_dist.report import pictures, tables
@@ -88,7 +88,7 @@ def _unit_files(tasks: tuple[str, ...], units: UnitResults) -> Iterator[tuple[st
 def _missing(run: RunData, units: UnitResults | None) -> Iterator[str]:
     left = run.manifest.tasks[len(run.done) :]
     if left:
-        yield f"The run is not finished: nothing yet about {first_of(left, MOST_NAMED)}."
+        yield f"The run is not finished: nothing yet about {listed(left, MOST_NAMED)}."
     if not run.manifest.accuracy_matrix:
         yield "No scores: the untouched model has not been evaluated yet."
     if not run.log.losses:

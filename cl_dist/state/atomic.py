@@ -85,19 +85,42 @@ def sync(path: Path) -> None:
     beat()
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the file `path` by `content` atomically and durably; `ClDistError` where the disk is full."""
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, durably: a power loss takes away none with what is in it."""
+    if path.is_dir():
+        return
+    try:
+        path.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        if path.parent == path:
+            raise
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+    with suppress(PermissionError):  # a folder that may be written to but not listed can't be opened
+        sync(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replace the file `path` atomically and durably: yields a temporary path to write its new version to.
+
+    On an error nothing is replaced. Raises `DiskFull` where the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with telling_full_disk(path):
         try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
+            sync(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file `path` by `content`, as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -154,7 +177,8 @@ def _discard(folder: Path) -> None:
     being deleted, but on its name: raises OSError where that cannot be freed.
     """
     name = f".{folder.name.removeprefix('.')}.tmp-discarded-{os.getpid()}-{time.monotonic_ns()}"
-    discarded = folder.rename(folder.with_name(name))
+    discarded = folder.with_name(name)
+    os.rename(folder, discarded)
     shutil.rmtree(discarded, ignore_errors=True)
 
 
@@ -164,7 +188,8 @@ def stage(folder: Path) -> Path:
     if temporary.exists():
         _discard(temporary)
     with telling_full_disk(folder):
-        temporary.mkdir(parents=True)
+        make_folder(folder.parent)
+        temporary.mkdir()
     return temporary
 
 

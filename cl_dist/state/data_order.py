@@ -51,6 +51,7 @@ class DataOrder:
         """Force the lines to the disk: the state that is about to be saved has learnt from them."""
         if self._writer and self._path.exists():
             sync(self._path)
+            sync(self._path.parent)  # it may be new
 
     def _counts(self, line: bytes, task: int, step: int) -> bool:
         """Whether a line is whole, and of a step that stays done."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import Recipe, TrainConfig
+from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.state.manifest import Manifest, Segment
 from cl_dist.state.stored_recipe import stored_recipe
@@ -90,7 +91,7 @@ def fitted(train: TrainConfig, global_batch: int, ranks: int, folder: Path) -> T
     if rest:
         raise BadInput(
             f"--resume: the run in {folder} has a global batch of {global_batch} samples, which {ranks} ranks cannot "
-            f"share evenly; allowed: {_listed(_divisors(global_batch))}"
+            f"share evenly; allowed: {_choices(_divisors(global_batch))}"
         )
     size = max(divisor for divisor in _divisors(share) if divisor <= size)
     return replace(train, micro_batch_size=size, gradient_accumulation=share // size)
@@ -100,11 +101,10 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _listed(counts: Sequence[int]) -> str:
-    """`1, 2, 4 or 8`; of a long list its beginning."""
-    if len(counts) > _SHOWN_COUNTS:
-        return f"{', '.join(map(str, counts[:_SHOWN_COUNTS]))}, ... or {counts[-1]}"
-    return " or ".join(filter(None, [", ".join(map(str, counts[:-1])), str(counts[-1])]))
+def _choices(counts: Sequence[int]) -> str:
+    """`1, 2, 4 or 8`; of a long list its beginning and its end."""
+    long = len(counts) > _SHOWN_COUNTS
+    return listed([*counts[:_SHOWN_COUNTS], "...", counts[-1]] if long else counts, last="or")
 
 
 def _refuse_split_dependent(recipe: Recipe, before: Segment, after: Recipe, ranks: int, folder: Path) -> None:

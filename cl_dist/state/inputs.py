@@ -18,6 +18,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from cl_dist.config.schema import Recipe
+from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
 from cl_dist.models.check import BUILTIN_FAMILIES
@@ -28,6 +29,7 @@ from cl_dist.tasks.types import Example, Task
 
 _STRICT = ConfigDict(extra="forbid")
 _SHOWN_CHANGES = 4
+_SHOWN_FILES = 3
 _FIELDS = dataclasses.fields(Example)
 
 INPUT_SETTINGS = (
@@ -185,9 +187,8 @@ def refuse_other_inputs(before: Inputs, now: Inputs, tasks: Sequence[Task], fold
     """Raise `BadInput` where what the run in `folder` was given is not what lies there now."""
     changes = input_changes(before, now, tasks)
     if changes:
-        more = f"; and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
         raise BadInput(
-            f"--resume: the run in {folder} was given other inputs: {'; '.join(changes[:_SHOWN_CHANGES])}{more}; "
+            f"--resume: the run in {folder} was given other inputs: {listed(changes, _SHOWN_CHANGES, separator='; ')}; "
             "put back what was there, or start anew with --fresh or another output_dir"
         )
 
@@ -237,10 +238,10 @@ def _file_changes(what: str, before: ModelDigest, now: ModelDigest) -> Iterator[
         moved = ""
         if before.revision != now.revision and before.revision is not None:
             moved = f", commit {before.revision} before and {now.revision or 'none'} now"
-        yield f"{what} changed ({now.source}: {', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}{moved})"
+        yield f"{what} changed ({now.source}: {listed(changed, _SHOWN_FILES)}{moved})"
 
 
 def _named_changes(what: str, before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if changed:
-        yield f"{what}: {', '.join(changed[:3])})"
+        yield f"{what}: {listed(changed, _SHOWN_FILES)})"

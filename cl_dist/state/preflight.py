@@ -13,8 +13,9 @@ from typing import Any
 
 from cl_dist.config.boundary import refusing
 from cl_dist.config.schema import Recipe
-from cl_dist.config.words import show_path
+from cl_dist.config.words import listed, show_path
 from cl_dist.errors import BadInput
+from cl_dist.state.atomic import make_folder
 from cl_dist.state.elastic import resumption, with_segments
 from cl_dist.state.inputs import INPUT_SETTINGS, Inputs, refuse_other_inputs
 from cl_dist.state.lock import RunLock, Tell, refuse_if_locked
@@ -133,7 +134,7 @@ def _require_folder(output_dir: Path) -> None:
         kind = "a file" if output_dir.is_file() else "no folder"
         raise BadInput(f"output_dir {output_dir} is {kind}; it must be a folder, or a path that is free")
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(output_dir)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise BadInput(f"output_dir {show_path(output_dir)} cannot be made: {reason}") from error
@@ -193,11 +194,9 @@ def _require_resumable(folder: RunFolder, recipe: Recipe, world_size: int | None
         as_plain(stored_recipe(folder.config)), as_plain(recipe), digested=manifest.inputs is not None
     )
     if differences:
-        shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
-        more = len(differences) - _SHOWN_DIFFERENCES
-        rest = f"; and {more} more" if more > 0 else ""
+        shown = listed(differences, _SHOWN_DIFFERENCES, separator="; ")
         raise BadInput(
-            f"--resume: the recipe is not the one that {folder.path} was started with: {shown}{rest}; "
+            f"--resume: the recipe is not the one that {folder.path} was started with: {shown}; "
             f"only {', '.join(FREE_SETTINGS)} may differ{_other_defaults(manifest)}"
         )
     if world_size is not None and manifest.status != "finished":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cl_dist.errors import BadInput
-from cl_dist.state.atomic import write_text
+from cl_dist.state.atomic import make_folder, write_text
 
 TABLES = ("table.md", "table.csv", "table.tex")
 _SEED = re.compile(r"seed(\d+)")
@@ -75,7 +75,7 @@ class SweepFolder:
     def write_tables(self, contents: dict[str, str]) -> None:
         """Write tables by file name, each replaced atomically; `BadInput` where that cannot be."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             for name, text in contents.items():
                 write_text(self.path / name, text)
         except OSError as error:

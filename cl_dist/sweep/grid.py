@@ -11,6 +11,7 @@ from cl_dist.config.fields import info_of, method_classes
 from cl_dist.config.load import load_recipe, to_dict
 from cl_dist.config.overrides import parse_override
 from cl_dist.config.schema import Recipe
+from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.state.run_folder import RunFolder
 from cl_dist.sweep.folder import SweepFolder
@@ -159,7 +160,7 @@ def _refuse_others_settings(request: Request, methods: Sequence[MethodChoice], p
             names = "+".join(method.name for method in own.method)
             problems.add(
                 f"--set {key.strip()}: this is for the recipe's own method, {names}, which has no {setting[0]}; "
-                f"give {' or '.join(hints)}"
+                f"give {listed(hints, last='or')}"
             )
 
 

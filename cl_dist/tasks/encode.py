@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from cl_dist.config.schema import TrainConfig
+from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
 from cl_dist.tasks.template import AnswerParts, ChatTemplate
@@ -43,7 +44,8 @@ def check_kind(task: Task, objective: Objective) -> None:
     kinds = LEARNABLE[objective]
     if task.kind not in kinds:
         raise BadInput(
-            f"task {task.name!r} is {task.kind}, but {objective} learns {' or '.join(kinds)} only (model.objective)"
+            f"task {task.name!r} is {task.kind}, but {objective} learns {listed(kinds, last='or')} only "
+            "(model.objective)"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cl_dist.config.words import listed
 from cl_dist.watchdog.pulse import Pulse
 
 _SHOWN_RANKS = 8
@@ -68,9 +69,4 @@ def _silent(ranks: Sequence[int], first: Sighting) -> str:
 
 def name_ranks(ranks: Sequence[int]) -> str:
     """`rank 3`, `ranks 1 and 3`, or the first few of many."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    shown = [str(rank) for rank in ranks[:_SHOWN_RANKS]]
-    if len(ranks) > _SHOWN_RANKS:
-        return f"ranks {', '.join(shown)} and {len(ranks) - _SHOWN_RANKS} more"
-    return f"ranks {', '.join(shown[:-1])} and {shown[-1]}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks, _SHOWN_RANKS, last='and')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from cl_dist.benchmarks import importance, magnitude, rank_scores, topk, weight_grad
 from cl_dist.kernels import kept_rows, reference
 

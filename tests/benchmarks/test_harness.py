@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
+
 from cl_dist.benchmarks.harness import (
     MOST_REPEATS,
     SHORTEST,

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from cl_dist.benchmarks.label_scoring import read, table
-
 from tests.ranks import REPOSITORY
 
 LABELS = ("good", "bad", "neither good nor bad")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from cl_dist.benchmarks import limits
 from cl_dist.benchmarks.harness import Times
 

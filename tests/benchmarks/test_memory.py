@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+
 from cl_dist.benchmarks.memory import growth, peak
 
 MIB = 2**20

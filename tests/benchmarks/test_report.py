@@ -4,9 +4,9 @@ import csv
 from pathlib import Path
 
 import pytest
+
 from cl_dist.benchmarks.harness import Times
 from cl_dist.benchmarks.report import Column, flattened, table, timed, write_csv
-
 from cl_dist.errors import BadInput
 
 ENTRY = {"hidden": 64, "a_over_b": {"median": 0.51234, "minimum": 0.4, "maximum": 0.6}, "none": None}

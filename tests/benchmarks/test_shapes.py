@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from cl_dist.benchmarks.shapes import MODELS, Layer, layers_of, model_of
 
+from cl_dist.benchmarks.shapes import MODELS, Layer, layers_of, model_of
 from cl_dist.errors import BadInput
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from cl_dist.benchmarks.step_memory import measure, peaks
 from cl_dist.benchmarks.training import StepSize
-
 from cl_dist.errors import ClDistError
 
 CPU = torch.device("cpu")

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from cl_dist.benchmarks import step
 from cl_dist.benchmarks.shapes import VOCABULARY
 from cl_dist.benchmarks.training import WAYS, Masked, StepSize, build_model, operations, token_ids
-from cl_dist.kernels import reference
-
 from cl_dist.errors import ClDistError
+from cl_dist.kernels import reference
 from cl_dist.models import skipping
 from cl_dist.models.tracked import tracked_linears
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cl_dist.benchmarks.command import BENCHMARKS
 
+from cl_dist.benchmarks.command import BENCHMARKS
 from tests.cli.conftest import Command
 
 ROOT = Path(__file__).parents[2]

@@ -33,7 +33,7 @@ class TestRecipe:
     def test_alone_lists_what_is_shipped(self, command: Command) -> None:
         code, output, _ = command("recipe")
         assert code == 0
-        assert [line.split()[0] for line in output.splitlines()] == shipped_recipes()
+        assert [line.split()[0] for line in output.splitlines()] == list(shipped_recipes())
         assert all(len(line.split()) > 5 for line in output.splitlines())
 
     def test_with_a_name_prints_the_resolved_recipe(self, command: Command) -> None:

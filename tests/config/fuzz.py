@@ -197,7 +197,7 @@ def mutants(draw: st.DrawFn) -> Mutant:
     if draw(st.booleans()):
         changes = [f"method.name={draw(st.sampled_from(METHODS))}", *changes]
     if base == "shipped":
-        return Mutant(draw(st.sampled_from(shipped_recipes())), tuple(changes))
+        return Mutant(draw(st.sampled_from(list(shipped_recipes()))), tuple(changes))
     return Mutant(draw(texts()) if base == "text" else RECIPE.encode(), tuple(changes))
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import cl_dist.kernels.linear_magnitude  # noqa: F401  modules are looked up by name below: functions hide them
 import torch
+
+import cl_dist.kernels.linear_magnitude  # noqa: F401  modules are looked up by name below: functions hide them
 from cl_dist.kernels.backend import Launch
 
 

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 import torch
-from cl_dist.kernels import apply_row_mask_, reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from cl_dist.kernels import apply_row_mask_, reference
 
 MODULE = sys.modules["cl_dist.kernels.apply_row_mask"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

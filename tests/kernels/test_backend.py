@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cl_dist.kernels import backend, row_magnitude
-from cl_dist.kernels.backend import SMALL, Launch, blocks, cpu_jit, power_of_two
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cl_dist.kernels import backend, row_magnitude
+from cl_dist.kernels.backend import SMALL, Launch, blocks, cpu_jit, power_of_two
 
 
 def run(code: str) -> str:

@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 import pytest
-from cl_dist.kernels import backend
 
+from cl_dist.kernels import backend
 from tests.kernels.launches import CASES, Case
 from tests.ranks import REPOSITORY
 

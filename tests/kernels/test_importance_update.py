@@ -7,9 +7,10 @@ import threading
 
 import pytest
 import torch
-from cl_dist.kernels import importance_update_, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cl_dist.kernels import importance_update_, reference
 
 MODULE = sys.modules["cl_dist.kernels.importance_update"]
 ORDERS = ["first", "second", "mixed"]

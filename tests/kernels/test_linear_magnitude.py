@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+
 from cl_dist.kernels import reference
 from cl_dist.kernels.linear_magnitude import linear_magnitude
 

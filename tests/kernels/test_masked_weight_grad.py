@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cl_dist.kernels import masked_weight_grad, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cl_dist.kernels import masked_weight_grad, reference
 
 MODULE = sys.modules["cl_dist.kernels.masked_weight_grad"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from cl_dist.kernels import rank_unit_scores, reference
 
 NAN, INF = float("nan"), float("inf")

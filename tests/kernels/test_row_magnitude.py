@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cl_dist.kernels import reference, row_magnitude
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cl_dist.kernels import reference, row_magnitude
 
 MODULE = sys.modules["cl_dist.kernels.row_magnitude"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

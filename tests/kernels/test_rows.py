@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cl_dist.kernels import RowLayout, mask_rows_, row_segments
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cl_dist.kernels import RowLayout, mask_rows_, row_segments
 
 sizes = st.integers(1, 9)
 

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
-from cl_dist.kernels import RowMask, kept_rows, reference, topk_row_mask, topk_row_masks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from cl_dist.kernels import RowMask, kept_rows, reference, topk_row_mask, topk_row_masks
 
 MODULE = sys.modules["cl_dist.kernels.topk_row_mask"]
 INF, NAN = float("inf"), float("nan")

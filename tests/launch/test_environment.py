@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import pytest
-from cl_dist.launch.environment import Ranks, export_ranks, find_ranks, first_node
-from cl_dist.launch.rendezvous import FIRST_PORT, PORTS
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_dist.errors import BadInput
+from cl_dist.launch.environment import Ranks, export_ranks, find_ranks, first_node
+from cl_dist.launch.rendezvous import FIRST_PORT, PORTS
 
 
 def torch_variables(rank: str = "1", world: str = "4", local: str = "1") -> dict[str, str]:

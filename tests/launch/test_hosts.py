@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 
 import pytest
+
 from cl_dist.launch.hosts import address_towards, expand_nodes, interface_towards
 
 

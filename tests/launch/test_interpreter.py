@@ -9,9 +9,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from cl_dist.launch.interpreter import PROGRAM, python_command
 
 from cl_dist import __version__
+from cl_dist.launch.interpreter import PROGRAM, python_command
 from tests.ranks import REPOSITORY
 
 TRAP = "raise SystemExit('code from the working folder was run')"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from cl_dist.launch.slurm import SlurmJob
 
 PYTHON = "echo 20000"

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
 from cl_dist.launch import local
 from cl_dist.launch.local import Ending, find_free_port, has_gpu, launch, rank_environment
-
 from cl_dist.stop_requests import SAME_PRESS_SECONDS
 
 PATIENCE_SECONDS = 30.0

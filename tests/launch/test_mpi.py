@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from cl_dist.launch.environment import find_ranks
 from cl_dist.launch.mpi import ask_mpi
-
 from tests.mpi import MPIRUN, missing
 from tests.ranks import REPOSITORY
 

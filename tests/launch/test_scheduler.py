@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
-from cl_dist.launch.scheduler import JobState, TimeLeft, job_state, parse_time_left, require_sbatch, submit
 
 from cl_dist.errors import BadInput, ClDistError
+from cl_dist.launch.scheduler import JobState, TimeLeft, job_state, parse_time_left, require_sbatch, submit
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cl_dist.launch.slurm import SlurmJob, captured_environment, default_warning, job_name, quote, seconds
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cl_dist.errors import BadInput
+from cl_dist.launch.slurm import SlurmJob, captured_environment, default_warning, job_name, quote, seconds
 
 BODY = "# From here on the script is the same for every job."
 NASTY = ["$(touch broken)", "`touch broken`", "a'b", 'a"b', "\\", "a\nb", "\n#SBATCH --nodes=9\n", "!!", "*", "~", "",

@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from cl_dist.launch.interpreter import PROGRAM
-from cl_dist.launch.scheduler import JobState, job_state
 from safetensors.torch import load_file
 
+from cl_dist.launch.interpreter import PROGRAM
+from cl_dist.launch.scheduler import JobState, job_state
 from tests.ranks import REPOSITORY
 from tests.recipes import write_recipe
 from tests.slurm.cluster import Cluster, missing, running_cluster

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cl_dist.errors import BadInput
 from cl_dist.launch.interpreter import BOOTSTRAP, PROGRAM
 from cl_dist.launch.scheduler import JobState, TimeLeft, job_state, submit
 from cl_dist.launch.slurm import SlurmJob
-
-from cl_dist.errors import BadInput
 from tests import mpi
 from tests.launch.test_mpi import ASK
 from tests.launch.test_slurm import NASTY

@@ -267,7 +267,7 @@ def test_huggingface_reports_the_reason_of_the_library(tmp_path: Path) -> None:
 def test_messages_show_few_of_many_names(tmp_path: Path) -> None:
     answers = [f"label {i:03d}" for i in range(60)]
     write_lines(tmp_path / "a.jsonl", as_lines([{"input": "q", "output": "other"}]))
-    refuse(tmp_path, "label 019, and 40 more", path="a.jsonl", labels=tuple(answers))
+    refuse(tmp_path, "label 019 and 40 more", path="a.jsonl", labels=tuple(answers))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from cl_dist.methods.kif.units import UnitMap
-from cl_dist.state.atomic import sync, telling_full_disk, write_text
+from cl_dist.state.atomic import make_folder, replacing, write_text
 from cl_dist.state.run_folder import TaskFolder
 
 
@@ -20,15 +19,7 @@ def write_scores(folder: Path, units: UnitMap, scores: Mapping[str, torch.Tensor
     Raises:
         ClDistError: The disk is full; older files are intact.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_text(TaskFolder(folder).units, units.as_text())
-    path = TaskFolder(folder).unit_scores
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with telling_full_disk(path):
-        try:
-            save_file(dict(scores), temporary)
-            sync(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync(folder)
+    with replacing(TaskFolder(folder).unit_scores) as temporary:
+        save_file(dict(scores), temporary)

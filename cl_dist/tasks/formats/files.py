@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from cl_dist.config.files import is_folder, is_there, read_bytes
 from cl_dist.config.schema import TaskConfig
-from cl_dist.config.words import printable
+from cl_dist.config.words import listed, printable
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.source import Split
 from cl_dist.tasks.types import Example, Kind
@@ -39,9 +39,7 @@ logger = logging.getLogger(__name__)
 def enumerate_names(names: Iterable[str]) -> str:
     """Names in one line: sorted, and cut short after `LISTED` of them; "nothing" where there are none."""
     # Half a surrogate pair, in a record's field or a file's name, would break whatever writes the message down.
-    ordered = sorted(map(printable, names))
-    rest = [f"and {len(ordered) - LISTED} more"] if len(ordered) > LISTED else []
-    return ", ".join(ordered[:LISTED] + rest) or "nothing"
+    return listed(sorted(map(printable, names)), LISTED) or "nothing"
 
 
 def missing(path: Path) -> BadInput:

@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cl_dist.kernels import RowLayout
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_dist.errors import BadInput
+from cl_dist.kernels import RowLayout
 from cl_dist.methods.kif import units as module
 from cl_dist.methods.kif.units import Part, UnitMap, add_sums_, spread
 
