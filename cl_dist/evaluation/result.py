@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
-Mode = Literal["likelihood", "generate", "perplexity"]
+from cl_dist.config.objectives import Mode as Mode
 
 CUT_GENERATIONS = "cut_generations"
 """Name of the number of answers that `eval.max_new_tokens` has ended."""

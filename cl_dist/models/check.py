@@ -10,32 +10,17 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cl_dist.config.files import is_file, is_folder, refuse_special, refuse_special_below
-from cl_dist.config.schema import BUILTIN_MODELS, ModelConfig, TrainConfig
+from cl_dist.config.objectives import FACTS, Family, ObjectiveName, objectives_of
+from cl_dist.config.schema import BUILTIN_FAMILIES, BUILTIN_MODELS, ModelConfig, TrainConfig
 from cl_dist.config.words import show
 from cl_dist.errors import BadInput
 from cl_dist.models.position_settings import Positions, configured_positions
-from cl_dist.tasks.encode import Objective
 from cl_dist.tasks.template import no_chat_template
 
-Family = Literal["decoder", "encoder", "encoder-decoder"]
-
 BUILTIN_PREFIX = "builtin:"
-OBJECTIVES: dict[Family, tuple[Objective, ...]] = {
-    "decoder": ("causal_lm", "classification"),
-    "encoder": ("classification", "masked_lm"),
-    "encoder-decoder": ("seq2seq_lm",),
-}
-"""What each family can be trained to do; the first is what `objective: auto` means."""
-
-BUILTIN_FAMILIES: dict[str, Family] = {
-    "builtin:llama-tiny": "decoder",
-    "builtin:t5-tiny": "encoder-decoder",
-    "builtin:roberta-tiny": "encoder",
-}
-
 TEXT_ARCHITECTURES = (
     "ForCausalLM",
     "LMHeadModel",
@@ -78,9 +63,10 @@ def check_model_config(model: ModelConfig, label_names: Sequence[str] | None = N
         _check_builtin(model)
     elif (folder := local_folder(name)) is not None:
         _check_folder(folder, model)
-    if model.objective == "classification" and label_names is not None and not label_names:
+    needs_labels = model.objective != "auto" and FACTS[model.objective].needs_labels
+    if needs_labels and label_names is not None and not label_names:
         raise BadInput(
-            "model.objective: classification needs a stream whose tasks have labels, and none of these has any"
+            f"model.objective: {model.objective} needs a stream whose tasks have labels, and none of these has any"
         )
 
 
@@ -101,9 +87,9 @@ def _has_chat_template(folder: Path) -> bool:
     return settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8", errors="replace")
 
 
-def resolve_objective(objective: str, family: Family, name: str) -> Objective:
+def resolve_objective(objective: str, family: Family, name: str) -> ObjectiveName:
     """The objective that `auto` stands for, or `objective` itself where a model of this `family` can have it."""
-    allowed = OBJECTIVES[family]
+    allowed = objectives_of(family)
     if objective == "auto":
         return allowed[0]
     for candidate in allowed:
@@ -114,7 +100,7 @@ def resolve_objective(objective: str, family: Family, name: str) -> Objective:
     )
 
 
-def known_objective(model: ModelConfig) -> Objective | None:
+def known_objective(model: ModelConfig) -> ObjectiveName | None:
     """The objective that a model will be trained for, where names and small files tell; None where they do not."""
     family = BUILTIN_FAMILIES.get(model.name_or_path) or _family_in_folder(model)
     return None if family is None else resolve_objective(model.objective, family, model.name_or_path)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.kernels import masked_weight_grad
@@ -46,15 +47,23 @@ class ExpertsTap:
 
     Args:
         name: The module's name, for messages.
-        module: Experts as `models.tracked.is_experts` knows them.
+        module: Experts as `models.layer_kinds.is_experts` knows them.
         observe: Called twice in each forward pass of training while `active`.
         mask_bias: Mask the biases' gradients along with the rows that are skipped.
+        enter: Called before every forward pass with the leading shape of the tokens that come in; None: nobody asks.
 
     Raises:
         BadInput: The module's forward has been replaced already.
     """
 
-    def __init__(self, name: str, module: nn.Module, observe: Observe, mask_bias: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        observe: Observe,
+        mask_bias: bool = True,
+        enter: Callable[[torch.Size], None] | None = None,
+    ) -> None:
         if "forward" in module.__dict__:
             raise BadInput(
                 f"method.untracked: the forward of {name} ({type(module).__name__}) has been replaced by another "
@@ -70,10 +79,13 @@ class ExpertsTap:
         self._module: Any = module  # its attributes are the experts interface's
         self._signature = inspect.signature(type(module).forward)
         module.forward = self._forward
+        self._entering = None if enter is None else _on_entry(module, enter)
 
     def remove(self) -> None:
         """Give the module its own forward back."""
         self._module.__dict__.pop("forward", None)
+        if self._entering is not None:
+            self._entering.remove()
 
     @torch.compiler.disable(recursive=True, reason="how many tokens an expert gets is known in the forward pass only")
     def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -139,6 +151,14 @@ class ExpertsTap:
     def mask_bias(self) -> bool:
         """Whether the biases' gradients are masked along."""
         return self._mask_bias
+
+
+def _on_entry(module: nn.Module, enter: Callable[[torch.Size], None]) -> RemovableHandle:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        enter(hidden.shape[:-1])
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 class _GroupedLinear(torch.autograd.Function):
