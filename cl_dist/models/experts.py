@@ -204,28 +204,44 @@ class _GroupedLinear(torch.autograd.Function):
             start += count
             if grad_input is not None:
                 torch.mm(grad_output[here], matrices[number], out=grad_input[here])
-            rows = None if chosen is None else chosen[number]
-            if grad_weight is not None:
-                own = grad_weight[number].t() if ctx.transposed else grad_weight[number]
-                _add_weight_gradient(own, inputs[here], grad_output[here], rows)
-            if grad_bias is not None:
-                _add_bias_gradient(grad_bias[number], grad_output[here], rows if ctx.tap.mask_bias else None)
+            own = None if grad_weight is None else grad_weight[number]
+            _write_gradients(
+                own.t() if own is not None and ctx.transposed else own,
+                None if grad_bias is None else grad_bias[number],
+                inputs[here],
+                grad_output[here],
+                None if chosen is None else chosen[number],
+                ctx.tap.mask_bias,
+            )
         return grad_input, grad_weight, grad_bias, None, None, None, None
 
 
-def _add_weight_gradient(
-    own: torch.Tensor, inputs: torch.Tensor, grad_output: torch.Tensor, rows: torch.Tensor | None
+def _write_gradients(
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    inputs: torch.Tensor,
+    grad_output: torch.Tensor,
+    rows: torch.Tensor | None,
+    mask_bias: bool,
 ) -> None:
-    """Write one expert's gradient into zeros: `own` is `(rows, in)`, perhaps a transposed view."""
-    if rows is None:
-        own.copy_(grad_output.t() @ inputs)
-    else:
-        own.copy_(masked_weight_grad(inputs, grad_output, rows)[0])
+    """Write one expert's gradients into zeros: of the chosen rows, or (None) of all.
 
-
-def _add_bias_gradient(own: torch.Tensor, grad_output: torch.Tensor, rows: torch.Tensor | None) -> None:
-    whole = grad_output.sum(0)
-    if rows is None:
-        own.copy_(whole)
-    else:
-        own[rows] = whole[rows]
+    Args:
+        weight: `(rows, in)`, perhaps a transposed view; None: not asked for.
+        bias: `(rows,)`; None: not asked for.
+        inputs: `(tokens, in)`.
+        grad_output: `(tokens, rows)`.
+        rows: `(kept,)` int64.
+        mask_bias: Write the bias's chosen rows alone, too.
+    """
+    masks_bias = bias is not None and mask_bias and rows is not None
+    if weight is not None and rows is None:
+        weight.copy_(grad_output.t() @ inputs)
+    elif weight is not None and rows is not None:
+        masked_weight_grad(inputs, grad_output, rows, weight, bias if masks_bias else None, bias=masks_bias)
+    if bias is not None and not (masks_bias and weight is not None):
+        sums = grad_output.sum(0)
+        if masks_bias:
+            bias[rows] = sums[rows]
+        else:
+            bias.copy_(sums)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cl_dist.kernels import RowMask, kept_rows, reference, topk_row_mask, topk_row_masks
+from cl_dist.kernels import RowMask, kept_rows, reference, topk_row_masks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +15,11 @@ thresholds = st.floats(0, 1, allow_nan=False)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 # The fixture chooses the path and has nothing to reset between examples.
 one_fixture = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def of_one_layer(magnitude: torch.Tensor, threshold: float) -> RowMask:
+    (mask,) = topk_row_masks(magnitude, [magnitude.numel()], threshold)
+    return mask
 
 
 def check(magnitudes: torch.Tensor, sizes: list[int], threshold: float) -> list[RowMask]:
@@ -30,7 +35,7 @@ def check(magnitudes: torch.Tensor, sizes: list[int], threshold: float) -> list[
 @given(rows=st.integers(1, 200), threshold=thresholds, seed=st.integers(0, 1000))
 def test_without_ties_exactly_the_largest_k_rows(rows: int, threshold: float, seed: int) -> None:
     magnitude = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).double()
-    mask = topk_row_mask(magnitude, threshold)
+    mask = of_one_layer(magnitude, threshold)
     k = rows - math.ceil(threshold * (rows - 1))
     assert len(mask.rows) == int(mask.keep.sum()) == k == kept_rows(rows, threshold)
     assert set(magnitude[mask.rows].tolist()) == set(range(rows - k, rows))
@@ -44,10 +49,8 @@ def test_equals_the_interpolated_quantile(rows: int, threshold: float, dtype: to
     magnitude = torch.rand(rows, dtype=torch.float64)
     # The quantile of float32 numbers is interpolated in float32, which may round up to a row that is below it.
     expected = magnitude >= torch.quantile(magnitude, threshold)
-    assert torch.equal(topk_row_mask(magnitude, threshold).keep, expected)
-    assert torch.equal(
-        topk_row_mask((magnitude * 1000).floor().to(dtype), 0.0).keep, torch.ones(rows, dtype=torch.bool)
-    )
+    assert torch.equal(of_one_layer(magnitude, threshold).keep, expected)
+    assert torch.equal(of_one_layer((magnitude * 1000).floor().to(dtype), 0.0).keep, torch.ones(rows, dtype=torch.bool))
 
 
 @one_fixture
@@ -92,24 +95,24 @@ def test_layers_of_any_length_in_one_call(
 def test_both_signs_of_nan_are_the_largest(device: torch.device, dtype: torch.dtype, sign: float) -> None:
     magnitude = torch.tensor([2.0, NAN, 1.0], dtype=dtype).copysign(torch.tensor([1.0, sign, 1.0], dtype=dtype))
     assert magnitude[1].signbit() == (sign < 0)
-    assert topk_row_mask(magnitude.to(device), 1.0).rows.tolist() == [1]
-    assert topk_row_mask(magnitude.to(device), 0.5).rows.tolist() == [0, 1]
+    assert of_one_layer(magnitude.to(device), 1.0).rows.tolist() == [1]
+    assert of_one_layer(magnitude.to(device), 0.5).rows.tolist() == [0, 1]
 
 
 def test_ties_at_the_threshold_are_all_kept(device: torch.device) -> None:
     magnitude = torch.tensor([1.0, 2.0, 2.0, 2.0, 3.0], device=device)
-    mask = topk_row_mask(magnitude, 0.7)
+    mask = of_one_layer(magnitude, 0.7)
     assert mask.keep.tolist() == [False, True, True, True, True]
     assert mask.rows.tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5, NAN])
 def test_a_fresh_lora_b_keeps_every_row(device: torch.device, value: float) -> None:
-    assert topk_row_mask(torch.full((11,), value, device=device), 0.7).keep.all()
+    assert of_one_layer(torch.full((11,), value, device=device), 0.7).keep.all()
 
 
 def test_minus_zero_equals_zero(device: torch.device) -> None:
-    assert topk_row_mask(torch.tensor([-0.0, 0.0, -0.0], device=device), 1.0).keep.all()
+    assert of_one_layer(torch.tensor([-0.0, 0.0, -0.0], device=device), 1.0).keep.all()
 
 
 def test_strided_magnitudes(device: torch.device) -> None:
@@ -129,7 +132,7 @@ def test_what_does_not_go_together_is_refused(sizes: list[int], threshold: float
 
 def test_other_numbers_are_refused() -> None:
     with pytest.raises(TypeError, match="bfloat16"):
-        topk_row_mask(torch.zeros(2, dtype=torch.bfloat16), 0.7)
+        of_one_layer(torch.zeros(2, dtype=torch.bfloat16), 0.7)
 
 
 def test_all_layers_of_a_large_model_at_once() -> None:
