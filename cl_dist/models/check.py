@@ -49,6 +49,18 @@ SIZES = (
 )
 """Entries of config.json that a model is built from without a look at them."""
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+# fmt: off
+WITHOUT_SDPA = frozenset((
+    "big_bird", "bigbird_pegasus", "bloom", "canine", "codegen", "convbert", "cpmant", "deberta", "deberta-v2",
+    "deepseek_v4", "falcon_mamba", "flaubert", "flint", "fnet", "fsmt", "funnel", "gemma2", "git", "got_ocr2",
+    "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "granite_swa", "granitemoe_swa", "hy_v4", "ibert",
+    "inkling2_text", "layoutlmv2", "layoutlmv3", "led", "lilt", "longformer", "longt5", "luke", "mamba", "mamba2",
+    "markuplm", "megatron-bert", "mimo_v2_flash", "mpnet", "mpt", "mra", "mvp", "nllb-moe", "nystromformer",
+    "openai-gpt", "pegasus_x", "perceiver", "prophetnet", "reformer", "rembert", "roformer", "rwkv", "squeezebert",
+    "switch_transformers", "t5gemma", "tapas", "trocr", "vaultgemma", "xglm", "xlm", "xlnet", "xlstm", "yoso",
+))
+# fmt: on
+"""Model types for which transformers has no sdpa; a test compares them with its classes."""
 HEADER_LIMIT = 100 * 2**20
 """Bytes; safetensors itself refuses longer headers."""
 
@@ -199,6 +211,8 @@ def _check_folder(folder: Path, model: ModelConfig) -> None:
     _check_architecture(config, folder)
     if config.get("is_encoder_decoder"):
         resolve_objective(model.objective, "encoder-decoder", str(folder))
+    if model.attention == "sdpa" and not model.trust_remote_code and config.get("model_type") in WITHOUT_SDPA:
+        raise no_sdpa(model, (config.get("architectures") or [config["model_type"]])[0])
     if not model.trust_remote_code and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise BadInput(f"model.name_or_path: {folder} has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
     for file in _weight_files(folder):
@@ -268,6 +282,11 @@ def unsupported_architecture(name: str, architecture: str) -> BadInput:
         f"model.name_or_path: {name} is a {architecture}; allowed are text models that are decoders (as Llama), "
         "encoders (as RoBERTa) or encoder-decoders (as T5)"
     )
+
+
+def no_sdpa(model: ModelConfig, architecture: str) -> BadInput:
+    """The error for a model whose code has no sdpa, where the recipe insists on it."""
+    return BadInput(f"model.attention: {model.name_or_path}, a {architecture}, has no sdpa; allowed are auto and eager")
 
 
 def _weight_files(folder: Path) -> list[Path]:

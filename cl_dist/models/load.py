@@ -33,6 +33,7 @@ from cl_dist.models.builtin import builtin_config, byte_tokenizer
 from cl_dist.models.check import (
     check_model_config,
     local_folder,
+    no_sdpa,
     refuse_long,
     resolve_objective,
     unsupported_architecture,
@@ -224,11 +225,7 @@ def _check_attention(model: ModelConfig, config: PreTrainedConfig, auto_class: A
     """Refuse sdpa by name where the family's code has none; what a model's own code supports shows when it is built."""
     built = auto_class._model_mapping.get(type(config), None)
     if model.attention == "sdpa" and built is not None and not built._supports_sdpa:
-        raise _no_sdpa(model, built.__name__)
-
-
-def _no_sdpa(model: ModelConfig, architecture: str) -> BadInput:
-    return BadInput(f"model.attention: {model.name_or_path}, a {architecture}, has no sdpa; allowed are auto and eager")
+        raise no_sdpa(model, built.__name__)
 
 
 def _build(
@@ -305,7 +302,7 @@ def _told_as_bad_input(model: ModelConfig) -> Iterator[None]:
         raise
     except Exception as error:  # tokenizers raises Exception itself
         if "scaled_dot_product_attention" in str(error):
-            raise _no_sdpa(model, "model with code of its own") from error
+            raise no_sdpa(model, "model with code of its own") from error
         raise BadInput(f"model.name_or_path: {model.name_or_path} cannot be loaded: {_reason(error)}") from error
 
 
