@@ -156,14 +156,6 @@ BENCHMARKS = {
             {"order": "mixed"},
             _check_importance,
         ),
-        Benchmark(
-            "rank-scores",
-            "scores of a LoRA module's ranks (KIF)",
-            "Times the scores of a LoRA module's ranks: the product of means, the reference's outer products, and the\n"
-            'shortest chain of torch\'s own operations. "speedup" is the reference\'s time over the kernel\'s.',
-            ("hidden", "shapes", "rank"),
-            {"hidden": (4096,), "rank": 8},
-        ),
     )
 }  # fmt: skip
 

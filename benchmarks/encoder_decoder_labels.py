@@ -21,7 +21,8 @@ from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from cl_dist.evaluation.likelihood import MAX_DECODER_LABELS, log_probabilities, seq2seq_scores
-from cl_dist.tasks.collate import pad, shift_right
+from cl_dist.tasks.collate import pad
+from cl_dist.tasks.objectives import OBJECTIVES
 from cl_dist.tasks.types import IGNORE
 
 VOCABULARY, PAD, EOS = 4096, 0, 1
@@ -94,8 +95,8 @@ def repeated_scores(model: Any, prompts: list[list[int]], labels: list[list[int]
         logits = model(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden.repeat_interleave(len(group), dim=0)),
             attention_mask=mask.repeat_interleave(len(group), dim=0),
-            decoder_input_ids=shift_right(targets, PAD, PAD),
             use_cache=False,
+            **OBJECTIVES["seq2seq_lm"].decoder_inputs(targets, PAD, PAD),
         ).logits
         scores.append(log_probabilities(logits, targets).sum(1).view(len(ids), len(group)))
     return torch.cat(scores, dim=1)

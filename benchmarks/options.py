@@ -146,7 +146,6 @@ OPTIONS = _table(
     Option("--zero-stage", "DeepSpeed's ZeRO stage, with --processes (default: 2)", _stage, "0, 1, 2, 3"),
     Option("--elements", "elements of the parameter, one measurement for each", _whole(1), _POSITIVE, many=True),
     Option("--order", ", ".join(ORDERS), _one_of(*ORDERS), ", ".join(ORDERS), "NAME"),
-    Option("--rank", "rank of the LoRA module", _whole(1), _POSITIVE, "R"),
     Option("--memory", "yes: also measure peak memory, each way in a process of its own; no: do not",
            _one_of("yes", "no"), "yes, no", "yes|no"),
 )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from cl_dist.config.objectives import FACTS, ObjectiveName
 from cl_dist.config.schema import EvalConfig, Recipe
 from cl_dist.engine.distributed import device
 from cl_dist.engine.ds_config import deepspeed_config
@@ -28,7 +29,7 @@ from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.load import LoadedModel, check_length, load_model
 from cl_dist.models.lora import add_lora, load_adapter, without_adapter
 from cl_dist.models.structure import base_model
-from cl_dist.tasks.encode import Encoder, Objective, label_names
+from cl_dist.tasks.encode import Encoder, label_names
 from cl_dist.tasks.stream import load_stream
 from cl_dist.tasks.types import Encoded, Task
 
@@ -142,7 +143,7 @@ def _load(recipe: Recipe, labels: int) -> LoadedModel:
 
 
 def _check_scoring(
-    tasks: Sequence[Task], model: torch.nn.Module, encoder: Encoder, objective: Objective, config: EvalConfig
+    tasks: Sequence[Task], model: torch.nn.Module, encoder: Encoder, objective: ObjectiveName, config: EvalConfig
 ) -> tuple[Notice, ...]:
     """What to know about the scores; BadInput for tasks that cannot be scored, or need more positions."""
     notices = outlook(tasks, encoder, objective, config)
@@ -179,7 +180,7 @@ def _general(
     """What measures general ability; BadInput where the model cannot generate."""
     if recipe.eval.general is None or tasks is None:
         return None
-    if loaded.objective not in ("causal_lm", "seq2seq_lm"):
+    if not FACTS[loaded.objective].generates:
         raise BadInput(f"eval.general: needs a model that generates text, but its objective is {loaded.objective}")
     check_general_room(model, tasks)
     synced = recipe.zero.stage == 3

@@ -3,7 +3,6 @@
 from cl_dist.kernels.apply_row_mask import apply_row_mask_, mask_rows_
 from cl_dist.kernels.importance_update import importance_update_
 from cl_dist.kernels.masked_weight_grad import masked_weight_grad
-from cl_dist.kernels.rank_unit_scores import rank_unit_scores
 from cl_dist.kernels.row_magnitude import row_magnitude
 from cl_dist.kernels.rows import RowLayout, RowMask, RowSegment, row_segments
 from cl_dist.kernels.topk_row_mask import kept_rows, topk_row_mask, topk_row_masks
@@ -17,7 +16,6 @@ __all__ = [
     "kept_rows",
     "mask_rows_",
     "masked_weight_grad",
-    "rank_unit_scores",
     "row_magnitude",
     "row_segments",
     "topk_row_mask",

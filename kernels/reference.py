@@ -28,16 +28,19 @@ def row_magnitude(
 
 
 def topk_row_mask(magnitude: torch.Tensor, threshold: float) -> RowMask:
-    """Sort, and keep what is as large as the entry at index `ceil(T * (N - 1))`; see `kernels.topk_row_mask`."""
-    ascending = magnitude.sort().values  # NaN last
-    cut = ascending[math.ceil(threshold * (magnitude.numel() - 1))]
-    keep = magnitude.isnan() | (magnitude >= cut)
-    return RowMask(keep, keep.nonzero().flatten())
+    """See `kernels.topk_row_mask`."""
+    return topk_row_masks(magnitude, [magnitude.numel()], threshold)[0]
 
 
 def topk_row_masks(magnitudes: torch.Tensor, sizes: Sequence[int], threshold: float) -> list[RowMask]:
-    """One layer after the other; see `kernels.topk_row_masks`."""
-    return [topk_row_mask(magnitude, threshold) for magnitude in magnitudes.split(list(sizes))]
+    """Sort, and keep what is as large as the entry at index `ceil(T * (N - 1))`; see `kernels.topk_row_masks`."""
+    masks = []
+    for magnitude in magnitudes.split(list(sizes)):
+        ascending = magnitude.sort().values  # NaN last
+        cut = ascending[math.ceil(threshold * (magnitude.numel() - 1))]
+        keep = magnitude.isnan() | (magnitude >= cut)
+        masks.append(RowMask(keep, keep.nonzero().flatten()))
+    return masks
 
 
 def masked_weight_grad(
@@ -80,9 +83,6 @@ def importance_update_(
     beta1: float = 0.85,
     beta2: float = 0.85,
     order: str = "mixed",
-    start: int = 0,
-    unit_length: int | None = None,
-    unit_sums: torch.Tensor | None = None,
 ) -> None:
     """Chain of out-of-place tensor operations (KIF, arXiv 2408.05200); see `kernels.importance_update_`."""
     product = param * grad
@@ -94,14 +94,3 @@ def importance_update_(
         importance = (product - 0.5 * (product * product)).abs()
     smoothed.copy_(beta1 * smoothed + (1 - beta1) * importance)
     uncertainty.copy_(beta2 * uncertainty + (1 - beta2) * (importance - smoothed).abs())
-    if unit_sums is not None and unit_length is not None:
-        unit = torch.arange(start, start + param.numel(), device=param.device) // unit_length
-        unit_sums.index_add_(0, unit, (smoothed * uncertainty).double())
-
-
-def rank_unit_scores(
-    a_smoothed: torch.Tensor, a_uncertainty: torch.Tensor, b_smoothed: torch.Tensor, b_uncertainty: torch.Tensor
-) -> torch.Tensor:
-    """Mean of the outer product of every rank's two score vectors; see `kernels.rank_unit_scores`."""
-    a, b = a_smoothed * a_uncertainty, b_smoothed * b_uncertainty
-    return torch.stack([torch.outer(b[:, j], a[j]).mean() for j in range(a.shape[0])])

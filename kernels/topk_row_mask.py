@@ -34,39 +34,26 @@ def kept_rows(rows: int, threshold: float) -> int:
 
 
 def topk_row_mask(magnitude: torch.Tensor, threshold: float) -> RowMask:
-    """Keep the rows with `magnitude >= quantile(magnitude, threshold)`, ties at the threshold included.
-
-    The quantile interpolates linearly, so a row reaches it exactly when it is at least as large as the entry at index
-    `ceil(T * (N - 1))` of the ascending order (MIGU, arXiv 2406.17245, section 3.2).
-
-    Args:
-        magnitude: `(rows,)`, float32 or float64, rows >= 1. A NaN counts as larger than every number, as in
-            `torch.sort`, and -0.0 equals 0.0.
-        threshold: T in [0, 1].
-
-    Returns:
-        The mask and the indices of the rows kept: all rows when all magnitudes are equal, never fewer than
-        `kept_rows(rows, threshold)`, and every row whose magnitude is NaN.
-
-    Raises:
-        ValueError: No rows, or a threshold outside [0, 1].
-        TypeError: Magnitudes that are neither float32 nor float64.
-    """
+    """The rows of one layer that `topk_row_masks` keeps; `magnitude` is `(rows,)`."""
     return topk_row_masks(magnitude, [magnitude.numel()], threshold)[0]
 
 
 def topk_row_masks(magnitudes: torch.Tensor, sizes: Sequence[int], threshold: float) -> list[RowMask]:
-    """Choose the rows of all layers of a model at once; `topk_row_mask` of every layer.
+    """Keep the rows with `magnitude >= quantile(magnitude, threshold)` in every layer, ties at the threshold included.
 
-    On a GPU this is one kernel launch, and the host waits for the device once, for the numbers of rows kept.
+    The quantile interpolates linearly, so a row reaches it exactly when it is at least as large as the entry at index
+    `ceil(T * (N - 1))` of the ascending order (MIGU, arXiv 2406.17245, section 3.2). On a GPU all layers take one
+    kernel launch, and the host waits for the device once, for the numbers of rows kept.
 
     Args:
-        magnitudes: `(total,)`, float32 or float64: the layers' magnitudes one after the other.
+        magnitudes: `(total,)`, float32 or float64: the layers' magnitudes one after the other. A NaN counts as larger
+            than every number, as in `torch.sort`, and -0.0 equals 0.0.
         sizes: Rows per layer, each at least 1, `total` together.
         threshold: T in [0, 1].
 
     Returns:
-        One `RowMask` per layer, whose tensors are views of two flat ones.
+        One `RowMask` per layer, whose tensors are views of two flat ones: all rows when all magnitudes are equal, never
+        fewer than `kept_rows(rows, threshold)`, and every row whose magnitude is NaN.
 
     Raises:
         ValueError: A layer without rows, sizes that do not add up to `total`, or a threshold outside [0, 1].

@@ -108,6 +108,8 @@ def _output(module: nn.Module, inputs: list[Any]) -> torch.Tensor | None:
         return nn.functional.linear(inputs[0], module.weight, module.bias)
     if isinstance(module, Conv1D):
         return inputs[0] @ module.weight + module.bias
+    if type(module).__name__ == "LowRank":
+        return inputs[0] @ module.down @ module.weight
     if type(module).__name__.endswith("TopKRouter"):
         return nn.functional.linear(inputs[0], module.weight, getattr(module, "bias", None))
     return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -21,6 +21,7 @@ from cl_dist.config.composition import GROWING, refuse_exclusive
 from cl_dist.config.deepspeed import refuse_raw_settings
 from cl_dist.config.formats import describe_unread
 from cl_dist.config.methods import MethodConfig, SequentialConfig, UnitConfig
+from cl_dist.config.objectives import FACTS, Family, ObjectiveName, objectives_of
 from cl_dist.config.ranges import (
     MOST_INT,
     STRICT,
@@ -35,12 +36,15 @@ from cl_dist.config.ranges import (
 )
 from cl_dist.config.unread import refuse_unread
 
-BUILTIN_MODELS = ("builtin:llama-tiny", "builtin:t5-tiny", "builtin:roberta-tiny")
-BUILTIN_OBJECTIVES = {
-    "builtin:llama-tiny": "causal_lm",
-    "builtin:t5-tiny": "seq2seq_lm",
-    "builtin:roberta-tiny": "classification",
+if TYPE_CHECKING:
+    from cl_dist.config.objectives import ObjectiveFacts
+
+BUILTIN_FAMILIES: dict[str, Family] = {
+    "builtin:llama-tiny": "decoder",
+    "builtin:t5-tiny": "encoder-decoder",
+    "builtin:roberta-tiny": "encoder",
 }
+BUILTIN_MODELS = tuple(BUILTIN_FAMILIES)
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 """A task's name becomes a folder of the run: no separators, no leading dot, hence no way out of the run folder."""
@@ -70,7 +74,7 @@ class ModelConfig:
     Hugging Face format, or a Hugging Face model id."""
     gguf_file: str | None = None
     """Name of a GGUF file inside `name_or_path` to load the weights and the tokenizer from."""
-    objective: Literal["auto", "causal_lm", "seq2seq_lm", "classification", "masked_lm"] = "auto"
+    objective: Literal["auto", ObjectiveName] = "auto"
     """What the model is trained to do; `auto` reads it off the architecture (an encoder is a classifier)."""
     lora: LoraConfig | None = None
     """Adapters to train in place of the whole model; absent means full fine-tuning."""
@@ -81,9 +85,17 @@ class ModelConfig:
     DeBERTa); a line of the log says so."""
 
     @property
-    def known_objective(self) -> str | None:
-        """The objective as far as the recipe alone tells it; None where it depends on the model's own configuration."""
-        return BUILTIN_OBJECTIVES.get(self.name_or_path) if self.objective == "auto" else self.objective
+    def known_objective(self) -> ObjectiveName | None:
+        """The objective if the recipe alone settles it; None if that depends on the model's own configuration."""
+        if self.objective != "auto":
+            return self.objective
+        family = BUILTIN_FAMILIES.get(self.name_or_path)
+        return None if family is None else objectives_of(family)[0]
+
+    @property
+    def known_facts(self) -> ObjectiveFacts | None:
+        """The facts about that objective."""
+        return None if self.known_objective is None else FACTS[self.known_objective]
 
 
 DataFormat = Literal["builtin", "cl_benchmark", "tasl", "trace", "superni", "sgd", "jsonl", "text", "huggingface"]
@@ -494,19 +506,19 @@ class Recipe:
             )
 
     def _check_lengths(self) -> None:
-        train = self.train
-        if self.model.known_objective == "causal_lm" and train.max_target_length >= train.max_length:
+        train, facts = self.train, self.model.known_facts
+        if facts is not None and facts.answer_in_prompt and train.max_target_length >= train.max_length:
             raise ValueError(
                 f"train.max_target_length: {train.max_target_length} leaves no room for a prompt in train.max_length "
                 f"{train.max_length}, which holds both for a decoder; allowed: less than {train.max_length}"
             )
 
     def _check_evaluation(self) -> None:
-        evaluation, objective = self.eval, self.model.known_objective
-        if evaluation.mode == "generate" and objective in ("classification", "masked_lm"):
+        evaluation, objective, facts = self.eval, self.model.known_objective, self.model.known_facts
+        if evaluation.mode == "generate" and facts is not None and not facts.generates:
             raise ValueError(f"eval.mode: generate needs a model that generates text, but its objective is {objective}")
-        if evaluation.mode == "perplexity" and objective == "classification":
-            raise ValueError("eval.mode: perplexity needs a language model, but its objective is classification")
+        if evaluation.mode == "perplexity" and facts is not None and facts.needs_labels:
+            raise ValueError(f"eval.mode: perplexity needs a language model, but its objective is {objective}")
         allowed = {"likelihood": ("auto", "exact_match", "macro_f1"), "perplexity": ("auto",)}.get(evaluation.mode)
         if allowed is not None and evaluation.metric not in allowed:
             raise ValueError(
@@ -515,15 +527,15 @@ class Recipe:
             )
 
     def _check_template(self) -> None:
-        objective = self.model.known_objective
-        if self.train.template == "chat" and objective not in (None, "causal_lm"):
+        objective, facts = self.model.known_objective, self.model.known_facts
+        if self.train.template == "chat" and facts is not None and not facts.answer_in_prompt:
             raise ValueError(f"train.template: chat is for decoders, but the model's objective is {objective}")
 
     def _check_general(self) -> None:
-        general, objective = self.eval.general, self.model.known_objective
+        general, objective, facts = self.eval.general, self.model.known_objective, self.model.known_facts
         if general is None:
             return
-        if objective in ("classification", "masked_lm"):
+        if facts is not None and not facts.generates:
             raise ValueError(f"eval.general: needs a model that generates text, but its objective is {objective}")
         names = [task.name for task in self.stream.tasks]
         allowed = ("untouched", "first", "last", *names)

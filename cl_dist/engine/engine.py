@@ -12,7 +12,7 @@ from cl_dist.config.schema import Recipe
 from cl_dist.engine.distributed import device, set_timeout
 from cl_dist.engine.ds_config import deepspeed_config
 from cl_dist.engine.guard import UpdateGuard
-from cl_dist.engine.objective import keeps_logits, loss_sum, predicting_positions
+from cl_dist.engine.objective import keeps_logits, loss_sum
 from cl_dist.engine.optimizer import build_adamw, learning_rate
 from cl_dist.engine.replicas import check_replicas
 from cl_dist.engine.trial import told_by_trial, trial_batches
@@ -27,6 +27,7 @@ from cl_dist.models.structure import base_model
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import Shard, ShardView, check_deepspeed, remove_leftovers
 from cl_dist.tasks.collate import Batch
+from cl_dist.tasks.objectives import OBJECTIVES
 from cl_dist.tasks.types import Encoded
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -241,14 +242,7 @@ class TrainingEngine:
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward pass: logits, and the labels that they are to predict (shapes: `Method.added_loss`)."""
-        if self.objective != "causal_lm":
-            return self._engine(**batch.inputs).logits, batch.labels
-        positions = predicting_positions(batch.labels)
-        if self._keeps_logits:
-            logits = self._engine(**batch.inputs, logits_to_keep=positions).logits
-        else:
-            logits = self._engine(**batch.inputs).logits[:, positions]
-        return logits, batch.labels[:, positions + 1]
+        return OBJECTIVES[self.objective].forward(self._engine, batch, self._keeps_logits)
 
     def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and labels of a micro-batch (shapes: `Method.added_loss`), without dropout and without a graph

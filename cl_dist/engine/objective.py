@@ -1,4 +1,4 @@
-"""The training loss of each model family, as a sum over targets, and the positions whose logits it needs."""
+"""The training loss, as a sum over targets."""
 
 from __future__ import annotations
 
@@ -19,19 +19,6 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     flat = logits.reshape(-1, logits.shape[-1]).float()
     return cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
-
-
-def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Return the positions whose logits predict a target somewhere in a decoder's batch, `(kept,)` int64, never empty.
-
-    Position t predicts the label at t + 1. Answers are short and prompts long, so the output head runs over a few
-    positions instead of all.
-
-    Args:
-        labels: `(batch, length)` int64, not shifted.
-    """
-    positions = (labels[:, 1:] != IGNORE).any(dim=0).nonzero()[:, 0]
-    return positions if len(positions) else positions.new_zeros(1)
 
 
 def keeps_logits(model: torch.nn.Module) -> bool:

@@ -55,7 +55,7 @@ class EngineProbe(Probe):
 
     def _targets(self, samples: Sequence[Encoded], batches: Sequence[Batch]) -> int:
         """Targets of all ranks' micro-batches."""
-        if self._collator.objective != "masked_lm":
+        if not self._collator.objective.facts.masked:
             return sum(sample.targets for sample in samples)
         count = torch.tensor(sum(batch.targets for batch in batches), device=device())
         torch.distributed.all_reduce(count)

@@ -97,9 +97,7 @@ class TaskTrainer:
     def tokens(self, step: int) -> int:
         """Real tokens in a step's global batch, inputs and (with an encoder-decoder) targets."""
         samples = [self._samples[index] for index in self._plan.step(step)]
-        inputs = sum(len(sample.input_ids) for sample in samples)
-        seq2seq = self._engine.objective == "seq2seq_lm"
-        return inputs + (sum(len(sample.labels) for sample in samples) if seq2seq else 0)
+        return sum(map(self._collator.objective.tokens, samples))
 
     def samples(self, step: int) -> list[int]:
         """A step's global batch, as positions in the task's training data (what methods add comes last there)."""
@@ -125,7 +123,7 @@ class TaskTrainer:
     @property
     def _masks_anew(self) -> bool:
         """Whether a sample is another input in every step."""
-        return self._engine.objective == "masked_lm"
+        return self._collator.objective.facts.masked
 
     def _learnt(self, rank: int) -> list[Chunk]:
         """A rank's inputs in the whole task, each once, in micro-batches of the run's size."""
@@ -139,7 +137,7 @@ class TaskTrainer:
 
     def _global_targets(self, step: int, batches: Sequence[Batch]) -> int:
         """Targets of the global batch; every rank can count them from the samples, but for those that masking draws."""
-        if self._engine.objective != "masked_lm":
+        if not self._masks_anew:
             return sum(self._samples[index].targets for index in self._plan.step(step))
         count = torch.tensor(sum(batch.targets for batch in batches), device=device())
         torch.distributed.all_reduce(count)

@@ -14,18 +14,19 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from cl_dist.config.objectives import ObjectiveName
 from cl_dist.engine.broken import is_collective
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.models.structure import base_model
 from cl_dist.tasks.collate import Batch, collate
-from cl_dist.tasks.encode import Objective
-from cl_dist.tasks.types import IGNORE, Encoded
+from cl_dist.tasks.objectives import OBJECTIVES
+from cl_dist.tasks.types import Encoded
 
 LENGTHS = (((7, 5, 6), (4, 2, 3)), ((5, 3), (3, 2)))
 """Input and target tokens of the samples of either batch."""
 
 
-def trial_batches(model: nn.Module, objective: Objective) -> list[Batch]:
+def trial_batches(model: nn.Module, objective: ObjectiveName) -> list[Batch]:
     """The batches, on the CPU, the same on every rank."""
     config = base_model(model).config
     text = config.get_text_config()
@@ -41,8 +42,7 @@ def trial_batches(model: nn.Module, objective: Objective) -> list[Batch]:
     def sample(length: int, targets: int) -> Encoded:
         tokens = [draw.choice(ids) for _ in range(length)]
         answer = [draw.choice(ids) for _ in range(targets)]
-        labels = {"classification": [0], "seq2seq_lm": answer}.get(objective, [IGNORE, *tokens[1:]])
-        return Encoded(0, tokens, labels)
+        return Encoded(0, tokens, OBJECTIVES[objective].made_up_labels(tokens, answer))
 
     return [
         collate(

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+from cl_dist.config.objectives import FACTS, Mode, ObjectiveName
 from cl_dist.config.schema import EvalConfig
 from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
-from cl_dist.evaluation.result import Mode
-from cl_dist.tasks.encode import Objective
 from cl_dist.tasks.types import Task
 
-MODES: dict[Objective, tuple[Mode, ...]] = {
-    "causal_lm": ("likelihood", "generate", "perplexity"),
-    "seq2seq_lm": ("likelihood", "generate"),
-    "classification": ("likelihood",),
-    "masked_lm": ("perplexity",),
-}
-"""Modes that a model of each objective can be scored in."""
 
-
-def resolve_mode(task: Task, objective: Objective, config: EvalConfig) -> Mode:
+def resolve_mode(task: Task, objective: ObjectiveName, config: EvalConfig) -> Mode:
     """The mode that a task is scored in; raises BadInput where the task or the model does not allow it."""
     mode = _default_mode(task) if config.mode == "auto" else config.mode
     where = f"eval.mode {mode}: task {task.name!r}"
-    if mode not in MODES[objective]:
-        allowed = listed(MODES[objective], last="or")
+    if mode not in FACTS[objective].modes:
+        allowed = listed(FACTS[objective].modes, last="or")
         raise BadInput(
             f"{where} cannot be scored so with a {objective} model, which allows {allowed} (model.objective)"
         )

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from cl_dist.config.objectives import ObjectiveName
 from cl_dist.config.schema import EvalConfig
 from cl_dist.evaluation.batches import cut_pass, deal_batches, plan_passes, rounds
 from cl_dist.evaluation.choice import resolve_mode
 from cl_dist.evaluation.modes import Scorer, Subject, make_scorer
 from cl_dist.evaluation.result import Mode, Prediction, TaskScore
 from cl_dist.evaluation.wrapped import evaluating
-from cl_dist.tasks.encode import Encoder, Objective
+from cl_dist.tasks.encode import Encoder
 from cl_dist.tasks.types import Task
 
 PAUSE_BATCHES = 8
@@ -40,7 +41,7 @@ class Evaluator:
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        objective: Objective,
+        objective: ObjectiveName,
         encoder: Encoder,
         label_names: tuple[str, ...],
         config: EvalConfig,

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from cl_dist.config.objectives import FACTS, AnswerPlace, ObjectiveName
 from cl_dist.config.schema import EvalConfig
 from cl_dist.errors import BadInput
 from cl_dist.evaluation import likelihood
@@ -19,7 +21,7 @@ from cl_dist.evaluation.perplexity import log_likelihoods, perplexity, text_batc
 from cl_dist.evaluation.result import CUT_GENERATIONS, Mode, Prediction, weighted_mean
 from cl_dist.evaluation.scores import comparison, macro_f1
 from cl_dist.models.structure import base_model
-from cl_dist.tasks.encode import Encoder, Objective
+from cl_dist.tasks.encode import Encoder
 from cl_dist.tasks.types import Slot, Task
 
 
@@ -30,7 +32,7 @@ class Subject:
     model: nn.Module
     """The module inside the engine; its weights may be sharded (ZeRO-3)."""
     tokenizer: PreTrainedTokenizerBase
-    objective: Objective
+    objective: ObjectiveName
     """The resolved one."""
     encoder: Encoder
     label_names: tuple[str, ...]
@@ -72,7 +74,10 @@ def make_scorer(mode: Mode, subject: Subject, task: Task, config: EvalConfig) ->
         return PerplexityScorer(subject, task, config)
     if mode == "generate":
         return GenerationScorer(subject, task, config)
-    return LikelihoodScorer(subject, task, config)
+    answer = FACTS[subject.objective].answer
+    if answer is None:
+        raise BadInput(f"task {task.name!r}: eval.mode likelihood is not for {subject.objective}, which has no answers")
+    return LIKELIHOOD_SCORERS[answer](subject, task, config)
 
 
 class Answer(NamedTuple):
@@ -137,34 +142,62 @@ class PromptScorer:
 class LikelihoodScorer(PromptScorer):
     """Chooses the likeliest of the task's labels; of equally likely ones the first."""
 
-    def __init__(self, subject: Subject, task: Task, config: EvalConfig) -> None:
-        super().__init__(subject, task, config)
-        self._packed = False
-        if subject.objective == "classification":
-            self._label_ids = [subject.label_names.index(label) for label in task.labels]
-            return
-        self._labels = [subject.encoder.scored_ids(label) for label in task.labels]
-        if subject.objective == "causal_lm":
-            self._packed = self._can_pack()
-
     def answer(self, prompts: Sequence[list[int]]) -> list[Answer]:
         """The likeliest label for each prompt."""
-        model, pad_id = self.subject.model, self.subject.encoder.pad_id
-        if self.subject.objective == "classification":
-            scores = likelihood.head_scores(model, prompts, self._label_ids, pad_id)
-        elif self.subject.objective == "seq2seq_lm":
-            scores = likelihood.seq2seq_scores(model, prompts, self._labels, pad_id, self.batch_size)
-        else:
-            scores = likelihood.causal_scores(model, prompts, self._labels, pad_id, self._packed, self.batch_size)
-        return [Answer(self.task.labels[choice]) for choice in scores.argmax(dim=1).tolist()]
+        return [Answer(self.task.labels[choice]) for choice in self.scores(prompts).argmax(dim=1).tolist()]
 
-    def _can_pack(self) -> bool:
-        """Decided for the whole task and from the same inputs on all ranks, so that they agree."""
-        columns = max(self.lengths) + sum(len(label) for label in self._labels)
+    def scores(self, prompts: Sequence[list[int]]) -> torch.Tensor:
+        """(prompts, labels), on the CPU: how likely each label is."""
+        raise NotImplementedError
+
+
+class HeadLikelihood(LikelihoodScorer):
+    """By the outputs of a classification head."""
+
+    def scores(self, prompts: Sequence[list[int]]) -> torch.Tensor:
+        """See `likelihood.head_scores`."""
+        label_ids = [self.subject.label_names.index(label) for label in self.task.labels]
+        return likelihood.head_scores(self.subject.model, prompts, label_ids, self.subject.encoder.pad_id)
+
+
+class DecoderLikelihood(LikelihoodScorer):
+    """By the decoder of an encoder-decoder."""
+
+    def __init__(self, subject: Subject, task: Task, config: EvalConfig) -> None:
+        super().__init__(subject, task, config)
+        self._labels = [subject.encoder.scored_ids(label) for label in task.labels]
+
+    def scores(self, prompts: Sequence[list[int]]) -> torch.Tensor:
+        """See `likelihood.seq2seq_scores`."""
         model, pad_id = self.subject.model, self.subject.encoder.pad_id
-        return likelihood.can_pack(model, columns) and likelihood.packing_agrees(
+        return likelihood.seq2seq_scores(model, prompts, self._labels, pad_id, self.batch_size)
+
+
+class ContinuationLikelihood(LikelihoodScorer):
+    """As continuations of the prompt, by a decoder; packed behind one copy of the prompt if the model allows it."""
+
+    def __init__(self, subject: Subject, task: Task, config: EvalConfig) -> None:
+        super().__init__(subject, task, config)
+        self._labels = [subject.encoder.scored_ids(label) for label in task.labels]
+        # Decided for the whole task and from the same inputs on all ranks, so that they agree.
+        columns = max(self.lengths) + sum(len(label) for label in self._labels)
+        model, pad_id = subject.model, subject.encoder.pad_id
+        self._packed = likelihood.can_pack(model, columns) and likelihood.packing_agrees(
             model, self.prompts[0], self._labels[:2], pad_id
         )
+
+    def scores(self, prompts: Sequence[list[int]]) -> torch.Tensor:
+        """See `likelihood.causal_scores`."""
+        model, pad_id = self.subject.model, self.subject.encoder.pad_id
+        return likelihood.causal_scores(model, prompts, self._labels, pad_id, self._packed, self.batch_size)
+
+
+LIKELIHOOD_SCORERS: dict[AnswerPlace, type[LikelihoodScorer]] = {
+    "behind prompt": ContinuationLikelihood,
+    "apart": DecoderLikelihood,
+    "class": HeadLikelihood,
+}
+"""By where an objective has its answers."""
 
 
 class GenerationScorer(PromptScorer):
@@ -209,7 +242,7 @@ class PerplexityScorer:
         subject = self._subject
         chunks = [self._chunks[index] for index in indices]
         batch = text_batch(chunks, subject.objective, subject.tokenizer, subject.encoder.pad_id)
-        sums = log_likelihoods(subject.model, batch, shifted=subject.objective == "causal_lm")
+        sums = log_likelihoods(subject.model, batch, subject.objective)
         return [
             Prediction(index, "", "", total / tokens, tokens)
             for index, (total, tokens) in zip(indices, sums, strict=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from cl_dist.config.objectives import FACTS, ObjectiveName
 from cl_dist.config.schema import EvalConfig
 from cl_dist.config.words import shorten
 from cl_dist.errors import BadInput
@@ -16,7 +17,7 @@ from cl_dist.evaluation.choice import resolve_metric, resolve_mode
 from cl_dist.evaluation.scores import Comparison, comparison, normalise
 from cl_dist.heartbeat import beat
 from cl_dist.progress import different_scores
-from cl_dist.tasks.encode import Encoder, Objective
+from cl_dist.tasks.encode import Encoder
 from cl_dist.tasks.types import Task
 
 
@@ -33,7 +34,9 @@ class Notice:
     """Whether it is a warning; otherwise the log alone has it."""
 
 
-def outlook(tasks: Sequence[Task], encoder: Encoder, objective: Objective, config: EvalConfig) -> tuple[Notice, ...]:
+def outlook(
+    tasks: Sequence[Task], encoder: Encoder, objective: ObjectiveName, config: EvalConfig
+) -> tuple[Notice, ...]:
     """What is to be known about the tasks' scores, in the tasks' order.
 
     Raises:
@@ -55,7 +58,7 @@ def _of_template(encoder: Encoder) -> Iterator[Notice]:
         yield Notice(None, "template", text)
 
 
-def _of_metrics(tasks: Sequence[Task], objective: Objective, config: EvalConfig) -> Iterator[Notice]:
+def _of_metrics(tasks: Sequence[Task], objective: ObjectiveName, config: EvalConfig) -> Iterator[Notice]:
     names = {task.name: resolve_metric(task, resolve_mode(task, objective, config), config) for task in tasks}
     if different := different_scores(names):
         yield Notice(
@@ -65,7 +68,7 @@ def _of_metrics(tasks: Sequence[Task], objective: Objective, config: EvalConfig)
         )
 
 
-def _of_task(task: Task, encoder: Encoder, objective: Objective, config: EvalConfig) -> Iterator[Notice]:
+def _of_task(task: Task, encoder: Encoder, objective: ObjectiveName, config: EvalConfig) -> Iterator[Notice]:
     mode = resolve_mode(task, objective, config)
     yield from _of_data(task)
     if mode == "perplexity":
@@ -74,7 +77,7 @@ def _of_task(task: Task, encoder: Encoder, objective: Objective, config: EvalCon
     if task.labels:
         _check_for_scorer(task, compared)
         yield from _of_labels(task, compared)
-    if mode == "likelihood" and objective != "classification":
+    if mode == "likelihood" and FACTS[objective].generates:
         _check_tokens(task, encoder)
     if mode == "generate":
         if task.labels and compared.exact:

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from cl_dist.config.objectives import ObjectiveName
 from cl_dist.evaluation.likelihood import log_probabilities
 from cl_dist.evaluation.wrapped import device_of
-from cl_dist.tasks.collate import Batch, collate, mask_tokens
-from cl_dist.tasks.encode import Objective
+from cl_dist.tasks.collate import Batch, collate
+from cl_dist.tasks.objectives import OBJECTIVES
 from cl_dist.tasks.types import IGNORE, Encoded
 
 MASK_SEED = 0
@@ -26,23 +27,17 @@ MASK_SEED = 0
 
 
 def text_batch(
-    samples: Sequence[Encoded], objective: Objective, tokenizer: PreTrainedTokenizerBase, pad_id: int
+    samples: Sequence[Encoded], objective: ObjectiveName, tokenizer: PreTrainedTokenizerBase, pad_id: int
 ) -> Batch:
-    """A padded batch of text, masked for masked_lm; which tokens are masked depends on the samples' indices alone."""
-    batch = collate(list(samples), objective, pad_id)
-    return mask_tokens(batch, tokenizer, MASK_SEED) if objective == "masked_lm" else batch
+    """A padded batch of text, posed as in training; what is masked depends on the samples' indices alone."""
+    return OBJECTIVES[objective].pose(collate(list(samples), objective, pad_id), tokenizer, MASK_SEED)
 
 
-def log_likelihoods(model: nn.Module, batch: Batch, shifted: bool) -> list[tuple[float, int]]:
-    """Of each sample the sum of its targets' log-likelihoods in nats and their number.
-
-    `shifted` is for decoders, whose target at a position is predicted by the position before.
-    """
+def log_likelihoods(model: nn.Module, batch: Batch, objective: ObjectiveName) -> list[tuple[float, int]]:
+    """Of each sample the sum of its targets' log-likelihoods in nats and their number."""
     device = device_of(model)
     logits = model(**{name: tensor.to(device) for name, tensor in batch.inputs.items()}).logits
-    targets = batch.labels.to(device)
-    if shifted:
-        logits, targets = logits[:, :-1], targets[:, 1:]
+    logits, targets = OBJECTIVES[objective].aligned(logits, batch.labels.to(device))
     sums = log_probabilities(logits, targets).sum(1, dtype=torch.float64)
     return list(zip(sums.tolist(), (targets != IGNORE).sum(1).tolist(), strict=True))
 

@@ -6,11 +6,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from cl_dist.config.objectives import Mode as Mode
 from cl_dist.state.atomic import make_folder, replacing
-
-Mode = Literal["likelihood", "generate", "perplexity"]
 
 CUT_GENERATIONS = "cut_generations"
 """Name of the number of answers that `eval.max_new_tokens` has ended."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cl_dist.heartbeat import beat
+from cl_dist.models.measuring import kept_capacities
 from cl_dist.models.structure import base_model
 
 
@@ -35,7 +36,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     model.eval()
     marks = base_model(model).register_forward_pre_hook(lambda *_: beat())
     try:
-        with torch.no_grad():
+        with torch.no_grad(), kept_capacities(model):
             yield
     finally:
         marks.remove()

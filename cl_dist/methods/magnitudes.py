@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from cl_dist.errors import ClDistError
 from cl_dist.kernels import row_magnitude
 from cl_dist.methods.token_axes import Call, Trial, calls_of, counted
-from cl_dist.models.experts import ExpertsTap, Routed
-from cl_dist.models.tracked import TrackedLayer
+from cl_dist.models.experts import Routed
+from cl_dist.models.layer_kinds import Tap, TrackedLayer
 
 Plan = Mapping[str, tuple[Call, ...]]
 """By layer, what its calls in a forward pass are."""
@@ -28,7 +28,7 @@ class MagnitudeSums:
         per_token: L1-normalise every token's output before the sum (`kernels.row_magnitude`).
         count_padding: Count every token; otherwise those that `token_masks` marks.
         plan: What the layers' calls are; None: every output counts, until `learnt` knows better.
-        mask_bias: For the experts' taps.
+        mask_bias: For the taps.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MagnitudeSums:
         """How often each layer was measured since `clear`."""
         self.counting = False
         """Whether forward passes of training count."""
-        self.awaited: set[str] | None = {layer.name for layer in layers.values() if layer.kind != "experts"}
+        self.awaited: set[str] | None = {layer.name for layer in layers.values() if not layer.kind.tapped}
         """Layers whose forward has not run in training yet; None: nobody asks."""
         self.plan = plan
         self._model, self._per_token, self._count_padding = model, per_token, count_padding
@@ -66,9 +66,10 @@ class MagnitudeSums:
         """Views of `flat` by layer name."""
         groups = [layer.layout.matrices for layer in layers.values()]
         self._tokens = dict(zip(layers, self.tokens.split(groups), strict=True))
-        self.taps: dict[str, ExpertsTap] = {}
-        """By name, the modules of experts."""
-        self._handles = [handle for layer in layers.values() for handle in self._watch(layer, mask_bias)]
+        self.taps: dict[str, Tap] = {}
+        """By name, the modules whose outputs show in a tap, such as experts."""
+        self._handles: list[RemovableHandle] = []
+        self._watch(mask_bias)
 
     def clear(self) -> None:
         """Start from zero."""
@@ -103,55 +104,23 @@ class MagnitudeSums:
         for tap in self.taps.values():
             tap.remove()
 
-    def _watch(self, layer: TrackedLayer, mask_bias: bool) -> list[RemovableHandle]:
-        """Let the layer's outputs come to `_record`."""
-        if layer.kind == "experts":
-            return [self._watch_experts(layer, mask_bias)]
-        if layer.kind == "router":
-            return [layer.module.register_forward_pre_hook(self._router_hook(layer))]
-        return [layer.module.register_forward_hook(self._linear_hook(layer))]
+    @property
+    def learning(self) -> bool:
+        """Whether the forward pass under way is a trial."""
+        return self._learning
 
-    def _linear_hook(self, layer: TrackedLayer) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        def record(module: nn.Module, _: Any, output: torch.Tensor) -> None:
-            leading = output.shape[:-1] if isinstance(output, torch.Tensor) else None
-            if self._is_seen(layer, module, leading):
-                self._record(layer, output)
+    def _watch(self, mask_bias: bool) -> None:
+        """Let the layers' outputs come here, in hooks or through one tap for each module."""
+        tapped: dict[str, list[TrackedLayer]] = {}
+        for layer in self.layers.values():
+            if layer.kind.tapped:
+                tapped.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+            else:
+                self._handles.append(layer.kind.hook(layer, self))
+        for name, layers in tapped.items():
+            self.taps[name] = layers[0].kind.tap(name, layers, self, mask_bias)
 
-        return record
-
-    def _router_hook(self, layer: TrackedLayer) -> Callable[[nn.Module, Any], None]:
-        def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            # Before the forward, because ZeRO-3 takes the weight away after it. The product is a small one.
-            hidden = inputs[0]
-            if self._is_seen(layer, module, hidden.shape[:-1]):
-                with torch.no_grad():
-                    weight, bias = module.weight, getattr(module, "bias", None)
-                    self._record(layer, nn.functional.linear(hidden.to(weight.dtype), weight, bias))  # type: ignore[arg-type]
-
-        return record
-
-    def _watch_experts(self, layer: TrackedLayer, mask_bias: bool) -> RemovableHandle:
-        name, _, _ = layer.name.rpartition(".")
-        if name not in self.taps:
-            by_projection = {
-                other.name.rpartition(".")[2]: other for other in self.layers.values() if other.module is layer.module
-            }
-
-            def observe(which: str, routed: Routed) -> None:
-                measured = by_projection.get(which)
-                if measured is not None and self._is_seen(measured, measured.module, routed.leading):
-                    self._record_experts(measured, routed)
-
-            self.taps[name] = ExpertsTap(name, layer.module, observe, mask_bias)
-
-        def learn(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._learning:
-                hidden = args[0] if args else next(iter(kwargs.values()))
-                self._is_seen(layer, module, hidden.shape[:-1])
-
-        return layer.module.register_forward_pre_hook(learn, with_kwargs=True)
-
-    def _is_seen(self, layer: TrackedLayer, module: nn.Module, leading: torch.Size | None) -> bool:
+    def wants(self, layer: TrackedLayer, module: nn.Module, leading: torch.Size | None) -> bool:
         """Whether a call's outputs are to be recorded; a trial's are not, but their shape is noted."""
         # A forward pass inside backward recomputes activations: those tokens were counted the first time.
         if torch._C._current_graph_task_id() != -1:
@@ -163,7 +132,7 @@ class MagnitudeSums:
             self.awaited.discard(layer.name)
         return self.counting and module.training
 
-    def _record(self, layer: TrackedLayer, output: torch.Tensor) -> None:
+    def record(self, layer: TrackedLayer, output: torch.Tensor) -> None:
         """Add the magnitudes of a call's outputs."""
         which = self._counted(layer, output.shape[:-1])
         if which is not False:
@@ -171,7 +140,7 @@ class MagnitudeSums:
             magnitude = row_magnitude(output, which, per_token=self._per_token)
             self.by_layer[layer.name].add_(magnitude)
 
-    def _record_experts(self, layer: TrackedLayer, routed: Routed) -> None:
+    def record_routed(self, layer: TrackedLayer, routed: Routed) -> None:
         """Add to each expert's sums those of the tokens that were routed to it."""
         which = self._counted(layer, routed.leading)
         if which is False:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import TrainConfig
@@ -25,8 +24,9 @@ from cl_dist.methods.magnitudes import MagnitudeSums, Plan
 from cl_dist.methods.untracked import Untracked
 from cl_dist.models.dropout import layerdrop
 from cl_dist.models.every_expert import module_experts
-from cl_dist.models.skipping import RowSkipper, is_skippable
-from cl_dist.models.tracked import TrackedLayer, tracked_layers, untracked_matrices
+from cl_dist.models.layer_kinds import TrackedLayer
+from cl_dist.models.skipping import RowSkipper
+from cl_dist.models.tracked import tracked_layers, untracked_matrices
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import RowFreezer, ShardView
 
@@ -77,7 +77,7 @@ class Migu(Method):
         self._agreement = Agreement(self._sums.flat.device)
         self._layouts = self._row_layouts()
         self._freezer = RowFreezer(self._shards, self._layouts) if config.mask == "update" else None
-        whole = [layer for layer in layers.values() if not (layer.kind == "experts" or is_skippable(layer.module))]
+        whole = [layer for layer in layers.values() if not layer.kind.skips(layer.module)]
         # Layers whose rows backward computes all: routers, and linear layers with a forward of their own.
         self._not_skipped = {name for layer in whole for name in (layer.weight, layer.bias) if name is not None}
         known_in_time = self._train.gradient_accumulation == 1 or config.mask_scope == "micro_batch"
@@ -93,8 +93,8 @@ class Migu(Method):
             layouts |= {layer.bias: layer.bias_layout for layer in self._layers.values() if layer.bias is not None}
         return layouts
 
-    def _skippable(self) -> dict[str, nn.Linear | Conv1D]:
-        """The layers that `RowSkipper` takes; experts skip in their taps, other layers not at all.
+    def _skippable(self) -> dict[str, nn.Module]:
+        """The layers that `RowSkipper` takes; others skip in their taps or not at all.
 
         Raises:
             BadInput: Masks of single micro-batches are asked for, and there is a layer that cannot skip.
@@ -106,11 +106,10 @@ class Migu(Method):
                 f"method.mask_scope: micro_batch masks inside the backward pass, which {min(self._not_skipped)} does "
                 "not allow; allowed for this model is step"
             )
-        modules = {name: layer.module for name, layer in self._layers.items()}
         return {
-            name: module
-            for name, module in modules.items()
-            if isinstance(module, nn.Linear | Conv1D) and self._layers[name].weight not in self._not_skipped
+            name: layer.module
+            for name, layer in self._layers.items()
+            if not layer.kind.tapped and layer.weight not in self._not_skipped
         }
 
     def detach(self) -> None:
@@ -240,7 +239,7 @@ class Migu(Method):
 
         Backward never asks for its rows.
         """
-        is_expert = [layer.kind == "experts" for layer in self._layers.values() for _ in layer.sizes]
+        is_expert = [layer.kind.routed for layer in self._layers.values() for _ in layer.sizes]
         return [
             RowMask(mask.keep & expert_hit, mask.rows) if of_experts else mask
             for mask, of_experts, expert_hit in zip(masks, is_expert, hit.unbind(), strict=True)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast, RobertaConfig, T5Config
 
-from cl_dist.models.check import Family
+from cl_dist.config.objectives import Family
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<mask>", "<unk>")
 PAD_ID, BOS_ID, EOS_ID, MASK_ID, UNK_ID = range(len(SPECIAL_TOKENS))

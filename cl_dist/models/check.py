@@ -10,32 +10,17 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cl_dist.config.files import is_file, is_folder, refuse_special, refuse_special_below
-from cl_dist.config.schema import BUILTIN_MODELS, ModelConfig, TrainConfig
+from cl_dist.config.objectives import FACTS, Family, ObjectiveName, objectives_of
+from cl_dist.config.schema import BUILTIN_FAMILIES, BUILTIN_MODELS, ModelConfig, TrainConfig
 from cl_dist.config.words import listed, show
 from cl_dist.errors import BadInput
 from cl_dist.models.position_settings import Positions, configured_positions
-from cl_dist.tasks.encode import Objective
 from cl_dist.tasks.template import no_chat_template
 
-Family = Literal["decoder", "encoder", "encoder-decoder"]
-
 BUILTIN_PREFIX = "builtin:"
-OBJECTIVES: dict[Family, tuple[Objective, ...]] = {
-    "decoder": ("causal_lm", "classification"),
-    "encoder": ("classification", "masked_lm"),
-    "encoder-decoder": ("seq2seq_lm",),
-}
-"""What each family can be trained to do; the first is what `objective: auto` means."""
-
-BUILTIN_FAMILIES: dict[str, Family] = {
-    "builtin:llama-tiny": "decoder",
-    "builtin:t5-tiny": "encoder-decoder",
-    "builtin:roberta-tiny": "encoder",
-}
-
 TEXT_ARCHITECTURES = (
     "ForCausalLM",
     "LMHeadModel",
@@ -64,6 +49,18 @@ SIZES = (
 )
 """Entries of config.json that a model is built from without a look at them."""
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+# fmt: off
+WITHOUT_SDPA = frozenset((
+    "big_bird", "bigbird_pegasus", "bloom", "canine", "codegen", "convbert", "cpmant", "deberta", "deberta-v2",
+    "deepseek_v4", "falcon_mamba", "flaubert", "flint", "fnet", "fsmt", "funnel", "gemma2", "git", "got_ocr2",
+    "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "granite_swa", "granitemoe_swa", "hy_v4", "ibert",
+    "inkling2_text", "layoutlmv2", "layoutlmv3", "led", "lilt", "longformer", "longt5", "luke", "mamba", "mamba2",
+    "markuplm", "megatron-bert", "mimo_v2_flash", "mpnet", "mpt", "mra", "mvp", "nllb-moe", "nystromformer",
+    "openai-gpt", "pegasus_x", "perceiver", "prophetnet", "reformer", "rembert", "roformer", "rwkv", "squeezebert",
+    "switch_transformers", "t5gemma", "tapas", "trocr", "vaultgemma", "xglm", "xlm", "xlnet", "xlstm", "yoso",
+))
+# fmt: on
+"""Model types for which transformers has no sdpa; a test compares them with its classes."""
 HEADER_LIMIT = 100 * 2**20
 """Bytes; safetensors itself refuses longer headers."""
 
@@ -78,9 +75,10 @@ def check_model_config(model: ModelConfig, label_names: Sequence[str] | None = N
         _check_builtin(model)
     elif (folder := local_folder(name)) is not None:
         _check_folder(folder, model)
-    if model.objective == "classification" and label_names is not None and not label_names:
+    needs_labels = model.objective != "auto" and FACTS[model.objective].needs_labels
+    if needs_labels and label_names is not None and not label_names:
         raise BadInput(
-            "model.objective: classification needs a stream whose tasks have labels, and none of these has any"
+            f"model.objective: {model.objective} needs a stream whose tasks have labels, and none of these has any"
         )
 
 
@@ -101,9 +99,9 @@ def _has_chat_template(folder: Path) -> bool:
     return settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8", errors="replace")
 
 
-def resolve_objective(objective: str, family: Family, name: str) -> Objective:
+def resolve_objective(objective: str, family: Family, name: str) -> ObjectiveName:
     """The objective that `auto` stands for, or `objective` itself where a model of this `family` can have it."""
-    allowed = OBJECTIVES[family]
+    allowed = objectives_of(family)
     if objective == "auto":
         return allowed[0]
     for candidate in allowed:
@@ -115,7 +113,7 @@ def resolve_objective(objective: str, family: Family, name: str) -> Objective:
     )
 
 
-def known_objective(model: ModelConfig) -> Objective | None:
+def known_objective(model: ModelConfig) -> ObjectiveName | None:
     """The objective that a model will be trained for, where names and small files tell; None where they do not."""
     family = BUILTIN_FAMILIES.get(model.name_or_path) or _family_in_folder(model)
     return None if family is None else resolve_objective(model.objective, family, model.name_or_path)
@@ -214,6 +212,8 @@ def _check_folder(folder: Path, model: ModelConfig) -> None:
     _check_architecture(config, folder)
     if config.get("is_encoder_decoder"):
         resolve_objective(model.objective, "encoder-decoder", str(folder))
+    if model.attention == "sdpa" and not model.trust_remote_code and config.get("model_type") in WITHOUT_SDPA:
+        raise no_sdpa(model, (config.get("architectures") or [config["model_type"]])[0])
     if not model.trust_remote_code and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise BadInput(f"model.name_or_path: {folder} has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
     for file in _weight_files(folder):
@@ -283,6 +283,11 @@ def unsupported_architecture(name: str, architecture: str) -> BadInput:
         f"model.name_or_path: {name} is a {architecture}; allowed are text models that are decoders (as Llama), "
         "encoders (as RoBERTa) or encoder-decoders (as T5)"
     )
+
+
+def no_sdpa(model: ModelConfig, architecture: str) -> BadInput:
+    """The error for a model whose code has no sdpa, where the recipe insists on it."""
+    return BadInput(f"model.attention: {model.name_or_path}, a {architecture}, has no sdpa; allowed are auto and eager")
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.kernels import masked_weight_grad
@@ -46,15 +47,23 @@ class ExpertsTap:
 
     Args:
         name: The module's name, for messages.
-        module: Experts as `models.tracked.is_experts` knows them.
+        module: Experts as `models.layer_kinds.is_experts` knows them.
         observe: Called twice in each forward pass of training while `active`.
         mask_bias: Mask the biases' gradients along with the rows that are skipped.
+        enter: Called before every forward pass with the leading shape of the tokens that come in; None: nobody asks.
 
     Raises:
         BadInput: The module's forward has been replaced already.
     """
 
-    def __init__(self, name: str, module: nn.Module, observe: Observe, mask_bias: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        observe: Observe,
+        mask_bias: bool = True,
+        enter: Callable[[torch.Size], None] | None = None,
+    ) -> None:
         if "forward" in module.__dict__:
             raise BadInput(
                 f"method.untracked: the forward of {name} ({type(module).__name__}) has been replaced by another "
@@ -70,10 +79,13 @@ class ExpertsTap:
         self._module: Any = module  # its attributes are the experts interface's
         self._signature = inspect.signature(type(module).forward)
         module.forward = self._forward
+        self._entering = None if enter is None else _on_entry(module, enter)
 
     def remove(self) -> None:
         """Give the module its own forward back."""
         self._module.__dict__.pop("forward", None)
+        if self._entering is not None:
+            self._entering.remove()
 
     @torch.compiler.disable(recursive=True, reason="how many tokens an expert gets is known in the forward pass only")
     def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -141,6 +153,14 @@ class ExpertsTap:
         return self._mask_bias
 
 
+def _on_entry(module: nn.Module, enter: Callable[[torch.Size], None]) -> RemovableHandle:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        enter(hidden.shape[:-1])
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 class _GroupedLinear(torch.autograd.Function):
     """`Y_e = X_e W_e^T (+ b_e)` for each expert's run of sorted inputs; of dW_e the chosen rows."""
 
@@ -184,28 +204,44 @@ class _GroupedLinear(torch.autograd.Function):
             start += count
             if grad_input is not None:
                 torch.mm(grad_output[here], matrices[number], out=grad_input[here])
-            rows = None if chosen is None else chosen[number]
-            if grad_weight is not None:
-                own = grad_weight[number].t() if ctx.transposed else grad_weight[number]
-                _add_weight_gradient(own, inputs[here], grad_output[here], rows)
-            if grad_bias is not None:
-                _add_bias_gradient(grad_bias[number], grad_output[here], rows if ctx.tap.mask_bias else None)
+            own = None if grad_weight is None else grad_weight[number]
+            _write_gradients(
+                own.t() if own is not None and ctx.transposed else own,
+                None if grad_bias is None else grad_bias[number],
+                inputs[here],
+                grad_output[here],
+                None if chosen is None else chosen[number],
+                ctx.tap.mask_bias,
+            )
         return grad_input, grad_weight, grad_bias, None, None, None, None
 
 
-def _add_weight_gradient(
-    own: torch.Tensor, inputs: torch.Tensor, grad_output: torch.Tensor, rows: torch.Tensor | None
+def _write_gradients(
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    inputs: torch.Tensor,
+    grad_output: torch.Tensor,
+    rows: torch.Tensor | None,
+    mask_bias: bool,
 ) -> None:
-    """Write one expert's gradient into zeros: `own` is `(rows, in)`, perhaps a transposed view."""
-    if rows is None:
-        own.copy_(grad_output.t() @ inputs)
-    else:
-        own.copy_(masked_weight_grad(inputs, grad_output, rows)[0])
+    """Write one expert's gradients into zeros: of the chosen rows, or (None) of all.
 
-
-def _add_bias_gradient(own: torch.Tensor, grad_output: torch.Tensor, rows: torch.Tensor | None) -> None:
-    whole = grad_output.sum(0)
-    if rows is None:
-        own.copy_(whole)
-    else:
-        own[rows] = whole[rows]
+    Args:
+        weight: `(rows, in)`, perhaps a transposed view; None: not asked for.
+        bias: `(rows,)`; None: not asked for.
+        inputs: `(tokens, in)`.
+        grad_output: `(tokens, rows)`.
+        rows: `(kept,)` int64.
+        mask_bias: Write the bias's chosen rows alone, too.
+    """
+    masks_bias = bias is not None and mask_bias and rows is not None
+    if weight is not None and rows is None:
+        weight.copy_(grad_output.t() @ inputs)
+    elif weight is not None and rows is not None:
+        masked_weight_grad(inputs, grad_output, rows, weight, bias if masks_bias else None, bias=masks_bias)
+    if bias is not None and not (masks_bias and weight is not None):
+        sums = grad_output.sum(0)
+        if masks_bias:
+            bias[rows] = sums[rows]
+        else:
+            bias.copy_(sums)

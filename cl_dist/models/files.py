@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cl_dist.config.schema import ModelConfig
-from cl_dist.models.check import BUILTIN_FAMILIES, local_folder
+from cl_dist.config.schema import BUILTIN_FAMILIES, ModelConfig
+from cl_dist.models.check import local_folder
 
 WEIGHT_FILES = (
     ("model.safetensors",),

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,15 +25,15 @@ from transformers import (
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils import logging as hf_logging
 
-from cl_dist.config.schema import ModelConfig
+from cl_dist.config.objectives import FACTS, Family, ObjectiveName
+from cl_dist.config.schema import BUILTIN_FAMILIES, ModelConfig
 from cl_dist.config.words import show
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.models.builtin import builtin_config, byte_tokenizer
 from cl_dist.models.check import (
-    BUILTIN_FAMILIES,
-    Family,
     check_model_config,
     local_folder,
+    no_sdpa,
     refuse_long,
     resolve_objective,
     unsupported_architecture,
@@ -43,16 +43,12 @@ from cl_dist.models.gguf import converted_gguf
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.positions import longest_inputs
 from cl_dist.models.structure import base_model, head_prefixes, is_below, unread_parameters
-from cl_dist.tasks.encode import Objective
 from cl_dist.tasks.template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
-AUTO_CLASSES: dict[Objective, Any] = {
-    "causal_lm": AutoModelForCausalLM,
-    "seq2seq_lm": AutoModelForSeq2SeqLM,
-    "classification": AutoModelForSequenceClassification,
-    "masked_lm": AutoModelForMaskedLM,
+AUTO_CLASSES: dict[ObjectiveName, Any] = {
+    name: getattr(transformers, facts.auto_class) for name, facts in FACTS.items()
 }
 
 
@@ -62,7 +58,7 @@ class LoadedModel:
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
-    objective: Objective
+    objective: ObjectiveName
     """What the model is trained to do, resolved: never `auto`."""
     drawn: frozenset[str] = frozenset()
     """Names of the parameters that no file had and that were drawn at random: a new head, a pooler below it."""
@@ -98,7 +94,7 @@ def load_model(
     _fit_to_task(config, tokenizer, objective, label_count, model.name_or_path)
     with _quiet(), _told_as_bad_input(model), _sharded_from_the_start(zero3_config):
         built, drawn = _build(model, folder, config, objective, dtype, seed)
-    if objective == "seq2seq_lm":
+    if FACTS[objective].answer_apart:
         _set_first_token(built, model.name_or_path)
     _tell_attention(built, model)
     run_every_expert(built)
@@ -169,10 +165,11 @@ def _tokenizer(model: ModelConfig, source: str | None, config: PreTrainedConfig)
 
 
 def _fit_to_task(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, objective: Objective, label_count: int, name: str
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, objective: ObjectiveName, label_count: int, name: str
 ) -> None:
     """Enter labels and padding id into `config`; BadInput where tokenizer and objective do not fit."""
-    if objective == "classification":
+    facts = FACTS[objective]
+    if facts.needs_labels:
         if label_count < 1:
             raise BadInput(f"model.objective: {name} as a classifier needs a stream whose tasks have labels")
         config.num_labels = label_count
@@ -180,8 +177,8 @@ def _fit_to_task(
     for each in (config, text):
         if getattr(each, "pad_token_id", None) is None:
             each.pad_token_id = tokenizer.pad_token_id
-    for token, wanted in (("pad", True), ("eos", objective.endswith("s_lm")), ("mask", objective == "masked_lm")):
-        if wanted and getattr(tokenizer, f"{token}_token_id") is None:
+    for token in ("pad", *facts.needs_tokens):
+        if getattr(tokenizer, f"{token}_token_id") is None:
             raise BadInput(f"model.name_or_path: the tokenizer of {name} has no {token} token, which {objective} needs")
     entries = getattr(text, "vocab_size", None)
     if entries is not None and len(tokenizer) > entries:
@@ -228,18 +225,14 @@ def _check_attention(model: ModelConfig, config: PreTrainedConfig, auto_class: A
     """Refuse sdpa by name where the family's code has none; what a model's own code supports shows when it is built."""
     built = auto_class._model_mapping.get(type(config), None)
     if model.attention == "sdpa" and built is not None and not built._supports_sdpa:
-        raise _no_sdpa(model, built.__name__)
-
-
-def _no_sdpa(model: ModelConfig, architecture: str) -> BadInput:
-    return BadInput(f"model.attention: {model.name_or_path}, a {architecture}, has no sdpa; allowed are auto and eager")
+        raise no_sdpa(model, built.__name__)
 
 
 def _build(
     model: ModelConfig,
     source: str | None,
     config: PreTrainedConfig,
-    objective: Objective,
+    objective: ObjectiveName,
     dtype: torch.dtype,
     seed: int,
 ) -> tuple[PreTrainedModel, frozenset[str]]:
@@ -265,9 +258,9 @@ def _build(
     return built, frozenset(missing)
 
 
-def _check_missing(model: PreTrainedModel, missing: set[str], objective: Objective, name: str) -> None:
+def _check_missing(model: PreTrainedModel, missing: set[str], objective: ObjectiveName, name: str) -> None:
     """A pretrained encoder may get a new head, and a pooler below it; any other tensor that no file had is an error."""
-    new = head_prefixes(model) if objective in ("classification", "masked_lm") else ()
+    new = head_prefixes(model) if FACTS[objective].new_head else ()
     if lost := sorted(key for key in missing if not is_below(key, new) and ".pooler." not in key):
         raise BadInput(
             f"model.name_or_path: the weights of {name} lack {len(lost)} tensors of the model, {lost[0]} first"
@@ -309,7 +302,7 @@ def _told_as_bad_input(model: ModelConfig) -> Iterator[None]:
         raise
     except Exception as error:  # tokenizers raises Exception itself
         if "scaled_dot_product_attention" in str(error):
-            raise _no_sdpa(model, "model with code of its own") from error
+            raise no_sdpa(model, "model with code of its own") from error
         raise BadInput(f"model.name_or_path: {model.name_or_path} cannot be loaded: {_reason(error)}") from error
 
 

@@ -15,25 +15,17 @@ from peft import PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from cl_dist.config.objectives import FACTS, ObjectiveName
 from cl_dist.config.schema import LoraConfig
 from cl_dist.config.words import listed, percent
 from cl_dist.errors import BadInput
 from cl_dist.models.initialise import initialise_
+from cl_dist.models.layer_kinds import takes_adapter
 from cl_dist.models.names import LORA_A, LORA_B
-from cl_dist.models.structure import LINEAR, base_model, block_prefixes, head_prefixes, is_below
-from cl_dist.models.tracked import any_block, is_matrix, whole_shape
-from cl_dist.tasks.encode import Objective
-
-TASK_TYPES: dict[Objective, TaskType | None] = {
-    "causal_lm": TaskType.CAUSAL_LM,
-    "seq2seq_lm": TaskType.SEQ_2_SEQ_LM,
-    "classification": TaskType.SEQ_CLS,
-    "masked_lm": None,  # peft has no such task; the adapter's configuration names the model's class instead
-}
+from cl_dist.models.structure import base_model, block_prefixes, head_prefixes, is_below, whole_shape
+from cl_dist.models.tracked import any_block, is_matrix
 
 PAST_FORWARD: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mamba", "falcon_mamba"), ("x_proj", "dt_proj", "out_proj")),
@@ -41,9 +33,6 @@ PAST_FORWARD: dict[str, tuple[str, ...]] = {
     "jamba": ("dt_proj",),
 }
 """Layers, by model type, whose weight the model's own code reads: an adapter around them would be passed by."""
-
-LIKE_LINEAR = frozenset(("FalconLinear",))
-"""Classes whose own forward does the same as `nn.Linear`'s."""
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """Modules without a forward of their own, which cannot be trained whole beside an adapter."""
@@ -55,7 +44,7 @@ FIRST_ADAPTER = "default"
 
 
 def add_lora(
-    model: PreTrainedModel, lora: LoraConfig, objective: Objective, seed: int, drawn: Collection[str] = ()
+    model: PreTrainedModel, lora: LoraConfig, objective: ObjectiveName, seed: int, drawn: Collection[str] = ()
 ) -> PeftModel:
     """Freeze `model` and add adapters, in the model's dtype, to the linear layers that `lora` names.
 
@@ -65,14 +54,14 @@ def add_lora(
     every rank has to call. Raises BadInput where `target_modules` names no linear layer of the model, or one that
     cannot have an adapter.
     """
-    whole = _trained_whole(model, objective, drawn)
+    whole, task_type = _trained_whole(model, objective, drawn), FACTS[objective].peft_task
     configuration = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, used as a float
         lora_dropout=lora.dropout,
         target_modules=_targets(model, lora, whole),
         modules_to_save=whole or None,
-        task_type=TASK_TYPES[objective],
+        task_type=None if task_type is None else TaskType(task_type),
         base_model_name_or_path=model.name_or_path,
     )
     # peft would keep the adapters of a bfloat16 model in float32; the engine has float32 master weights for all of
@@ -249,9 +238,9 @@ def _refusals_told(model: PreTrainedModel) -> Iterator[None]:
         ) from error
 
 
-def _trained_whole(model: PreTrainedModel, objective: Objective, drawn: Collection[str]) -> list[str]:
+def _trained_whole(model: PreTrainedModel, objective: ObjectiveName, drawn: Collection[str]) -> list[str]:
     """Names of the modules that are trained as they are: a classifier's head, and owners of drawn parameters."""
-    head = head_prefixes(model) if objective == "classification" else ()
+    head = head_prefixes(model) if FACTS[objective].needs_labels else ()
     # A bias begins with zero wherever it is made, and the one of a tied head cannot be trained apart from its module.
     owners = dict.fromkeys(name.rpartition(".")[0] for name in sorted(drawn) if not name.endswith("bias"))
     wanted = [*head, *(owner for owner in owners if not is_below(owner, head))]
@@ -271,7 +260,7 @@ def _modules_with_weights(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 def _targets(model: PreTrainedModel, lora: LoraConfig, whole: Sequence[str]) -> list[str]:
     """Full names of the linear layers that get an adapter."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and _is_read(module)]
+    linear = [name for name, module in model.named_modules() if takes_adapter(module) is not None and _is_read(module)]
     barred = _barred(model, linear)
     if lora.target_modules == "all-linear":
         passed_over = (*head_prefixes(model), *whole, *barred)
@@ -305,13 +294,7 @@ def _barred(model: PreTrainedModel, linear: Sequence[str]) -> list[str]:
     linear layer (routers, that choose experts).
     """
     names = PAST_FORWARD.get(model.config.get_text_config().model_type, ())
-    return [name for name in linear if name.rpartition(".")[2] in names or not _is_plain(model.get_submodule(name))]
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer does what linear layers do, and is called at all: `nn.MultiheadAttention` reads its weights."""
-    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward) or type(module).__name__ in LIKE_LINEAR
-    return plain and not isinstance(module, NonDynamicallyQuantizableLinear)
+    return [name for name in linear if name.rpartition(".")[2] in names or not takes_adapter(model.get_submodule(name))]
 
 
 def _check_named(endings: Sequence[str], linear: Sequence[str]) -> None:

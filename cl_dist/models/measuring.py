@@ -9,6 +9,20 @@ from torch import nn
 
 
 @contextmanager
+def kept_capacities(model: nn.Module) -> Iterator[None]:
+    """Restore how many tokens each expert takes: outside training, NLLB-MoE's routers overwrite it with what the
+    evaluation allows, and training would continue with that.
+    """
+    routers = [module for module in model.modules() if "expert_capacity" in vars(module)]
+    before = [(router, vars(router)["expert_capacity"]) for router in routers]
+    try:
+        yield
+    finally:
+        for router, capacity in before:
+            router.expert_capacity = capacity
+
+
+@contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Inside, `model` is in evaluation mode; afterwards all of it is in the mode that it was in as a whole.
 
@@ -21,6 +35,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         if getattr(module, "gradient_checkpointing", False) is True:
             module.training = True
     try:
-        yield
+        with kept_capacities(model):
+            yield
     finally:
         model.train(training)

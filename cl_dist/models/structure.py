@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import cast
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-
-LINEAR = (nn.Linear, Conv1D)
-"""Linear layers; GPT-2's Conv1D is one with its weight transposed."""
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -62,3 +59,9 @@ def unread_parameters(model: nn.Module) -> frozenset[str]:
 def is_below(name: str, prefixes: Iterable[str]) -> bool:
     """Whether a module's name is one of the prefixes or lies below one."""
     return any(name == prefix.rstrip(".") or name.startswith(f"{prefix.rstrip('.')}.") for prefix in prefixes)
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """Shape of the whole parameter, which ZeRO-3 keeps in `ds_shape`."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape

@@ -1,61 +1,19 @@
-"""Which layers MIGU looks at: where their weights, their rows and their outputs are.
-
-A tracked layer is a linear map whose output can be seen in every forward pass and whose gradient can be masked by
-output rows. There are four kinds:
-
-- `linear`: `nn.Linear`, weight `(out, in)`;
-- `conv1d`: transformers' `Conv1D` (GPT-2), weight `(in, out)`: its rows are columns of what is stored;
-- `router`: the choice of experts, a module beside the experts with a weight `(experts, in)`, which puts out more than
-  the logits, so that these are computed once more;
-- `experts`: one projection of all experts of a mixture, a parameter with three dimensions. Each expert's rows are
-  ranked by themselves, over the tokens that were routed to it.
-"""
+"""Which layers of a model MIGU tracks; what it needs to know about each kind is in `models/layer_kinds.py`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from cl_dist.errors import BadInput
 from cl_dist.kernels import RowLayout
-from cl_dist.models.structure import base_model, block_prefixes, head_prefixes, is_below
-
-Kind = Literal["linear", "conv1d", "router", "experts"]
-PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
-"""Names of the experts' parameters; their biases are called `<name>_bias`."""
-
-
-@dataclass(frozen=True)
-class TrackedLayer:
-    """One layer whose output rows are measured and masked."""
-
-    name: str
-    """The module's name; of experts, that of the parameter."""
-    module: nn.Module
-    """Where the output shows: the forward of this module computes it."""
-    kind: Kind
-    weight: str
-    """Name of the weight among `model.named_parameters()`."""
-    bias: str | None
-    """Name of a trained bias, `(rows,)` or `(experts, rows)`; None: there is none."""
-    layout: RowLayout
-    """How the rows lie in the flattened weight; one matrix per expert."""
-
-    @property
-    def sizes(self) -> list[int]:
-        """Rows that are ranked together: one number, or one per expert."""
-        return [self.layout.rows] * self.layout.matrices
-
-    @property
-    def bias_layout(self) -> RowLayout:
-        """How the rows lie in the flattened bias."""
-        return self.layout._replace(length=1, columns=False)
+from cl_dist.models.layer_kinds import TrackedLayer, layers_of
+from cl_dist.models.structure import base_model, block_prefixes, head_prefixes, is_below, whole_shape
 
 
 def tracked_layers(model: nn.Module, layers: Literal["blocks", "all"]) -> dict[str, TrackedLayer]:
@@ -87,15 +45,16 @@ def tracked_linears(model: nn.Module, layers: Literal["blocks", "all"]) -> dict[
 def row_layouts(model: nn.Module) -> dict[str, RowLayout]:
     """The weights whose output rows are not simply the rows of a matrix, and their biases, by parameter name.
 
-    They are those of `Conv1D` and of experts, anywhere in the model, trained or not.
+    They are those that are stored transposed or hold several matrices, anywhere in the model, trained or not.
     """
     layouts: dict[str, RowLayout] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for layer in _layers_of(name, module, {}):
-            if layer.kind in ("conv1d", "experts"):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        for layer in layers_of(name, module, {}):
+            if layer.layout.columns or len(whole_shape(_parameter(modules, layer.weight))) > 2:
                 layouts[layer.weight] = layer.layout
-                if layer.kind == "experts" and layer.bias is not None:
-                    layouts[layer.bias] = layer.bias_layout
+            if layer.bias is not None and len(whole_shape(_parameter(modules, layer.bias))) > 1:
+                layouts[layer.bias] = layer.bias_layout
     return layouts
 
 
@@ -126,12 +85,6 @@ def block_parameters(model: nn.Module) -> list[str]:
     return [name for name, param in model.named_parameters() if param.requires_grad and name.startswith(prefixes)]
 
 
-def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    """Shape of the whole parameter, which ZeRO-3 keeps in `ds_shape`."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
-
-
 def is_matrix(parameter: torch.Tensor) -> bool:
     """Whether a parameter has two or more dimensions with more than one element."""
     return sum(size > 1 for size in whole_shape(parameter)) >= 2
@@ -142,86 +95,22 @@ def any_block(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds a mixture's experts as transformers' experts interface has them.
-
-    `use_experts_implementation` puts these marks on the class and its instances; the projections are parameters of
-    three dimensions.
-    """
-    marks = all(hasattr(module, mark) for mark in ("is_transposed", "has_gate", "has_bias", "_apply_gate"))
-    return marks and isinstance(getattr(module, "down_proj", None), nn.Parameter)
-
-
 def _trainable_layers(model: nn.Module, prefixes: tuple[str, ...]) -> Iterator[TrackedLayer]:
     """Every linear layer under each of its names, with a weight that is trained itself."""
     modules = dict(model.named_modules(remove_duplicate=False))
     trained = {id(param) for param in model.parameters() if param.requires_grad}
     for name, module in modules.items():
         if is_below(name, prefixes):
-            for layer in _layers_of(name, module, modules):
+            for layer in layers_of(name, module, modules):
                 if id(_parameter(modules, layer.weight)) in trained:
                     bias = _parameter(modules, layer.bias) if layer.bias else None
-                    yield layer if bias is None or id(bias) in trained else _without_bias(layer)
+                    yield layer if bias is None or id(bias) in trained else replace(layer, bias=None)
 
 
-def _without_bias(layer: TrackedLayer) -> TrackedLayer:
-    return TrackedLayer(layer.name, layer.module, layer.kind, layer.weight, None, layer.layout)
-
-
-def _parameter(modules: Mapping[str, nn.Module], name: str) -> object:
+def _parameter(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
     module, _, parameter = name.rpartition(".")
-    return getattr(modules[module], parameter)
-
-
-def _layers_of(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[TrackedLayer]:
-    """The layers that a module is, whether trained or not; `modules` are all of the model, by name."""
-    if is_experts(module):
-        yield from _projections(name, module)
-        return
-    kind = _matrix_kind(name, module, modules)
-    if kind is not None and isinstance(module.weight, nn.Parameter):
-        first, second = whole_shape(module.weight)
-        rows, length = (second, first) if kind == "conv1d" else (first, second)
-        bias = f"{name}.bias" if isinstance(getattr(module, "bias", None), nn.Parameter) else None
-        layout = RowLayout(1, rows, length, columns=kind == "conv1d")
-        yield TrackedLayer(name, module, kind, f"{name}.weight", bias, layout)
-
-
-def _matrix_kind(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> Kind | None:
-    if isinstance(module, Conv1D):
-        return "conv1d"
-    plain = type(module).forward is nn.Linear.forward
-    if not plain and _is_router(name, module, modules):
-        return "router"
-    return "linear" if isinstance(module, nn.Linear) else None
-
-
-def _is_router(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the module has one logit per expert of the experts beside it, by a weight and perhaps a bias alone."""
-    parent = modules.get(name.rpartition(".")[0])
-    experts = getattr(parent, "experts", None)
-    parameters = dict(module.named_parameters(recurse=False))
-    if not isinstance(experts, nn.Module) or not is_experts(experts) or not {"weight"} <= set(parameters):
-        return False
-    count = whole_shape(experts.down_proj)[0]  # type: ignore[arg-type]
-    shapes = {key: whole_shape(parameter) for key, parameter in parameters.items()}
-    is_matrix = len(shapes["weight"]) == 2 and shapes["weight"][0] == count
-    return is_matrix and (
-        set(shapes) == {"weight"} or (set(shapes) == {"weight", "bias"} and shapes["bias"] == (count,))
-    )
-
-
-def _projections(name: str, module: nn.Module) -> Iterator[TrackedLayer]:
-    for projection in PROJECTIONS:
-        weight = getattr(module, projection, None)
-        if not isinstance(weight, nn.Parameter):
-            continue
-        experts, first, second = whole_shape(weight)
-        columns = bool(module.is_transposed)
-        rows, length = (second, first) if columns else (first, second)
-        bias = f"{name}.{projection}_bias" if module.has_bias else None
-        full = f"{name}.{projection}"
-        yield TrackedLayer(full, module, "experts", full, bias, RowLayout(experts, rows, length, columns))
+    found: nn.Parameter = getattr(modules[module], parameter)
+    return found
 
 
 def _matrices_in_blocks(model: nn.Module) -> dict[str, nn.Module]:

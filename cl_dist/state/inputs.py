@@ -17,11 +17,10 @@ from pathlib import Path
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from cl_dist.config.schema import Recipe
+from cl_dist.config.schema import BUILTIN_FAMILIES, Recipe
 from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
-from cl_dist.models.check import BUILTIN_FAMILIES
 from cl_dist.models.files import MODEL_FILES, TOKENIZER_FILES, ModelPlace, locate_model
 from cl_dist.state.digests import file_digests, text_digest
 from cl_dist.state.places import input_places

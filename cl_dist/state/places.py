@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from cl_dist.config.schema import Recipe
-from cl_dist.models.check import BUILTIN_FAMILIES
+from cl_dist.config.schema import BUILTIN_FAMILIES, Recipe
 
 
 def input_places(recipe: Recipe, run: Path) -> dict[str, str]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl_dist.tasks.encode import Objective
+from cl_dist.config.objectives import ObjectiveName
+from cl_dist.tasks.objectives import OBJECTIVES
 from cl_dist.tasks.plan import FILLER
 from cl_dist.tasks.types import IGNORE, Encoded
 
@@ -64,24 +65,27 @@ def as_filler(sample: Encoded) -> Encoded:
     return replace(sample, index=FILLER, labels=[IGNORE] * len(sample.labels))
 
 
-def collate(samples: list[Encoded], objective: Objective, pad_id: int, decoder_start_id: int | None = None) -> Batch:
+def collate(
+    samples: list[Encoded], objective: ObjectiveName, pad_id: int, decoder_start_id: int | None = None
+) -> Batch:
     """Pad samples to the longest among them.
 
     `decoder_start_id` is needed for seq2seq_lm alone: the decoder reads it and then the answer but for its last token.
     A filler keeps its attention mask, since attention over nothing gives NaN, but no token mask.
     """
+    work = OBJECTIVES[objective]
     real = torch.tensor([sample.index != FILLER for sample in samples])
     input_ids = pad([sample.input_ids for sample in samples], pad_id)
     attention = length_mask([len(sample.input_ids) for sample in samples])
     labels = pad([sample.labels for sample in samples], IGNORE)
     inputs = {"input_ids": input_ids, "attention_mask": attention.long()}
+    inputs |= work.decoder_inputs(labels, pad_id, decoder_start_id)
     masks = {"input": attention & real[:, None]}
-    if objective == "seq2seq_lm":
-        inputs["decoder_input_ids"] = shift_right(labels, pad_id, decoder_start_id)
+    if work.facts.answer_apart:
         masks["target"] = length_mask([len(sample.labels) for sample in samples]) & real[:, None]
     return Batch(
         inputs=inputs,
-        labels=labels[:, 0] if objective == "classification" else labels,
+        labels=work.batch_labels(labels),
         token_masks=masks,
         targets=sum(sample.targets for sample in samples),
         tokens=sum(int(mask.sum()) for mask in masks.values()),
@@ -98,14 +102,6 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
 def length_mask(lengths: list[int]) -> Tensor:
     """Bool (rows, longest): True at the first `lengths[i]` places of row i."""
     return torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
-
-
-def shift_right(labels: Tensor, pad_id: int, decoder_start_id: int | None) -> Tensor:
-    """Decoder inputs (B, T): the start token, then the labels but for the last, with padding for IGNORE."""
-    if decoder_start_id is None:
-        raise ValueError("seq2seq_lm needs decoder_start_id")
-    start = torch.full_like(labels[:, :1], decoder_start_id)
-    return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE, pad_id)], dim=1)
 
 
 def mask_tokens(batch: Batch, tokenizer: PreTrainedTokenizerBase, seed: int) -> Batch:

@@ -6,26 +6,19 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from cl_dist.config.objectives import FACTS, ObjectiveName
 from cl_dist.config.schema import TrainConfig
 from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
+from cl_dist.tasks.objectives import OBJECTIVES
 from cl_dist.tasks.template import AnswerParts, ChatTemplate
-from cl_dist.tasks.types import IGNORE, Encoded, Example, Kind, Task
+from cl_dist.tasks.types import Encoded, Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Objective = Literal["causal_lm", "seq2seq_lm", "classification", "masked_lm"]
 Side = Literal["middle", "left", "right"]
-
-LEARNABLE: dict[Objective, tuple[Kind, ...]] = {
-    "causal_lm": ("classification", "generation", "text"),
-    "seq2seq_lm": ("classification", "generation"),
-    "classification": ("classification",),
-    "masked_lm": ("text",),
-}
-"""The kinds of task that each objective can learn."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +32,9 @@ def label_names(tasks: Iterable[Task]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(label for task in tasks for label in task.labels))
 
 
-def check_kind(task: Task, objective: Objective) -> None:
+def check_kind(task: Task, objective: ObjectiveName) -> None:
     """Raise BadInput where the objective cannot learn this kind of task."""
-    kinds = LEARNABLE[objective]
+    kinds = FACTS[objective].learns
     if task.kind not in kinds:
         raise BadInput(
             f"task {task.name!r} is {task.kind}, but {objective} learns {listed(kinds, last='or')} only "
@@ -73,7 +66,7 @@ class Encoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        objective: Objective,
+        objective: ObjectiveName,
         train: TrainConfig,
         label_names: tuple[str, ...],
     ) -> None:
@@ -83,14 +76,11 @@ class Encoder:
         `max_length` without room for a prompt, and for a label that is too long.
         """
         self._tokenizer = tokenizer
-        self._objective = objective
+        self._objective, self._facts = OBJECTIVES[objective], FACTS[objective]
         self._config = train
         self._class_of = {name: number for number, name in enumerate(label_names)}
         self._answers: dict[str, AnswerParts] = {}
-        self._prefix, self._suffix = find_special_tokens(tokenizer)
-        self._generative = objective in ("causal_lm", "seq2seq_lm")
-        if objective == "causal_lm":
-            self._suffix = []  # an answer or the next document follows
+        self._prefix, self._suffix = self._objective.frame(*find_special_tokens(tokenizer))
         self._around_text = (self._prefix, self._suffix)
         self._template = self._chat_template()
         self._lead: list[int] = []
@@ -98,7 +88,7 @@ class Encoder:
             self._prefix, self._suffix = self._template.head, self._template.cue
             self._lead = self._template.lead
         self._check_tokenizer()
-        lengths = [len(self._fitting_answer(name, f"label {name!r}")) for name in label_names if self._generative]
+        lengths = [len(self._fitting_answer(name, f"label {name!r}")) for name in label_names if self._facts.generates]
         self._reserve = max(lengths, default=min(train.max_target_length, train.max_length // 2))
 
     @property
@@ -118,7 +108,7 @@ class Encoder:
         With `long_answers: cut` a warning says how many answers were cut. Raises BadInput where the objective cannot
         learn this kind of task, and otherwise for an answer that is too long, naming the sample.
         """
-        check_kind(task, self._objective)
+        check_kind(task, self._objective.name)
         if task.kind == "text":
             return self.text_chunks(task.train)
         prompts = self._tokenize_prompts([example.prompt for example in task.train])
@@ -134,11 +124,15 @@ class Encoder:
         Labels are the ids themselves, IGNORE at the special tokens that start or end a chunk and at a decoder's first
         token. For `masked_lm` the labels mark what `mask_tokens` may mask.
         """
-        ends = [self._tokenizer.eos_token_id] if self._objective == "causal_lm" else []
+        ends = self._objective.document_end(self._tokenizer.eos_token_id)
         tokenised = self._tokenize([document.answer for document in documents])
         stream = [token for ids in tokenised for token in (*ids, *ends)]
         room = self._config.max_length - sum(map(len, self._around_text))
-        chunks = [self._chunk(start // room, stream[start : start + room]) for start in range(0, len(stream), room)]
+        prefix, suffix = self._around_text
+        chunks = [
+            self._objective.chunk(number, prefix, stream[start : start + room], suffix)
+            for number, start in enumerate(range(0, len(stream), room))
+        ]
         return [chunk for chunk in chunks if chunk.targets]
 
     def prompt_ids(self, prompt: str, answer_length: int | None = None) -> list[int]:
@@ -193,7 +187,7 @@ class Encoder:
 
     def _bare_answer(self, answer: str) -> list[int]:
         """Ids of an answer: alone as the target of an encoder-decoder, else after a space that follows a prompt."""
-        if self._objective == "seq2seq_lm":
+        if self._facts.answer_apart:
             return self._tokenize([answer])[0]
         if not answer:  # the blank that parts it from the prompt would be all there is
             return []
@@ -202,25 +196,12 @@ class Encoder:
 
     def _sample(self, index: int, prompt: list[int], answer: str, where: str) -> Encoded:
         """One tokenised prompt put together with its answer, as the objective has it."""
-        if not self._generative:
-            return Encoded(index, self._framed(prompt, 0), [self._class_of[answer]])
-        target = self._training_answer(answer, where)
-        source = self._framed(prompt, len(target))
-        if self._objective == "seq2seq_lm":
-            return Encoded(index, source, target)
-        return Encoded(index, source + target, [IGNORE] * len(source) + target)
-
-    def _chunk(self, index: int, ids: list[int]) -> Encoded:
-        """One chunk of text between the special tokens."""
-        prefix, suffix = self._around_text
-        labels = [IGNORE] * len(prefix) + ids + [IGNORE] * len(suffix)
-        if self._objective == "causal_lm":
-            labels[0] = IGNORE
-        return Encoded(index, prefix + ids + suffix, labels)
+        target = self._training_answer(answer, where) if self._facts.generates else [self._class_of[answer]]
+        return self._objective.sample(index, self._framed(prompt, len(target)), target)
 
     def _framed(self, prompt: list[int], answer_length: int) -> list[int]:
         """A prompt cut to what `max_length` leaves, between the special tokens; a decoder's answer counts, too."""
-        taken = len(self._prefix) + len(self._suffix) + (answer_length if self._objective == "causal_lm" else 0)
+        taken = len(self._prefix) + len(self._suffix) + (answer_length if self._facts.answer_in_prompt else 0)
         room = max(self._config.max_length - taken, 0)
         return self._prefix + cut(prompt, room, self._config.truncate) + self._suffix
 
@@ -236,13 +217,13 @@ class Encoder:
     @property
     def _answer_room(self) -> int:
         """Tokens that an answer may have; a decoder's leaves room for one of the prompt."""
-        if self._objective != "causal_lm":
+        if not self._facts.answer_in_prompt:
             return self._config.max_target_length
         room = self._config.max_length - len(self._prefix) - len(self._suffix) - 1
         return min(self._config.max_target_length, room)
 
     def _tell_cut_answers(self, task: Task) -> None:
-        if self._config.long_answers == "error" or not self._generative:
+        if self._config.long_answers == "error" or not self._facts.generates:
             return
         room = self._answer_room
         count = sum(len(self.answer_ids(example.answer)) > room for example in task.train)
@@ -265,7 +246,7 @@ class Encoder:
             )
         # A decoder needs something of the prompt as well: it could not predict the answer's first token from nothing.
         needed = len(self._prefix) + len(self._suffix) + 1 + len(ids)
-        if self._objective == "causal_lm" and needed > self._config.max_length:
+        if self._facts.answer_in_prompt and needed > self._config.max_length:
             raise BadInput(
                 f"{where}: the answer takes {len(ids)} tokens, so train.max_length must be at least {needed}, "
                 f"not {self._config.max_length}"
@@ -282,8 +263,8 @@ class Encoder:
         """The tokenizer's template where the settings ask for it; BadInput where the objective has no turns."""
         if self._config.template == "none":
             return None
-        if self._objective != "causal_lm":
-            raise BadInput(f"train.template: chat is for decoders, but the model's objective is {self._objective}")
+        if not self._facts.answer_in_prompt:
+            raise BadInput(f"train.template: chat is for decoders, but the model's objective is {self._objective.name}")
         return ChatTemplate(self._tokenizer, self._config.date)
 
     def _tokenize_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -307,10 +288,9 @@ class Encoder:
 
     def _check_tokenizer(self) -> None:
         """BadInput where tokens that the objective needs are missing, or leave no room in `max_length`."""
-        if self._generative and self._tokenizer.eos_token_id is None:
-            raise BadInput(f"the tokenizer has no end-of-sequence token, which {self._objective} needs")
-        if self._objective == "masked_lm" and self._tokenizer.mask_token_id is None:
-            raise BadInput("the tokenizer has no mask token, which masked_lm needs")
+        for token, described in (("eos", "end-of-sequence"), ("mask", "mask")):
+            if token in self._facts.needs_tokens and getattr(self._tokenizer, f"{token}_token_id") is None:
+                raise BadInput(f"the tokenizer has no {described} token, which {self._objective.name} needs")
         if self._tokenizer.pad_token_id is None and self._tokenizer.eos_token_id is None:
             raise BadInput("the tokenizer has neither a padding nor an end-of-sequence token to pad with")
         needed = len(self._prefix) + len(self._suffix) + 1

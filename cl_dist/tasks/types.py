@@ -1,4 +1,4 @@
-"""What a task is, before and after tokenisation. Plain data; imports nothing of the project."""
+"""What a task is, before and after tokenisation. Plain data."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cl_dist.config.objectives import TaskKind
+
 IGNORE = -100
 """Label of a position that takes no part in the loss (PyTorch's `ignore_index`)."""
 
-Kind = Literal["classification", "generation", "text"]
+Kind = TaskKind
 LabelSource = Literal["recipe", "data", "training answers"]
 ScoredOn = Literal["test", "dev", "train"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cl_dist.benchmarks import importance, magnitude, rank_scores, topk, weight_grad
+from cl_dist.benchmarks import importance, magnitude, topk, weight_grad
 from cl_dist.kernels import kept_rows, reference
 
 generator = torch.Generator().manual_seed(0)
@@ -48,8 +48,3 @@ def test_importance(order: str) -> None:
     operands.fresh_states()
     assert not operands.smoothed.any()
     assert not operands.uncertainty.any()
-
-
-def test_rank_scores() -> None:
-    states = [random(3, 8).abs(), random(3, 8).abs(), random(6, 3).abs(), random(6, 3).abs()]
-    torch.testing.assert_close(rank_scores.shortest_chain(*states), reference.rank_unit_scores(*states))

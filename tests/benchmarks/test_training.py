@@ -8,7 +8,7 @@ from cl_dist.benchmarks.shapes import VOCABULARY
 from cl_dist.benchmarks.training import WAYS, Masked, StepSize, build_model, operations, token_ids
 from cl_dist.errors import ClDistError
 from cl_dist.kernels import reference
-from cl_dist.models import skipping
+from cl_dist.models import row_gradients
 from cl_dist.models.tracked import tracked_linears
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ class TestComparison:
             weight, sums = reference.masked_weight_grad(*args, bias=bias)
             return weight * 1.01, sums
 
-        monkeypatch.setattr(skipping, "masked_weight_grad", off)
+        monkeypatch.setattr(row_gradients, "masked_weight_grad", off)
         error = step.compare_gradients(model, token_ids(SIZE), SIZE.threshold)["gradient_error"]
         assert 0.001 < error < 0.02
 
@@ -78,7 +78,7 @@ class TestComparison:
             every = torch.arange(grad_output.shape[-1])
             return reference.masked_weight_grad(input, grad_output, every, bias=bias)
 
-        monkeypatch.setattr(skipping, "masked_weight_grad", dense)
+        monkeypatch.setattr(row_gradients, "masked_weight_grad", dense)
         with pytest.raises(ClDistError, match=r"gradient of .*weight is not zero in rows that are masked"):
             step.compare_gradients(model, token_ids(SIZE), SIZE.threshold)
 

@@ -24,6 +24,9 @@ FAST: list[dict[str, Any]] = [
     {"name": "opt", "stage": 3},
     {"name": "deberta", "stage": 2},
     {"name": "mamba", "stage": 2, "untracked": "dense"},
+    # A kind that the tests define.
+    {"name": "lowrank", "stage": 2},
+    {"name": "lowrank", "stage": 1, "accumulation": 3, "mask": "update"},
 ]
 SLOW: list[dict[str, Any]] = [
     *({"name": name, "stage": stage} for name in EXPERTS for stage in (2, 3)),

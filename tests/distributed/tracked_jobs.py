@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MixtralConfig,
@@ -41,9 +43,11 @@ from cl_dist.methods.base import TaskPlace
 from cl_dist.methods.migu import Migu
 from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.every_expert import run_every_expert
+from cl_dist.models.layer_kinds import KINDS
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.lora import add_lora, without_adapter
 from tests.distributed.worlds import CLASSES, VOCABULARY, mean_loss, micro_batches, samples, whole
+from tests.models.toy_kind import LowRank, LowRankKind
 from tests.oracle_tracked import DenseTracked
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 20, "intermediate_size": 12, "num_hidden_layers": 2,
@@ -51,7 +55,18 @@ SMALL = {"vocab_size": VOCABULARY, "hidden_size": 20, "intermediate_size": 12, "
 DECODER = {**SMALL, "num_key_value_heads": 1, "max_position_embeddings": 64}
 ENCODER = {**SMALL, "max_position_embeddings": 64, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": CLASSES}  # fmt: skip
+
+
+def _lowrank() -> LlamaForCausalLM:
+    """With layers of a kind that cl_dist does not know."""
+    model = LlamaForCausalLM(LlamaConfig(**DECODER))
+    for layer in model.model.layers:
+        layer.mlp.up_proj = LowRank(20, 12, rank=5)
+    return model
+
+
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+    "lowrank": _lowrank,
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**DECODER, num_local_experts=5, num_experts_per_tok=2)),
     "qwen3moe": lambda: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
@@ -103,6 +118,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
                       max_position_embeddings=64)
     ),
 }  # fmt: skip
+KINDS.insert(0, LowRankKind())
 QUANTITIES = ("master", "exp_avg", "exp_avg_sq")
 MODULE_EXPERTS = (("switch", 2), ("switch", 3), ("nllb", 3))
 """Experts that are modules of their own, and ZeRO's stage."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from cl_dist.config.schema import EvalConfig
 from cl_dist.errors import BadInput
-from cl_dist.evaluation.choice import MODES, resolve_mode
+from cl_dist.evaluation.choice import resolve_mode
 from cl_dist.evaluation.evaluate import PAUSE_BATCHES, Evaluator
 from cl_dist.evaluation.result import Prediction, TaskScore, weighted_mean, write_predictions
 from cl_dist.evaluation.scores import macro_f1
@@ -282,10 +282,6 @@ def test_macro_f1_needs_labels() -> None:
     assert resolve_mode(CLASSIFY, "causal_lm", EvalConfig(metric="macro_f1")) == "likelihood"
     with pytest.raises(BadInput, match=r"eval\.metric macro_f1: task 'continue' has no labels, whose F1 it is"):
         resolve_mode(CONTINUE, "causal_lm", EvalConfig(metric="macro_f1"))
-
-
-def test_every_objective_has_modes() -> None:
-    assert set(MODES) == {"causal_lm", "seq2seq_lm", "classification", "masked_lm"}
 
 
 def test_weighted_mean() -> None:

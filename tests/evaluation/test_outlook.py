@@ -10,11 +10,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from cl_dist.config.objectives import ObjectiveName
 from cl_dist.config.schema import EvalConfig, TrainConfig
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.outlook import Notice, outlook
 from cl_dist.models.builtin import byte_tokenizer
-from cl_dist.tasks.encode import Encoder, Objective, label_names
+from cl_dist.tasks.encode import Encoder, label_names
 from cl_dist.tasks.types import Example, Task
 
 WORDS = ("<unk>", "<pad>", "</s>", "good", "bad", "very", ":")
@@ -42,7 +43,7 @@ def free(*answers: str, **rest: Any) -> Task:
 
 
 def look(
-    *tasks: Task, tokenizer: Any = None, objective: Objective = "causal_lm", template: Any = "none", **config: Any
+    *tasks: Task, tokenizer: Any = None, objective: ObjectiveName = "causal_lm", template: Any = "none", **config: Any
 ) -> tuple[Notice, ...]:
     """The outlook of tasks."""
     train = TrainConfig(template=template)
@@ -55,7 +56,7 @@ def about(notices: tuple[Notice, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("objective", ["causal_lm", "seq2seq_lm"])
-def test_labels_of_the_same_tokens(objective: Objective) -> None:
+def test_labels_of_the_same_tokens(objective: ObjectiveName) -> None:
     task = labelled("good", "\u6b63", "\u8ca0")
     with pytest.raises(BadInput, match="labels '\u6b63' and '\u8ca0' are the same tokens to this model's tokenizer"):
         look(task, tokenizer=words(), objective=objective)

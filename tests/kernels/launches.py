@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import cl_dist.kernels.linear_magnitude
 import torch
 
-import cl_dist.kernels.linear_magnitude  # noqa: F401  modules are looked up by name below: functions hide them
+import cl_dist.kernels  # noqa: F401  modules are looked up by name below: functions hide them
 from cl_dist.kernels.backend import Launch
 
 
@@ -59,18 +60,6 @@ def _fold(blocks: int, rows: int) -> Launch:
     return module("row_magnitude")._fold_launch(meta(blocks, rows), meta(rows))
 
 
-def _linear(dtype: torch.dtype, per_token: bool) -> Launch:
-    tokens, rows, inner, operation = 8192, 4096, 4096, module("linear_magnitude")
-    partial = meta(64, 8192)
-    x, weight, y = meta(tokens, inner, dtype=dtype), meta(rows, inner, dtype=dtype), meta(tokens, rows, dtype=dtype)
-    return operation._linear_launch(x, weight, meta(rows, dtype=dtype), None, y, partial, per_token)
-
-
-def _normalise(dtype: torch.dtype) -> Launch:
-    y, partial = meta(8192, 4096, dtype=dtype), meta(256, 4096)
-    return module("linear_magnitude")._normalise_launch(y, None, meta(32, 8192), partial)
-
-
 def _choose(dtype: torch.dtype) -> Launch:
     total, layers, integer = 224 * 4096, 224, {"dtype": torch.int64}
     keep = meta(total, dtype=torch.bool)
@@ -105,25 +94,9 @@ def _bias(dtype: torch.dtype) -> Launch:
     return module("masked_weight_grad")._bias_launch(meta(4096, 4096, dtype=dtype), rows, grad, False)
 
 
-def _importance(
-    dtype: torch.dtype, unit_length: int = 0, start: int = 0, numel: int = 1 << 24, order: int = 3
-) -> Launch:
-    operation = module("importance_update")
+def _importance(dtype: torch.dtype, numel: int = 1 << 24, order: int = 3) -> Launch:
     tensors = meta(numel, dtype=dtype), meta(numel, dtype=dtype), meta(numel), meta(numel)
-    partial = operation._partial_sums(numel, unit_length, tensors[2].device) if unit_length else None
-    return operation._update_launch(tensors, (order, 0.85, 0.15, 0.85, 0.15), start, unit_length or 1, partial)
-
-
-def _importance_fold(unit_length: int) -> Launch:
-    operation, numel = module("importance_update"), 1 << 24
-    partial = operation._partial_sums(numel, unit_length, torch.device("meta"))
-    return operation._fold_launch(partial, numel, 0, unit_length, meta(numel // unit_length, dtype=torch.float64))
-
-
-def _importance_short(unit_length: int) -> Launch:
-    sums = meta(4096, dtype=torch.float64)
-    states = meta(4096 * unit_length), meta(4096 * unit_length)
-    return module("importance_update")._short_launch(*states, 0, unit_length, sums)
+    return module("importance_update")._update_launch(tensors, (order, 0.85, 0.15, 0.85, 0.15))
 
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -143,10 +116,6 @@ CASES = [
     Case("row_magnitude, lora_A, 8192 × 8 bf16", partial(_sum, BF16, 8192, 8), wide="", warps=32),
     Case("row_magnitude, fold, 256 × 4096", partial(_fold, 256, 4096), warps=32, long=False),
     # NVIDIA's loads of the product are asynchronous copies to shared memory, which are not counted.
-    Case("linear_magnitude, per token, bf16", partial(_linear, BF16, True), wide="", waves=16),
-    Case("linear_magnitude, batch, fp16", partial(_linear, FP16, False), wide="", waves=16),
-    Case("linear_magnitude, per token, fp32", partial(_linear, FP32, True), wide="", warps=8, waves=8),
-    Case("linear_magnitude, normalise, bf16", partial(_normalise, BF16), narrow=9, warps=64),
     Case("topk_row_masks, 224 layers, fp32", partial(_choose, FP32), wide="", long=False),
     Case("topk_row_masks, 224 layers, fp64", partial(_choose, FP64), wide="", long=False),
     Case("apply_row_mask_, rows of 4096, bf16", partial(_zero, BF16, 0, 4096), wide="store", warps=48),
@@ -194,9 +163,4 @@ CASES = [
         narrow=32,
         waves=32,
     ),
-    Case("importance_update_, rows, fp32", partial(_importance, FP32, 4096), warps=40, waves=32),
-    Case("importance_update_, rows, bf16 and fp32", partial(_importance, BF16, 4096), narrow=4, warps=32, waves=32),
-    Case("importance_update_, short rows, fp32", partial(_importance, FP32, 257, start=5), warps=24, waves=32),
-    Case("importance_update_, fold", partial(_importance_fold, 4096), wide="", warps=16, waves=32),
-    Case("importance_update_, rows of 8", partial(_importance_short, 8), wide="", warps=32, waves=32),
 ]

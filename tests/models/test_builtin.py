@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from cl_dist.config.schema import BUILTIN_MODELS
+from cl_dist.config.objectives import Family, objectives_of
+from cl_dist.config.schema import BUILTIN_FAMILIES, BUILTIN_MODELS
 from cl_dist.models.builtin import VOCABULARY_SIZE, builtin_config, byte_tokenizer
-from cl_dist.models.check import BUILTIN_FAMILIES, OBJECTIVES, Family
 from tests.models.conftest import LABELS, Loader
 
-CASES = [(name, objective) for name in BUILTIN_MODELS for objective in OBJECTIVES[BUILTIN_FAMILIES[name]]]
+CASES = [(name, objective) for name in BUILTIN_MODELS for objective in objectives_of(BUILTIN_FAMILIES[name])]
 
 
 @given(st.text())

@@ -14,7 +14,14 @@ import pytest
 
 from cl_dist.config.schema import ModelConfig
 from cl_dist.errors import BadInput
-from cl_dist.models.check import check_model_config, check_safetensors, local_folder, resolve_objective
+from cl_dist.models.check import (
+    WITHOUT_SDPA,
+    check_model_config,
+    check_safetensors,
+    local_folder,
+    resolve_objective,
+)
+from cl_dist.models.load import AUTO_CLASSES
 
 
 def remove(name: str) -> Callable[[Path], None]:
@@ -85,6 +92,11 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], dict[str, str], str]] = [
         configure(is_encoder_decoder=True),
         {"objective": "causal_lm"},
         r"encoder-decoder family, which allows seq2seq_lm, not",
+    ),
+    (
+        configure(architectures=["Gemma2ForCausalLM"], model_type="gemma2"),
+        {"attention": "sdpa"},
+        r"^model\.attention: .*, a Gemma2ForCausalLM, has no sdpa; allowed are auto and eager$",
     ),
     (configure(), {"gguf_file": "x.gguf"}, r"there is no x\.gguf in .*; its \.gguf files: none at all"),
     (add_gguf, {"gguf_file": "x.gguf"}, r"there is no x\.gguf in .*; its \.gguf files: b\.gguf"),
@@ -181,3 +193,13 @@ def test_the_check_imports_no_torch() -> None:
         "import sys, cl_dist.models.check; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'peft')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow  # imports every model of transformers
+def test_the_model_types_without_sdpa_are_those_of_transformers() -> None:
+    found: dict[str, bool] = {}
+    for auto_class in AUTO_CLASSES.values():
+        for config, model in auto_class._model_mapping.items():
+            classes = model if isinstance(model, tuple | list) else (model,)
+            found[config.model_type] = all(each._supports_sdpa for each in classes)
+    assert {name for name, sdpa in found.items() if not sdpa} == WITHOUT_SDPA

@@ -13,7 +13,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, 
 
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.models.experts import ExpertsTap, Routed
-from cl_dist.models.tracked import is_experts
+from cl_dist.models.layer_kinds import is_experts
 
 EXPERTS, TOKENS, K, HIDDEN = 5, 11, 2, 8
 MODULES: dict[str, Callable[[], Any]] = {

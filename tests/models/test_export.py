@@ -11,14 +11,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cl_dist.config.schema import BUILTIN_MODELS, LoraConfig
-from cl_dist.models.check import BUILTIN_FAMILIES, OBJECTIVES
+from cl_dist.config.objectives import objectives_of
+from cl_dist.config.schema import BUILTIN_FAMILIES, BUILTIN_MODELS, LoraConfig
 from cl_dist.models.export import export_model
 from cl_dist.models.load import AUTO_CLASSES
 from cl_dist.models.lora import add_lora
 from tests.models.conftest import SEED, Loader
 
-CASES = [(name, objective) for name in BUILTIN_MODELS for objective in OBJECTIVES[BUILTIN_FAMILIES[name]]]
+CASES = [(name, objective) for name in BUILTIN_MODELS for objective in objectives_of(BUILTIN_FAMILIES[name])]
 
 
 def noisy_weights(model: nn.Module) -> dict[str, Tensor]:

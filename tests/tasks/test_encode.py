@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
+from cl_dist.config.objectives import ObjectiveName
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput
-from cl_dist.tasks.encode import Encoder, Objective, cut, find_special_tokens, label_names
+from cl_dist.tasks.encode import Encoder, cut, find_special_tokens, label_names
 from cl_dist.tasks.types import IGNORE, Example, Kind, Task
 from tests.tasks.tiny_tokenizers import BOS, EOS, PAD, SPECIAL, characters, ids, sentencepiece_like
 
@@ -25,7 +26,9 @@ def make_task(*examples: tuple[str, str], kind: Kind = "generation", labels: tup
     return Task("t", kind, samples, samples, labels)
 
 
-def make_encoder(objective: Objective, tokenizer: Any = None, labels: tuple[str, ...] = (), **train: Any) -> Encoder:
+def make_encoder(
+    objective: ObjectiveName, tokenizer: Any = None, labels: tuple[str, ...] = (), **train: Any
+) -> Encoder:
     """An encoder with a character tokenizer unless another is given."""
     return Encoder(tokenizer or characters(), objective, TrainConfig(**train), labels)
 
@@ -111,7 +114,7 @@ def test_cut_keeps_order_and_as_much_as_fits(numbers: list[int], room: int, side
     objective=st.sampled_from(["causal_lm", "seq2seq_lm"]),
 )
 def test_no_sample_is_too_long_and_every_answer_is_whole(
-    prompt: str, answer: str, max_length: int, objective: Objective
+    prompt: str, answer: str, max_length: int, objective: ObjectiveName
 ) -> None:
     encoder = make_encoder(objective, CHARACTERS, max_length=max_length)
     (sample,) = encoder.train(make_task((prompt, answer)))
@@ -171,7 +174,7 @@ def test_pad_id_is_that_of_padding_or_else_end_of_sequence() -> None:
         ("masked_lm", "generation"),
     ],
 )
-def test_objective_that_does_not_fit_the_task(objective: Objective, kind: Kind) -> None:
+def test_objective_that_does_not_fit_the_task(objective: ObjectiveName, kind: Kind) -> None:
     with pytest.raises(BadInput, match=f"task 't' is {kind}, but {objective} learns"):
         make_encoder(objective, characters(FRAME)).train(make_task(("q", "a"), kind=kind))
 
@@ -198,7 +201,7 @@ def test_label_that_does_not_fit() -> None:
 
 @pytest.mark.parametrize("objective", ["causal_lm", "seq2seq_lm"])
 def test_long_answers_are_cut_where_asked_and_told_once_for_a_task(
-    objective: Objective, caplog: pytest.LogCaptureFixture
+    objective: ObjectiveName, caplog: pytest.LogCaptureFixture
 ) -> None:
     task = make_task(("q", "a"), ("q", "abcdef"), ("q", "ghijkl"))
     with caplog.at_level(logging.WARNING):
@@ -239,7 +242,7 @@ def test_a_label_is_never_cut() -> None:
         ("classification", {"bos_token": "<s>"}, "neither a padding nor an end-of-sequence token"),
     ],
 )
-def test_tokenizer_without_a_token(objective: Objective, special: dict[str, str], problem: str) -> None:
+def test_tokenizer_without_a_token(objective: ObjectiveName, special: dict[str, str], problem: str) -> None:
     with pytest.raises(BadInput, match=problem):
         make_encoder(objective, characters(FRAME, **special))
 

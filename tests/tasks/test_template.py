@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from transformers.utils import chat_template_utils
 
+from cl_dist.config.objectives import ObjectiveName
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput
 from cl_dist.models.builtin import byte_tokenizer
-from cl_dist.tasks.encode import Encoder, Objective
+from cl_dist.tasks.encode import Encoder
 from cl_dist.tasks.template import DATE_CODES, with_frozen_clock
 from cl_dist.tasks.types import IGNORE, Example, Kind, Task
 from tests.tasks.tiny_tokenizers import sentencepiece_like
@@ -36,7 +37,9 @@ def chat_tokenizer(template: str | None = CHATML) -> Any:
     return tokenizer
 
 
-def encoder(tokenizer: Any, objective: Objective = "causal_lm", labels: tuple[str, ...] = (), **train: Any) -> Encoder:
+def encoder(
+    tokenizer: Any, objective: ObjectiveName = "causal_lm", labels: tuple[str, ...] = (), **train: Any
+) -> Encoder:
     return Encoder(tokenizer, objective, TrainConfig(template="chat", **train), labels)
 
 
@@ -254,7 +257,7 @@ def test_text_is_no_conversation() -> None:
         (byte_tokenizer("encoder-decoder"), "seq2seq_lm", "chat is for decoders, but the model's objective is seq2seq"),
     ],
 )
-def test_templates_that_cannot_be_used(tokenizer: Any, objective: Objective, message: str) -> None:
+def test_templates_that_cannot_be_used(tokenizer: Any, objective: ObjectiveName, message: str) -> None:
     with pytest.raises(BadInput, match=r"^train.template: chat") as raised:
         encoder(tokenizer, objective)
     assert message in str(raised.value)

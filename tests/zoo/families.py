@@ -15,10 +15,9 @@ import torch
 import transformers as hf
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from cl_dist.config.objectives import Family, ObjectiveName
 from cl_dist.models.builtin import BOS_ID, EOS_ID, PAD_ID, VOCABULARY_SIZE, byte_tokenizer
-from cl_dist.models.check import Family
 from cl_dist.models.load import AUTO_CLASSES
-from cl_dist.tasks.encode import Objective
 
 POSITIONS = 64
 """Longest input of the models that have an end."""
@@ -76,7 +75,7 @@ class Specimen:
     """Row of docs/models.md."""
     family: Family
     config: Callable[[], PreTrainedConfig]
-    objective: Objective
+    objective: ObjectiveName
     """What it is trained to do."""
     bare: bool = False
     """Stored without any head."""
@@ -105,7 +104,7 @@ class Specimen:
         return folder
 
 
-_FIRST: dict[Family, Objective] = {
+_FIRST: dict[Family, ObjectiveName] = {
     "decoder": "causal_lm",
     "encoder": "classification",
     "encoder-decoder": "seq2seq_lm",

@@ -145,9 +145,7 @@ class Importance:
     def element_scores(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """Scores of the elements that this rank owns of a parameter, in chunks: (offset, `(<= CHUNK,)` float64).
 
-        The kernels' own scores do not fit. `rank_unit_scores` wants lora_A and lora_B whole, whereas a shard may end
-        anywhere inside a row or column. `importance_update_` sums neighbouring elements alone, not columns. Both take
-        the products in float32.
+        A shard may end anywhere inside a row or column of lora_A and lora_B, so units are summed from elements.
         """
         if name not in self.smoothed:
             return
