@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import yaml
-from cl_dist.launch.interpreter import PROGRAM, python_command
+from cl_dist.launch.child import PROGRAM, python_command
 
 from cl_dist.config.schema import CheckpointConfig
 

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cl_dist.launch.interpreter import PROGRAM, python_command
+from cl_dist.launch.child import PROGRAM, python_command
 
 SUMMARY = {
     "average_performance": "AP",

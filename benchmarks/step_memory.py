@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from cl_dist.benchmarks.memory import peak
 from cl_dist.benchmarks.training import WAYS, StepSize, build_model, token_ids
-from cl_dist.launch.interpreter import python_command
+from cl_dist.launch.child import python_command
 
 from cl_dist.errors import ClDistError
 

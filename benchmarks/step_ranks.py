@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 from cl_dist.benchmarks.harness import Contestant, Times, race
 from cl_dist.benchmarks.training import StepSize, build_model, token_ids
-from cl_dist.launch.child import die_with_launcher, report_failure
-from cl_dist.launch.interpreter import python_command
+from cl_dist.launch.child import die_with_launcher, python_command, report_failure
 from cl_dist.launch.local import launch
 
 from cl_dist.config.methods import MiguConfig

@@ -20,7 +20,7 @@ from typing import IO
 
 from cl_dist.config.load import dump_recipe
 from cl_dist.errors import Interrupted
-from cl_dist.launch.interpreter import PROGRAM, python_command
+from cl_dist.launch.child import PROGRAM, python_command
 from cl_dist.launch.local import STOP_SIGNALS
 from cl_dist.state.atomic import write_text
 from cl_dist.stop_requests import heeded

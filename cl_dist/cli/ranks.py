@@ -13,9 +13,8 @@ from types import FrameType
 
 from cl_dist.cli.failures import SIGNALLED, tell
 from cl_dist.errors import BadInput, ClDistError, Interrupted
-from cl_dist.launch.child import is_launched, terminal
+from cl_dist.launch.child import PROGRAM, is_launched, python_command, terminal
 from cl_dist.launch.environment import Ranks, export_ranks, find_ranks
-from cl_dist.launch.interpreter import PROGRAM, python_command
 from cl_dist.launch.local import check_processes, launch
 from cl_dist.launch.mpi import ask_mpi
 from cl_dist.output import drain_output, lost_output

@@ -51,7 +51,7 @@ def test_the_printed_command_names_the_same_recipe(command: Command, tmp_path: P
     ("arguments", "message"),
     [
         (["--nodes", "0"], "--nodes: 0 is too few"),
-        (["--time", "later"], "--time: 'later' is no time limit"),
+        (["--time", "later"], "--time: 'later' is not a time limit"),
         (["--set", "train.epochs=0"], "train.epochs: 0 is not allowed"),
         (["--set", "model.name_or_path=/nowhere"], "/nowhere"),
         (["--set", "stream.tasks.0.format=tasl", "--set", "stream.tasks.0.path=/nowhere"], "/nowhere"),

@@ -55,7 +55,7 @@ def test_a_job_lives_until_slurm_says_otherwise(state: str, alive: bool) -> None
 @pytest.mark.usefixtures("without_slurm")
 def test_where_slurm_is_not_here_nothing_is_known() -> None:
     assert job_state("17") is None
-    with pytest.raises(BadInput, match="--submit: sbatch is not on this machine"):
+    with pytest.raises(BadInput, match="--submit: sbatch is not installed here"):
         require_sbatch()
 
 
@@ -70,5 +70,5 @@ def test_what_sbatch_says_must_be_a_jobs_number(
     if number is not None:
         assert submit(tmp_path / "job.sh", os.environ) == number
         return
-    with pytest.raises(ClDistError, match="sbatch gave no job's number"):
+    with pytest.raises(ClDistError, match="sbatch printed no job id"):
         submit(tmp_path / "job.sh", os.environ)

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from cl_dist.launch.interpreter import PROGRAM
+from cl_dist.launch.child import PROGRAM
 from cl_dist.launch.scheduler import JobState, job_state
 from safetensors.torch import load_file
 
