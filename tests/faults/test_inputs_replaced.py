@@ -153,7 +153,7 @@ def check_read_only(project: Path, scores: dict[str, float]) -> None:
     environment = {**rank_environment(0, 1, free_port()), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([*command, "eval", str(run)], capture_output=True, text=True, cwd=out, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "02-two cannot be written to: scores and predictions are shown, but not stored" in done.stdout
+    assert "02-two is not writable: scores and predictions are shown, but not stored" in done.stdout
     assert "two: " in done.stdout
     assert not (run / "tasks" / "02-two" / "evaluation").exists()
     done = subprocess.run([*command, "report", str(run)], capture_output=True, text=True, cwd=out)

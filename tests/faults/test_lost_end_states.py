@@ -80,7 +80,7 @@ def test_the_task_is_trained_again_from_the_end_state_before_it(runs: Runs, tmp_
     DAMAGES["middle byte flipped"](state_file(run, "02-summer"))
     output = runs.run(tmp_path, "--resume")
     assert f"{state_file(run, '02-summer')} is damaged: its content does not match its checksum; " in output
-    assert "; going back to the beginning of task summer\n" in output
+    assert "; going back to the start of task summer\n" in output
     assert_same_end(run, runs.undisturbed / "run", FOLDERS)
     assert states(run) == ["03-autumn"], "what no resume needs takes room"
     manifest = json.loads((run / "manifest.json").read_text())
@@ -96,7 +96,7 @@ def test_where_that_is_damaged_too_nothing_is_given_up(runs: Runs, tmp_path: Pat
     output = runs.run(tmp_path, "--resume", code=1)
     assert (
         f"cl-dist: error: {state_file(run, '02-summer')} is missing, and {state_file(run, '01-spring')} is damaged: "
-        "its content does not match its checksum; there is no older state to resume from; intact are the scores so far "
+        "its content does not match its checksum; there is no older state to resume from; still intact: the scores so far "
         f"and, in {run}/tasks, the models after spring, summer\n"
     ) in output
     after = json.loads((run / "manifest.json").read_text())
