@@ -30,7 +30,7 @@ def test_the_version(command: Command) -> None:
 class TestRecipe:
     """`cl-dist recipe`"""
 
-    def test_alone_lists_what_is_shipped(self, command: Command) -> None:
+    def test_without_arguments_lists_the_shipped_recipes(self, command: Command) -> None:
         code, output, _ = command("recipe")
         assert code == 0
         assert [line.split()[0] for line in output.splitlines()] == shipped_recipes()
@@ -45,12 +45,12 @@ class TestRecipe:
         assert code == 0
         assert "method(migu).threshold\n    a number, at least 0, below 1 (default: 0.7)\n    Quantile T" in output
 
-    def test_cannot_change_what_is_not_named(self, command: Command) -> None:
+    def test_a_change_needs_a_recipe(self, command: Command) -> None:
         code, _, error = command("recipe", "--set", "train.epochs=1")
         assert (code, error[:24]) == (2, "cl-dist: error: --set: n")
 
 
-def test_methods_are_listed_with_what_they_are(command: Command) -> None:
+def test_methods_are_listed_with_a_description(command: Command) -> None:
     code, output, _ = command("methods")
     assert code == 0
     baselines = ["sequential", "inclora", "olora", "replay", "ewc", "lwf", "agem", "per_task", "multi_task"]
@@ -69,7 +69,7 @@ class TestStatus:
         code, output, _ = command("status", tmp_path)
         assert code == 0
         assert output.splitlines()[:5] == [
-            "status      killed; --resume goes on",
+            "status      killed; continue with --resume",
             "tasks done  1 of 2",
             "checkpoint  in summer, after step 40",
             "ranks       2, ZeRO stage 3",
@@ -107,26 +107,26 @@ class TestStatus:
 class TestDoctor:
     """`cl-dist doctor`"""
 
-    def test_looks_at_what_a_run_needs(self, command: Command) -> None:
+    def test_checks_everything_a_run_needs(self, command: Command) -> None:
         code, output, _ = command("doctor")
         found = {line[9:].split("  ")[0].strip() for line in output.splitlines()}
         assert {"cl-dist", "torch", "deepspeed", "C++ compiler", "devices", "disk", "ranks"} <= found
         assert code == int("PROBLEM" in output)
 
-    def test_names_what_is_missing(self, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_reports_what_is_missing(self, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXX", "no-such-compiler")
         code, output, _ = command("doctor")
         assert code == 1
         assert "PROBLEM  C++ compiler   no-such-compiler not found; DeepSpeed needs one" in output
 
-    def test_says_who_started_the_ranks(self, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_reports_who_started_the_ranks(self, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
             monkeypatch.setenv(name, value)
         assert "this is rank 1 of 2, started by torchrun or deepspeed" in command("doctor")[1]
 
 
 class TestFailures:
-    """What a command raises becomes a sentence and an exit code."""
+    """An exception of a command becomes a message and an exit code."""
 
     @pytest.mark.parametrize(
         ("error", "code", "text"),
@@ -156,7 +156,7 @@ class TestFailures:
         assert error.startswith("Traceback")
         assert error.splitlines()[-1].startswith("cl-dist: error: absent.yaml: the recipe cannot be read")
 
-    def test_a_launched_rank_leaves_its_words_to_the_launcher(
+    def test_a_launched_rank_leaves_its_message_to_the_launcher(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         def fail(arguments: Namespace) -> int:
@@ -167,7 +167,7 @@ class TestFailures:
         assert capsys.readouterr().err == ""
         assert json.loads((tmp_path / "rank-0.json").read_text())["message"] == "train.epochs: no"
 
-    def test_a_reader_that_has_had_enough_is_no_error(self) -> None:
+    def test_a_reader_that_leaves_early_is_not_an_error(self) -> None:
         reader, writer = os.pipe()
         os.close(reader)
         end = subprocess.run([PROGRAM, "methods"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)

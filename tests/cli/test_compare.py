@@ -35,7 +35,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 class TestWithoutRunning:
-    """What looks and starts nothing."""
+    """Options that start no runs."""
 
     def test_a_dry_run_lists_the_grid_and_changes_nothing(self, command: Command, tmp_path: Path) -> None:
         recipe = write_recipe(tmp_path)
@@ -47,7 +47,7 @@ class TestWithoutRunning:
         code, output, error = command("compare", recipe, *GRID, "--dry-run")
         assert (code, error) == (0, "")
         assert output.splitlines() == [
-            "4 runs below sweep/runs: 1 finished, 1 failed, 1 killed, 1 missing",
+            "4 runs in sweep/runs: 1 finished, 1 failed, 1 killed, 1 missing",
             "own sequential seed0  finished",
             "own migu seed0        failed, 1 of 2 tasks done",
             "own sequential seed1  killed, 1 of 2 tasks done",
@@ -55,7 +55,7 @@ class TestWithoutRunning:
         ]
         assert files_in(tmp_path) == before
 
-    def test_prints_the_commands_of_what_is_left(self, command: Command, tmp_path: Path) -> None:
+    def test_prints_the_commands_of_the_unfinished_runs(self, command: Command, tmp_path: Path) -> None:
         recipe = write_recipe(tmp_path)
         grid = make_grid(tmp_path)
         finish(grid.cells[0], matrix(1, 1, 1))
@@ -69,7 +69,7 @@ class TestWithoutRunning:
             changes = [word for word in options if word not in ("--set", "--resume")]
             assert load_recipe(name, changes)[0] == cell.recipe
 
-    def test_writes_the_tables_of_what_is_there(self, command: Command, tmp_path: Path) -> None:
+    def test_writes_the_tables_of_the_results_so_far(self, command: Command, tmp_path: Path) -> None:
         recipe = write_recipe(tmp_path)
         finish(make_grid(tmp_path).cells[0], matrix(1, 0.5, 1))
         code, output, _ = command("compare", recipe, *GRID, "--table")
@@ -83,7 +83,7 @@ class TestRefusals:
     """One sentence for each problem, before anything runs or is written."""
 
     @pytest.mark.parametrize(
-        ("options", "told"),
+        ("options", "reported"),
         [
             (["--methods", "migo,kiff"], ["did you mean migu?", "did you mean kif?"]),
             (["--set", "model.name_or_path=/nowhere"], ["/nowhere"]),
@@ -93,11 +93,11 @@ class TestRefusals:
             (["--set", "train.epochs=0"], ["train.epochs: 0 is not allowed"]),
         ],
     )
-    def test_bad_input(self, command: Command, tmp_path: Path, options: list[str], told: list[str]) -> None:
+    def test_bad_input(self, command: Command, tmp_path: Path, options: list[str], reported: list[str]) -> None:
         code, output, error = command("compare", write_recipe(tmp_path), "--out", "sweep", *options)
         assert (code, output) == (2, "")
-        assert len(error.splitlines()) == len(told)
-        assert all(text in line for text, line in zip(told, error.splitlines(), strict=True))
+        assert len(error.splitlines()) == len(reported)
+        assert all(text in line for text, line in zip(reported, error.splitlines(), strict=True))
         assert not (tmp_path / "sweep").exists()
 
     @pytest.mark.parametrize("change", ["train.epochs=2", "train.micro_batch_size=8"])
@@ -157,7 +157,7 @@ class TestRefusals:
         recipe = write_recipe(tmp_path)
         code, _, error = command("compare", recipe, "--out", ".")
         assert code == 2
-        assert "holds recipe.yaml but no compare.yaml" in error
+        assert "contains recipe.yaml but no compare.yaml" in error
         assert command("compare", recipe, "--out", recipe)[0] == 2
 
     def test_ranks_of_another_launcher(self, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ class TestRefusals:
     ) -> None:
         monkeypatch.setenv("PATH", "/nowhere")
         code, _, error = command("compare", write_recipe(tmp_path), *GRID, "--submit")
-        assert (code, error[:45]) == (2, "cl-dist: error: --submit: sbatch is not on th")
+        assert (code, error[:45]) == (2, "cl-dist: error: --submit: sbatch is not insta")
         assert not (tmp_path / "sweep").exists()
 
 
@@ -190,7 +190,7 @@ echo $((100 + $(wc -l < "$SBATCH_LOG")))
 """
 
 
-def test_submits_a_job_for_every_run_that_is_left(
+def test_submits_a_job_for_every_unfinished_run(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path)
@@ -217,7 +217,7 @@ def test_submits_a_job_for_every_run_that_is_left(
 
 
 @pytest.mark.parametrize(("options", "failed"), [([], 2), (["--stop-on-failure"], 1)])
-def test_a_failing_run_ends_the_sweep_only_where_asked(
+def test_a_failing_run_ends_the_sweep_only_with_stop_on_failure(
     command: Command, tmp_path: Path, options: list[str], failed: int
 ) -> None:
     """Both run folders hold a letter, which `cl-dist run` refuses."""
@@ -288,11 +288,11 @@ def wait_until_released(run: Path) -> None:
             with RunLock(run / ".lock"):
                 return
         time.sleep(0.05)
-    pytest.fail("the run goes on without its sweep")
+    pytest.fail("the run continues without its sweep")
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_after_a_stop_a_failure_and_a_kill(tmp_path: Path, start: Start) -> None:
+def test_a_sweep_continues_after_a_stop_a_failure_and_a_kill(tmp_path: Path, start: Start) -> None:
     """Two methods and two seeds: Ctrl-C in the second run, then a run that fails, then SIGKILL while that one runs."""
     write_recipe(tmp_path, train={"epochs": 16}, launch={"processes": 1})
     options, runs = ("--methods", "sequential,migu", "--seeds", "0,1"), tmp_path / "sweep" / "runs" / "own"

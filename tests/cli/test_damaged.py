@@ -140,7 +140,7 @@ def test_lines_of_the_log_that_are_none_are_counted(command: Command, run: RunFo
         file.writelines(f"{line()}\n" for line in LINES)
     code, output, error = command("report", run.path)
     assert (code, error) == (0, "")
-    assert f"{len(LINES) - 1} lines of log.jsonl cannot be read and are left out." in output  # one names no task
+    assert f"{len(LINES) - 1} lines of log.jsonl cannot be read and are skipped." in output  # one names no task
 
 
 @pytest.mark.parametrize("content", ["{", "- a", "7", "\0", b"\xff\xfe", "a: &a [*a]", DEEP], ids=range(7))

@@ -8,7 +8,7 @@ from tests.cli.conftest import Command
 from tests.report.runs import write_run
 
 
-def test_prints_the_scores_and_what_it_wrote(command: Command, tmp_path: Path) -> None:
+def test_prints_the_scores_and_the_files_it_wrote(command: Command, tmp_path: Path) -> None:
     write_run(tmp_path / "run", ["spring", "summer"], 1)
     code, output, error = command("report", "run")
     assert (code, error) == (0, "")
@@ -17,7 +17,7 @@ def test_prints_the_scores_and_what_it_wrote(command: Command, tmp_path: Path) -
         "before        0.0000  0.1667",
         "after spring  0.3333  0.5000",
         "",
-        "The run is not finished: nothing yet about summer.",
+        "The run is not finished: no results yet for summer.",
         *(f"wrote run/report/{name}" for name in ("report.md", "accuracy_matrix.png", "scores.png", "loss.png")),
     ]
     assert (tmp_path / "run/report/report.md").exists()
@@ -35,7 +35,7 @@ def test_writes_elsewhere(command: Command, tmp_path: Path) -> None:
 def test_bad_input_is_one_sentence(command: Command, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name, message in {
-        "absent": "absent: there is no such folder; give the run folder (output_dir) of a run",
+        "absent": "absent: no such folder; give the run folder (output_dir) of a run",
         "file": "file is not a folder; give the run folder (output_dir) of a run",
         ".": "manifest.json is missing: . holds no run",
     }.items():
