@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def entries(options: Namespace, device: torch.device) -> Iterator[Entry]:
-    """Measure a module on every layer."""
+    """Measure a LoRA module on each layer."""
     for layer in layers_of(options.hidden, options.shapes):
         yield _entry(layer, options, device)
 
@@ -58,21 +58,21 @@ def _entry(layer: Layer, options: Namespace, device: torch.device) -> Entry:
 
 
 def _states(layer: Layer, rank: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """Smoothed importance and uncertainty of A (r, in), then of B (out, r): not negative."""
+    """Smoothed importance and uncertainty of A (r, in), then of B (out, r); all nonnegative."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(rank, layer.inputs)] * 2 + [(layer.outputs, rank)] * 2
     return [torch.rand(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
 def _error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Largest difference relative to the largest score."""
+    """Largest difference, relative to the largest score."""
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
 
 
 def shortest_chain(
     a_smoothed: torch.Tensor, a_uncertainty: torch.Tensor, b_smoothed: torch.Tensor, b_uncertainty: torch.Tensor
 ) -> torch.Tensor:
-    """The product of means in torch's own operations, in the states' own precision."""
+    """The product of means with torch operations, in the precision of the states."""
     a, b = a_smoothed * a_uncertainty, b_smoothed * b_uncertainty
     return a.mean(dim=1) * b.mean(dim=0)
 

@@ -66,7 +66,7 @@ def shell(line: str, timeout: float = 60, **variables: str) -> subprocess.Comple
         ("| (exec sleep 3)", ["standard output were lost: its reader has stopped reading"]),
     ],
 )
-def test_a_command_keeps_running_whatever_happens_to_its_output(redirection: str, lost: list[str], folder: Path) -> None:
+def test_a_command_outlives_the_loss_of_its_output(redirection: str, lost: list[str], folder: Path) -> None:
     done = shell(f'"$PYTHON" worker.py x {LINES} {redirection}')
     assert done.returncode == 0, done.stderr
     noted = (folder / "done").read_text().splitlines()

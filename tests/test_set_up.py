@@ -31,7 +31,7 @@ def make(tmp_path: Path, commands: dict[str, str], *arguments: str) -> subproces
 def test_without_python(tmp_path: Path) -> None:
     done = make(tmp_path, {})
     assert done.returncode == 2
-    assert "cl_dist cannot be set up: python3 is not there. Install Python 3.10 or later" in done.stderr
+    assert "cl_dist cannot be set up: python3 is not installed. Install Python 3.10 or later" in done.stderr
 
 
 def test_without_a_compiler(tmp_path: Path) -> None:

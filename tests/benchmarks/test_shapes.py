@@ -42,5 +42,5 @@ def test_a_llama_of_some_hidden_size(hidden: int, intermediate: int, heads: int,
 
 
 def test_heads_have_to_fit() -> None:
-    with pytest.raises(BadInput, match=r"--hidden 50: .* allowed is a multiple of 16"):
+    with pytest.raises(BadInput, match=r"--hidden 50: .* give a multiple of 16"):
         model_of(50)

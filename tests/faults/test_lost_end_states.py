@@ -96,8 +96,8 @@ def test_where_that_is_damaged_too_nothing_is_given_up(runs: Runs, tmp_path: Pat
     output = runs.run(tmp_path, "--resume", code=1)
     assert (
         f"cl-dist: error: {state_file(run, '02-summer')} is missing, and {state_file(run, '01-spring')} is damaged: "
-        "its content does not match its checksum; there is no older state to resume from; still intact: the scores so far "
-        f"and, in {run}/tasks, the models after spring, summer\n"
+        "its content does not match its checksum; there is no older state to resume from; still intact: the scores so "
+        f"far and, in {run}/tasks, the models after spring, summer\n"
     ) in output
     after = json.loads((run / "manifest.json").read_text())
     assert after == {**before, "status": "failed", "restarts": 1}
