@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 
 import matplotlib
@@ -16,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cl_dist.report import pictures
-from cl_dist.report.drawing import BLUE, DPI, NO_VALUE, ORANGE, WIDE, short
+from cl_dist.report.drawing import BLUE, DPI, NO_VALUE, ORANGE, WIDE
 from cl_dist.report.pictures import moving_mean
 from cl_dist.report.units import UnitResults, UnitTable, correlation
 
@@ -182,22 +179,3 @@ class TestUnits:
     def test_both_shares_take_two_panels(self) -> None:
         one, two = (opened(pictures.fusion(NAMES[:4], results(4, 4, independent=both))) for both in (False, True))
         assert two.shape[0] == 2 * one.shape[0]
-
-
-def test_labels_are_short() -> None:
-    assert short("dbpedia") == "dbpedia"
-    assert short("x" * 30) == "x" * 30
-    assert short("start-of-a-name-that-is-too-long-for-it") == "start-of-a-nam…oo-long-for-it"
-
-
-def test_drawing_needs_neither_a_display_nor_pyplot() -> None:
-    code = (
-        "import json, sys\n"
-        "from cl_dist.report import pictures\n"
-        "before = 'matplotlib' in sys.modules\n"
-        "png = pictures.scores(['a'], [[0.5], [1.0]])\n"
-        "print(json.dumps([before, 'matplotlib.pyplot' in sys.modules, 'torch' in sys.modules, len(png) > 1000]))"
-    )
-    environment = {"PATH": "", "MPLBACKEND": "TkAgg", "HOME": "/nonexistent"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert json.loads(done.stdout) == [False, False, False, True]
