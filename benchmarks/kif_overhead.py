@@ -21,7 +21,8 @@ from typing import ClassVar
 
 import torch
 from cl_dist.benchmarks.harness import Times, rotated
-from cl_dist.launch.local import find_free_port, rank_environment
+from cl_dist.launch.environment import rank_environment
+from cl_dist.launch.rendezvous import find_free_port
 
 from cl_dist.assembly import cache_folder
 from cl_dist.config.methods import KifConfig

@@ -1,4 +1,6 @@
-"""Is this process already a rank, and who started it? Reads the variables of torchrun, deepspeed, MPI and Slurm.
+"""The environment variables of ranks: those of other launchers, and those that our own launcher sets.
+
+Recognises ranks of torchrun, deepspeed, MPI and Slurm, and exports what torch.distributed reads.
 
 Sources: torchrun's environment variables (docs.pytorch.org, elastic/run), Open MPI's mpirun manual (OMPI_COMM_WORLD_*),
 MPICH's hydra (PMI_*, MPI_LOCALRANKID), srun's manual (output environment variables).
@@ -6,16 +8,20 @@ MPICH's hydra (PMI_*, MPI_LOCALRANKID), srun's manual (output environment variab
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from cl_dist.launch.rendezvous import derived_port, expand_nodes, interface_of, interface_towards
+from cl_dist.launch.rendezvous import DEFAULT_ADDRESS, derived_port, expand_nodes, interface_of, interface_towards
 
 from cl_dist.errors import BadInput
 
-DEFAULT_ADDRESS = "127.0.0.1"
 INTERFACE = "GLOO_SOCKET_IFNAME"
 NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"
+DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""One of these exists if a CUDA or ROCm driver is loaded (the last one in WSL)."""
 
 
 @dataclass(frozen=True)
@@ -227,3 +233,30 @@ def _other_machines(launcher: _Launcher, environment: Mapping[str, str]) -> Iter
 def first_node(nodes: str) -> str:
     """The first host of a Slurm node list: `gpu03` for `gpu[03-07,12],login`."""
     return next(expand_nodes(nodes))
+
+
+def rank_environment(base: Mapping[str, str], index: int, processes: int, port: int) -> dict[str, str]:
+    """The environment of rank `index`: `base`, its place in the job, and settings for this machine."""
+    environment = dict(base)
+    environment.update(
+        RANK=str(index),
+        LOCAL_RANK=str(index),
+        WORLD_SIZE=str(processes),
+        LOCAL_WORLD_SIZE=str(processes),
+        MASTER_ADDR=DEFAULT_ADDRESS,
+        MASTER_PORT=str(port),
+    )
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    if not has_gpu(base):
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls ninja, which is next to Python in the virtual environment; that may not be activated.
+    environment["PATH"] = os.pathsep.join([*filter(None, [base.get("PATH")]), str(Path(sys.executable).parent)])
+    return environment
+
+
+def has_gpu(environment: Mapping[str, str]) -> bool:
+    """Whether torch may find a GPU, as far as can be known without importing torch."""
+    if environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    return any(Path(file).exists() for file in DEVICE_FILES)

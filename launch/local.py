@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,13 +25,14 @@ from typing import IO, TextIO
 
 from cl_dist.launch import child
 from cl_dist.launch.child import Failure
+from cl_dist.launch.environment import rank_environment
+from cl_dist.launch.rendezvous import DEFAULT_ADDRESS, find_free_port
 
 from cl_dist.errors import BadInput
 from cl_dist.output import pass_on, same_stream, steady_output
 from cl_dist.stop_requests import StopRequests, heeded
 
 DONE, INTERRUPTED = 0, 75
-ADDRESS = "127.0.0.1"
 POLL_SECONDS = 0.05
 PORT_ATTEMPTS = 3
 MOST_RANKS = 1024
@@ -48,8 +48,6 @@ ranks notice earlier, and write their stacks."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SHARED_MEMORY = Path("/dev/shm")
 """Where DeepSpeed puts its buffers."""
-DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""One of these exists if a CUDA or ROCm driver is loaded (the last one in WSL)."""
 
 
 @dataclass(frozen=True)
@@ -157,41 +155,6 @@ def check_processes(processes: int) -> None:
             f"launch.processes: {processes} ranks on this machine, which has {len(os.sched_getaffinity(0))} cores; "
             f"at most {MOST_RANKS} are allowed (cl-dist slurm runs more, on several nodes)"
         )
-
-
-def find_free_port() -> int:
-    """A TCP port that is free at the moment."""
-    with socket.socket() as probe:
-        probe.bind((ADDRESS, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def rank_environment(base: Mapping[str, str], index: int, processes: int, port: int) -> dict[str, str]:
-    """The environment of rank `index`: `base`, its place in the job, and settings for this machine."""
-    environment = dict(base)
-    environment.update(
-        RANK=str(index),
-        LOCAL_RANK=str(index),
-        WORLD_SIZE=str(processes),
-        LOCAL_WORLD_SIZE=str(processes),
-        MASTER_ADDR=ADDRESS,
-        MASTER_PORT=str(port),
-    )
-    cores = len(os.sched_getaffinity(0))
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    if not has_gpu(base):
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed calls ninja, which is next to Python in the virtual environment; that may not be activated.
-    environment["PATH"] = os.pathsep.join([*filter(None, [base.get("PATH")]), str(Path(sys.executable).parent)])
-    return environment
-
-
-def has_gpu(environment: Mapping[str, str]) -> bool:
-    """Whether torch may find a GPU, as far as can be known without importing torch."""
-    if environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
-        return False
-    return any(Path(file).exists() for file in DEVICE_FILES)
 
 
 class _Launch:
@@ -327,7 +290,7 @@ class _Launch:
                 reader.join(timeout=1.0)
         # DeepSpeed names a buffer after user, rendezvous address and port, and rank (csrc/cpu/comm/shm.cpp). The port
         # was ours, so this matches no other run's buffer.
-        for buffer in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{ADDRESS}_{self.port}_*"):
+        for buffer in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{DEFAULT_ADDRESS}_{self.port}_*"):
             buffer.unlink(missing_ok=True)
 
     def _ending(self) -> Ending:

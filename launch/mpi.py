@@ -11,8 +11,8 @@ from collections.abc import MutableMapping
 from dataclasses import replace
 from typing import Any
 
-from cl_dist.launch.environment import DEFAULT_ADDRESS, MPI_SOURCES, Ranks
-from cl_dist.launch.rendezvous import address_towards, free_port, job_name
+from cl_dist.launch.environment import MPI_SOURCES, Ranks
+from cl_dist.launch.rendezvous import DEFAULT_ADDRESS, address_towards, free_port, job_name
 
 
 def ask_mpi(ranks: Ranks, environment: MutableMapping[str, str]) -> Ranks:

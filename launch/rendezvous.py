@@ -14,6 +14,8 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 
+DEFAULT_ADDRESS = "127.0.0.1"
+"""Where ranks on a single machine meet."""
 FIRST_PORT = 20000
 """Lowest port that is chosen. The range ends below Linux's range for outgoing connections (32768)."""
 PORTS = 10000
@@ -104,6 +106,14 @@ def free_port(job: str) -> int:
     start = derived_port(job) - FIRST_PORT
     candidates = (FIRST_PORT + (start + offset) % PORTS for offset in range(PORTS))
     return next(filter(_is_free, candidates), FIRST_PORT + start)
+
+
+def find_free_port() -> int:
+    """A TCP port that is free at the moment."""
+    with socket.socket() as probe:
+        probe.bind((DEFAULT_ADDRESS, 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def job_name(environment: Mapping[str, str]) -> str:

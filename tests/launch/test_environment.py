@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
-from cl_dist.launch.environment import Ranks, export_ranks, find_ranks, first_node
+from cl_dist.launch import environment as environment_module
+from cl_dist.launch.environment import Ranks, export_ranks, find_ranks, first_node, has_gpu, rank_environment
 from cl_dist.launch.rendezvous import FIRST_PORT, PORTS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -185,3 +190,27 @@ def test_ranks_survive_the_export(world: int, data: st.DataObject) -> None:
     again = find_ranks({name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")})
     assert again is not None
     assert (again.rank, again.world_size, again.local_rank) == (rank, world, local)
+
+
+def test_threads_are_shared_out_unless_the_user_says_otherwise() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert rank_environment({}, 0, 1, 1)["OMP_NUM_THREADS"] == str(cores)
+    assert rank_environment({}, 0, 2 * cores, 1)["OMP_NUM_THREADS"] == "1"
+    assert rank_environment({"OMP_NUM_THREADS": "7"}, 0, 2, 1)["OMP_NUM_THREADS"] == "7"
+
+
+def test_programs_beside_python_are_found_after_the_users_own() -> None:
+    beside = str(Path(sys.executable).parent)
+    assert rank_environment({"PATH": "/a:/b"}, 0, 1, 1)["PATH"] == f"/a:/b:{beside}"
+    assert rank_environment({}, 0, 1, 1)["PATH"] == beside
+
+
+def test_without_a_gpu_deepspeed_uses_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(environment_module, "DEVICE_FILES", (str(tmp_path / "absent"),))
+    assert rank_environment({}, 0, 1, 1)["DS_ACCELERATOR"] == "cpu"
+    assert rank_environment({"DS_ACCELERATOR": "xpu"}, 0, 1, 1)["DS_ACCELERATOR"] == "xpu"
+    monkeypatch.setattr(environment_module, "DEVICE_FILES", (str(tmp_path),))
+    assert "DS_ACCELERATOR" not in rank_environment({}, 0, 1, 1)
+    assert has_gpu({"CUDA_VISIBLE_DEVICES": "1,2"})
+    assert not has_gpu({"CUDA_VISIBLE_DEVICES": ""})
+    assert not has_gpu({"CUDA_VISIBLE_DEVICES": "-1"})

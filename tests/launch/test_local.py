@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from cl_dist.launch import local
-from cl_dist.launch.local import Ending, find_free_port, has_gpu, launch, rank_environment
+from cl_dist.launch.local import Ending, launch
 
 from cl_dist.stop_requests import SAME_PRESS_SECONDS
 
@@ -97,32 +97,6 @@ def test_ranks_find_their_place_and_each_other(folder: Path) -> None:
 def test_a_process_of_a_rank_starts_in_its_own_session(folder: Path) -> None:
     start("open(f'session-{rank}', 'w').write(str(os.getsid(0) == os.getpid()))")
     assert (folder / "session-1").read_text() == "True"
-
-
-def test_threads_are_shared_out_unless_the_user_says_otherwise() -> None:
-    cores = len(os.sched_getaffinity(0))
-    assert rank_environment({}, 0, 1, 1)["OMP_NUM_THREADS"] == str(cores)
-    assert rank_environment({}, 0, 2 * cores, 1)["OMP_NUM_THREADS"] == "1"
-    assert rank_environment({"OMP_NUM_THREADS": "7"}, 0, 2, 1)["OMP_NUM_THREADS"] == "7"
-
-
-def test_programs_beside_python_are_found_after_the_users_own() -> None:
-    beside = str(Path(sys.executable).parent)
-    assert rank_environment({"PATH": "/a:/b"}, 0, 1, 1)["PATH"] == f"/a:/b:{beside}"
-    assert rank_environment({}, 0, 1, 1)["PATH"] == beside
-
-
-def test_deepspeed_is_told_to_use_the_cpu_where_there_is_no_gpu(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(local, "DEVICE_FILES", (str(tmp_path / "absent"),))
-    assert rank_environment({}, 0, 1, 1)["DS_ACCELERATOR"] == "cpu"
-    assert rank_environment({"DS_ACCELERATOR": "xpu"}, 0, 1, 1)["DS_ACCELERATOR"] == "xpu"
-    monkeypatch.setattr(local, "DEVICE_FILES", (str(tmp_path),))
-    assert "DS_ACCELERATOR" not in rank_environment({}, 0, 1, 1)
-    assert has_gpu({"CUDA_VISIBLE_DEVICES": "1,2"})
-    assert not has_gpu({"CUDA_VISIBLE_DEVICES": ""})
-    assert not has_gpu({"CUDA_VISIBLE_DEVICES": "-1"})
 
 
 def test_only_the_first_ranks_output_is_shown(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -210,9 +184,6 @@ if len(open(f"ports-{rank}").read().split()) < 3:
 """
         assert start(body, processes=1) == Ending(0)
         assert len(set((folder / "ports-0").read_text().split())) == 3
-
-    def test_a_free_port_can_be_bound(self) -> None:
-        assert 1024 < find_free_port() < 65536
 
     def test_only_this_launchs_buffers_are_removed(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(local, "SHARED_MEMORY", folder)

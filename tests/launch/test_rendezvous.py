@@ -12,6 +12,7 @@ from cl_dist.launch.rendezvous import (
     address_towards,
     derived_port,
     expand_nodes,
+    find_free_port,
     free_port,
     interface_towards,
     job_name,
@@ -68,3 +69,10 @@ def test_the_interface_exists() -> None:
         pytest.skip("this machine is on no network")
     assert interface_towards(["127.0.0.1", "192.0.2.1"]) in [name for _, name in socket.if_nameindex()]
     assert interface_towards([]) is None
+
+
+def test_a_free_port_can_be_bound() -> None:
+    port = find_free_port()
+    assert 1024 < port < 65536
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", port))
