@@ -30,9 +30,15 @@ def peak(work: Callable[[], object], device: torch.device) -> Peak | None:
     This does not use getrusage's ru_maxrss, which a process inherits from its parent.
     """
     if device.type == "cuda":
-        return _peak_of_gpu(work, device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return Peak(before, torch.cuda.max_memory_allocated(device))
     try:
-        _return_free_memory()
+        # Memory that the C library keeps from earlier work would count as in use before.
+        with suppress(AttributeError, OSError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
         _RESET.write_text(_RESET_PEAK)
         before = _kibibytes("VmRSS:")
         work()
@@ -45,20 +51,6 @@ def growth(work: Callable[[], object], device: torch.device) -> int | None:
     """Maximum growth of memory in bytes while `work` runs."""
     found = peak(work, device)
     return None if found is None else max(0, found.highest - found.before)
-
-
-def _peak_of_gpu(work: Callable[[], object], device: torch.device) -> Peak:
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    work()
-    torch.cuda.synchronize(device)
-    return Peak(before, torch.cuda.max_memory_allocated(device))
-
-
-def _return_free_memory() -> None:
-    """Free memory that the C library keeps from earlier work; it would count as in use before."""
-    with suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _kibibytes(field: str) -> int:

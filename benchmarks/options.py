@@ -124,11 +124,7 @@ def _writable(word: str) -> Path:
 _POSITIVE = "a whole number of at least 1"
 
 
-def _table(*options: Option) -> dict[str, Option]:
-    return {option.name: option for option in options}
-
-
-OPTIONS = _table(
+_OPTIONS = (
     Option("--hidden", "hidden sizes to measure", _whole(1), _POSITIVE, many=True),
     Option("--tokens", "numbers of tokens per step to measure", _whole(1), _POSITIVE, many=True),
     Option("--threshold", "quantile T below which rows are masked", _fraction, "a number >= 0 and < 1", "T"),
@@ -149,4 +145,5 @@ OPTIONS = _table(
     Option("--memory", "whether to measure peak memory too, in a separate process for each variant",
            _one_of("yes", "no"), "yes, no", "yes|no"),
 )  # fmt: skip
+OPTIONS = {option.name: option for option in _OPTIONS}
 """All options by name; each benchmark has some of them."""

@@ -48,10 +48,15 @@ class Column:
 
 def measured(benchmark: Benchmark, options: Namespace) -> str:
     """Measure every size and return the table or the JSON document; also write the CSV file if requested."""
-    device = _device(options.device)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: PyTorch finds no GPU here; use cpu")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     module = importlib.import_module(benchmark.module)
     with _threads(options.threads):
-        document = _document(benchmark.name, machine(device), options, list(module.entries(options, device)))
+        about, entries = machine(device), list(module.entries(options, device))
+    settings = {key: value for key, value in vars(options).items() if key not in HIDDEN_SETTINGS}
+    # The first size's keys are repeated at the top level, for scripts that measure a single size.
+    document = {**entries[0], "benchmark": benchmark.name, "machine": about, "settings": settings, "sizes": entries}
     if options.csv is not None:
         write_csv(options.csv, document)
     return json.dumps(document, indent=2) if options.json else table(document, module.COLUMNS)
@@ -106,17 +111,6 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in words.items() if value is not None)
 
 
-def _document(name: str, about: Entry, options: Namespace, entries: Sequence[Entry]) -> Entry:
-    settings = {key: value for key, value in vars(options).items() if key not in HIDDEN_SETTINGS}
-    return {**entries[0], "benchmark": name, "machine": about, "settings": settings, "sizes": list(entries)}
-
-
-def _device(wanted: str | None) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: PyTorch finds no GPU here; use cpu")
-    return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 @contextmanager
 def _threads(wanted: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -127,32 +121,13 @@ def _threads(wanted: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _milliseconds(spread: Mapping[str, float]) -> str:
-    return f"{spread['median'] * 1e3:.4g}"
-
-
-def _ratio(spread: Mapping[str, float]) -> str:
-    return f"{spread['median']:.3g} ({spread['minimum']:.3g}–{spread['maximum']:.3g})"
-
-
-def _percent(spread: Mapping[str, float]) -> str:
-    return f"{100 * spread['median']:.0f} %"
-
-
-def _bytes(number: float) -> str:
-    return f"{number / 2**20:.0f} MiB"
-
-
-def _scientific(number: float) -> str:
-    return f"{number:.1e}"
-
-
 _STYLES: dict[str, Callable[[Any], str]] = {
     "text": str,
     "number": lambda value: f"{value:.3g}",
-    "milliseconds": _milliseconds,
-    "ratio": _ratio,
-    "percent": _percent,
-    "bytes": _bytes,
-    "scientific": _scientific,
+    "scientific": lambda value: f"{value:.1e}",
+    "bytes": lambda value: f"{value / 2**20:.0f} MiB",
+    # Of a `Spread`.
+    "milliseconds": lambda spread: f"{spread['median'] * 1e3:.4g}",
+    "percent": lambda spread: f"{100 * spread['median']:.0f} %",
+    "ratio": lambda spread: f"{spread['median']:.3g} ({spread['minimum']:.3g}–{spread['maximum']:.3g})",
 }

@@ -55,20 +55,18 @@ def build_model(size: StepSize, device: torch.device) -> nn.Module:
     model: Any = LlamaForCausalLM(config)
     model.name_or_path = "random weights"  # peft warns about an empty one
     model = model.to(device, getattr(torch, size.dtype))
-    return (model if size.lora is None else _with_adapters(model, size.lora)).train()
+    if size.lora is not None:
+        model = add_lora(model, LoraConfig(r=size.lora, alpha=2.0 * size.lora, dropout=0.0), "causal_lm", seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=LORA_B_SPREAD)
+    trained: nn.Module = model.train()
+    return trained
 
 
 def token_ids(size: StepSize, seed: int = 0) -> torch.Tensor:
     """One sequence, `(1, tokens)` int64."""
     return torch.randint(VOCABULARY, (1, size.tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def _with_adapters(model: Any, rank: int) -> nn.Module:
-    adapted = add_lora(model, LoraConfig(r=rank, alpha=2.0 * rank, dropout=0.0), "causal_lm", seed=0)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=LORA_B_SPREAD)
-    return adapted
 
 
 class Way:

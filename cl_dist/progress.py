@@ -316,7 +316,11 @@ def _format_long(tasks: Sequence[str], matrix: Sequence[Row]) -> str:
 def format_summary(metrics: Mapping[str, Any]) -> str:
     """The summary of a run: the matrix, a line per metric, and notes on the scores."""
     width = max(map(len, SUMMARY.values()))
-    lines = (f"{name:<{width}}  {_metric(key, metrics.get(key))}" for key, name in SUMMARY.items())
+    lines = []
+    for key, name in SUMMARY.items():
+        value = metrics.get(key)
+        shown = f"{value:.0f}" if key == "tokens_per_second" and value is not None else _score(value)
+        lines.append(f"{name:<{width}}  {shown}")
     return "\n".join([format_matrix(metrics["tasks"], metrics["accuracy_matrix"]), "", *lines, *score_notes(metrics)])
 
 
@@ -341,10 +345,6 @@ def different_scores(metric: Mapping[str, str]) -> str:
     for task, name in metric.items():
         by_name.setdefault(name, []).append(task)
     return "; ".join(f"{name} ({', '.join(tasks)})" for name, tasks in by_name.items()) if len(by_name) > 1 else ""
-
-
-def _metric(key: str, value: float | None) -> str:
-    return f"{value:.0f}" if key == "tokens_per_second" and value is not None else _score(value)
 
 
 def _score(value: float | None) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from cl_dist.launch.rendezvous import DEFAULT_ADDRESS, derived_port, expand_nodes, interface_of, interface_towards
@@ -95,7 +96,12 @@ def find_ranks(environment: Mapping[str, str]) -> Ranks | None:
     Raises BadInput for inconsistent numbers, for a rank without a world size or the reverse, and for two launchers that
     disagree.
     """
-    _refuse_half(environment)
+    for present, absent in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if present in environment and absent not in environment:
+            raise BadInput(
+                f"environment: {present} is {environment[present]}, but {absent} is not set; a launcher sets both. "
+                f"Unset {present} to run without a launcher"
+            )
     found = [_read(launcher, environment) for launcher in _LAUNCHERS if launcher.counts(environment)]
     if not found:
         return None
@@ -127,11 +133,16 @@ def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
     if not environment.get("MASTER_ADDR"):
         environment["MASTER_ADDR"] = _address(ranks, launcher, environment)
     if not environment.get("MASTER_PORT"):
-        environment["MASTER_PORT"] = str(_port(launcher, environment))
-    if _is_one_machine(launcher, environment):
-        _keep_to_this_machine(environment)
-    elif not environment.get(INTERFACE):
-        _choose_interface(launcher, environment)
+        # Not probed, since only rank 0's machine knows which ports are free.
+        job = f"{environment.get(launcher.job, '')}.{environment.get('SLURM_STEP_ID', '')}"
+        environment["MASTER_PORT"] = str(derived_port(job))
+    if not _is_one_machine(launcher, environment):
+        if not environment.get(INTERFACE):
+            _choose_interface(launcher, environment)
+    # On one machine, make Gloo and NCCL listen on the loopback, where no other machine can reach them.
+    elif (loopback := interface_of(DEFAULT_ADDRESS)) is not None:
+        for name in (INTERFACE, NCCL_INTERFACE):
+            environment[name] = environment.get(name) or loopback
 
 
 def _disagree(inner: Ranks, outer: Ranks, environment: Mapping[str, str]) -> bool:
@@ -145,15 +156,6 @@ def _disagree(inner: Ranks, outer: Ranks, environment: Mapping[str, str]) -> boo
     if by_hand and inner.world_size == outer.world_size:
         return inner.rank != outer.rank
     return inner.world_size < outer.world_size
-
-
-def _refuse_half(environment: Mapping[str, str]) -> None:
-    for present, absent in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
-        if present in environment and absent not in environment:
-            raise BadInput(
-                f"environment: {present} is {environment[present]}, but {absent} is not set; a launcher sets both. "
-                f"Unset {present} to run without a launcher"
-            )
 
 
 def _read(launcher: _Launcher, environment: Mapping[str, str]) -> Ranks:
@@ -199,35 +201,19 @@ def _address(ranks: Ranks, launcher: _Launcher, environment: Mapping[str, str]) 
     )
 
 
-def _port(launcher: _Launcher, environment: Mapping[str, str]) -> int:
-    """The port of a job whose launcher set none. It is not probed, since only rank 0's machine knows what is free."""
-    return derived_port(f"{environment.get(launcher.job, '')}.{environment.get('SLURM_STEP_ID', '')}")
-
-
-def _keep_to_this_machine(environment: MutableMapping[str, str]) -> None:
-    """Make Gloo and NCCL listen on the loopback, where no other machine can reach them."""
-    interface = interface_of(DEFAULT_ADDRESS)
-    if interface is not None:
-        for name in (INTERFACE, NCCL_INTERFACE):
-            environment[name] = environment.get(name) or interface
-
-
 def _choose_interface(launcher: _Launcher, environment: MutableMapping[str, str]) -> None:
     """Make Gloo listen where the other machines reach it.
 
     By default Gloo listens on the address of this machine's host name, which on many systems is a loopback address
     (127.0.1.1 in /etc/hosts). NCCL chooses its own interface, InfiniBand first.
     """
-    interface = interface_towards(_other_machines(launcher, environment))
+    others: list[Iterable[str]] = [[environment["MASTER_ADDR"]]]
+    if launcher is _SRUN and (nodes := environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST"))):
+        # Expanded only as far as needed: a job may have thousands of nodes.
+        others.insert(0, (node for node in expand_nodes(nodes) if node != environment.get("SLURMD_NODENAME")))
+    interface = interface_towards(chain.from_iterable(others))
     if interface is not None:
         environment[INTERFACE] = interface
-
-
-def _other_machines(launcher: _Launcher, environment: Mapping[str, str]) -> Iterator[str]:
-    """Names or addresses of the job's machines, without this machine if its name is known."""
-    if launcher is _SRUN and (nodes := environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST"))):
-        yield from (node for node in expand_nodes(nodes) if node != environment.get("SLURMD_NODENAME"))
-    yield environment["MASTER_ADDR"]
 
 
 def first_node(nodes: str) -> str:

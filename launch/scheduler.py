@@ -58,12 +58,18 @@ def submit(script: Path, environment: Mapping[str, str]) -> str:
     Raises BadInput if Slurm rejects the job, ClDistError if it is unknown whether there is a job.
     """
     # Submitted from inside another job, the new job must not inherit that job's layout.
-    inherited = {name: value for name, value in environment.items() if not _is_of_a_job(name)}
+    inherited = {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(("SLURM_", "SLURMD_")) or name == "SLURM_CONF"
+    }
     done = _ask(["sbatch", "--parsable", script.name], PATIENCE_SECONDS, cwd=script.parent, environment=inherited)
     if done is None:
         raise ClDistError(f"sbatch did not answer within {PATIENCE_SECONDS:g} s; check with squeue if there is a job")
     if done.returncode != 0:
-        raise BadInput(f"Slurm rejects the job: {_first_line(done.stderr)}")
+        lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
+        reason = next((line for line in lines if line.strip()), "sbatch gave no reason")
+        raise BadInput(f"Slurm rejects the job: {reason}")
     number = done.stdout.strip().partition(";")[0]  # with several clusters: 17;cluster
     if not number.isdecimal():
         raise ClDistError(f"sbatch printed no job id ({number[:80]!r}); check with squeue if there is a job")
@@ -146,12 +152,3 @@ def _ask(
         )  # fmt: skip
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
-
-
-def _is_of_a_job(name: str) -> bool:
-    return name.startswith(("SLURM_", "SLURMD_")) and name != "SLURM_CONF"
-
-
-def _first_line(text: str) -> str:
-    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.splitlines() if line.strip()]
-    return lines[0] if lines else "sbatch gave no reason"

@@ -228,15 +228,13 @@ class SlurmJob:
         yield f"ranks_per_node={self.ranks_on_node}"
         yield f"max_restarts={self.max_restarts}"
         yield f"fresh={int(self.fresh)}"
-        yield from (f"export {name}={quote(value)}" for name, value in self._variables().items())
-
-    def _variables(self) -> dict[str, str]:
+        # The options win over variables of the submitting shell.
         variables = dict(self.environment)
         if self.gpus == 0:
             variables.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
         if self.interface is not None:
             variables.update(GLOO_SOCKET_IFNAME=self.interface, NCCL_SOCKET_IFNAME=self.interface)
-        return variables
+        yield from (f"export {name}={quote(value)}" for name, value in variables.items())
 
 
 def captured_environment(environment: Mapping[str, str], python: str) -> dict[str, str]:

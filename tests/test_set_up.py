@@ -55,7 +55,7 @@ def interpreter(body: str, tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("difference", "message"),
     [
-        ("import sys; sys.version_info = (3, 9, 18)", "is too old, Python 3.10 or later is needed"),
+        ("import sys; sys.version_info = (3, 9, 18)", "is too old, Python 3.10 or later is required"),
         ("import sys; sys.modules['ensurepip'] = None", "has no venv. Install it (Debian: apt-get install"),
         ("import sysconfig; sysconfig.get_path = lambda name: '/'", "(Python.h), which DeepSpeed compiles against"),
     ],

@@ -47,7 +47,7 @@ class Scoring:
         system: Tasks and evaluators.
         ledger: Logs the scores and writes the predictions.
         reporter: Reports progress.
-        stop_if_asked: Called between passes; ends the run with its state saved if a signal asked for it (collective).
+        stop_if_asked: Called between batches; ends the run with its state saved if a signal asked for it (collective).
     """
 
     def __init__(self, system: System, ledger: Ledger, reporter: Reporter, stop_if_asked: Callable[[], None]) -> None:

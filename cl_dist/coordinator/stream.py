@@ -105,7 +105,10 @@ class Coordinator:
         self.reporter.task_started(index, place.name, trainer.steps)
         spent = self._train(place, trainer)
         began = time.monotonic()
-        seen = len(self.tasks) if self.recipe.eval.tasks == "all" else self._seen(index)
+        # Unless all tasks are scored: those learnt so far, including the next ones if they have no steps of their own.
+        later = range(index + 1, len(self.tasks))
+        unseen = next((task for task in later if self.system.engine.trains(task)), len(self.tasks))
+        seen = len(self.tasks) if self.recipe.eval.tasks == "all" else unseen
         row = self._scoring.row(range(seen), self.folder.task(index, place.name).predictions)
         general = self._scoring.general(place.name)
         self._export(self.folder.task(index, place.name).model)
@@ -113,15 +116,12 @@ class Coordinator:
         self._complete(index, row, general, spent, time.monotonic() - began)
         self._state.forget_older(index)
 
-    def _seen(self, index: int) -> int:
-        """Number of tasks the model has learnt after task `index`, including the tasks after it that have no steps."""
-        later = range(index + 1, len(self.tasks))
-        return next((task for task in later if self.system.engine.trains(task)), len(self.tasks))
-
     def _complete(self, index: int, row: Row, general: General, spent: Spent, evaluate_seconds: float) -> None:
-        """Record in the manifest that a task is trained, evaluated and saved."""
+        """Record in the manifest that a task is trained, evaluated and saved (collective)."""
         timings = {**dataclasses.asdict(spent), "evaluate_seconds": evaluate_seconds}
         manifest = self.ledger.manifest
+        # Each rank's peak over all restarts, which may have had different numbers of ranks.
+        peaks = zip_longest(peak_memory_per_rank(), manifest.peak_memory_bytes, fillvalue=0)
         self.ledger.update(
             accuracy_matrix=(*manifest.accuracy_matrix, row),
             general=general,
@@ -129,7 +129,7 @@ class Coordinator:
             completed=index + 1,
             checkpoints=(),
             timings=(*manifest.timings, timings),
-            peak_memory_bytes=self._peak_memory(),
+            peak_memory_bytes=tuple(max(pair) for pair in peaks),
             status="finished" if index + 1 == len(self.tasks) else "running",
         )
         self._state.forget_strays()
@@ -145,7 +145,11 @@ class Coordinator:
         # perhaps, the model may differ by rounding.
         if self.ledger.manifest.row_under_way or self.ledger.manifest.general_under_way:
             self.ledger.update(**NOTHING_SCORED)
-        self._begin_segment(place, spent.steps)
+        # Record which ranks compute the steps from here on.
+        now = segment(self.recipe, torch.distributed.get_world_size(), place.index, spent.steps)
+        segments = appended(self.ledger.manifest.segments, now)
+        if segments != self.ledger.manifest.segments:
+            self.ledger.update(segments=segments)
         self._schedule.restart()
         self._order.rewind(place.index, spent.steps)
         for step in range(spent.steps, trainer.steps):
@@ -167,7 +171,10 @@ class Coordinator:
             self.reporter.step(step + 1, loss, trainer.tokens(step) / seconds, trainer.learning_rate(step))
             self.ledger.log(event="step", task=place.name, step=step + 1, loss=loss, seconds=round(seconds, 4))
             self._after_step(place, spent, stop, minutes_over > 0)
-        self._finish_task(place)
+        # Methods may change the weights after the last step; some need the original ones later.
+        if any(method.keeps_unfused for method in self.system.engine.methods):
+            self._export(self.folder.task(place.index, place.name).unfused)
+        self.system.engine.after_task(place)
         self._save(self.folder.task(place.index, place.name).state, place, spent, trained=True)
         return spent
 
@@ -179,20 +186,6 @@ class Coordinator:
         self.reporter.message(f"step {step + 1} of task {place.name} skipped: {skipped}")
         self.ledger.log(event="skipped", task=place.name, step=step + 1, reason=skipped, samples=samples)
         return True
-
-    def _finish_task(self, place: TaskPlace) -> None:
-        """Let the methods change the weights of the trained task; export the original ones if a method needs them."""
-        engine = self.system.engine
-        if any(method.keeps_unfused for method in engine.methods):
-            self._export(self.folder.task(place.index, place.name).unfused)
-        engine.after_task(place)
-
-    def _begin_segment(self, place: TaskPlace, step: int) -> None:
-        """Record in the manifest which ranks compute the steps from here on."""
-        now = segment(self.recipe, torch.distributed.get_world_size(), place.index, step)
-        segments = appended(self.ledger.manifest.segments, now)
-        if segments != self.ledger.manifest.segments:
-            self.ledger.update(segments=segments)
 
     def _after_step(self, place: TaskPlace, spent: Spent, stop: bool, minutes_over: bool) -> None:
         """Save if a checkpoint is due, and stop if a signal asked for it."""
@@ -241,11 +234,6 @@ class Coordinator:
                 method.write_results(folder)
 
         self.ledger.write(write)
-
-    def _peak_memory(self) -> tuple[int, ...]:
-        """Each rank's peak over all restarts, which may have had different numbers of ranks (collective)."""
-        pairs = zip_longest(peak_memory_per_rank(), self.ledger.manifest.peak_memory_bytes, fillvalue=0)
-        return tuple(max(pair) for pair in pairs)
 
 
 def finish(ledger: Ledger, reporter: Reporter) -> dict[str, Any]:

@@ -8,7 +8,7 @@ large model has a few hundred of these columns, which still fit into a picture.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -120,15 +120,11 @@ def _module_labels(modules: Sequence[str]) -> list[str]:
     """Short labels of single modules (`0 self_attn.q_proj`), or full names if the short ones would be ambiguous."""
     places = [_place(module) for module in modules]
     labels = _labels(list(dict.fromkeys(place.kind for place in places if place.layer >= 0)))
-    short = [_label(place, labels) for place in places]
+    short = []
+    for place in places:
+        stack, kind = labels.get(place.kind, ("", ""))
+        short.append(place.kind[1] if place.layer < 0 else f"{stack} {place.layer} {kind}".strip())
     return short if len(set(short)) == len(short) else without_common_start(modules)
-
-
-def _label(place: _Place, labels: Mapping[tuple[str, str], tuple[str, str]]) -> str:
-    if place.layer < 0:
-        return place.kind[1]
-    stack, kind = labels[place.kind]
-    return f"{stack} {place.layer} {kind}".strip()
 
 
 def _tail(kind: str) -> str:

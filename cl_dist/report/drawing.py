@@ -116,7 +116,9 @@ def _number(axes: Axes, image: ScalarMappable, values: Floats) -> None:
     """Write each value into its cell, in black or white, whichever has more contrast."""
     shades = np.asarray(image.to_rgba(values))
     for (row, column), value in np.ndenumerate(values):
-        dark = not np.isnan(value) and _luminance(shades[row, column]) < 0.4
+        # White on dark cells. The weights are those of luminance in ITU-R BT.709.
+        red, green, blue = shades[row, column][:3]
+        dark = not np.isnan(value) and 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.4
         text = "–" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
         colour = "white" if dark else "black"
         written = axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
@@ -186,9 +188,3 @@ def _label_columns(axes: Axes, places: Sequence[float] | Floats | range, labels:
     style: dict[str, Any] = {"ha": "center"} if fit(labels, room) else slanted
     shown = thinned(len(labels), room)
     axes.set_xticks([places[each] for each in shown], [short(labels[each]) for each in shown], fontsize=8, **style)
-
-
-def _luminance(rgba: Any) -> float:
-    """Brightness (ITU-R BT.709) of a colour: red, green, blue and opacity, each from 0 to 1."""
-    red, green, blue = rgba[:3]
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

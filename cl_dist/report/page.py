@@ -18,7 +18,6 @@ from cl_dist.report.escape import Markdown, markdown_code, markdown_text
 from cl_dist.report.reading import RunData
 from cl_dist.report.tables import general_names, markdown
 from cl_dist.report.units import UnitResults
-from cl_dist.state.manifest import Manifest
 
 MATRIX_FILE = "accuracy_matrix.csv"
 """Written if the matrix is too wide for the page."""
@@ -117,7 +116,8 @@ class Page:
             yield f"Metrics so far, as if the stream ended with {markdown_text(self.run.done[-1])}:"
         values = metrics.all_metrics([row[:done] for row in matrix])
         del values["forward_transfer_single"]  # needs the scores of models trained on a single task, from other runs
-        yield from _notes(self.run.manifest)
+        if notes := score_notes(self.run.manifest.scoring_by_task()):
+            yield "\n".join(f"- {note[0].upper()}{note[1:]}." for note in notes)
         lines = ([markdown_code(name), _score(value), definition(name)] for name, value in values.items())
         header = ["metric", "value", "definition (T tasks, score a[i][j] on task j after task i)"]
         yield markdown(header, lines, text=(0, 2))
@@ -181,12 +181,6 @@ def _settings(settings: Mapping[str, Any]) -> Iterator[list[str]]:
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
             yield [label, str(value)]
-
-
-def _notes(manifest: Manifest) -> Iterator[str]:
-    """Notes that readers of the metrics need, as a list, if there are any."""
-    if notes := score_notes(manifest.scoring_by_task()):
-        yield "\n".join(f"- {note[0].upper()}{note[1:]}." for note in notes)
 
 
 def _scored_by(names: Mapping[str, str]) -> str:

@@ -62,16 +62,12 @@ def read_run(path: Path) -> RunData:
         raise BadInput(f"{path} is not a folder; give the run folder (output_dir) of a run")
     folder = RunFolder(path)
     manifest = Manifest.read(folder.manifest)
-    _check_rows(manifest, folder.manifest)
-    return RunData(folder, manifest, _read_settings(folder.config), read_log(folder.log, manifest.tasks))
-
-
-def _check_rows(manifest: Manifest, path: Path) -> None:
     rows = len(manifest.accuracy_matrix)
     if not manifest.tasks:
-        raise BadInput(f"{path} is damaged: it lists no tasks")
+        raise BadInput(f"{folder.manifest} is damaged: it lists no tasks")
     if rows <= manifest.completed and manifest.completed > 0:
-        raise BadInput(f"{path} is damaged: {rows} rows of scores, but {manifest.completed} completed tasks")
+        raise BadInput(f"{folder.manifest} is damaged: {rows} rows of scores, but {manifest.completed} completed tasks")
+    return RunData(folder, manifest, _read_settings(folder.config), read_log(folder.log, manifest.tasks))
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -149,7 +149,8 @@ def _refuse_others_settings(request: Request, methods: Sequence[MethodChoice], p
     known = {field for method in own.method for field in info_of(type(method))}
     for text in given:
         key, _, value = text.partition("=")
-        setting = _setting_of(_path(text))
+        path = _path(text)  # method.0.x.y or method.x.y; the setting is (x, y)
+        setting = path[2:] if path[1].isdecimal() else path[1:]
         hints = [f"--set-for {hint}={value}" for method in methods for hint in _places(method, setting)]
         if setting[0] not in known and hints:
             names = "+".join(method.name for method in own.method)
@@ -157,11 +158,6 @@ def _refuse_others_settings(request: Request, methods: Sequence[MethodChoice], p
                 f"--set {key.strip()}: this changes the recipe's own method, {names}, which has no {setting[0]}; "
                 f"use {' or '.join(hints)}"
             )
-
-
-def _setting_of(path: tuple[str, ...]) -> tuple[str, ...]:
-    """`method.0.x.y` and `method.x.y` as (x, y)."""
-    return path[2:] if path[1].isdecimal() else path[1:]
 
 
 def _places(method: MethodChoice, setting: tuple[str, ...]) -> Iterator[str]:
