@@ -76,6 +76,7 @@ class GpuClock:
 
     def _once(self, contestant: Contestant) -> float:
         contestant.prepare()
+        # Events measure on the GPU itself: the queue runs behind the Python code.
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._cache.zero_()
         start.record()

@@ -75,6 +75,7 @@ def _size(widths: Model, tokens: int, options: Namespace) -> StepSize:
 def _in_process(size: StepSize, options: Namespace, device: torch.device) -> Entry:
     model, ids = build_model(size, device), token_ids(size).to(device)
     work = operations(model, size)
+    # The hardware's peak runs as one more contestant, in the same rounds.
     best, best_operations = limits.product(getattr(torch, size.dtype), device)
     contestants = {name: way(model, ids, size.threshold).contestant() for name, way in WAYS.items()}
     times = race({**contestants, limits.PRODUCT: best}, options.runs, clock_for(device))
@@ -90,6 +91,7 @@ def _in_process(size: StepSize, options: Namespace, device: torch.device) -> Ent
         "of_limit": shares,
         **compare_gradients(model, ids, size.threshold),
     }
+    # Peak memory is measured in fresh processes, which need this process's memory.
     del model, contestants
     gc.collect()
     return {**entry, **(peaks(size, device) if options.memory == "yes" else {})}

@@ -96,6 +96,7 @@ class RankClock:
         torch.distributed.barrier()
         start = time.perf_counter()
         contestant.run()
+        # The step takes as long as its slowest rank.
         elapsed = torch.tensor(self._method.done - start, dtype=torch.float64, device=device())
         torch.distributed.all_reduce(elapsed, op=torch.distributed.ReduceOp.MAX)
         return float(elapsed)

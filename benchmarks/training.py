@@ -127,6 +127,7 @@ class Masked(Way):
     def step(self) -> None:
         """Select the rows between forward and backward."""
         loss = self.loss()
+        # The masks must be known before backward, which then skips the rows.
         masks = topk_row_masks(self._sums.flat, self._sums.sizes, self.threshold)
         self.masks = dict(zip(self.layers, masks, strict=True))
         self._skipper.choose({name: mask.rows for name, mask in self.masks.items()})
@@ -181,10 +182,10 @@ def operations(model: nn.Module, size: StepSize) -> dict[str, int]:
     """
     tracked = tracked_linears(model, "blocks")
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    dense = 12 * size.tokens**2 * size.hidden * size.layers
+    dense = 12 * size.tokens**2 * size.hidden * size.layers  # attention
     skipped = 0
     for name, linear in linears.items():
-        products = 3 if linear.weight.requires_grad else 2
+        products = 3 if linear.weight.requires_grad else 2  # forward, input gradient, and weight gradient if trained
         dense += products * 2 * size.tokens * linear.weight.numel()
         if name in tracked:
             dropped = linear.out_features - kept_rows(linear.out_features, size.threshold)

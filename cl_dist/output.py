@@ -115,6 +115,7 @@ class Outlet(_Raw):
                 _write_all(self._descriptor, content)
             return len(content)
         with self._changed:
+            # Lost bytes are counted in `_gap`; a note in their place precedes the next bytes that are kept.
             if not self._has_room(len(content)):
                 self._gap += len(content)
                 self._lose(len(content), "its reader has stopped reading")
@@ -125,12 +126,13 @@ class Outlet(_Raw):
 
     def _has_room(self, number: int) -> bool:
         """Whether the buffer has room for `number` bytes. Waits for a live reader, but only once for a stopped one."""
+        # `_taken` grows while the reader is alive. One that has stopped is not waited for again until it takes more.
         while self._size + number > BUFFER_BYTES and self._size and self._taken != self._stopped_at:
             taken = self._taken
             self._changed.wait(PAUSE_SECONDS)
             if self._taken == taken:
                 self._stopped_at = taken
-        return self._size + number <= BUFFER_BYTES or not self._size
+        return self._size + number <= BUFFER_BYTES or not self._size  # an empty buffer takes a write of any size
 
     def drain(self) -> None:
         """Wait until everything is written, or until nothing has been written for `patience` seconds."""
@@ -216,6 +218,7 @@ def direct_output() -> Iterator[None]:
     """
     before = (sys.stdout, sys.stderr)
     output, errors = map(_descriptor, before)
+    # A stream without a descriptor, such as a test's StringIO, stays as it is.
     if output is not None:
         buffer = io.BufferedWriter(_Direct(output, raises=True))
         sys.stdout = _text(buffer, sys.stdout, line_buffering=os.isatty(output))

@@ -39,6 +39,7 @@ class StopRequests:
         """Record a signal that arrives at `now` (seconds, monotonic); returns whether it is a second request."""
         first, self.asked = not self.asked, True
         if number == signal.SIGINT:
+            # Measured from the first press, so that holding Ctrl-C down counts as impatience too.
             impatient = self._pressed is not None and now - self._pressed > SAME_PRESS_SECONDS
             self._pressed = now if self._pressed is None else self._pressed
         else:

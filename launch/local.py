@@ -88,6 +88,7 @@ class _Rank:
         """Note whether the rank has ended; if it failed, kill the processes that it started too."""
         if self.ended is not None:
             return
+        # WNOWAIT leaves the process a zombie for now: its process group can still be signalled safely.
         state = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if state is None:
             return
@@ -191,6 +192,7 @@ class _Launch:
         """Start the ranks, wait for all of them, and return how the launch ended."""
         with steady_output(), tempfile.TemporaryDirectory(prefix="cl-dist-") as folder, self._signals_counted():
             try:
+                # A rank that fails while others are still starting is noticed by the first poll.
                 for index in range(self.processes):
                     self.ranks.append(self._start(index, Path(folder)))
                 while any(rank.returncode is None for rank in self.ranks):
@@ -205,6 +207,8 @@ class _Launch:
         environment = rank_environment(self.environment, index, self.processes, self.port)
         environment[child.LAUNCHER_PID] = str(os.getpid())
         environment[child.FAILURE_FILE] = str(failure_file)
+        # Rank 0 keeps its two streams apart, as the launcher's are, unless they lead to the same place: then a single
+        # pipe preserves their order. Of the other ranks only the last lines are kept, of both streams together.
         one_pipe = index > 0 or same_stream()
         with _terminal_for(index, environment) as kept_open:
             process = subprocess.Popen(
@@ -230,6 +234,7 @@ class _Launch:
         heard = StopRequests()
 
         def count(number: int, frame: FrameType | None) -> None:
+            # Only counts: forwarding happens in `_watch`, since a handler may interrupt any line.
             at_once = heard.ends_at_once(number, time.monotonic())
             if not self.requests and number == signal.SIGUSR1:
                 self.request = signal.SIGUSR1
@@ -314,10 +319,11 @@ class _Launch:
         failures = {rank.index: child.read_failure(rank.failure_file) for rank in failed}
         culprit = min(failed, key=lambda rank: _order_of_failing(rank, failures[rank.index]))
         own = failures[culprit.index]
-        if own is None:
+        if own is None:  # killed, or failed before it could report: quote its output
             return Ending(
                 exit_code, f"rank {culprit.index} {_describe_end(culprit)}", tuple(culprit.lines)[-SHOWN_LINES:]
             )
+        # A message that all ranks agree on, about the recipe for example, is not about one rank.
         shared = self.processes == 1 or all(other and other.message == own.message for other in failures.values())
         prefix = "" if own.whole_job or (shared and len(failed) == self.processes) else f"rank {culprit.index}: "
         # With --debug the rank has printed a traceback; without it, a rank that left a message prints nothing else.

@@ -41,6 +41,7 @@ def _import_mpi() -> Any:
     try:
         import mpi4py
 
+        # By default mpi4py initialises MPI on import and finalises it at exit.
         mpi4py.rc.initialize = mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError):  # not installed, or no matching MPI library to load
@@ -50,7 +51,7 @@ def _import_mpi() -> Any:
 
 def _meet(mpi: Any, ranks: Ranks, environment: MutableMapping[str, str]) -> Ranks:
     world = mpi.COMM_WORLD
-    if world.Get_size() != ranks.world_size:
+    if world.Get_size() != ranks.world_size:  # not the launcher's MPI library
         return ranks
     machine = world.Split_type(mpi.COMM_TYPE_SHARED)
     address, port = world.bcast(_meeting_point(world, machine, environment), root=0)
@@ -67,5 +68,6 @@ def _meeting_point(world: Any, machine: Any, environment: MutableMapping[str, st
     port = free_port(job_name(environment))
     if machine.Get_size() == world.Get_size():
         return DEFAULT_ADDRESS, port
+    # The interface on the route to another machine is one that this machine is reachable on.
     others = (address_towards(host) for host in dict.fromkeys(hosts) if host != hosts[0])
     return next(filter(None, others), hosts[0]), port

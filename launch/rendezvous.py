@@ -32,7 +32,7 @@ _PART = re.compile(r"[^,\[\]]+|\[[^\[\]]*\]|,")
 def expand_nodes(nodes: str) -> Iterator[str]:
     """Expand a Slurm node list, keeping its order: `gpu[03-04,12],login` is gpu03, gpu04, gpu12 and login."""
     group: list[str] = []
-    for part in [*_PART.findall(nodes), ","]:
+    for part in [*_PART.findall(nodes), ","]:  # the last comma ends the last name
         if part != ",":
             group.append(part)
         elif group:

@@ -51,6 +51,7 @@ def python_version(python: str) -> str:
 def lock(old: Pins, new: Pins, boundary: str) -> list[str]:
     """The lines of the lock; `old` applies to Python versions before `boundary`, `new` from there on."""
     lines = []
+    # Packages that only one of the interpreters needs get a marker too.
     for name in sorted({*old, *new}):
         if old.get(name) == new.get(name):
             lines.append(f"{name}=={new[name]}")

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     die_with_launcher(os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with direct_output():
+    with direct_output():  # from here on, a closed or full standard output is handled
         try:
             parsed = parse(arguments)
         except SystemExit as end:  # argparse has printed an error or its help

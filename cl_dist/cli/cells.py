@@ -88,6 +88,7 @@ class CellRunner:
         began = time.monotonic()
         command = [*python_command(PROGRAM), "run", str(recipe), *(["--resume"] if resume else []), *self._options]
         code, words = self._wait_for(command)
+        # A run may also have been interrupted directly: then the sweep stops too.
         if self._asked or code == Interrupted.exit_code:
             self._refresh()
             raise Interrupted(f"stopped in {cell.name}; the saved state is intact, the same command continues")

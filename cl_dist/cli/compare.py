@@ -103,6 +103,7 @@ def _compare(arguments: Namespace) -> int:
         sweep.require_own()
     if arguments.submit:
         require_sbatch()
+    # From cheap to expensive: names and recipes, then earlier runs, then data and models.
     grid = build_grid(_request(arguments))
     refuse_other_recipes(sweep, grid)
     refresh = partial(_write_tables, sweep, grid, Path(arguments.recipe).stem)
@@ -152,6 +153,7 @@ def _check_data_and_models(cells: Sequence[Cell]) -> None:
         del data["train"]["seed"]
         # With warm-up, the methods matter too: they determine how many steps a task has.
         methods = data["method"] if cell.recipe.train.warmup_steps else None
+        # Cells that agree in these sections need only one check.
         key = json.dumps([*(data[section] for section in ("model", "stream", "eval", "train", "launch")), methods])
         if key not in seen:
             seen.add(key)
@@ -208,6 +210,7 @@ def _submit(sweep: SweepFolder, grid: Grid, arguments: Namespace) -> None:
         if job is not None and job.state is not None and job.state.is_alive:
             print(f"{cell.name}: job {job.number} is already {job.state.state}")
             continue
+        # The job runs the cell's resolved recipe, so nothing is left to change on its command line.
         recipe = sweep.recipe(cell.order, cell.method, cell.seed)
         recipe.parent.mkdir(parents=True, exist_ok=True)
         write_text(recipe, dump_recipe(cell.recipe))

@@ -93,6 +93,7 @@ def reported_by_first_rank() -> Iterator[None]:
 
 
 def _be_rank(ranks: Ranks, work: Callable[[Reporter], None], note: Callable[[str], None]) -> int:
+    # MPI knows best; without mpi4py, the launcher's variables have to do.
     ranks = ask_mpi(ranks, os.environ)
     export_ranks(ranks, os.environ)
     reporter = make_reporter(ranks.rank, sys.stdout, terminal(os.environ))

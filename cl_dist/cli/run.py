@@ -38,7 +38,7 @@ def run(arguments: Namespace) -> int:
     """Check the recipe, its data, its model and its run folder, then train."""
     with reported_once_per_machine():
         recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes)
-        if arguments.resume:
+        if arguments.resume:  # with the defaults of the release that started the run
             kept = kept_defaults(RunFolder(Path(recipe.output_dir)).config)
             recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes, kept)
     recipe = resolve_order(recipe, recipe_dir)

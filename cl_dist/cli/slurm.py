@@ -100,6 +100,7 @@ def slurm(arguments: Namespace) -> int:
             raise BadInput("--resume and --fresh exclude each other: continue the old run, or move it aside")
         print(_script(job, arguments), end="")
         return 0
+    # Everything that can fail comes before the old run is moved aside, except for Slurm's answer.
     folder = RunFolder(Path(recipe.output_dir))
     _refuse_second_job(folder)
     preflight(folder.path, recipe, resume=arguments.resume, fresh=arguments.fresh, world_size=job.ranks)
@@ -127,6 +128,7 @@ def make_job(arguments: Namespace, recipe: Recipe) -> SlurmJob:
         arguments=(),
         environment=captured_environment(os.environ, sys.executable),
     )
+    # Only now is the number of ranks known, which the command line needs.
     changes = [*arguments.changes, f"launch.processes={job.ranks}"]
     return replace(job, arguments=("run", arguments.recipe, *(word for text in changes for word in ("--set", text))))
 

@@ -71,13 +71,14 @@ def run(
         with reported_once():
             manifest, resumed = by_first(lambda: _starting_point(folder, recipe, world, resume))
         ledger = Ledger(folder, manifest, writer=rank == 0)
-        if manifest.status == "finished":
+        if manifest.status == "finished":  # only its metrics may be missing
             reporter.message("this run is already finished; nothing is left to do")
             return finish(ledger, reporter)
         with _failure_noted(ledger):
             system = build_system(resumed.recipe, recipe_dir)
             if resumed.note is not None:
                 _report_changes(resumed, resumed.note, system, reporter)
+            # Changed inputs are rejected only now, since digesting them needs the data that was just read.
             with reported_once():
                 ledger.manifest = _with_inputs(ledger, system, resume, reporter)
             deadline = Deadline(seconds_left if rank == 0 else no_limit)

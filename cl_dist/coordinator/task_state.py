@@ -72,6 +72,7 @@ class TaskState:
             self._engine.prepare_task(place.index)
             found = self._checkpoints.restore(self._load)
         if found is not None:
+            # Checkpoints after this one are damaged. Methods start the task first, and then get their saved state.
             self._checkpoints.forget_after(found.entry)
             self._engine.before_task(place)
             self._engine.load_method_states(found.state["methods"])
@@ -166,6 +167,7 @@ class TaskState:
         beat(f"saving the state of task {place.name}")
         self._engine.before_save()
         state = {"trained": trained, "spent": dataclasses.asdict(spent), "methods": self._engine.method_states()}
+        # The next task starts with fresh moments, unless the recipe keeps them.
         moments = not trained or self._recipe.train.keep_optimizer
         with self._deadline.saving():
             save_snapshot(path, self._engine.shards, state, moments=moments, extra=self._engine.method_tensors())

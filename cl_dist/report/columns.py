@@ -59,6 +59,7 @@ def columns_of_units(table: UnitTable) -> Columns:
     few = len(table.names) <= MAX_UNITS and len(table.modules) <= MAX_BLOCKS
     if not few or len(table.unit) > len(table.names) or len(table.names) == len(table.modules):
         return columns_of_modules(table)
+    # Invert the permutation that sorts the pieces by module: piece -> column.
     order = np.argsort(table.module, kind="stable")
     of_piece = np.empty_like(order)
     of_piece[order] = np.arange(len(order))
@@ -108,6 +109,7 @@ def _labels(kinds: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[str
     (`SelfAttention.q`).
     """
     short = {(stack, kind): _tail(kind) or stack for stack, kind in kinds}
+    # If two kinds of one stack would get the same label, use whole names.
     if len({(stack, tail) for (stack, _), tail in short.items()}) < len(kinds):
         short = {(stack, kind): kind or stack for stack, kind in kinds}
     stacks = list(dict.fromkeys(stack for stack, _ in kinds))

@@ -143,11 +143,11 @@ def block_heat_map(
     """Draw a heat map with labelled blocks of columns; `values` is `(rows, columns)`, NaN for missing values."""
     image, border = _heat_map(axes, values, colours), BORDER[colours[0]]
     widths = np.array([width for _, width in columns.blocks])
-    ends = np.cumsum(widths) - 0.5
+    ends = np.cumsum(widths) - 0.5  # cells are centred on whole numbers
     for end in ends[:-1]:
         axes.axvline(end, color=border, linewidth=1.2)
     height = row_height(len(rows))
-    if height == ROW:
+    if height == ROW:  # lines between thinner rows would hide them
         for row in range(1, len(rows)):
             axes.axhline(row - 0.5, color=border, linewidth=0.6)
     labels = [label for label, _ in columns.blocks]

@@ -112,6 +112,7 @@ class Page:
         done, matrix = len(self.run.done), self.run.manifest.accuracy_matrix
         if done == 0:
             return
+        # Later tasks, as far as they have scores (eval.tasks: all), do not count yet.
         if done < len(self.run.manifest.tasks):
             yield f"Metrics so far, as if the stream ended with {markdown_text(self.run.done[-1])}:"
         values = metrics.all_metrics([row[:done] for row in matrix])

@@ -146,7 +146,7 @@ def loss(tasks: Sequence[str], losses: Mapping[str, Losses]) -> bytes:
     """
     trained = [name for name in tasks if losses.get(name)]
     lengths = [max(losses[name]) for name in trained]
-    starts = np.cumsum([0, *lengths])
+    starts = np.cumsum([0, *lengths])  # of each task, in steps of the whole stream
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -177,6 +177,7 @@ def moving_mean(values: Floats, window: int) -> Floats:
     """Mean over `window` neighbours, fewer at the ends; NaN is ignored."""
     known = ~np.isnan(values)
     ones = np.ones(window)
+    # Sum and count separately, so that NaN and the ends, where there are fewer values, need no special case.
     counts = np.convolve(known.astype(float), ones, mode="same")
     sums = np.convolve(np.where(known, values, 0.0), ones, mode="same")
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0.5)

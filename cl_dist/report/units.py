@@ -54,6 +54,7 @@ class UnitTable:
         Raises:
             ValueError, TypeError, KeyError, AttributeError: `units` has another format.
         """
+        # A unit may own slices of several parameters of one module (both LoRA matrices): they form a single piece.
         modules: dict[str, int] = {}
         pieces: dict[tuple[int, int], int] = {}
         for unit, slices in enumerate(units.values()):

@@ -44,6 +44,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Report:
         ClDistError: The disk is full.
     """
     run = read_run(run_folder)
+    # Read and draw everything first: an error must not leave half of a report behind.
     units = read_unit_results([run.folder.task(position, name) for position, name in enumerate(run.done)])
     out = run.folder.report if out is None else out
     _check_out(out)

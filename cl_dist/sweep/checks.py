@@ -70,6 +70,7 @@ def refuse_other_recipes(sweep: SweepFolder, grid: Grid) -> None:
     One table must not mix results of different recipes.
     """
     problems = Problems()
+    # First the recipe that all cells share, whether any of them has run or not.
     if sweep.base.exists():
         stored = stored_recipe(sweep.base)
         by_order = grid.base.stream.order is not None or stored.stream.order is not None
@@ -79,6 +80,7 @@ def refuse_other_recipes(sweep: SweepFolder, grid: Grid) -> None:
         differences = _differences(stored, _global_batch(stored), grid.base, ignored, digested=digested)
         _note(problems, sweep.base, differences)
     problems.check()
+    # Then every run, including runs of cells that this grid does not have.
     for place in sweep.found():
         folder = RunFolder(sweep.run(*place))
         _note(problems, folder.path, _differences_at(folder, place, grid.cells))

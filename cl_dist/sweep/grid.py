@@ -95,10 +95,12 @@ def build_grid(request: Request) -> Grid:
     methods = None if request.methods is None else parse_methods(request.methods, request.method_changes, problems)
     orders = None if request.orders is None else parse_orders(request.orders, problems)
     seeds = None if request.seeds is None else parse_seeds(request.seeds, problems)
+    # Each step relies on the ones before, so check after each of them.
     problems.check()
     _refuse_others_settings(request, methods or [], problems)
     problems.check()
     base, _ = load_recipe(request.recipe, request.changes)
+    # What the options leave open is the recipe's.
     if methods is None:
         own = "+".join(method.name for method in base.method)
         methods = parse_methods(own, request.method_changes, problems)
@@ -145,6 +147,7 @@ def _refuse_others_settings(request: Request, methods: Sequence[MethodChoice], p
     given = [text for text in request.changes if _path(text)[:1] == ("method",)]
     if not given or not methods:
         return
+    # Load the recipe without these changes, which may not even be valid for it.
     own, _ = load_recipe(request.recipe, [text for text in request.changes if text not in given])
     known = {field for method in own.method for field in info_of(type(method))}
     for text in given:

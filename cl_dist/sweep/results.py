@@ -138,6 +138,7 @@ def read_results(sweep: SweepFolder, asked: Iterable[Place]) -> Results:
     """Read every requested cell, and every other one in the sweep's folder."""
     places = list(dict.fromkeys([*asked, *sweep.found()]))
     cells = _against_single_tasks([_read_cell(sweep, *place) for place in places])
+    # Orders and methods in the order in which they were requested, then those of earlier calls.
     orders = list(dict.fromkeys(place[0] for place in places))
     methods = list(dict.fromkeys(place[1] for place in places))
     rows = []
