@@ -34,7 +34,7 @@ RATIOS = {
 
 
 def spreads(value: Any) -> Iterator[dict[str, float]]:
-    """Every object with a median in a JSON document."""
+    """All objects with a median in a JSON document."""
     if isinstance(value, dict):
         if "median" in value:
             yield value

@@ -1,4 +1,4 @@
-"""Runs of the cells of a sweep, which fail, are stopped or are killed."""
+"""Runs of a sweep's cells that fail, are stopped or are killed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PATIENCE_SECONDS = 600.0
 def test_a_failing_run_ends_the_sweep_only_with_stop_on_failure(
     command: Command, tmp_path: Path, options: list[str], failed: int
 ) -> None:
-    """Both run folders hold a letter, which `cl-dist run` refuses."""
+    """Both run folders contain another file, so `cl-dist run` refuses them."""
     recipe = write_recipe(tmp_path)
     for name in ("sequential", "migu"):
         folder = tmp_path / "sweep" / "runs" / "own" / name / "seed0"
@@ -48,7 +48,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a sweep of the recipe in `tmp_path`; what a failed test leaves running is killed."""
+    """Start a sweep of the recipe in `tmp_path`; it is killed at the end of the test."""
     started = []
 
     def go(*options: str) -> subprocess.Popen[str]:
@@ -90,7 +90,7 @@ def manifest_of(run: Path) -> Manifest:
 
 
 def wait_until_released(run: Path) -> None:
-    """Until the run that lost its sweep has saved its state and ended."""
+    """Wait until the run whose sweep was killed has saved its state and ended."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         if manifest_of(run).status == "interrupted":
@@ -102,7 +102,7 @@ def wait_until_released(run: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_continues_after_a_stop_a_failure_and_a_kill(tmp_path: Path, start: Start) -> None:
-    """Two methods and two seeds: Ctrl-C in the second run, then a run that fails, then SIGKILL while that one runs."""
+    """Two methods and two seeds: Ctrl-C in the second run, a failure of the third, then SIGKILL during the third."""
     write_recipe(tmp_path, train={"epochs": 16}, launch={"processes": 1})
     options, runs = ("--methods", "sequential,migu", "--seeds", "0,1"), tmp_path / "sweep" / "runs" / "own"
     first, second, third, last = (runs / name / f"seed{seed}" for seed in (0, 1) for name in ("sequential", "migu"))

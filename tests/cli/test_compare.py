@@ -107,7 +107,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("asked", [("sequential", "7"), ("migu", "0"), ("migu", "7")], ids=" seed ".join)
     def test_other_tasks_in_the_same_table(self, command: Command, tmp_path: Path, asked: tuple[str, str]) -> None:
-        """Than those of a run of another seed or method."""
+        """Other tasks than those of a run with another seed or method."""
         recipe = write_recipe(tmp_path)
         finish(make_grid(tmp_path).cells[0], matrix(1, 1, 1))
         options = ("--methods", asked[0], "--seeds", asked[1], "--out", "sweep", "--dry-run")
@@ -118,7 +118,7 @@ class TestRefusals:
         assert "own/sequential/seed0: stream.tasks[0].name: 'spring' in the run, 'autumn' now" in error
 
     def test_other_epochs_of_a_task(self, command: Command, tmp_path: Path) -> None:
-        """Of another method's cells; the sweep's own recipe has none."""
+        """In the cells of another method; the sweep's recipe sets no epochs per task."""
         recipe = write_recipe(tmp_path)
         grid = make_grid(tmp_path)
         finish(grid.cells[0], matrix(1, 1, 1))

@@ -47,7 +47,7 @@ BATCH_SCRIPT = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", 
 @pytest.mark.parametrize(
     "environment", [{}, BATCH_SCRIPT, SALLOC_SHELL, srun(rank="0", tasks="1", local="0"), {"LOCAL_RANK": "0"}]
 )
-def test_where_no_launcher_made_ranks_there_is_none(environment: dict[str, str]) -> None:
+def test_without_a_launcher_there_are_no_ranks(environment: dict[str, str]) -> None:
     assert find_ranks(environment) is None
 
 
@@ -132,17 +132,17 @@ def test_torch_gets_what_torchrun_set() -> None:
 
 
 @pytest.mark.parametrize("environment", [open_mpi(), {**torch_variables(), "LOCAL_WORLD_SIZE": "4"}])
-def test_on_one_machine_only_the_loopback_listens(environment: dict[str, str]) -> None:
+def test_on_one_machine_ranks_listen_on_the_loopback(environment: dict[str, str]) -> None:
     found = exported(environment)
     assert (found["GLOO_SOCKET_IFNAME"], found["NCCL_SOCKET_IFNAME"]) == ("lo", "lo")
     assert exported({**environment, "NCCL_SOCKET_IFNAME": "ib0"})["NCCL_SOCKET_IFNAME"] == "ib0"
 
 
-def test_over_several_machines_nccl_finds_its_own_interface() -> None:
+def test_on_several_machines_nccl_chooses_its_own_interface() -> None:
     assert "NCCL_SOCKET_IFNAME" not in exported({**torch_variables(), "LOCAL_WORLD_SIZE": "2"})
 
 
-def test_on_one_machine_the_address_is_its_own() -> None:
+def test_on_one_machine_the_address_is_the_loopback() -> None:
     environment = exported(open_mpi())
     assert {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")} == {
         "RANK": "1",
@@ -192,14 +192,14 @@ def test_ranks_survive_the_export(world: int, data: st.DataObject) -> None:
     assert (again.rank, again.world_size, again.local_rank) == (rank, world, local)
 
 
-def test_threads_are_shared_out_unless_the_user_says_otherwise() -> None:
+def test_threads_are_divided_among_the_ranks_by_default() -> None:
     cores = len(os.sched_getaffinity(0))
     assert rank_environment({}, 0, 1, 1)["OMP_NUM_THREADS"] == str(cores)
     assert rank_environment({}, 0, 2 * cores, 1)["OMP_NUM_THREADS"] == "1"
     assert rank_environment({"OMP_NUM_THREADS": "7"}, 0, 2, 1)["OMP_NUM_THREADS"] == "7"
 
 
-def test_programs_beside_python_are_found_after_the_users_own() -> None:
+def test_programs_next_to_python_are_last_on_the_path() -> None:
     beside = str(Path(sys.executable).parent)
     assert rank_environment({"PATH": "/a:/b"}, 0, 1, 1)["PATH"] == f"/a:/b:{beside}"
     assert rank_environment({}, 0, 1, 1)["PATH"] == beside

@@ -34,7 +34,7 @@ def test_jobs_start_looking_at_different_ports() -> None:
     assert len(ports) > 90
 
 
-def test_the_batch_script_reads_it() -> None:
+def test_the_program_prints_a_port() -> None:
     command = python_command("cl_dist.launch.rendezvous:program")
     done = subprocess.run(command, env={**os.environ, "SLURM_JOB_ID": "17"}, capture_output=True, text=True, check=True)
     assert FIRST_PORT <= int(done.stdout) < FIRST_PORT + PORTS

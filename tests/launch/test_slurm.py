@@ -30,7 +30,7 @@ def job(**changes: Any) -> SlurmJob:
 
 
 def in_bash(text: str, *arguments: str) -> list[str]:
-    """Words that bash makes of `arguments` after it has run `text`, in a folder where no command could make a file."""
+    """The words that bash expands `arguments` to after running `text`, in a folder where no file can be created."""
     printing = f"{text}\nprintf '%s\\0' {' '.join(arguments)}"
     done = subprocess.run(["bash", "-c", printing], capture_output=True, check=True, env={}, cwd="/proc/self")
     assert done.stderr == b""
@@ -67,11 +67,11 @@ def test_one_word_on_one_line(value: str) -> None:
 
 
 @given(st.text())
-def test_any_name_becomes_a_jobs_name(text: str) -> None:
+def test_any_text_becomes_a_valid_job_name(text: str) -> None:
     assert f"#SBATCH --job-name={job_name(text)}" in directives(job(name=job_name(text)))
 
 
-def test_what_slurm_is_asked_for() -> None:
+def test_the_requests_to_slurm() -> None:
     made = job(
         name="mine", nodes=2, gpus_per_node=4, cpus_per_rank=8, time="1-12:00:00", partition="a100,h100",
         options=["account=physics", "exclusive", "constraint=[a|b]"],
@@ -103,7 +103,7 @@ def test_without_gpus_ranks_run_on_cpus() -> None:
     assert not any("gpu" in line for line in directives(made))
 
 
-def test_gpus_may_be_of_a_type() -> None:
+def test_gpus_may_have_a_type() -> None:
     made = job(nodes=2, gpus_per_node="a100:4")
     assert made.ranks == 8
     assert "#SBATCH --ntasks-per-node=4" in directives(made)
@@ -112,7 +112,7 @@ def test_gpus_may_be_of_a_type() -> None:
     assert "DS_ACCELERATOR=cpu" in job(gpus_per_node="0").script()
 
 
-def test_an_interface_is_for_both_libraries() -> None:
+def test_the_interface_applies_to_both_libraries() -> None:
     assert "export GLOO_SOCKET_IFNAME=ib0,eth1\n" in job(interface="ib0,eth1").script()
     script = job(interface="ib0", environment={"NCCL_SOCKET_IFNAME": "eth0"}).script()
     assert "export NCCL_SOCKET_IFNAME=ib0\nexport" in script
@@ -128,7 +128,7 @@ def test_the_environment_is_kept_without_secrets() -> None:
     }
 
 
-def test_compilers_fabrics_and_proxies_are_kept_but_no_password() -> None:
+def test_compilers_fabrics_and_proxies_are_kept_without_passwords() -> None:
     kept = {
         "CC": "gcc-12", "CXX": "g++-12", "CUDA_PATH": "/cuda", "CPATH": "/i@1", "LIBRARY_PATH": "/l",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "UCX_TLS": "rc", "FI_PROVIDER": "efa",
@@ -205,7 +205,7 @@ def test_a_short_job_is_warned_later() -> None:
         ({"options": ["array=1-3"]}, "--sbatch: array cannot be set"),
     ],
 )
-def test_what_slurm_would_misread_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput) as caught:
         job(**changes)
     assert str(caught.value).startswith(message)
@@ -218,7 +218,7 @@ def run_script(made: SlurmJob, tmp_path: Path, **environment: str) -> subprocess
     return subprocess.run(["bash", script], env=variables, capture_output=True, text=True, check=False)
 
 
-def test_restarts_are_bounded_whoever_restarts_the_job(tmp_path: Path) -> None:
+def test_restarts_are_limited_whoever_restarts_the_job(tmp_path: Path) -> None:
     done = run_script(job(max_restarts=2), tmp_path, SLURM_RESTART_COUNT="3")
     assert done.returncode == 1
     assert done.stdout == "cl-dist: job 17 on n1, restart 3 of at most 2\n"

@@ -1,4 +1,4 @@
-"""Runs of many tasks: pictures, the page and what is printed grow with the tasks, not with their square."""
+"""Runs of many tasks: pictures, page and output grow with the number of tasks, not with its square."""
 
 from __future__ import annotations
 
