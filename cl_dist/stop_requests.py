@@ -19,7 +19,7 @@ def heeded(numbers: Iterable[int]) -> list[int]:
 
 
 class StopRequests:
-    """Tells a first request to stop from a second one, which means "do not wait for the save".
+    """Distinguishes the first request to stop from a second one, which means "do not wait for the save".
 
     A user who presses Ctrl-C twice is impatient. A scheduler is not: it sends the same signal in several ways at once,
     and SIGTERM at the time limit after SIGUSR1 has warned of it. Ending then would waste a save in progress.
