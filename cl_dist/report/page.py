@@ -43,9 +43,9 @@ CAPTIONS = {
     "loss.png": "Training loss over the optimiser steps; dashed lines separate the tasks. For tasks with 40 steps or "
     "more, the strong line is a moving mean over a twentieth of the steps.",
     "unit_importance.png": "Importance of the skill units to each task: the scores that fusion uses, min-max "
-    "normalised per task (1: the task's most important unit). The colour scale is logarithmic; everything up to 0.00001 has one colour. "
-    "If there are many units, a column is a module and its colour the mean of the module's units, weighted by their "
-    "number of elements; [unit_importance.csv](unit_importance.csv) lists every unit.",
+    "normalised per task (1: the task's most important unit). The colour scale is logarithmic; 0.00001 and less have "
+    "the same colour. If there are many units, a column is a module and its colour the mean of the module's units, "
+    "weighted by their number of elements; [unit_importance.csv](unit_importance.csv) lists every unit.",
     "task_correlation.png": "Pearson correlation between the normalised unit scores of two tasks. It is undefined, "
     "shown as –, if all units of a task have the same score or a score is not a number. "
     "[task_correlation.csv](task_correlation.csv) lists the numbers.",
