@@ -1,6 +1,6 @@
-"""What the operations and the training step cost: one module per benchmark, run by `cl-dist bench`.
+"""The cost of the operations and of the training step: one module per benchmark, run by `cl-dist bench`.
 
-Each module is a script too (`python benchmarks/step.py --hidden 1024`). `command.py` knows the options and loads no
-framework; `harness.py` measures, `report.py` writes tables, JSON and CSV. `kif_overhead.py` is a script alone: it
-trains on the ranks that torchrun starts.
+Each module is also a script (`python benchmarks/step.py --hidden 1024`). `command.py` defines the benchmarks and their
+options without importing a framework; `harness.py` measures; `report.py` writes tables, JSON and CSV. Some scripts are
+not part of `cl-dist bench`; `kif_overhead.py`, for example, trains on ranks that torchrun starts.
 """

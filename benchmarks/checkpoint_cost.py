@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-r"""What a checkpoint inside a task costs, as a share of the training time at the default interval: a Markdown table.
+r"""The cost of checkpoints inside a task, as a share of the training time at the default interval, as a Markdown table.
 
 Usage:
     python benchmarks/checkpoint_cost.py --model FOLDER [--gguf FILE] [--out runs/checkpoint-cost]
 
-Runs `cl-dist run` on generated data with two ranks under ZeRO-2 and a checkpoint every few steps, once for full
-fine-tuning and once with LoRA (MIGU, and KIF, whose state is twice as large), and reads the times off the run's log.
-The ratio of the two medians of one run is quoted, so that a busy machine slows both. A save is everything that keeps
-the ranks from training: collecting, checksums, writing, forcing to the disk, and deleting older states.
+Runs `cl-dist run` on generated data with two ranks under ZeRO-2 and a checkpoint every few steps, for full fine-tuning
+and for LoRA, with MIGU and with KIF, whose state is twice as large, and reads the times from the run's log. The result
+is the ratio of two medians of the same run, so that a busy machine affects both. A save includes everything that keeps
+the ranks from training: collecting, checksums, writing, fsync, and deleting older states.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from cl_dist.config.schema import CheckpointConfig
-from cl_dist.launch.interpreter import PROGRAM, python_command
+from cl_dist.launch.child import PROGRAM, python_command
 
 EVERY = 3
 SAVES = 4
@@ -32,7 +32,7 @@ METHODS = ("migu", "kif")
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin:llama-tiny")
     parser.add_argument("--gguf", help="GGUF file in the model's folder")
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def line(options: argparse.Namespace, method: str, lora: int, interval: int) -> str:
-    """Run once and read the log."""
+    """Train once and return a line of the table."""
     out = options.out / f"{method}-{f'lora{lora}' if lora else 'full'}"
     out.mkdir(parents=True, exist_ok=True)
     recipe = out / "recipe.yaml"
@@ -61,7 +61,7 @@ def line(options: argparse.Namespace, method: str, lora: int, interval: int) -> 
     save = median(record["seconds"] for record in saves)
     kind = f"LoRA r {lora}" if lora else "full"
     task = out / "run" / "tasks" / "01-spring"
-    # The end state of a task is a checkpoint without AdamW's two moments, each as large as the float32 weights.
+    # The end state of a task lacks AdamW's two moments, each as large as the float32 weights.
     size = total(task / "state", "*") + 2 * total(task / "model", "*.safetensors")
     return (
         f"| {method} | {kind} | {size / 2**20:.0f} MiB | {step:.2f} s | {save:.2f} s "
@@ -70,7 +70,7 @@ def line(options: argparse.Namespace, method: str, lora: int, interval: int) -> 
 
 
 def total(folder: Path, pattern: str) -> int:
-    """Bytes of the files in a folder."""
+    """Total size in bytes of the matching files in a folder."""
     return sum(file.stat().st_size for file in folder.glob(pattern))
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks by name: what each measures, its options, and how it is run. Loads no framework by itself."""
+"""The benchmarks by name: what each one measures, its options, and how it runs. Imports no framework."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cl_dist.benchmarks.shapes import MODELS, model_of
 from cl_dist.errors import BadInput, ClDistError
 
 COMMON = ("hidden", "tokens", "threshold", "runs", "dtype", "threads", "device", "csv")
-"""Options that every benchmark takes, so that a script can give all of them the same."""
+"""Options of every benchmark, so that a script can pass the same options to all of them."""
 DEFAULTS: dict[str, Any] = {"runs": 9, "dtype": "float32"}
 RANK_DTYPES = ("float32", "bfloat16")
-"""Those of a recipe."""
+"""The dtypes that a recipe allows."""
 JSON_NOTE = """\
 
-JSON: "machine", "settings", and "sizes" with one entry for every size. The keys of the first entry stand at the top as
-well. A ratio such as "a_over_b" is an object with the median, minimum and maximum of a's time over b's, of pairs that
-ran in the same round. "of_limit" is the share of what the hardware does at best, measured in the same rounds.
+JSON: "machine", "settings", and "sizes" with one entry per size. The keys of the first entry are repeated at the top
+level. A ratio such as "a_over_b" is an object with the median, minimum and maximum of a's time divided by b's time in
+the same round. "of_limit" is the share of the hardware's limit, which is measured in the same rounds.
 """
 
 
@@ -31,12 +31,12 @@ class Benchmark:
 
     name: str
     summary: str
-    """Its line in the list of benchmarks."""
+    """One line for the list of benchmarks."""
     description: str
     options: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Namespace], None] = lambda options: None
-    """Raises BadInput for options that do not go together."""
+    """Raises BadInput for options that contradict each other."""
 
     @property
     def module(self) -> str:
@@ -44,18 +44,19 @@ class Benchmark:
         return "cl_dist.benchmarks." + self.name.replace("-", "_")
 
     def add_to(self, parser: ArgumentParser) -> None:
-        """Give a parser the benchmark's options and its text."""
+        """Add the benchmark's options and texts to a parser."""
         parser.formatter_class = RawDescriptionHelpFormatter
         parser.description, parser.epilog = self.description, JSON_NOTE
         without_effect = {"tokens", "threshold"}.difference(self.options)
         add_options(parser, self._names(), self._defaults(), without_effect)
 
     def run(self, arguments: Namespace) -> str:
-        """Check the options, measure, and return what is to be printed. Raises BadInput."""
+        """Check the options, measure, and return the output. Raises BadInput."""
         options = read_options(arguments, self._names(), self._defaults())
         if getattr(options, "shapes", None) is not None:
-            _refuse_both(options.shapes, arguments.hidden)
-            options.hidden = None  # what stands there is the default
+            if arguments.hidden is not None:
+                raise BadInput(f"--shapes {options.shapes}: --hidden already sets the size; give only one of the two")
+            options.hidden = None  # the default does not apply
         self.check(options)
         from cl_dist.benchmarks.report import measured
 
@@ -68,53 +69,48 @@ class Benchmark:
         return {**DEFAULTS, **self.defaults}
 
 
-def _refuse_both(shapes: str, hidden: object) -> None:
-    if hidden is not None:
-        raise BadInput(f"--shapes {shapes}: --hidden gives the size already; allowed is one of the two")
-
-
 def _check_step(options: Namespace) -> None:
-    """Widths that make a model, and options that only ranks or only a single process know."""
+    """Check that the widths form a model, and that the options fit the kind of run: ranks or a single process."""
     _check_ranks(options)
     for hidden in () if options.shapes else options.hidden:
         model_of(hidden, options.intermediate)
     for tokens in options.tokens:
         if tokens < 2:
-            raise BadInput(f"--tokens {tokens}: one token has no next one to predict; allowed is 2 or more")
+            raise BadInput(f"--tokens {tokens}: a single token has no next token to predict; give at least 2")
     if options.shapes and options.intermediate:
-        raise BadInput(f"--intermediate {options.intermediate}: --shapes gives it already; allowed is one of the two")
+        raise BadInput(f"--intermediate {options.intermediate}: --shapes already sets it; give only one of the two")
 
 
 def _check_ranks(options: Namespace) -> None:
     if options.processes is None:
         if options.zero_stage is not None:
-            raise BadInput(f"--zero-stage {options.zero_stage}: needs ranks; allowed is together with --processes")
+            raise BadInput(f"--zero-stage {options.zero_stage}: needs ranks; give --processes too")
         return
     if options.lora is not None:
-        raise BadInput(f"--lora {options.lora}: measured in a single process; allowed is without --processes")
+        raise BadInput(f"--lora {options.lora}: measured in a single process only; leave out --processes")
     if options.dtype not in RANK_DTYPES:
-        raise BadInput(f"--dtype {options.dtype}: not with --processes; allowed is {', '.join(RANK_DTYPES)}")
+        raise BadInput(f"--dtype {options.dtype}: not supported with --processes; allowed: {', '.join(RANK_DTYPES)}")
 
 
 def _check_importance(options: Namespace) -> None:
     if options.elements is not None and options.hidden is not None:
-        raise BadInput("--elements: --hidden gives the size already; allowed is one of the two")
+        raise BadInput("--elements: --hidden already sets the size; give only one of the two")
 
 
 _LAYER_OPTIONS = ("hidden", "shapes", "tokens")
-_MODELS = f"A model's shapes: {', '.join(MODELS)}."
+_MODELS = f"Models for --shapes: {', '.join(MODELS)}."
 
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
         Benchmark(
             "step",
-            "forward, backward and mask of a whole training step, masked against dense",
-            "Times forward, backward and mask of a training step on a Llama with random weights, without the\n"
-            "optimiser, in three ways: dense (plain fine-tuning), masked (MIGU, whose backward pass skips the masked\n"
-            "rows), and reference (hooks keep magnitudes, torch.quantile, gradients multiplied by the mask).\n"
-            "Also compares the gradients of the masked way with masking after backward, and measures peak memory.\n"
-            "With --processes the ranks train under DeepSpeed, dense and masked, without a reference way: there\n"
+            "a whole training step (forward, backward, mask), masked versus dense",
+            "Times forward, backward and mask of a training step, without the optimiser, on a Llama with random\n"
+            "weights. Compares three variants: dense (plain fine-tuning), masked (MIGU, whose backward pass skips the\n"
+            "masked rows), and reference (magnitudes from hooks, torch.quantile, gradients multiplied by the mask).\n"
+            "Also compares the masked gradients with masking after backward, and measures peak memory.\n"
+            "With --processes, ranks train under DeepSpeed, dense and masked. There is no reference variant, so\n"
             "masked_over_reference and reference_over_dense are null.",
             (*_LAYER_OPTIONS, "threshold", "layers", "intermediate", "lora", "processes", "zero_stage", "memory"),
             {"hidden": (1024,), "tokens": (512,), "threshold": 0.7, "memory": "yes"},
@@ -122,36 +118,36 @@ BENCHMARKS = {
         ),
         Benchmark(
             "magnitude",
-            "output magnitude of every row of a linear layer",
-            "Times the row magnitudes of one linear layer's output (per-token L1-normalised, summed over tokens): the\n"
-            "kernel, the reference, the shortest chain of torch's own operations, and the layer's own forward product\n"
-            f"beside which it runs. {_MODELS}",
+            "output magnitude of each row of a linear layer",
+            "Times the row magnitudes of a linear layer's output (L1-normalised per token, summed over tokens).\n"
+            "Compares the kernel, the reference, the shortest chain of torch operations, and the layer's own matrix\n"
+            f"product. {_MODELS}",
             _LAYER_OPTIONS,
             {"hidden": (576, 1024, 4096), "tokens": (512,)},
         ),
         Benchmark(
             "topk",
-            "choosing the rows of all layers of a model",
-            "Times choosing the kept rows of every layer of a model from their magnitudes: the batched kernel, the\n"
-            "reference (torch.quantile, one layer after the other) and torch's own selection (kthvalue).\n"
-            f"--hidden takes layers of that many rows, --layers so many of them. {_MODELS}",
+            "row selection for all layers of a model",
+            "Times the selection of the kept rows of all layers of a model by their magnitudes. Compares the batched\n"
+            "kernel, the reference (torch.quantile, layer by layer) and torch's own selection (kthvalue).\n"
+            f"--hidden is the number of rows per layer, --layers the number of layers. {_MODELS}",
             ("hidden", "shapes", "threshold", "layers"),
             {"hidden": (576, 1024, 4096), "threshold": 0.7, "layers": 28},
         ),
         Benchmark(
             "weight-grad",
             "weight gradient of a linear layer, kept rows only",
-            "Times the weight gradient of one linear layer: the masked kernel, the dense product, the reference\n"
-            f"(dense, then zeroed rows) and torch's own gather, product and scatter. {_MODELS}",
+            "Times the weight gradient of a linear layer. Compares the masked kernel, the dense product, the\n"
+            f"reference (dense product, then zeroed rows), and torch's own gather, product and scatter. {_MODELS}",
             (*_LAYER_OPTIONS, "threshold"),
             {"hidden": (576, 1024, 4096), "tokens": (512,), "threshold": 0.7},
         ),
         Benchmark(
             "importance",
             "one update of smoothed importance and uncertainty (KIF, TaSL)",
-            "Times one update of both states of every element of a parameter: the fused pass, the reference's chain\n"
-            "of out-of-place operations, and the best chain of torch's in-place operations with one temporary.\n"
-            "Memory is what each allocates besides. The size is --elements, 16Mi by default, or N x N with --hidden N.",
+            "Times one update of both states of a parameter. Compares the fused pass, the reference's chain of\n"
+            "out-of-place operations, and the best chain of torch's in-place operations with one temporary tensor.\n"
+            "Memory is what each of them allocates. The size is --elements (default 16Mi), or N x N with --hidden N.",
             ("elements", "order"),
             {"order": "mixed"},
             _check_importance,

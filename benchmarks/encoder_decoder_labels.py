@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Label scoring by an encoder-decoder: cross-attention's keys and values once a prompt, against once a label.
+"""Label scoring with an encoder-decoder: cross-attention's keys and values once per prompt versus once per label.
 
 Usage:
     OMP_NUM_THREADS=1 python benchmarks/encoder_decoder_labels.py [--pairs 9] [--tokens 256] [--labels 14]
 
-A T5 of 6 + 6 layers with random weights scores one batch both ways and writes 6 tokens greedily, in turns; ratios are
-of one turn's times in this process's CPU seconds. "Once a label" repeats the encoder's output for every label.
+A T5 with 6 + 6 layers and random weights scores one batch both ways and generates 6 tokens greedily, in turns. Ratios
+are between the times of the same turn, in CPU seconds of this process. "Once a label" repeats the encoder's output for
+every label.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ BATCH, LABEL_TOKENS = 8, 3
 
 
 def main() -> None:
-    """Measure, and print the median ratios with their least and largest."""
+    """Measure, and print the median, smallest and largest ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a prompt")
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def make_model() -> Any:
-    """The model that is measured."""
+    """The model to measure."""
     widths: dict[str, Any] = {
         "d_model": 256,
         "d_kv": 32,
@@ -59,7 +60,7 @@ def make_model() -> Any:
 
 
 def report(model: Any, prompts: list[list[int]], labels: list[list[int]], pairs: int) -> None:
-    """Time all ways in turns."""
+    """Time all variants in turns."""
     settings = GenerationConfig(
         max_new_tokens=6, do_sample=False, pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=PAD
     )
@@ -84,7 +85,7 @@ def seconds(way: Callable[[], torch.Tensor]) -> float:
 
 
 def repeated_scores(model: Any, prompts: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
-    """(prompts, labels): scores that project the encoder's output anew for every label."""
+    """`(prompts, labels)` scores, projecting the encoder's output again for every label."""
     ids = torch.tensor(prompts)
     mask = torch.ones_like(ids)
     hidden = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-r"""SmolLM2-135M on order 1 of the real benchmark with several methods: their accuracy matrices as a Markdown page.
+r"""Trains SmolLM2-135M with several methods on order 1 of the real benchmark; prints the results as a Markdown page.
 
 Usage:
     python benchmarks/first_run.py --data FOLDER --model FOLDER --gguf FILE --out runs/first > table.md
     python benchmarks/first_run.py ... --out runs/kif --methods sequential,kif,tasl,recurrent_kif \
         --set "model.lora={r: 8}" --set train.learning_rate=1e-3 > table.md
 
-Runs that are finished are not repeated, interrupted ones are resumed. docs/results/first-run.md and kif-order1.md hold
-what it printed.
+Finished runs are not repeated, interrupted ones are resumed. docs/results/first-run.md and kif-order1.md contain its
+output.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cl_dist.launch.interpreter import PROGRAM, python_command
+from cl_dist.launch.child import PROGRAM, python_command
 
 SUMMARY = {
     "average_performance": "AP",
@@ -33,7 +33,7 @@ SUMMARY = {
 
 
 def main() -> None:
-    """Run the methods and print the page's tables."""
+    """Run the methods, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder in TaSL layout")
     parser.add_argument("--model", required=True, help="folder of the model")
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/first"))
     parser.add_argument("--recipe", default="smollm-order1")
     parser.add_argument("--methods", default="sequential,migu", help="names, separated by commas")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all runs")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all runs")
     options = parser.parse_args()
     results = {method: run(options, method) for method in options.methods.split(",")}
     print(
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, method: str) -> dict[str, Any]:
-    """Train one method to the end and return its metrics.json."""
+    """Train one method to the end, and return the content of its metrics.json."""
     out = options.out / method
     if (out / "metrics.json").exists():
         return read_metrics(out)
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, method: str) -> dict[str, Any]:
 
 
 def read_metrics(out: Path) -> dict[str, Any]:
-    """Content of a finished run's metrics.json."""
+    """The content of a finished run's metrics.json."""
     metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
     return metrics
 

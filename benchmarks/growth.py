@@ -1,9 +1,9 @@
-"""What a run of many tasks costs beside its training: pictures of its report, and bytes written for its scores.
+"""The cost of many tasks outside of training: the pictures of the report, and the bytes written for scores.
 
     python -m cl_dist.benchmarks.growth 10 100 500
 
-Every picture is drawn from random scores. The scores are those of the last task: each of them is added to the row under
-way, then the row to the matrix, as a run does it, in a temporary folder.
+Every picture is drawn from random scores. The bytes are those of the last task's row: each score is added to the
+current row and then the row to the matrix, as in a run, in a temporary folder.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def main(sizes: list[int]) -> None:
-    """Print the table for these numbers of tasks."""
+    """Print a table with a line for each number of tasks."""
     print("| " + " | ".join(HEADER) + " |", "|" + "---:|" * len(HEADER), sep="\n")
-    pictures.accuracy_matrix(["a"], [[0.5]])  # matplotlib is imported
+    pictures.accuracy_matrix(["a"], [[0.5]])  # imports matplotlib outside of the measurement
     for tasks in sizes:
         print("| " + " | ".join(measure(tasks)) + " |", flush=True)
 

@@ -1,7 +1,7 @@
-"""Measuring contestants side by side: alternating rounds, and the ratios of what ran in the same round.
+"""Measures contestants side by side, in alternating rounds, and compares the times of the same round.
 
-A shared machine is fast in one minute and slow in the next. So every round runs every contestant, the first one
-changing from round to round, and what is quoted is the median over rounds of the ratio within a round.
+A shared machine may be fast in one minute and slow in the next. Therefore every round runs every contestant, starting
+with another one each time, and the result is the median over all rounds of the ratio within a round.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from typing import Protocol
 import torch
 
 SHORTEST = 0.02
-"""Seconds that one measurement takes at least: a quicker contestant runs several times in it."""
+"""Minimum length of a measurement in seconds; a faster contestant runs several times."""
 MOST_REPEATS = 2000
 CACHE_BYTES = 256 << 20
-"""Written between two runs on a GPU, so that no run finds its operands in the cache; more than any cache holds."""
+"""Written between two runs on a GPU to flush its cache; more than any cache holds."""
 
 
 def nothing() -> None:
-    """What a contestant prepares by default."""
+    """Default preparation of a contestant."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to do what is measured."""
+    """One implementation of the measured operation."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = nothing
-    """Before each run, outside of the clock."""
+    """Called before each run; not measured."""
     finish: Callable[[], object] = nothing
-    """After each run, outside of the clock."""
+    """Called after each run; not measured."""
 
 
 class Clock(Protocol):
-    """Something that measures."""
+    """Measures the time of a contestant."""
 
     def seconds(self, contestant: Contestant, repeats: int) -> float:
         """Mean time of one of `repeats` runs."""
 
 
 class WallClock:
-    """For work that is done when the call returns."""
+    """For work that is complete when the call returns."""
 
     def seconds(self, contestant: Contestant, repeats: int) -> float:
         """Mean time of one of `repeats` runs."""
@@ -61,7 +61,7 @@ class WallClock:
 
 
 class GpuClock:
-    """Events on the GPU's own queue; the cache is flushed before every run, as `triton.testing.do_bench` does it.
+    """Times events in the GPU's queue; flushes the cache before every run, like `triton.testing.do_bench`.
 
     Args:
         device: The GPU.
@@ -76,6 +76,7 @@ class GpuClock:
 
     def _once(self, contestant: Contestant) -> float:
         contestant.prepare()
+        # Events measure on the GPU itself: the queue runs behind the Python code.
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._cache.zero_()
         start.record()
@@ -87,13 +88,13 @@ class GpuClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock that fits a device."""
+    """The clock for a device."""
     return GpuClock(device) if device.type == "cuda" else WallClock()
 
 
 @dataclass(frozen=True)
 class Spread:
-    """What several rounds gave."""
+    """Statistics over several rounds."""
 
     median: float
     minimum: float
@@ -101,17 +102,17 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Over at least one value."""
+        """Statistics of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
     def as_dict(self) -> dict[str, float]:
-        """As it stands in JSON."""
+        """The JSON object."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per run of every contestant, one entry a round."""
+    """Seconds per run of every contestant, one entry per round."""
 
     seconds: Mapping[str, Sequence[float]]
 
@@ -120,13 +121,13 @@ class Times:
         return Spread.of(self.seconds[name])
 
     def ratio(self, above: str, below: str) -> Spread:
-        """Time of one contestant over another's in the same round."""
+        """The time of one contestant divided by another's in the same round."""
         pairs = zip(self.seconds[above], self.seconds[below], strict=True)
         return Spread.of([one / other for one, other in pairs])
 
 
 def race(contestants: Mapping[str, Contestant], runs: int, clock: Clock) -> Times:
-    """Warm every contestant up, then measure all of them in each of `runs` rounds."""
+    """Warm up every contestant, then measure all of them in each of `runs` rounds."""
     repeats = {name: _repeats(contestant, clock) for name, contestant in contestants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(runs):
@@ -136,13 +137,13 @@ def race(contestants: Mapping[str, Contestant], runs: int, clock: Clock) -> Time
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:
-    """The order of round `number`: each contestant is the first one in its turn."""
+    """The contestants' order in round `number`: each of them gets its turn to be first."""
     first = number % len(names)
     return [*names[first:], *names[:first]]
 
 
 def _repeats(contestant: Contestant, clock: Clock) -> int:
-    """Runs that make up one measurement. The first run may compile something, so the second one tells."""
-    clock.seconds(contestant, 1)
+    """The number of runs in one measurement."""
+    clock.seconds(contestant, 1)  # the first run may compile something
     once = clock.seconds(contestant, 1)
     return min(MOST_REPEATS, max(1, math.ceil(SHORTEST / max(once, 1e-9))))

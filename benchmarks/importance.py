@@ -20,7 +20,7 @@ from cl_dist.kernels import importance_update_, reference
 
 BETA = 0.85
 STREAMS = 6
-"""Read four tensors, write two."""
+"""Four tensors are read and two written."""
 ELEMENTS = (16 * MEBI,)
 PAIRS = (("fused", "reference"), ("fused", "in_place"))
 COLUMNS = (
@@ -39,7 +39,7 @@ COLUMNS = (
 
 
 class Operands(NamedTuple):
-    """What an update reads and writes, all flat."""
+    """The flat tensors that an update reads and writes."""
 
     param: torch.Tensor
     grad: torch.Tensor
@@ -47,13 +47,13 @@ class Operands(NamedTuple):
     uncertainty: torch.Tensor
 
     def fresh_states(self) -> None:
-        """Start from zero: many updates with one gradient make the uncertainty denormal, which is slow."""
+        """Reset to zero: after many updates with one gradient the uncertainty is denormal, which is slow."""
         self.smoothed.zero_()
         self.uncertainty.zero_()
 
 
 def entries(options: Namespace, device: torch.device) -> Iterator[Entry]:
-    """Measure every number of elements."""
+    """Measure each number of elements."""
     squares = None if options.hidden is None else [width * width for width in options.hidden]
     for elements in options.elements or squares or ELEMENTS:
         yield _entry(elements, options, device)
@@ -89,7 +89,7 @@ def _operands(elements: int, dtype: torch.dtype, device: torch.device) -> Operan
 
 
 def in_place_chain(operands: Operands, temporary: torch.Tensor, order: str) -> None:
-    """The best chain of torch's own operations: in place, on one temporary that is there already."""
+    """The best chain of torch operations: in place, with one preallocated temporary tensor."""
     param, grad, smoothed, uncertainty = operands
     importance = torch.mul(param, grad, out=temporary)
     if order == "second":

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Time per optimiser step with KIF's importance on and off, in turns, in one process per rank: a Markdown table.
+"""Time per optimiser step with and without KIF's importance, measured in turns on each rank, as a Markdown table.
 
 Usage:
     python benchmarks/kif_overhead.py [--model builtin:llama-tiny | FOLDER] [--lora 8] [--stage 2] [--tokens 512]
     torchrun --nproc_per_node 2 benchmarks/kif_overhead.py --lora 0
 
-Both engines hold the same model and see the same batches. Blocks of steps alternate and the overhead is the median of
-the ratios within a round, so that a busy machine slows both. The last column is the time that rank 0 spends in
-importance and penalty themselves, in every step but those of the warm-up; the penalty waits for the other ranks.
+Both engines have the same model and see the same batches. Blocks of steps alternate, and the overhead is the median of
+the ratios within a round, so that a busy machine affects both. The last column is the time that rank 0 spends on
+importance and penalty, per step after the warm-up; it includes the time for which the penalty waits for other ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig,
 from cl_dist.engine.distributed import join, leave
 from cl_dist.engine.ds_config import deepspeed_config
 from cl_dist.engine.engine import TrainingEngine
-from cl_dist.launch.local import find_free_port, rank_environment
+from cl_dist.launch.environment import rank_environment
+from cl_dist.launch.rendezvous import find_free_port
 from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.methods.kif import Kif
 from cl_dist.models.load import LoadedModel, load_model
@@ -39,15 +40,15 @@ from cl_dist.tasks.types import Encoded
 
 
 def main() -> None:
-    """Time both and print the table."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin:llama-tiny")
     parser.add_argument("--gguf", help="GGUF file in the model's folder")
     parser.add_argument("--lora", type=int, default=8, help="rank of the adapters; 0: full fine-tuning")
-    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2, help="of ZeRO")
-    parser.add_argument("--tokens", type=int, default=512, help="per rank and step")
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per rank and step")
     parser.add_argument("--length", type=int, default=128, help="tokens per sample")
-    parser.add_argument("--blocks", type=int, default=10, help="rounds with a block of each kind, after one of warm-up")
+    parser.add_argument("--blocks", type=int, default=10, help="rounds with a block of each kind, after a warm-up")
     parser.add_argument("--steps", type=int, default=3, help="steps per block")
     options = parser.parse_args()
     if "RANK" not in os.environ:
@@ -72,12 +73,12 @@ METHODS: dict[str, list[KifConfig]] = {"off": [], "on": [KifConfig(name="kif")]}
 
 
 class Timed(Kif):
-    """KIF that notes how long it takes before every update, on this rank."""
+    """KIF that records how long its work before every update takes on this rank."""
 
     seconds: ClassVar[list[float]] = []
 
     def before_update(self) -> None:
-        """Do it and note the seconds."""
+        """Measure the time of the original."""
         synchronize()
         began = time.perf_counter()
         super().before_update()
@@ -109,7 +110,7 @@ def build(options: argparse.Namespace, methods: list[KifConfig]) -> TrainingEngi
 
 
 def load(recipe: Recipe) -> LoadedModel:
-    """The recipe's model, with adapters where it has them."""
+    """The recipe's model, with adapters if the recipe has them."""
     zero3 = deepspeed_config(recipe) if recipe.zero.stage == 3 else None
     loaded = load_model(
         recipe.model, 2, zero3_config=zero3, dtype=torch.float32, seed=recipe.train.seed, cache_dir=cache_folder()
@@ -121,7 +122,7 @@ def load(recipe: Recipe) -> LoadedModel:
 
 
 def measure(options: argparse.Namespace, engines: dict[str, TrainingEngine]) -> Times:
-    """Seconds per step, in turns; the first round warms up."""
+    """Seconds per step, measured in turns; the first round is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     batch = random_batch(options)
     targets = batch.targets * torch.distributed.get_world_size()
@@ -138,7 +139,7 @@ def measure(options: argparse.Namespace, engines: dict[str, TrainingEngine]) -> 
 
 
 def synchronize() -> None:
-    """On a GPU wait until it has done what it was told."""
+    """Wait until the GPU, if there is one, has finished all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-r"""Scoring labels by their likelihood against generating an answer, on the same samples: time, agreement, accuracy.
+r"""Scoring labels by their likelihood versus generating an answer, on the same samples: time, agreement, accuracy.
 
 Usage:
     python benchmarks/label_scoring.py --data FOLDER/long_sequence --model FOLDER --gguf FILE --csv pairs.csv
     python benchmarks/label_scoring.py --data FOLDER/long_sequence --model runs/first/sequential/tasks/04-agnews/model
     python benchmarks/label_scoring.py ... --adapter runs/lora/tasks/04-agnews/model --answers answers.jsonl
 
-Every batch of samples is scored both ways in turns, the first one changing from batch to batch, and the ratio is that
-of the two times of one batch, so that a busy machine slows both. Prompts, lengths, batches and labels are those of
-evaluation in a run. A line of the CSV is written after every batch; the tables follow from it (--table pairs.csv), of
-an unfinished run too; --answers keeps what was chosen and what was written for every sample.
-docs/results/label-scoring.md holds what it printed.
+Each batch is scored both ways, starting with the other way each time, and the ratio is that of the two times of one
+batch, so that a busy machine affects both. Prompts, lengths, batches and labels are those of an evaluation in a run. A
+line of the CSV is written after every batch; the tables are computed from it (--table pairs.csv), even if it is
+incomplete. --answers stores the chosen label and the generated text for every sample. docs/results/label-scoring.md
+contains its output.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ COLUMNS = ("task", "samples", "likelihood_s", "generate_s", "agree", "a_label", 
 
 
 def main() -> None:
-    """Measure, or read what was measured, and print the table."""
+    """Measure, or read earlier measurements, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder in TaSL layout")
     parser.add_argument("--model", help="folder of the model")
     parser.add_argument("--gguf", help="GGUF file in that folder")
     parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter to put on the model")
     parser.add_argument("--tasks", default="dbpedia,amazon,yahoo,agnews", help="names, separated by commas")
-    parser.add_argument("--samples", type=int, default=50, help="the first so many of each task")
+    parser.add_argument("--samples", type=int, default=50, help="number of samples per task, from the start")
     parser.add_argument("--batch", type=int, default=10, help="samples per forward pass")
     parser.add_argument("--length", type=int, default=160, help="longest prompt and answer in tokens")
     parser.add_argument("--new-tokens", type=int, default=50, help="longest generated answer")
     parser.add_argument("--csv", type=Path, default=Path("label-scoring.csv"))
-    parser.add_argument("--answers", type=Path, help="JSON Lines: both answers to every sample")
+    parser.add_argument("--answers", type=Path, help="write both answers to every sample to this JSON Lines file")
     parser.add_argument("--table", type=Path, help="print the table of this CSV and measure nothing")
     options = parser.parse_args()
     if options.table is None:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Score all batches both ways and write a line after each."""
+    """Score all batches both ways, and write a line after each."""
     tasks = read_tasks(options)
     subject = load(options, tasks)
     with ExitStack() as stack:
@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace) -> None:
         writer.writeheader()
         for number, (line, found) in enumerate(pairs(subject, tasks, options)):
             if number == 0:
-                continue  # the first batch warms up; it comes again
+                continue  # a warm-up; the first batch comes again
             writer.writerow(line)
             file.flush()
             if answers is not None:
@@ -90,14 +90,14 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def read_tasks(options: argparse.Namespace) -> tuple[Task, ...]:
-    """The tasks, cut to the samples that are scored."""
+    """The tasks, limited to the scored samples."""
     configs = tuple(TaskConfig(name=name, format="tasl", path=".") for name in options.tasks.split(","))
     stream = StreamConfig(tasks=configs, root=options.data, max_train_samples=1, max_eval_samples=options.samples)
     return load_stream(stream, Path.cwd())
 
 
 def load(options: argparse.Namespace, tasks: Sequence[Task]) -> Subject:
-    """The model in float32 with the encoder of a run."""
+    """The model in float32, with the encoder of a run."""
     names = label_names(tasks)
     model = ModelConfig(name_or_path=options.model, gguf_file=options.gguf)
     loaded = load_model(model, len(names), zero3_config=None, dtype=torch.float32, seed=0, cache_dir=cache_folder())
@@ -110,7 +110,7 @@ def load(options: argparse.Namespace, tasks: Sequence[Task]) -> Subject:
 def pairs(
     subject: Subject, tasks: Sequence[Task], options: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """A line per batch and the answers in it, a batch of each task in turn; the first batch of all twice."""
+    """A line and the answers for each batch, cycling through the tasks; the very first batch comes twice."""
     config = EvalConfig(batch_size=options.batch, max_new_tokens=options.new_tokens)
     queue = []
     for task in tasks:
@@ -161,7 +161,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table with a line per task and one for all."""
+    """A Markdown table with a line per task and one for all tasks."""
     header = [
         "task",
         "samples",

@@ -31,7 +31,7 @@ COLUMNS = (
 
 
 def entries(options: Namespace, device: torch.device) -> Iterator[Entry]:
-    """Measure every layer with every number of tokens."""
+    """Measure each layer with each number of tokens."""
     for layer in layers_of(options.hidden, options.shapes):
         for tokens in options.tokens:
             yield _entry(layer, tokens, options, device)
@@ -64,7 +64,7 @@ def _entry(layer: Layer, tokens: int, options: Namespace, device: torch.device) 
 
 
 def shortest_chain(y_TO: torch.Tensor) -> torch.Tensor:
-    """The least that torch's own operations take: one temporary, and a product in place of division and sum."""
+    """The shortest chain of torch operations: one temporary, and a matrix product instead of division and sum."""
     magnitude_TO = y_TO.abs()
     return magnitude_TO.sum(dim=1, keepdim=True).reciprocal_().t().mm(magnitude_TO)[0]
 

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its peak."""
+"""Measures the peak memory of a piece of work."""
 
 from __future__ import annotations
 
@@ -13,52 +13,44 @@ import torch
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
-"""proc(5): sets the peak of the resident set to what is resident now."""
+"""proc(5): resets the peak resident set size to its current value."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes of a process's memory, or of a GPU's that PyTorch has handed out."""
+    """Bytes of resident memory, or of GPU memory that PyTorch has allocated."""
 
     before: int
     highest: int
 
 
 def peak(work: Callable[[], object], device: torch.device) -> Peak | None:
-    """Run `work` and return what was in use before it and at most; None where the system does not tell.
+    """Run `work` and return the memory in use before it and at its peak; None if the system does not report it.
 
-    Not getrusage's ru_maxrss: a process inherits that one from the process that has started it.
+    This does not use getrusage's ru_maxrss, which a process inherits from its parent.
     """
     if device.type == "cuda":
-        return _peak_of_gpu(work, device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return Peak(before, torch.cuda.max_memory_allocated(device))
     try:
-        _return_free_memory()
+        # Memory that the C library keeps from earlier work would count as in use before.
+        with suppress(AttributeError, OSError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
         _RESET.write_text(_RESET_PEAK)
         before = _kibibytes("VmRSS:")
         work()
         return Peak(before * 1024, _kibibytes("VmHWM:") * 1024)
-    except OSError:  # not Linux, or /proc is closed
+    except OSError:  # not Linux, or no access to /proc
         return None
 
 
 def growth(work: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes by which memory grows at most while `work` runs."""
+    """Maximum growth of memory in bytes while `work` runs."""
     found = peak(work, device)
     return None if found is None else max(0, found.highest - found.before)
-
-
-def _peak_of_gpu(work: Callable[[], object], device: torch.device) -> Peak:
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    work()
-    torch.cuda.synchronize(device)
-    return Peak(before, torch.cuda.max_memory_allocated(device))
-
-
-def _return_free_memory() -> None:
-    """Otherwise what the C library keeps from earlier work would count as there before."""
-    with suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _kibibytes(field: str) -> int:

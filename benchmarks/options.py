@@ -1,4 +1,4 @@
-"""Options of the benchmarks: read from the command line and checked before anything is measured. Loads no framework."""
+"""The benchmarks' command-line options, which are checked before anything is measured. Imports no framework."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ MEBI = 2**20
 
 @dataclass(frozen=True)
 class Option:
-    """One option of the command line."""
+    """One command-line option."""
 
     flag: str
     help: str
     read: Callable[[str], Any]
-    """Turns one word into a value; raises ValueError for what is not allowed."""
+    """Converts one word to a value; raises ValueError for invalid words."""
     allowed: str
-    """Ends the sentence "allowed is"."""
+    """Describes the valid values, for messages."""
     metavar: str = "N"
     many: bool = False
-    """Takes several words and gives a tuple."""
+    """Accepts several words; the value is a tuple."""
 
     @property
     def name(self) -> str:
@@ -39,30 +39,30 @@ class Option:
         return self.flag.lstrip("-").replace("-", "_")
 
     def value(self, words: str | Sequence[str]) -> Any:
-        """The option's value, a tuple where it takes several words. Raises BadInput."""
+        """The option's value, a tuple if it accepts several words. Raises BadInput."""
         return tuple(self._one(word) for word in words) if self.many else self._one(str(words))
 
     def _one(self, word: str) -> Any:
         try:
             return self.read(word)
         except ValueError as error:
-            raise BadInput(f"{self.flag} {word}: not a usable value; allowed is {self.allowed}") from error
+            raise BadInput(f"{self.flag} {word}: invalid value; allowed: {self.allowed}") from error
 
 
 def add_options(
     parser: ArgumentParser, names: Sequence[str], defaults: Mapping[str, Any], without_effect: Collection[str] = ()
 ) -> None:
-    """Add the options called `names`, whose values are read by `read_options`."""
+    """Add the options `names`, whose values `read_options` reads."""
     for name in names:
         option = OPTIONS[name]
         many: dict[str, Any] = {"nargs": "+", "action": "extend"} if option.many else {}
-        text = "taken, but without effect here" if name in without_effect else _help(option, defaults.get(name))
+        text = "accepted, but has no effect here" if name in without_effect else _help(option, defaults.get(name))
         parser.add_argument(option.flag, dest=name, metavar=option.metavar, help=text, **many)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
 
 
 def read_options(arguments: Namespace, names: Sequence[str], defaults: Mapping[str, Any]) -> Namespace:
-    """The options' values: what was given, otherwise the default or None. Raises BadInput."""
+    """The options' values: the given value, otherwise the default, otherwise None. Raises BadInput."""
     values: dict[str, Any] = {"json": arguments.json}
     for name in names:
         given = getattr(arguments, name)
@@ -82,7 +82,7 @@ def _short(value: Any) -> str:
 
 
 def _whole(least: int) -> Callable[[str], int]:
-    """A reader of whole numbers from `least` up, such as 4096 or 16Mi (times 2^20)."""
+    """A reader of whole numbers of at least `least`, such as 4096 or 16Mi (times 2^20)."""
 
     def read(word: str) -> int:
         number = int(word[:-2]) * MEBI if word.endswith("Mi") else int(word)
@@ -120,33 +120,28 @@ def _writable(word: str) -> Path:
     return path
 
 
-_POSITIVE = "a whole number from 1 up"
+_POSITIVE = "a whole number of at least 1"
 
 
-def _table(*options: Option) -> dict[str, Option]:
-    return {option.name: option for option in options}
-
-
-OPTIONS = _table(
-    Option("--hidden", "hidden size, one measurement for each", _whole(1), _POSITIVE, many=True),
-    Option("--tokens", "tokens of a step, one measurement for each", _whole(1), _POSITIVE, many=True),
-    Option("--threshold", "quantile T below which rows are masked", _fraction, "a number from 0 to below 1", "T"),
-    Option("--runs", "rounds, in each of which every contestant runs", _whole(1), _POSITIVE),
+_OPTIONS = (
+    Option("--hidden", "hidden sizes to measure", _whole(1), _POSITIVE, many=True),
+    Option("--tokens", "numbers of tokens per step to measure", _whole(1), _POSITIVE, many=True),
+    Option("--threshold", "quantile T below which rows are masked", _fraction, "a number >= 0 and < 1", "T"),
+    Option("--runs", "number of rounds; each round runs every variant", _whole(1), _POSITIVE),
     Option("--dtype", ", ".join(DTYPES), _one_of(*DTYPES), ", ".join(DTYPES), "NAME"),
     Option("--threads", "threads of PyTorch (default: PyTorch's choice)", _whole(1), _POSITIVE),
-    Option("--device", "cpu or cuda (default: cuda where there is one)", _one_of(*DEVICES), "cpu, cuda", "NAME"),
-    Option(
-        "--csv", "also write the numbers to this file", _writable, "a file in a folder that is there", metavar="FILE"
-    ),
+    Option("--device", "cpu or cuda (default: cuda if there is a GPU)", _one_of(*DEVICES), "cpu, cuda", "NAME"),
+    Option("--csv", "also write the numbers to this file", _writable, "a file in an existing folder", metavar="FILE"),
     Option("--shapes", f"the layers of a model: {', '.join(MODELS)}", _one_of(*MODELS), ", ".join(MODELS), "NAME"),
     Option("--layers", "transformer layers", _whole(1), _POSITIVE),
     Option("--intermediate", "width of the MLP (default: as in published models)", _whole(1), _POSITIVE),
-    Option("--lora", "train adapters of rank R on all linear layers instead of the weights", _whole(1), _POSITIVE, "R"),
+    Option("--lora", "train rank-R adapters on all linear layers instead of the weights", _whole(1), _POSITIVE, "R"),
     Option("--processes", "train under DeepSpeed with N ranks on this machine", _whole(1), _POSITIVE),
-    Option("--zero-stage", "DeepSpeed's ZeRO stage, with --processes (default: 2)", _stage, "0, 1, 2, 3"),
-    Option("--elements", "elements of the parameter, one measurement for each", _whole(1), _POSITIVE, many=True),
+    Option("--zero-stage", "ZeRO stage, with --processes (default: 2)", _stage, "0, 1, 2, 3"),
+    Option("--elements", "numbers of elements of the parameter to measure", _whole(1), _POSITIVE, many=True),
     Option("--order", ", ".join(ORDERS), _one_of(*ORDERS), ", ".join(ORDERS), "NAME"),
-    Option("--memory", "yes: also measure peak memory, each way in a process of its own; no: do not",
+    Option("--memory", "whether to measure peak memory too, in a separate process for each variant",
            _one_of("yes", "no"), "yes, no", "yes|no"),
 )  # fmt: skip
-"""Every option by its name; each benchmark has some of them."""
+OPTIONS = {option.name: option for option in _OPTIONS}
+"""All options by name; each benchmark has some of them."""

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-r"""What evaluating several tasks in one pass saves: padded tokens of the busiest rank, task by task and together.
+r"""How much evaluating several tasks in one pass saves: padded tokens of the busiest rank, task by task and together.
 
 Usage:
     python benchmarks/passes.py --data FOLDER/long_sequence --model FOLDER [--gguf-file FILE] [--samples 50] \
         [--batch 16] [--length 160]
 
-Counts, and runs no model: batches are cut and dealt as evaluation does it, a batch costs its samples times its
-longest prompt, and a rank that has nothing left waits. docs/results/label-scoring.md holds what it printed.
+Only counts tokens and runs no model. Batches are formed and distributed as in evaluation; a batch costs its number of
+samples times its longest prompt, and ranks without work wait. docs/results/label-scoring.md contains its output.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ RANKS = (1, 2, 4, 8)
 
 
 def main() -> None:
-    """Count and print a Markdown table."""
+    """Count tokens, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder in TaSL layout")
     parser.add_argument("--model", required=True, help="folder with a tokenizer")
-    parser.add_argument("--gguf-file", help="the file in the folder that has the tokenizer, where there is no other")
+    parser.add_argument("--gguf-file", help="GGUF file in that folder, if only that has the tokenizer")
     parser.add_argument("--order", default="4", help="number of a published order")
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--batch", type=int, default=16)
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def prompt_lengths(options: argparse.Namespace) -> list[list[int]]:
-    """Tokens of each prompt, task by task."""
+    """The number of tokens of each prompt, task by task."""
     configs = tuple(TaskConfig(name=name, format="tasl", path=".") for name in ORDERS[options.order])
     stream = StreamConfig(tasks=configs, root=options.data, max_train_samples=1, max_eval_samples=options.samples)
     tasks = load_stream(stream, Path.cwd())
@@ -60,13 +60,13 @@ def prompt_lengths(options: argparse.Namespace) -> list[list[int]]:
 
 
 def full_batches(lengths: Sequence[int], size: int) -> list[RankBatch]:
-    """As many full batches as there are, longest first, and what is left over."""
+    """Full batches, longest samples first, and a smaller last one."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [RankBatch(order[start : start + size]) for start in range(0, len(order), size)]
 
 
 def built_cost(lengths: Sequence[Sequence[int]], size: int, ranks: int) -> int:
-    """What evaluation does: passes over tasks, whose batches are of one task each."""
+    """The cost of what evaluation does: passes over several tasks, with batches of one task each."""
     if ranks == 1:
         return sum(pass_cost([each], size, 1) for each in lengths)
     passes = plan_passes([-(-len(each) // size) for each in lengths], ranks)
@@ -74,12 +74,12 @@ def built_cost(lengths: Sequence[Sequence[int]], size: int, ranks: int) -> int:
 
 
 def pass_cost(lengths: Sequence[Sequence[int]], size: int, ranks: int) -> int:
-    """Padded tokens that the busiest rank computes in one pass over these tasks."""
+    """Padded tokens of the busiest rank in one pass over these tasks."""
     return cost(lengths, cut_pass(lengths, [size] * len(lengths)), ranks)
 
 
 def cost(lengths: Sequence[Sequence[int]], batches: Sequence[RankBatch], ranks: int) -> int:
-    """Padded tokens that the busiest rank computes."""
+    """Padded tokens of the busiest rank."""
     shares = [deal_batches(batches, rank, ranks, synced=False) for rank in range(ranks)]
     return max(
         sum(len(own.indices) * max(lengths[own.task][i] for i in own.indices) for own in share) for share in shares

@@ -1,4 +1,4 @@
-"""From measurements to what is printed: a table, one JSON document, a CSV file."""
+"""Formats measurements as a table, a JSON document or a CSV file."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from cl_dist.benchmarks.command import Benchmark
 
 Entry = dict[str, Any]
-"""What was measured at one size: sizes, "seconds" of every contestant, ratios. JSON values."""
+"""The measurements at one size as JSON values: sizes, "seconds" of every contestant, ratios."""
 MISSING = "–"
-"""A table's cell without a number."""
+"""Table cell without a number."""
 HIDDEN_SETTINGS = ("json", "csv")
 
 
@@ -39,7 +39,7 @@ class Column:
     """One of `_STYLES`."""
 
     def cell(self, entry: Entry) -> str:
-        """What stands in the table, also for what was not measured."""
+        """The text of the table cell; `MISSING` if the value was not measured."""
         value: Any = entry
         for key in self.path.split("."):
             value = None if value is None else value.get(key)
@@ -47,18 +47,23 @@ class Column:
 
 
 def measured(benchmark: Benchmark, options: Namespace) -> str:
-    """Measure every size and return the table or the JSON document; write the CSV file where one is asked for."""
-    device = _device(options.device)
+    """Measure every size and return the table or the JSON document; also write the CSV file if requested."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: PyTorch finds no GPU here; use cpu")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     module = importlib.import_module(benchmark.module)
     with _threads(options.threads):
-        document = _document(benchmark.name, machine(device), options, list(module.entries(options, device)))
+        about, entries = machine(device), list(module.entries(options, device))
+    settings = {key: value for key, value in vars(options).items() if key not in HIDDEN_SETTINGS}
+    # The first size's keys are repeated at the top level, for scripts that measure a single size.
+    document = {**entries[0], "benchmark": benchmark.name, "machine": about, "settings": settings, "sizes": entries}
     if options.csv is not None:
         write_csv(options.csv, document)
     return json.dumps(document, indent=2) if options.json else table(document, module.COLUMNS)
 
 
 def timed(times: Times, pairs: Sequence[tuple[str, str]]) -> Entry:
-    """The part of an entry that all benchmarks share: seconds, and `a_over_b` for each pair."""
+    """The part of an entry that all benchmarks have in common: seconds, and `a_over_b` for each pair."""
     seconds = {name: times.spread(name).as_dict() for name in times.seconds}
     return {
         "runs": min(map(len, times.seconds.values())),
@@ -68,7 +73,7 @@ def timed(times: Times, pairs: Sequence[tuple[str, str]]) -> Entry:
 
 
 def table(document: Entry, columns: Sequence[Column]) -> str:
-    """A heading, the machine, and a Markdown table with one line for every size, without columns that are empty."""
+    """A heading, the machine, and a Markdown table with a line per size, without empty columns."""
     found = [[column.title, *(column.cell(entry) for entry in document["sizes"])] for column in columns]
     found = [cells for cells in found if set(cells[1:]) != {MISSING}]
     widths = [max(map(len, cells)) for cells in found]
@@ -79,7 +84,7 @@ def table(document: Entry, columns: Sequence[Column]) -> str:
 
 
 def write_csv(path: Path, document: Entry) -> None:
-    """One line for every size, with nested keys joined by dots, and the machine on each line. Raises BadInput."""
+    """Write one line per size, with nested keys joined by dots, and the machine on each line. Raises BadInput."""
     lines = [dict(flattened({**entry, "machine": document["machine"]})) for entry in document["sizes"]]
     names = list(dict.fromkeys(name for line in lines for name in line))
     try:
@@ -88,7 +93,7 @@ def write_csv(path: Path, document: Entry) -> None:
             writer.writeheader()
             writer.writerows(lines)
     except OSError as error:
-        raise BadInput(f"--csv {path}: cannot be written ({error.strerror}); allowed is a writable file") from error
+        raise BadInput(f"--csv {path}: cannot be written ({error.strerror}); give a writable file") from error
 
 
 def flattened(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -106,17 +111,6 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in words.items() if value is not None)
 
 
-def _document(name: str, about: Entry, options: Namespace, entries: Sequence[Entry]) -> Entry:
-    settings = {key: value for key, value in vars(options).items() if key not in HIDDEN_SETTINGS}
-    return {**entries[0], "benchmark": name, "machine": about, "settings": settings, "sizes": list(entries)}
-
-
-def _device(wanted: str | None) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: PyTorch finds no GPU here; allowed is cpu")
-    return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 @contextmanager
 def _threads(wanted: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -127,32 +121,13 @@ def _threads(wanted: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _milliseconds(spread: Mapping[str, float]) -> str:
-    return f"{spread['median'] * 1e3:.4g}"
-
-
-def _ratio(spread: Mapping[str, float]) -> str:
-    return f"{spread['median']:.3g} ({spread['minimum']:.3g}–{spread['maximum']:.3g})"
-
-
-def _percent(spread: Mapping[str, float]) -> str:
-    return f"{100 * spread['median']:.0f} %"
-
-
-def _bytes(number: float) -> str:
-    return f"{number / 2**20:.0f} MiB"
-
-
-def _scientific(number: float) -> str:
-    return f"{number:.1e}"
-
-
 _STYLES: dict[str, Callable[[Any], str]] = {
     "text": str,
     "number": lambda value: f"{value:.3g}",
-    "milliseconds": _milliseconds,
-    "ratio": _ratio,
-    "percent": _percent,
-    "bytes": _bytes,
-    "scientific": _scientific,
+    "scientific": lambda value: f"{value:.1e}",
+    "bytes": lambda value: f"{value / 2**20:.0f} MiB",
+    # Of a `Spread`.
+    "milliseconds": lambda spread: f"{spread['median'] * 1e3:.4g}",
+    "percent": lambda spread: f"{100 * spread['median']:.0f} %",
+    "ratio": lambda spread: f"{spread['median']:.3g} ({spread['minimum']:.3g}–{spread['maximum']:.3g})",
 }

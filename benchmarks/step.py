@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A whole training step but the optimiser, masked and dense: `cl-dist bench step`, or this file as a script."""
+"""A whole training step without the optimiser, masked and dense: `cl-dist bench step`, or this file as a script."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ COLUMNS = (
 
 
 def entries(options: Namespace, device: torch.device) -> Iterator[Entry]:
-    """Measure every size, one after the other; a size's memory is free again before the next."""
+    """Measure the sizes one after the other; the memory of each is released before the next."""
     for widths in _widths(options):
         for tokens in options.tokens:
             size = _size(widths, tokens, options)
@@ -75,6 +75,7 @@ def _size(widths: Model, tokens: int, options: Namespace) -> StepSize:
 def _in_process(size: StepSize, options: Namespace, device: torch.device) -> Entry:
     model, ids = build_model(size, device), token_ids(size).to(device)
     work = operations(model, size)
+    # The hardware's peak runs as one more contestant, in the same rounds.
     best, best_operations = limits.product(getattr(torch, size.dtype), device)
     contestants = {name: way(model, ids, size.threshold).contestant() for name, way in WAYS.items()}
     times = race({**contestants, limits.PRODUCT: best}, options.runs, clock_for(device))
@@ -90,6 +91,7 @@ def _in_process(size: StepSize, options: Namespace, device: torch.device) -> Ent
         "of_limit": shares,
         **compare_gradients(model, ids, size.threshold),
     }
+    # Peak memory is measured in fresh processes, which need this process's memory.
     del model, contestants
     gc.collect()
     return {**entry, **(peaks(size, device) if options.memory == "yes" else {})}
@@ -110,7 +112,7 @@ def _on_ranks(size: StepSize, options: Namespace) -> Entry:
 
 
 def compare_gradients(model: nn.Module, ids: torch.Tensor, threshold: float) -> dict[str, Any]:
-    """One masked and one dense step: how far apart are the masked gradients and mask-after-backward?
+    """Compare the gradients of a masked step with those of a dense step that is masked after backward.
 
     Returns:
         `gradient_error`: the largest difference, relative to the largest entry of the parameter's dense gradient.
@@ -127,7 +129,7 @@ def compare_gradients(model: nn.Module, ids: torch.Tensor, threshold: float) -> 
         if layer in masked.masks and kind in ("weight", "bias"):
             dropped = ~masked.masks[layer].keep
             if bool((skipping[name][dropped] != 0).any()):
-                raise ClDistError(f"the gradient of {name} is not zero in rows that are masked")
+                raise ClDistError(f"the gradient of {name} is not zero in masked rows")
             gradient[dropped] = 0
         worst = max(worst, float(skipping[name].sub_(gradient).abs_().max() / scale))
     model.zero_grad(set_to_none=True)
@@ -135,7 +137,7 @@ def compare_gradients(model: nn.Module, ids: torch.Tensor, threshold: float) -> 
 
 
 def _gradients(way: Way) -> dict[str, torch.Tensor]:
-    """Every trained parameter's gradient after one step."""
+    """The gradients of all trained parameters after one step."""
     way.prepare()
     way.step()
     way.remove()

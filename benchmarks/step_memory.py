@@ -1,4 +1,4 @@
-"""Peak memory of a training step, each way in a process of its own."""
+"""Peak memory of a training step, measured in a separate process for each variant."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from cl_dist.benchmarks.memory import peak
 from cl_dist.benchmarks.training import WAYS, StepSize, build_model, token_ids
 from cl_dist.errors import ClDistError
-from cl_dist.launch.interpreter import python_command
+from cl_dist.launch.child import python_command
 
 MEASURED = ("dense", "masked")
 
 
 def peaks(size: StepSize, device: torch.device) -> dict[str, Any]:
-    """Bytes at the peak of a step: `peak_memory_bytes` of the whole process, `step_memory_bytes` added by the step.
+    """Peak memory of a step: `peak_memory_bytes` of the whole process, and `step_memory_bytes` that the step adds.
 
-    Raises ClDistError where a process fails.
+    Raises ClDistError if a process fails.
     """
     found = {way: _in_fresh_process(way, size, device) for way in MEASURED}
     return {
@@ -43,9 +43,9 @@ def _in_fresh_process(way: str, size: StepSize, device: torch.device) -> list[in
 
 
 def measure(way: str, size: StepSize, device: torch.device) -> list[int | None]:
-    """Peak of the process and growth above what was in use before, during one step.
+    """The peak of the process during one step, and the growth over the memory in use before.
 
-    All ways have run once before, in any process: what they load and compile is not part of the difference.
+    All variants run once before the measurement, so that what they load and compile does not count.
     """
     model, ids = build_model(size, device), token_ids(size).to(device)
     ways = {name: WAYS[name](model, ids, size.threshold) for name in MEASURED}
@@ -59,7 +59,7 @@ def measure(way: str, size: StepSize, device: torch.device) -> list[int | None]:
 
 
 def program() -> None:
-    """Be the process that measures one way; the task is the only argument."""
+    """Entry point of the process that measures one variant; the task is the only argument."""
     task = json.loads(sys.argv[1])
     torch.set_num_threads(task["threads"])
     print(json.dumps(measure(task["way"], StepSize(**task["size"]), torch.device(task["device"]))))

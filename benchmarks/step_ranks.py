@@ -1,7 +1,7 @@
-"""Masked and dense training steps under DeepSpeed, on ranks that are started on this machine.
+"""Masked and dense training steps under DeepSpeed, on ranks started on this machine.
 
-One engine trains in turn as in MIGU's first task, which is dense, and as in its second, which is masked. The clock runs
-from the start of the step to the end of `Migu.before_update`: the optimiser comes after it.
+One engine alternates between MIGU's first task, which is dense, and its second task, which is masked. The measured time
+ends with `Migu.before_update`, before the optimiser starts.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from cl_dist.engine.distributed import device, join, leave
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.engine.quiet import quiet_libraries
 from cl_dist.errors import ClDistError
-from cl_dist.launch.child import die_with_launcher, report_failure
-from cl_dist.launch.interpreter import python_command
+from cl_dist.launch.child import die_with_launcher, python_command, report_failure
 from cl_dist.launch.local import launch
 from cl_dist.methods.base import TaskPlace
 from cl_dist.methods.migu import Migu
@@ -37,16 +36,16 @@ from cl_dist.tasks.types import Encoded
 
 DEFAULT_STAGE = 2
 WAYS = ("dense", "masked")
-"""What MIGU does in the first and in the second task of a stream."""
+"""MIGU's mode in the first and in the second task of a stream."""
 MANY_STEPS = 1_000_000
-"""Of the learning rate's schedule."""
+"""Length of the learning rate schedule."""
 TIMEOUT_SECONDS = 600.0
 
 
 def race_on_ranks(size: StepSize, stage: int, options: Namespace) -> tuple[Times, int]:
-    """Start `--processes` ranks, let them measure, and return the slowest rank's times, and each rank's threads.
+    """Start `--processes` ranks that measure; return the times of the slowest rank, and the threads per rank.
 
-    Raises ClDistError where a rank fails.
+    Raises ClDistError if a rank fails.
     """
     with tempfile.TemporaryDirectory(prefix="cl-dist-bench-") as folder:
         result = Path(folder) / "times.json"
@@ -69,12 +68,12 @@ def _environment(options: Namespace) -> dict[str, str]:
 
 
 class Timed(Migu):
-    """MIGU that notes when it is done with the gradients."""
+    """MIGU that records when it has finished with the gradients."""
 
     done = 0.0
 
     def before_update(self) -> None:
-        """The optimiser's work begins."""
+        """Record the time at which the optimiser starts."""
         super().before_update()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -82,21 +81,22 @@ class Timed(Migu):
 
 
 class RankClock:
-    """Time until the gradients are ready, of the rank that takes longest.
+    """Measures the time until the gradients are ready on the slowest rank.
 
     Args:
-        method: Notes when that is.
+        method: Records when they are.
     """
 
     def __init__(self, method: Timed) -> None:
         self._method = method
 
     def seconds(self, contestant: Contestant, repeats: int) -> float:
-        """Mean time of one run; a step is long enough to be measured once."""
+        """Time of one run; a step is long enough that one is sufficient."""
         contestant.prepare()
         torch.distributed.barrier()
         start = time.perf_counter()
         contestant.run()
+        # The step takes as long as its slowest rank.
         elapsed = torch.tensor(self._method.done - start, dtype=torch.float64, device=device())
         torch.distributed.all_reduce(elapsed, op=torch.distributed.ReduceOp.MAX)
         return float(elapsed)
@@ -106,8 +106,8 @@ class Trainer:
     """One engine and one batch.
 
     Args:
-        size: Of the step, on every rank.
-        stage: DeepSpeed's.
+        size: Size of the step on every rank.
+        stage: ZeRO stage.
     """
 
     def __init__(self, size: StepSize, stage: int) -> None:
@@ -125,7 +125,7 @@ class Trainer:
         self._step = 0
 
     def contestant(self, index: int) -> Contestant:
-        """A step of the task at that place in the stream."""
+        """A step of the task at this position in the stream."""
         place = TaskPlace(index=index, name=WAYS[index], steps=MANY_STEPS)
         return Contestant(self._train_step, prepare=lambda: self._engine.before_task(place))
 
@@ -141,7 +141,7 @@ def _batch(size: StepSize) -> Batch:
 
 
 def _serve(task: Namespace) -> None:
-    """Be one rank; the first one writes the result."""
+    """Run one rank; the first rank writes the result."""
     rank, _ = join(TIMEOUT_SECONDS)
     quiet_libraries(rank)
     trainer = Trainer(StepSize(**task.size), task.stage)
@@ -154,12 +154,12 @@ def _serve(task: Namespace) -> None:
 
 
 def program() -> None:
-    """Be one rank; the task is the only argument."""
+    """Entry point of a rank; the task is the only argument."""
     end_with(lambda: _main(Namespace(**json.loads(sys.argv[1]))))
 
 
 def _main(task: Namespace) -> int:
-    os.dup2(2, 1)  # standard output belongs to the table or the JSON document
+    os.dup2(2, 1)  # standard output is reserved for the table or the JSON document
     die_with_launcher(os.environ)
     try:
         _serve(task)

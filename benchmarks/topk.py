@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Choosing the kept rows of all layers of a model: `cl-dist bench topk`, or this file as a script."""
+"""Selection of the kept rows of all layers of a model: `cl-dist bench topk`, or this file as a script."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLUMNS = (
 
 
 def entries(options: Namespace, device: torch.device) -> Iterator[Entry]:
-    """Measure a published model's layers, or as many equal ones."""
+    """Measure the layers of a published model, or equal layers."""
     if options.shapes is not None:
         model = MODELS[options.shapes]
         yield _entry(model.hidden, [layer.outputs for layer in model.all_layers()], options, device)
@@ -62,12 +62,12 @@ def _entry(hidden: int, sizes: Sequence[int], options: Namespace, device: torch.
 
 
 def quantiles(flat: torch.Tensor, sizes: Sequence[int], threshold: float) -> list[torch.Tensor]:
-    """As the method's public code does it, a quantile a layer and a comparison; and the row index."""
+    """Like the method's public code, one quantile and one comparison per layer; plus the row index."""
     return [(rows >= torch.quantile(rows, threshold)).nonzero() for rows in flat.split(list(sizes))]
 
 
 def selections(flat: torch.Tensor, sizes: Sequence[int], threshold: float) -> list[torch.Tensor]:
-    """Torch's own selection a layer, with mask and row index."""
+    """Torch's own selection for each layer, with mask and row index."""
     return [_selected(rows, math.ceil(threshold * (rows.numel() - 1)) + 1) for rows in flat.split(list(sizes))]
 
 

@@ -1,4 +1,4 @@
-"""A model with random weights, and the ways to do a training step on it without the optimiser."""
+"""A model with random weights, and variants of a training step on it, without the optimiser."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from cl_dist.models.skipping import RowSkipper
 from cl_dist.models.tracked import tracked_layers, tracked_linears
 
 LORA_B_SPREAD = 0.02
-"""A fresh `lora_B` is zero, its outputs are all equal, and every row would be kept."""
+"""Initialises `lora_B`; with zeros, all its outputs would be equal and every row would be kept."""
 
 
 @dataclass(frozen=True)
 class StepSize:
-    """One training step. All values are JSON's, so that other processes can be told."""
+    """The size of one training step. All values are JSON, so that they can be passed to other processes."""
 
     hidden: int
     intermediate: int
@@ -40,7 +40,7 @@ class StepSize:
 
 
 def build_model(size: StepSize, device: torch.device) -> nn.Module:
-    """A Llama in training mode; with `lora` its weights are frozen and adapters trained."""
+    """A Llama in training mode; with `lora`, only adapters are trained."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -55,7 +55,13 @@ def build_model(size: StepSize, device: torch.device) -> nn.Module:
     model: Any = LlamaForCausalLM(config)
     model.name_or_path = "random weights"  # peft warns about an empty one
     model = model.to(device, getattr(torch, size.dtype))
-    return (model if size.lora is None else _with_adapters(model, size.lora)).train()
+    if size.lora is not None:
+        model = add_lora(model, LoraConfig(r=size.lora, alpha=2.0 * size.lora, dropout=0.0), "causal_lm", seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=LORA_B_SPREAD)
+    trained: nn.Module = model.train()
+    return trained
 
 
 def token_ids(size: StepSize, seed: int = 0) -> torch.Tensor:
@@ -63,16 +69,8 @@ def token_ids(size: StepSize, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCABULARY, (1, size.tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def _with_adapters(model: Any, rank: int) -> nn.Module:
-    adapted = add_lora(model, LoraConfig(r=rank, alpha=2.0 * rank, dropout=0.0), "causal_lm", seed=0)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=LORA_B_SPREAD)
-    return adapted
-
-
 class Way:
-    """A way to do forward, backward and mask; this one is plain fine-tuning.
+    """A variant of forward, backward and mask; this one is plain fine-tuning.
 
     Args:
         model: In training mode.
@@ -85,19 +83,19 @@ class Way:
         self.layers = tracked_linears(model, "blocks")
 
     def contestant(self) -> Contestant:
-        """Hooks come and go and gradients are dropped outside of the clock."""
+        """The variant as a contestant; hooks and old gradients are handled outside of the measured time."""
         return Contestant(self.step, self.prepare, self.remove)
 
     def prepare(self) -> None:
-        """Start a step without gradients, as the optimiser's `zero_grad` leaves it."""
+        """Clear the gradients, as the optimiser's `zero_grad` does, and install the variant."""
         self.model.zero_grad(set_to_none=True)
         self.install()
 
     def install(self) -> None:
-        """Put into the model what the way needs."""
+        """Install the variant's hooks in the model."""
 
     def remove(self) -> None:
-        """Take it out again."""
+        """Remove them."""
 
     def step(self) -> None:
         """Forward, backward and mask."""
@@ -113,10 +111,10 @@ class Masked(Way):
     """MIGU with a backward pass that skips the masked rows."""
 
     masks: Mapping[str, RowMask]
-    """The last step's, by layer name."""
+    """The masks of the last step, by layer name."""
 
     def install(self) -> None:
-        """Hooks that sum magnitudes, and linear layers that skip."""
+        """Install hooks that sum magnitudes, and make linear layers skip rows."""
         self._sums = MagnitudeSums(self.model, tracked_layers(self.model, "blocks"), per_token=True, count_padding=True)
         self._skipper = RowSkipper(self.layers, mask_bias=True)
         self._sums.counting = self._skipper.active = True
@@ -127,8 +125,9 @@ class Masked(Way):
         self._skipper.remove()
 
     def step(self) -> None:
-        """The rows are chosen between forward and backward."""
+        """Select the rows between forward and backward."""
         loss = self.loss()
+        # The masks must be known before backward, which then skips the rows.
         masks = topk_row_masks(self._sums.flat, self._sums.sizes, self.threshold)
         self.masks = dict(zip(self.layers, masks, strict=True))
         self._skipper.choose({name: mask.rows for name, mask in self.masks.items()})
@@ -138,10 +137,10 @@ class Masked(Way):
 
 
 class Reference(Way):
-    """MIGU as its public code does it: sums kept by hooks, a quantile a layer, gradients multiplied by the mask."""
+    """MIGU like its public code: hooks that sum magnitudes, a quantile per layer, gradients multiplied by the mask."""
 
     def install(self) -> None:
-        """Hooks that keep float32 sums of per-token normalised magnitudes."""
+        """Install hooks that sum the magnitudes, normalised per token, in float32."""
         self._sums: dict[str, torch.Tensor] = {}
         self._handles = [layer.register_forward_hook(self._recorder(name)) for name, layer in self.layers.items()]
 
@@ -151,7 +150,7 @@ class Reference(Way):
             handle.remove()
 
     def step(self) -> None:
-        """The whole gradient first, the mask afterwards."""
+        """Compute whole gradients, then mask them."""
         self.loss().backward()
         for name, layer in self.layers.items():
             magnitude = self._sums[name]
@@ -175,18 +174,18 @@ WAYS: dict[str, type[Way]] = {"dense": Way, "masked": Masked, "reference": Refer
 
 
 def operations(model: nn.Module, size: StepSize) -> dict[str, int]:
-    """Arithmetic operations of a dense and of a masked step: matrix products and attention.
+    """Number of arithmetic operations in the matrix products and the attention of a dense and of a masked step.
 
-    A product of T tokens with an (O, I) weight takes 2 T O I operations, and as many for the gradient of its input and
-    for that of its weight. Attention takes 4 T^2 for every feature forward (the mask of the future is not exploited)
-    and twice that backward.
+    Multiplying T tokens by an (O, I) weight takes 2 T O I operations, and so do the gradient of its input and that of
+    its weight. Attention takes 4 T^2 operations per feature in the forward pass (without exploiting the causal mask),
+    and twice as many in the backward pass.
     """
     tracked = tracked_linears(model, "blocks")
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    dense = 12 * size.tokens**2 * size.hidden * size.layers
+    dense = 12 * size.tokens**2 * size.hidden * size.layers  # attention
     skipped = 0
     for name, linear in linears.items():
-        products = 3 if linear.weight.requires_grad else 2
+        products = 3 if linear.weight.requires_grad else 2  # forward, input gradient, and weight gradient if trained
         dense += products * 2 * size.tokens * linear.weight.numel()
         if name in tracked:
             dropped = linear.out_features - kept_rows(linear.out_features, size.threshold)

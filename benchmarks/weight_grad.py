@@ -31,7 +31,7 @@ COLUMNS = (
 
 
 def entries(options: Namespace, device: torch.device) -> Iterator[Entry]:
-    """Measure every layer with every number of tokens."""
+    """Measure each layer with each number of tokens."""
     for layer in layers_of(options.hidden, options.shapes):
         for tokens in options.tokens:
             yield _entry(layer, tokens, options, device)
@@ -71,7 +71,7 @@ def _entry(layer: Layer, tokens: int, options: Namespace, device: torch.device) 
 
 
 def gathered(x_TI: torch.Tensor, dy_TO: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Torch's own operations: gather the columns, multiply, put the product into zeros."""
+    """With torch operations: gather the columns, multiply, scatter the product into zeros."""
     product = dy_TO.index_select(1, rows).t() @ x_TI
     return torch.zeros(dy_TO.shape[1], x_TI.shape[1], dtype=x_TI.dtype, device=x_TI.device).index_copy_(
         0, rows, product

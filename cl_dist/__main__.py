@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-# Python has put the working folder first on the import path, where anybody may have left a `yaml.py`. It goes, unless
-# the package itself was found there; what PYTHONPATH says stays.
-# Until then nothing may be imported but what Python itself has loaded already.
+# Python has put the working folder first on the import path, where anyone may have left a `yaml.py`. Remove it, unless
+# the package itself was found there; PYTHONPATH stays. Until then, import only modules that Python itself has loaded.
 _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _WITHOUT_IT = getattr(sys.flags, "safe_path", False) or sys.flags.isolated
 if __name__ == "__main__" and not _WITHOUT_IT and sys.path[0] != _HOME:

@@ -1,7 +1,7 @@
-"""Marks of progress: whatever works calls `beat`, and the watchdog of the process looks at how old the last one is.
+"""Marks of progress: code that does work calls `beat`, and the process's watchdog checks the age of the last mark.
 
-One for the whole process, like a log: progress is made by components that know nothing of each other. A mark costs less
-than a microsecond.
+The mark is global to the process, like a log, because components that know nothing of each other make progress. A call
+costs less than a microsecond.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from typing import NamedTuple
 
 
 class Beat(NamedTuple):
-    """The newest mark."""
+    """The latest mark."""
 
     number: int
-    """How many there have been."""
+    """Number of marks so far."""
     time: float
-    """When it was made, by `time.monotonic()`, seconds."""
+    """When it was made, `time.monotonic()` seconds."""
     phase: str
-    """What the process is doing, to be read after "while": "training task a, step 3"."""
+    """What the process is doing, phrased to follow "while": "training task a, step 3"."""
     opaque: bool
-    """Whether a library is at work that makes no marks: its use of the processor counts as progress then."""
+    """Whether a library is at work that makes no marks; its processor use then counts as progress."""
 
 
 _last = Beat(0, time.monotonic(), "starting", opaque=False)
 
 
 def beat(phase: str | None = None, opaque: bool = False) -> None:
-    """Say that something was got done, and what comes next.
+    """Record progress, and what comes next.
 
     Args:
-        phase: To be read after "while"; None: more of the same.
-        opaque: What comes next may take long without a mark, as when a library loads a model.
+        phase: What comes next, phrased to follow "while"; None: the current phase continues.
+        opaque: The next phase may run for long without a mark, for example while a library loads a model.
     """
     global _last
     if phase is None:
@@ -43,7 +43,7 @@ def beat(phase: str | None = None, opaque: bool = False) -> None:
 
 @contextmanager
 def opaque() -> Iterator[None]:
-    """Around what a library does without a mark, inside a phase that makes marks otherwise."""
+    """Context of a library call that makes no marks, inside a phase that otherwise makes them."""
     before = _last
     beat(before.phase, opaque=True)
     try:
@@ -53,5 +53,5 @@ def opaque() -> Iterator[None]:
 
 
 def last_beat() -> Beat:
-    """The newest mark of this process."""
+    """The latest mark of this process."""
     return _last

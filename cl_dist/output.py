@@ -1,9 +1,9 @@
-"""Standard output and standard error of a command, so that nothing that is printed can end or delay its work.
+"""Standard output and standard error of a command. Printing can neither end nor delay its work.
 
-Every command prints through `direct_output`: what cannot be written ends it quietly where nobody reads it (`| head`),
-and with a sentence otherwise (a full disk). A command that works, trains for hours say, prints through `steady_output`:
-a thread per stream writes, and printing neither raises nor waits, whatever became of terminal, pipe or disk. What is
-lost is counted and reported on the other stream.
+Every command prints through `direct_output`: if its output cannot be written, it exits, silently if the reader is gone
+(`| head`) and with a message otherwise (a full disk). A command that does work, such as hours of training, prints
+through `steady_output`: one thread per stream writes, and printing neither raises nor blocks, whatever happens to the
+terminal, the pipe or the disk. Lost output is counted and reported on the other stream.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from typing import Any, TextIO, cast
 from cl_dist.errors import ClDistError
 
 BUFFER_BYTES = 1 << 20
-"""What is kept for a reader that is slow or has stopped; anything beyond it is lost."""
+"""Size of the buffer for a slow or stopped reader; what does not fit is lost."""
 PATIENCE_SECONDS = 5.0
-"""At the end, how long a reader may take for the next piece before the rest is dropped."""
+"""At the end, how long to wait for the reader to take the next piece before the rest is dropped."""
 HASTE_SECONDS = 0.5
-"""The same for a rank: launchers kill ranks that do not end soon after the first one has."""
+"""The same on a rank: launchers kill ranks that do not end soon after the first one."""
 PAUSE_SECONDS = 0.2
 """A reader that takes nothing for this long while the buffer is full has stopped reading."""
 PIECE_BYTES = 4096
-"""What is written at once; a reader that takes a piece is alive."""
-NOBODY_READS = 128 + 13
-"""Exit code of a command whose reader has left: as if SIGPIPE had ended it, as with other programs."""
+"""Size of one write; a reader that takes a piece is alive."""
+NO_READER = 128 + 13
+"""Exit code of a command whose reader is gone, as if SIGPIPE had ended it, like other programs."""
 _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO)
-"""What the system says of a pipe without a reader, and of a terminal that was closed."""
+"""Errors of a pipe without a reader and of a closed terminal."""
 
 
 class OutputLost(ClDistError):
-    """Standard output cannot be written, and was all that the command was for."""
+    """Standard output, the only purpose of the command, cannot be written."""
 
     def __init__(self, error: OSError) -> None:
         gone = error.errno in _GONE
         super().__init__("" if gone else f"standard output cannot be written: {error.strerror}")
-        self.exit_code = NOBODY_READS if gone else 1
+        self.exit_code = NO_READER if gone else 1
 
 
 class _Raw(io.RawIOBase):
-    """A descriptor that stays open, whatever becomes of this object."""
+    """A file descriptor that stays open when this object is closed."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -63,11 +63,11 @@ class _Raw(io.RawIOBase):
         return os.isatty(self._descriptor)
 
     def close(self) -> None:
-        """Nothing: a library may have kept it."""
+        """Do nothing: a library may still hold the descriptor."""
 
 
 class _Direct(_Raw):
-    """Written at once. The first failure raises OutputLost where `raises`; after it everything is thrown away."""
+    """Writes at once. The first failure raises OutputLost if `raises` is set; after it, all output is discarded."""
 
     def __init__(self, descriptor: int, raises: bool) -> None:
         super().__init__(descriptor)
@@ -86,68 +86,66 @@ class _Direct(_Raw):
 
 
 class Outlet(_Raw):
-    """Written by a thread: `write` does not wait for a reader that has stopped, and never raises; `drain` waits."""
+    """Writes in a thread: `write` never raises, and does not wait for a reader that has stopped; `drain` waits."""
 
     def __init__(self, descriptor: int, name: str, patience: float = PATIENCE_SECONDS) -> None:
         super().__init__(descriptor)
         self.name, self.patience = name, patience
         self.other: Outlet | None = None
-        """Where it is said that something was lost here."""
+        """The outlet that reports what was lost here."""
         self.lost_bytes = 0
         self.inside_a_line = False
-        """Whether the next bytes do not begin a line."""
+        """Whether the last line is unfinished."""
         self.reason = ""
-        """Why the first of them were lost."""
+        """Why the first bytes were lost."""
         self._process = os.getpid()
         self._pieces: deque[bytes] = deque()
         self._size = self._taken = self._gap = 0
-        """Bytes that wait, bytes that were written or given up, and bytes that were lost since the last one kept."""
+        """Bytes in the buffer, bytes written or dropped, and bytes lost since the last one that was kept."""
         self._stopped_at = -1
-        """What `_taken` was when the reader was found to have stopped reading."""
+        """The value of `_taken` when the reader was last found to have stopped."""
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def write(self, data: object) -> int:
-        """Leave it to the thread; returns the number of bytes."""
+        """Hand the bytes to the thread; returns their number."""
         content = bytes(cast(bytes, data))
-        if os.getpid() != self._process:  # a fork, which does not have the thread
+        if os.getpid() != self._process:  # a fork does not have the thread
             with suppress(OSError):
                 _write_all(self._descriptor, content)
             return len(content)
         with self._changed:
+            # Lost bytes are counted in `_gap`; a note in their place precedes the next bytes that are kept.
             if not self._has_room(len(content)):
                 self._gap += len(content)
                 self._lose(len(content), "its reader has stopped reading")
             else:
                 self._keep(content)
-        self._say_what_is_lost()
+        self._report_loss()
         return len(content)
 
     def _has_room(self, number: int) -> bool:
-        """Whether `number` bytes can be kept. Waits for a reader that is alive; for one that has stopped, only once."""
+        """Whether the buffer has room for `number` bytes. Waits for a live reader, but only once for a stopped one."""
+        # `_taken` grows while the reader is alive. One that has stopped is not waited for again until it takes more.
         while self._size + number > BUFFER_BYTES and self._size and self._taken != self._stopped_at:
             taken = self._taken
             self._changed.wait(PAUSE_SECONDS)
             if self._taken == taken:
                 self._stopped_at = taken
-        return self._size + number <= BUFFER_BYTES or not self._size
+        return self._size + number <= BUFFER_BYTES or not self._size  # an empty buffer takes a write of any size
 
     def drain(self) -> None:
-        """Wait until all is written, or nothing more has been for `patience` seconds."""
+        """Wait until everything is written, or until nothing has been written for `patience` seconds."""
         with self._changed:
             while self._size and os.getpid() == self._process:
                 taken, until = self._taken, time.monotonic() + self.patience
                 while self._size and taken == self._taken and time.monotonic() < until:
                     self._changed.wait(until - time.monotonic())
-                if taken == self._taken:
-                    self._give_up()
-        self._say_what_is_lost()
-
-    def _give_up(self) -> None:
-        if self._size:
-            self._lose(self._size, "its reader has stopped reading")
-            self._pieces.clear()
-            self._size = 0
+                if taken == self._taken and self._size:
+                    self._lose(self._size, "its reader has stopped reading")
+                    self._pieces.clear()
+                    self._size = 0
+        self._report_loss()
 
     def _keep(self, content: bytes) -> None:
         if self._gap:
@@ -157,16 +155,18 @@ class Outlet(_Raw):
         self._size += len(content)
         self.inside_a_line = not content.endswith(b"\n")
         if self._thread is None:
-            self._thread = threading.Thread(target=self._write_on, name=f"{self.name} writer", daemon=True)
+            self._thread = threading.Thread(target=self._write_pieces, name=f"{self.name} writer", daemon=True)
             self._thread.start()
         self._changed.notify_all()
 
-    def _write_on(self) -> None:
+    def _write_pieces(self) -> None:
+        """What the thread does."""
         while True:
             with self._changed:
                 while not self._pieces:
                     self._changed.wait()
                 piece = self._pieces.popleft()
+            # Written without the lock, so that `write` never waits for the reader.
             problem = None
             try:
                 _write_all(self._descriptor, piece)
@@ -177,24 +177,26 @@ class Outlet(_Raw):
                 self._size = max(0, self._size - len(piece))
                 if problem is not None:
                     gone = problem.errno in _GONE
-                    self._lose(len(piece), "nobody reads it" if gone else f"it cannot be written: {problem.strerror}")
+                    self._lose(len(piece), "its reader is gone" if gone else f"write failed: {problem.strerror}")
                 self._changed.notify_all()
-            self._say_what_is_lost()
+            self._report_loss()
 
     def _lose(self, number: int, reason: str) -> None:
         self.reason = self.reason or reason
         self.lost_bytes += number
 
-    def _say_what_is_lost(self) -> None:
-        """Once, on the other stream; not under this one's lock, since the other one may want to say the same here."""
+    def _report_loss(self) -> None:
+        """Report lost output on the other stream, once; call without the lock, since the other may report here."""
         if self.reason and self.other is not None:
             other, self.other = self.other, None
             begin = "\n" if other.inside_a_line else ""
-            other.write(f"{begin}cl-dist: note: {self.name} is lost: {self.reason}; the work goes on\n".encode())
+            other.write(
+                f"{begin}cl-dist: note: {self.name} is lost: {self.reason}; the command keeps running\n".encode()
+            )
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
-    """Write it, also where somebody else has made the descriptor non-blocking (it may be shared with a shell)."""
+    """Write all bytes, even if another process has made the descriptor non-blocking (a shell may share it)."""
     while content:
         try:
             content = content[os.write(descriptor, content) :]
@@ -205,17 +207,18 @@ def _write_all(descriptor: int, content: bytes) -> None:
 
 
 _outlets: list[Outlet] = []
-"""Of this process, while `steady_output` is in force."""
+"""This process's outlets, inside `steady_output`."""
 
 
 @contextmanager
 def direct_output() -> Iterator[None]:
-    """While this lasts standard output raises OutputLost where it cannot be written, once, and standard error nothing.
+    """Context in which writing to standard output raises OutputLost once if it fails, and standard error never raises.
 
-    No text fails for its characters: what the encoding lacks is written as an escape.
+    Characters that the encoding lacks are written as escapes.
     """
     before = (sys.stdout, sys.stderr)
     output, errors = map(_descriptor, before)
+    # A stream without a descriptor, such as a test's StringIO, stays as it is.
     if output is not None:
         buffer = io.BufferedWriter(_Direct(output, raises=True))
         sys.stdout = _text(buffer, sys.stdout, line_buffering=os.isatty(output))
@@ -232,10 +235,10 @@ def direct_output() -> Iterator[None]:
 
 @contextmanager
 def steady_output(patience: float = PATIENCE_SECONDS) -> Iterator[None]:
-    """While this lasts printing neither raises nor waits; at the end a reader may take `patience` seconds for the next
-    piece of what is left.
+    """Context in which printing neither raises nor blocks; at its end, the reader gets `patience` seconds for each
+    remaining piece.
 
-    Inside of another one it does nothing.
+    Nested inside another `steady_output` it does nothing.
     """
     before = (sys.stdout, sys.stderr)
     descriptors = tuple(map(_descriptor, before))
@@ -243,7 +246,7 @@ def steady_output(patience: float = PATIENCE_SECONDS) -> Iterator[None]:
         yield
         return
     output = Outlet(cast(int, descriptors[0]), "standard output", patience)
-    # Into one file both go by one thread, which keeps their order.
+    # If both streams go to one file, one thread writes both, which preserves their order.
     errors = (
         output
         if _same_file(*cast("tuple[int, int]", descriptors))
@@ -265,15 +268,15 @@ def steady_output(patience: float = PATIENCE_SECONDS) -> Iterator[None]:
 
 
 def drain_output() -> None:
-    """Wait until everything printed is written, or its reader has been idle for too long."""
+    """Wait until all output is written, or its reader has been idle for too long."""
     for stream in (sys.stdout, sys.stderr) if _outlets else ():
-        stream.flush()  # the beginning of a line
+        stream.flush()  # unfinished lines
     for outlet in _outlets:
         outlet.drain()
 
 
 def lost_output() -> list[str]:
-    """A sentence per stream about what was lost of this process's output; none where nothing was."""
+    """A sentence about each of this process's streams that lost output."""
     return [
         f"{outlet.lost_bytes} bytes of {outlet.name} were lost: {outlet.reason}"
         for outlet in _outlets
@@ -282,7 +285,7 @@ def lost_output() -> list[str]:
 
 
 def pass_on(data: bytes, stream: TextIO) -> None:
-    """Print what another process has printed, as it is."""
+    """Print the bytes that another process has printed, unchanged."""
     buffer = getattr(stream, "buffer", None)
     if buffer is None:
         stream.write(data.decode(errors="replace"))
@@ -292,12 +295,12 @@ def pass_on(data: bytes, stream: TextIO) -> None:
 
 
 def fill_missing_descriptors() -> None:
-    """Let the null device be what this process was started without (`>&-`), before something else takes its number."""
+    """Open the null device in place of missing standard streams (`>&-`), before another file gets their descriptor."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
             stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - for the whole process
@@ -305,7 +308,7 @@ def fill_missing_descriptors() -> None:
 
 
 def same_stream() -> bool:
-    """Whether standard output and standard error go to one and the same place."""
+    """Whether standard output and standard error go to the same file, pipe or terminal."""
     output, errors = _descriptor(sys.stdout), _descriptor(sys.stderr)
     return output is not None and errors is not None and _same_file(output, errors)
 
@@ -316,18 +319,18 @@ def _same_file(one: int, other: int) -> bool:
 
 
 def _descriptor(stream: TextIO | None) -> int | None:
-    """The open file descriptor that a stream writes to; None where it writes somewhere else."""
+    """The open file descriptor that a stream writes to; None if it writes to none."""
     try:
         descriptor = stream.fileno() if stream is not None else None
         if descriptor is not None:
             os.fstat(descriptor)
-    except (OSError, ValueError):  # no file, or closed
+    except (OSError, ValueError):  # not a file, or closed
         return None
     return descriptor
 
 
 def _text(buffer: Any, like: TextIO, line_buffering: bool) -> io.TextIOWrapper:
-    """A line goes out in one piece, so that those of several processes on one terminal do not run into each other."""
+    """A text stream that writes whole lines, so that the lines of several processes on one terminal do not mix."""
     return io.TextIOWrapper(
         buffer,
         encoding=like.encoding or "utf-8",

@@ -1,4 +1,4 @@
-"""The end of a process that has been a rank: before Python takes itself down, not in the middle of that."""
+"""Ends a process that has been a rank, before Python's own shutdown can run into live threads."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import NoReturn
 
 
 def end_with(main: Callable[[], int]) -> NoReturn:
-    """Call `main` and end the process with the code that it returns.
+    """Call `main` and exit with the code that it returns.
 
-    Once torch is loaded the process ends as soon as all that is registered with `atexit` has run. DeepSpeed keeps a
-    process group of its own for good, and a lost rank leaves collectives under way: their threads drop tensors when
-    they come to it, need Python for that, and abort the process (code 134) where Python is being taken down.
+    If torch is loaded, the process ends as soon as all `atexit` handlers have run. DeepSpeed never destroys its
+    process group, and a lost rank leaves collectives in flight. Their threads release tensors at some later time, for
+    which they need the interpreter, and abort the process (exit code 134) if Python is shutting down by then.
     """
     end = _End()
-    atexit.register(end.now)  # before torch and others register theirs, and so called after them
+    # Registered before torch and others register their handlers, and therefore called after those.
+    atexit.register(end.now)
     try:
         end.code = main()
     except SystemExit as error:
@@ -32,14 +33,14 @@ class _End:
     def __init__(self) -> None:
         self._process = os.getpid()
         self.code = 1
-        """Where an exception ends the process."""
+        """Exit code; 1 unless `main` returns, since then an exception ends the process."""
 
     def now(self) -> None:
-        """End this process, unless it has no threads but Python's, or is a fork that has a code of its own."""
+        """Exit now, unless torch has started no threads, or this is a fork, which has its own exit code."""
         if "torch" not in sys.modules or os.getpid() != self._process:
             return
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # closed, or nobody reads it
+            with suppress(OSError, ValueError):  # closed, or without a reader
                 stream.flush()
         os._exit(self.code)

@@ -1,6 +1,4 @@
-"""What a run tells while it runs: a progress bar in a terminal, plain lines elsewhere, nothing on ranks other than
-0.
-"""
+"""Progress of a run on rank 0: a progress bar in a terminal, plain lines elsewhere; and the summary of its scores."""
 
 from __future__ import annotations
 
@@ -8,17 +6,18 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing_extensions import override
 
 from cl_dist.errors import ClDistError
 
 LINE_SECONDS = 5.0
-"""Without a terminal a line is due after so many seconds, and at every tenth of a task's steps."""
+"""Without a terminal, a line is printed this often, and at every tenth of a task's steps."""
 WIDEST_MATRIX = 25
-"""Tasks up to which a table has a column for each; with more it has a line for each."""
+"""With more tasks than this, the table has a line per task instead of a column."""
 SUMMARY = {
     "average_performance": "average performance (AP)",
     "backward_transfer": "backward transfer (BWT)",
@@ -27,59 +26,59 @@ SUMMARY = {
     "learning_accuracy": "learning accuracy",
     "tokens_per_second": "tokens per second",
 }
-"""The keys of metrics.json that end a run, and their names."""
+"""The keys of metrics.json that are shown at the end of a run, and their labels."""
 COUNTS = {
     "cut_generations": "generations cut at eval.max_new_tokens in the last evaluation",
     "answers_outside_labels": "evaluation answers that match no label, so that no prediction can be right",
 }
-"""Counts by task in metrics.json that are shown where they are not 0, and what they count."""
+"""Counts per task in metrics.json that are shown if they are not 0, and their labels."""
 
 Row = Sequence[float | None]
 
 
-class Reporter(Protocol):
-    """What the coordinator calls on every rank."""
+class Reporter:
+    """What the coordinator calls on every rank. This one reports nothing; the others override what they show."""
 
     def run_started(self, tasks: Sequence[str], ranks: int) -> None:
-        """A run over `tasks` begins or goes on."""
+        """A run over `tasks` starts or resumes."""
 
     def task_started(self, index: int, name: str, steps: int) -> None:
-        """Training on task `index` (from 0) begins or goes on; it has so many optimiser steps."""
+        """Training on task `index` (from 0), which has `steps` optimiser steps, starts or resumes."""
 
     def step(self, step: int, loss: float, tokens_per_second: float, lr: float) -> None:
-        """`step` optimiser steps of the task are done; loss and speed are those of the last one, over all ranks."""
+        """`step` optimiser steps of the task are done; loss and speed belong to the last one, over all ranks."""
 
     def evaluating(self, name: str) -> None:
-        """The model is being evaluated on task `name`."""
+        """Evaluation on task `name` starts."""
 
     def task_finished(self, index: int, row: Row) -> None:
-        """Task `index` is trained and evaluated: the scores on all tasks, None where not evaluated."""
+        """Task `index` is trained and evaluated; `row` has the scores on all tasks, None if not evaluated."""
 
     def message(self, text: str) -> None:
-        """Something that the user should know."""
+        """A message for the user."""
 
     def run_finished(self, metrics: Mapping[str, Any]) -> None:
-        """The run is done; `metrics` is what metrics.json holds."""
+        """The run is finished; `metrics` is the content of metrics.json."""
 
     def close(self) -> None:
-        """Give the terminal back, also after an error."""
+        """Release the terminal, after an error too."""
 
 
 def make_reporter(rank: int, stream: TextIO, terminal: int | None = None) -> Reporter:
-    """The reporter of a rank: silent but for rank 0, which has a bar where `stream` is a terminal that can draw one.
+    """The reporter of a rank. Only rank 0 reports; it draws a bar if `stream` is a terminal that supports it.
 
-    `terminal`: a descriptor of the terminal that `stream`, a pipe, leads to. A reporter never raises what has gone
-    wrong with printing: the run goes on.
+    `terminal`: a file descriptor of the terminal behind `stream`, if that is a pipe. A reporter never raises when
+    printing fails, so that the run continues.
     """
     if rank != 0:
-        return SilentReporter()
+        return Reporter()
     console = Console(file=stream) if terminal is None else _PipedConsole(stream, terminal)
     draws = console.is_terminal and not console.is_dumb_terminal
     return UnfailingReporter(BarReporter(console) if draws else LineReporter(stream), stream)
 
 
 class _PipedConsole(Console):
-    """A terminal behind a pipe: everything is as it would be, but for where its size is asked."""
+    """A console for a terminal behind a pipe; it asks the terminal itself for its size."""
 
     def __init__(self, stream: TextIO, terminal: int) -> None:
         super().__init__(file=stream, force_terminal=True)
@@ -87,10 +86,10 @@ class _PipedConsole(Console):
 
     @property
     def size(self) -> ConsoleDimensions:
-        """Columns and lines, as they are now."""
+        """The current columns and lines."""
         try:
             columns, lines = os.get_terminal_size(self._terminal)
-        except OSError:  # it was closed
+        except OSError:  # the terminal was closed
             columns = lines = 0
         return ConsoleDimensions(columns or 80, lines or 25)
 
@@ -99,60 +98,32 @@ class _PipedConsole(Console):
         raise AttributeError("the size is the terminal's")
 
 
-class SilentReporter:
-    """Tells nothing."""
-
-    def run_started(self, tasks: Sequence[str], ranks: int) -> None:
-        """Nothing."""
-
-    def task_started(self, index: int, name: str, steps: int) -> None:
-        """Nothing."""
-
-    def step(self, step: int, loss: float, tokens_per_second: float, lr: float) -> None:
-        """Nothing."""
-
-    def evaluating(self, name: str) -> None:
-        """Nothing."""
-
-    def task_finished(self, index: int, row: Row) -> None:
-        """Nothing."""
-
-    def message(self, text: str) -> None:
-        """Nothing."""
-
-    def run_finished(self, metrics: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-class LineReporter(SilentReporter):
-    """Plain lines, few enough for a log file."""
+class LineReporter(Reporter):
+    """Prints plain lines, few enough for a log file."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` returns seconds."""
+        """`clock` returns the current time in seconds."""
         self.stream = stream
         self.clock = clock
         self.tasks: Sequence[str] = ()
         self.steps = 0
         self.first: tuple[int, float] | None = None
-        """Step and time of the task's first report, which the time left is reckoned from."""
+        """Step and time of the first report on the task in this process, the basis for the time left."""
         self.last: tuple[int, float] = (0, 0.0)
         """Step and time of the last line."""
 
+    @override
     def run_started(self, tasks: Sequence[str], ranks: int) -> None:
-        """Say how much there is to do."""
         self.tasks = tasks
         self.message(f"{len(tasks)} tasks on {_count(ranks, 'rank')}: {', '.join(tasks)}")
 
+    @override
     def task_started(self, index: int, name: str, steps: int) -> None:
-        """Name the task."""
         self.steps, self.first, self.last = steps, None, (0, self.clock())
         self.message(f"task {index + 1}/{len(self.tasks)} {name}: {_count(steps, 'step')}")
 
+    @override
     def step(self, step: int, loss: float, tokens_per_second: float, lr: float) -> None:
-        """A line where one is due."""
         now = self.clock()
         self.first = self.first or (step, now)
         last_step, last_time = self.last
@@ -168,30 +139,30 @@ class LineReporter(SilentReporter):
         seconds = (now - self.first[1]) / (step - self.first[0]) * (self.steps - step)
         return f"  {seconds:.0f} s left"
 
+    @override
     def evaluating(self, name: str) -> None:
-        """Name the task that is evaluated."""
         self.message(f"  evaluating {name}")
 
+    @override
     def task_finished(self, index: int, row: Row) -> None:
-        """The scores so far."""
         self.message(_scores(index, self.tasks, row))
 
+    @override
     def message(self, text: str) -> None:
-        """The text as it is."""
         self.stream.write(f"{text}\n")
         self.stream.flush()
 
+    @override
     def run_finished(self, metrics: Mapping[str, Any]) -> None:
-        """The accuracy matrix and the metrics."""
         self.message(format_summary(metrics))
 
 
-class UnfailingReporter:
-    """Another reporter, without its errors: after the first one it prints plain lines, after the second nothing.
+class UnfailingReporter(Reporter):
+    """Wraps a reporter and absorbs its errors: after the first, plain lines replace a bar; after the second, nothing.
 
     Args:
-        reporter: The one in use, until it fails.
-        stream: Where the lines go.
+        reporter: The reporter to use until it fails.
+        stream: Where the plain lines go.
     """
 
     def __init__(self, reporter: Reporter, stream: TextIO) -> None:
@@ -199,50 +170,50 @@ class UnfailingReporter:
         self._tasks: Sequence[str] = ()
         self._task: tuple[int, str, int] | None = None
 
+    @override
     def run_started(self, tasks: Sequence[str], ranks: int) -> None:
-        """Passed on."""
         self._tasks = tasks
         self._try("run_started", tasks, ranks)
 
+    @override
     def task_started(self, index: int, name: str, steps: int) -> None:
-        """Passed on."""
         self._task = (index, name, steps)
         self._try("task_started", index, name, steps)
 
+    @override
     def step(self, step: int, loss: float, tokens_per_second: float, lr: float) -> None:
-        """Passed on."""
         self._try("step", step, loss, tokens_per_second, lr)
 
+    @override
     def evaluating(self, name: str) -> None:
-        """Passed on."""
         self._try("evaluating", name)
 
+    @override
     def task_finished(self, index: int, row: Row) -> None:
-        """Passed on."""
         self._try("task_finished", index, row)
 
+    @override
     def message(self, text: str) -> None:
-        """Passed on."""
         self._try("message", text)
 
+    @override
     def run_finished(self, metrics: Mapping[str, Any]) -> None:
-        """Passed on."""
         self._try("run_finished", metrics)
 
+    @override
     def close(self) -> None:
-        """Passed on."""
         self._try("close")
 
     def _try(self, what: str, *arguments: Any) -> None:
         try:
             getattr(self.reporter, what)(*arguments)
-        except ClDistError:  # of a signal that has come meanwhile
+        except ClDistError:  # raised by a signal handler, not by printing
             raise
         except Exception as error:
             self._replace(error)
 
     def _replace(self, error: Exception) -> None:
-        failed, self.reporter = self.reporter, SilentReporter()
+        failed, self.reporter = self.reporter, Reporter()
         with suppress(Exception):
             failed.close()
         if isinstance(failed, BarReporter):
@@ -253,11 +224,11 @@ class UnfailingReporter:
                 self.task_started(*self._task)
 
 
-class BarReporter:
-    """Two bars, of tasks and of the task's steps; what is said in between scrolls by above them."""
+class BarReporter(Reporter):
+    """Draws two bars, for the tasks and for the task's steps; messages scroll by above them."""
 
     def __init__(self, console: Console) -> None:
-        """Draws on `console`."""
+        """`console`: where to draw."""
         self.console = console
         self.tasks: Sequence[str] = ()
         self.progress = Progress(
@@ -271,47 +242,47 @@ class BarReporter:
         self.task_bar = self.progress.add_task("tasks", total=None, detail="")
         self.step_bar = self.progress.add_task("start", total=None, detail="")
 
+    @override
     def run_started(self, tasks: Sequence[str], ranks: int) -> None:
-        """Start drawing."""
         self.tasks = tasks
         self.progress.update(self.task_bar, total=len(tasks), detail=_count(ranks, "rank"))
         self.progress.start()
 
+    @override
     def task_started(self, index: int, name: str, steps: int) -> None:
-        """A fresh bar of steps."""
         self.progress.update(self.task_bar, completed=index)
         self.progress.reset(self.step_bar, total=steps, description=name, detail="")
 
+    @override
     def step(self, step: int, loss: float, tokens_per_second: float, lr: float) -> None:
-        """Move the bar of steps."""
         self.progress.update(self.step_bar, completed=step, detail=_detail(loss, tokens_per_second, lr))
 
+    @override
     def evaluating(self, name: str) -> None:
-        """Say so beside the bar."""
         self.progress.update(self.step_bar, description=f"evaluating {name}")
 
+    @override
     def task_finished(self, index: int, row: Row) -> None:
-        """Move the bar of tasks and leave the scores above."""
         self.progress.update(self.task_bar, completed=index + 1)
         self.message(_scores(index, self.tasks, row))
 
+    @override
     def message(self, text: str) -> None:
-        """The text as it is, above the bars."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    @override
     def run_finished(self, metrics: Mapping[str, Any]) -> None:
-        """The accuracy matrix and the metrics, in place of the bars."""
         self.close()
         self.message(format_summary(metrics))
 
+    @override
     def close(self) -> None:
-        """Stop drawing and show the cursor again."""
         self.progress.stop()
 
 
 def format_matrix(tasks: Sequence[str], matrix: Sequence[Row]) -> str:
-    """The accuracy matrix as a table: a row per trained task, the first one before training; `-` where not
-    evaluated. Of a long stream each task's score after its own training and the last one.
+    """The accuracy matrix as a table: the first row before training, then one row per trained task; `-` means not
+    evaluated. For a long stream: each task's score right after its own training and its latest score.
     """
     if len(tasks) > WIDEST_MATRIX:
         return _format_long(tasks, matrix)
@@ -327,7 +298,7 @@ def format_matrix(tasks: Sequence[str], matrix: Sequence[Row]) -> str:
 
 
 def own_and_last(tasks: Sequence[str], matrix: Sequence[Row]) -> Iterator[tuple[str, float | None, float | None]]:
-    """Each task with its score right after its own training (None: not trained yet) and its last one."""
+    """Each task with its score right after its own training (None: not trained yet) and its latest score."""
     for position, name in enumerate(tasks):
         own = matrix[position + 1][position] if position + 1 < len(matrix) else None
         yield name, own, matrix[-1][position] if len(matrix) else None
@@ -343,14 +314,18 @@ def _format_long(tasks: Sequence[str], matrix: Sequence[Row]) -> str:
 
 
 def format_summary(metrics: Mapping[str, Any]) -> str:
-    """What ends a run: the matrix and a line per metric."""
+    """The summary of a run: the matrix, a line per metric, and notes on the scores."""
     width = max(map(len, SUMMARY.values()))
-    lines = (f"{name:<{width}}  {_metric(key, metrics.get(key))}" for key, name in SUMMARY.items())
+    lines = []
+    for key, name in SUMMARY.items():
+        value = metrics.get(key)
+        shown = f"{value:.0f}" if key == "tokens_per_second" and value is not None else _score(value)
+        lines.append(f"{name:<{width}}  {shown}")
     return "\n".join([format_matrix(metrics["tasks"], metrics["accuracy_matrix"]), "", *lines, *score_notes(metrics)])
 
 
 def score_notes(metrics: Mapping[str, Any]) -> list[str]:
-    """What readers of the scores must know, a sentence each; `metrics` has what metrics.json says by task."""
+    """Notes that readers of the scores need, a sentence each, from the values per task in metrics.json."""
     splits: dict[str, list[str]] = {}
     for task, split in metrics.get("scored_on", {}).items():
         splits.setdefault(split, []).append(task)
@@ -365,15 +340,11 @@ def score_notes(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def different_scores(metric: Mapping[str, str]) -> str:
-    """`exact_match (a, b); rouge_l (c)` where the tasks are scored by different metrics, else nothing."""
+    """`exact_match (a, b); rouge_l (c)` if different metrics score the tasks, otherwise an empty string."""
     by_name: dict[str, list[str]] = {}
     for task, name in metric.items():
         by_name.setdefault(name, []).append(task)
     return "; ".join(f"{name} ({', '.join(tasks)})" for name, tasks in by_name.items()) if len(by_name) > 1 else ""
-
-
-def _metric(key: str, value: float | None) -> str:
-    return f"{value:.0f}" if key == "tokens_per_second" and value is not None else _score(value)
 
 
 def _score(value: float | None) -> str:

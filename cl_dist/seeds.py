@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of where in the run they are drawn, so that a resumed run draws the same ones."""
+"""Seeds as a pure function of the position in the run, so that a resumed run draws the same random numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Return a seed in [0, 2^63) that depends on every part, the same on every machine and Python version."""
+    """Hash the parts into a seed in [0, 2^63) that is the same on every machine and Python version."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

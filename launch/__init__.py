@@ -1,1 +1,1 @@
-"""Ranks: found where a launcher made them, started on this machine where none did."""
+"""Ranks: recognised if a launcher started them, otherwise started on this machine."""

@@ -1,4 +1,6 @@
-"""Is this process a rank already, and of whose making? Read off the environment of torchrun, deepspeed, MPI and Slurm.
+"""The environment variables of ranks: those of other launchers, and those that our own launcher sets.
+
+Recognises ranks of torchrun, deepspeed, MPI and Slurm, and exports what torch.distributed reads.
 
 Sources: torchrun's environment variables (docs.pytorch.org, elastic/run), Open MPI's mpirun manual (OMPI_COMM_WORLD_*),
 MPICH's hydra (PMI_*, MPI_LOCALRANKID), srun's manual (output environment variables).
@@ -6,16 +8,20 @@ MPICH's hydra (PMI_*, MPI_LOCALRANKID), srun's manual (output environment variab
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+import os
+import sys
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 
 from cl_dist.errors import BadInput
-from cl_dist.launch.hosts import expand_nodes, interface_of, interface_towards
-from cl_dist.launch.rendezvous import derived_port
+from cl_dist.launch.rendezvous import DEFAULT_ADDRESS, derived_port, expand_nodes, interface_of, interface_towards
 
-DEFAULT_ADDRESS = "127.0.0.1"
 INTERFACE = "GLOO_SOCKET_IFNAME"
 NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"
+DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""One of these exists if a CUDA or ROCm driver is loaded (the last one in WSL)."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +31,14 @@ class Ranks:
     rank: int
     world_size: int
     local_rank: int
-    """Rank among the processes of this machine; chooses the device."""
+    """Rank among the ranks on this machine; selects the device."""
     source: str
-    """Who made the ranks, for messages."""
+    """The launcher's name, for messages."""
 
 
 @dataclass(frozen=True)
 class _Launcher:
-    """Names of a launcher's environment variables."""
+    """The names of a launcher's environment variables."""
 
     source: str
     rank: str
@@ -40,28 +46,30 @@ class _Launcher:
     local_rank: str
     local_size: str
     job: str
-    """A variable that is the same on all ranks of a job and differs between jobs."""
+    """A variable that is equal on all ranks of a job and differs between jobs."""
 
     def counts(self, environment: Mapping[str, str]) -> bool:
-        """Whether the launcher's variables say that this process is one of its ranks."""
+        """Whether this launcher's variables are set, so that this process is one of its ranks."""
         return self.rank in environment and self.world_size in environment
 
 
 @dataclass(frozen=True)
 class _Slurm(_Launcher):
-    """srun. A batch script has the variables of its job too, and is no rank: only a step of several tasks counts."""
+    """srun. The variables of the job are also set in a batch script, which is not a rank, so only a job step with
+    several tasks counts.
+    """
 
     def counts(self, environment: Mapping[str, str]) -> bool:
-        """Whether this process is one of several tasks of a job step."""
+        """Whether this process is one of several tasks in a job step."""
         return super().counts(environment) and "SLURM_STEP_ID" in environment and environment[self.world_size] != "1"
 
 
 @dataclass(frozen=True)
 class _Mpich(_Launcher):
-    """MPICH's hydra. srun sets PMI_RANK and PMI_SIZE too where a site's MpiDefault is pmi2."""
+    """MPICH's hydra. With MpiDefault=pmi2, srun sets PMI_RANK and PMI_SIZE as well."""
 
     def counts(self, environment: Mapping[str, str]) -> bool:
-        """Whether the variables that hydra alone sets are there as well."""
+        """Whether the variables that only hydra sets are present too."""
         return super().counts(environment) and self.local_rank in environment
 
 
@@ -74,7 +82,7 @@ _OPEN_MPI = _Launcher(
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "PMIX_NAMESPACE",
 )
-# Not SLURM_NTASKS: in the shell of an salloc, which is a step of one task, that is the job's.
+# Not SLURM_NTASKS: the shell that salloc opens is a step with one task, and there SLURM_NTASKS counts the job's tasks.
 _SRUN = _Slurm("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_JOB_ID")
 _MPICH = _Mpich("MPICH's mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_PORT")
 _LAUNCHERS = (_TORCH, _OPEN_MPI, _SRUN, _MPICH)
@@ -82,15 +90,21 @@ MPI_SOURCES = (_OPEN_MPI.source, _MPICH.source)
 
 
 def find_ranks(environment: Mapping[str, str]) -> Ranks | None:
-    """This process's rank as its launcher set it, or None where no launcher made it.
+    """This process's rank as set by its launcher; None if no launcher started it.
 
-    Raises BadInput for numbers that cannot be, half of a pair, and two launchers that disagree.
+    Raises BadInput for inconsistent numbers, for a rank without a world size or the reverse, and for two launchers that
+    disagree.
     """
-    _refuse_half(environment)
+    for present, absent in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if present in environment and absent not in environment:
+            raise BadInput(
+                f"environment: {present} is {environment[present]}, but {absent} is not set; a launcher sets both. "
+                f"Unset {present} to run without a launcher"
+            )
     found = [_read(launcher, environment) for launcher in _LAUNCHERS if launcher.counts(environment)]
     if not found:
         return None
-    first = found[0]
+    first = found[0]  # the innermost launcher
     for other in found[1:]:
         if _disagree(first, other, environment):
             raise BadInput(
@@ -101,15 +115,15 @@ def find_ranks(environment: Mapping[str, str]) -> Ranks | None:
 
 
 def is_rank(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher made this process a rank, with numbers that can be or not."""
+    """Whether a launcher made this process a rank, with consistent numbers or not."""
     return any(launcher.counts(environment) for launcher in _LAUNCHERS)
 
 
 def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
-    """Set what torch.distributed reads: RANK, WORLD_SIZE, LOCAL_RANK, and where they are not set MASTER_ADDR,
-    MASTER_PORT, and network interfaces: over several machines Gloo's, on one machine the loopback for Gloo and NCCL.
+    """Set what torch.distributed reads: RANK, WORLD_SIZE and LOCAL_RANK, and unless they are set already MASTER_ADDR,
+    MASTER_PORT and the network interfaces: Gloo's for several machines, the loopback for Gloo and NCCL on one machine.
 
-    Raises BadInput where the ranks are on several machines and nothing tells the address of the first.
+    Raises BadInput if the ranks are on several machines and the address of the first one is unknown.
     """
     environment["RANK"] = str(ranks.rank)
     environment["WORLD_SIZE"] = str(ranks.world_size)
@@ -118,19 +132,24 @@ def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
     if not environment.get("MASTER_ADDR"):
         environment["MASTER_ADDR"] = _address(ranks, launcher, environment)
     if not environment.get("MASTER_PORT"):
-        environment["MASTER_PORT"] = str(_port(launcher, environment))
-    if _is_one_machine(launcher, environment):
-        _keep_to_this_machine(environment)
-    elif not environment.get(INTERFACE):
-        _choose_interface(launcher, environment)
+        # Not probed, since only rank 0's machine knows which ports are free.
+        job = f"{environment.get(launcher.job, '')}.{environment.get('SLURM_STEP_ID', '')}"
+        environment["MASTER_PORT"] = str(derived_port(job))
+    if not _is_one_machine(launcher, environment):
+        if not environment.get(INTERFACE):
+            _choose_interface(launcher, environment)
+    # On one machine, make Gloo and NCCL listen on the loopback, where no other machine can reach them.
+    elif (loopback := interface_of(DEFAULT_ADDRESS)) is not None:
+        for name in (INTERFACE, NCCL_INTERFACE):
+            environment[name] = environment.get(name) or loopback
 
 
 def _disagree(inner: Ranks, outer: Ranks, environment: Mapping[str, str]) -> bool:
-    """Whether two launchers' ranks exclude each other.
+    """Whether the ranks of two launchers contradict each other.
 
-    Launchers nest: srun starts one torchrun or one MPI daemon per node. Then the inner ranks are at least as many, and
-    torchrun numbers its own as it likes. Fewer of them, or as many in another order, are variables left over in the
-    shell.
+    Launchers nest: srun may start one torchrun or one MPI daemon per node. Then there are at least as many inner ranks
+    as outer ones, and torchrun numbers its ranks in any order. With fewer inner ranks, or with RANK set by hand to
+    another number, the variables are leftovers in the shell.
     """
     by_hand = inner.source == _TORCH.source and "TORCHELASTIC_RUN_ID" not in environment
     if by_hand and inner.world_size == outer.world_size:
@@ -138,30 +157,20 @@ def _disagree(inner: Ranks, outer: Ranks, environment: Mapping[str, str]) -> boo
     return inner.world_size < outer.world_size
 
 
-def _refuse_half(environment: Mapping[str, str]) -> None:
-    for present, absent in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
-        if present in environment and absent not in environment:
-            raise BadInput(
-                f"environment: {present} is {environment[present]}, but {absent} is not set; a launcher sets both, "
-                "unset it to run without one"
-            )
-
-
 def _read(launcher: _Launcher, environment: Mapping[str, str]) -> Ranks:
     rank = _number(launcher.rank, environment)
     world_size = _number(launcher.world_size, environment)
-    local_rank = _number(launcher.local_rank, environment, default=_guess_local_rank(launcher, environment, rank))
+    # If all ranks are on this machine, the local rank equals the rank.
+    local_rank = _number(
+        launcher.local_rank, environment, default=rank if _is_one_machine(launcher, environment) else None
+    )
     if world_size < 1 or rank >= world_size or local_rank > rank:
         raise BadInput(
             f"environment: {launcher.rank}={rank}, {launcher.world_size}={world_size} and {launcher.local_rank}="
-            f"{local_rank} cannot be; a rank is below the number of ranks and a local rank not above the rank"
+            f"{local_rank} contradict each other; a rank must be less than the world size, and a local rank at most "
+            "the rank"
         )
     return Ranks(rank=rank, world_size=world_size, local_rank=local_rank, source=launcher.source)
-
-
-def _guess_local_rank(launcher: _Launcher, environment: Mapping[str, str], rank: int) -> int | None:
-    """The rank itself where all ranks are known to be on this machine."""
-    return rank if _is_one_machine(launcher, environment) else None
 
 
 def _number(name: str, environment: Mapping[str, str], default: int | None = None) -> int:
@@ -169,7 +178,7 @@ def _number(name: str, environment: Mapping[str, str], default: int | None = Non
     if text is None and default is not None:
         return default
     if text is None or not text.isdecimal():
-        raise BadInput(f"environment: {name} is {text or 'not set'}; it must be a whole number, at least 0")
+        raise BadInput(f"environment: {name} is {text or 'not set'}; it must be an integer of at least 0")
     return int(text)
 
 
@@ -187,41 +196,52 @@ def _address(ranks: Ranks, launcher: _Launcher, environment: Mapping[str, str]) 
         return first_node(nodes)
     raise BadInput(
         f"environment: MASTER_ADDR is not set, and the {ranks.world_size} ranks of {ranks.source} are not all on this "
-        "machine; set it to the address of rank 0's machine"
+        "machine; set MASTER_ADDR to the address of rank 0's machine"
     )
 
 
-def _port(launcher: _Launcher, environment: Mapping[str, str]) -> int:
-    """Of a job whose launcher set none. It is not tried whether it is free: only rank 0's machine could tell."""
-    return derived_port(f"{environment.get(launcher.job, '')}.{environment.get('SLURM_STEP_ID', '')}")
-
-
-def _keep_to_this_machine(environment: MutableMapping[str, str]) -> None:
-    """Let Gloo and NCCL listen where no other machine reaches them."""
-    interface = interface_of(DEFAULT_ADDRESS)
-    if interface is not None:
-        for name in (INTERFACE, NCCL_INTERFACE):
-            environment[name] = environment.get(name) or interface
-
-
 def _choose_interface(launcher: _Launcher, environment: MutableMapping[str, str]) -> None:
-    """Let Gloo listen where the other machines reach it.
+    """Make Gloo listen where the other machines reach it.
 
-    By itself Gloo listens on the address of this machine's own name, which on many systems is a loopback address
-    (127.0.1.1 in /etc/hosts). NCCL looks for an interface by itself, and for InfiniBand first.
+    By default Gloo listens on the address of this machine's host name, which on many systems is a loopback address
+    (127.0.1.1 in /etc/hosts). NCCL chooses its own interface, InfiniBand first.
     """
-    interface = interface_towards(_other_machines(launcher, environment))
+    others: list[Iterable[str]] = [[environment["MASTER_ADDR"]]]
+    if launcher is _SRUN and (nodes := environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST"))):
+        # Expanded only as far as needed: a job may have thousands of nodes.
+        others.insert(0, (node for node in expand_nodes(nodes) if node != environment.get("SLURMD_NODENAME")))
+    interface = interface_towards(chain.from_iterable(others))
     if interface is not None:
         environment[INTERFACE] = interface
 
 
-def _other_machines(launcher: _Launcher, environment: Mapping[str, str]) -> Iterator[str]:
-    """Names or addresses of machines of the job, without this one where that can be told."""
-    if launcher is _SRUN and (nodes := environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST"))):
-        yield from (node for node in expand_nodes(nodes) if node != environment.get("SLURMD_NODENAME"))
-    yield environment["MASTER_ADDR"]
-
-
 def first_node(nodes: str) -> str:
-    """The first host of Slurm's short form: `gpu[03-07,12],login` begins with `gpu03`."""
+    """The first host of a Slurm node list: `gpu03` for `gpu[03-07,12],login`."""
     return next(expand_nodes(nodes))
+
+
+def rank_environment(base: Mapping[str, str], index: int, processes: int, port: int) -> dict[str, str]:
+    """The environment of rank `index`: `base`, its place in the job, and settings for this machine."""
+    environment = dict(base)
+    environment.update(
+        RANK=str(index),
+        LOCAL_RANK=str(index),
+        WORLD_SIZE=str(processes),
+        LOCAL_WORLD_SIZE=str(processes),
+        MASTER_ADDR=DEFAULT_ADDRESS,
+        MASTER_PORT=str(port),
+    )
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    if not has_gpu(base):
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls ninja, which is next to Python in the virtual environment; that may not be activated.
+    environment["PATH"] = os.pathsep.join([*filter(None, [base.get("PATH")]), str(Path(sys.executable).parent)])
+    return environment
+
+
+def has_gpu(environment: Mapping[str, str]) -> bool:
+    """Whether torch may find a GPU, as far as can be known without importing torch."""
+    if environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    return any(Path(file).exists() for file in DEVICE_FILES)

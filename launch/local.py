@@ -1,8 +1,8 @@
-"""Starts the ranks of a run on this machine, watches them, and makes their ends into one.
+"""Starts the ranks of a run on this machine, monitors them, and reduces their exits to one.
 
-The ranks are in sessions of their own: a Ctrl-C in the terminal reaches the launcher alone, which passes it on once.
-They die with the launcher (`child.die_with_launcher`), and all of them die soon after the first that fails. They
-print into pipes that the launcher empties whatever becomes of its own output: no rank waits for a terminal or a pager.
+Each rank has its own session: a Ctrl-C in the terminal reaches only the launcher, which forwards it once. The ranks die
+with the launcher (`child.die_with_launcher`), and soon after the first rank that fails. They print into pipes that the
+launcher keeps draining whatever happens to its own output, so no rank ever blocks on a terminal or a pager.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,28 +26,27 @@ from typing import IO, TextIO
 from cl_dist.errors import BadInput
 from cl_dist.launch import child
 from cl_dist.launch.child import Failure
+from cl_dist.launch.environment import rank_environment
+from cl_dist.launch.rendezvous import DEFAULT_ADDRESS, find_free_port
 from cl_dist.output import pass_on, same_stream, steady_output
 from cl_dist.stop_requests import StopRequests, heeded
 
 DONE, INTERRUPTED = 0, 75
-ADDRESS = "127.0.0.1"
 POLL_SECONDS = 0.05
 PORT_ATTEMPTS = 3
 MOST_RANKS = 1024
-"""Ranks on one machine, far above what any has cores, GPUs or memory for."""
+"""Limit of ranks on one machine, far more than any machine has cores, GPUs or memory for."""
 READ_BYTES = 1 << 16
 KEPT_LINES = 100
-"""Lines of output that are kept of every rank but the first; as long as a traceback through the libraries."""
+"""Lines of output kept for each rank other than the first; enough for a traceback through the libraries."""
 SHOWN_LINES = 20
-"""How many of them are shown of a rank that ended without a word."""
+"""How many of these lines are shown if a rank ended without a message."""
 SUSPENDED_FACTOR, SUSPENDED_SECONDS = 1.5, 15.0
-"""A rank is stopped for so many times `hang_seconds`, and so long besides, before the launcher acts: the other ranks
-notice earlier, and leave their stacks behind."""
+"""The launcher kills a rank that has been stopped for `SUSPENDED_FACTOR * hang_seconds + SUSPENDED_SECONDS`. The other
+ranks notice earlier, and write their stacks."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SHARED_MEMORY = Path("/dev/shm")
 """Where DeepSpeed puts its buffers."""
-DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""One of these is there where a CUDA or ROCm driver is loaded (the last one under Windows)."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,9 @@ class Ending:
 
     exit_code: int
     message: str | None = None
-    """What to tell the user last; None where all is well or the failed rank has told it itself."""
+    """The last message for the user; None after a success, or if the failed rank has printed its own."""
     output: tuple[str, ...] = ()
-    """Last lines of the failed rank, where they were not shown yet."""
+    """The failed rank's last lines, unless they have been shown already."""
 
 
 @dataclass
@@ -74,31 +72,32 @@ class _Rank:
     ended: float | None = None
     """Seconds since the epoch."""
     stopped: bool = False
-    """Whether the launcher had sent it a signal before it ended."""
+    """Whether the launcher sent it a signal before it ended."""
     suspended: float = 0.0
-    """Seconds for which it has been stopped (SIGSTOP) at a stretch."""
+    """Seconds for which it has been stopped (SIGSTOP) without a break."""
     given_up: bool = False
-    """Whether it was killed for that."""
+    """Whether it was killed for being stopped that long."""
 
     @property
     def returncode(self) -> int | None:
-        """As subprocess has it: None while it runs, negative for a signal."""
+        """As in subprocess: None while it runs, negative for a signal."""
         return self.process.returncode
 
-    def look(self) -> None:
-        """Note whether the rank has ended; where it failed, end what it had started too."""
+    def poll(self) -> None:
+        """Note whether the rank has ended; if it failed, kill the processes that it started too."""
         if self.ended is not None:
             return
+        # WNOWAIT leaves the process a zombie for now: its process group can still be signalled safely.
         state = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if state is None:
             return
         self.ended = time.time()
         if state.si_code != os.CLD_EXITED or state.si_status not in (DONE, INTERRUPTED):
-            self._signal_group(signal.SIGKILL)  # before it is reaped: until then nobody else can get its id
+            self._signal_group(signal.SIGKILL)  # before reaping it: until then its id cannot be reused
         self.process.wait()
 
     def count_suspended(self, passed: float) -> float:
-        """How long it has been stopped at a stretch, `passed` seconds after the last look."""
+        """Seconds for which it has been stopped without a break; the last call was `passed` seconds ago."""
         if self.returncode is None and not self.given_up:
             stopped = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
             self.suspended = 0.0 if stopped is None else self.suspended + passed
@@ -106,17 +105,17 @@ class _Rank:
 
     @property
     def failed(self) -> bool:
-        """Whether it ended otherwise than done or interrupted with its state saved."""
+        """Whether it ended, neither successfully nor interrupted with its state saved."""
         return self.returncode not in (None, DONE, INTERRUPTED)
 
     def signal(self, number: int) -> None:
-        """Send a signal to the rank, not to what it may have started (a compiler, say)."""
+        """Send a signal to the rank, but not to processes that it started (a compiler, say)."""
         if self.returncode is None:
             self.stopped = True
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """End the rank and all that it started."""
+        """Kill the rank and all processes that it started."""
         if self.returncode is None:
             self.stopped = True
             self._signal_group(signal.SIGKILL)
@@ -135,66 +134,31 @@ def launch(
 ) -> Ending:
     """Run `command` as `processes` ranks and wait for all of them.
 
-    What the first rank prints is printed by this process. SIGINT, SIGTERM, SIGUSR1 and SIGHUP are passed on as SIGTERM,
-    once; the second one kills the ranks. When a rank fails the others are asked to stop and, `grace_seconds` later,
-    killed. A rank that is stopped (SIGSTOP) for well over `hang_seconds` is killed: by then the other ranks would have
-    ended the job themselves, if there are any that can.
+    This process prints the first rank's output. It forwards the first SIGINT, SIGTERM or SIGHUP as SIGTERM and a first
+    SIGUSR1 as SIGUSR1; a second request kills the ranks. When a rank fails, the others are asked to stop and killed
+    `grace_seconds` later. A rank that is stopped (SIGSTOP) for well over `hang_seconds` is killed: any other rank that
+    is able to would have ended the job by then.
     """
     for attempt in range(1, PORT_ATTEMPTS + 1):
         port = find_free_port()
         ending = _Launch(command, processes, environment, port, grace_seconds, hang_seconds).run()
-        # Another program may take the port between our look at it and rank 0's.
+        # Another program may take the port between our probe and rank 0's bind.
         if attempt == PORT_ATTEMPTS or "EADDRINUSE" not in (ending.message or ""):
             break
     return ending
 
 
 def check_processes(processes: int) -> None:
-    """Raise BadInput for more ranks than a machine can hold, before one of them is started."""
+    """Raise BadInput for more ranks than one machine can hold, before any rank is started."""
     if processes > MOST_RANKS:
         raise BadInput(
             f"launch.processes: {processes} ranks on this machine, which has {len(os.sched_getaffinity(0))} cores; "
-            f"allowed are at most {MOST_RANKS}, and more with cl-dist slurm on several nodes"
+            f"at most {MOST_RANKS} are allowed (cl-dist slurm runs more, on several nodes)"
         )
 
 
-def find_free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((ADDRESS, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def rank_environment(base: Mapping[str, str], index: int, processes: int, port: int) -> dict[str, str]:
-    """The environment of rank `index`: `base`, its place in the job, and what the machine asks for."""
-    environment = dict(base)
-    environment.update(
-        RANK=str(index),
-        LOCAL_RANK=str(index),
-        WORLD_SIZE=str(processes),
-        LOCAL_WORLD_SIZE=str(processes),
-        MASTER_ADDR=ADDRESS,
-        MASTER_PORT=str(port),
-    )
-    cores = len(os.sched_getaffinity(0))
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    if not has_gpu(base):
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed calls ninja, which lies beside Python in a virtual environment that need not be activated.
-    environment["PATH"] = os.pathsep.join([*filter(None, [base.get("PATH")]), str(Path(sys.executable).parent)])
-    return environment
-
-
-def has_gpu(environment: Mapping[str, str]) -> bool:
-    """Whether torch may find a GPU, as far as that shows without loading torch."""
-    if environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
-        return False
-    return any(Path(file).exists() for file in DEVICE_FILES)
-
-
 class _Launch:
-    """One attempt at running all ranks."""
+    """One attempt to run all ranks."""
 
     def __init__(
         self,
@@ -211,20 +175,23 @@ class _Launch:
         self.port = port
         self.grace_seconds = grace_seconds
         self.longest_suspension = None if hang_seconds is None else SUSPENDED_FACTOR * hang_seconds + SUSPENDED_SECONDS
-        self.looked = time.monotonic()
+        self.polled = time.monotonic()
         self.ranks: list[_Rank] = []
         self.requests = 0
-        """0: nobody asked to stop, 1: somebody did, 2: at once."""
+        """0: no request to stop, 1: stop and save, 2: stop at once."""
         self.answered = 0
+        """How many of these requests the ranks have received."""
         self.request = signal.SIGTERM
-        """What the first request is passed on as: a warning stays one, so that the SIGTERM after it is not the second
-        request of somebody who does not want to wait."""
+        """The signal that forwards the first request. Slurm's warning (SIGUSR1) stays a warning, so that the ranks do
+        not take the SIGTERM after it for a second request."""
         self.deadline: float | None = None
+        """When to kill the remaining ranks, once a rank has failed."""
 
     def run(self) -> Ending:
-        """Start the ranks, wait for all of them, and say how that went."""
+        """Start the ranks, wait for all of them, and return how the launch ended."""
         with steady_output(), tempfile.TemporaryDirectory(prefix="cl-dist-") as folder, self._signals_counted():
             try:
+                # A rank that fails while others are still starting is noticed by the first poll.
                 for index in range(self.processes):
                     self.ranks.append(self._start(index, Path(folder)))
                 while any(rank.returncode is None for rank in self.ranks):
@@ -239,6 +206,8 @@ class _Launch:
         environment = rank_environment(self.environment, index, self.processes, self.port)
         environment[child.LAUNCHER_PID] = str(os.getpid())
         environment[child.FAILURE_FILE] = str(failure_file)
+        # Rank 0 keeps its two streams apart, as the launcher's are, unless they lead to the same place: then a single
+        # pipe preserves their order. Of the other ranks only the last lines are kept, of both streams together.
         one_pipe = index > 0 or same_stream()
         with _terminal_for(index, environment) as kept_open:
             process = subprocess.Popen(
@@ -260,10 +229,11 @@ class _Launch:
 
     @contextmanager
     def _signals_counted(self) -> Iterator[None]:
-        """Count the signals that ask to stop; `_watch` answers them."""
+        """Count requests to stop; `_watch` forwards them."""
         heard = StopRequests()
 
         def count(number: int, frame: FrameType | None) -> None:
+            # Only counts: forwarding happens in `_watch`, since a handler may interrupt any line.
             at_once = heard.ends_at_once(number, time.monotonic())
             if not self.requests and number == signal.SIGUSR1:
                 self.request = signal.SIGUSR1
@@ -277,35 +247,35 @@ class _Launch:
                 signal.signal(number, handler)
 
     def _watch(self) -> None:
-        """One look at the ranks: pass signals on, note who ended, and end the rest once one failed."""
-        self._answer_requests()
-        for rank in self.ranks:
-            rank.look()
-        self._give_up_suspended()
-        if self.deadline is None and any(rank.failed for rank in self.ranks):
-            self._signal_all(signal.SIGTERM)
-            self.deadline = time.monotonic() + self.grace_seconds
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            self._kill_all()
-
-    def _give_up_suspended(self) -> None:
-        """Kill ranks that are stopped for too long; time in which this process was stopped itself does not count."""
-        now = time.monotonic()
-        passed, self.looked = min(now - self.looked, 20 * POLL_SECONDS), now
-        if self.longest_suspension is None:
-            return
-        for rank in self.ranks:
-            if rank.count_suspended(passed) > self.longest_suspension:
-                rank.given_up = True
-                rank.kill()
-
-    def _answer_requests(self) -> None:
+        """Poll the ranks once: forward signals, note which ranks ended, and end the others after a failure."""
+        # Forward a request to stop that arrived since the last poll.
         if self.requests > self.answered:
             self.answered = self.requests
             if self.requests == 1:
                 self._signal_all(self.request)
             else:
                 self._kill_all()
+        for rank in self.ranks:
+            rank.poll()
+        self._kill_suspended()
+        # After the first failure, the others get `grace_seconds` to stop.
+        if self.deadline is None and any(rank.failed for rank in self.ranks):
+            self._signal_all(signal.SIGTERM)
+            self.deadline = time.monotonic() + self.grace_seconds
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self._kill_all()
+
+    def _kill_suspended(self) -> None:
+        """Kill ranks that have been stopped for too long."""
+        now = time.monotonic()
+        # Time during which this process was stopped itself does not count, hence the bound.
+        passed, self.polled = min(now - self.polled, 20 * POLL_SECONDS), now
+        if self.longest_suspension is None:
+            return
+        for rank in self.ranks:
+            if rank.count_suspended(passed) > self.longest_suspension:
+                rank.given_up = True
+                rank.kill()
 
     def _signal_all(self, number: int) -> None:
         for rank in self.ranks:
@@ -316,55 +286,54 @@ class _Launch:
             rank.kill()
 
     def _clean_up(self) -> None:
-        """End what is left, and remove what killed ranks leave behind."""
+        """Kill the remaining ranks, and remove what killed ranks leave behind."""
         self._kill_all()
         for rank in self.ranks:
             rank.process.wait()
             for reader in rank.readers:
                 reader.join(timeout=1.0)
-        # DeepSpeed's name of a buffer: user, address and port of the rendezvous, rank (csrc/cpu/comm/shm.cpp). The port
-        # was ours, so no other run's buffer matches.
-        for buffer in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{ADDRESS}_{self.port}_*"):
+        # DeepSpeed names a buffer after user, rendezvous address and port, and rank (csrc/cpu/comm/shm.cpp). The port
+        # was ours, so this matches no other run's buffer.
+        for buffer in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{DEFAULT_ADDRESS}_{self.port}_*"):
             buffer.unlink(missing_ok=True)
 
     def _ending(self) -> Ending:
         failed = [rank for rank in self.ranks if rank.failed]
+        interrupted = [rank for rank in self.ranks if rank.returncode == INTERRUPTED]
+        if not failed and not interrupted:
+            return Ending(DONE)
         if not failed:
-            return self._peaceful_ending()
+            failure = child.read_failure(interrupted[0].failure_file)
+            return Ending(INTERRUPTED, failure.message if failure else None)
+        # Ranks that a forwarded signal ended had not installed their handlers yet: there was nothing to save.
         if self.requests and all(rank.returncode == -self.request for rank in failed):
-            return Ending(INTERRUPTED, "stopped outside of training; what was saved is intact")
+            return Ending(INTERRUPTED, "stopped outside of training; the saved state is intact")
         if self.requests > 1:
-            return Ending(1, "killed by a second signal; --resume goes on from the last state that was saved")
+            return Ending(1, "killed by a second signal; continue from the last saved state with --resume")
         codes = {rank.returncode for rank in failed}
         return self._blame(failed, exit_code=2 if 2 in codes else 1)
 
-    def _peaceful_ending(self) -> Ending:
-        interrupted = [rank for rank in self.ranks if rank.returncode == INTERRUPTED]
-        if not interrupted:
-            return Ending(DONE)
-        failure = child.read_failure(interrupted[0].failure_file)
-        return Ending(INTERRUPTED, failure.message if failure else None)
-
     def _blame(self, failed: Sequence[_Rank], exit_code: int) -> Ending:
-        """The rank that failed first, in its own words where it left any."""
+        """An ending that names the rank that failed first and quotes its message if it left one."""
         failures = {rank.index: child.read_failure(rank.failure_file) for rank in failed}
         culprit = min(failed, key=lambda rank: _order_of_failing(rank, failures[rank.index]))
         own = failures[culprit.index]
-        if own is None:
+        if own is None:  # killed, or failed before it could report: quote its output
             return Ending(
                 exit_code, f"rank {culprit.index} {_describe_end(culprit)}", tuple(culprit.lines)[-SHOWN_LINES:]
             )
+        # A message that all ranks agree on, about the recipe for example, is not about one rank.
         shared = self.processes == 1 or all(other and other.message == own.message for other in failures.values())
         prefix = "" if own.whole_job or (shared and len(failed) == self.processes) else f"rank {culprit.index}: "
-        # A traceback that the rank printed for --debug; without it a rank that explains itself prints nothing more.
+        # With --debug the rank has printed a traceback; without it, a rank that left a message prints nothing else.
         traceback = tuple(culprit.lines) if "--debug" in self.command else ()
         return Ending(exit_code, prefix + own.message, traceback)
 
 
 @contextmanager
 def _terminal_for(index: int, environment: dict[str, str]) -> Iterator[tuple[int, ...]]:
-    """Let the first rank know the terminal that its output goes to in the end, where there is one, for a progress bar
-    of its size; yields the file descriptors that the rank inherits.
+    """Give the first rank the terminal that finally shows its output, if there is one, so that a progress bar fits it;
+    yields the file descriptors that the rank inherits.
     """
     if index > 0 or not sys.stdout.isatty():
         yield ()
@@ -378,24 +347,24 @@ def _terminal_for(index: int, environment: dict[str, str]) -> Iterator[tuple[int
 
 
 def _print_all(pipe: IO[bytes], stream: TextIO) -> None:
-    """Read what the first rank prints to its end, and print it."""
+    """Print the first rank's output until it ends."""
     with pipe:
         while data := os.read(pipe.fileno(), READ_BYTES):
             pass_on(data, stream)
 
 
 def _keep_lines(pipe: IO[bytes], lines: deque[str]) -> None:
-    """Read another rank's output to its end, and keep the last lines."""
+    """Read another rank's output until it ends, and keep the last lines."""
     with io.TextIOWrapper(pipe, encoding="utf-8", errors="replace") as text:
         for line in text:
             lines.append(line.rstrip("\n"))
 
 
 def _order_of_failing(rank: _Rank, failure: Failure | None) -> tuple[int, float]:
-    """Sorts the rank that failed by itself before those that failed because of it.
+    """Sort key that puts the rank that failed first before the ranks that failed because of it.
 
-    A rank killed from outside is noticed a moment later than the broken connections that its death causes, so it sorts
-    first; not so SIGABRT, which torch raises on itself when a peer is gone. A rank that we stopped sorts last.
+    A rank killed from outside is noticed slightly later than the connections that its death breaks, so it sorts first.
+    SIGABRT is an exception: torch raises it in its own process when a peer is gone. Ranks that we stopped sort last.
     """
     killed = (rank.returncode or 0) < 0 and rank.returncode != -signal.SIGABRT
     if failure is not None:

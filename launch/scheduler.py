@@ -1,4 +1,4 @@
-"""Slurm's commands, as far as a run needs them: submit a job, ask how it is, and how much time is left to it."""
+"""The Slurm commands that a run needs: submit a job, query its state, and query the time it has left."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from pathlib import Path
 from cl_dist.errors import BadInput, ClDistError
 
 PATIENCE_SECONDS = 30.0
-"""A controller that is busy answers late."""
+"""How long to wait for an answer; a busy controller answers late."""
 QUICK_SECONDS = 10.0
-"""Less of it while training waits."""
+"""The same while training waits."""
 FIRST_RECHECK_SECONDS = 10.0
+"""Shortest time between two queries of the time left."""
 FINISHED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
             "PREEMPTED", "REVOKED", "TIMEOUT")  # fmt: skip
-"""States of a job that does nothing any more (squeue's manual). Every other one, SUSPENDED or STAGE_OUT say, is a job
-that still holds its run folder or will."""
+"""States in which a job has ended (squeue's manual). In every other state, such as SUSPENDED or STAGE_OUT, the job
+holds its run folder or will hold it."""
 _TIME_LEFT = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
 
 
@@ -31,46 +32,52 @@ class JobState:
     state: str
     """Such as RUNNING, PENDING or FAILED."""
     reason: str
-    """Why it waits, or why it ended; "None" where there is nothing to say."""
+    """Why it waits or why it ended; "None" without a reason."""
     nodes: str
-    """In Slurm's short form; empty while it waits."""
+    """Slurm's node list; empty while the job waits."""
     restarts: int
     run_time: str
-    """Since its newest start, as days-hours:minutes:seconds."""
+    """Since its latest start, as days-hours:minutes:seconds."""
     time_limit: str
 
     @property
     def is_alive(self) -> bool:
-        """Whether it runs or will run; where Slurm names a state that is not known here, too."""
+        """Whether it runs or will run; an unknown state counts as alive."""
         return self.state not in FINISHED
 
 
 def require_sbatch() -> None:
-    """Raise BadInput where jobs cannot be submitted."""
+    """Raise BadInput if this machine cannot submit jobs."""
     if shutil.which("sbatch") is None:
-        raise BadInput("--submit: sbatch is not on this machine; submit from a login node, or take --print's script")
+        raise BadInput("--submit: sbatch is not installed here; submit from a login node, or use --print's script")
 
 
 def submit(script: Path, environment: Mapping[str, str]) -> str:
     """Submit a batch script from its folder, where its log goes, and return the job's id.
 
-    A job that is submitted from inside another one must not inherit that one's layout. Raises BadInput where Slurm
-    refuses the job, ClDistError where it cannot be told whether there is one.
+    Raises BadInput if Slurm rejects the job, ClDistError if it is unknown whether there is a job.
     """
-    inherited = {name: value for name, value in environment.items() if not _is_of_a_job(name)}
+    # Submitted from inside another job, the new job must not inherit that job's layout.
+    inherited = {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(("SLURM_", "SLURMD_")) or name == "SLURM_CONF"
+    }
     done = _ask(["sbatch", "--parsable", script.name], PATIENCE_SECONDS, cwd=script.parent, environment=inherited)
     if done is None:
-        raise ClDistError(f"sbatch did not answer in {PATIENCE_SECONDS:g} s; look with squeue whether the job is there")
+        raise ClDistError(f"sbatch did not answer within {PATIENCE_SECONDS:g} s; check with squeue if there is a job")
     if done.returncode != 0:
-        raise BadInput(f"Slurm refuses the job: {_first_line(done.stderr)}")
+        lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
+        reason = next((line for line in lines if line.strip()), "sbatch gave no reason")
+        raise BadInput(f"Slurm rejects the job: {reason}")
     number = done.stdout.strip().partition(";")[0]  # with several clusters: 17;cluster
     if not number.isdecimal():
-        raise ClDistError(f"sbatch gave no job's number ({number[:80]!r}); look with squeue whether the job is there")
+        raise ClDistError(f"sbatch printed no job id ({number[:80]!r}); check with squeue if there is a job")
     return number
 
 
 def job_state(job: str) -> JobState | None:
-    """What Slurm says about a job; None where there is no Slurm, no answer, or the job is forgotten."""
+    """The state of a job; None without Slurm, without an answer, or if Slurm has forgotten the job."""
     done = _ask(["scontrol", "--oneliner", "show", "job", job], PATIENCE_SECONDS)
     if done is None or done.returncode != 0:
         return None
@@ -86,23 +93,23 @@ def job_state(job: str) -> JobState | None:
 
 
 class TimeLeft:
-    """How much time is left to the job that this process is in.
+    """How much time the job of this process has left.
 
-    Slurm is asked seldom: anew when half of the time that it named has passed, since an administrator may change the
-    limit. Where it does not answer, what is known goes on to count.
+    Slurm is queried rarely: again once half of the reported time has passed, since an administrator may change the
+    limit. If it does not answer, its last answer stays valid.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        """`environment`: SLURM_JOB_ID tells the job, SLURM_JOB_END_TIME (newer releases) its end."""
+        """`environment`: SLURM_JOB_ID names the job, SLURM_JOB_END_TIME (newer releases) its end."""
         self._job = environment.get("SLURM_JOB_ID")
         end = environment.get("SLURM_JOB_END_TIME", "")
         self._end = float(end) if end.isdecimal() else None
-        """Seconds since the epoch; None where there is no limit, or none is known yet."""
+        """Seconds since the epoch; None without a limit, or while the limit is unknown."""
         self._ask_at = 0.0 if self._end is None else self._recheck(self._end - time.time())
-        """When to ask again, on the monotonic clock."""
+        """When to query again, on the monotonic clock."""
 
     def __call__(self) -> float | None:
-        """Seconds until Slurm ends the job; None where there is no job or no limit."""
+        """Seconds until Slurm ends the job; None without a job or without a limit."""
         if self._job is None:
             return None
         if time.monotonic() >= self._ask_at:
@@ -126,7 +133,7 @@ class TimeLeft:
 
 
 def parse_time_left(text: str) -> float | None:
-    """Squeue's days-hours:minutes:seconds in seconds; None for anything else (UNLIMITED, NOT_SET, INVALID)."""
+    """Convert squeue's days-hours:minutes:seconds to seconds; None for anything else (UNLIMITED, NOT_SET, INVALID)."""
     match = _TIME_LEFT.fullmatch(text)
     if match is None:
         return None
@@ -137,7 +144,7 @@ def parse_time_left(text: str) -> float | None:
 def _ask(
     command: Sequence[str], patience: float, cwd: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str] | None:
-    """Run one of Slurm's commands; None where it is not there or does not answer."""
+    """Run a Slurm command; None if it is not installed or does not answer."""
     try:
         return subprocess.run(
             command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -145,12 +152,3 @@ def _ask(
         )  # fmt: skip
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
-
-
-def _is_of_a_job(name: str) -> bool:
-    return name.startswith(("SLURM_", "SLURMD_")) and name != "SLURM_CONF"
-
-
-def _first_line(text: str) -> str:
-    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.splitlines() if line.strip()]
-    return lines[0] if lines else "sbatch gave no reason"

@@ -1,7 +1,7 @@
-"""A run as a Slurm job: its batch script.
+"""The batch script that runs `cl-dist run` as a Slurm job.
 
-The script begins with what Slurm is asked for (`#SBATCH`) and with the job's values, each of them quoted; what follows
-(`job.sh`) is the same for every job and takes the values from there. Sources: the manuals of sbatch, srun and scontrol.
+The script begins with the job's requests to Slurm (`#SBATCH`) and with the job's values, all quoted. The rest
+(`job.sh`) is the same for every job and reads those values. Sources: the manuals of sbatch, srun and scontrol.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 
 from cl_dist.errors import BadInput
-from cl_dist.launch.interpreter import BOOTSTRAP
+from cl_dist.launch.child import BOOTSTRAP
 from cl_dist.launch.local import MOST_RANKS
 
 DEFAULT_RESTARTS = 20
@@ -25,13 +25,13 @@ LIMITS = {
     "cpus_per_rank": (1, 65_536),
     "max_restarts": (0, 100_000),
 }
-"""Above what any cluster has."""
+"""Least and largest value of each option; no cluster has more."""
 MOST_DAYS = 3650
 """Longest time limit."""
 WARN_SECONDS = 120
-"""How long before the time limit Slurm asks the job to stop, unless the job is short."""
+"""Slurm asks the job to stop this many seconds before its time limit, unless the job is short."""
 LOG = "slurm-%j.log"
-"""Log of a job, in the folder that it was submitted from; Slurm puts the job's number for %j."""
+"""A job's log, in the folder that it was submitted from; Slurm replaces %j with the job id."""
 
 _PROXIES = ("http_proxy", "https_proxy", "no_proxy")
 CAPTURED = (
@@ -59,8 +59,8 @@ CAPTURED = (
     *_PROXIES,
     *map(str.upper, _PROXIES),
 )
-"""Variables of the submitting shell that a run depends on: written into the script, for sites whose jobs start with
-an empty environment. Secrets are not among them, and values that name a user (a proxy's `user:password@host`) are left
+"""Variables of the submitting shell that a run depends on. They are written into the script, because at some sites jobs
+start with an empty environment. No secrets: values that contain a user name (a proxy's `user:password@host`) are left
 out.
 """
 CAPTURED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "FI_", "UCX_")
@@ -81,58 +81,59 @@ _OWN_OPTIONS = {
     "partition": "--partition",
     "signal": "--warn-seconds",
 }
-"""Options of sbatch that an option of ours sets."""
+"""Options of sbatch that have an option of cl-dist, and its name."""
 _WITHOUT_JOB = ("wait", "test-only", "help", "usage", "version")
-"""Options with which sbatch does not say at once which job it has submitted."""
+"""Options with which sbatch does not immediately print the id of a submitted job."""
 _FIXED_OPTIONS = ("ntasks", "output", "error", "open-mode", "requeue", "no-requeue", "array", "wrap", "chdir")
+"""Options that the script sets, or relies on being unset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmJob:
-    """What a job asks Slurm for, and what it runs. Raises BadInput, naming the option, for what cannot be."""
+    """What a job requests from Slurm and what it runs. Raises BadInput, naming the option, for invalid values."""
 
     name: str
-    """Shown by squeue."""
+    """The job's name in squeue."""
     run_folder: str
     """The run's output_dir, absolute."""
     working_folder: str
-    """Where the run starts: relative paths of the recipe start there."""
+    """The working directory; relative paths in the recipe start there."""
     python: str
     """The interpreter of the environment that cl_dist is installed in."""
     arguments: Sequence[str]
-    """What `cl-dist` is called with; `--resume` comes from the script."""
+    """Arguments of `cl-dist`; the script itself adds `--resume`."""
     nodes: int = 1
     gpus_per_node: int | str = 0
-    """A number, or type and number such as `a100:4`; 0: ranks on CPUs."""
+    """A number, or a type and a number such as `a100:4`; 0 runs the ranks on CPUs."""
     ranks_per_node: int | None = None
-    """None: one for each GPU, or one on CPUs."""
+    """None: one per GPU, or one on CPUs."""
     cpus_per_rank: int | None = None
-    """None: the CPUs that Slurm gives by itself, divided among the ranks."""
+    """None: Slurm's default number of CPUs, divided among the ranks."""
     time: str | None = None
-    """Time limit as Slurm writes it; None: the partition's."""
+    """Time limit in Slurm's notation; None: the partition's."""
     partition: str | None = None
     """None: the cluster's default."""
     interface: str | None = None
-    """Network interface of NCCL and Gloo; None: Gloo's is chosen by route, NCCL's by NCCL."""
+    """Network interface of NCCL and Gloo; None: Gloo uses the route to the other nodes, NCCL chooses its own."""
     max_restarts: int = DEFAULT_RESTARTS
     warn_seconds: int | None = None
-    """How long before the time limit Slurm asks the job to stop; 0: not at all; None: `default_warning`."""
+    """Seconds before the time limit at which Slurm asks the job to stop; 0: never; None: `default_warning`."""
     fresh: bool = False
-    """Whether the job's first start puts a run in `run_folder` aside."""
+    """Whether the job's first start moves an existing run in `run_folder` aside."""
     options: Sequence[str] = ()
     """Further options of sbatch, such as `account=physics`."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables that the script sets (`captured_environment`)."""
 
     def __post_init__(self) -> None:
-        """Refuse what Slurm would refuse, or misread."""
-        _check_text("--gpus-per-node", str(self.gpus_per_node), _GPUS, "a number, or type and number such as a100:4")
+        """Reject what Slurm would reject or misread."""
+        _check_text("--gpus-per-node", str(self.gpus_per_node), _GPUS, "a number, or a type and a number (a100:4)")
         self._check_sizes()
-        _check_text("--job-name", self.name, _NAME, "letters, digits, '-', '_' and '.', at most 100 of them")
-        _check_text("--partition", self.partition, _PARTITIONS, "names of partitions, separated by commas")
+        _check_text("--job-name", self.name, _NAME, "up to 100 letters, digits, '-', '_' and '.'")
+        _check_text("--partition", self.partition, _PARTITIONS, "partition names, separated by commas")
         _check_text(
             "--interface", self.interface, _INTERFACE,
-            "names of interfaces, separated by commas ('^' and '=' are for NCCL alone: set NCCL_SOCKET_IFNAME)",
+            "interface names, separated by commas (only NCCL knows '^' and '=': set NCCL_SOCKET_IFNAME for those)",
         )  # fmt: skip
         if self.time is not None:
             seconds(self.time)
@@ -157,7 +158,7 @@ class SlurmJob:
 
     @property
     def warning(self) -> int:
-        """Seconds before the time limit at which Slurm asks the job to stop; 0 where it does not."""
+        """Seconds before the time limit at which Slurm asks the job to stop; 0: never."""
         return default_warning(self.time) if self.warn_seconds is None else self.warn_seconds
 
     def _check_sizes(self) -> None:
@@ -166,19 +167,19 @@ class SlurmJob:
             if value is not None and not least <= value <= most:
                 few = "few" if value < least else "many"
                 raise BadInput(
-                    f"--{name.replace('_', '-')}: {value} is too {few}, allowed is at least {least} and at most {most}"
+                    f"--{name.replace('_', '-')}: {value} is too {few}; it must be between {least} and {most}"
                 )
         if self.gpus > MOST_RANKS:
-            raise BadInput(f"--gpus-per-node: {self.gpus} is too many, allowed is at most {MOST_RANKS}")
+            raise BadInput(f"--gpus-per-node: {self.gpus} is too many; at most {MOST_RANKS} are allowed")
         if self.ranks > MOST_RANKS_OF_A_JOB:
             raise BadInput(
-                f"--nodes: {self.nodes} nodes of {self.ranks_on_node} ranks each are {self.ranks} ranks, allowed are "
-                f"at most {MOST_RANKS_OF_A_JOB}"
+                f"--nodes: {self.nodes} nodes with {self.ranks_on_node} ranks each make {self.ranks} ranks; at most "
+                f"{MOST_RANKS_OF_A_JOB} are allowed"
             )
         if 0 < self.gpus < self.ranks_on_node:
             raise BadInput(
-                f"--ranks-per-node: {self.ranks_on_node} ranks do not each have a GPU of their own on a node with "
-                f"--gpus-per-node {self.gpus_per_node}; allowed are at most as many"
+                f"--ranks-per-node: {self.ranks_on_node} ranks need a GPU each, but a node has only "
+                f"{self.gpus} (--gpus-per-node {self.gpus_per_node}); start at most one rank per GPU"
             )
 
     def _check_warning(self) -> None:
@@ -188,7 +189,7 @@ class SlurmJob:
         most = 65535 if limit is None else min(65535, limit // 2)
         if not 0 <= self.warn_seconds <= most:
             raise BadInput(
-                f"--warn-seconds: {self.warn_seconds}; allowed are 0 (no warning) to {most}"
+                f"--warn-seconds: {self.warn_seconds}; it must be between 0 (no warning) and {most}"
                 + ("" if limit is None else ", half of --time")
             )
 
@@ -198,7 +199,7 @@ class SlurmJob:
         return "\n".join(["#!/bin/bash", *self._directives(), "set -u", "", *self._values()]) + "\n" + body
 
     def _directives(self) -> Iterator[str]:
-        """Lines that Slurm reads; their values are checked, because Slurm's quoting is not bash's."""
+        """The lines that Slurm reads. Their values are checked rather than quoted: Slurm's quoting is not bash's."""
         wanted: dict[str, object] = {
             "job-name": self.name,
             "nodes": self.nodes,
@@ -216,9 +217,9 @@ class SlurmJob:
         yield from (f"#SBATCH --{option}" for option in self.options)
 
     def _values(self) -> Iterator[str]:
-        """The job's values as assignments of bash."""
+        """The job's values as bash assignments."""
         yield f"python={quote(self.python)}"
-        yield "# Python without the working folder on its import path, calling the function that is named next."
+        yield "# Starts Python without the working folder on its import path and calls the function named next."
         yield f"bootstrap={quote(BOOTSTRAP)}"
         yield f"arguments=({' '.join(map(quote, self.arguments))})"
         yield f"run_folder={quote(self.run_folder)}"
@@ -226,46 +227,44 @@ class SlurmJob:
         yield f"ranks_per_node={self.ranks_on_node}"
         yield f"max_restarts={self.max_restarts}"
         yield f"fresh={int(self.fresh)}"
-        yield from (f"export {name}={quote(value)}" for name, value in self._variables().items())
-
-    def _variables(self) -> dict[str, str]:
+        # The options win over variables of the submitting shell.
         variables = dict(self.environment)
         if self.gpus == 0:
             variables.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
         if self.interface is not None:
             variables.update(GLOO_SOCKET_IFNAME=self.interface, NCCL_SOCKET_IFNAME=self.interface)
-        return variables
+        yield from (f"export {name}={quote(value)}" for name, value in variables.items())
 
 
 def captured_environment(environment: Mapping[str, str], python: str) -> dict[str, str]:
-    """What a job needs of the submitting shell's variables, PATH beginning with the folder of `python`."""
+    """The submitting shell's variables that a job needs, with the folder of `python` first on PATH."""
     kept = {
         name: value
         for name, value in sorted(environment.items())
         if (name in CAPTURED or (name.startswith(CAPTURED_PREFIXES) and name.isidentifier()))
         and not _names_a_user(name, value)
     }
-    # DeepSpeed calls ninja, which lies beside Python in a virtual environment that need not be activated.
+    # DeepSpeed calls ninja, which is next to Python in the virtual environment; that may not be activated.
     return {"PATH": os.pathsep.join([os.path.dirname(python), environment.get("PATH", os.defpath)]), **kept}
 
 
 def _names_a_user(name: str, value: str) -> bool:
-    """Whether a value may hold a password: the script is a file that others may read."""
+    """Whether a value may contain a password; others may be able to read the script."""
     return "@" in value and (name.lower() in _PROXIES or "://" in value)
 
 
 def job_name(text: str) -> str:
-    """`text` with whatever is not allowed in a job's name replaced."""
+    """`text` as a job name: characters that are not allowed become hyphens."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:100] or "run"
 
 
 def quote(value: str) -> str:
-    """`value` as one word of bash on one line, whatever it holds; BadInput for a NUL, which no argument can hold."""
+    """Quote any string as one bash word on one line; BadInput for a NUL byte, which no argument can contain."""
     if "\0" in value:
-        raise BadInput(f"{value!r}: a NUL byte can stand neither in a path nor in an argument")
+        raise BadInput(f"{value!r}: neither a path nor an argument can contain a NUL byte")
     if value.isprintable():
         return shlex.quote(value)
-    # Line breaks, and names of files that are no UTF-8: bytes, written as bash's $'...' has them.
+    # Line breaks, and file names that are not UTF-8: bytes in bash's $'...' notation.
     return "$'" + "".join(map(_escaped, os.fsencode(value))) + "'"
 
 
@@ -275,17 +274,17 @@ def _escaped(byte: int) -> str:
 
 
 def seconds(time: str) -> int:
-    """A time limit as Slurm writes it in seconds: minutes, minutes:seconds, hours:minutes:seconds, days-hours,
+    """Convert a Slurm time limit to seconds: minutes, minutes:seconds, hours:minutes:seconds, days-hours,
     days-hours:minutes or days-hours:minutes:seconds.
     """
     match = _TIME.fullmatch(time)
     total = 0 if match is None else _seconds(*match.groups())
     if total == 0:
         raise BadInput(
-            f"--time: {time!r} is no time limit; write minutes, hours:minutes:seconds or days-hours:minutes:seconds"
+            f"--time: {time!r} is not a time limit; write minutes, hours:minutes:seconds or days-hours:minutes:seconds"
         )
     if total > 86400 * MOST_DAYS:
-        raise BadInput(f"--time: {time!r} is too long, allowed are at most {MOST_DAYS} days")
+        raise BadInput(f"--time: {time!r} is too long; at most {MOST_DAYS} days are allowed")
     return total
 
 
@@ -300,26 +299,26 @@ def _seconds(days: str | None, *rest: str | None) -> int:
 
 
 def default_warning(time: str | None) -> int:
-    """How long before the limit `time` a job is warned: two minutes, or a quarter of a short job."""
+    """Seconds before the limit `time` at which a job is warned: two minutes, or a quarter of a short job."""
     return WARN_SECONDS if time is None else min(WARN_SECONDS, seconds(time) // 4)
 
 
 def _check_text(option: str, value: str | None, allowed: re.Pattern[str], what: str) -> None:
     if value is not None and not allowed.fullmatch(value):
-        raise BadInput(f"{option}: {value!r} is not allowed; allowed are {what}")
+        raise BadInput(f"{option}: {value!r} is not valid; allowed: {what}")
 
 
 def _check_option(option: str) -> None:
     match = _OPTION.fullmatch(option)
     if match is None:
         raise BadInput(
-            f"--sbatch: {option!r} is no option of sbatch; write for example --sbatch account=physics, a value without "
-            "spaces and quotes"
+            f"--sbatch: {option!r} is not an sbatch option; write for example --sbatch account=physics, without "
+            "spaces or quotes in the value"
         )
     name = match[1]
     if name in _OWN_OPTIONS:
-        raise BadInput(f"--sbatch: {name} is set by {_OWN_OPTIONS[name]}; use that")
+        raise BadInput(f"--sbatch: use {_OWN_OPTIONS[name]} to set {name}")
     if name in _WITHOUT_JOB:
-        raise BadInput(f"--sbatch: {name} keeps sbatch from naming the job that it submits; leave it out")
+        raise BadInput(f"--sbatch: with {name}, sbatch does not print the id of the job it submits; leave it out")
     if name in _FIXED_OPTIONS:
-        raise BadInput(f"--sbatch: {name} cannot be set, because the script relies on its own; leave it out")
+        raise BadInput(f"--sbatch: {name} cannot be set, because the script relies on its own setting; leave it out")

@@ -12,7 +12,7 @@ PATIENCE_SECONDS = 30.0
 
 
 class Slow:
-    """What another thread than the main one drops slowly, asking for Python's lock again and again."""
+    """An object whose release takes long, and often needs the GIL, outside of the main thread."""
 
     dropped_by: threading.Thread | None = None
 
@@ -25,7 +25,7 @@ class Slow:
 
 
 def drops_late() -> bool:
-    """Reduce tensors over a group that somebody keeps; whether its thread is dropping one when this returns."""
+    """Reduce tensors over a group that is never destroyed; returns whether its thread is releasing one by then."""
     import torch
     import torch.distributed as dist
 

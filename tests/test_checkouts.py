@@ -24,7 +24,7 @@ def show():
     print([name for name in ("benchmarks", "kernels", "launch") if find_spec(name)])
 
 def start():
-    from cl_dist.launch.interpreter import python_command
+    from cl_dist.launch.child import python_command
     sys.exit(subprocess.run(python_command("probe:show"), cwd="/").returncode)
 """
 

@@ -1,4 +1,4 @@
-"""What a command prints, with readers that leave, stop, or never were: real processes and real pipes."""
+"""Output of a command whose reader leaves, stops or never existed, with real processes and real pipes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ with steady_output(2.0):
         file.write("\\n".join(["done", *lost_output()]))
 """
 LINES = 5_000
-"""Two megabytes of them: more than is kept for a reader."""
+"""Two megabytes of them: more than the buffer holds."""
 
 
 @pytest.fixture
@@ -54,11 +54,11 @@ def shell(line: str, timeout: float = 60, **variables: str) -> subprocess.Comple
 @pytest.mark.parametrize(
     ("redirection", "lost"),
     [
-        ("| head -1", ["standard output were lost: nobody reads it"]),
-        ("2>&1 | head -1", ["standard output were lost: nobody reads it"]),
-        (">/dev/full", ["standard output were lost: it cannot be written: No space left on device"]),
-        (">/dev/full 2>&1", ["standard output were lost: it cannot be written: No space left on device"]),
-        (">/dev/null 2>/dev/full", ["standard error were lost: it cannot be written: No space left on device"]),
+        ("| head -1", ["standard output were lost: its reader is gone"]),
+        ("2>&1 | head -1", ["standard output were lost: its reader is gone"]),
+        (">/dev/full", ["standard output were lost: write failed: No space left on device"]),
+        (">/dev/full 2>&1", ["standard output were lost: write failed: No space left on device"]),
+        (">/dev/null 2>/dev/full", ["standard error were lost: write failed: No space left on device"]),
         (">&-", []),
         ("2>&-", []),
         (">&- 2>&-", []),
@@ -66,7 +66,7 @@ def shell(line: str, timeout: float = 60, **variables: str) -> subprocess.Comple
         ("| (exec sleep 3)", ["standard output were lost: its reader has stopped reading"]),
     ],
 )
-def test_work_goes_on_whatever_becomes_of_its_output(redirection: str, lost: list[str], folder: Path) -> None:
+def test_a_command_outlives_the_loss_of_its_output(redirection: str, lost: list[str], folder: Path) -> None:
     done = shell(f'"$PYTHON" worker.py x {LINES} {redirection}')
     assert done.returncode == 0, done.stderr
     noted = (folder / "done").read_text().splitlines()
@@ -75,13 +75,13 @@ def test_work_goes_on_whatever_becomes_of_its_output(redirection: str, lost: lis
     assert "Exception ignored" not in done.stderr
 
 
-def test_what_is_lost_is_said_once_on_the_other_stream(folder: Path) -> None:
+def test_lost_output_is_reported_once_on_the_other_stream(folder: Path) -> None:
     errors = shell(f'"$PYTHON" worker.py x {LINES} | head -1').stderr.splitlines()
     notes = [line for line in errors if line.startswith("cl-dist: note: ")]
-    assert notes == ["cl-dist: note: standard output is lost: nobody reads it; the work goes on"]
+    assert notes == ["cl-dist: note: standard output is lost: its reader is gone; the command keeps running"]
 
 
-def test_a_reader_that_goes_on_gets_everything_or_is_told_where_not(folder: Path) -> None:
+def test_a_reader_that_resumes_gets_everything_or_sees_the_gap(folder: Path) -> None:
     assert shell('"$PYTHON" worker.py x 2000 2>&1 | (sleep 0.2; cat > copy)').returncode == 0
     lines = [line for line in (folder / "copy").read_text().splitlines() if line.startswith("line")]
     assert [int(line.split()[1]) for line in lines] == list(range(2000))
@@ -100,7 +100,7 @@ def test_a_reader_that_goes_on_gets_everything_or_is_told_where_not(folder: Path
     os.close(writer)
 
 
-def test_waiting_for_a_reader_that_has_stopped_has_an_end() -> None:
+def test_draining_for_a_stopped_reader_ends() -> None:
     reader, writer = os.pipe()
     outlet, began = output.Outlet(writer, "the pipe", patience=0.2), time.monotonic()
     outlet.write(bytes(200_000))
@@ -141,7 +141,7 @@ def test_no_character_is_an_error(locale: str, folder: Path) -> None:
     assert "\\udcff" in done.stdout
 
 
-def test_inside_of_itself_it_does_nothing_and_streams_come_back() -> None:
+def test_nested_it_does_nothing_and_the_streams_are_restored() -> None:
     before = sys.stdout, sys.stderr
     with steady_output():
         inner = sys.stdout
@@ -167,7 +167,7 @@ def test_inside_of_itself_it_does_nothing_and_streams_come_back() -> None:
         ("run 2>/dev/full", 2, ""),
     ],
 )
-def test_a_command_that_only_prints_ends_as_other_programs_do(line: str, code: int, errors: str, folder: Path) -> None:
+def test_a_command_that_only_prints_ends_like_other_programs(line: str, code: int, errors: str, folder: Path) -> None:
     done = shell(f'"$CL_DIST" {line}')
     assert (done.returncode, done.stderr) == (code, errors)
 
@@ -179,7 +179,7 @@ def test_it_waits_for_a_slow_reader(folder: Path) -> None:
 
 
 def test_a_terminal_that_goes_away(folder: Path) -> None:
-    """What a lost ssh connection is to a command: SIGHUP, and an error for every write."""
+    """As when an ssh connection is lost: every write fails."""
     master, slave = os.openpty()
     command = [sys.executable, "worker.py", "x", str(LINES)]
     process = subprocess.Popen(command, stdout=slave, stderr=slave, start_new_session=True)
@@ -187,10 +187,10 @@ def test_a_terminal_that_goes_away(folder: Path) -> None:
     os.read(master, 100)
     os.close(master)
     assert process.wait(timeout=60) == 0
-    assert (folder / "done").read_text().endswith("standard output were lost: nobody reads it")
+    assert (folder / "done").read_text().endswith("standard output were lost: its reader is gone")
 
 
-def test_somebody_elses_non_blocking_pipe_loses_nothing(folder: Path) -> None:
+def test_a_pipe_that_another_process_made_non_blocking_loses_nothing(folder: Path) -> None:
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETFL, os.O_NONBLOCK)
     process = subprocess.Popen([sys.executable, "worker.py", "x", "2000"], stdout=writer, stderr=subprocess.DEVNULL)
@@ -203,7 +203,7 @@ def test_somebody_elses_non_blocking_pipe_loses_nothing(folder: Path) -> None:
 
 @pytest.mark.parametrize("manager", ["direct_output", "steady_output"])
 def test_a_line_is_written_in_one_piece(folder: Path, manager: str) -> None:
-    """Ranks of other launchers share a terminal; a pipe with O_DIRECT keeps what each write has written apart."""
+    """Ranks of other launchers share a terminal. A pipe with O_DIRECT keeps separate writes separate."""
     reading, writing = os.pipe2(os.O_DIRECT)
     code = (
         f"import sys\nfrom cl_dist.output import {manager}\nwith {manager}():\n    print('one', 2, file=sys.stderr)\n"
@@ -222,5 +222,5 @@ def test_a_fork_prints_by_itself(folder: Path) -> None:
     assert (done.returncode, sorted(done.stdout.splitlines())) == (0, ["one", "two"])
 
 
-def test_signals_are_those_of_the_platform() -> None:
-    assert output.NOBODY_READS == 128 + signal.SIGPIPE
+def test_the_exit_code_of_a_broken_pipe() -> None:
+    assert output.NO_READER == 128 + signal.SIGPIPE

@@ -31,7 +31,7 @@ def end(module: str, last: str) -> tuple[int, list[str], str]:
 
 
 @pytest.mark.parametrize("module", ["json", "torch"])
-def test_code_output_and_what_is_registered(module: str) -> None:
+def test_exit_code_output_and_atexit_handlers(module: str) -> None:
     lines = ["logged", "printed", "registered"]
     assert end(module, "return 75") == (75, lines, "")
     code, printed, error = end(module, "raise KeyError('k')")
@@ -43,6 +43,6 @@ def test_code_output_and_what_is_registered(module: str) -> None:
     assert end(module, forked)[0] == 5
 
 
-def test_a_tensor_that_a_groups_thread_drops_late() -> None:
-    """Its group outlives `destroy_process_group`, as DeepSpeed's does."""
+def test_a_tensor_that_a_process_groups_thread_releases_late() -> None:
+    """The group outlives `destroy_process_group`, as DeepSpeed's does."""
     assert run_ranks("tests.process_end_jobs:drops_late", 2) == [True, True]

@@ -13,7 +13,6 @@ from cl_dist.progress import (
     BarReporter,
     LineReporter,
     Reporter,
-    SilentReporter,
     UnfailingReporter,
     format_matrix,
     format_summary,
@@ -46,14 +45,14 @@ tokens per second                  1234
 
 
 class Terminal(StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that the test advances."""
 
     now = 0.0
 
@@ -61,8 +60,8 @@ class Clock:
         return self.now
 
 
-def tell_a_run(reporter: Reporter) -> None:
-    """What a coordinator tells of a run over two tasks."""
+def report_a_run(reporter: Reporter) -> None:
+    """Make the calls that a coordinator makes in a run over two tasks."""
     reporter.run_started(METRICS["tasks"], ranks=2)  # type: ignore[arg-type]
     for index, name in enumerate(("spring", "a-long-name")):
         reporter.task_started(index, name, steps=2)
@@ -70,23 +69,23 @@ def tell_a_run(reporter: Reporter) -> None:
             reporter.step(step, loss=0.5, tokens_per_second=100.0, lr=1e-3)
         reporter.evaluating(name)
         reporter.task_finished(index, [0.75, None])
-    reporter.message("[bold]said as it is[/bold]")
+    reporter.message("[bold]printed verbatim[/bold]")
     reporter.run_finished(METRICS)
     reporter.close()
 
 
-def test_the_end_of_a_run() -> None:
+def test_the_summary_of_a_run() -> None:
     assert format_summary(METRICS) + "\n" == SUMMARY
 
 
-def test_what_readers_of_the_scores_must_know() -> None:
-    told = {
+def test_notes_on_the_scores() -> None:
+    scoring = {
         "metric": {"spring": "exact_match", "a-long-name": "rouge_l"},
         "scored_on": {"spring": "train", "a-long-name": "dev"},
         "answers_outside_labels": {"spring": 0},
         "cut_generations": {"a-long-name": 3},
     }
-    assert format_summary({**METRICS, **told}).removeprefix(SUMMARY[:-1]).splitlines()[1:] == [
+    assert format_summary({**METRICS, **scoring}).removeprefix(SUMMARY[:-1]).splitlines()[1:] == [
         "the metrics are means of different scores: exact_match (spring); rouge_l (a-long-name)",
         "scored on training data: spring",
         "scored on the dev split: a-long-name",
@@ -101,27 +100,27 @@ def test_a_matrix_that_is_not_full_yet() -> None:
 
 
 def reporter(stream: StringIO, terminal: int | None = None) -> Reporter:
-    """What tells on rank 0."""
+    """The reporter that rank 0 uses."""
     made = make_reporter(0, stream, terminal)
     assert isinstance(made, UnfailingReporter)
     return made.reporter
 
 
-def test_only_the_first_rank_tells_and_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_rank_reports_and_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     assert type(reporter(Terminal())) is LineReporter
     monkeypatch.setenv("TERM", "xterm-256color")
     assert isinstance(reporter(Terminal()), BarReporter)
     assert isinstance(reporter(StringIO()), LineReporter)
     for stream in (Terminal(), StringIO()):
-        assert isinstance(make_reporter(1, stream), SilentReporter)
-        tell_a_run(make_reporter(1, stream))
+        assert type(make_reporter(1, stream)) is Reporter
+        report_a_run(make_reporter(1, stream))
         assert stream.getvalue() == ""
 
 
 def test_lines_of_a_run() -> None:
     stream = StringIO()
-    tell_a_run(LineReporter(stream, Clock()))
+    report_a_run(LineReporter(stream, Clock()))
     lines = stream.getvalue().splitlines()
     assert lines[:6] == [
         "2 tasks on 2 ranks: spring, a-long-name",
@@ -131,7 +130,7 @@ def test_lines_of_a_run() -> None:
         "  evaluating spring",
         "after spring: spring 0.7500",
     ]
-    assert "[bold]said as it is[/bold]" in lines
+    assert "[bold]printed verbatim[/bold]" in lines
     assert stream.getvalue().endswith(SUMMARY)
 
 
@@ -143,11 +142,11 @@ def test_a_line_is_due_at_every_tenth_and_every_few_seconds(seconds: float, step
     for step in range(1, 1001):
         clock.now += seconds
         reporter.step(step, 0.5, 100.0, 1e-3)
-    told = [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()[1:]]
-    assert told == steps
+    shown = [int(line.split()[1].split("/")[0]) for line in stream.getvalue().splitlines()[1:]]
+    assert shown == steps
 
 
-def test_the_time_left_is_reckoned_from_where_this_process_began() -> None:
+def test_the_time_left_is_estimated_from_this_processs_steps() -> None:
     stream, clock = StringIO(), Clock()
     reporter = LineReporter(stream, clock)
     reporter.task_started(0, "spring", steps=100)
@@ -160,12 +159,12 @@ def test_the_time_left_is_reckoned_from_where_this_process_began() -> None:
 def test_bars_of_a_run_leave_the_terminal_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     stream = Terminal()
-    tell_a_run(BarReporter(Console(file=stream, force_terminal=True, width=120)))
+    report_a_run(BarReporter(Console(file=stream, force_terminal=True, width=120)))
     text = stream.getvalue()
     assert "2/2" in text
     assert "loss 0.5000  100 tokens/s" in text
     assert "evaluating a-long-name" in text
-    assert "[bold]said as it is[/bold]" in text
+    assert "[bold]printed verbatim[/bold]" in text
     assert text.rstrip("\n").endswith(SUMMARY.splitlines()[-1])
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
 
@@ -179,7 +178,7 @@ def test_behind_a_pipe_bars_have_the_terminals_size(monkeypatch: pytest.MonkeyPa
     for columns in (123, 1, 0):
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         assert bars.console.size == (columns or 80, 40)
-        tell_a_run(make_reporter(0, stream, slave))
+        report_a_run(make_reporter(0, stream, slave))
     assert stream.getvalue().rstrip("\n").endswith(SUMMARY.splitlines()[-1])
     assert "no progress bar from here on" not in stream.getvalue()
     os.close(master)
@@ -189,7 +188,7 @@ def test_behind_a_pipe_bars_have_the_terminals_size(monkeypatch: pytest.MonkeyPa
 
 
 class Fussy(Terminal):
-    """Cannot be drawn on."""
+    """A terminal that rejects escape sequences."""
 
     def write(self, text: str) -> int:
         if "\x1b" in text:
@@ -197,16 +196,16 @@ class Fussy(Terminal):
         return super().write(text)
 
 
-def test_a_bar_that_fails_gives_way_to_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_replace_a_bar_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     stream = Fussy()
-    tell_a_run(make_reporter(0, stream))
+    report_a_run(make_reporter(0, stream))
     assert stream.getvalue().startswith("no progress bar from here on: UnicodeEncodeError")
     assert "step 2/2  loss 0.5000" in stream.getvalue()
     assert stream.getvalue().endswith(SUMMARY)
 
 
-def test_a_stream_that_is_gone_is_no_error() -> None:
+def test_a_closed_stream_is_not_an_error() -> None:
     stream = StringIO()
     stream.close()
-    tell_a_run(make_reporter(0, stream))
+    report_a_run(make_reporter(0, stream))

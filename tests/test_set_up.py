@@ -37,7 +37,7 @@ def make(tmp_path: Path, commands: dict[str, str], *arguments: str) -> subproces
 def test_without_python(tmp_path: Path) -> None:
     done = make(tmp_path, {})
     assert done.returncode == 2
-    assert "cl_dist cannot be set up: python3 is not there. Install Python 3.10 or later" in done.stderr
+    assert "cl_dist cannot be set up: python3 is not installed. Install Python 3.10 or later" in done.stderr
 
 
 def test_without_a_compiler(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def interpreter(body: str, tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("difference", "message"),
     [
-        ("import sys; sys.version_info = (3, 9, 18)", "is too old, Python 3.10 or later is needed"),
+        ("import sys; sys.version_info = (3, 9, 18)", "is too old, Python 3.10 or later is required"),
         ("import sys; sys.modules['ensurepip'] = None", "has no venv. Install it (Debian: apt-get install"),
         ("import sysconfig; sysconfig.get_path = lambda name: '/'", "(Python.h), which DeepSpeed compiles against"),
     ],

@@ -1,4 +1,4 @@
-"""Which signal ends a rank at once: nobody's patience is judged by what a scheduler does."""
+"""Which signal ends a rank at once; repeated signals of a scheduler do not."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ time.sleep(60)
 """
 
 
-def test_a_process_that_gets_them() -> None:
-    """USR1 and the TERM that follows do nothing by themselves; a second Ctrl-C ends it."""
+def test_a_process_that_receives_signals() -> None:
+    """USR1 and the TERM after it do not end the process; a second Ctrl-C does."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen([sys.executable, "-c", BODY], env=environment, text=True, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -1,9 +1,9 @@
-"""Write requirements.lock: one exact version of everything, for each supported generation of Python.
+"""Writes requirements.lock: an exact version of every package, for each supported generation of Python.
 
-Usage: make_lock.py PYTHON... (the oldest supported interpreter first, such as `python3.10 python3.11`). Each of them
-resolves what setup.py asks for, installing nothing; where they disagree, the lock holds both versions with a marker.
-PyTorch's release is fixed here, because another one may be a build for other hardware. Its own dependencies (CUDA
-libraries, Triton) are left out: each build of PyTorch pins them itself.
+Usage: make_lock.py OLDEST CURRENT (two interpreters, such as `python3.10 python3.11`). Each one resolves the
+requirements of setup.py without installing them; if they disagree, the lock has both versions with a marker. PyTorch's
+release is fixed here, because another one may be a build for other hardware. Its own dependencies (CUDA libraries,
+Triton) are left out, since each build of PyTorch pins them itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Pins = dict[str, str]
 
 
 def resolve(python: str) -> Pins:
-    """Version by normalised package name, as `python`'s pip resolves the roots on this machine."""
+    """Versions by normalised package name, as resolved by `python`'s pip on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, "-m", "venv", folder], check=True)
         pip = [f"{folder}/bin/python", "-m", "pip"]
@@ -36,21 +36,22 @@ def resolve(python: str) -> Pins:
 
 
 def pins(report: dict[str, list[dict[str, dict[str, str]]]]) -> Pins:
-    """The pins in pip's installation report; a local label such as +cpu is dropped, so that every build fits."""
+    """The pins in pip's installation report, without local labels such as +cpu, so that any build matches."""
     entries = [entry["metadata"] for entry in report["install"]]
     named = {re.sub(r"[-_.]+", "-", entry["name"]).lower(): entry["version"].split("+")[0] for entry in entries}
     return {name: version for name, version in named.items() if not OF_THE_TORCH_BUILD.match(name)}
 
 
 def python_version(python: str) -> str:
-    """Such as 3.11."""
+    """The version of an interpreter, such as 3.11."""
     command = [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def lock(old: Pins, new: Pins, boundary: str) -> list[str]:
-    """Lines of the lock; `old` is for Pythons before `boundary`, `new` from there on."""
+    """The lines of the lock; `old` applies to Python versions before `boundary`, `new` from there on."""
     lines = []
+    # Packages that only one of the interpreters needs get a marker too.
     for name in sorted({*old, *new}):
         if old.get(name) == new.get(name):
             lines.append(f"{name}=={new[name]}")
@@ -63,7 +64,7 @@ def lock(old: Pins, new: Pins, boundary: str) -> list[str]:
 
 
 def main(oldest: str, current: str) -> None:
-    """Resolve for both interpreters and write the lock."""
+    """Resolve for both interpreters, and write the lock."""
     lines = lock(resolve(oldest), resolve(current), python_version(current))
     (ROOT / "requirements.lock").write_text(HEADER + "\n".join(lines) + "\n", encoding="utf-8")
 

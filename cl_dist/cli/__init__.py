@@ -1,5 +1,5 @@
-"""`cl-dist`: commands that parse, delegate and print. Heavy modules are imported by the command that needs them, and
-nothing at all with this one, so that Ctrl-C is understood from the first moment.
+"""`cl-dist`: commands that parse, delegate and print. Each command imports the heavy modules that it needs, and this
+module imports none, so that Ctrl-C is handled from the very start.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import NoReturn
 
 
 def program() -> NoReturn:
-    """Be the program `cl-dist`: run the command that its arguments name and end the process with its exit code."""
-    with _ending_at_ctrl_c():
-        import cl_dist.cli.parser  # noqa: F401 - all commands, which takes the longest
+    """Entry point of `cl-dist`: run the command in sys.argv and exit with its code."""
+    with _exit_on_ctrl_c():
+        import cl_dist.cli.parser  # noqa: F401 - imports all commands, which takes longest
         from cl_dist.output import fill_missing_descriptors
         from cl_dist.process_end import end_with
     fill_missing_descriptors()
@@ -24,14 +24,14 @@ def program() -> NoReturn:
 
 
 @contextmanager
-def _ending_at_ctrl_c() -> Iterator[None]:
-    """While the modules are imported, where Python would print a traceback; SIGINT stays ignored where it is (`&`)."""
+def _exit_on_ctrl_c() -> Iterator[None]:
+    """Exit on SIGINT during imports, where Python would print a traceback. An ignored SIGINT (`&`) stays ignored."""
 
     def end(number: int, frame: FrameType | None) -> None:
         try:
             os.write(2, b"cl-dist: interrupted: stopped before anything was started\n")
         finally:
-            os._exit(75)  # as `errors.Interrupted`, which may not be imported yet
+            os._exit(75)  # the code of `errors.Interrupted`, which may not be imported yet
 
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -44,8 +44,8 @@ def _ending_at_ctrl_c() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0 done, 2 bad input, 75 interrupted and resumable, 76 another rank was lost (of ranks that cl-dist did not start
-    itself), 1 anything else.
+    0 success, 2 bad input, 75 interrupted and resumable, 76 another rank was lost (only if another launcher started the
+    ranks), 1 any other failure.
     """
     from argparse import Namespace
     from contextlib import nullcontext
@@ -58,13 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     die_with_launcher(os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with direct_output():
+    with direct_output():  # from here on, a closed or full standard output is handled
         try:
             parsed = parse(arguments)
-        except SystemExit as end:  # argparse has said what is wrong, or printed its help
+        except SystemExit as end:  # argparse has printed an error or its help
             code = int(end.code or 0)
             return guarded(Namespace(command=lambda _: code, debug=False))
-        # A command that works must not end because nobody reads what it prints.
+        # A command that does work must not end because nobody reads its output.
         patience = HASTE_SECONDS if is_rank(os.environ) else PATIENCE_SECONDS
         with steady_output(patience) if parsed.works(parsed) else nullcontext():
             return guarded(parsed)

@@ -1,4 +1,4 @@
-"""`cl-dist bench`: what the operations and the training step cost on this machine."""
+"""`cl-dist bench`: the cost of the operations and of the training step on this machine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from cl_dist.benchmarks.command import BENCHMARKS, Benchmark
 
 _DESCRIPTION = """\
-Measure on this machine what the operations and the training step cost, against plain training, against the plain way
-to do the same, and against what the hardware does at best. Contestants run in alternating rounds; what is told is the
-median of the ratios within a round, with the smallest and the largest.
+Measure the cost of the operations and of the training step on this machine, compared with plain training, with a plain
+implementation, and with the limits of the hardware. All variants run in alternating rounds; the result is the median of
+the ratios within a round, with the minimum and the maximum.
 """
 
 

@@ -1,4 +1,4 @@
-"""`cl-dist compare`: a recipe with several methods, orders and seeds, and one table of the results."""
+"""`cl-dist compare`: runs a recipe with several methods, orders and seeds, and tabulates the results."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cl_dist.cli.cells import CellRunner, Failure
-from cl_dist.cli.ranks import notices_left_to_the_run
+from cl_dist.cli.cells import CellRunner
+from cl_dist.cli.ranks import without_notices
 from cl_dist.cli.run import check_stream_and_model
 from cl_dist.cli.slurm import add_job_options, make_job, newest_job, slurm
 from cl_dist.config.boundary import refusing
@@ -36,9 +36,9 @@ from cl_dist.sweep.results import read_results
 from cl_dist.sweep.tables import render_tables
 
 _DESCRIPTION = """\
-Run a recipe with every method, order and seed that is named, one run after the other, and write table.md, table.csv and
-table.tex with mean and standard deviation over the seeds. Called again, it goes on: finished runs are left alone,
-interrupted and failed ones are resumed. docs/compare.md explains the folder and the table.
+Run a recipe with every combination of the given methods, orders and seeds, one run after the other, and write table.md,
+table.csv and table.tex with mean and standard deviation over the seeds. The same command continues an unfinished sweep:
+it skips finished runs and resumes interrupted and failed ones. docs/compare.md explains the folder and the table.
 """
 _EPILOG = """\
 examples:
@@ -58,8 +58,8 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         epilog=_EPILOG,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder of the runs and the tables")
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder for the runs and the tables")
     parser.add_argument(
         "--methods", metavar="A,B+C,NAME=D", help="methods; B+C composes, NAME=D names a row (default: the recipe's)"
     )
@@ -71,29 +71,29 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         default=[],
         metavar="METHOD:KEY=VALUE",
         dest="method_changes",
-        help="change a setting for one entry of --methods alone (may be given several times)",
+        help="change a setting for one entry of --methods only (may be repeated)",
     )
-    parser.add_argument("--stop-on-failure", action="store_true", help="do not go on with the next run after a failure")
+    parser.add_argument("--stop-on-failure", action="store_true", help="stop after the first run that fails")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="check everything and list the runs")
-    what.add_argument("--print", action="store_true", help="print a command for every run that is not finished")
-    what.add_argument("--table", action="store_true", help="write the tables of what is there, run nothing")
-    what.add_argument("--submit", action="store_true", help="submit a Slurm job for every run that is not finished")
+    what.add_argument("--print", action="store_true", help="print a command for every unfinished run")
+    what.add_argument("--table", action="store_true", help="write the tables of the results so far, run nothing")
+    what.add_argument("--submit", action="store_true", help="submit a Slurm job for every unfinished run")
     add_job_options(parser.add_argument_group("with --submit", "as in cl-dist slurm"))
     parser.set_defaults(command=compare, works=_works)
 
 
 def _works(arguments: Namespace) -> bool:
-    """Whether this call runs or submits something; otherwise all it does is for its reader."""
+    """Whether this call runs or submits something, rather than only printing."""
     return not (arguments.dry_run or arguments.print or arguments.table)
 
 
 def compare(arguments: Namespace) -> int:
     """Check the whole grid, then list, print, submit or run it; write the tables."""
     if find_ranks(os.environ) is not None:
-        raise BadInput("cl-dist compare starts the ranks of its runs itself; call it without torchrun, mpirun or srun")
+        raise BadInput("cl-dist compare starts the ranks of its runs itself; run it without torchrun, mpirun or srun")
     arguments.out = expand(str(arguments.out), "--out")
-    with advising("free some space; the same command goes on"):
+    with advising("free some space; the same command continues"):
         return _compare(arguments)
 
 
@@ -103,6 +103,7 @@ def _compare(arguments: Namespace) -> int:
         sweep.require_own()
     if arguments.submit:
         require_sbatch()
+    # From cheap to expensive: names and recipes, then earlier runs, then data and models.
     grid = build_grid(_request(arguments))
     refuse_other_recipes(sweep, grid)
     refresh = partial(_write_tables, sweep, grid, Path(arguments.recipe).stem)
@@ -110,7 +111,7 @@ def _compare(arguments: Namespace) -> int:
         refresh()
         print((sweep.path / "table.md").read_text(encoding="utf-8"), end="")
         return 0
-    with notices_left_to_the_run():
+    with without_notices():
         _check_data_and_models(grid.cells)
     if arguments.print:
         print("\n".join(_commands(grid.cells, arguments.recipe)))
@@ -138,19 +139,21 @@ def _request(arguments: Namespace) -> Request:
     )
     if not arguments.submit:
         return request
-    # A cell's global batch is then what the job's ranks make of it.
+    # The job's number of ranks determines a cell's global batch, so it belongs in the recipe.
     base, _ = load_recipe(request.recipe, request.changes)
     ranks = make_job(arguments, base).ranks
     return replace(request, changes=[*request.changes, f"launch.processes={ranks}"])
 
 
 def _check_data_and_models(cells: Sequence[Cell]) -> None:
-    """Raise `BadInput` where data or models cannot be used; what cells share is read once."""
+    """Raise `BadInput` if data or models cannot be used; what several cells share is read once."""
     problems, seen = Problems(), set()
     for cell in cells:
         data = to_dict(cell.recipe)
         del data["train"]["seed"]
-        methods = data["method"] if cell.recipe.train.warmup_steps else None  # they say how many steps a task has
+        # With warm-up, the methods matter too: they determine how many steps a task has.
+        methods = data["method"] if cell.recipe.train.warmup_steps else None
+        # Cells that agree in these sections need only one check.
         key = json.dumps([*(data[section] for section in ("model", "stream", "eval", "train", "launch")), methods])
         if key not in seen:
             seen.add(key)
@@ -164,14 +167,14 @@ def _check_data_and_models(cells: Sequence[Cell]) -> None:
 def _listing(sweep: SweepFolder, cells: Sequence[Cell]) -> Iterator[str]:
     states = [state_of(cell.folder) for cell in cells]
     counts = Counter(state.status for state in states)
-    told = ", ".join(f"{count} {status}" for status, count in counts.items())
-    yield f"{len(cells)} runs below {sweep.runs}: {told}"
+    totals = ", ".join(f"{count} {status}" for status, count in counts.items())
+    yield f"{len(cells)} runs in {sweep.runs}: {totals}"
     width = max(len(cell.name) for cell in cells)
     yield from (f"{cell.name:<{width}}  {state}" for cell, state in zip(cells, states, strict=True))
 
 
 def _commands(cells: Sequence[Cell], recipe: str) -> Iterator[str]:
-    """A command for every cell that is not finished, for a shell in this folder."""
+    """A shell command, for the current folder, for every unfinished cell."""
     for cell in cells:
         if not state_of(cell.folder).finished:
             path = cell.recipe.output_dir
@@ -191,17 +194,13 @@ def _run(sweep: SweepFolder, grid: Grid, refresh: partial[None], arguments: Name
     print("\n" + (sweep.path / "table.md").read_text(encoding="utf-8"), flush=True)
     print(f"wrote {', '.join(str(sweep.path / name) for name in TABLES)}", flush=True)
     if failures:
-        raise ClDistError("\n".join(_told(failures, len(grid.cells))))
-
-
-def _told(failures: Sequence[Failure], total: int) -> Iterator[str]:
-    for failure in failures:
-        yield f"{failure.cell.name}: {failure.reason}"
-    yield f"{len(failures)} of {total} runs failed; the same command tries them again"
+        lines = [f"{failure.cell.name}: {failure.reason}" for failure in failures]
+        lines.append(f"{len(failures)} of {len(grid.cells)} runs failed; the same command tries them again")
+        raise ClDistError("\n".join(lines))
 
 
 def _submit(sweep: SweepFolder, grid: Grid, arguments: Namespace) -> None:
-    """Submit a job for every cell that is neither finished nor in the queue already."""
+    """Submit a job for every cell that is neither finished nor already in the queue."""
     _keep_base(sweep, grid)
     for cell in grid.cells:
         state, job = state_of(cell.folder), newest_job(cell.folder)
@@ -209,8 +208,9 @@ def _submit(sweep: SweepFolder, grid: Grid, arguments: Namespace) -> None:
             print(f"{cell.name}: {state}")
             continue
         if job is not None and job.state is not None and job.state.is_alive:
-            print(f"{cell.name}: job {job.number} is {job.state.state} already")
+            print(f"{cell.name}: job {job.number} is already {job.state.state}")
             continue
+        # The job runs the cell's resolved recipe, so nothing is left to change on its command line.
         recipe = sweep.recipe(cell.order, cell.method, cell.seed)
         make_folder(recipe.parent)
         write_text(recipe, dump_recipe(cell.recipe))

@@ -1,4 +1,4 @@
-"""`cl-dist doctor`: is everything here that a run needs?"""
+"""`cl-dist doctor`: checks that this machine has everything a run needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOW_SHARED_MEMORY_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     text: str
@@ -39,7 +39,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
 
 
 def doctor(arguments: Namespace) -> int:
-    """Print what was found; 1 where something that a run needs is not right."""
+    """Print the findings; the exit code is 1 if there is a problem."""
     findings = list(_findings())
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
@@ -70,7 +70,7 @@ def _package(name: str) -> Finding:
 
 
 def _compiler() -> Finding:
-    """DeepSpeed and Triton compile the operators that a run asks for."""
+    """DeepSpeed and Triton compile operators at run time."""
     wanted = os.environ.get("CXX", "c++")
     found = shutil.which(wanted)
     return Finding("C++ compiler", found or f"{wanted} not found; DeepSpeed needs one", is_problem=found is None)

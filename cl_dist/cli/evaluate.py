@@ -1,4 +1,4 @@
-"""`cl-dist eval`: score a model that a run has saved."""
+"""`cl-dist eval`: scores a model that a run has saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cl_dist.cli.ranks import run_on_ranks, told_once_per_machine
+from cl_dist.cli.ranks import reported_once_per_machine, run_on_ranks
 from cl_dist.cli.run import check_stream_and_model
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
@@ -25,14 +25,14 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     """Add `eval`; `commands` is argparse's collection of subparsers."""
     parser = commands.add_parser("eval", parents=[changes, common], help="evaluate a model that a run has saved")
     parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument("--task", metavar="NAME", help="the model after this task (default: the last one done)")
+    parser.add_argument("--task", metavar="NAME", help="use the model after this task (default: the last finished one)")
     parser.set_defaults(command=evaluate, works=lambda parsed: True)
 
 
 def evaluate(arguments: Namespace) -> int:
-    """Check that the run has such a model, then evaluate it on the recipe's tasks."""
+    """Check that the run has the model, then evaluate it on the recipe's tasks."""
     folder = RunFolder(Path(arguments.run))
-    with told_once_per_machine():
+    with reported_once_per_machine():
         manifest = Manifest.read(folder.manifest)
         index = _find_task(manifest, arguments.task, folder)
         recipe, recipe_dir = load_recipe(str(folder.config), arguments.changes)
@@ -43,28 +43,28 @@ def evaluate(arguments: Namespace) -> int:
 
 
 def _find_task(manifest: Manifest, name: str | None, folder: RunFolder) -> int:
-    """Position of the task whose model is wanted; BadInput where it is not there."""
+    """Index of the task whose model is to be evaluated; BadInput if there is no such model."""
     done = manifest.tasks[: manifest.completed]
     if not done:
-        raise BadInput(f"{folder.path}: no task is done yet, so there is no model to evaluate")
+        raise BadInput(f"{folder.path}: no task is finished yet, so there is no model to evaluate")
     if name is not None and name not in done:
-        raise BadInput(f"--task {name}: not among the tasks that are done in {folder.path}: {', '.join(done)}")
+        raise BadInput(f"--task {name}: not a finished task of {folder.path}; finished: {', '.join(done)}")
     index = len(done) - 1 if name is None else done.index(name)
     steps = [entry.get("steps") for entry in manifest.timings]
-    while index > 0 and steps[index : index + 1] == [0]:  # multi_task: it has the model of the task before
+    while index > 0 and steps[index : index + 1] == [0]:  # multi_task: this task shares the previous task's model
         index -= 1
     return index
 
 
 def _where_it_is_now(recipe: Recipe, manifest: Manifest, folder: RunFolder) -> Recipe:
-    """The recipe for a run that may have been moved since, with its data or without."""
+    """The recipe of a run that may have been moved since, with or without its data."""
     if manifest.inputs is not None:
         recipe = moved_inputs(recipe, manifest.inputs.places, folder.path)
     return replace(recipe, output_dir=str(folder.path))
 
 
 def _check(recipe: Recipe, recipe_dir: Path, inputs: Inputs | None, model: Path, first: bool) -> None:
-    """Refuse what cannot be evaluated; say where the data, or what an adapter belongs to, is not what the run had."""
+    """Raise BadInput if evaluation is impossible; print where the data or an adapter's base model has changed."""
     trained_whole = recipe.model.lora is None
     source = replace(recipe.model, name_or_path=str(model), gguf_file=None) if trained_whole else recipe.model
     tasks = check_stream_and_model(replace(recipe, model=source), recipe_dir)
@@ -72,7 +72,7 @@ def _check(recipe: Recipe, recipe_dir: Path, inputs: Inputs | None, model: Path,
         return
     now = with_data(inputs, tasks) if trained_whole else read_inputs(recipe, tasks)
     for change in [] if now is None else input_changes(inputs, now, tasks):
-        print(f"differs from what the run was given: {change}", file=sys.stderr, flush=True)
+        print(f"input has changed since the run: {change}", file=sys.stderr, flush=True)
 
 
 def _evaluate(recipe: Recipe, recipe_dir: Path, index: int, reporter: Reporter) -> None:

@@ -1,4 +1,4 @@
-"""How a command's failure is told: a sentence and an exit code, on one rank."""
+"""Reports the failure of a command: a message and an exit code, on one rank."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from cl_dist.launch.environment import find_ranks
 from cl_dist.output import drain_output
 
 UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
-"""What the system says of a path that cannot be, whatever the machine's state."""
+"""Errors of a path that can never work, whatever the state of the machine."""
 SIGNALLED = 128
-"""Exit codes above it are this plus the signal that ended a process."""
+"""Exit code of a process that was ended by signal N: this plus N."""
 
 
 def guarded(arguments: Namespace) -> int:
-    """Run the parsed command; turn whatever it raises into a message and an exit code."""
+    """Run the parsed command; turn any exception into a message and an exit code."""
     try:
         code = int(arguments.command(arguments))
-        sys.stdout.flush()  # here, where output that is lost is understood, rather than when Python exits
+        sys.stdout.flush()  # raises OutputLost here rather than when Python exits
         return code
     except ClDistError as error:
         return _end(error.exit_code, str(error), arguments.debug, whole_job=isinstance(error, JobFailed))
@@ -39,21 +39,26 @@ def guarded(arguments: Namespace) -> int:
         return _end(1, message, arguments.debug)
 
 
-def tell(exit_code: int, message: str, whole_job: bool = False) -> None:
-    """Print a failure's sentence, or several, to standard error; which rank it is, unless it is about the job."""
+def print_failure(exit_code: int, message: str, whole_job: bool = False) -> None:
+    """Print the lines of a failure message to standard error, with the rank unless the message is about the job."""
     kind = "interrupted" if exit_code == Interrupted.exit_code or exit_code > SIGNALLED else "error"
-    prefix = "" if whole_job else _rank_prefix()
+    prefix = ""
+    if not whole_job:
+        # Our own launcher adds the rank itself, so this matters for ranks of other launchers.
+        with suppress(BadInput):
+            ranks = find_ranks(os.environ)
+            prefix = f"rank {ranks.rank}: " if ranks is not None and ranks.rank > 0 else ""
     for line in message.splitlines():
         print(f"cl-dist: {kind}: {prefix}{line}", file=sys.stderr, flush=True)
 
 
 def end_now(message: str, speaks: bool) -> None:
-    """End this process, whatever its main thread is doing, with `RankLost`'s exit code.
+    """Exit at once with `RankLost`'s exit code, whatever the main thread is doing.
 
-    `speaks`: this is the rank to print the job's message.
+    `speaks`: whether this rank prints the job's message.
     """
     if not report_failure(os.environ, RankLost.exit_code, message, whole_job=True) and speaks:
-        tell(RankLost.exit_code, message, whole_job=True)
+        print_failure(RankLost.exit_code, message, whole_job=True)
     drain_output()
     os._exit(RankLost.exit_code)
 
@@ -62,14 +67,5 @@ def _end(exit_code: int, message: str, debug: bool, whole_job: bool = False) -> 
     if debug:
         traceback.print_exc()
     if not report_failure(os.environ, exit_code, message, whole_job):
-        tell(exit_code, message, whole_job)
+        print_failure(exit_code, message, whole_job)
     return exit_code
-
-
-def _rank_prefix() -> str:
-    """Who speaks, on the ranks of a foreign launcher other than 0."""
-    with suppress(BadInput):
-        ranks = find_ranks(os.environ)
-        if ranks is not None and ranks.rank > 0:
-            return f"rank {ranks.rank}: "
-    return ""

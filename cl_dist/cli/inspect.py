@@ -1,4 +1,4 @@
-"""`cl-dist status`, `recipe` and `methods`: look, and start nothing."""
+"""`cl-dist status`, `report`, `recipe` and `methods`: show what is there, and start no ranks."""
 
 from __future__ import annotations
 
@@ -22,20 +22,24 @@ from cl_dist.tasks.orders import resolve_order
 
 
 def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
-    """Add the three commands; `commands` is argparse's collection of subparsers."""
-    parser = commands.add_parser("status", parents=[common], help="how far a run is, and its results so far")
+    """Add these commands; `commands` is argparse's collection of subparsers."""
+    parser = commands.add_parser("status", parents=[common], help="show the progress of a run and its results so far")
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.set_defaults(command=status)
+    parser = commands.add_parser("report", parents=[common], help="write tables and pictures of a run, finished or not")
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where to write them (default: RUN/report)")
+    parser.set_defaults(command=report, works=lambda parsed: True)
     parser = commands.add_parser("recipe", parents=[changes, common], help="list, print or explain recipes")
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="print this one with every setting spelt out")
-    parser.add_argument("--explain", action="store_true", help="every setting: its values, default and meaning")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="print this recipe with all settings")
+    parser.add_argument("--explain", action="store_true", help="explain every setting: values, default, meaning")
     parser.set_defaults(command=recipe)
     parser = commands.add_parser("methods", parents=[common], help="list the methods")
     parser.set_defaults(command=methods)
 
 
 def status(arguments: Namespace) -> int:
-    """Print how far a run is and what it has measured."""
+    """Print the progress of a run and its scores so far."""
     folder = RunFolder(Path(arguments.run))
     job = newest_job(folder)
     if job is not None and not folder.manifest.exists():
@@ -43,7 +47,7 @@ def status(arguments: Namespace) -> int:
         return 0
     manifest = Manifest.read(folder.manifest)
     metrics = _metrics(folder, manifest)
-    # A lock is not seen from every machine, but Slurm knows.
+    # The lock may be invisible from this machine, but then Slurm knows.
     running = _is_running(folder) or (job is not None and job.state is not None and job.state.state == "RUNNING")
     print("\n".join([*_progress_lines(manifest, running), *(() if job is None else status_lines(job))]))
     if metrics is not None:
@@ -54,8 +58,23 @@ def status(arguments: Namespace) -> int:
     return 0
 
 
+def report(arguments: Namespace) -> int:
+    """Write the report; print the scores, what is missing, and the files."""
+    from cl_dist.report.write import write_report
+
+    done = write_report(Path(arguments.run), arguments.out)
+    manifest = done.run.manifest
+    if manifest.accuracy_matrix:
+        print(format_matrix(manifest.tasks, manifest.accuracy_matrix) + "\n")
+    for text in done.missing:
+        print(text)
+    for name in done.files:
+        print(f"wrote {done.folder / name}")
+    return 0
+
+
 def recipe(arguments: Namespace) -> int:
-    """Explain the settings, print a resolved recipe, or list those that are shipped."""
+    """Explain the settings, print a resolved recipe, or list the shipped ones."""
     if arguments.explain:
         print(explain())
     elif arguments.recipe is not None:
@@ -74,9 +93,9 @@ def methods(arguments: Namespace) -> int:
 
 
 def _progress_lines(manifest: Manifest, running: bool) -> Iterator[str]:
-    # A run that was killed had no time to write anything else than "running".
+    # A killed run had no time to replace "running".
     status = "killed" if manifest.status == "running" and not running else manifest.status
-    yield f"status      {status}{'; --resume goes on' if status in ('killed', 'interrupted', 'failed') else ''}"
+    yield f"status      {status}{'; continue with --resume' if status in ('killed', 'interrupted', 'failed') else ''}"
     yield f"tasks done  {manifest.completed} of {len(manifest.tasks)}"
     if manifest.checkpoint is not None:
         name = manifest.tasks[manifest.checkpoint.task]
@@ -94,12 +113,12 @@ def _is_running(folder: RunFolder) -> bool:
 
 
 def _metrics(folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
-    """The metrics of a finished run; `BadInput` where the file is damaged, or that of another stream."""
+    """The metrics of a finished run; `BadInput` if the file is damaged or belongs to another stream."""
     if not folder.metrics.exists():
         return None
     metrics = read_metrics(folder.metrics)
     if any(len(row) != len(manifest.tasks) for row in metrics["accuracy_matrix"]):
-        raise BadInput(f"{folder.metrics} is damaged: its rows do not have {len(manifest.tasks)} scores, one per task")
+        raise BadInput(f"{folder.metrics} is damaged: its rows must have {len(manifest.tasks)} scores, one per task")
     return metrics
 
 

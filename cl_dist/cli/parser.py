@@ -7,30 +7,32 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from cl_dist import __version__
-from cl_dist.cli import bench, compare, doctor, evaluate, inspect, report, run, slurm
+from cl_dist.cli import bench, compare, doctor, evaluate, inspect, run, slurm
 
 _EPILOG = """\
 examples:
   cl-dist run quickstart                              a shipped recipe
-  cl-dist run my.yaml --set method.name=migu          your own, with a change
-  cl-dist run my.yaml --set method.name=migu --resume go on where it stopped
+  cl-dist run my.yaml --set method.name=migu          your own recipe, with a change
+  cl-dist run my.yaml --set method.name=migu --resume continue where it stopped
   cl-dist recipe --explain                            every setting
 
-exit codes: 0 done, 2 bad input, 75 interrupted (go on with --resume), 76 a rank was lost (told by
-ranks that Slurm or MPI has started; go on with --resume), 1 anything else
+exit codes: 0 success, 2 bad input, 75 interrupted (continue with --resume), 76 a rank was lost
+(only for ranks that Slurm or MPI started; continue with --resume), 1 any other failure
 """
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
-    """What a command line asks for; `command` is a function from it to the exit code, `works` one that says whether
-    the command does something besides printing, and `argv` the command line itself.
+    """Parse a command line.
 
-    Raises SystemExit, with the exit code, where argparse has said what is wrong or printed its help.
+    The result also has `command`, a function from the result to the exit code, `works`, a function that returns whether
+    the command does more than print, and `argv`, the command line itself.
+
+    Raises SystemExit, with the exit code, after argparse has printed an error or its help.
     """
     parser = build_parser()
     for word in takewhile(lambda word: word != "--", arguments):
         option, _, value = word.partition("=")
-        if option.startswith("--") and value == "--":  # argparse takes it away, and leaves no value at all
+        if option.startswith("--") and value == "--":  # argparse would drop it and leave no value at all
             parser.error(f"argument {option}: '--' is not a value")
     parsed = parser.parse_args(arguments)
     parsed.argv = list(arguments)
@@ -47,7 +49,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.set_defaults(works=lambda parsed: False)
     parser.add_argument("--version", action="version", version=f"cl-dist {__version__}")
-    # The deepspeed launcher puts this before the command; the rank is read from the environment.
+    # The deepspeed launcher inserts this option before the command; the rank itself is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=SUPPRESS)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     common = ArgumentParser(add_help=False)
@@ -59,8 +61,8 @@ def build_parser() -> ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         dest="changes",
-        help="change a setting of the recipe, for example train.epochs=3 (may be given several times)",
+        help="change a setting of the recipe, for example train.epochs=3 (may be repeated)",
     )
-    for module in (run, compare, slurm, evaluate, inspect, report, bench, doctor):
+    for module in (run, compare, slurm, evaluate, inspect, bench, doctor):
         module.add_commands(commands, common, changes)
     return parser

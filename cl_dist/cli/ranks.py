@@ -1,4 +1,4 @@
-"""From a command to ranks: check everything that can be checked cheaply, then start ranks, or be one."""
+"""From a command to ranks: run all cheap checks, then start the ranks, or be one of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from cl_dist.cli.failures import SIGNALLED, tell
+from cl_dist.cli.failures import SIGNALLED, print_failure
 from cl_dist.errors import BadInput, ClDistError, Interrupted
-from cl_dist.launch.child import is_launched, terminal
+from cl_dist.launch.child import PROGRAM, is_launched, python_command, terminal
 from cl_dist.launch.environment import Ranks, export_ranks, find_ranks
-from cl_dist.launch.interpreter import PROGRAM, python_command
 from cl_dist.launch.local import check_processes, launch
 from cl_dist.launch.mpi import ask_mpi
 from cl_dist.output import drain_output, lost_output
@@ -33,37 +32,45 @@ def run_on_ranks(
     hang_seconds: float | None,
     note: Callable[[str], None] = lambda text: None,
 ) -> int:
-    """Do `work` on every rank and return the exit code.
+    """Run `work` on every rank and return the exit code.
 
-    `check(first)` raises BadInput for unusable input; it runs before any rank is started, or on every rank where
-    another launcher has started them. `first` is False on ranks that leave the run folder to rank 0. A rank that we
-    started and that is stopped (SIGSTOP) for well over `hang_seconds` is killed. Afterwards `note` gets a sentence
-    about what was lost of each output stream.
+    Args:
+        arguments: The parsed command line.
+        processes: Number of ranks to start, unless another launcher has started them.
+        check: Raises BadInput for unusable input. It runs before any rank is started, or on every rank if another
+            launcher started them. Its argument is False on ranks that leave the run folder to rank 0.
+        work: What each rank does.
+        hang_seconds: A rank started here that is stopped (SIGSTOP) for well over this time is killed.
+        note: Called at the end with a sentence about each output stream that lost output.
     """
     ranks = find_ranks(os.environ)
     if ranks is None:
         check_processes(processes)
-        with notices_left_to_the_run():
+        with without_notices():
             check(True)
-        code = _start_ranks(arguments, processes, hang_seconds)
-        if code != BadInput.exit_code:  # the run folder may be another run's
+        ending = launch([*python_command(PROGRAM), *arguments.argv], processes, os.environ, hang_seconds=hang_seconds)
+        for line in ending.output:
+            print(line, file=sys.stderr)
+        if ending.message is not None:
+            print_failure(ending.exit_code, ending.message)
+        if ending.exit_code != BadInput.exit_code:  # otherwise the run folder may belong to another run
             _note_lost_output(note)
-        return code
+        return ending.exit_code
     if not is_launched(os.environ):
-        with told_once_per_machine(), notices_left_to_the_run():
+        with reported_once_per_machine(), without_notices():
             check(ranks.rank == 0)
     return _be_rank(ranks, work, note)
 
 
 def _note_lost_output(note: Callable[[str], None]) -> None:
-    drain_output()  # only then it shows
+    drain_output()  # only then is the loss known
     for text in lost_output():
         note(text)
 
 
 @contextmanager
-def told_once_per_machine() -> Iterator[None]:
-    """Around checks that all ranks do: of the ranks on one machine only the first says what is wrong with the input."""
+def reported_once_per_machine() -> Iterator[None]:
+    """Context of checks that all ranks run: on each machine, only the first rank reports bad input."""
     try:
         yield
     except BadInput as error:
@@ -74,8 +81,8 @@ def told_once_per_machine() -> Iterator[None]:
 
 
 @contextmanager
-def told_by_first_rank() -> Iterator[None]:
-    """Around what fails on all ranks alike: only rank 0 says it, where our launcher does not print one for all."""
+def reported_by_first_rank() -> Iterator[None]:
+    """Context of work that fails on all ranks alike: only rank 0 reports it, unless our launcher does so for all."""
     try:
         yield
     except ClDistError as error:
@@ -85,17 +92,8 @@ def told_by_first_rank() -> Iterator[None]:
         raise
 
 
-def _start_ranks(arguments: Namespace, processes: int, hang_seconds: float | None) -> int:
-    command = [*python_command(PROGRAM), *arguments.argv]
-    ending = launch(command, processes, os.environ, hang_seconds=hang_seconds)
-    for line in ending.output:
-        print(line, file=sys.stderr)
-    if ending.message is not None:
-        tell(ending.exit_code, ending.message)
-    return ending.exit_code
-
-
 def _be_rank(ranks: Ranks, work: Callable[[Reporter], None], note: Callable[[str], None]) -> int:
+    # MPI knows best; without mpi4py, the launcher's variables have to do.
     ranks = ask_mpi(ranks, os.environ)
     export_ranks(ranks, os.environ)
     reporter = make_reporter(ranks.rank, sys.stdout, terminal(os.environ))
@@ -114,8 +112,8 @@ def _be_rank(ranks: Ranks, work: Callable[[Reporter], None], note: Callable[[str
 
 
 @contextmanager
-def notices_left_to_the_run() -> Iterator[None]:
-    """The run itself reads the same data again and tells what is worth knowing, once, on rank 0."""
+def without_notices() -> Iterator[None]:
+    """Context of checks that read the data: the run reads it again, and only then rank 0 logs its notices."""
     logger = logging.getLogger("cl_dist")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -127,13 +125,13 @@ def notices_left_to_the_run() -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Until the coordinator listens for signals itself, one that asks to stop ends the rank at once."""
+    """Until the coordinator handles signals itself, a request to stop ends the rank at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        error = Interrupted("stopped outside of training; what was saved is intact")
+        error = Interrupted("stopped outside of training; the saved state is intact")
         if not is_launched(os.environ):
-            # A launcher that is not ours may have sent this because another rank failed. Exit code 75 would make a
-            # batch script believe that all ranks have agreed to stop.
+            # Another launcher may have sent this because a rank failed. With exit code 75, a batch script would take it
+            # for an agreement of all ranks to stop.
             error.exit_code = SIGNALLED + number
         raise error
 
@@ -141,8 +139,8 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except Interrupted:
-        # Launchers end the other ranks as soon as the first one has left with an exit code that is not 0. Those are
-        # about to leave with the same one, which tells the batch script that all is saved.
+        # Launchers end the other ranks as soon as the first one exits with a nonzero code. Ignore that signal: these
+        # ranks are about to exit with 75 too, which tells the batch script that everything is saved.
         before = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
         raise
     finally:

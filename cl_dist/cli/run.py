@@ -1,4 +1,4 @@
-"""`cl-dist run`: train a model through the recipe's stream."""
+"""`cl-dist run`: trains a model on the recipe's stream of tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.cli.failures import end_now
-from cl_dist.cli.ranks import run_on_ranks, told_by_first_rank, told_once_per_machine
+from cl_dist.cli.ranks import reported_by_first_rank, reported_once_per_machine, run_on_ranks
 from cl_dist.config.boundary import refusing
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
@@ -27,18 +27,18 @@ from cl_dist.tasks.types import Task
 
 def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
     """Add `run`; `commands` is argparse's collection of subparsers."""
-    parser = commands.add_parser("run", parents=[changes, common], help="train a model through a stream of tasks")
-    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
-    parser.add_argument("--fresh", action="store_true", help="put the run in output_dir aside and start anew")
+    parser = commands.add_parser("run", parents=[changes, common], help="train a model on a stream of tasks")
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
+    parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
+    parser.add_argument("--fresh", action="store_true", help="move the run in output_dir aside and start a new one")
     parser.set_defaults(command=run, works=lambda parsed: True)
 
 
 def run(arguments: Namespace) -> int:
     """Check the recipe, its data, its model and its run folder, then train."""
-    with told_once_per_machine():
+    with reported_once_per_machine():
         recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes)
-        if arguments.resume:
+        if arguments.resume:  # with the defaults of the release that started the run
             kept = kept_defaults(RunFolder(Path(recipe.output_dir)).config)
             recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes, kept)
     recipe = resolve_order(recipe, recipe_dir)
@@ -49,9 +49,9 @@ def run(arguments: Namespace) -> int:
 
 
 def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]:
-    """Read the data and return it.
+    """Read and return the data.
 
-    Raises BadInput where the data or the model cannot be used, as far as that shows without torch.
+    Raises BadInput if the data or the model cannot be used, as far as can be known without torch.
     """
     with refusing("stream"):
         return _check_stream_and_model(recipe, recipe_dir)
@@ -79,7 +79,7 @@ def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...
     ranks = find_ranks(os.environ)
     check_warmup(recipe, tasks, recipe.launch.processes if ranks is None else ranks.world_size)
     objective = known_objective(recipe.model)
-    if objective is None:  # only loading the model will tell
+    if objective is None:  # known only after loading the model
         return tasks
     for task in tasks:
         check_kind(task, objective)
@@ -113,7 +113,7 @@ def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: b
 
 
 def _note_lost_output(folder: RunFolder, text: str) -> None:
-    """Let the run's log say, afterwards, that not everything could be printed."""
+    """Record in the run's log that some output was lost."""
     if folder.log.exists():
         with suppress(ClDistError):  # a full disk
             folder.append_log({"event": "output_lost", "message": text})
@@ -130,5 +130,5 @@ def _train(recipe: Recipe, recipe_dir: Path, resume: bool, reporter: Reporter) -
         reporter=reporter,
         end=end_now,
         seconds_left=time_left,
-        told_once=told_by_first_rank,
+        reported_once=reported_by_first_rank,
     )

@@ -1,4 +1,4 @@
-"""`cl-dist slurm`: run a recipe as a Slurm job, and what `cl-dist status` says about it."""
+"""`cl-dist slurm`: runs a recipe as a Slurm job; also the job's lines in `cl-dist status`."""
 
 from __future__ import annotations
 
@@ -32,49 +32,48 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         "slurm",
         parents=[changes, common],
         help="run a recipe as a Slurm job that survives preemption and time limits",
-        description="Check a recipe, write its batch script, print or submit it. docs/slurm.md explains the script.",
+        description="Check a recipe, then print or submit its batch script. docs/slurm.md explains the script.",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     add_job_options(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
-    parser.add_argument("--fresh", action="store_true", help="put the run in output_dir aside and start anew")
+    parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
+    parser.add_argument("--fresh", action="store_true", help="move the run in output_dir aside and start a new one")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--print", action="store_true", help="print the script and change nothing (the default)")
-    what.add_argument("--submit", action="store_true", help="keep script and recipe in the run folder, and submit")
+    what.add_argument("--print", action="store_true", help="print the script and change nothing (default)")
+    what.add_argument("--submit", action="store_true", help="save script and recipe in the run folder, and submit")
     parser.set_defaults(command=slurm, works=lambda parsed: parsed.submit)
 
 
 def add_job_options(parser: ArgumentParser | _ArgumentGroup) -> None:
-    """Add what a job asks Slurm for: the options that `make_job` reads."""
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the job (default: 1)")
+    """Add the job's requests to Slurm: the options that `make_job` reads."""
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
     parser.add_argument(
         "--gpus-per-node",
         default="0",
         metavar="[TYPE:]G",
-        help="GPUs on each node, such as 4 or a100:4 (default: 0, ranks on CPUs)",
+        help="GPUs per node, such as 4 or a100:4 (default: 0, which runs the ranks on CPUs)",
     )
-    parser.add_argument(
-        "--ranks-per-node", type=int, metavar="R", help="ranks on each node (default: one for each GPU, or 1)"
-    )
-    parser.add_argument("--cpus-per-rank", type=int, metavar="C", help="CPUs of each rank (default: Slurm's)")
+    parser.add_argument("--ranks-per-node", type=int, metavar="R", help="ranks per node (default: one per GPU, or 1)")
+    parser.add_argument("--cpus-per-rank", type=int, metavar="C", help="CPUs per rank (default: Slurm's)")
     parser.add_argument(
         "--time", metavar="T", help="time limit, such as 90, 4:00:00 or 2-12 (default: the partition's)"
     )
     parser.add_argument("--partition", metavar="P", help="partition (default: the cluster's)")
-    parser.add_argument("--job-name", metavar="NAME", help="name of the job (default: the recipe's)")
+    parser.add_argument("--job-name", metavar="NAME", help="job name (default: the recipe's name)")
     parser.add_argument("--interface", metavar="IF", help="network interface for NCCL and Gloo, such as ib0")
     parser.add_argument(
         "--max-restarts",
         type=int,
         default=DEFAULT_RESTARTS,
         metavar="N",
-        help=f"how often the job may be restarted (default: {DEFAULT_RESTARTS})",
+        help=f"maximum number of restarts (default: {DEFAULT_RESTARTS})",
     )
     parser.add_argument(
         "--warn-seconds",
         type=int,
         metavar="S",
-        help="Slurm asks the job to stop so long before its time limit (default: 120, or a quarter of a short job)",
+        help="seconds before the time limit at which Slurm asks the job to stop (default: 120, or a quarter of a short "
+        "job)",
     )
     parser.add_argument(
         "--sbatch",
@@ -82,32 +81,33 @@ def add_job_options(parser: ArgumentParser | _ArgumentGroup) -> None:
         default=[],
         metavar="OPTION",
         dest="options",
-        help="another option of sbatch, such as account=physics or exclusive (may be given several times)",
+        help="another sbatch option, such as account=physics or exclusive (may be repeated)",
     )
 
 
 def slurm(arguments: Namespace) -> int:
-    """Check everything as `run` does, then print the batch script or submit it."""
+    """Run the checks of `cl-dist run`, then print or submit the batch script."""
     if arguments.submit:
         require_sbatch()
     recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes)
     recipe = resolve_order(recipe, recipe_dir)
     job = make_job(arguments, recipe)
-    # Whatever starts the run there, it gets the ranks that the job is made for.
+    # The job's layout, not the recipe, determines the number of ranks.
     recipe = replace(recipe, launch=replace(recipe.launch, processes=job.ranks), output_dir=job.run_folder)
     check_stream_and_model(recipe, recipe_dir)
     if not arguments.submit:
         if arguments.fresh and arguments.resume:
-            raise BadInput("--resume and --fresh exclude each other: go on with the old run, or put it aside")
+            raise BadInput("--resume and --fresh exclude each other: continue the old run, or move it aside")
         print(_script(job, arguments), end="")
         return 0
+    # Everything that can fail comes before the old run is moved aside, except for Slurm's answer.
     folder = RunFolder(Path(recipe.output_dir))
     _refuse_second_job(folder)
     preflight(folder.path, recipe, resume=arguments.resume, fresh=arguments.fresh, world_size=job.ranks)
     aside = set_aside(folder.path) if arguments.fresh else None
     try:
         _submit(job, recipe, folder, arguments)
-    except BadInput:  # Slurm has refused the job
+    except BadInput:  # Slurm rejected the job
         if aside is not None:
             put_back(aside, folder.path)
         raise
@@ -115,7 +115,7 @@ def slurm(arguments: Namespace) -> int:
 
 
 def make_job(arguments: Namespace, recipe: Recipe) -> SlurmJob:
-    """The job as asked for, running the recipe as it was named."""
+    """The job that the options describe, running the recipe under the name on the command line."""
     taken = {field.name for field in dataclasses.fields(SlurmJob)} & set(vars(arguments))
     asked = {name: getattr(arguments, name) for name in taken}
     name = job_name(Path(arguments.recipe).stem) if arguments.job_name is None else arguments.job_name
@@ -128,19 +128,20 @@ def make_job(arguments: Namespace, recipe: Recipe) -> SlurmJob:
         arguments=(),
         environment=captured_environment(os.environ, sys.executable),
     )
+    # Only now is the number of ranks known, which the command line needs.
     changes = [*arguments.changes, f"launch.processes={job.ranks}"]
     return replace(job, arguments=("run", arguments.recipe, *(word for text in changes for word in ("--set", text))))
 
 
 def _script(job: SlurmJob, arguments: Namespace) -> str:
-    """The batch script, with the command that made it in its second line."""
+    """The batch script, with the command that created it in its second line."""
     head, _, rest = job.script().partition("\n")
     made_by = " ".join(map(quote, ["cl-dist", *arguments.argv]))
     return f"{head}\n# cl_dist {__version__}: {made_by}\n{rest}"
 
 
 def _submit(job: SlurmJob, recipe: Recipe, folder: RunFolder, arguments: Namespace) -> None:
-    """Keep what the job runs, so that a recipe edited meanwhile changes nothing, and hand it to Slurm."""
+    """Save script and resolved recipe, so that later edits to the recipe change nothing, and submit the job."""
     record = folder.new_slurm_record()
     make_folder(record.path)
     write_text(record.recipe, dump_recipe(recipe))
@@ -164,28 +165,28 @@ def _layout(job: SlurmJob) -> str:
 
 
 def _refuse_second_job(folder: RunFolder) -> None:
-    """Two jobs on one run folder would exclude each other, hours later."""
+    """Raise BadInput if the run has a job already: the second job would fail, hours later, because of the first."""
     job = newest_job(folder)
     if job is not None and job.state is not None and job.state.is_alive:
         raise BadInput(
-            f"job {job.number} of {folder.path} is {job.state.state} already: wait for it, or end it with "
+            f"job {job.number} of {folder.path} is already {job.state.state}: wait for it, or cancel it with "
             f"scancel {job.number}"
         )
 
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """The newest job of a run."""
+    """The latest job of a run."""
 
     number: str
     max_restarts: int
     record: SlurmRecord
     state: JobState | None
-    """None where Slurm does not know it any more, or is not here."""
+    """None if Slurm no longer knows the job, or is not installed here."""
 
 
 def newest_job(folder: RunFolder) -> SubmittedJob | None:
-    """The job that was submitted last for a run, and how Slurm says it is; None where there is none."""
+    """The last job that was submitted for a run, with its state; None if there is none."""
     record = folder.newest_slurm_record()
     if record is None:
         return None
@@ -194,13 +195,13 @@ def newest_job(folder: RunFolder) -> SubmittedJob | None:
 
 
 def status_lines(job: SubmittedJob) -> Iterator[str]:
-    """What `cl-dist status` says about a run's job."""
+    """The lines about a run's job in `cl-dist status`."""
     state = job.state
     if state is None:
-        yield f"job         {job.number}; Slurm does not answer, or knows it no more"
+        yield f"job         {job.number}; Slurm does not answer, or no longer knows it"
     else:
         reason = f" ({state.reason})" if state.reason not in ("None", "") else ""
         where = f" on {state.nodes}, for {state.run_time} of {state.time_limit}" if state.nodes else ""
         yield f"job         {job.number} {state.state}{reason}{where}"
-        yield f"            restarted {state.restarts} times, at most {job.max_restarts}"
+        yield f"            restarts: {state.restarts} of at most {job.max_restarts}"
     yield f"log         {job.record.path / LOG.replace('%j', job.number)}"

@@ -1,15 +1,13 @@
-"""Steps through the stream: train a task, evaluate, save, go on. Knows tasks, not tensors.
+"""Steps through the stream: train a task, evaluate, save, continue. Knows tasks, not tensors.
 
-Every rank runs the same coordinator in one process group; rank 0 alone writes the run folder's JSON files. What is
-saved is saved before the manifest says so: after a kill at any moment the manifest names the newest state that is
-whole.
+Every rank runs the same coordinator in one process group; only rank 0 writes the JSON files of the run folder. State is
+on the disk before the manifest names it, so after a kill at any moment the manifest names the latest complete state.
 
-`run.py` joins the ranks and finds out where the run stands, `stream.py` steps through the tasks, `task_state.py` saves
-and restores the one under way, `scoring.py` fills the accuracy matrix, `finish.py` tells the results, `saved.py` scores
-a model that is on the disk.
+`run.py` joins the ranks and finds out where the run stands, `stream.py` steps through the tasks and ends with the
+metrics, `task_state.py` saves and restores the current task, `scoring.py` scores the model in training, or a saved one.
 """
 
 from cl_dist.coordinator.run import run
-from cl_dist.coordinator.saved import evaluate
+from cl_dist.coordinator.scoring import evaluate
 
 __all__ = ["evaluate", "run"]

@@ -1,4 +1,4 @@
-"""From a recipe on every rank to a run that is under way: where it stands, and what is noted if it fails."""
+"""Starts or resumes a run on every rank: claims the run folder, finds out where the run stands, and notes failures."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 from cl_dist.assembly import System, build_system
 from cl_dist.config.schema import Recipe
-from cl_dist.coordinator.finish import finish
-from cl_dist.coordinator.stream import Coordinator
+from cl_dist.coordinator.stream import Coordinator, finish
 from cl_dist.engine.broken import telling_broken_collectives
 from cl_dist.engine.deadline import Deadline, SecondsLeft, no_limit
 from cl_dist.engine.distributed import join
@@ -39,23 +38,24 @@ def run(
     reporter: Reporter,
     end: End,
     seconds_left: SecondsLeft = no_limit,
-    told_once: Callable[[], AbstractContextManager[None]] = nullcontext,
+    reported_once: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Any]:
-    """Train the recipe's stream on this rank together with the others, and return the content of metrics.json.
+    """Train the recipe's stream on this rank, together with the others, and return the content of metrics.json.
 
     Args:
         recipe: The resolved recipe.
         recipe_dir: Folder that the recipe's relative paths start from.
-        resume: Go on from the newest saved state in `recipe.output_dir`.
-        reporter: Where progress is told.
-        end: Ends this process at once, from another thread, where the job hangs.
-        seconds_left: How long the job may still run, asked on rank 0; None: for ever.
-        told_once: Around what rank 0 does for all: where it fails, all ranks raise the same, and one is to say so.
+        resume: Continue from the latest saved state in `recipe.output_dir`.
+        reporter: Reports progress.
+        end: Ends this process at once, called from another thread if the job hangs.
+        seconds_left: How long the job may still run, called on rank 0; None: without limit.
+        reported_once: Context of work that rank 0 does for all ranks. If it fails, all ranks raise the same error, and
+            only one of them should report it.
 
     Raises:
-        BadInput: The recipe, its data or its model is not usable, or another run holds the folder.
-        RankLost: Another rank has ended, or does not answer.
-        JobFailed: The training has gone wrong.
+        BadInput: The recipe, its data or its model cannot be used, or another run holds the folder.
+        RankLost: Another rank has ended or does not answer.
+        JobFailed: Training failed.
         Interrupted: A signal asked the run to stop, or its time is nearly over; its state is saved.
     """
     rank, world = join(recipe.launch.timeout_seconds)
@@ -63,28 +63,31 @@ def run(
     folder = RunFolder(Path(recipe.output_dir))
     with ExitStack() as stack:
         timeout = recipe.launch.timeout_seconds
-        with telling_broken_collectives(rank, timeout, lambda reason, _: reason), told_once():
+        # The watchdog keeps its files in the run folder, so it can start only once rank 0 has claimed the folder.
+        with telling_broken_collectives(rank, timeout, lambda reason, _: reason), reported_once():
             beat("taking the run folder")
             together(lambda: _claim(folder, stack, reporter) if rank == 0 else None)
         watchdog = stack.enter_context(Watchdog(folder.logs, rank, world, recipe.launch.hang_seconds, end))
         stack.enter_context(telling_broken_collectives(rank, timeout, watchdog.give_up))
-        with told_once():
+        with reported_once():
             manifest, resumed = by_first(lambda: _starting_point(folder, recipe, world, resume))
         ledger = Ledger(folder, manifest, writer=rank == 0)
-        if manifest.status == "finished":
-            reporter.message("this run is finished already; nothing is left to do")
+        if manifest.status == "finished":  # only its metrics may be missing
+            reporter.message("this run is already finished; nothing is left to do")
             return finish(ledger, reporter)
         with _failure_noted(ledger):
             system = build_system(resumed.recipe, recipe_dir)
-            _tell_what_is_new(resumed, system, reporter)
-            with told_once():
+            if resumed.note is not None:
+                _report_changes(resumed, resumed.note, system, reporter)
+            # Changed inputs are rejected only now, since digesting them needs the data that was just read.
+            with reported_once():
                 ledger.manifest = _with_inputs(ledger, system, resume, reporter)
             deadline = Deadline(seconds_left if rank == 0 else no_limit)
             return Coordinator(system, ledger, reporter, deadline).run()
 
 
 def _claim(folder: RunFolder, stack: ExitStack, reporter: Reporter) -> None:
-    """Make the run folder this job's until `stack` ends; one rank does it."""
+    """Claim the run folder for this job until `stack` closes; runs on one rank."""
     try:
         make_folder(folder.path)
         stack.enter_context(RunLock(folder.lock, reporter.message))
@@ -95,11 +98,12 @@ def _claim(folder: RunFolder, stack: ExitStack, reporter: Reporter) -> None:
 
 
 def _starting_point(folder: RunFolder, recipe: Recipe, world: int, resume: bool) -> tuple[Manifest, Resumption]:
-    """Read or make the manifest, and the recipe as these ranks run it; one rank does it."""
+    """Read or create the manifest, and adapt the recipe to these ranks; runs on one rank."""
     resumed = Resumption(recipe, note=None, new_split=False)
     if resume and folder.manifest.exists():
         manifest = Manifest.read(folder.manifest)
         if manifest.status != "finished":
+            # The run keeps its global batch, divided over the ranks of this start.
             manifest = with_segments(manifest, folder.config)
             resumed = resumption(recipe, manifest.segments[-1], world, folder.path)
     else:
@@ -112,27 +116,25 @@ def _starting_point(folder: RunFolder, recipe: Recipe, world: int, resume: bool)
     return dataclasses.replace(manifest, world_size=world, zero_stage=recipe.zero.stage), resumed
 
 
-def _tell_what_is_new(resumed: Resumption, system: System, reporter: Reporter) -> None:
-    """One line where these ranks do not train as the ones before, or not as the recipe says."""
-    if resumed.note is None:
-        return
+def _report_changes(resumed: Resumption, note: str, system: System, reporter: Reporter) -> None:
+    """Report in one line that these ranks train unlike the ranks before, or unlike the recipe."""
     drawn = resumed.new_split and has_dropout(system.engine.model)
-    dropout = "; dropout draws other numbers than it would have, so the weights will not be exactly the same"
-    reporter.message(resumed.note + (dropout if drawn else ""))
+    dropout = "; dropout draws other random numbers than before, so the weights will not be exactly the same"
+    reporter.message(note + (dropout if drawn else ""))
 
 
 def _with_inputs(ledger: Ledger, system: System, resume: bool, reporter: Reporter) -> Manifest:
-    """The manifest with digests of what this run has read; refuses other inputs than before (collective).
+    """The manifest with digests of this run's inputs; rejects inputs that have changed (collective).
 
-    Rank 0 reads the base model for it, once more where `state.digests` does not know the files. Every rank digests the
-    data that it has read itself: on several nodes each may have a copy.
+    For this, rank 0 reads the base model, a second time unless `state.digests` knows the files. Every rank digests the
+    data that it has read itself, since each node may have its own copy.
     """
     manifest, folder = ledger.manifest, ledger.folder
     now = by_first(lambda: read_inputs(system.recipe, system.tasks))
     if manifest.inputs is None and resume and folder.manifest.exists():
         reporter.message(
-            "an earlier release began this run and recorded no digests of its inputs: data, base model and tokenizer "
-            "cannot be compared with what they were; from now on they will be"
+            "an earlier release started this run and recorded no digests of its inputs: data, base model and tokenizer "
+            "cannot be compared with the original ones; from now on, changes will be noticed"
         )
     before = manifest.inputs or now
     if before is None or now is None:
@@ -143,9 +145,9 @@ def _with_inputs(ledger: Ledger, system: System, resume: bool, reporter: Reporte
 
 @contextmanager
 def _failure_noted(ledger: Ledger) -> Iterator[None]:
-    """Let the manifest of a run that has begun say that it failed; `--resume` goes on from what is saved.
+    """Record in the manifest of a run that has started that it failed; `--resume` continues from its saved state.
 
-    One that is finished stays so: what fails after that, `--resume` does again.
+    A finished run stays finished: if a step after that fails, `--resume` repeats it.
     """
     try:
         yield
@@ -153,6 +155,6 @@ def _failure_noted(ledger: Ledger) -> Iterator[None]:
         raise
     except Exception:
         if ledger.folder.manifest.exists() and ledger.manifest.status != "finished":
-            with suppress(Exception):  # a full disk, say: the first error is the one to tell
+            with suppress(Exception):  # on a full disk, say: report the original error, not this one
                 ledger.note_failure()
         raise

@@ -1,30 +1,37 @@
-"""Scores of the run's model, after a task or before all: a row of the accuracy matrix, and general ability."""
+"""Scores of the model in training (a row of the accuracy matrix, general ability), and of a model on the disk."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cl_dist.assembly import System
+from cl_dist.assembly import System, build_saved
+from cl_dist.config.schema import Recipe
+from cl_dist.engine.distributed import join, leave
+from cl_dist.engine.quiet import quiet_libraries
+from cl_dist.errors import ClDistError
 from cl_dist.evaluation.general import is_due
 from cl_dist.evaluation.result import CUT_GENERATIONS, TaskScore, write_predictions
 from cl_dist.heartbeat import beat
 from cl_dist.progress import Reporter
-from cl_dist.state.atomic import telling_full_disk
+from cl_dist.state.atomic import FULL_DISK, DiskFull, telling_full_disk, write_json
 from cl_dist.state.ledger import Ledger
+from cl_dist.state.run_folder import RunFolder, TaskFolder
 from cl_dist.state.scores import How
 from cl_dist.tasks.types import Task
 
 Row = tuple[float | None, ...]
-"""A score for each task of the stream; None where it was not evaluated."""
+"""A score for each task of the stream; None if not evaluated."""
 General = tuple[dict[str, Any], ...]
-"""As the manifest has it."""
+"""Measurements of general ability, as in the manifest."""
 
 
 def scoring_entry(task: Task, result: TaskScore) -> How:
-    """How a task was scored, as the manifest keeps it (`cl_dist.state.manifest.SCORING`)."""
+    """How a task was scored, as recorded in the manifest (`cl_dist.state.manifest.SCORING`)."""
     entry: How = {"metric": result.metric, "scored_on": task.scored_on}
     if task.labels_from is not None:
         entry |= {"labels_from": task.labels_from, "answers_outside_labels": task.unlisted}
@@ -38,9 +45,9 @@ class Scoring:
 
     Args:
         system: Tasks and evaluators.
-        ledger: Where scores are logged and predictions written.
-        reporter: Where progress is told.
-        stop_if_asked: Called now and then; leaves the run in good order where a signal asked for it (collective).
+        ledger: Logs the scores and writes the predictions.
+        reporter: Reports progress.
+        stop_if_asked: Called between batches; ends the run with its state saved if a signal asked for it (collective).
     """
 
     def __init__(self, system: System, ledger: Ledger, reporter: Reporter, stop_if_asked: Callable[[], None]) -> None:
@@ -48,24 +55,23 @@ class Scoring:
         self._stop_if_asked = stop_if_asked
 
     def row(self, indices: range, predictions: Path) -> Row:
-        """Score the tasks at `indices`, in the order of the stream; None for the others. What an interrupted start has
-        scored already stays, and so does every pass over tasks that is finished.
+        """Score the tasks at `indices` of the stream, in order; the other scores are None.
+
+        Scores that an interrupted start has recorded are kept, and every finished pass is recorded.
         """
         row = list(self._ledger.manifest.row_under_way) or [None] * len(self._system.tasks)
         places = {self._system.tasks[index].name: index for index in indices if row[index] is None}
         for tasks in self._system.evaluator.passes([self._system.tasks[index] for index in places.values()]):
-            for result in self._pass(tasks):
+            names = tasks[0].name if len(tasks) == 1 else f"{tasks[0].name} to {tasks[-1].name}"
+            self._reporter.evaluating(names)
+            beat(f"evaluating {names}")
+            for result in self._system.evaluator.evaluate(tasks, self._stop_if_asked):
                 entry = scoring_entry(self._system.tasks[places[result.task]], result)
+                # Predictions and log first: once the ledger has the score, a resume does not compute it again.
                 self._record(result, entry, predictions)
                 row[places[result.task]] = result.score
                 self._ledger.scored(places[result.task], result.score, entry)
         return tuple(row)
-
-    def _pass(self, tasks: Sequence[Task]) -> list[TaskScore]:
-        names = tasks[0].name if len(tasks) == 1 else f"{tasks[0].name} to {tasks[-1].name}"
-        self._reporter.evaluating(names)
-        beat(f"evaluating {names}")
-        return self._system.evaluator.evaluate(tasks, self._stop_if_asked)
 
     def _record(self, result: TaskScore, entry: How, predictions: Path) -> None:
         def write() -> None:
@@ -79,7 +85,7 @@ class Scoring:
         )
 
     def general(self, place: str) -> General:
-        """All measurements of general ability so far, with the one after `place` where the recipe wants one."""
+        """All measurements of general ability so far, including one after `place` if the recipe asks for it."""
         before, config = self._ledger.manifest.general, self._system.recipe.eval.general
         if config is None or not is_due(config, place, self._ledger.manifest.tasks):
             return before
@@ -94,7 +100,7 @@ class Scoring:
         return (*before, {"after": place, "scores": scores})
 
     def _general_scores(self, name: str, place: str) -> dict[str, Any]:
-        """What the harness finds for one of its tasks, or for each task of a group."""
+        """The harness's results for one of its tasks, or for each task of a group."""
         assert self._system.general is not None
         self._reporter.evaluating(name)
         beat(f"general ability: {name}")
@@ -104,3 +110,85 @@ class Scoring:
             self._ledger.log(event="general", after=place, **values)
             scores[values.pop("task")] = values
         return scores
+
+
+def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Reporter) -> dict[str, float]:
+    """Score the model that the run in `recipe.output_dir` saved after task `task_index`, on every task of the recipe.
+
+    The scores are also written to evaluation.json in the task's folder, unless that is read-only. Every rank loads the
+    whole model.
+
+    Raises:
+        BadInput: The saved model or the data cannot be used.
+        ClDistError: All scores were computed and reported, but could not be written.
+    """
+    rank, _ = join(recipe.launch.timeout_seconds)
+    quiet_libraries(rank)
+    folder = RunFolder(Path(recipe.output_dir)).task(task_index, recipe.stream.tasks[task_index].name)
+    store = _Store(folder, reporter) if rank == 0 else None
+    tasks, evaluator, notices = build_saved(recipe, recipe_dir, folder.model)
+    for notice in notices:
+        if notice.on_screen:
+            reporter.message(notice.text)
+    split = {task.name: task.scored_on for task in tasks}
+    scores: dict[str, float] = {}
+    for result in chain.from_iterable(map(evaluator.evaluate, evaluator.passes(tasks))):
+        scores[result.task] = result.score
+        reporter.message(
+            f"{result.task}: {result.score:.4f} ({result.metric} of {result.count} {split[result.task]} samples, "
+            f"by {result.mode})"
+        )
+        if store is not None:
+            store.keep(result)
+    # Only rank 0 may fail from here on, so release the other ranks first.
+    leave()
+    if store is not None:
+        store.finish(scores)
+    return scores
+
+
+class _Store:
+    """Writes predictions and scores into a task's folder. A failure does not stop the evaluation; `finish` raises it.
+
+    Args:
+        folder: The task's folder.
+        reporter: Reports that the folder is read-only.
+    """
+
+    def __init__(self, folder: TaskFolder, reporter: Reporter) -> None:
+        self._folder, self._failure = folder, ""
+        self._writable = _can_write(folder.path)
+        if not self._writable:
+            reporter.message(f"{folder.path} is not writable: scores and predictions are shown, but not stored")
+
+    def keep(self, result: TaskScore) -> None:
+        """Write a task's predictions."""
+        path = self._folder.path / "evaluation" / f"{result.task}.jsonl"
+        self._try(path, lambda: write_predictions(path, result.predictions))
+
+    def finish(self, scores: dict[str, float]) -> None:
+        """Write the scores; raises ClDistError if anything could not be written."""
+        path = self._folder.path / "evaluation.json"
+        self._try(path, lambda: write_json(path, scores))
+        if self._failure:
+            raise ClDistError(f"{self._failure}; the scores above are complete, but not all of them are stored")
+
+    def _try(self, path: Path, write: Callable[[], None]) -> None:
+        if not self._writable or self._failure:
+            return
+        try:
+            with telling_full_disk(path):
+                write()
+        except DiskFull as error:
+            self._failure = f"no space left on the disk of {error.path}"
+        except OSError as error:
+            self._failure = f"{path} cannot be written: {error.strerror}"
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether files can be created in a folder; finds missing permissions and read-only mounts."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        return error.errno in FULL_DISK  # a full disk is reported by the first write that fails

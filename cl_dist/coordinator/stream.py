@@ -1,4 +1,4 @@
-"""One run from its first task to its last one."""
+"""One run from its first task to its last, and its metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 from cl_dist.assembly import System
 from cl_dist.config.load import dump_recipe
-from cl_dist.coordinator.finish import finish
 from cl_dist.coordinator.scoring import General, Row, Scoring
 from cl_dist.coordinator.task_state import Spent, TaskLost, TaskState
 from cl_dist.engine.deadline import Deadline
@@ -21,7 +20,7 @@ from cl_dist.engine.memory import peak_memory_per_rank
 from cl_dist.engine.stop import StopRequest
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import Interrupted
-from cl_dist.evaluation.metrics import UNTOUCHED
+from cl_dist.evaluation.metrics import UNTOUCHED, all_metrics, general_ability, general_forgetting
 from cl_dist.heartbeat import beat, opaque
 from cl_dist.methods.base import TaskPlace
 from cl_dist.models.export import export_model
@@ -32,7 +31,7 @@ from cl_dist.state.atomic import publishing
 from cl_dist.state.data_order import DataOrder
 from cl_dist.state.elastic import appended, segment
 from cl_dist.state.ledger import Ledger
-from cl_dist.state.manifest import NOTHING_SCORED
+from cl_dist.state.manifest import NOTHING_SCORED, Manifest
 from cl_dist.state.schedule import CheckpointSchedule
 
 
@@ -41,9 +40,9 @@ class Coordinator:
 
     Args:
         system: Stream, model, engine and evaluator.
-        ledger: What is done so far.
-        reporter: Where progress is told.
-        deadline: The end of the job's time.
+        ledger: Records what is done.
+        reporter: Reports progress.
+        deadline: Knows when the job's time is nearly over.
     """
 
     def __init__(self, system: System, ledger: Ledger, reporter: Reporter, deadline: Deadline) -> None:
@@ -56,11 +55,15 @@ class Coordinator:
         self._order = DataOrder(self.folder.data_order, ledger.manifest.tasks, ledger.writer)
 
     def run(self) -> dict[str, Any]:
-        """Train what is not yet trained; return the metrics."""
+        """Train the tasks that are not trained yet; return the metrics."""
         self.ledger.start(dump_recipe(self.recipe))
         self._state.forget_strays()
         self.reporter.run_started([task.name for task in self.tasks], torch.distributed.get_world_size())
-        self._tell_notices()
+        # All notices about the scores go to the log, warnings also to the screen.
+        for notice in self.system.notices:
+            if notice.on_screen:
+                self.reporter.message(notice.text)
+            self.ledger.log(event="notice", task=notice.task, about=notice.about, message=notice.text)
         for text in self.system.start_messages():
             self.reporter.message(text)
             self.ledger.log(event="method", message=text)
@@ -68,22 +71,18 @@ class Coordinator:
         try:
             self._evaluate_untouched()
             while self.ledger.manifest.completed < len(self.tasks):
-                self._advance()
-            if self.ledger.manifest.status != "finished":  # only its metrics were left to be written
+                try:
+                    self._run_task(self.ledger.manifest.completed)
+                except TaskLost as lost:  # the previous task has to be trained again
+                    self._state.take_back(lost)
+            if self.ledger.manifest.status != "finished":  # all tasks were complete when this process started
                 self.ledger.update(status="finished")
             return finish(self.ledger, self.reporter)
         finally:
             self._stop.close()
 
-    def _tell_notices(self) -> None:
-        """What is known about the scores beforehand, in the log, and what is a warning on the screen too."""
-        for notice in self.system.notices:
-            if notice.on_screen:
-                self.reporter.message(notice.text)
-            self.ledger.log(event="notice", task=notice.task, about=notice.about, message=notice.text)
-
     def _evaluate_untouched(self) -> None:
-        """The matrix's first row: the model before any training."""
+        """Record the first row of the matrix: the model before any training."""
         if self.ledger.manifest.accuracy_matrix:
             return
         row: Row = (None,) * len(self.tasks)
@@ -92,23 +91,24 @@ class Coordinator:
         general = self._scoring.general(UNTOUCHED)
         self.ledger.update(accuracy_matrix=(row,), general=general, **NOTHING_SCORED)
 
-    def _advance(self) -> None:
-        """Complete the next task, or find that the one before must be trained again."""
-        try:
-            self._run_task(self.ledger.manifest.completed)
-        except TaskLost as lost:
-            self._state.take_back(lost)
-
     def _run_task(self, index: int) -> None:
+        """Train, evaluate and export one task, then record it as complete."""
         if not self.system.engine.trains(index):
-            self._repeat_task(index)
+            # Without steps of its own, a task has the previous task's model and scores.
+            self.reporter.task_started(index, self.tasks[index].name, 0)
+            self._state.restore_before(index)
+            general = self._scoring.general(self.tasks[index].name)
+            self._complete(index, self.ledger.manifest.accuracy_matrix[-1], general, Spent(), 0.0)
             return
         trainer = self.system.trainer(index)
         place = TaskPlace(index, self.tasks[index].name, trainer.steps, trainer.cycles, trainer.probe)
         self.reporter.task_started(index, place.name, trainer.steps)
         spent = self._train(place, trainer)
         began = time.monotonic()
-        seen = len(self.tasks) if self.recipe.eval.tasks == "all" else self._seen(index)
+        # Unless all tasks are scored: those learnt so far, including the next ones if they have no steps of their own.
+        later = range(index + 1, len(self.tasks))
+        unseen = next((task for task in later if self.system.engine.trains(task)), len(self.tasks))
+        seen = len(self.tasks) if self.recipe.eval.tasks == "all" else unseen
         row = self._scoring.row(range(seen), self.folder.task(index, place.name).predictions)
         general = self._scoring.general(place.name)
         self._export(self.folder.task(index, place.name).model)
@@ -116,22 +116,12 @@ class Coordinator:
         self._complete(index, row, general, spent, time.monotonic() - began)
         self._state.forget_older(index)
 
-    def _seen(self, index: int) -> int:
-        """How many tasks the model has learnt after task `index`: those behind it without own steps, too."""
-        later = range(index + 1, len(self.tasks))
-        return next((task for task in later if self.system.engine.trains(task)), len(self.tasks))
-
-    def _repeat_task(self, index: int) -> None:
-        """A task without steps of its own: the model is the one of the task before, and so are its scores."""
-        self.reporter.task_started(index, self.tasks[index].name, 0)
-        self._state.restore_before(index)
-        general = self._scoring.general(self.tasks[index].name)
-        self._complete(index, self.ledger.manifest.accuracy_matrix[-1], general, Spent(), 0.0)
-
     def _complete(self, index: int, row: Row, general: General, spent: Spent, evaluate_seconds: float) -> None:
-        """Let the manifest say that a task is trained, evaluated and saved."""
+        """Record in the manifest that a task is trained, evaluated and saved (collective)."""
         timings = {**dataclasses.asdict(spent), "evaluate_seconds": evaluate_seconds}
         manifest = self.ledger.manifest
+        # Each rank's peak over all restarts, which may have had different numbers of ranks.
+        peaks = zip_longest(peak_memory_per_rank(), manifest.peak_memory_bytes, fillvalue=0)
         self.ledger.update(
             accuracy_matrix=(*manifest.accuracy_matrix, row),
             general=general,
@@ -139,20 +129,27 @@ class Coordinator:
             completed=index + 1,
             checkpoints=(),
             timings=(*manifest.timings, timings),
-            peak_memory_bytes=self._peak_memory(),
+            peak_memory_bytes=tuple(max(pair) for pair in peaks),
             status="finished" if index + 1 == len(self.tasks) else "running",
         )
         self._state.forget_strays()
         self.reporter.task_finished(index, list(row))
 
     def _train(self, place: TaskPlace, trainer: TaskTrainer) -> Spent:
-        """Train one task from wherever it stands to its saved end state."""
+        """Train one task from its restored position to its saved end state."""
         state = self._state.restore(place)
         spent = Spent(**state.get("spent", {}))
         if state.get("trained"):
             return spent
-        self._forget_scores()
-        self._begin_segment(place, spent.steps)
+        # Scores of this task belong to a trained model whose state was found damaged. Trained again, on other ranks
+        # perhaps, the model may differ by rounding.
+        if self.ledger.manifest.row_under_way or self.ledger.manifest.general_under_way:
+            self.ledger.update(**NOTHING_SCORED)
+        # Record which ranks compute the steps from here on.
+        now = segment(self.recipe, torch.distributed.get_world_size(), place.index, spent.steps)
+        segments = appended(self.ledger.manifest.segments, now)
+        if segments != self.ledger.manifest.segments:
+            self.ledger.update(segments=segments)
         self._schedule.restart()
         self._order.rewind(place.index, spent.steps)
         for step in range(spent.steps, trainer.steps):
@@ -163,6 +160,8 @@ class Coordinator:
             self.deadline.stepped(seconds)
             skipped = spent.skipped + self._note_samples(place, step, trainer.samples(step), result.skipped)
             spent = Spent(spent.train_seconds + seconds, step + 1, spent.tokens + trainer.tokens(step), skipped)
+            # One small all-reduce: does any rank want to stop, is the interval over on any rank, did rank 0 fail to
+            # write its log? Loss and targets ride along.
             stop, (loss, targets, minutes_over, unwritten) = self._stop.agreed_with(
                 result.loss_sum, result.targets, self._schedule.minutes_over(), self.ledger.failed
             )
@@ -172,12 +171,15 @@ class Coordinator:
             self.reporter.step(step + 1, loss, trainer.tokens(step) / seconds, trainer.learning_rate(step))
             self.ledger.log(event="step", task=place.name, step=step + 1, loss=loss, seconds=round(seconds, 4))
             self._after_step(place, spent, stop, minutes_over > 0)
-        self._finish_task(place)
+        # Methods may change the weights after the last step; some need the original ones later.
+        if any(method.keeps_unfused for method in self.system.engine.methods):
+            self._export(self.folder.task(place.index, place.name).unfused)
+        self.system.engine.after_task(place)
         self._save(self.folder.task(place.index, place.name).state, place, spent, trained=True)
         return spent
 
     def _note_samples(self, place: TaskPlace, step: int, samples: list[int], skipped: str | None) -> bool:
-        """Write down what step `step` (from 0) has learnt from, and whether it was skipped, which is returned."""
+        """Record the samples of step `step` (from 0); returns whether the step was skipped."""
         self.ledger.append(lambda: self._order.append(place.index, step + 1, samples, skipped is not None))
         if skipped is None:
             return False
@@ -185,29 +187,8 @@ class Coordinator:
         self.ledger.log(event="skipped", task=place.name, step=step + 1, reason=skipped, samples=samples)
         return True
 
-    def _finish_task(self, place: TaskPlace) -> None:
-        """Let the methods change the weights of a trained task; keep what they were where a method asks for it."""
-        engine = self.system.engine
-        if any(method.keeps_unfused for method in engine.methods):
-            self._export(self.folder.task(place.index, place.name).unfused)
-        engine.after_task(place)
-
-    def _forget_scores(self) -> None:
-        """Scores of a trained model whose state was found damaged: it is trained again, and is another one by rounding
-        where the ranks are others.
-        """
-        if self.ledger.manifest.row_under_way or self.ledger.manifest.general_under_way:
-            self.ledger.update(**NOTHING_SCORED)
-
-    def _begin_segment(self, place: TaskPlace, step: int) -> None:
-        """Let the manifest say which ranks compute the steps from here on."""
-        now = segment(self.recipe, torch.distributed.get_world_size(), place.index, step)
-        segments = appended(self.ledger.manifest.segments, now)
-        if segments != self.ledger.manifest.segments:
-            self.ledger.update(segments=segments)
-
     def _after_step(self, place: TaskPlace, spent: Spent, stop: bool, minutes_over: bool) -> None:
-        """Save where it is due, and stop where a signal asked for it."""
+        """Save if a checkpoint is due, and stop if a signal asked for it."""
         due = spent.steps < place.steps and self._schedule.due(spent.steps, minutes_over)
         if stop and self.deadline.is_near():
             self.reporter.message("the job's time is nearly over")
@@ -217,24 +198,24 @@ class Coordinator:
             self._interrupt(f"stopped after step {spent.steps} of task {place.name}")
 
     def _save(self, path: Path, place: TaskPlace, spent: Spent, *, trained: bool) -> None:
-        """Save the state of all ranks; the next one is due an interval later."""
+        """Save the state of all ranks, and restart the checkpoint interval."""
         self._order.sync()
         self._state.save(path, place, spent, trained=trained)
         self._schedule.restart()
 
     def _stop_if_asked(self) -> None:
-        """Between two steps of an evaluation, whose task is trained and saved."""
+        """Called between two batches of an evaluation, when the task is trained and saved."""
         if self._stop.agreed():
             self._interrupt("stopped during evaluation")
 
     def _interrupt(self, where: str) -> None:
-        """Leave in good order; all ranks come here together."""
+        """End the run with its state saved (collective)."""
         self.ledger.update(status="interrupted")
         leave()
-        raise Interrupted(f"{where}; the state is saved, go on with --resume")
+        raise Interrupted(f"{where}; the state is saved, continue with --resume")
 
     def _export(self, path: Path) -> None:
-        """Write the model, or its adapter, in Hugging Face format."""
+        """Write the model or its adapter in Hugging Face format."""
         model = self.system.engine.model
         beat("writing the model")
         weights = gather_state_dict(model, wanted=in_adapter if self.recipe.model.lora is not None else None)
@@ -246,7 +227,7 @@ class Coordinator:
         self.ledger.write(write)
 
     def _write_results(self, folder: Path) -> None:
-        """Let the methods put what they found out beside the task's model."""
+        """Let the methods write their results next to the task's model."""
 
         def write() -> None:
             for method in self.system.engine.methods:
@@ -254,7 +235,34 @@ class Coordinator:
 
         self.ledger.write(write)
 
-    def _peak_memory(self) -> tuple[int, ...]:
-        """Each rank's peak over all restarts, some of which may have had fewer ranks (collective)."""
-        pairs = zip_longest(peak_memory_per_rank(), self.ledger.manifest.peak_memory_bytes, fillvalue=0)
-        return tuple(max(pair) for pair in pairs)
+
+def finish(ledger: Ledger, reporter: Reporter) -> dict[str, Any]:
+    """Write and report the metrics of a finished run, and leave the process group."""
+    metrics = run_metrics(ledger.manifest)
+    ledger.write_metrics(metrics)
+    reporter.run_finished(metrics)
+    leave()
+    return metrics
+
+
+def run_metrics(manifest: Manifest) -> dict[str, Any]:
+    """The content of metrics.json, which follows from the manifest alone."""
+    seconds = sum(entry.get("train_seconds", 0.0) for entry in manifest.timings)
+    steps = sum(entry.get("steps", 0) for entry in manifest.timings)
+    return {
+        "tasks": list(manifest.tasks),
+        "accuracy_matrix": [list(row) for row in manifest.accuracy_matrix],
+        **all_metrics(manifest.accuracy_matrix),
+        **manifest.scoring_by_task(),
+        "general": [dict(entry) for entry in manifest.general],
+        "general_ability": general_ability(manifest.general, manifest.tasks),
+        "general_forgetting": general_forgetting(manifest.general, manifest.tasks),
+        "tokens_per_second": sum(entry.get("tokens", 0) for entry in manifest.timings) / max(seconds, 1e-9),
+        "step_seconds": seconds / max(steps, 1),
+        "peak_memory_bytes": list(manifest.peak_memory_bytes),
+        "timings": [dict(entry) for entry in manifest.timings],
+        "world_size": manifest.world_size,
+        "zero_stage": manifest.zero_stage,
+        "segments": [dataclasses.asdict(entry) for entry in manifest.segments],
+        "restarts": manifest.restarts,
+    }

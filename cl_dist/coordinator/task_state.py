@@ -1,4 +1,4 @@
-"""The state of the task under way: saved so that a kill harms nothing, and restored as near as the disk allows."""
+"""Saves the state of the current task so that a kill cannot damage it, and restores the latest state that is intact."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from cl_dist.state.ledger import Ledger
 from cl_dist.state.manifest import CheckpointEntry
 from cl_dist.state.snapshot import load_snapshot, require_intact, save_snapshot
 
-_NOTHING_OLDER = "there is no older state to resume from"
-
 
 @dataclasses.dataclass
 class Spent:
-    """What training a task has taken so far, over all its restarts."""
+    """What training a task has taken so far, over all restarts."""
 
     train_seconds: float = 0.0
     steps: int = 0
@@ -35,7 +33,7 @@ class Spent:
 
 
 class TaskLost(CheckpointDamaged):
-    """The end state of completed task `index` is damaged, and the state that the task began with is not."""
+    """The end state of the completed task `index` is damaged, but the state that the task started from is intact."""
 
     def __init__(self, message: str, index: int) -> None:
         super().__init__(message)
@@ -43,13 +41,13 @@ class TaskLost(CheckpointDamaged):
 
 
 class TaskState:
-    """Saves and restores model, optimiser and methods, all ranks together.
+    """Saves and restores model, optimiser and methods (collective).
 
     Args:
         system: Tasks and engine.
-        ledger: Names what is saved.
-        reporter: Where progress is told.
-        deadline: Learns how long a save takes.
+        ledger: Records what is saved.
+        reporter: Reports progress.
+        deadline: Measures how long a save takes.
     """
 
     def __init__(self, system: System, ledger: Ledger, reporter: Reporter, deadline: Deadline) -> None:
@@ -58,77 +56,75 @@ class TaskState:
         self._deadline = deadline
         self._checkpoints = Checkpoints(ledger, system.recipe.checkpoint.keep, reporter.message)
         self._first = ledger.manifest.completed
-        """The first task that this process trains: the ones before are known from disk only."""
+        """The first task that this process trains; the state after the tasks before it is only on the disk."""
 
     def restore(self, place: TaskPlace) -> dict[str, Any]:
-        """Bring model and optimiser to where the manifest says the run is, or as near to it as the saved states allow;
-        return the saved JSON state ({}: task start).
+        """Restore model and optimiser to the position in the manifest, or to the latest intact state before it; return
+        the saved JSON state ({}: start of the task).
 
         Raises:
-            TaskLost: The task before is to be trained again: `take_back` it and restore that one.
-            CheckpointDamaged: There is no intact state to go on from.
+            TaskLost: The previous task has to be trained again: `take_back` it and restore that one.
+            CheckpointDamaged: There is no intact state to continue from.
         """
+        # First choice: the newest intact checkpoint inside the task.
         found = None
         if self._ledger.manifest.checkpoints:
             self._engine.prepare_task(place.index)
             found = self._checkpoints.restore(self._load)
         if found is not None:
+            # Checkpoints after this one are damaged. Methods start the task first, and then get their saved state.
             self._checkpoints.forget_after(found.entry)
             self._engine.before_task(place)
             self._engine.load_method_states(found.state["methods"])
             self._ledger.log(event="resumed", task=place.name, step=found.entry.step)
             self._reporter.message(f"resuming task {place.name} after step {found.entry.step} of {place.steps}")
             return found.state
-        self._restore_task_start(place)
-        self._engine.before_task(place)
-        return {}
-
-    def _restore_task_start(self, place: TaskPlace) -> None:
-        """The end state of the task before, from disk where this process has not trained it."""
+        # Otherwise start the task from the end state of the previous one.
         if place.index > 0:
             self.restore_before(place.index)
         self._engine.prepare_task(place.index)
-        if self._ledger.manifest.checkpoints:  # all of them are damaged
+        if self._ledger.manifest.checkpoints:  # but all of them are damaged
             self._checkpoints.forget_after(None)
             self._ledger.log(event="resumed", task=place.name, step=0)
-            self._reporter.message(f"no saved state inside task {place.name} is intact: training it from its beginning")
+            self._reporter.message(f"no saved state inside task {place.name} is intact: training it from the start")
         if not self._recipe.train.keep_optimizer:
             self._engine.shards.reset_optimizer()
+        self._engine.before_task(place)
+        return {}
 
     def restore_before(self, index: int) -> None:
-        """Bring the model to where task `index` (above 0) finds it, where this process has not trained it to there; the
-        task before may have had no steps of its own.
+        """Restore the model that task `index` (above 0) starts from, unless this process has trained it itself.
 
         Raises:
-            TaskLost, CheckpointDamaged: As `restore` does.
+            TaskLost, CheckpointDamaged: As in `restore`.
         """
         if index == self._first:
+            # The tasks right before may have no steps of their own.
             trained = max(task for task in range(index) if self._engine.trains(task))
             self._engine.prepare_task(trained)
             self._engine.load_method_states(self._load_end_state(trained)["methods"])
 
     def _load_end_state(self, index: int) -> dict[str, Any]:
-        """Load the state that task `index` has ended with."""
+        """Load the end state of task `index`."""
         try:
             return self._load(self._end_state(index))
         except CheckpointDamaged as damage:
-            if index > 0:
-                self._require_beginning(index, damage)
+            # The task can be trained again only if the state that it started from is intact.
+            try:
+                if index > 0:
+                    require_intact(self._end_state(index - 1))
+            except CheckpointDamaged as error:
+                raise CheckpointDamaged(
+                    f"{damage}, and {error}; there is no older state to resume from; {self._intact()}"
+                ) from error
             name = self._tasks[index].name
-            raise TaskLost(f"{damage}; going back to the beginning of task {name}", index) from damage
-
-    def _require_beginning(self, index: int, damage: CheckpointDamaged) -> None:
-        """Raise unless task `index`, whose end state has `damage`, can be trained again."""
-        try:
-            require_intact(self._end_state(index - 1))
-        except CheckpointDamaged as error:
-            raise CheckpointDamaged(f"{damage}, and {error}; {_NOTHING_OLDER}; {self._intact()}") from error
+            raise TaskLost(f"{damage}; going back to the start of task {name}", index) from damage
 
     def _end_state(self, index: int) -> Path:
         return self._folder.task(index, self._tasks[index].name).state
 
     def take_back(self, lost: TaskLost) -> None:
-        """Let the lost task be the one under way, at its beginning."""
+        """Make the lost task the current one again, at its start."""
         self._reporter.message(str(lost))
         folder = str(self._end_state(lost.index).relative_to(self._folder.path))
         self._ledger.log(event="damaged", folder=folder, message=str(lost))
@@ -141,9 +137,9 @@ class TaskState:
         self.forget_strays()
 
     def forget_older(self, index: int) -> None:
-        """Delete the end states that no resume needs now that task `index` is completed; models and predictions stay.
+        """Delete end states that no resume needs now that task `index` is complete; models and predictions stay.
 
-        The state that the task began with stays too, in case its end state is found damaged; not after the last task.
+        Unless it was the last task, the state that it started from also stays, in case its end state gets damaged.
         """
         if not self._ledger.writer:
             return
@@ -152,25 +148,26 @@ class TaskState:
             shutil.rmtree(self._end_state(older), ignore_errors=True)
 
     def _intact(self) -> str:
-        """What of the run a damaged state does not touch."""
+        """The parts of the run that are not affected by damaged states."""
         done = self._tasks[: self._first]
         models = [self._folder.task(index, task.name).model for index, task in enumerate(done)]
         readable = [task.name for task, model in zip(done, models, strict=True) if is_readable_export(model)]
         names = ", ".join(readable) or "no task"
-        return f"intact are the scores so far and, in {self._folder.tasks}, the models after {names}"
+        return f"still intact: the scores so far and, in {self._folder.tasks}, the models after {names}"
 
     def _load(self, folder: Path) -> dict[str, Any]:
-        """Fill weights, moments and the methods' tensors from a saved state; return its JSON values."""
+        """Load weights, moments and the methods' tensors from a saved state; return its JSON values."""
         state = load_snapshot(folder, self._engine.shards, self._engine.method_tensors())
         self._engine.method_tensors_loaded()
         return state
 
     def save(self, path: Path, place: TaskPlace, spent: Spent, *, trained: bool) -> None:
-        """Save the state of all ranks, then let the manifest name it, then forget those that are too old."""
+        """Save the state of all ranks, then name it in the manifest, then delete the states that are too old."""
         began = time.monotonic()
         beat(f"saving the state of task {place.name}")
         self._engine.before_save()
         state = {"trained": trained, "spent": dataclasses.asdict(spent), "methods": self._engine.method_states()}
+        # The next task starts with fresh moments, unless the recipe keeps them.
         moments = not trained or self._recipe.train.keep_optimizer
         with self._deadline.saving():
             save_snapshot(path, self._engine.shards, state, moments=moments, extra=self._engine.method_tensors())

@@ -1,1 +1,1 @@
-"""Tables and pictures from a run folder: reads what a run has left there, trains and loads nothing."""
+"""Tables and pictures of a run, made only from its run folder: no model is loaded or trained."""

@@ -1,14 +1,14 @@
-"""How thousands of skill units become the columns of one picture.
+"""Maps thousands of skill units to the columns of one picture.
 
-A handful of units get a column each. More are averaged: a column is one layer's module of a kind (`self_attn.q_proj`),
-weighted by the number of elements, and the columns of a kind stand together, the layers from left to right. A large
-model has some hundred of these, which a picture can show.
+A few units get a column each. More units are averaged, weighted by their number of elements: then a column is one
+module of one layer, and modules of the same kind (`self_attn.q_proj`) are adjacent, with layers from left to right. A
+large model has a few hundred of these columns, which still fit into a picture.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -17,11 +17,11 @@ import numpy as np
 from cl_dist.report.units import Indices, UnitTable
 
 MAX_UNITS = 128
-"""With more units than this they are averaged."""
+"""More units than this are averaged."""
 MAX_BLOCKS = 32
-"""So they are where they belong to more modules than this: their names would run into each other."""
+"""Units of more modules than this are averaged too, since the labels of the modules would overlap."""
 MAX_NAMED = 64
-"""With more columns than this there is no room for the name of each module outside the layers."""
+"""With more columns than this, modules outside the layers share one label, since there is no room for their names."""
 OUTSIDE = "outside the layers"
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -29,14 +29,14 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a picture, in blocks with a label each."""
+    """The columns of a picture, grouped into labelled blocks."""
 
     what: str
-    """What the columns are: the axis' label."""
+    """What the columns are, for the label of the axis."""
     blocks: tuple[tuple[str, int], ...]
     """Label and number of columns of each block, from left to right."""
     of_piece: Indices
-    """`(pieces,)` the column of each piece of the units."""
+    """`(pieces,)` the column of each piece (see `UnitTable`)."""
 
     @property
     def count(self) -> int:
@@ -46,19 +46,20 @@ class Columns:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a module lies: `model.layers.3.mlp.up_proj` is layer 3 of the kind (`model.layers`, `mlp.up_proj`)."""
+    """The position of a module: `model.layers.3.mlp.up_proj` is layer 3 of the kind (`model.layers`, `mlp.up_proj`)."""
 
     kind: tuple[str, str]
-    """The stack of layers, and the module in a layer; of a module in no layer its name alone."""
+    """The stack of layers and the module's name within a layer; for a module outside the layers an empty stack."""
     layer: int
-    """-1: in no layer."""
+    """-1: outside the layers."""
 
 
 def columns_of_units(table: UnitTable) -> Columns:
-    """A column per unit, a block per module, where there are few; else as `columns_of_modules`."""
+    """A column per unit and a block per module if there are few units; otherwise `columns_of_modules`."""
     few = len(table.names) <= MAX_UNITS and len(table.modules) <= MAX_BLOCKS
     if not few or len(table.unit) > len(table.names) or len(table.names) == len(table.modules):
         return columns_of_modules(table)
+    # Invert the permutation that sorts the pieces by module: piece -> column.
     order = np.argsort(table.module, kind="stable")
     of_piece = np.empty_like(order)
     of_piece[order] = np.arange(len(order))
@@ -67,9 +68,9 @@ def columns_of_units(table: UnitTable) -> Columns:
 
 
 def columns_of_modules(table: UnitTable) -> Columns:
-    """A column per layer and kind of module, a block per kind; what lies in no layer stands at the end.
+    """A column per layer and kind of module, and a block per kind; modules outside the layers come last.
 
-    Modules of the same kind in the same layer, which numbers in their names tell apart (experts), share a column.
+    Modules of one layer whose names differ only in numbers (experts) share a column.
     """
     places = [_place(module) for module in table.modules]
     kinds = list(dict.fromkeys(place.kind for place in sorted(places, key=lambda place: place.layer < 0)))
@@ -82,7 +83,7 @@ def columns_of_modules(table: UnitTable) -> Columns:
 
 
 def _blocks(places: Sequence[_Place]) -> tuple[tuple[str, int], ...]:
-    """Label and width of each kind; of what lies in no layer alone where its names have room."""
+    """Label and width of each block. Modules outside the layers get a block each if there is room for their names."""
     inside = [place for place in places if place.layer >= 0]
     outside = [place for place in places if place.layer < 0]
     labels = _labels(list(dict.fromkeys(place.kind for place in inside)))
@@ -95,7 +96,7 @@ def _blocks(places: Sequence[_Place]) -> tuple[tuple[str, int], ...]:
 
 
 def _place(module: str) -> _Place:
-    """The first number in a module's name is its layer; a module without one lies in none."""
+    """The position of a module; the first number in its name is the layer."""
     parts = module.split(".")
     at = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     if at is None:
@@ -104,10 +105,11 @@ def _place(module: str) -> _Place:
 
 
 def _labels(kinds: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
-    """A short name for every kind's stack, such as `encoder`, empty where there is one alone; and for the kind itself,
-    such as `SelfAttention.q`.
+    """Short names for each kind: one for its stack (`encoder`; empty if there is only one), one for the module
+    (`SelfAttention.q`).
     """
     short = {(stack, kind): _tail(kind) or stack for stack, kind in kinds}
+    # If two kinds of one stack would get the same label, use whole names.
     if len({(stack, tail) for (stack, _), tail in short.items()}) < len(kinds):
         short = {(stack, kind): kind or stack for stack, kind in kinds}
     stacks = list(dict.fromkeys(stack for stack, _ in kinds))
@@ -117,33 +119,29 @@ def _labels(kinds: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[str
 
 
 def _module_labels(modules: Sequence[str]) -> list[str]:
-    """Short labels of single modules: `0 self_attn.q_proj`; whole names where these would not tell them apart."""
+    """Short labels of single modules (`0 self_attn.q_proj`), or full names if the short ones would be ambiguous."""
     places = [_place(module) for module in modules]
     labels = _labels(list(dict.fromkeys(place.kind for place in places if place.layer >= 0)))
-    short = [_label(place, labels) for place in places]
+    short = []
+    for place in places:
+        stack, kind = labels.get(place.kind, ("", ""))
+        short.append(place.kind[1] if place.layer < 0 else f"{stack} {place.layer} {kind}".strip())
     return short if len(set(short)) == len(short) else without_common_start(modules)
 
 
-def _label(place: _Place, labels: Mapping[tuple[str, str], tuple[str, str]]) -> str:
-    if place.layer < 0:
-        return place.kind[1]
-    stack, kind = labels[place.kind]
-    return f"{stack} {place.layer} {kind}".strip()
-
-
 def _tail(kind: str) -> str:
-    """The last two names of a kind, without numbers."""
+    """The last two parts of a module's name, without numbers."""
     return ".".join([part for part in kind.split(".") if part != "*"][-2:])
 
 
 def _without_common_end(names: Sequence[str]) -> list[str]:
-    """Dotted names without the trailing parts that all of them share; their first part stays."""
+    """Dotted names without their common trailing parts; the first part of each always stays."""
     turned = [".".join(reversed(name.split("."))) for name in names]
     return [".".join(reversed(name.split("."))) for name in without_common_start(turned)]
 
 
 def without_common_start(names: Sequence[str]) -> list[str]:
-    """Dotted names without the leading parts that all of them share; their last part stays."""
+    """Dotted names without their common leading parts; the last part of each always stays."""
     split = [name.split(".") for name in names]
     common = 0
     while split and all(len(parts) > common + 1 and parts[common] == split[0][common] for parts in split):

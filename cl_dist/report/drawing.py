@@ -1,8 +1,8 @@
-"""How a picture is drawn: sizes, colours, heat maps, and the bytes of a PNG file.
+"""Drawing primitives: sizes, colours, heat maps, and the bytes of a PNG file.
 
-matplotlib is imported when something is drawn, without pyplot: nothing is kept between pictures, no display is needed
-and no other command pays for it. A picture follows from its data alone: matplotlib's own defaults whatever the user's
-are, its own font, and no date or version in the file. All colours are told apart with any colour vision.
+matplotlib is imported only for drawing, without pyplot: no state is kept between pictures, no display is needed, and no
+other command pays for the import. A picture depends on its data only: it uses matplotlib's own defaults and font, and
+the file contains no date or version. All colours can be distinguished with any kind of colour vision.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ if TYPE_CHECKING:
 
 DPI = 110
 BLUE, ORANGE = "#0072b2", "#d55e00"
-"""Of Okabe and Ito's palette."""
+"""From Okabe and Ito's palette."""
 GREY, PALE, LIGHT = "#767676", "#c4c4c4", "#e6e6e6"
-"""For what stands behind."""
+"""Background elements."""
 SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
 NO_VALUE = {SEQUENTIAL: "#e6e6e6", DIVERGING: "#9e9e9e"}
-"""Colours that do not occur in the maps."""
+"""Colours of missing values; they do not occur in the maps."""
 BORDER = {SEQUENTIAL: "white", DIVERGING: GREY}
-"""Of blocks and rows, where numbers do not tell cells apart."""
+"""Lines between blocks and between rows of heat maps without numbers."""
 LABEL = 30
-"""Characters of a label; of a longer one the middle is left out."""
+"""Longest label in characters; longer ones are shortened in the middle."""
 LETTER = 0.075
-"""Inches: width of a letter of 8 points."""
+"""Inches: width of a letter at 8 points."""
 CELL, ROW = 0.6, 0.3
 """Inches: width of a cell with a number in it; height of a row."""
 WIDE, TALL = 12.0, 10.0
-"""Inches: width of a picture of the whole stream or the whole model; height of as many rows as there may be."""
+"""Inches: width of a picture of the whole stream or the whole model; largest height of all rows together."""
 LINE = 0.15
-"""Inches from one label of 8 points to the next: where tasks are closer, some of the labels are left out."""
+"""Inches between two labels at 8 points; if tasks are closer, only some labels are shown."""
 LEAST_FRAMED = 0.06
-"""Inches: smaller cells get no frame."""
+"""Inches: smaller cells are not framed."""
 NUMBERED = 20
-"""Rows and columns up to which the cells of a heat map have room for their numbers."""
+"""With more rows or columns than this, the cells of a heat map have no room for numbers."""
 
 
 def draw(size: tuple[float, float], paint: Callable[[Figure], None]) -> bytes:
-    """A PNG file of a figure of `size` inches that `paint` has filled; the same bytes for the same data."""
+    """Render a figure of `size` inches, drawn by `paint`, as a PNG file; the same data gives the same bytes."""
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -65,13 +65,13 @@ def draw(size: tuple[float, float], paint: Callable[[Figure], None]) -> bytes:
 
 
 def short(text: str) -> str:
-    """A text that fits beside an axis."""
+    """Shorten a text to fit beside an axis."""
     half = (LABEL - 1) // 2
     return text if len(text) <= LABEL else f"{text[:half]}…{text[-half:]}"
 
 
 def cell_size(rows: int, columns: int) -> tuple[float, float]:
-    """Width and height in inches of the cells of a numbered heat map: smaller where there are too many for numbers."""
+    """Width and height in inches of the cells of a numbered heat map; smaller if there are too many for numbers."""
     if max(rows - 1, columns) <= NUMBERED:
         return CELL, ROW
     return min(CELL, WIDE / columns), min(ROW, TALL / rows)
@@ -83,7 +83,7 @@ def row_height(rows: int) -> float:
 
 
 def fit(labels: Sequence[str], room: float) -> bool:
-    """Whether labels in 8 point letters stand beside each other in `room` inches each."""
+    """Whether labels at 8 points fit side by side with `room` inches each."""
     return max((len(short(label)) for label in labels), default=0) * LETTER <= room
 
 
@@ -94,14 +94,14 @@ def numbered_heat_map(
     columns: Sequence[str],
     colours: tuple[str, Normalize],
 ) -> ScalarMappable:
-    """A heat map with the number in every cell, and a dash where it is NaN; without numbers where there is no room.
+    """Draw a heat map with a number in every cell, or a dash for NaN; without numbers if there is no room for them.
 
     Args:
         axes: Where to draw.
         values: `(rows, columns)`.
-        rows: Labels from the top down.
+        rows: Labels from top to bottom.
         columns: Labels from left to right.
-        colours: Name of the colour map, and the scale.
+        colours: Name of the colour map, and its scale.
     """
     image = _heat_map(axes, values, colours)
     width, height = cell_size(*values.shape)
@@ -113,18 +113,20 @@ def numbered_heat_map(
 
 
 def _number(axes: Axes, image: ScalarMappable, values: Floats) -> None:
-    """Write each value into its cell, in black or white."""
+    """Write each value into its cell, in black or white, whichever has more contrast."""
     shades = np.asarray(image.to_rgba(values))
     for (row, column), value in np.ndenumerate(values):
-        dark = not np.isnan(value) and _luminance(shades[row, column]) < 0.4
+        # White on dark cells. The weights are those of luminance in ITU-R BT.709.
+        red, green, blue = shades[row, column][:3]
+        dark = not np.isnan(value) and 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.4
         text = "–" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
         colour = "white" if dark else "black"
         written = axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
-        written.set_in_layout(False)  # it lies inside the axes; measuring each of them takes most of the time
+        written.set_in_layout(False)  # inside the axes anyway, and measuring every text would take most of the time
 
 
 def frame_cells(axes: Axes, cells: Sequence[tuple[int, int]], cell: tuple[float, float]) -> None:
-    """Frame cells (column, row) of a heat map whose cells have this size, unless they are too small to be framed."""
+    """Frame cells (column, row) of a heat map with cells of this size, unless the cells are too small."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
@@ -138,14 +140,14 @@ def frame_cells(axes: Axes, cells: Sequence[tuple[int, int]], cell: tuple[float,
 def block_heat_map(
     axes: Axes, values: Floats, rows: Sequence[str], columns: Columns, colours: tuple[str, Normalize]
 ) -> ScalarMappable:
-    """A heat map whose columns stand in labelled blocks; `values` is `(rows, columns)`, NaN where there is none."""
+    """Draw a heat map with labelled blocks of columns; `values` is `(rows, columns)`, NaN for missing values."""
     image, border = _heat_map(axes, values, colours), BORDER[colours[0]]
     widths = np.array([width for _, width in columns.blocks])
-    ends = np.cumsum(widths) - 0.5
+    ends = np.cumsum(widths) - 0.5  # cells are centred on whole numbers
     for end in ends[:-1]:
         axes.axvline(end, color=border, linewidth=1.2)
     height = row_height(len(rows))
-    if height == ROW:
+    if height == ROW:  # lines between thinner rows would hide them
         for row in range(1, len(rows)):
             axes.axhline(row - 0.5, color=border, linewidth=0.6)
     labels = [label for label, _ in columns.blocks]
@@ -155,7 +157,7 @@ def block_heat_map(
 
 
 def add_colour_bar(figure: Figure, image: ScalarMappable, axes: Axes, label: str) -> None:
-    """A scale beside a heat map."""
+    """Draw the colour scale beside a heat map."""
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05, aspect=25)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=8)
@@ -170,7 +172,7 @@ def _heat_map(axes: Axes, values: Floats, colours: tuple[str, Normalize]) -> Sca
 
 
 def thinned(count: int, room: float) -> range:
-    """Which of `count` labels are shown that have `room` inches each: all, or every second, third and so on."""
+    """Which of `count` labels to show if each has `room` inches: all, or every second, third and so on."""
     return range(0, count, max(1, math.ceil(LINE / room - 1e-9)))
 
 
@@ -181,14 +183,8 @@ def _label_rows(axes: Axes, labels: Sequence[str], room: float) -> None:
 
 
 def _label_columns(axes: Axes, places: Sequence[float] | Floats | range, labels: Sequence[str], room: float) -> None:
-    """Labels below an axis, each of which has `room` inches, slanted where that is too little; as many as fit."""
+    """Label the columns; each label has `room` inches. Slant the labels if that is too little, and thin them out."""
     slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     style: dict[str, Any] = {"ha": "center"} if fit(labels, room) else slanted
     shown = thinned(len(labels), room)
     axes.set_xticks([places[each] for each in shown], [short(labels[each]) for each in shown], fontsize=8, **style)
-
-
-def _luminance(rgba: Any) -> float:
-    """Brightness of a colour, a sequence of red, green, blue and opacity, 0 to 1 (ITU-R BT.709)."""
-    red, green, blue = rgba[:3]
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -1,6 +1,6 @@
-"""Text of users in tables: every character is shown as it is and none of them is taken for markup.
+"""Escapes user text in Markdown and LaTeX, so that every character is shown literally and none acts as markup.
 
-CSV needs none of this: the csv module quotes what needs it.
+CSV needs no escaping: the csv module quotes where necessary.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import re
 import unicodedata
 
 MARKUP = {character: f"\\{character}" for character in "\\`*|[]~$"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-"""What Markdown takes for markup inside a line, and how it is written instead. `_` is one only beside a space or a
-mark (GitHub's flavour), and stays as it is inside a name.
+"""Characters that are markup within a line of Markdown, and their escapes. `_` is markup only next to a space or a
+punctuation mark (GitHub's flavour), and stays unescaped inside a name.
 """
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -20,7 +20,7 @@ LATEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     '"': r"\textquotedbl{}",
-    # `\\ [` and `\\ *` begin an option of the line break that is before them.
+    # After a line break (`\\`), `[` and `*` would start an option of that break.
     "[": "{[}",
     "]": "{]}",
     "*": "{*}",
@@ -31,36 +31,36 @@ _LEADING = re.compile(r"^(#{1,6}(?= |$)|[-+](?= |$)|\d+(?=[.)]))")
 
 
 class Markdown(str):
-    """Text that is Markdown already: a table's cell leaves it alone."""
+    """Text that is already Markdown: table cells do not escape it."""
 
     __slots__ = ()
 
 
 def one_line(text: str) -> str:
-    """`text` on one line: white space becomes a space each, and what cannot be shown the sign for that (U+FFFD)."""
+    """`text` on one line: each white-space character becomes a space, each invisible one U+FFFD."""
     shown = ("\ufffd" if _is_hidden(character) else character for character in re.sub(r"\s", " ", text))
     return "".join(shown)
 
 
 def _is_hidden(character: str) -> bool:
-    """Control characters, half of a surrogate pair, and what turns the direction of the text around it."""
+    """Whether a character is a control character, half of a surrogate pair, or changes the direction of text."""
     return unicodedata.category(character) in ("Cc", "Cs") or character in "\u202a\u202b\u202d\u202e\u2066\u2067\u2068"
 
 
 def markdown_text(text: str) -> str:
-    """`text` as Markdown shows it, on one line."""
+    """`text` as Markdown, on one line."""
     escaped = "".join(MARKUP.get(character, character) for character in one_line(text))
     return _LONE_UNDERSCORE.sub(r"\\_", escaped)
 
 
 def markdown_line(text: str) -> str:
-    """As `markdown_text`, for text that begins a line: it becomes no heading and no list."""
+    """`markdown_text` for the beginning of a line, where text must not become a heading or a list."""
     escaped = markdown_text(text)
     return _LEADING.sub(lambda mark: mark[0] + "\\" if mark[0].isdecimal() else "\\" + mark[0], escaped)
 
 
 def markdown_code(text: str) -> Markdown:
-    """`text` as a code span that may stand in a table's cell."""
+    """`text` as a code span, which also works in a table cell."""
     shown = one_line(text).replace("|", "\\|")
     longest = max((len(run) for run in re.findall("`+", shown)), default=0)
     fence = "`" * (longest + 1)
@@ -69,5 +69,5 @@ def markdown_code(text: str) -> Markdown:
 
 
 def escape_latex(text: str) -> str:
-    """`text` as LaTeX prints it, on one line."""
+    """`text` as LaTeX, on one line."""
     return "".join(LATEX.get(character, character) for character in one_line(text))

@@ -1,4 +1,4 @@
-"""report.md: the tables of a run, with its pictures."""
+"""report.md: the tables and pictures of a run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from cl_dist.report.escape import Markdown, markdown_code, markdown_text
 from cl_dist.report.reading import RunData
 from cl_dist.report.tables import general_names, markdown
 from cl_dist.report.units import UnitResults
-from cl_dist.state.manifest import Manifest
 
 MATRIX_FILE = "accuracy_matrix.csv"
-"""Written where the matrix is too wide for the page."""
+"""Written if the matrix is too wide for the page."""
 TOP_UNITS = 5
-"""Units that are named per task."""
+"""Number of units listed per task."""
 MIB = 2**20
 
 SETTINGS = {
@@ -33,45 +32,45 @@ SETTINGS = {
     "learning rate": "train.learning_rate",
     "seed": "train.seed",
 }
-"""Settings of the recipe that head a report."""
+"""Settings of the recipe at the top of a report."""
 
 CAPTIONS = {
-    "accuracy_matrix.png": "Row: the model after a task, the untouched one first. Column: the task that it is scored "
-    "on. A frame marks the task that was just trained; – or pale is not evaluated.",
-    "scores.png": "Each task's score over the stream (blue), beside those of the other tasks (grey). The orange mark "
-    "is the score right after the task's own training. More than 25 tasks share one panel, in which the blue line is "
-    "the mean over the tasks trained so far.",
-    "loss.png": "Training loss over the optimiser steps; dashed lines are the borders of tasks. Where a task has 40 "
-    "steps or more, the strong line is the mean over a twentieth of them.",
+    "accuracy_matrix.png": "Rows: the model after each task, starting with the untouched model. Columns: the task it "
+    "is scored on. Frames mark the task that was just trained; – or a pale cell means not evaluated.",
+    "scores.png": "Each task's score over the stream (blue) and those of the other tasks (grey). The orange mark is "
+    "the score right after the task's own training. With more than 25 tasks there is only one panel, in which the blue "
+    "line is the mean over the tasks trained so far.",
+    "loss.png": "Training loss over the optimiser steps; dashed lines separate the tasks. For tasks with 40 steps or "
+    "more, the strong line is a moving mean over a twentieth of the steps.",
     "unit_importance.png": "Importance of the skill units to each task: the scores that fusion uses, min-max "
-    "normalised per task (1: the task's most important unit). The colours are logarithmic; 0.00001 and less are one "
-    "colour. Where there are many units, a column is a module and its colour the mean of its units, weighted by their "
-    "number of elements: [unit_importance.csv](unit_importance.csv) has every unit.",
-    "task_correlation.png": "Pearson's correlation of two tasks' normalised unit scores. Where all units of a task "
-    "have the same score, or one that is not a number, it is not defined and shown as –. "
-    "[task_correlation.csv](task_correlation.csv) has the numbers.",
-    "fusion.png": "What fusion did to every module: the share of the weights after the task (new) in the mixture with "
-    "those before it (old), as the mean over the module's units by elements. The colours are centred on one half. "
-    "The first task is not fused. [fusion.csv](fusion.csv) also has the least and the largest share of a module's "
-    "units.",
+    "normalised per task (1: the task's most important unit). The colour scale is logarithmic; 0.00001 and less have "
+    "the same colour. If there are many units, a column is a module and its colour the mean of the module's units, "
+    "weighted by their number of elements; [unit_importance.csv](unit_importance.csv) lists every unit.",
+    "task_correlation.png": "Pearson correlation between the normalised unit scores of two tasks. It is undefined, "
+    "shown as –, if all units of a task have the same score or a score is not a number. "
+    "[task_correlation.csv](task_correlation.csv) lists the numbers.",
+    "fusion.png": "What fusion did to each module: the share of the weights after the task (new) in the mixture with "
+    "the weights before it (old), as the mean over the module's units, weighted by elements. The colours are centred "
+    "on one half. The first task is not fused. [fusion.csv](fusion.csv) also lists the smallest and the largest share "
+    "among a module's units.",
 }
-"""What each picture shows, by its file."""
+"""The caption of each picture, by file name."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """What the page is made of."""
+    """The contents of the page."""
 
     run: RunData
     units: UnitResults | None
-    """What the finished tasks left about skill units."""
+    """The skill units of the finished tasks, if their method has any."""
     files: Collection[str]
     """Names of the pictures and CSV files beside the page."""
     missing: Sequence[str]
-    """What could not be shown, and why."""
+    """What is not shown, and why."""
 
     def render(self, out: Path) -> str:
-        """The page as Markdown, for the folder `out`."""
+        """The page as Markdown; links are relative to the folder `out`."""
         parts = [*self._head(out), *self._scores(), *self._general(), *self._training(), *self._units()]
         if self.missing:
             parts += ["## What is missing", "\n".join(f"- {markdown_text(text)}" for text in self.missing)]
@@ -80,8 +79,8 @@ class Page:
     def _head(self, out: Path) -> Iterator[str]:
         run, manifest = self.run, self.run.manifest
         yield f"# Run {markdown_text(run.folder.path.resolve().name)}"
-        yield f"{len(run.done)} of {len(manifest.tasks)} tasks are done; status: {manifest.status}."
-        # A manifest of format 1 has no segments: its run had one number of ranks and one stage.
+        yield f"{len(run.done)} of {len(manifest.tasks)} tasks are finished; status: {manifest.status}."
+        # Format 1 of the manifest has no segments: such a run had a single world size and ZeRO stage.
         layouts = manifest.segments or (manifest,)
         ranks = "; then ".join(f"{layout.world_size}, ZeRO stage {layout.zero_stage}" for layout in layouts)
         lines = [*_settings(run.settings), ["ranks", ranks], ["restarts", str(manifest.restarts)]]
@@ -96,7 +95,7 @@ class Page:
             return
         yield "## Scores"
         if MATRIX_FILE in self.files:
-            yield f"Each task right after its own training and now; the matrix is in [{MATRIX_FILE}]({MATRIX_FILE})."
+            yield f"Scores right after each task's training and now; [{MATRIX_FILE}]({MATRIX_FILE}) has the matrix."
             lines = ([task, *map(_score, scores)] for task, *scores in own_and_last(tasks, matrix))
             yield markdown(["task", "after its training", "now"], lines)
         else:
@@ -109,21 +108,23 @@ class Page:
         yield from self._metrics()
 
     def _metrics(self) -> Iterator[str]:
-        """The metrics over the tasks that are done."""
+        """The metrics over the finished tasks."""
         done, matrix = len(self.run.done), self.run.manifest.accuracy_matrix
         if done == 0:
             return
+        # Later tasks, as far as they have scores (eval.tasks: all), do not count yet.
         if done < len(self.run.manifest.tasks):
-            yield f"The metrics so far, as if the stream ended with {markdown_text(self.run.done[-1])}:"
+            yield f"Metrics so far, as if the stream ended with {markdown_text(self.run.done[-1])}:"
         values = metrics.all_metrics([row[:done] for row in matrix])
-        del values["forward_transfer_single"]  # a run knows nothing of models trained on one task alone
-        yield from _notes(self.run.manifest)
+        del values["forward_transfer_single"]  # needs the scores of models trained on a single task, from other runs
+        if notes := score_notes(self.run.manifest.scoring_by_task()):
+            yield "\n".join(f"- {note[0].upper()}{note[1:]}." for note in notes)
         lines = ([markdown_code(name), _score(value), definition(name)] for name, value in values.items())
         header = ["metric", "value", "definition (T tasks, score a[i][j] on task j after task i)"]
         yield markdown(header, lines, text=(0, 2))
 
     def _general(self) -> Iterator[str]:
-        """Scores of lm-evaluation-harness."""
+        """General ability, as scored by lm-evaluation-harness."""
         measured, tasks = self.run.manifest.general, self.run.done
         if not measured:
             return
@@ -159,12 +160,12 @@ class Page:
         yield "## Skill units"
         yield f"{len(table.names)} units in {len(table.modules)} modules, {int(table.elements.sum())} trained elements."
         yield from self._pictures("unit_importance.png")
-        yield f"The {min(TOP_UNITS, len(table.names))} most important units of each task, and their importance:"
+        yield f"The {min(TOP_UNITS, len(table.names))} most important units of each task, with their importance:"
         yield markdown(["task", "units"], _top_units(self.run.done, self.units), text=(0, 1))
         yield from self._pictures("task_correlation.png", "fusion.png")
 
     def _pictures(self, *names: str) -> Iterator[str]:
-        """Each picture that is there, with its caption."""
+        """The pictures that exist, with their captions."""
         for name in names:
             if name in self.files:
                 yield f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"
@@ -183,14 +184,8 @@ def _settings(settings: Mapping[str, Any]) -> Iterator[list[str]]:
             yield [label, str(value)]
 
 
-def _notes(manifest: Manifest) -> Iterator[str]:
-    """What readers of the metrics must know, as a list; nothing where there is nothing."""
-    if notes := score_notes(manifest.scoring_by_task()):
-        yield "\n".join(f"- {note[0].upper()}{note[1:]}." for note in notes)
-
-
 def _scored_by(names: Mapping[str, str]) -> str:
-    """`exact_match`, or which tasks by which score where they differ."""
+    """`exact_match`, or each metric with its tasks if they differ."""
     by_name: dict[str, list[str]] = {}
     for task, name in names.items():
         by_name.setdefault(name, []).append(task)
@@ -200,7 +195,7 @@ def _scored_by(names: Mapping[str, str]) -> str:
 
 
 def definition(name: str) -> str:
-    """The first line of a metric's function; nothing for a name that has none."""
+    """The first line of the docstring of a metric's function; empty if there is none."""
     return (inspect.getdoc(getattr(metrics, name, None)) or "").partition("\n")[0]
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a report, as the bytes of PNG files."""
+"""Draws the pictures of a report, as the bytes of PNG files."""
 
 from __future__ import annotations
 
@@ -40,16 +40,17 @@ if TYPE_CHECKING:
 Matrix = Sequence[Sequence[float | None]]
 
 LEAST_IMPORTANCE = 1e-5
-"""Where the colours of importance begin: it spans many orders of magnitude."""
+"""Lower end of the colour scale of importance, which spans many orders of magnitude."""
 PANELS = 5
-"""Panels beside each other."""
+"""Panels per row."""
 MOST_PANELS = 25
-"""With more tasks than this their scores share one panel."""
+"""With more tasks than this, all scores share one panel."""
 
 
 def accuracy_matrix(tasks: Sequence[str], matrix: Matrix) -> bytes:
-    """Row: after which task, the untouched model first; column: the task it is scored on. A frame marks the task that
-    was just trained. With many tasks there is no room for numbers, and with hundreds none for frames.
+    """The accuracy matrix. Rows: the model after each task, starting with the untouched model; columns: the task it is
+    scored on. Frames mark the task that was just trained. Many tasks leave no room for numbers, hundreds none for
+    frames.
     """
     values = _as_array(matrix)
     rows = ["untouched", *(f"after {name}" for name in tasks)][: len(values)]
@@ -66,8 +67,8 @@ def accuracy_matrix(tasks: Sequence[str], matrix: Matrix) -> bytes:
 
 
 def scores(tasks: Sequence[str], matrix: Matrix) -> bytes:
-    """A panel per task: its score over the stream, the other tasks' in grey; the mark is its own training. Many tasks
-    share one panel, in which the strong line is the mean over those that are trained.
+    """A panel per task: its score over the stream, the other tasks' scores in grey, and a mark after its own training.
+    Many tasks share one panel, in which the strong line is the mean over the trained tasks.
     """
     values = _as_array(matrix)
     if len(tasks) > MOST_PANELS:
@@ -101,7 +102,7 @@ def _score_panel(axes: Axes, values: Floats, task: int) -> None:
 
 
 def _scores_of_many(values: Floats) -> bytes:
-    """All tasks in one panel, the mean over the trained ones, and every task's score after its own training."""
+    """All tasks in one panel: their scores, the mean over the trained ones, and each score after its own training."""
     from matplotlib.collections import LineCollection
 
     steps = np.arange(len(values))
@@ -123,7 +124,7 @@ def _scores_of_many(values: Floats) -> bytes:
 
 
 def _mean(values: Floats) -> float:
-    """Mean of those that are known; NaN where none is."""
+    """Mean of the known values; NaN if there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else math.nan
 
@@ -139,13 +140,13 @@ def _style_score_panels(grid: np.ndarray, values: Floats, tasks: int) -> None:
 
 
 def loss(tasks: Sequence[str], losses: Mapping[str, Losses]) -> bytes:
-    """Training loss over the optimiser steps of the whole stream, with a line where a task begins.
+    """Training loss over the optimiser steps of the whole stream, with lines between the tasks.
 
-    Where a task has many steps, the mean over a window of a twentieth of them is drawn over the single losses.
+    For tasks with many steps, a moving mean over a twentieth of the steps is drawn on top of the single losses.
     """
     trained = [name for name in tasks if losses.get(name)]
     lengths = [max(losses[name]) for name in trained]
-    starts = np.cumsum([0, *lengths])
+    starts = np.cumsum([0, *lengths])  # of each task, in steps of the whole stream
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -173,9 +174,10 @@ def _loss_of_task(axes: Axes, start: int, length: int, losses: Losses) -> None:
 
 
 def moving_mean(values: Floats, window: int) -> Floats:
-    """Mean over `window` neighbours, as many of them as there are at the ends; NaN counts for nothing."""
+    """Mean over `window` neighbours, fewer at the ends; NaN is ignored."""
     known = ~np.isnan(values)
     ones = np.ones(window)
+    # Sum and count separately, so that NaN and the ends, where there are fewer values, need no special case.
     counts = np.convolve(known.astype(float), ones, mode="same")
     sums = np.convolve(np.where(known, values, 0.0), ones, mode="same")
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0.5)
@@ -194,7 +196,7 @@ def _style_loss(axes: Axes, starts: Floats, trained: Sequence[str]) -> None:
 
 
 def unit_importance(tasks: Sequence[str], units: UnitResults) -> bytes:
-    """Task by skill unit, or by module where there are many units: normalised importance, on a logarithmic scale."""
+    """Normalised importance on a logarithmic scale, by task and skill unit, or by module if there are many units."""
     from matplotlib.colors import LogNorm
 
     columns = columns_of_units(units.table)
@@ -210,7 +212,7 @@ def unit_importance(tasks: Sequence[str], units: UnitResults) -> bytes:
 
 
 def task_correlation(tasks: Sequence[str], correlations: Floats) -> bytes:
-    """Pearson's correlation of the tasks' unit scores; a dash where a task's scores are all the same."""
+    """Pearson correlation of the tasks' unit scores; a dash if all scores of a task are equal."""
     from matplotlib.colors import Normalize
 
     def paint(figure: Figure) -> None:
@@ -224,8 +226,8 @@ def task_correlation(tasks: Sequence[str], correlations: Floats) -> bytes:
 
 
 def fusion(tasks: Sequence[str], units: UnitResults) -> bytes:
-    """Fused task (all but the first) by module: the share of the new weights, and of the old where it is not the
-    rest. One half is white; the colours end at the share that is farthest from it.
+    """Share of the new weights by fused task (all but the first) and module, and of the old weights if the two do not
+    add up to 1. One half is white; the scale ends at the share that is farthest from it.
     """
     columns = columns_of_modules(units.table)
     shares = {"share of the new weights": units.share_new[1:]}
@@ -245,7 +247,7 @@ def fusion(tasks: Sequence[str], units: UnitResults) -> bytes:
 
 
 def _around_half(shares: Floats) -> Normalize:
-    """A scale with 0.5 in its middle; a tenth of it at least, so that rounding does not look like a difference."""
+    """A scale centred on 0.5 that spans at least a tenth, so that rounding does not look like a difference."""
     from matplotlib.colors import Normalize
 
     farthest = np.abs(shares[~np.isnan(shares)] - 0.5).max(initial=0.05)
@@ -257,7 +259,7 @@ def _as_array(matrix: Matrix) -> Floats:
 
 
 def _scale(values: Floats) -> Normalize:
-    """From the worst score to the best; shares from 0 to 1, so that pictures of two runs can be compared."""
+    """From the worst to the best score; for shares from 0 to 1, so that the pictures of two runs are comparable."""
     from matplotlib.colors import Normalize
 
     if _within_one(values) or np.isnan(values).all():
@@ -266,6 +268,6 @@ def _scale(values: Floats) -> Normalize:
 
 
 def _within_one(values: Floats) -> bool:
-    """Whether the scores are shares, such as accuracies; log-likelihoods are negative."""
+    """Whether the scores are shares such as accuracies; log-likelihoods, for example, are negative."""
     known = values[~np.isnan(values)]
     return known.size > 0 and bool((known >= 0).all() and (known <= 1).all())

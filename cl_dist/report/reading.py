@@ -1,4 +1,4 @@
-"""What a run folder says about a run, finished or not."""
+"""Reads a run folder for its report, whether the run is finished or not."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from cl_dist.state.run_folder import RunFolder
 from cl_dist.state.stored_json import read_stored_text
 
 MOST_STEPS = 10_000_000
-"""Steps of a task that a picture can show; a record that says more is damaged."""
+"""Steps of a task that a picture can show; a log record with a larger number is damaged."""
 
 Losses = dict[int, float]
-"""Training loss by optimiser step, from 1; NaN where it was not finite."""
+"""Training loss by optimiser step, from 1; NaN if it was not finite."""
 
 
 @dataclass
 class RunLog:
-    """What log.jsonl tells."""
+    """The contents of log.jsonl that a report needs."""
 
     losses: dict[str, Losses] = field(default_factory=dict)
     """By task."""
     metrics: dict[str, str] = field(default_factory=dict)
-    """The name of the score that each evaluated task has, such as exact_match."""
+    """The metric of each evaluated task, such as exact_match."""
     unreadable: int = 0
-    """Lines that are no records: a kill may cut one off."""
+    """Number of lines that are not records; a kill may cut a line off."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """A run, as far as it is."""
+    """A run and its results so far."""
 
     folder: RunFolder
     manifest: Manifest
     settings: dict[str, Any]
-    """The resolved recipe as it was written, by whatever release; empty where there is none."""
+    """The resolved recipe as written by any release; empty if there is none."""
     log: RunLog
 
     @property
@@ -54,28 +54,24 @@ def read_run(path: Path) -> RunData:
     """Read the manifest, the recipe and the log in the run folder `path`.
 
     Raises:
-        BadInput: There is no such folder, it holds no run, or one of these files is damaged.
+        BadInput: The folder does not exist or contains no run, or one of these files is damaged.
     """
     if not path.exists():
-        raise BadInput(f"{path}: there is no such folder; give the run folder (output_dir) of a run")
+        raise BadInput(f"{path}: no such folder; give the run folder (output_dir) of a run")
     if not path.is_dir():
         raise BadInput(f"{path} is not a folder; give the run folder (output_dir) of a run")
     folder = RunFolder(path)
     manifest = Manifest.read(folder.manifest)
-    _check_rows(manifest, folder.manifest)
+    rows = len(manifest.accuracy_matrix)
+    if not manifest.tasks:
+        raise BadInput(f"{folder.manifest} is damaged: it lists no tasks")
+    if rows <= manifest.completed and manifest.completed > 0:
+        raise BadInput(f"{folder.manifest} is damaged: {rows} rows of scores, but {manifest.completed} completed tasks")
     return RunData(folder, manifest, _read_settings(folder.config), read_log(folder.log, manifest.tasks))
 
 
-def _check_rows(manifest: Manifest, path: Path) -> None:
-    rows = len(manifest.accuracy_matrix)
-    if not manifest.tasks:
-        raise BadInput(f"{path} is damaged: it names no tasks")
-    if rows <= manifest.completed and manifest.completed > 0:
-        raise BadInput(f"{path} is damaged: {rows} rows of scores, but {manifest.completed} tasks are completed")
-
-
 def _read_settings(path: Path) -> dict[str, Any]:
-    """The recipe as plain values: another release may have had other settings, so none of them is checked."""
+    """The recipe as plain values, unchecked, since another release may have had different settings."""
     if not path.exists():
         return {}
     try:
@@ -84,12 +80,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
         reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} is damaged: ")
         raise BadInput(f"{path} is damaged: {reason}") from error
     if not isinstance(data, dict):
-        raise BadInput(f"{path} is damaged: it holds no settings")
+        raise BadInput(f"{path} is damaged: it contains no settings")
     return data
 
 
 def read_log(path: Path, tasks: tuple[str, ...]) -> RunLog:
-    """Read the log of a run over `tasks`; an absent file is an empty log, `BadInput` where it cannot be read."""
+    """Read the log of a run over `tasks`; a missing file is an empty log, one that cannot be read is `BadInput`."""
     log = RunLog()
     for line in _lines(path):
         try:
@@ -122,7 +118,7 @@ def _take(log: RunLog, record: dict[str, Any]) -> None:
             raise ValueError(f"step {step}")
         loss = math.nan if loss is None else float(loss)
         losses = log.losses.setdefault(record["task"], {})
-        # A resumed run repeats the steps after its checkpoint: what follows the repeated step was undone.
+        # A resumed run repeats the steps after its checkpoint, so the old records from this step on are obsolete.
         for undone in [number for number in reversed(losses) if number >= step] if step in losses else []:
             del losses[undone]
         losses[step] = loss

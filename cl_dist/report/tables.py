@@ -17,7 +17,7 @@ FUSION_COLUMNS = ("new_mean", "new_min", "new_max", "old_mean", "old_min", "old_
 
 
 def importance_csv(tasks: Sequence[str], units: UnitResults) -> str:
-    """A line per skill unit: unit, modules, elements, and its normalised importance to every task."""
+    """A line per skill unit: unit, modules, elements, and its normalised importance to each task."""
     table = units.table
     modules: list[list[str]] = [[] for _ in table.names]
     for unit, module in zip(table.unit.tolist(), table.module.tolist(), strict=True):
@@ -29,13 +29,13 @@ def importance_csv(tasks: Sequence[str], units: UnitResults) -> str:
 
 
 def correlation_csv(tasks: Sequence[str], correlations: Floats) -> str:
-    """Task by task; empty where the correlation is not defined."""
+    """A task-by-task matrix; cells are empty where the correlation is undefined."""
     lines = ([name, *map(_cell, row)] for name, row in zip(tasks, correlations.tolist(), strict=True))
     return csv_text(["task", *tasks], lines)
 
 
 def fusion_csv(tasks: Sequence[str], units: UnitResults) -> str:
-    """A line per task and module: mean (by elements), least and largest share of the new and of the old weights."""
+    """A line per task and module: mean (weighted by elements), smallest and largest share of new and of old weights."""
     table = units.table
     counts = np.bincount(table.module).tolist()
     sizes = np.bincount(table.module, table.elements).tolist()
@@ -52,7 +52,7 @@ def fusion_csv(tasks: Sequence[str], units: UnitResults) -> str:
 
 
 def matrix_csv(tasks: Sequence[str], matrix: Sequence[Sequence[float | None]]) -> str:
-    """A line per model, the untouched one first, and a column per task that it is scored on; empty: not evaluated."""
+    """A line per model, starting with the untouched one, and a column per scored task; empty: not evaluated."""
     places = ["untouched", *tasks]
     lines = (
         [place, *("" if score is None else score for score in row)] for place, row in zip(places, matrix, strict=False)
@@ -61,7 +61,7 @@ def matrix_csv(tasks: Sequence[str], matrix: Sequence[Sequence[float | None]]) -
 
 
 def general_names(measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Tasks of lm-evaluation-harness, in the order in which they were measured first."""
+    """Tasks of lm-evaluation-harness, in the order of their first measurement."""
     return list(dict.fromkeys(name for entry in measured for name in entry["scores"]))
 
 
@@ -77,21 +77,19 @@ def general_csv(measured: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], text: Collection[int] = (0,)) -> str:
-    """A table; the columns of numbers, which are not in `text`, are flush right. Cells are escaped, but for those that
-    are `Markdown` already.
+    """A Markdown table. Columns in `text` are left-aligned, the others, which are numbers, right-aligned. Cells are
+    escaped unless they are `Markdown`.
     """
     rule = ["---" if column in text else "---:" for column in range(len(header))]
-    cells = ([_markdown_cell(cell) for cell in line] for line in [header, *lines])
+    cells = (
+        [cell if isinstance(cell, Markdown) else markdown_text(cell) for cell in line] for line in [header, *lines]
+    )
     rows = ["| " + " | ".join(line) + " |" for line in cells]
     return "\n".join([rows[0], "| " + " | ".join(rule) + " |", *rows[1:]])
 
 
-def _markdown_cell(cell: str) -> str:
-    return cell if isinstance(cell, Markdown) else markdown_text(cell)
-
-
 def csv_text(header: Sequence[str], lines: Iterable[Sequence[str | int | float]]) -> str:
-    """A CSV file with these columns."""
+    """The text of a CSV file with these columns."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)

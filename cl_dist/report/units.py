@@ -1,7 +1,7 @@
-"""Skill units of a run's tasks as arrays: which module a unit belongs to, its importance and its shares in fusion.
+"""The skill units of a run as arrays: their modules, their importance to each task, and their shares in fusion.
 
-Read from what the methods that fuse leave in every task's folder (docs/kif.md has the format). No torch: vectors of
-scores are small, and a report should start at once.
+Read from the files that methods with fusion write into each task's folder (docs/kif.md has the format). No torch: the
+score vectors are small, and a report should start instantly.
 """
 
 from __future__ import annotations
@@ -27,33 +27,34 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 _WRONG_KIND = (ValueError, TypeError, AttributeError, RecursionError)
-"""What reading raises where a value is not of the kind that is written there."""
+"""Raised when a value in a file has an unexpected type."""
 _OF_LORA = re.compile(r"\.lora_[^.]+(\..*)?$")
-"""What follows a module's name in the name of one of its LoRA matrices."""
+"""The part of a LoRA matrix's name after the module's name."""
 
 
 @dataclass(frozen=True)
 class UnitTable:
-    """The skill units of a model, cut into pieces: what one unit owns of one module is a piece."""
+    """The skill units of a model, divided into pieces: a piece is the part of one module that belongs to one unit."""
 
     names: tuple[str, ...]
     """Units, in the order of units.json."""
     modules: tuple[str, ...]
-    """Modules, in the order in which units name them."""
+    """Modules, in order of first appearance."""
     unit: Indices
-    """`(pieces,)` number of the piece's unit."""
+    """`(pieces,)` index of the piece's unit."""
     module: Indices
-    """`(pieces,)` number of its module."""
+    """`(pieces,)` index of its module."""
     elements: Floats
     """`(pieces,)` number of its elements."""
 
     @staticmethod
     def from_json(units: Mapping[str, Any]) -> UnitTable:
-        """Take units as units.json has them: unit -> [{"parameter": name, "slices": one [start, stop] per dimension}].
+        """Parse units.json: unit -> [{"parameter": name, "slices": one [start, stop] per dimension}].
 
         Raises:
-            ValueError, TypeError, KeyError, AttributeError: `units` is something else.
+            ValueError, TypeError, KeyError, AttributeError: `units` has another format.
         """
+        # A unit may own slices of several parameters of one module (both LoRA matrices): they form a single piece.
         modules: dict[str, int] = {}
         pieces: dict[tuple[int, int], int] = {}
         for unit, slices in enumerate(units.values()):
@@ -61,7 +62,7 @@ class UnitTable:
                 key = (unit, modules.setdefault(module_of(entry["parameter"]), len(modules)))
                 pieces[key] = pieces.get(key, 0) + _elements(entry["slices"])
         if not units or len({unit for unit, _ in pieces}) < len(units) or min(pieces.values()) < 1:
-            raise ValueError("there is no unit, or one that owns nothing")
+            raise ValueError("it has no units, or a unit without elements")
         keys = np.array(list(pieces), dtype=np.int64)
         return UnitTable(tuple(units), tuple(modules), keys[:, 0], keys[:, 1], np.array(list(pieces.values()), float))
 
@@ -71,11 +72,11 @@ class UnitTable:
         return elements
 
     def mean(self, values: Floats, groups: Indices, count: int) -> Floats:
-        """Mean of a value of each unit over groups of pieces, weighted by the number of elements.
+        """Mean of the units' values over groups of pieces, weighted by the number of elements.
 
         Args:
-            values: `(tasks, units)`; NaN makes its group's mean NaN.
-            groups: `(pieces,)` the group of each piece.
+            values: `(tasks, units)`; a NaN makes its group's mean NaN.
+            groups: `(pieces,)` group of each piece.
             count: Number of groups.
 
         Returns:
@@ -86,10 +87,10 @@ class UnitTable:
         return np.array(sums).reshape(len(values), count) / weights
 
     def extremes(self, values: Floats) -> tuple[Floats, Floats]:
-        """Smallest and largest value of a module's units: two of `(tasks, modules)`, from `(tasks, units)`."""
+        """Smallest and largest value among each module's units: `(tasks, units)` to two `(tasks, modules)`."""
         shape = (len(values), len(self.modules))
         low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
-        with np.errstate(invalid="ignore"):  # NaN makes both NaN
+        with np.errstate(invalid="ignore"):  # a NaN makes both NaN
             for task, row in enumerate(values):
                 np.minimum.at(low[task], self.module, row[self.unit])
                 np.maximum.at(high[task], self.module, row[self.unit])
@@ -98,35 +99,35 @@ class UnitTable:
 
 @dataclass(frozen=True)
 class UnitResults:
-    """What the finished tasks left about the units; rows are tasks."""
+    """The units' results for the finished tasks; rows are tasks."""
 
     table: UnitTable
     importance: Floats
-    """`(tasks, units)` scores of each task, min-max normalised: 1 for its most important unit, 0 for the least."""
+    """`(tasks, units)` scores, min-max normalised per task: 1 is the most important unit, 0 the least important."""
     share_new: Floats
     """`(tasks, units)` share of the task's own weights after fusion; the first task is not fused (1)."""
     share_old: Floats
     """`(tasks, units)` share of the weights before the task."""
     shares_are_independent: bool
-    """Whether a file gives the old share, which then need not be 1 - new."""
+    """Whether the files have the old share, which then need not be 1 - new."""
 
 
 def module_of(parameter: str) -> str:
-    """The module that a parameter belongs to; a LoRA matrix belongs to the module that it adapts."""
+    """The module of a parameter; a LoRA matrix belongs to the module that it adapts."""
     if _OF_LORA.search(parameter):
         return _OF_LORA.sub("", parameter)
     return parameter.rpartition(".")[0] or parameter
 
 
 def correlation(importance: Floats) -> Floats:
-    """Pearson's correlation of every two tasks' unit scores.
+    """Pearson correlation between the unit scores of each pair of tasks.
 
     Args:
         importance: `(tasks, units)`.
 
     Returns:
-        `(tasks, tasks)`; NaN in the row and column of a task whose units all have the same score, or one that is NaN:
-        a correlation with a constant is not defined.
+        `(tasks, tasks)`; NaN in the row and the column of a task whose scores are all equal or contain a NaN, since
+        the correlation with a constant is undefined.
     """
     centred = importance - importance.mean(axis=1, keepdims=True)
     centred[is_constant(importance)] = np.nan
@@ -138,12 +139,12 @@ def correlation(importance: Floats) -> Floats:
 
 
 def is_constant(importance: Floats) -> NDArray[np.bool_]:
-    """`(tasks,)` whether all units of a task have the same score."""
+    """`(tasks,)` whether all unit scores of a task are equal."""
     return importance.min(axis=1) == importance.max(axis=1)
 
 
 def read_unit_results(folders: list[TaskFolder]) -> UnitResults | None:
-    """Read the units and scores of the finished tasks; None where no task has any (its method does not fuse).
+    """Read the units and scores of the finished tasks; None if there are none because the method has no fusion.
 
     Raises:
         BadInput: A file is missing or damaged, or two tasks have different units.
@@ -159,17 +160,17 @@ def read_unit_results(folders: list[TaskFolder]) -> UnitResults | None:
 
 
 def _read_table(folders: list[TaskFolder]) -> UnitTable:
-    """The units, which are the same for all tasks; parsed once, for there may be a million of them."""
+    """Read the units, which must be the same for all tasks. They are parsed only once: there may be a million."""
     first = _guarded(folders[0].units, Path.read_bytes)
     digest = hashlib.sha256(first).digest()
     for folder in folders[1:]:
         if hashlib.sha256(_guarded(folder.units, Path.read_bytes)).digest() != digest:
-            raise BadInput(f"{folder.units} is damaged: it differs from {folders[0].units}, and units never change")
+            raise BadInput(f"{folder.units} is damaged: it differs from {folders[0].units}, but units never change")
     return _guarded(folders[0].units, lambda path: UnitTable.from_json(json.loads(first)))
 
 
 def _read_scores(path: Path, units: int) -> dict[str, Floats]:
-    """The vectors of a task's scores that a report needs, `(units,)` each."""
+    """The score vectors of a task that a report needs, `(units,)` each."""
     vectors = _guarded(path, load_file)
     wanted = ("current_normalised", "share_new")
     found = {name: vectors[name] for name in (*wanted, "share_old") if name in vectors}
@@ -183,17 +184,15 @@ def _read_scores(path: Path, units: int) -> dict[str, Floats]:
 
 
 def _guarded(path: Path, read: Callable[[Path], Any]) -> Any:
-    """What `read` returns; BadInput that names the file where it is missing or damaged."""
+    """The result of `read`; BadInput naming the file if it is missing or damaged."""
     try:
         return read(path)
     except FileNotFoundError as error:
-        raise BadInput(
-            f"{path} is missing, but other files of the run are there that its method writes with it"
-        ) from error
+        raise BadInput(f"{path} is missing, although other files that the method writes with it exist") from error
     except (OSError, SafetensorError, ArithmeticError, LookupError, *_WRONG_KIND) as error:
         raise BadInput(f"{path} is damaged: {error}") from error
 
 
 def _elements(slices: list[list[int]]) -> int:
-    """Number of elements that one slice per dimension cuts out."""
+    """Number of elements selected by one slice per dimension."""
     return math.prod(int(stop) - int(start) for start, stop in slices)

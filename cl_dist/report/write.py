@@ -1,4 +1,4 @@
-"""From a run folder to the files of its report."""
+"""Writes the report of a run folder."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ from cl_dist.state.atomic import advising, write_bytes
 
 PAGE = "report.md"
 MOST_NAMED = 25
-"""Tasks that are named in a sentence."""
-_ELSEWHERE = "--out DIR writes it elsewhere"
+"""Tasks that are listed in a sentence."""
+_ELSEWHERE = "use --out DIR to write it elsewhere"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written."""
+    """A report that was written."""
 
     run: RunData
     folder: Path
     files: tuple[str, ...]
     """Names of the files, the page first."""
     missing: tuple[str, ...]
-    """What could not be shown, and why."""
+    """What is not shown, and why."""
 
 
 def write_report(run_folder: Path, out: Path | None = None) -> Report:
-    """Make the report of a run and write it into `out`, else into `report` in the run folder.
+    """Write the report of a run into `out`, by default into `report` in the run folder.
 
-    Everything is read and drawn before the first file is written; each file is replaced atomically.
+    All data is read and all pictures are drawn before the first file is written; each file is replaced atomically.
 
     Raises:
-        BadInput: There is no run in `run_folder`, one of its files is damaged, or `out` cannot be written.
+        BadInput: `run_folder` contains no run, one of its files is damaged, or `out` cannot be written.
         ClDistError: The disk is full.
     """
     run = read_run(run_folder)
-    units = _read_units(run)
+    # Read and draw everything first: an error must not leave half of a report behind.
+    units = read_unit_results([run.folder.task(position, name) for position, name in enumerate(run.done)])
     out = run.folder.report if out is None else out
     _check_out(out)
     files = dict(_files(run, units))
@@ -52,10 +53,6 @@ def write_report(run_folder: Path, out: Path | None = None) -> Report:
     page = Page(run, units, files, missing).render(out)
     _write(out, {PAGE: page.encode(), **files})
     return Report(run, out, (PAGE, *files), missing)
-
-
-def _read_units(run: RunData) -> UnitResults | None:
-    return read_unit_results([run.folder.task(position, name) for position, name in enumerate(run.done)])
 
 
 def _files(run: RunData, units: UnitResults | None) -> Iterator[tuple[str, bytes]]:
@@ -88,25 +85,25 @@ def _unit_files(tasks: tuple[str, ...], units: UnitResults) -> Iterator[tuple[st
 def _missing(run: RunData, units: UnitResults | None) -> Iterator[str]:
     left = run.manifest.tasks[len(run.done) :]
     if left:
-        yield f"The run is not finished: nothing yet about {listed(left, MOST_NAMED)}."
+        yield f"The run is not finished: no results yet for {listed(left, MOST_NAMED)}."
     if not run.manifest.accuracy_matrix:
         yield "No scores: the untouched model has not been evaluated yet."
     if not run.log.losses:
-        yield f"No training loss: {run.folder.log.name} is not there or has no steps."
+        yield f"No training loss: {run.folder.log.name} is missing or has no steps."
     if run.log.unreadable:
-        yield f"{run.log.unreadable} lines of {run.folder.log.name} cannot be read and are left out."
+        yield f"{run.log.unreadable} lines of {run.folder.log.name} cannot be read and are skipped."
     if not run.settings:
-        yield f"No settings: {run.folder.config.name} is not there."
+        yield f"No settings: {run.folder.config.name} is missing."
     if units is not None and len(run.done) == 1:
         yield "No correlation and no picture of fusion: both need two finished tasks."
 
 
 def _check_out(out: Path) -> None:
-    """Make the folder; BadInput where that cannot be, or where nothing can be written there."""
+    """Create the folder; BadInput if that fails, or if files cannot be written there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{out}: the folder of the report cannot be made: {error.strerror}; {_ELSEWHERE}") from error
+        raise BadInput(f"{out}: cannot create the folder of the report: {error.strerror}; {_ELSEWHERE}") from error
     try:
         with tempfile.TemporaryFile(dir=out):
             pass
@@ -116,7 +113,7 @@ def _check_out(out: Path) -> None:
 
 def _write(out: Path, files: dict[str, bytes]) -> None:
     try:
-        with advising(f"free some space and make the report again; {_ELSEWHERE}"):
+        with advising(f"free some space and try again; {_ELSEWHERE}"):
             for name, content in files.items():
                 write_bytes(out / name, content)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""How far a cell's run is, and whether it is a run of the recipe that is asked for now."""
+"""The state of each cell's run, and whether the runs in a sweep's folder belong to the current recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,20 +17,20 @@ from cl_dist.sweep.folder import SweepFolder
 from cl_dist.sweep.grid import Cell, Grid
 from cl_dist.sweep.names import Problems
 
-_OF_AN_ORDER = ("stream.order", "stream.tasks")
-"""Settings in which cells of different orders differ."""
+_ORDER_SETTINGS = ("stream.order", "stream.tasks")
+"""Settings that differ between cells with different orders."""
 
 
 @dataclass(frozen=True)
 class CellState:
-    """How far a run is."""
+    """The progress of a run."""
 
     status: str
-    """As the manifest has it (finished, interrupted, failed), `killed`, `in use`, or `missing` where there is none."""
+    """The manifest's status (finished, interrupted, failed), `killed`, `in use`, or `missing` without a run."""
     done: int = 0
-    """Tasks that are done."""
+    """Number of finished tasks."""
     tasks: int = 0
-    """Tasks of its stream; 0 where there is no run."""
+    """Number of tasks in the stream; 0 without a run."""
 
     @property
     def finished(self) -> bool:
@@ -44,14 +44,14 @@ class CellState:
 
 
 def state_of(folder: RunFolder) -> CellState:
-    """Look at a run folder; `BadInput` where its manifest is damaged."""
+    """Read the state of a run folder; `BadInput` if its manifest is damaged."""
     if not folder.manifest.exists():
         return CellState("in use" if _in_use(folder) else "missing")
     manifest = Manifest.read(folder.manifest)
     status: str = manifest.status
     if status != "finished" and _in_use(folder):
         status = "in use"
-    elif status == "running":  # it had no time to write anything else
+    elif status == "running":  # a killed run had no time to replace this status
         status = "killed"
     return CellState(status, manifest.completed, len(manifest.tasks))
 
@@ -65,20 +65,22 @@ def _in_use(folder: RunFolder) -> bool:
 
 
 def refuse_other_recipes(sweep: SweepFolder, grid: Grid) -> None:
-    """Raise `BadInput`, with a line for each, where runs in the sweep's folder are not what this grid would run.
+    """Raise `BadInput`, with a line per run, if runs in the sweep's folder differ from what this grid would run.
 
-    Results of different recipes must not meet in one table.
+    One table must not mix results of different recipes.
     """
     problems = Problems()
+    # First the recipe that all cells share, whether any of them has run or not.
     if sweep.base.exists():
         stored = stored_recipe(sweep.base)
         by_order = grid.base.stream.order is not None or stored.stream.order is not None
-        ignored = ("method", "train.seed", *(_OF_AN_ORDER if by_order else ()))
-        # Where the sweep has runs that know their inputs, these are compared, wherever the inputs lie.
+        ignored = ("method", "train.seed", *(_ORDER_SETTINGS if by_order else ()))
+        # If the runs have digests of their inputs, compare those instead of the inputs' locations.
         digested = any(Manifest.read(RunFolder(sweep.run(*place)).manifest).inputs for place in sweep.found())
         differences = _differences(stored, _global_batch(stored), grid.base, ignored, digested=digested)
         _note(problems, sweep.base, differences)
     problems.check()
+    # Then every run, including runs of cells that this grid does not have.
     for place in sweep.found():
         folder = RunFolder(sweep.run(*place))
         _note(problems, folder.path, _differences_at(folder, place, grid.cells))
@@ -87,7 +89,7 @@ def refuse_other_recipes(sweep: SweepFolder, grid: Grid) -> None:
 
 
 def _refuse_other_inputs(sweep: SweepFolder, problems: Problems) -> None:
-    """Runs on one order whose settings name the same inputs must have been given the same, wherever these lay."""
+    """Raise `BadInput` if runs on one order read different inputs although their settings name the same ones."""
     first: dict[str, tuple[RunFolder, Inputs]] = {}
     for place in sweep.found():
         folder = RunFolder(sweep.run(*place))
@@ -98,17 +100,17 @@ def _refuse_other_inputs(sweep: SweepFolder, problems: Problems) -> None:
         changes = input_changes(theirs, _comparable(inputs, theirs, folder, other))
         if changes:
             problems.add(
-                f"{folder.path} was given other inputs than {other.path}: {'; '.join(changes)}; results of different "
-                "inputs do not belong in one table: choose another --out"
+                f"{folder.path} and {other.path} read different inputs: {'; '.join(changes)}; one table must not mix "
+                "results of different inputs: choose another --out"
             )
     problems.check()
 
 
 def _comparable(inputs: Inputs, theirs: Inputs, folder: RunFolder, other: RunFolder) -> Inputs:
-    """`inputs`, but for what a setting of one method (`--set-for`) or the seed makes another than in `theirs`."""
+    """`inputs` without the differences from `theirs` that a method's own setting (`--set-for`) or the seed explains."""
     stored = [as_plain(stored_recipe(each.config)) for each in (other, folder)]
-    told = changed_settings(*stored, digested=True)
-    if any(text.startswith("stream") for text in told):
+    changed = changed_settings(*stored, digested=True)
+    if any(text.startswith("stream") for text in changed):
         inputs = replace(inputs, data=theirs.data)
     if stored[0]["model"] != stored[1]["model"]:
         inputs = replace(inputs, base_model=theirs.base_model, tokenizer=theirs.tokenizer)
@@ -118,7 +120,7 @@ def _comparable(inputs: Inputs, theirs: Inputs, folder: RunFolder, other: RunFol
 
 
 def _differences_at(folder: RunFolder, place: tuple[str, str, int], cells: Sequence[Cell]) -> list[str]:
-    """What differs between the run at a place (order, method, seed) and the cells that are nearest to it."""
+    """Differences between the run at a place (order, method, seed) and the cell that shares most of its place."""
     order, method, seed = place
     of_order = [cell for cell in cells if cell.order == order]
     of_method = [cell for cell in cells if cell.method == method]
@@ -128,23 +130,22 @@ def _differences_at(folder: RunFolder, place: tuple[str, str, int], cells: Seque
             return _run_differences(folder, cell, ())
     if of_both:
         return _run_differences(folder, of_both[0], ("train.seed",))
-    found = _run_differences(folder, of_method[0], (*_OF_AN_ORDER, "train.seed")) if of_method else []
-    return found + (_other_tasks(folder, of_order[0]) if of_order else [])
-
-
-def _other_tasks(folder: RunFolder, cell: Cell) -> list[str]:
-    """How the tasks of a run of another method differ; a method may have its own number of epochs."""
+    found = _run_differences(folder, of_method[0], (*_ORDER_SETTINGS, "train.seed")) if of_method else []
+    if not of_order:
+        return found
+    # Cells of another method on the same order must have the same tasks, except for a method's own number of epochs.
     stored = as_plain(stored_recipe(folder.config))
     digested = Manifest.read(folder.manifest).inputs is not None
-    changed = changed_settings(stored, as_plain(cell.recipe), digested=digested)
+    changed = changed_settings(stored, as_plain(of_order[0].recipe), digested=digested)
     keys = {text: text.partition(":")[0] for text in changed}
-    return [text for text, key in keys.items() if key.startswith("stream.tasks") and not key.endswith(".epochs")]
+    return found + [
+        text for text, key in keys.items() if key.startswith("stream.tasks") and not key.endswith(".epochs")
+    ]
 
 
 def _note(problems: Problems, path: Path, differences: Iterable[str]) -> None:
-    told = "; ".join(differences)
-    if told:
-        problems.add(f"the recipe is not the one of {path}: {told}; take the change back, or choose another --out")
+    if text := "; ".join(differences):
+        problems.add(f"the recipe differs from that of {path}: {text}; undo the change, or choose another --out")
 
 
 def _run_differences(folder: RunFolder, cell: Cell, ignored: tuple[str, ...]) -> list[str]:
@@ -157,17 +158,12 @@ def _run_differences(folder: RunFolder, cell: Cell, ignored: tuple[str, ...]) ->
 def _differences(
     stored: Recipe, batch: int, wanted: Recipe, ignored: tuple[str, ...], *, digested: bool = False
 ) -> list[str]:
-    """What differs and changes results, as `key: old in the run, new now`. digested: as for `changed_settings`."""
+    """Differences that change results, as `key: old in the run, new now`; `digested` as in `changed_settings`."""
     changed = changed_settings(as_plain(stored), as_plain(wanted), digested=digested)
     found = [text for text in changed if not text.startswith(ignored)]
+    # A resume keeps a run's global batch; in one table, all runs of a method must have the same.
     now = _global_batch(wanted)
-    return [*found, *_batch_difference(batch, now)]
-
-
-def _batch_difference(before: int, now: int) -> Iterator[str]:
-    """A resume keeps the global batch of a run; in a table it must be the same in all runs of a method."""
-    if before != now:
-        yield f"global batch: {before} in the run, {now} now"
+    return found if batch == now else [*found, f"global batch: {batch} in the run, {now} now"]
 
 
 def _global_batch(recipe: Recipe) -> int:

@@ -1,12 +1,12 @@
-"""Which file of a sweep lies where.
+"""The layout of a sweep's folder.
 
 | place | content |
 |---|---|
-| `compare.yaml` | the recipe that all cells share, as the first call resolved it |
-| `recipes/<order>-<method>-seed<k>.yaml` | the resolved recipe of a cell: what it runs |
+| `compare.yaml` | the recipe that all cells share, as resolved by the first call |
+| `recipes/<order>-<method>-seed<k>.yaml` | the resolved recipe that a cell runs |
 | `runs/<order>/<method>/seed<k>/` | the run folder of a cell |
 | `table.md`, `table.csv`, `table.tex` | the results so far |
-| `.lock` | held while cells are run here |
+| `.lock` | held while cells run here |
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SEED = re.compile(r"seed(\d+)")
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """The places in a sweep's folder."""
+    """Paths in a sweep's folder."""
 
     path: Path
 
@@ -53,27 +53,27 @@ class SweepFolder:
         return self.path / "recipes" / f"{order}-{method}-seed{seed}.yaml"
 
     def found(self) -> Iterator[tuple[str, str, int]]:
-        """Order, method and seed of every run folder that is there, sorted."""
+        """Order, method and seed of every existing run folder, sorted."""
         for path in sorted(self.runs.glob("*/*/seed*")):
             match = _SEED.fullmatch(path.name)
             if match is not None and (path / "manifest.json").exists():
                 yield path.parent.parent.name, path.parent.name, int(match[1])
 
     def require_own(self) -> None:
-        """Raise `BadInput` where the folder holds other things than a sweep, or is a file."""
+        """Raise `BadInput` if the path is a file, or a folder with anything but a sweep."""
         if self.path.exists() and not self.path.is_dir():
-            raise BadInput(f"--out {self.path} is a file; it must be a folder, or a path that is free")
+            raise BadInput(f"--out {self.path} is a file; give a folder or a path that does not exist")
         if self.base.exists() or not self.path.exists():
             return
         names = sorted(path.name for path in self.path.iterdir() if path not in (self.lock, self.runs))
         if names:
             raise BadInput(
-                f"--out {self.path} holds {names[0]} but no {self.base.name}, so it is not a folder of "
-                "cl-dist compare: choose a free path or an empty folder"
+                f"--out {self.path} contains {names[0]} but no {self.base.name}, so it is not a folder of "
+                "cl-dist compare: choose a path that does not exist, or an empty folder"
             )
 
     def write_tables(self, contents: dict[str, str]) -> None:
-        """Write tables by file name, each replaced atomically; `BadInput` where that cannot be."""
+        """Write tables by file name, replacing each atomically; `BadInput` if that fails."""
         try:
             make_folder(self.path)
             for name, text in contents.items():

@@ -1,4 +1,4 @@
-"""The grid of a sweep: one cell, that is one run, for every order, method and seed."""
+"""The grid of a sweep: one cell, which is one run, for every order, method and seed."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from cl_dist.sweep.names import (
 )
 from cl_dist.tasks.orders import resolve_order
 
-_OUTPUT_DIR = "every cell has a folder of its own below --out"
+_OUTPUT_DIR = "every cell has its own folder in --out"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for, as typed."""
+    """The options of `cl-dist compare`, as typed."""
 
     recipe: str
     """Name of a shipped recipe, or a YAML file."""
     out: Path
     """Folder of the sweep."""
     methods: str | None = None
-    """None: the recipe's own."""
+    """None: the recipe's."""
     orders: str | None = None
-    """None: the recipe's own."""
+    """None: the recipe's."""
     seeds: str | None = None
-    """None: the recipe's own."""
+    """None: the recipe's."""
     changes: Sequence[str] = ()
-    """`KEY=VALUE`, for every cell."""
+    """`KEY=VALUE` for all cells."""
     method_changes: Sequence[str] = ()
-    """`LABEL:KEY=VALUE`, for the cells of one method."""
+    """`LABEL:KEY=VALUE` for the cells of one method."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,16 @@ class Cell:
     """One run of the grid."""
 
     order: str
-    """Label of its order."""
+    """Label of the order."""
     method: str
-    """Label of its method."""
+    """Label of the method."""
     seed: int
     recipe: Recipe
-    """Resolved; its output_dir is the cell's run folder."""
+    """The resolved recipe; its output_dir is the cell's run folder."""
     recipe_dir: Path
-    """Folder that relative paths of the recipe start from."""
+    """Folder that the recipe's relative paths start from."""
     changes: tuple[str, ...]
-    """What turns the recipe that was named into this one: `KEY=VALUE`, but for output_dir."""
+    """`KEY=VALUE` changes that turn the given recipe into this one, except for output_dir."""
 
     @property
     def name(self) -> str:
@@ -72,43 +72,43 @@ class Cell:
 
     @property
     def folder(self) -> RunFolder:
-        """Its run folder."""
+        """The cell's run folder."""
         return RunFolder(Path(self.recipe.output_dir))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All cells of a request, in the order in which they run: seed by seed, so that every method has a first result
-    early.
-    """
+    """All cells of a request in the order in which they run: seed by seed, so that every method has a result early."""
 
     base: Recipe
-    """The recipe with the changes that are for every cell."""
+    """The recipe with the changes for all cells."""
     cells: tuple[Cell, ...]
 
     def labels(self, field: str) -> list[str]:
-        """The different orders, or methods, in the order in which they were named."""
+        """The distinct orders, or methods, in the order in which they were given."""
         return list(dict.fromkeys(getattr(cell, field) for cell in self.cells))
 
 
 def build_grid(request: Request) -> Grid:
-    """Check every name and every cell's recipe; `BadInput` has a line for each problem. Reads no data."""
+    """Check all names and every cell's recipe, but read no data; `BadInput` has a line for each problem."""
     problems = Problems()
     _refuse_owned(request, problems)
     methods = None if request.methods is None else parse_methods(request.methods, request.method_changes, problems)
     orders = None if request.orders is None else parse_orders(request.orders, problems)
     seeds = None if request.seeds is None else parse_seeds(request.seeds, problems)
+    # Each step relies on the ones before, so check after each of them.
     problems.check()
     _refuse_others_settings(request, methods or [], problems)
     problems.check()
     base, _ = load_recipe(request.recipe, request.changes)
+    # What the options leave open is the recipe's.
     if methods is None:
         own = "+".join(method.name for method in base.method)
         methods = parse_methods(own, request.method_changes, problems)
     if orders is None:
         orders = [OrderChoice(order_label(base.stream.order), None)]
     elif base.stream.tasks:
-        problems.add(f"--orders: {request.recipe} names its tasks itself (stream.tasks); only stream.order can vary")
+        problems.add(f"--orders: {request.recipe} lists its tasks itself (stream.tasks); only stream.order can vary")
     problems.check()
     cells = tuple(_cells(request, base, methods, orders, seeds or [base.train.seed], problems))
     problems.check()
@@ -116,17 +116,17 @@ def build_grid(request: Request) -> Grid:
 
 
 def _refuse_owned(request: Request, problems: Problems) -> None:
-    """Refuse changes of what the grid itself sets: a row would be told to be what it is not."""
+    """Reject changes to settings that the grid itself sets, because the label of a row would then be wrong."""
     owners: dict[tuple[str, ...], str | None] = {
         ("output_dir",): _OUTPUT_DIR,
-        ("train", "seed"): "--seeds gives the seeds" if request.seeds is not None else None,
-        ("stream", "order"): "--orders gives the orders" if request.orders is not None else None,
+        ("train", "seed"): "use --seeds to choose seeds" if request.seeds is not None else None,
+        ("stream", "order"): "use --orders to choose orders" if request.orders is not None else None,
     }
     for text in request.changes:
         path = _path(text)
         reason = owners.get(path)
         if request.methods is not None and _is_method(path):
-            reason = "--methods gives the methods; name it there"
+            reason = "use --methods to choose methods"
         _add_owned(text, reason, problems)
     for setting in request.method_changes:
         text = setting.partition(":")[2]
@@ -139,38 +139,33 @@ def _add_owned(text: str, reason: str | None, problems: Problems) -> None:
 
 
 def _path(text: str) -> tuple[str, ...]:
-    """The key of `KEY=VALUE` in its parts; nothing where it is not of that form, which is told elsewhere."""
+    """The key of `KEY=VALUE`, split into parts; empty for any other text, which is reported elsewhere."""
     return parse_override(text).path if "=" in text else ()
 
 
 def _refuse_others_settings(request: Request, methods: Sequence[MethodChoice], problems: Problems) -> None:
-    """`--set method.X` is for the recipe's own method: refuse it where only other methods have an X, and say how they
-    get it.
-    """
+    """Reject `--set method.X`, which changes the recipe's own method, if only other methods have a setting X."""
     given = [text for text in request.changes if _path(text)[:1] == ("method",)]
     if not given or not methods:
         return
+    # Load the recipe without these changes, which may not even be valid for it.
     own, _ = load_recipe(request.recipe, [text for text in request.changes if text not in given])
     known = {field for method in own.method for field in info_of(type(method))}
     for text in given:
         key, _, value = text.partition("=")
-        setting = _setting_of(_path(text))
+        path = _path(text)  # method.0.x.y or method.x.y; the setting is (x, y)
+        setting = path[2:] if path[1].isdecimal() else path[1:]
         hints = [f"--set-for {hint}={value}" for method in methods for hint in _places(method, setting)]
         if setting[0] not in known and hints:
             names = "+".join(method.name for method in own.method)
             problems.add(
-                f"--set {key.strip()}: this is for the recipe's own method, {names}, which has no {setting[0]}; "
-                f"give {listed(hints, last='or')}"
+                f"--set {key.strip()}: this changes the recipe's own method, {names}, which has no {setting[0]}; "
+                f"use {listed(hints, last='or')}"
             )
 
 
-def _setting_of(path: tuple[str, ...]) -> tuple[str, ...]:
-    """`method.0.x.y` and `method.x.y` as (x, y)."""
-    return path[2:] if path[1].isdecimal() else path[1:]
-
-
 def _places(method: MethodChoice, setting: tuple[str, ...]) -> Iterator[str]:
-    """Where an entry of `--methods` has a setting, as `--set-for` is given it."""
+    """The `--set-for` keys of a setting in an entry of `--methods`."""
     for number, part in enumerate(method.parts):
         if setting[0] in info_of(method_classes()[part]):
             place = f"{number}." if len(method.parts) > 1 else ""
@@ -178,26 +173,25 @@ def _places(method: MethodChoice, setting: tuple[str, ...]) -> Iterator[str]:
 
 
 def _is_method(path: tuple[str, ...]) -> bool:
-    """Whether this is `method`, an entry of it, or a name: what is set there may be another method."""
-    return path[:1] == ("method",) and (path[1:] in ((), ("name",)) or _is_entry(path[1:]))
-
-
-def _is_entry(rest: tuple[str, ...]) -> bool:
-    return rest[:1] != () and rest[0].isdecimal() and rest[1:] in ((), ("name",))
+    """Whether a key can select another method: `method`, `method.name`, `method.0` or `method.0.name`."""
+    if path[:1] != ("method",):
+        return False
+    rest = path[2:] if len(path) > 1 and path[1].isdecimal() else path[1:]
+    return rest in ((), ("name",))
 
 
 def _owner_for_one_method(path: tuple[str, ...]) -> str | None:
-    """Why a setting cannot differ between the rows of a table: it would be another seed, order or method than its row
-    says.
+    """Why a setting cannot be changed for one method only: its row would have a different seed, order or method than
+    its label says.
     """
     if _is_method(path):
-        return "a row is named after its methods; name others in --methods, such as --methods NAME=B+C"
+        return "a row is named after its methods; choose others with --methods, such as --methods NAME=B+C"
     if path in (("train",), ("stream",)):
-        return f"it would replace the whole section, seed and tasks included; set single keys, such as {path[0]}.KEY"
+        return f"it would replace the whole section, including seed and tasks; set single keys, such as {path[0]}.KEY"
     if path == ("train", "seed"):
-        return "all methods have the same seeds; give them with --seeds"
+        return "all methods share the same seeds; use --seeds to choose them"
     if path[:2] in (("stream", "order"), ("stream", "tasks")) and path[3:] != ("epochs",):
-        return "all methods learn the same tasks in the same orders; give orders with --orders, or tasks with --set"
+        return "all methods learn the same tasks in the same orders; choose orders with --orders, or tasks with --set"
     return _OUTPUT_DIR if path == ("output_dir",) else None
 
 
@@ -226,10 +220,10 @@ def _cells(
 
 
 def _changes(request: Request, base: Recipe, method: MethodChoice, order: OrderChoice, seed: int) -> list[str]:
-    """The `--set` values that make one cell, the cell's own last so that they win."""
+    """The `--set` values of one cell; the cell's own come last, so that they win."""
     changes = [*request.changes]
     if request.methods is not None:
-        # The recipe's changes of its own method would otherwise be asked of every method.
+        # Changes to the recipe's own method must not be applied to all methods.
         changes = [text for text in changes if parse_override(text).path[0] != "method"]
         changes.append(f"method={json.dumps(_settings(base, method.parts))}")
     if order.order is not None:
@@ -238,13 +232,13 @@ def _changes(request: Request, base: Recipe, method: MethodChoice, order: OrderC
 
 
 def _settings(base: Recipe, parts: Sequence[str]) -> list[dict[str, object]]:
-    """The methods as a recipe has them; a method that the recipe has keeps the recipe's settings."""
+    """The `method` section for these methods; methods that the recipe has already keep the recipe's settings."""
     own = {entry["name"]: _without_defaults(entry) for entry in to_dict(base)["method"]}
     return [own.get(part, {"name": part}) for part in parts]
 
 
 def _without_defaults(entry: dict[str, object]) -> dict[str, object]:
-    """A method's settings without those that have their defaults, so that commands stay short."""
+    """A method's settings that differ from their defaults, so that printed commands stay short."""
     fields = info_of(method_classes()[str(entry["name"])])
     defaults = {key: info.get_default(call_default_factory=True) for key, info in fields.items()}
     return {key: value for key, value in entry.items() if key == "name" or value != defaults[key]}

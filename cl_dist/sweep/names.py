@@ -1,6 +1,6 @@
-"""What the options of `cl-dist compare` name: methods, orders, seeds, and settings of one method alone.
+"""Parses the options of `cl-dist compare` that name methods, orders, seeds, and settings of single methods.
 
-Every problem is collected, so that all of them are told at once, before anything runs.
+Problems are collected, so that all of them are reported at once, before anything runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cl_dist.tasks.orders import ORDERS
 _SEED = re.compile(r"[0-9]{1,12}")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 OWN_ORDER = "own"
-"""Label of the order of a recipe that names its tasks itself."""
+"""Label of the order of a recipe that lists its tasks itself."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class MethodChoice:
     """One entry of `--methods`."""
 
     label: str
-    """Names its rows of the table, its folders, and it in `--set-for`."""
+    """Identifies it in the table, in folder names and in `--set-for`."""
     parts: tuple[str, ...]
-    """The methods that it composes, in order."""
+    """The composed methods, in order."""
     changes: tuple[str, ...] = ()
-    """`KEY=VALUE` of its `--set-for`."""
+    """`KEY=VALUE` of each `--set-for`."""
 
 
 @dataclass(frozen=True)
@@ -40,33 +40,33 @@ class OrderChoice:
     """One entry of `--orders`."""
 
     label: str
-    """Names its rows of the table and its folders."""
+    """Identifies it in the table and in folder names."""
     order: str | None
-    """The published order, or a CL_Benchmark order folder's absolute path; None: as the recipe has it."""
+    """A published order, or the absolute path of a CL_Benchmark order folder; None: the recipe's order."""
 
 
 class Problems:
-    """What is wrong with a command line, collected; `BadInput` where there is anything."""
+    """Collects the problems of a command line."""
 
     def __init__(self) -> None:
         self._texts: list[str] = []
 
     def add(self, text: str) -> None:
-        """Note a problem; one that is noted already is not told twice."""
+        """Add a problem, unless it has been added before."""
         if text not in self._texts:
             self._texts.append(text)
 
     def check(self) -> None:
-        """Raise `BadInput` with a line for every problem."""
+        """Raise `BadInput` with a line for every problem, if there are any."""
         if self._texts:
             raise BadInput("\n".join(self._texts))
 
 
 def parse_methods(text: str, settings: Sequence[str], problems: Problems) -> list[MethodChoice]:
-    """`--methods a,b+c,name=d` and `--set-for LABEL:KEY=VALUE` as choices.
+    """Parse `--methods a,b+c,name=d` and `--set-for LABEL:KEY=VALUE`.
 
-    `b+c` composes two methods in that order; `name=d` gives a row a name of its own, so that one method can stand in
-    the table twice with other settings.
+    `b+c` composes two methods in that order; `name=d` names a row, so that the table can have the same method twice
+    with different settings.
     """
     entries = [_parse_method(entry.strip(), problems) for entry in text.split(",")]
     labels = [label for label, _ in entries]
@@ -75,21 +75,17 @@ def parse_methods(text: str, settings: Sequence[str], problems: Problems) -> lis
     for setting in settings:
         label, colon, change = setting.partition(":")
         if not colon or "=" not in change or "=" in label:
-            problems.add(
-                f'--set-for {setting}: not of the form METHOD:KEY=VALUE; write for example "migu:method.threshold=0.5"'
-            )
+            problems.add(f'--set-for {setting}: not in the form METHOD:KEY=VALUE, such as "migu:method.threshold=0.5"')
         elif label not in changes:
             known = ", ".join(labels)
-            problems.add(
-                f"--set-for {setting}: {label} is not in --methods, which has {known}{did_you_mean(label, labels)}"
-            )
+            problems.add(f"--set-for {setting}: {label} is not in --methods ({known}){did_you_mean(label, labels)}")
         else:
             changes[label].append(change)
     return [MethodChoice(label, parts, tuple(changes[label])) for label, parts in entries]
 
 
 def _parse_method(entry: str, problems: Problems) -> tuple[str, tuple[str, ...]]:
-    """Label and methods of one entry."""
+    """The label and the methods of one entry."""
     label, equals, methods = entry.partition("=")
     label, methods = (label.strip(), methods.strip()) if equals else (entry, entry)
     known = method_classes()
@@ -106,7 +102,7 @@ def _parse_method(entry: str, problems: Problems) -> tuple[str, tuple[str, ...]]
 
 
 def parse_orders(text: str, problems: Problems) -> list[OrderChoice]:
-    """`--orders 1,superni-2,FOLDER` as choices."""
+    """Parse `--orders 1,superni-2,FOLDER`."""
     choices = [_parse_order(entry.strip(), problems) for entry in text.split(",")]
     _refuse_twice("--orders", [choice.label for choice in choices], problems)
     return choices
@@ -122,7 +118,7 @@ def _parse_order(entry: str, problems: Problems) -> OrderChoice:
             found = bool(entry) and folder.is_dir()
     except BadInput as error:
         problems.add(str(error))
-        found = True  # already reported
+        found = True  # the problem is already reported
     if not found:
         shown = entry or '""'
         problems.add(
@@ -133,7 +129,7 @@ def _parse_order(entry: str, problems: Problems) -> OrderChoice:
 
 
 def order_label(order: int | str | None) -> str:
-    """The label of an order: `order1`, `superni-1`, an order folder's name, or `own` for a recipe's own tasks."""
+    """The label of an order: `order1`, `superni-1`, the name of an order folder, or `own` for a recipe's own tasks."""
     if order is None:
         return OWN_ORDER
     text = str(order)
@@ -143,12 +139,12 @@ def order_label(order: int | str | None) -> str:
 
 
 def parse_seeds(text: str, problems: Problems) -> list[int]:
-    """`--seeds 0,1,2` as numbers."""
+    """Parse `--seeds 0,1,2`."""
     entries = [entry.strip() for entry in text.split(",")]
     seeds = [int(entry) for entry in entries if _SEED.fullmatch(entry) and int(entry) < 2**31]
     for entry in entries:
         if not _SEED.fullmatch(entry) or int(entry) >= 2**31:
-            problems.add(f'--seeds: "{shorten(entry)}" is no seed; allowed: whole numbers from 0 to {2**31 - 1}')
+            problems.add(f'--seeds: "{shorten(entry)}" is not a seed; allowed: whole numbers from 0 to {2**31 - 1}')
     _refuse_twice("--seeds", [str(seed) for seed in seeds], problems)
     return seeds
 

@@ -1,4 +1,4 @@
-"""The numbers of a sweep, read from its run folders alone."""
+"""The results of a sweep, read only from its run folders."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ METRICS = {
     "learning_accuracy": "learning accuracy",
     "forward_transfer_zero_shot": "FWT",
 }
-"""The metrics of the tables (functions of `cl_dist.evaluation.metrics`), and how they are headed."""
+"""The metrics of the tables (functions of `cl_dist.evaluation.metrics`) and their column headings."""
 SINGLE = "forward_transfer_single"
 OPTIONAL_METRICS = {
     SINGLE: "FWT (single)",
     "general_ability": "general ability",
     "general_forgetting": "general forgetting",
 }
-"""Metrics that have a column where a run has measured them, or where the sweep has what they are computed from."""
+"""Metrics that have a column only if a run has measured them, or if the sweep has the runs to compute them from."""
 MEANINGLESS = {
     "per_task": ("average_performance", "backward_transfer", "forgetting", "forward_transfer_zero_shot"),
     "multi_task": ("forward_transfer_zero_shot",),
 }
-"""Metrics that say nothing of a bound: a row of per_task's matrix is a model of one task, multi_task learns all tasks
-before the first of them is scored."""
+"""Metrics that have no meaning for a bound: with per_task, each row of the matrix is another model, trained on a single
+task; multi_task learns all tasks before the first one is scored."""
 
 Place = tuple[str, str, int]
 """Order, method, seed."""
 Values = Mapping[str, float | None]
-"""By metric; None where it is not there, or not defined."""
+"""Values by metric; None if missing or undefined."""
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """What one run has left."""
+    """The results of one run."""
 
     order: str
     method: str
     seed: int
     state: CellState
     values: Values
-    """Nothing but None where the run is not finished, and for metrics that say nothing of a bound."""
+    """All None if the run is not finished; None for metrics that have no meaning for a bound."""
     bound: str | None = None
-    """`per_task` or `multi_task` where it is one."""
+    """The name of the bound, if the run is one: `per_task` or `multi_task`."""
     tasks: tuple[str, ...] = ()
     matrix: Matrix = ()
-    """Its accuracy matrix; empty where the run is not finished."""
+    """Accuracy matrix; empty if the run is not finished."""
     notes: tuple[str, ...] = ()
-    """What readers of its scores must know."""
+    """Notes that readers of the scores need."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def finished(self) -> tuple[CellResult, ...]:
-        """Those that count."""
+        """The finished runs, which are the ones that count."""
         return tuple(cell for cell in self.cells if cell.state.finished)
 
     def mean(self, metric: str) -> float | None:
@@ -88,7 +88,7 @@ class Row:
         return statistics.stdev(values) if len(values) > 1 else None
 
     def _values(self, metric: str) -> list[float]:
-        """The metric of every finished seed; nothing where one of them lacks it."""
+        """The metric of every finished seed; empty if one of them lacks it."""
         values = [cell.values.get(metric) for cell in self.finished]
         known = [value for value in values if value is not None]
         return known if len(known) == len(values) else []
@@ -102,7 +102,7 @@ class Results:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The metrics that the tables show, and how they are headed."""
+        """The metrics in the tables, and their headings."""
         measured = {name for cell in self.cells for name, value in cell.values.items() if value is not None}
         return METRICS | {name: head for name, head in OPTIONAL_METRICS.items() if name in measured}
 
@@ -117,7 +117,7 @@ class Results:
         return [cell for cell in self.cells if not cell.state.finished]
 
     def over_orders(self) -> list[tuple[str, Values]]:
-        """For every method the mean of the orders' means; None where an order lacks it. Nothing for one order."""
+        """For every method, the mean of the orders' means; None if an order lacks it. Empty for a single order."""
         by_method: dict[str, list[Row]] = {}
         for row in self.rows:
             by_method.setdefault(row.method, []).append(row)
@@ -135,9 +135,10 @@ def _mean_of(values: Sequence[float | None], wanted: int) -> float | None:
 
 
 def read_results(sweep: SweepFolder, asked: Iterable[Place]) -> Results:
-    """Read every cell that is asked for and every other one that lies in the sweep's folder."""
+    """Read every requested cell, and every other one in the sweep's folder."""
     places = list(dict.fromkeys([*asked, *sweep.found()]))
     cells = _against_single_tasks([_read_cell(sweep, *place) for place in places])
+    # Orders and methods in the order in which they were requested, then those of earlier calls.
     orders = list(dict.fromkeys(place[0] for place in places))
     methods = list(dict.fromkeys(place[1] for place in places))
     rows = []
@@ -150,7 +151,7 @@ def read_results(sweep: SweepFolder, asked: Iterable[Place]) -> Results:
 
 
 def _against_single_tasks(cells: Sequence[CellResult]) -> list[CellResult]:
-    """The same cells, with the forward transfer against the one per_task run of their order and seed."""
+    """The same cells with the forward transfer relative to the per_task run of the same order and seed."""
     single: dict[tuple[object, ...], list[CellResult]] = {}
     for cell in cells:
         if cell.bound == "per_task" and cell.state.finished:
@@ -159,7 +160,7 @@ def _against_single_tasks(cells: Sequence[CellResult]) -> list[CellResult]:
 
 
 def _against(cell: CellResult, single: Sequence[CellResult]) -> CellResult:
-    """With several per_task runs (of other settings, say) nothing says which one is meant."""
+    # With several per_task runs, of different settings say, it is unclear which one to compare with.
     if cell.bound is not None or not cell.matrix or len(single) != 1:
         return cell
     scores = [single[0].matrix[task + 1][task] for task in range(len(cell.tasks))]
@@ -178,18 +179,18 @@ def _read_cell(sweep: SweepFolder, order: str, method: str, seed: int) -> CellRe
     if not state.finished:
         return CellResult(order, method, seed, state, dict.fromkeys(names))
     values, bound, manifest = _read_metrics(folder), _bound(folder), Manifest.read(folder.manifest)
-    told = {name: None if name in MEANINGLESS.get(bound or "", ()) else values.get(name) for name in names}
+    shown = {name: None if name in MEANINGLESS.get(bound or "", ()) else values.get(name) for name in names}
     notes = tuple(score_notes(manifest.scoring_by_task()))
-    return CellResult(order, method, seed, state, told, bound, manifest.tasks, manifest.accuracy_matrix, notes)
+    return CellResult(order, method, seed, state, shown, bound, manifest.tasks, manifest.accuracy_matrix, notes)
 
 
 def _bound(folder: RunFolder) -> str | None:
-    """Which bound a run is, whatever its row is called."""
+    """Which bound a run is, if any; independent of the label of its row."""
     return next((method.name for method in stored_recipe(folder.config).method if method.name in BOUNDS), None)
 
 
 def _read_metrics(folder: RunFolder) -> Values:
-    """The metrics of a finished run; they follow from the manifest where metrics.json is not there (yet)."""
+    """The metrics of a finished run; computed from the manifest if there is no metrics.json (yet)."""
     if not folder.metrics.exists():
         return all_metrics(Manifest.read(folder.manifest).accuracy_matrix)
     return read_metrics(folder.metrics)

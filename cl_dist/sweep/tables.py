@@ -1,4 +1,4 @@
-"""table.md, table.csv and table.tex of a sweep."""
+"""Renders a sweep's table.md, table.csv and table.tex."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cl_dist.report.tables import csv_text, markdown
 from cl_dist.sweep.results import CellResult, Results, Row, Values
 
 NOTHING = "–"
-"""Stands where a number is missing."""
+"""Shown in place of a missing number."""
 ALL_ORDERS = "mean of orders"
-_PER_TASK = "trains every task by itself: learning accuracy is the bound, the other metrics say nothing"
+_PER_TASK = "trains every task separately: its learning accuracy is the bound, and its other metrics have no meaning"
 
 
 def render_tables(results: Results, recipe: str) -> dict[str, str]:
-    """The three files by name; `recipe` heads the page."""
+    """The three files by name; `recipe` is in the heading."""
     return {
         "table.md": markdown_page(results, recipe),
         "table.csv": csv_table(results),
@@ -25,7 +25,7 @@ def render_tables(results: Results, recipe: str) -> dict[str, str]:
 
 
 def markdown_page(results: Results, recipe: str) -> str:
-    """The table for readers, with what its columns mean and what is missing."""
+    """The table for readers, with the definitions of its columns and the missing results."""
     columns = results.columns
     header = ["order", "method", "seeds", *columns.values()]
     lines = [[row.order, row.method, seeds_done(row), *_cells(row, columns, " ± ")] for row in results.rows]
@@ -44,7 +44,7 @@ def markdown_page(results: Results, recipe: str) -> str:
 
 
 def csv_table(results: Results) -> str:
-    """A line per cell, with its seed, and two per row, with `mean` and `std` in the seed's place."""
+    """A line per cell, with its seed, and two lines per row, with `mean` and `std` in the seed column."""
     header = ["order", "method", "seed", "n", "status", *results.columns]
     return csv_text(header, _csv_lines(results))
 
@@ -64,7 +64,7 @@ def _csv_lines(results: Results) -> Iterator[list[str | int | float]]:
 
 
 def latex_table(results: Results) -> str:
-    """A booktabs table; orders are set apart by rules."""
+    """A booktabs table with rules between the orders."""
     columns = results.columns
     lines = [
         r"% needs \usepackage{booktabs}; mean and sample standard deviation over the finished seeds",
@@ -87,13 +87,13 @@ def latex_table(results: Results) -> str:
 
 
 def _footnotes(results: Results) -> list[str]:
-    """What readers must know of rows that are bounds, and of how tasks were scored."""
+    """Notes on rows that are bounds, and on how tasks were scored."""
     names = dict.fromkeys(cell.method for cell in results.cells if cell.bound == "per_task")
     return [*(f"{name} {_PER_TASK}." for name in names), *_score_notes(results)]
 
 
 def _score_notes(results: Results) -> Iterator[str]:
-    """Each note once, with the runs that it is true of where that is not all of them."""
+    """Each note once, with the runs that it applies to."""
     finished = [cell for cell in results.cells if cell.state.finished]
     for note in dict.fromkeys(note for cell in finished for note in cell.notes):
         cells = [f"{cell.order} {cell.method} seed{cell.seed}" for cell in finished if note in cell.notes]

@@ -1,7 +1,9 @@
-"""Ends a job that makes no progress: names the rank that holds it up and leaves every rank's stacks behind.
+"""Ends a job that makes no progress: names the rank that blocks it, and leaves every rank's stacks behind.
 
-Works without the process group and without the main thread, which are what hangs: threads of its own look at the age of
-the last mark (`cl_dist.heartbeat`), and the ranks tell each other theirs through small files in the run folder.
+It needs neither the process group nor the main thread, which are what hangs: its own threads check the age of the last
+mark of progress (`cl_dist.heartbeat`), and the ranks exchange those ages through small files in the run folder.
+
+`peers.py` holds what the ranks know about each other and who is to blame, `watch.py` the watchdog itself.
 """
 
 from cl_dist.watchdog.watch import End, Watchdog

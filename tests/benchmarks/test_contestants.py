@@ -1,4 +1,4 @@
-"""What the operations are compared with does the same work."""
+"""The implementations that the kernels are compared with give the same results."""
 
 from __future__ import annotations
 

@@ -40,23 +40,23 @@ def contestants(*names: str) -> dict[str, Contestant]:
 
 
 class TestRace:
-    """All contestants in every round"""
+    """Every round runs all contestants."""
 
-    def test_every_contestant_runs_in_every_round_and_the_first_one_changes(self) -> None:
+    def test_every_round_runs_every_contestant_starting_with_another(self) -> None:
         clock = FakeClock({"a": 1.0, "b": 2.0, "c": 4.0})
         race(contestants("a", "b", "c"), 4, clock)
         names = [name for name, _ in clock.calls]
         assert names[:6] == ["a", "a", "b", "b", "c", "c"]
         assert ["".join(names[i : i + 3]) for i in range(6, 18, 3)] == ["abc", "bca", "cab", "abc"]
 
-    def test_ratios_are_those_of_one_round(self) -> None:
+    def test_ratios_are_within_a_round(self) -> None:
         times = race(contestants("a", "b"), 4, FakeClock({"a": 1.0, "b": 4.0}))
         assert times.seconds == {"a": [1, 2, 1, 2], "b": [4, 8, 4, 8]}
         assert times.ratio("a", "b") == Spread(0.25, 0.25, 0.25)
         assert times.ratio("b", "a") == Spread(4, 4, 4)
         assert times.spread("b") == Spread(6, 4, 8)
 
-    def test_what_is_quick_runs_several_times_in_one_measurement(self) -> None:
+    def test_a_fast_contestant_runs_several_times_per_measurement(self) -> None:
         clock = FakeClock({"slow": 2 * SHORTEST, "quick": SHORTEST / 4, "idle": 0.0})
         race(contestants("slow", "quick", "idle"), 1, clock)
         assert dict(clock.calls[6:]) == {"slow": 1, "quick": 4, "idle": MOST_REPEATS}
@@ -68,7 +68,7 @@ def test_medians_of_ratios_are_not_ratios_of_medians() -> None:
     assert Spread.of([1.0, 2.0]).as_dict() == {"median": 1.5, "minimum": 1.0, "maximum": 2.0}
 
 
-def test_rounds_of_different_numbers_make_no_pairs() -> None:
+def test_different_numbers_of_rounds_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="zip"):
         Times({"a": [1.0], "b": [1.0, 2.0]}).ratio("a", "b")
 
@@ -80,7 +80,7 @@ def test_the_order_rotates(number: int, order: str) -> None:
 
 @pytest.fixture
 def advance(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """A clock that moves only when it is told to."""
+    """A clock that only the test moves."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
@@ -90,7 +90,7 @@ def advance(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return advance
 
 
-def test_preparing_and_finishing_are_outside_of_the_clock(advance: Callable[[float], None]) -> None:
+def test_preparing_and_finishing_are_not_measured(advance: Callable[[float], None]) -> None:
     calls: Counter[str] = Counter()
 
     def slow(name: str) -> None:

@@ -1,4 +1,4 @@
-"""The script that times KIF's share of a training step runs by itself."""
+"""The script that measures KIF's share of a training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label scoring against generation: the table says what the answers say."""
+"""Label scoring versus generation: the table agrees with the answers."""
 
 from __future__ import annotations
 

@@ -11,13 +11,13 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("limit", [limits.reading, limits.updating])
 @pytest.mark.parametrize("wanted", [1, 12 << 10, 120_001])
-def test_a_limit_moves_about_as_much_as_it_is_asked_to(limit: object, wanted: int) -> None:
+def test_a_limit_moves_about_the_requested_number_of_bytes(limit: object, wanted: int) -> None:
     contestant, moved = limit(wanted, CPU)  # type: ignore[operator]
     contestant.run()
     assert moved == pytest.approx(max(wanted, limits.LEAST_MOVED), abs=12)
 
 
-def test_but_no_more_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_moves_no_more_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MOST_MOVED", 1 << 16)
     assert limits.reading(1 << 40, CPU)[1] == 1 << 16
 
@@ -28,7 +28,7 @@ def test_the_product_counts_multiplications_and_additions() -> None:
     assert operations == 1024
 
 
-def test_the_share_is_of_the_limit_in_the_same_round() -> None:
+def test_shares_are_relative_to_the_limit_in_the_same_round() -> None:
     times = Times({"a": [2.0, 8.0], "read": [1.0, 2.0]})
     assert limits.of_limit(times, "a", "read", 10, 10).as_dict() == {"median": 0.375, "minimum": 0.25, "maximum": 0.5}
     # Twice the work in the same time is twice the rate.
@@ -41,7 +41,7 @@ def test_memory_rates() -> None:
     assert rates["of_limit"]["a"]["median"] == pytest.approx(1 / 3)
 
 
-def test_the_machine_is_named() -> None:
+def test_the_machine_is_described() -> None:
     about = limits.machine(CPU)
     assert about["threads"] == torch.get_num_threads()
     assert about["cores"] >= 1

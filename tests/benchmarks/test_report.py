@@ -27,7 +27,7 @@ def test_a_table_has_one_line_for_every_size() -> None:
     ]
 
 
-def test_a_column_without_numbers_is_left_out() -> None:
+def test_a_column_without_numbers_is_omitted() -> None:
     columns = [Column("hidden", "hidden"), Column("gone", "none.b", "bytes")]
     assert table(DOCUMENT, columns).splitlines()[3:] == ["| hidden |", "|--------|", "| 64     |", "| 64     |"]
 
@@ -47,12 +47,12 @@ def test_cells(style: str, value: object, text: str) -> None:
     assert Column("title", "key", style).cell({"key": value}) == text
 
 
-def test_a_cell_of_what_was_not_measured_is_a_dash() -> None:
+def test_a_missing_measurement_is_a_dash() -> None:
     assert Column("title", "seconds.dense", "milliseconds").cell({"seconds": {}}) == "–"
     assert Column("title", "peak.dense", "bytes").cell({}) == "–"
 
 
-def test_what_all_entries_share() -> None:
+def test_the_common_part_of_all_entries() -> None:
     entry = timed(Times({"a": [1.0, 2.0], "b": [2.0, 8.0]}), [("a", "b")])
     assert entry["runs"] == 2
     assert entry["seconds"]["b"] == {"median": 5.0, "minimum": 2.0, "maximum": 8.0}

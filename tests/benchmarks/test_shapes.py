@@ -22,7 +22,7 @@ def test_published_models(name: str, layers: int, parameters: int) -> None:
     assert sum(layer.outputs * layer.inputs for layer in shapes) == parameters
 
 
-def test_layers_of_a_model_come_once_and_hidden_gives_square_ones() -> None:
+def test_layers_are_a_models_distinct_shapes_or_square() -> None:
     assert layers_of(None, "llama2-7b") == [Layer(4096, 4096), Layer(11008, 4096), Layer(4096, 11008)]
     assert layers_of((8, 16), None) == [Layer(8, 8), Layer(16, 16)]
 
@@ -31,7 +31,7 @@ def test_layers_of_a_model_come_once_and_hidden_gives_square_ones() -> None:
     ("hidden", "intermediate", "heads", "blocks"),
     [(1024, 2816, 16, 2), (4096, 11008, 32, 1), (576, 1536, 9, 2), (64, 176, 1, 2), (48, 132, 3, 2)],
 )
-def test_a_llama_of_some_hidden_size(hidden: int, intermediate: int, heads: int, blocks: int) -> None:
+def test_a_llama_with_a_given_hidden_size(hidden: int, intermediate: int, heads: int, blocks: int) -> None:
     model = model_of(hidden)
     assert (model.intermediate, model.heads, model.key_value_heads, model.blocks) == (
         intermediate,
@@ -42,5 +42,5 @@ def test_a_llama_of_some_hidden_size(hidden: int, intermediate: int, heads: int,
 
 
 def test_heads_have_to_fit() -> None:
-    with pytest.raises(BadInput, match=r"--hidden 50: .* allowed is a multiple of 16"):
+    with pytest.raises(BadInput, match=r"--hidden 50: .* give a multiple of 16"):
         model_of(50)

@@ -26,6 +26,6 @@ def test_a_step_holds_all_gradients(way: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_says_why() -> None:
+def test_a_failed_process_is_reported() -> None:
     with pytest.raises(ClDistError, match=r"^measuring the memory of the dense step failed: .*float99"):
         peaks(replace(SIZE, dtype="float99"), CPU)

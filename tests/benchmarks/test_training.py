@@ -17,7 +17,7 @@ SIZE = StepSize(
 )  # fmt: skip
 LORA = StepSize(**{**SIZE.__dict__, "lora": 4})
 ROUNDING = 1e-5
-"""Sums of 12 products in another order, in float32, relative to the largest entry."""
+"""Relative to the largest entry; float32 sums of 12 products in different orders."""
 
 
 def gradients(way: str, size: StepSize) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
@@ -30,7 +30,7 @@ def gradients(way: str, size: StepSize) -> tuple[dict[str, torch.Tensor], torch.
 
 
 @pytest.mark.parametrize("size", [SIZE, LORA], ids=["full", "lora"])
-def test_the_masked_and_the_reference_way_give_the_same_gradients(size: StepSize) -> None:
+def test_masked_and_reference_gradients_are_equal(size: StepSize) -> None:
     masked, model = gradients("masked", size)
     other, _ = gradients("reference", size)
     assert masked.keys() == other.keys()
@@ -40,7 +40,7 @@ def test_the_masked_and_the_reference_way_give_the_same_gradients(size: StepSize
     assert all(bool((masked[name] == 0).all(dim=1).any()) for name in names if masked[name].shape[0] > 4)
 
 
-def test_dense_gradients_have_no_zero_rows_and_the_model_is_left_as_it_was() -> None:
+def test_dense_gradients_have_no_zero_rows_and_the_model_is_restored() -> None:
     dense, model = gradients("dense", SIZE)
     masked, masked_model = gradients("masked", SIZE)
     assert dense.keys() == masked.keys()
@@ -53,13 +53,13 @@ def test_dense_gradients_have_no_zero_rows_and_the_model_is_left_as_it_was() -> 
 
 
 class TestComparison:
-    """`compare_gradients` finds what is wrong"""
+    """`compare_gradients` finds errors."""
 
     @pytest.fixture
     def model(self) -> torch.nn.Module:
         return build_model(SIZE, CPU)
 
-    def test_nothing_is(self, model: torch.nn.Module) -> None:
+    def test_no_error(self, model: torch.nn.Module) -> None:
         assert step.compare_gradients(model, token_ids(SIZE), SIZE.threshold)["gradient_error"] < ROUNDING
 
     def test_a_gradient_that_is_a_little_off(self, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ class TestComparison:
             return reference.masked_weight_grad(input, grad_output, every, bias=bias)
 
         monkeypatch.setattr(row_gradients, "masked_weight_grad", dense)
-        with pytest.raises(ClDistError, match=r"gradient of .*weight is not zero in rows that are masked"):
+        with pytest.raises(ClDistError, match=r"gradient of .*weight is not zero in masked rows"):
             step.compare_gradients(model, token_ids(SIZE), SIZE.threshold)
 
 
@@ -103,7 +103,7 @@ def test_the_same_seed_gives_the_same_model() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_rows_are_kept_as_the_threshold_says() -> None:
+def test_the_threshold_determines_the_kept_rows() -> None:
     model = build_model(SIZE, CPU)
     way = Masked(model, token_ids(SIZE), 0.5)
     way.prepare()

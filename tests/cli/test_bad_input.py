@@ -1,4 +1,4 @@
-"""Everything that can be wrong with what a user gives, through the real command, with the message that it gets."""
+"""Every kind of bad input to the real command, and the resulting message."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ BAD_FILES = [
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """A recipe that can run, with its data beside it."""
+    """A valid recipe, with its data next to it."""
     data = tmp_path / "mine"
     data.mkdir()
     for split in ("train", "test"):
@@ -149,7 +149,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def refused(result: tuple[int, str, str], message: str) -> None:
-    """Assert that a command ended with exit code 2 and one such line, and nothing else."""
+    """Assert that a command ended with exit code 2 and printed only one line, this one."""
     code, output, error = result
     assert (code, output) == (2, "")
     assert error.startswith("cl-dist: error: ")
@@ -216,7 +216,7 @@ def test_a_broken_record_is_named(command: Command, recipe: Path) -> None:
 
 
 class TestRunFolder:
-    """output_dir holds something already."""
+    """output_dir is not empty."""
 
     def manifest(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -241,22 +241,22 @@ class TestRunFolder:
     def test_resume_and_fresh(self, command: Command, recipe: Path) -> None:
         refused(command("run", recipe, "--resume", "--fresh"), "--resume and --fresh exclude each other")
 
-    def test_somebody_elses_files(self, command: Command, recipe: Path) -> None:
+    def test_other_files(self, command: Command, recipe: Path) -> None:
         refused(
             command("run", recipe, "--set", "output_dir=mine"), "output_dir mine holds test.jsonl but no manifest.json"
         )
 
-    def test_nothing_was_run_in_to_evaluate_or_to_look_at(self, command: Command) -> None:
+    def test_a_folder_without_a_run(self, command: Command) -> None:
         for name in ("eval", "status"):
             refused(command(name, "absent"), "absent/manifest.json is missing: absent holds no run")
 
-    def test_no_task_is_done_yet(self, command: Command, tmp_path: Path) -> None:
+    def test_no_task_is_finished_yet(self, command: Command, tmp_path: Path) -> None:
         Manifest(tasks=("a",), world_size=1, zero_stage=2).write(tmp_path / "manifest.json")
-        refused(command("eval", tmp_path), "no task is done yet, so there is no model to evaluate")
+        refused(command("eval", tmp_path), "no task is finished yet, so there is no model to evaluate")
 
     def test_a_task_that_is_not_done_yet(self, command: Command, tmp_path: Path) -> None:
         Manifest(tasks=("a", "b", "c"), world_size=1, zero_stage=2, completed=2).write(tmp_path / "manifest.json")
-        refused(command("eval", tmp_path, "--task", "c"), "--task c: not among the tasks that are done")
+        refused(command("eval", tmp_path, "--task", "c"), "--task c: not a finished task of")
 
     def test_damaged_metrics(self, command: Command, tmp_path: Path) -> None:
         Manifest(tasks=("a",), world_size=1, zero_stage=2).write(tmp_path / "manifest.json")

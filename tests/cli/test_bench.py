@@ -32,7 +32,7 @@ RATIOS = {
 
 
 def spreads(value: Any) -> Iterator[dict[str, float]]:
-    """Every object with a median in a JSON document."""
+    """All objects with a median in a JSON document."""
     if isinstance(value, dict):
         if "median" in value:
             yield value
@@ -76,7 +76,7 @@ def test_several_sizes_have_a_line_each(command: Command, name: str) -> None:
     assert table[3].split()[1] in ("32", "1024")
 
 
-def test_keys_of_the_first_size_stand_at_the_top(command: Command) -> None:
+def test_keys_of_the_first_size_are_at_the_top_level(command: Command) -> None:
     document = run_json(command, "weight-grad", "--hidden", "32", "16", "--tokens", "8", "4", *QUICK)
     assert [(s["hidden"], s["tokens"]) for s in document["sizes"]] == [(32, 8), (32, 4), (16, 8), (16, 4)]
     assert document["hidden"] == 32
@@ -91,7 +91,7 @@ def test_shapes_of_a_model(command: Command) -> None:
 class TestStep:
     """`cl-dist bench step`"""
 
-    def test_the_sizes_stand_beside_the_ratios(self, command: Command) -> None:
+    def test_the_sizes_are_next_to_the_ratios(self, command: Command) -> None:
         document = run_json(command, "step", *SIZES["step"], *QUICK, "--threshold", "0.5", "--intermediate", "48")
         sizes = {key: document[key] for key in ("hidden", "intermediate", "layers", "tokens", "threshold")}
         assert sizes == {"hidden": 32, "intermediate": 48, "layers": 2, "tokens": 8, "threshold": 0.5}
@@ -124,28 +124,31 @@ class TestStep:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("step --hidden 0", "--hidden 0: not a usable value; allowed is a whole number from 1 up"),
-        ("step --hidden wide", "--hidden wide: not a usable value; allowed is a whole number from 1 up"),
-        ("step --hidden 50", "--hidden 50: attention heads do not fit in; allowed is a multiple of 16"),
-        ("step --tokens 1", "--tokens 1: one token has no next one to predict; allowed is 2 or more"),
-        ("topk --threshold 1", "--threshold 1: not a usable value; allowed is a number from 0 to below 1"),
-        ("topk --threshold nan", "--threshold nan: not a usable value; allowed is a number from 0 to below 1"),
-        ("topk --runs -1", "--runs -1: not a usable value; allowed is a whole number from 1 up"),
-        ("magnitude --dtype int8", "--dtype int8: not a usable value; allowed is float32, bfloat16, float16"),
-        ("step --zero-stage 4", "--zero-stage 4: not a usable value; allowed is 0, 1, 2, 3"),
-        ("step --zero-stage 2", "--zero-stage 2: needs ranks; allowed is together with --processes"),
-        ("step --processes 2 --lora 8", "--lora 8: measured in a single process; allowed is without --processes"),
-        ("step --processes 2 --dtype float16", "--dtype float16: not with --processes; allowed is float32, bfloat16"),
-        ("step --csv no/where.csv", "--csv no/where.csv: not a usable value; allowed is a file in a folder that is"),
-        ("weight-grad --shapes gpt2", "--shapes gpt2: not a usable value; allowed is smollm2-135m, llama2-7b, t5-l"),
-        ("weight-grad --shapes t5-large --hidden 8", "--shapes t5-large: --hidden gives the size already; allowed is"),
-        ("step --shapes t5-large --intermediate 8", "--intermediate 8: --shapes gives it already; allowed is one of"),
-        ("importance --elements 4Mi --hidden 8", "--elements: --hidden gives the size already; allowed is one of the"),
-        ("importance --elements 1.5Mi", "--elements 1.5Mi: not a usable value; allowed is a whole number from 1 up"),
-        ("importance --order third", "--order third: not a usable value; allowed is first, second, mixed"),
+        ("step --hidden 0", "--hidden 0: invalid value; allowed: a whole number of at least 1"),
+        ("step --hidden wide", "--hidden wide: invalid value; allowed: a whole number of at least 1"),
+        ("step --hidden 50", "--hidden 50: cannot be divided into attention heads; give a multiple of 16"),
+        ("step --tokens 1", "--tokens 1: a single token has no next token to predict; give at least 2"),
+        ("topk --threshold 1", "--threshold 1: invalid value; allowed: a number >= 0 and < 1"),
+        ("topk --threshold nan", "--threshold nan: invalid value; allowed: a number >= 0 and < 1"),
+        ("topk --runs -1", "--runs -1: invalid value; allowed: a whole number of at least 1"),
+        ("magnitude --dtype int8", "--dtype int8: invalid value; allowed: float32, bfloat16, float16"),
+        ("step --zero-stage 4", "--zero-stage 4: invalid value; allowed: 0, 1, 2, 3"),
+        ("step --zero-stage 2", "--zero-stage 2: needs ranks; give --processes too"),
+        ("step --processes 2 --lora 8", "--lora 8: measured in a single process only; leave out --processes"),
+        (
+            "step --processes 2 --dtype float16",
+            "--dtype float16: not supported with --processes; allowed: float32, bfloat16",
+        ),
+        ("step --csv no/where.csv", "--csv no/where.csv: invalid value; allowed: a file in an existing folder"),
+        ("weight-grad --shapes gpt2", "--shapes gpt2: invalid value; allowed: smollm2-135m, llama2-7b, t5-l"),
+        ("weight-grad --shapes t5-large --hidden 8", "--shapes t5-large: --hidden already sets the size; give only"),
+        ("step --shapes t5-large --intermediate 8", "--intermediate 8: --shapes already sets it; give only one of"),
+        ("importance --elements 4Mi --hidden 8", "--elements: --hidden already sets the size; give only one of the"),
+        ("importance --elements 1.5Mi", "--elements 1.5Mi: invalid value; allowed: a whole number of at least 1"),
+        ("importance --order third", "--order third: invalid value; allowed: first, second, mixed"),
     ],
 )
-def test_bad_values_are_refused_in_one_sentence(command: Command, arguments: str, sentence: str) -> None:
+def test_bad_values_are_rejected_in_one_sentence(command: Command, arguments: str, sentence: str) -> None:
     code, output, error = command("bench", *arguments.split())
     assert (code, output) == (2, "")
     assert error.startswith(f"cl-dist: error: {sentence}")
@@ -161,14 +164,14 @@ def test_bad_values_are_refused_before_torch_is_loaded() -> None:
     assert done.stdout.split() == ["2", "False"]
 
 
-def test_a_gpu_that_is_not_there(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, output, error = command("bench", "topk", "--device", "cuda")
     assert (code, output) == (2, "")
-    assert error == "cl-dist: error: --device cuda: PyTorch finds no GPU here; allowed is cpu\n"
+    assert error == "cl-dist: error: --device cuda: PyTorch finds no GPU here; use cpu\n"
 
 
-def test_the_number_of_threads_is_put_back(command: Command) -> None:
+def test_the_number_of_threads_is_restored(command: Command) -> None:
     import torch
 
     before = torch.get_num_threads()
@@ -177,12 +180,12 @@ def test_the_number_of_threads_is_put_back(command: Command) -> None:
 
 
 class TestHelp:
-    """`--help` says what is measured"""
+    """`--help` explains what is measured"""
 
     def test_of_all_benchmarks(self, command: Command) -> None:
         code, output, _ = command("bench", "--help")
         assert code == 0
-        text = " ".join(output.split())  # lines end where the terminal does
+        text = " ".join(output.split())  # lines are wrapped at the terminal's width
         assert all(f"{name} {benchmark.summary}" in text for name, benchmark in BENCHMARKS.items())
 
     @pytest.mark.parametrize("name", list(BENCHMARKS))
@@ -193,18 +196,18 @@ class TestHelp:
         assert all(flag in output for flag in ("--hidden", "--tokens", "--threshold", "--runs", "--json"))
 
 
-def test_a_benchmark_is_a_script_too(tmp_path: Path) -> None:
+def test_a_benchmark_is_also_a_script(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "topk.py"), "--hidden", "16", "--json"]
     done = subprocess.run([*command, *QUICK], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "fused_over_reference" in json.loads(done.stdout)
     done = subprocess.run([*command, "--runs", "0"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "error: --runs 0: not a usable value; allowed is a whole number from 1 up\n"
+    assert done.stderr == "error: --runs 0: invalid value; allowed: a whole number of at least 1\n"
 
 
 @pytest.mark.parametrize("name", list(BENCHMARKS))
-def test_every_benchmark_has_a_script_of_its_name(name: str) -> None:
+def test_every_benchmark_has_a_script_with_its_name(name: str) -> None:
     text = (ROOT / "benchmarks" / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
     assert text.startswith("#!/usr/bin/env python3\n")
     assert text.endswith(f'if __name__ == "__main__":\n    main("{name}")\n')

@@ -1,4 +1,4 @@
-"""Commands that only look, on run folders whose files are not what a run has written: one sentence, exit code 2."""
+"""Read-only commands on damaged run folders: one sentence, exit code 2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEEP = "[" * 100_000
 METRICS = {"tasks": ["a", "b"], "accuracy_matrix": [[0.0, 0.0], [1.0, 0.0], [0.5, 1.0]], "average_performance": 0.75}
 
 ANY_JSON = ["", "{", "[]", "null", "7", '"text"', "{}", DEEP, "{}".encode("utf-16"), b"\xff\xfe{}", b"\0" * 100]
-"""What no file of a run may be, whatever it is for."""
+"""Contents that are invalid for any file of a run."""
 BAD_METRICS = [
     {"tasks": None},
     {"accuracy_matrix": None},
@@ -60,7 +60,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def refused(outcome: tuple[int, str, str], name: str) -> None:
-    """One sentence that names the file, and no half of what was asked for before it."""
+    """Expect one sentence that names the file, and no partial output before it."""
     code, output, error = outcome
     assert (code, output) == (2, ""), error
     assert error.startswith("cl-dist: error: ")
@@ -140,7 +140,7 @@ def test_lines_of_the_log_that_are_none_are_counted(command: Command, run: RunFo
         file.writelines(f"{line()}\n" for line in LINES)
     code, output, error = command("report", run.path)
     assert (code, error) == (0, "")
-    assert f"{len(LINES) - 1} lines of log.jsonl cannot be read and are left out." in output  # one names no task
+    assert f"{len(LINES) - 1} lines of log.jsonl cannot be read and are skipped." in output  # one names no task
 
 
 @pytest.mark.parametrize("content", ["{", "- a", "7", "\0", b"\xff\xfe", "a: &a [*a]", DEEP], ids=range(7))

@@ -1,4 +1,4 @@
-"""How a rank ends that is asked to stop while it does not train."""
+"""How a rank ends if it is asked to stop while it is not training."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def run_rank(code: str, number: int, **environment: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_stopped_alone_a_rank_of_a_foreign_launcher_does_not_claim_that_all_agreed(number: int) -> None:
-    message = "cl-dist: interrupted: stopped outside of training; what was saved is intact\n"
+def test_a_single_stopped_rank_of_another_launcher_does_not_exit_with_75(number: int) -> None:
+    message = "cl-dist: interrupted: stopped outside of training; the saved state is intact\n"
     assert run_rank(STOPPED, number) == (128 + number, message)
 
 
-def test_our_own_launcher_knows_better_and_gets_75() -> None:
+def test_with_our_own_launcher_it_exits_with_75() -> None:
     assert run_rank(STOPPED, signal.SIGTERM, CL_DIST_LAUNCHER_PID=str(os.getpid()))[0] == 75
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_once_all_is_saved_a_signal_changes_the_exit_code_no_more(number: int) -> None:
+def test_once_everything_is_saved_a_signal_does_not_change_the_exit_code(number: int) -> None:
     assert run_rank(SAVED, number) == (75, "cl-dist: interrupted: saved\n")

@@ -1,4 +1,4 @@
-"""`cl-dist slurm` and what `cl-dist status` says of a job, as far as that needs no Slurm; tests/slurm has one."""
+"""`cl-dist slurm` and the job in `cl-dist status`, as far as they need no Slurm; tests/slurm has the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.recipes import write_recipe
 
 
 def values(script: str, *names: str) -> list[str]:
-    """What bash makes of the script's variables."""
+    """The script's variables as bash sees them."""
     head = script.partition("# From here on")[0]
     printing = "printf '%s\\n' " + " ".join(f'"${{{name}}}"' for name in names)
     done = subprocess.run(["bash", "-c", f"{head}\n{printing}"], capture_output=True, text=True, check=True, env={})
@@ -51,7 +51,7 @@ def test_the_printed_command_names_the_same_recipe(command: Command, tmp_path: P
     ("arguments", "message"),
     [
         (["--nodes", "0"], "--nodes: 0 is too few"),
-        (["--time", "later"], "--time: 'later' is no time limit"),
+        (["--time", "later"], "--time: 'later' is not a time limit"),
         (["--set", "train.epochs=0"], "train.epochs: 0 is not allowed"),
         (["--set", "model.name_or_path=/nowhere"], "/nowhere"),
         (["--set", "stream.tasks.0.format=tasl", "--set", "stream.tasks.0.path=/nowhere"], "/nowhere"),
@@ -65,17 +65,17 @@ def test_bad_input_is_one_sentence(command: Command, tmp_path: Path, arguments: 
     assert len(error.splitlines()) == 1
 
 
-def test_nothing_is_written_where_jobs_cannot_be_submitted(
+def test_nothing_is_written_if_jobs_cannot_be_submitted(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
     code, _, error = command("slurm", recipe, "--submit")
-    assert (code, error[:45]) == (2, "cl-dist: error: --submit: sbatch is not on th")
+    assert (code, error[:45]) == (2, "cl-dist: error: --submit: sbatch is not insta")
     assert not (tmp_path / "run").exists()
 
 
-def test_fresh_is_the_printed_scripts_to_do(command: Command, tmp_path: Path) -> None:
+def test_the_printed_script_handles_fresh(command: Command, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     assert values(command("slurm", recipe, "--fresh")[1], "fresh") == ["1"]
     assert values(command("slurm", recipe)[1], "fresh") == ["0"]
@@ -84,7 +84,7 @@ def test_fresh_is_the_printed_scripts_to_do(command: Command, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("refused", [True, False])
-def test_the_old_run_is_put_aside_for_a_job_that_slurm_takes(
+def test_the_old_run_is_moved_aside_for_a_job_that_slurm_accepts(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
 ) -> None:
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
@@ -117,21 +117,21 @@ def test_status_of_a_job_that_has_not_started(
     assert code == 0
     assert output.splitlines() == [
         "status      not started",
-        "job         17; Slurm does not answer, or knows it no more",
+        "job         17; Slurm does not answer, or no longer knows it",
         f"log         {tmp_path}/slurm/01/slurm-17.log",
     ]
 
 
-def test_status_of_a_run_with_two_jobs_tells_of_the_newest(
+def test_status_of_a_run_with_two_jobs_shows_the_latest(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     Manifest(tasks=("spring",), world_size=2, zero_stage=2, status="interrupted").write(tmp_path / "manifest.json")
     submitted(tmp_path)
     submitted(tmp_path, 18)
-    RunFolder(tmp_path).new_slurm_record().path.mkdir()  # one that Slurm has refused
+    RunFolder(tmp_path).new_slurm_record().path.mkdir()  # one that Slurm rejected
     lines = command("status", tmp_path)[1].splitlines()
-    assert lines[0] == "status      interrupted; --resume goes on"
+    assert lines[0] == "status      interrupted; continue with --resume"
     assert f"log         {tmp_path}/slurm/02/slurm-18.log" in lines
 
 

@@ -121,7 +121,7 @@ def test_without_any_checkpoint_the_first_task_begins_anew(
     run = copied(in_first_task, tmp_path, damaged)
     outcome = resumed(zygote, tmp_path)
     assert outcome.codes == [0, 0], outcome.output
-    assert "no saved state inside task spring is intact: training it from its beginning\n" in outcome.output[0]
+    assert "no saved state inside task spring is intact: training it from the start\n" in outcome.output[0]
     assert_same_end(run, undisturbed)
 
 
@@ -137,7 +137,7 @@ def test_without_any_checkpoint_a_later_task_begins_anew(
     run = copied(in_second_task, tmp_path, IN_SECOND)
     outcome = resumed(zygote, tmp_path)
     assert outcome.codes == [0, 0], outcome.output
-    assert "no saved state inside task summer is intact: training it from its beginning\n" in outcome.output[0]
+    assert "no saved state inside task summer is intact: training it from the start\n" in outcome.output[0]
     assert_same_end(run, undisturbed)
 
 
@@ -151,7 +151,7 @@ def test_without_its_end_state_the_task_before_begins_anew(
     outcome = resumed(zygote, tmp_path)
     assert outcome.codes == [0, 0], outcome.output
     damage = f"{run / END_OF_FIRST} is damaged: its content does not match its checksum"
-    assert f"{damage}; going back to the beginning of task spring\n" in outcome.output[0]
+    assert f"{damage}; going back to the start of task spring\n" in outcome.output[0]
     assert evaluations(run).count(("01-spring", "spring")) == 2
     assert_same_end(run, undisturbed)
 

@@ -132,13 +132,13 @@ def test_a_run_goes_on_with_what_it_was_given(zygote: Zygote, tmp_path: Path) ->
     project = tmp_path / "again"
     outcome = zygote.run(["eval", str(project / "run")], project / "out")
     assert outcome.codes == [0], outcome.output
-    assert "differs from what the run was given" not in outcome.output[0]
+    assert "input has changed since the run" not in outcome.output[0]
     scores = json.loads((project / "run" / "tasks" / "02-two" / "evaluation.json").read_text())
     assert list(scores.values()) == list(manifest.accuracy_matrix[-1])
     write_data(project / "data" / "one", "other")
     outcome = zygote.run(["eval", str(project / "run")], project / "out")
     assert outcome.codes == [0], outcome.output
-    assert "differs from what the run was given: the training data of task 'one'" in outcome.output[0]
+    assert "input has changed since the run: the training data of task 'one'" in outcome.output[0]
 
     if can_mount():
         check_read_only(project, scores)
@@ -153,12 +153,12 @@ def check_read_only(project: Path, scores: dict[str, float]) -> None:
     environment = {**rank_environment(0, 1, free_port()), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([*command, "eval", str(run)], capture_output=True, text=True, cwd=out, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "02-two cannot be written to: scores and predictions are shown, but not stored" in done.stdout
+    assert "02-two is not writable: scores and predictions are shown, but not stored" in done.stdout
     assert "two: " in done.stdout
     assert not (run / "tasks" / "02-two" / "evaluation").exists()
     done = subprocess.run([*command, "report", str(run)], capture_output=True, text=True, cwd=out)
     assert done.returncode == 2, done.stderr
-    assert "Read-only file system; --out DIR writes it elsewhere" in done.stderr
+    assert "Read-only file system; use --out DIR to write it elsewhere" in done.stderr
 
 
 @pytest.mark.slow
@@ -198,5 +198,5 @@ def test_a_full_disk_under_a_report_is_told_with_what_helps(tmp_path: Path) -> N
     )
     assert done.returncode == 1, done.stderr
     assert "no space left on the disk of disk/" in done.stderr
-    assert "make the report again; --out DIR writes it elsewhere" in done.stderr
+    assert "try again; use --out DIR to write it elsewhere" in done.stderr
     assert "--resume" not in done.stderr

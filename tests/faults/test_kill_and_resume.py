@@ -145,7 +145,7 @@ def test_asked_to_stop_inside_an_evaluation(zygote: Zygote, tmp_path: Path) -> N
     stop = {"moment": "stop in evaluation", "on_rank": 1, "count": 2}
     outcome = zygote.run(["run", str(path)], tmp_path, world=2, fault=stop)
     assert outcome.codes == [75, 75], outcome.output
-    assert "stopped during evaluation; the state is saved, go on with --resume" in outcome.output[0]
+    assert "stopped during evaluation; the state is saved, continue with --resume" in outcome.output[0]
     assert evaluations(tmp_path / "run") == []
     outcome = zygote.run(["run", str(path), "--resume", "--debug"], tmp_path, world=2)
     assert outcome.codes == [0, 0], outcome.output
@@ -158,7 +158,7 @@ def test_resuming_a_finished_run_changes_nothing(zygote: Zygote, undisturbed: Pa
     path = undisturbed.parent / "recipe.yaml"
     outcome = zygote.run(["run", str(path), "--resume"], tmp_path, world=2)
     assert outcome.codes == [0, 0]
-    assert "finished already" in outcome.output[0]
+    assert "already finished" in outcome.output[0]
     assert (
         json.loads(before)["accuracy_matrix"]
         == json.loads((undisturbed / "metrics.json").read_text())["accuracy_matrix"]

@@ -80,7 +80,7 @@ def test_with_a_damaged_checkpoint_the_second_task_begins_anew(
     path = recipe(tmp_path)
     run = killed(zygote, path, "step", 2 * STEPS)
     DAMAGES["deleted"](run / "checkpoint" / f"task-02-step-{EVERY:06}" / "rank-00001.json")
-    assert "no saved state inside task summer is intact: training it from its beginning\n" in resumed(zygote, path)
+    assert "no saved state inside task summer is intact: training it from the start\n" in resumed(zygote, path)
     assert_same_end(run, undisturbed)
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import cl_dist.kernels.linear_magnitude
 import torch
 
 import cl_dist.kernels  # noqa: F401  modules are looked up by name below: functions hide them

@@ -1,4 +1,4 @@
-"""The batch script by itself, with commands in Slurm's place that do as a test says; tests/slurm has a real Slurm."""
+"""The batch script alone, with scripts in place of Slurm's commands; tests/slurm has a real Slurm."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import pytest
 from cl_dist.launch.slurm import SlurmJob
 
 PYTHON = "echo 20000"
-"""In the interpreter's place: the search for a port."""
+"""In place of the interpreter, which searches for a port."""
 SAVES = 'sleep 0.1; echo \'  "status": "interrupted",\' >m; mv m manifest.json'
 ASKS = "trap '' USR1; kill -USR1 $PPID; sleep 0.3"
 PATIENT, HASTY = "attempts=16 pause=15\n", "attempts=3 pause=0.05\n"
 
 
 class Commands:
-    """Runs a job's script in `folder`, which is its run folder too; what is called notes it in `calls`.
+    """Runs a job's script in `folder`, which is also its run folder; each command appends its call to `calls`.
 
-    `srun` and so on: bash, run in place of that command; `$n` is how often it was called before.
+    `srun` and so on: bash code to run in place of that command; `$n` is the number of earlier calls.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,7 @@ class Commands:
             path.chmod(0o755)
 
     def start(self, change: Callable[[str], str] = str, **values: Any) -> subprocess.Popen[str]:
-        """Start the script; `values` are the job's and, in capitals, the environment's."""
+        """Start the script; `values` are fields of the job or, in capitals, environment variables."""
         (self.folder / "calls").touch()
         environment = {name: values.pop(name) for name in list(values) if name.isupper()}
         place = {"run_folder": str(self.folder), "working_folder": str(self.folder)}
@@ -57,7 +57,7 @@ class Commands:
         )  # fmt: skip
 
     def run(self, change: Callable[[str], str] = str, **values: Any) -> tuple[int, str]:
-        """Exit code, and what the script has said after its first line."""
+        """The exit code, and the output after the first line."""
         process = self.start(change, **values)
         output = process.communicate(timeout=30)[0]
         return process.returncode, output.partition("\n")[2]
@@ -88,29 +88,29 @@ def test_a_stopped_job_is_requeued_once(commands: Commands) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130])
-def test_a_job_that_ended_by_itself_is_not(commands: Commands, code: int) -> None:
+def test_a_job_that_ended_is_not_requeued(commands: Commands, code: int) -> None:
     commands.set(srun=f"exit {code}")
     assert commands.run() == (code, "")
     assert commands.calls("squeue") == commands.calls("scontrol") == []
 
 
 @pytest.mark.parametrize("state", ["CANCELLED None", "PENDING BeginTime", "COMPLETING None", ""])
-def test_neither_one_that_slurm_ends_already(commands: Commands, state: str) -> None:
+def test_a_job_that_slurm_is_already_ending_is_not_requeued(commands: Commands, state: str) -> None:
     commands.set(squeue=f"echo {state}")
     assert commands.run() == (75, "")
     assert commands.calls("scontrol") == []
 
 
 class TestAFreshRun:
-    """In a folder that holds an old one."""
+    """A fresh run in the folder of an old run."""
 
     PUT_ASIDE = "mkdir -p old; mv .fresh-for-job-* manifest.json log.jsonl old 2>/dev/null"
 
     def asked_for(self, commands: Commands) -> list[str]:
-        """What `cl-dist` was called with, start by start."""
+        """The arguments of `cl-dist` at each start."""
         return [call.rpartition("cl_dist.cli:program ")[2] for call in commands.calls("srun")]
 
-    def test_is_asked_for_at_the_first_start_alone(self, commands: Commands) -> None:
+    def test_is_requested_only_at_the_first_start(self, commands: Commands) -> None:
         (commands.folder / "manifest.json").touch()
         commands.set(srun=f"{self.PUT_ASIDE}; exit 75")
         assert commands.run(fresh=True) == (0, SAVED)
@@ -119,15 +119,15 @@ class TestAFreshRun:
         commands.run(fresh=True, SLURM_RESTART_COUNT="2")
         assert self.asked_for(commands) == ["run --fresh", "run", "run --resume"]
 
-    def test_where_there_is_no_old_one(self, commands: Commands) -> None:
+    def test_without_an_old_run(self, commands: Commands) -> None:
         commands.set(srun="touch manifest.json; exit 75")
         assert commands.run(fresh=True) == (0, SAVED)
         commands.run(fresh=True, SLURM_RESTART_COUNT="1")
         assert self.asked_for(commands) == ["run --fresh", "run --resume"]
 
     @pytest.mark.parametrize("requeued_by", ["itself", "Slurm"])
-    def test_never_goes_on_with_the_old_one(self, commands: Commands, requeued_by: str) -> None:
-        """The first start ends before the old run is put aside."""
+    def test_never_resumes_the_old_run(self, commands: Commands, requeued_by: str) -> None:
+        """The first start ends before the old run is moved aside."""
         (commands.folder / "manifest.json").touch()
         commands.set(srun=f"{ASKS}; exit 138")
         if requeued_by == "Slurm":
@@ -140,15 +140,15 @@ class TestAFreshRun:
         commands.run(fresh=True, SLURM_RESTART_COUNT="3")
         assert self.asked_for(commands) == ["run --fresh", "run --fresh", "run", "run --resume"]
 
-    def test_counts_its_own_saves_alone(self, commands: Commands) -> None:
-        """The old run had saved more often."""
+    def test_counts_only_its_own_saves(self, commands: Commands) -> None:
+        """The old run has more saves."""
         (commands.folder / "manifest.json").touch()
         (commands.folder / "log.jsonl").write_text('{"event": "saved", "task": "a"}\n' * 5)
         commands.set(srun=f"{self.PUT_ASIDE}; {SAVED_EVENT}; exit 76")
         lost = "cl-dist: lost a rank (exit code 76), and had saved its state since it started"
         assert commands.run(fresh=True) == (0, f"{lost}; restart 1 of at most 20 follows\n")
 
-    def test_does_not_count_those_of_the_old_one(self, commands: Commands) -> None:
+    def test_does_not_count_the_old_runs_saves(self, commands: Commands) -> None:
         (commands.folder / "manifest.json").touch()
         (commands.folder / "log.jsonl").write_text('{"event": "saved", "task": "a"}\n' * 5)
         commands.set(srun="exit 76")
@@ -161,12 +161,12 @@ class TestAControllerThatDoesNotAnswer:
         assert commands.run() == (0, SAVED)
         assert (len(commands.calls("squeue")), len(commands.calls("scontrol"))) == (3, 3)
 
-    def test_is_told_to_requeue_all_the_same(self, commands: Commands) -> None:
+    def test_is_asked_to_requeue_anyway(self, commands: Commands) -> None:
         commands.set(squeue="exit 1")
         assert commands.run() == (0, SAVED)
         assert len(commands.calls("scontrol")) == 1
 
-    def test_is_given_up_with_its_own_words(self, commands: Commands) -> None:
+    def test_is_quoted_in_the_end(self, commands: Commands) -> None:
         commands.set(scontrol="echo slurm_requeue error: Unable to contact slurm controller >&2; exit 1")
         code, said = commands.run()
         assert code == 75
@@ -176,14 +176,14 @@ class TestAControllerThatDoesNotAnswer:
         )
         assert len(commands.calls("scontrol")) == 3
 
-    def test_is_not_asked_again_where_it_refuses(self, commands: Commands) -> None:
+    def test_is_not_asked_again_after_a_refusal(self, commands: Commands) -> None:
         commands.set(scontrol="echo Requested operation is presently disabled >&2; exit 1")
         assert commands.run()[0] == 75
         assert len(commands.calls("scontrol")) == 1
 
 
 class TestASignal:
-    def test_while_a_port_is_looked_for(self, commands: Commands) -> None:
+    def test_during_the_search_for_a_port(self, commands: Commands) -> None:
         commands.set(python="kill -USR1 $PPID; sleep 0.2; echo 20000")
         assert commands.run() == (0, UNSAVED)
         assert commands.calls("srun") == []
@@ -192,7 +192,7 @@ class TestASignal:
         commands.set(python="kill -TERM $PPID; exit 143", squeue="echo CANCELLED None")
         assert commands.run() == (138, "")
 
-    def test_before_it_is_known_whom_to_pass_it_on_to(self, commands: Commands) -> None:
+    def test_before_the_process_id_of_srun_is_known(self, commands: Commands) -> None:
         commands.set(srun="trap 'touch heard; exit 75' USR1; touch listening; for _ in {1..100}; do sleep 0.1; done")
         early = "until [[ -e listening ]]; do sleep 0.01; done; kill -USR1 $$\n    ranks=$!\n"
         assert commands.run(lambda script: script.replace("    ranks=$!\n", early)) == (0, SAVED)
@@ -213,50 +213,52 @@ NOTHING = "and not restarted: nothing was saved since it started; submit the run
 
 @pytest.mark.parametrize("code", [76, 134, 137, 143])
 class TestALostRank:
-    def test_is_worth_a_restart_where_the_run_got_further(self, commands: Commands, code: int) -> None:
+    def test_restarts_a_run_that_made_progress(self, commands: Commands, code: int) -> None:
         commands.set(srun=f"{SAVED_EVENT}; exit {code}")
         lost = f"cl-dist: lost a rank (exit code {code}), and had saved its state since it started"
         assert commands.run() == (0, f"{lost}; restart 1 of at most 20 follows\n")
 
-    def test_is_not_where_it_did_not(self, commands: Commands, code: int) -> None:
+    def test_does_not_restart_a_run_without_progress(self, commands: Commands, code: int) -> None:
         (commands.folder / "log.jsonl").write_text('{"event": "saved", "task": "a"}\n')
         commands.set(srun=f"""echo '{{"event": "step"}}' >>log.jsonl; exit {code}""")
         assert commands.run() == (code, f"cl-dist: error: lost a rank (exit code {code}), {NOTHING}")
         assert commands.calls("scontrol") == []
 
-    def test_is_bounded(self, commands: Commands, code: int) -> None:
+    def test_restarts_are_limited(self, commands: Commands, code: int) -> None:
         commands.set(srun=f"{SAVED_EVENT}; exit {code}")
         ended, said = commands.run(max_restarts=3, SLURM_RESTART_COUNT="3")
         assert ended == code
         assert "not restarted: --max-restarts is 3" in said
 
 
-def test_an_error_is_no_lost_rank(commands: Commands) -> None:
+def test_an_error_is_not_a_lost_rank(commands: Commands) -> None:
     commands.set(srun=f"{SAVED_EVENT}; exit 1")
     assert commands.run() == (1, "")
 
 
 class TestRanksThatTakeTooLongToEnd:
-    def test_have_saved_where_the_manifest_says_so(self, commands: Commands) -> None:
+    def test_have_saved_if_the_manifest_says_so(self, commands: Commands) -> None:
         commands.set(srun=f"{SAVES}; exit 137")
         assert commands.run() == (0, SAVED)
 
-    def test_are_asked_as_they_end(self, commands: Commands) -> None:
+    def test_may_be_asked_just_as_they_end(self, commands: Commands) -> None:
         commands.set(srun="kill -USR1 $PPID; exit 137")  # whose exit code bash may lose
         code, said = commands.run()
         assert (code, said.partition(" (")[0]) == (0, UNSAVED.partition(" (")[0])
 
     @pytest.mark.parametrize(("ending", "code"), [("exit 1", 1), (f"{ASKS}; exit 138", 138)])
-    def test_have_not_where_that_is_of_an_earlier_start(self, commands: Commands, ending: str, code: int) -> None:
+    def test_have_not_saved_if_the_manifest_is_of_an_earlier_start(
+        self, commands: Commands, ending: str, code: int
+    ) -> None:
         (commands.folder / "manifest.json").write_text('"status": "interrupted"')
         commands.set(srun=ending)
         assert commands.run() == ((0, UNSAVED) if code == 138 else (code, ""))
 
-    def test_have_not_where_it_says_something_else(self, commands: Commands) -> None:
+    def test_have_not_saved_if_the_manifest_says_otherwise(self, commands: Commands) -> None:
         commands.set(srun='echo \'"status": "failed"\' >m; mv m manifest.json; exit 1')
         assert commands.run() == (1, "")
 
-    def test_are_not_said_to_have_saved_where_no_restart_is_left(self, commands: Commands) -> None:
+    def test_are_not_reported_as_saved_without_a_restart(self, commands: Commands) -> None:
         commands.set(srun=f"{ASKS}; exit 137")
         code, said = commands.run(max_restarts=0)
         assert code == 137

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cl_dist.launch import local
-from cl_dist.launch.local import Ending, find_free_port, has_gpu, launch, rank_environment
+from cl_dist.launch.local import Ending, launch
 from cl_dist.stop_requests import SAME_PRESS_SECONDS
 
 PATIENCE_SECONDS = 30.0
@@ -45,7 +45,7 @@ def checkpoint_when_asked(seconds=0.3):
 
 
 def heed_hangups() -> None:
-    """In a process that is started: the tests themselves may run under nohup, which children inherit."""
+    """Runs in a child process: the tests may run under nohup, which children inherit."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
@@ -67,7 +67,7 @@ def start(body: str, processes: int = 2, grace_seconds: float = 1.0) -> Ending:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait, but not for ever."""
+    """Wait for a condition, with a time limit."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline
@@ -75,7 +75,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
+    """Whether a process is running; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -94,35 +94,9 @@ def test_ranks_find_their_place_and_each_other(folder: Path) -> None:
     assert len({environment["MASTER_PORT"] for environment in environments}) == 1
 
 
-def test_a_process_of_a_rank_starts_in_its_own_session(folder: Path) -> None:
+def test_each_rank_has_its_own_session(folder: Path) -> None:
     start("open(f'session-{rank}', 'w').write(str(os.getsid(0) == os.getpid()))")
     assert (folder / "session-1").read_text() == "True"
-
-
-def test_threads_are_shared_out_unless_the_user_says_otherwise() -> None:
-    cores = len(os.sched_getaffinity(0))
-    assert rank_environment({}, 0, 1, 1)["OMP_NUM_THREADS"] == str(cores)
-    assert rank_environment({}, 0, 2 * cores, 1)["OMP_NUM_THREADS"] == "1"
-    assert rank_environment({"OMP_NUM_THREADS": "7"}, 0, 2, 1)["OMP_NUM_THREADS"] == "7"
-
-
-def test_programs_beside_python_are_found_after_the_users_own() -> None:
-    beside = str(Path(sys.executable).parent)
-    assert rank_environment({"PATH": "/a:/b"}, 0, 1, 1)["PATH"] == f"/a:/b:{beside}"
-    assert rank_environment({}, 0, 1, 1)["PATH"] == beside
-
-
-def test_deepspeed_is_told_to_use_the_cpu_where_there_is_no_gpu(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(local, "DEVICE_FILES", (str(tmp_path / "absent"),))
-    assert rank_environment({}, 0, 1, 1)["DS_ACCELERATOR"] == "cpu"
-    assert rank_environment({"DS_ACCELERATOR": "xpu"}, 0, 1, 1)["DS_ACCELERATOR"] == "xpu"
-    monkeypatch.setattr(local, "DEVICE_FILES", (str(tmp_path),))
-    assert "DS_ACCELERATOR" not in rank_environment({}, 0, 1, 1)
-    assert has_gpu({"CUDA_VISIBLE_DEVICES": "1,2"})
-    assert not has_gpu({"CUDA_VISIBLE_DEVICES": ""})
-    assert not has_gpu({"CUDA_VISIBLE_DEVICES": "-1"})
 
 
 def test_only_the_first_ranks_output_is_shown(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -136,19 +110,19 @@ def test_a_rank_that_writes_a_lot_is_not_blocked(folder: Path) -> None:
 
 
 class TestFailures:
-    """One rank fails: the others go down with it and its own words come last."""
+    """If one rank fails, the others end too, and its message comes last."""
 
     def test_a_killed_rank_takes_the_others_down(self, folder: Path) -> None:
         ending = start("wait_for_the_others()\nos.kill(os.getpid(), 9) if rank == 1 else time.sleep(600)")
         assert ending == Ending(1, "rank 1 was killed by SIGKILL")
 
-    def test_one_that_ignores_being_asked_is_killed(self, folder: Path) -> None:
+    def test_a_rank_that_ignores_the_signal_is_killed(self, folder: Path) -> None:
         began = time.monotonic()
         body = "wait_for_the_others()\nrank or fail(1, 'no')\ntime.sleep(600)"
         assert start("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + body) == Ending(1, "rank 0: no")
         assert time.monotonic() - began < PATIENCE_SECONDS
 
-    def test_what_a_failed_rank_had_started_is_ended_too(self, folder: Path) -> None:
+    def test_processes_that_a_failed_rank_started_are_killed_too(self, folder: Path) -> None:
         body = "import subprocess\nopen('pid', 'w').write(str(subprocess.Popen(['sleep', '600']).pid))\nfail(1, 'no')"
         start(body, processes=1)
         wait_until(lambda: not is_alive(int((folder / "pid").read_text())))
@@ -166,15 +140,15 @@ class TestFailures:
     def test_the_exit_code(self, body: str, code: int, folder: Path) -> None:
         assert start(body).exit_code == code
 
-    def test_the_rank_that_failed_first_is_the_one_that_speaks(self, folder: Path) -> None:
+    def test_the_message_is_that_of_the_rank_that_failed_first(self, folder: Path) -> None:
         body = "rank == 2 and fail(1, 'the disk is full')\ntime.sleep(0.4)\nfail(1, 'lost my peer')"
         assert start("wait_for_the_others()\n" + body, processes=3) == Ending(1, "rank 2: the disk is full")
 
-    def test_a_killed_rank_speaks_before_those_that_noticed_first(self, folder: Path) -> None:
+    def test_a_killed_rank_comes_before_ranks_that_noticed_its_death(self, folder: Path) -> None:
         body = "wait_for_the_others()\nos.kill(os.getpid(), 9) if rank else fail(1, 'connection closed by peer')"
         assert start(body).message == "rank 1 was killed by SIGKILL"
 
-    def test_one_that_aborts_over_a_lost_peer_does_not(self, folder: Path) -> None:
+    def test_a_rank_that_aborts_over_a_lost_peer_does_not_come_first(self, folder: Path) -> None:
         body = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if rank == 0:
@@ -188,20 +162,20 @@ sys.exit(1)
 """
         assert start(body).message == "rank 1: the disk is full"
 
-    def test_what_all_ranks_say_is_said_once_and_without_a_rank(self, folder: Path) -> None:
+    def test_a_message_of_all_ranks_is_reported_once_without_a_rank(self, folder: Path) -> None:
         assert start("wait_for_the_others()\nfail(2, 'train.epochs: no')") == Ending(2, "train.epochs: no")
 
-    def test_a_rank_that_leaves_no_words_is_quoted(self, folder: Path) -> None:
+    def test_the_output_of_a_rank_without_a_message_is_quoted(self, folder: Path) -> None:
         ending = start("rank and sys.exit('import failed')\ntime.sleep(600)")
         assert ending == Ending(1, "rank 1 ended with exit code 1", ("import failed",))
 
-    def test_what_is_said_of_the_whole_job_names_no_rank_but_its_own(self, folder: Path) -> None:
+    def test_a_message_about_the_whole_job_gets_no_rank(self, folder: Path) -> None:
         body = (
             "rank or report_failure(os.environ, 1, 'rank 1 gives no sign of life', whole_job=True)\nrank or sys.exit(1)"
         )
         assert start(body + "\ntime.sleep(600)") == Ending(1, "rank 1 gives no sign of life")
 
-    def test_a_taken_port_is_tried_again(self, folder: Path) -> None:
+    def test_another_port_is_tried_if_one_is_taken(self, folder: Path) -> None:
         body = """
 with open(f"ports-{rank}", "a") as file:
     file.write(os.environ["MASTER_PORT"] + " ")
@@ -210,9 +184,6 @@ if len(open(f"ports-{rank}").read().split()) < 3:
 """
         assert start(body, processes=1) == Ending(0)
         assert len(set((folder / "ports-0").read_text().split())) == 3
-
-    def test_a_free_port_can_be_bound(self) -> None:
-        assert 1024 < find_free_port() < 65536
 
     def test_only_this_launchs_buffers_are_removed(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(local, "SHARED_MEMORY", folder)
@@ -273,7 +244,7 @@ def test_the_first_rank_draws_on_the_launchers_terminal(folder: Path) -> None:
 
 
 class TestStopped:
-    """A rank that SIGSTOP has stopped can do nothing for itself, and one that is alone has nobody who would notice."""
+    """A rank stopped by SIGSTOP cannot act, and a single rank has no peer that would notice."""
 
     @pytest.fixture(autouse=True)
     def hurried(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +259,7 @@ class TestStopped:
         assert (ending.message or "").startswith("rank 1 was stopped (SIGSTOP) for 2 s (launch.hang_seconds)")
         assert time.monotonic() - began < PATIENCE_SECONDS
 
-    def test_one_that_goes_on_begins_anew(self, folder: Path) -> None:
+    def test_the_count_restarts_when_a_rank_continues(self, folder: Path) -> None:
         process = subprocess.Popen(["sleep", "600"], text=True)
         rank = local._Rank(0, process, folder / "failure")
         assert rank.count_suspended(2.0) == 0.0
@@ -301,17 +272,17 @@ class TestStopped:
         process.kill()
         process.wait()
 
-    def test_without_a_limit_it_is_waited_for(self, folder: Path) -> None:
+    def test_without_a_limit_the_launcher_waits(self, folder: Path) -> None:
         wake = "import subprocess\nsubprocess.Popen(['sh', '-c', f'sleep 2; kill -CONT {os.getpid()}'])\n"
         assert start(wake + "os.kill(os.getpid(), signal.SIGSTOP)", processes=1) == Ending(0)
 
 
 class TestSignals:
-    """The launcher as a process of its own, which gets signals."""
+    """Signals to a launcher in a separate process."""
 
     @pytest.fixture
     def launcher(self, folder: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
-        """Start a launcher whose ranks run a body; kill it in the end."""
+        """Start a launcher whose ranks run a body; kill it at the end."""
         started: list[subprocess.Popen[str]] = []
 
         def begin(body: str, *prefix: str) -> subprocess.Popen[str]:
@@ -326,7 +297,7 @@ class TestSignals:
             process.communicate()
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-    def test_one_is_passed_on_once_and_the_ranks_save(
+    def test_a_signal_is_forwarded_once_and_the_ranks_save(
         self, number: int, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]
     ) -> None:
         process = launcher("checkpoint_when_asked()\nwait_for_the_others()\ntime.sleep(600)")
@@ -355,7 +326,7 @@ class TestSignals:
     def test_a_time_limit_after_its_warning_does_not_kill(
         self, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]
     ) -> None:
-        """What Slurm sends a batch script's processes; by then the ranks may be in the middle of a save."""
+        """Slurm's signals to the processes of a batch script; at the second one, the ranks may be saving."""
         process = launcher("checkpoint_when_asked(seconds=3)\nwait_for_the_others()\ntime.sleep(600)")
         process.send_signal(signal.SIGUSR1)
         time.sleep(2 * SAME_PRESS_SECONDS)
@@ -364,7 +335,7 @@ class TestSignals:
         assert (process.returncode, output) == (75, "stopped after step 3\n")
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-    def test_ranks_that_do_not_listen_yet_just_end(
+    def test_ranks_without_handlers_simply_end(
         self, number: int, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]
     ) -> None:
         process = launcher("wait_for_the_others()\ntime.sleep(600)")
@@ -378,7 +349,7 @@ class TestSignals:
         process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 0
 
-    def test_a_killed_launcher_takes_its_ranks_along(
+    def test_ranks_die_with_a_killed_launcher(
         self, folder: Path, launcher: Callable[[str], subprocess.Popen[str]]
     ) -> None:
         body = "open(f'pid-{rank}', 'w').write(str(os.getpid()))\nwait_for_the_others()\ntime.sleep(600)"
@@ -388,7 +359,7 @@ class TestSignals:
         process.kill()
         wait_until(lambda: not any(is_alive(pid) for pid in pids))
 
-    def test_a_rank_whose_launcher_is_gone_already_ends_at_once(self, folder: Path) -> None:
+    def test_a_rank_whose_launcher_is_already_gone_ends_at_once(self, folder: Path) -> None:
         environment = {**os.environ, "CL_DIST_LAUNCHER_PID": "1", "RANK": "0"}
         end = subprocess.run(script("print('alive')"), env=environment, capture_output=True, text=True, check=False)
         assert (end.returncode, end.stdout) == (-signal.SIGKILL, "")

@@ -45,7 +45,7 @@ def answers(folder: Path, done: subprocess.CompletedProcess[str]) -> list[dict[s
 
 
 @needs_mpi
-def test_mpi_tells_who_is_who_and_where_they_meet(tmp_path: Path) -> None:
+def test_mpi_provides_ranks_and_meeting_point(tmp_path: Path) -> None:
     found = answers(tmp_path, mpirun(tmp_path, 3, ASK))
     assert [(answer["rank"], answer["world_size"], answer["local_rank"]) for answer in found] == [
         (0, 3, 0), (1, 3, 1), (2, 3, 2)
@@ -56,7 +56,7 @@ def test_mpi_tells_who_is_who_and_where_they_meet(tmp_path: Path) -> None:
 
 
 @needs_mpi
-def test_what_the_user_has_set_stays(tmp_path: Path) -> None:
+def test_the_users_settings_win(tmp_path: Path) -> None:
     found = answers(tmp_path, mpirun(tmp_path, 2, ASK, MASTER_ADDR="10.0.0.7", MASTER_PORT="1234"))
     assert {(answer["to"], answer["port"]) for answer in found} == {("10.0.0.7", "1234")}
 
@@ -68,13 +68,13 @@ def test_a_rank_that_fails_later_does_not_wait_for_the_others(tmp_path: Path) ->
 
 
 @needs_mpi
-def test_without_mpi4py_the_environment_serves(tmp_path: Path) -> None:
+def test_without_mpi4py_the_environment_is_used(tmp_path: Path) -> None:
     found = answers(tmp_path, mpirun(tmp_path, 2, "import sys; sys.modules['mpi4py'] = None\n" + ASK))
     assert [(answer["rank"], answer["local_rank"], answer["port"]) for answer in found] == [(0, 0, None), (1, 1, None)]
 
 
 @needs_mpi
-def test_a_library_that_is_not_the_launchers_is_not_believed(tmp_path: Path) -> None:
+def test_an_mpi_library_other_than_the_launchers_is_ignored(tmp_path: Path) -> None:
     names = {"RANK": "1", "SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
     environment = {**os.environ, **{f"OMPI_COMM_WORLD_{name}": value for name, value in names.items()}}
     command = [sys.executable, "-c", ASK]

@@ -35,7 +35,7 @@ def test_without_an_answer_there_is_no_limit() -> None:
 
 @pytest.mark.usefixtures("without_slurm")
 @pytest.mark.parametrize("left", [600, -5])
-def test_the_end_may_stand_in_the_environment(left: int) -> None:
+def test_the_end_may_be_in_the_environment(left: int) -> None:
     seconds_left = TimeLeft({"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": str(int(time.time()) + left)})
     answer = seconds_left()
     assert answer is not None
@@ -48,19 +48,19 @@ def test_the_end_may_stand_in_the_environment(left: int) -> None:
      ("SIGNALING", True), ("RESIZING", True), ("STAGE_OUT", True), ("COMPLETED", False), ("CANCELLED", False),
      ("FAILED", False), ("TIMEOUT", False), ("NODE_FAIL", False), ("OUT_OF_MEMORY", False)],
 )  # fmt: skip
-def test_a_job_lives_until_slurm_says_otherwise(state: str, alive: bool) -> None:
+def test_a_job_is_alive_unless_slurm_says_otherwise(state: str, alive: bool) -> None:
     assert JobState(state, "None", "", 0, "", "").is_alive is alive
 
 
 @pytest.mark.usefixtures("without_slurm")
-def test_where_slurm_is_not_here_nothing_is_known() -> None:
+def test_without_slurm_nothing_is_known() -> None:
     assert job_state("17") is None
-    with pytest.raises(BadInput, match="--submit: sbatch is not on this machine"):
+    with pytest.raises(BadInput, match="--submit: sbatch is not installed here"):
         require_sbatch()
 
 
 @pytest.mark.parametrize(("said", "number"), [("17", "17"), ("17;north", "17"), ("", None), ("slurm 22.05.8", None)])
-def test_what_sbatch_says_must_be_a_jobs_number(
+def test_sbatch_must_print_a_job_id(
     said: str, number: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sbatch = tmp_path / "sbatch"
@@ -70,5 +70,5 @@ def test_what_sbatch_says_must_be_a_jobs_number(
     if number is not None:
         assert submit(tmp_path / "job.sh", os.environ) == number
         return
-    with pytest.raises(ClDistError, match="sbatch gave no job's number"):
+    with pytest.raises(ClDistError, match="sbatch printed no job id"):
         submit(tmp_path / "job.sh", os.environ)

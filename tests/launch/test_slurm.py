@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cl_dist.errors import BadInput
 from cl_dist.launch.slurm import SlurmJob, captured_environment, default_warning, job_name, quote, seconds
 
-BODY = "# From here on the script is the same for every job."
+BODY = "# From here on, the script is the same for every job."
 NASTY = ["$(touch broken)", "`touch broken`", "a'b", 'a"b', "\\", "a\nb", "\n#SBATCH --nodes=9\n", "!!", "*", "~", "",
          " ", "a\r\nb", "\t", "ü", "\u2028", "\udcff", "-n", "${PATH}", "; exit 7 #", "')"]  # fmt: skip
 
@@ -30,7 +30,7 @@ def job(**changes: Any) -> SlurmJob:
 
 
 def in_bash(text: str, *arguments: str) -> list[str]:
-    """Words that bash makes of `arguments` after it has run `text`, in a folder where no command could make a file."""
+    """The words that bash expands `arguments` to after running `text`, in a folder where no file can be created."""
     printing = f"{text}\nprintf '%s\\0' {' '.join(arguments)}"
     done = subprocess.run(["bash", "-c", printing], capture_output=True, check=True, env={}, cwd="/proc/self")
     assert done.stderr == b""
@@ -67,11 +67,11 @@ def test_one_word_on_one_line(value: str) -> None:
 
 
 @given(st.text())
-def test_any_name_becomes_a_jobs_name(text: str) -> None:
+def test_any_text_becomes_a_valid_job_name(text: str) -> None:
     assert f"#SBATCH --job-name={job_name(text)}" in directives(job(name=job_name(text)))
 
 
-def test_what_slurm_is_asked_for() -> None:
+def test_the_requests_to_slurm() -> None:
     made = job(
         name="mine", nodes=2, gpus_per_node=4, cpus_per_rank=8, time="1-12:00:00", partition="a100,h100",
         options=["account=physics", "exclusive", "constraint=[a|b]"],
@@ -103,7 +103,7 @@ def test_without_gpus_ranks_run_on_cpus() -> None:
     assert not any("gpu" in line for line in directives(made))
 
 
-def test_gpus_may_be_of_a_type() -> None:
+def test_gpus_may_have_a_type() -> None:
     made = job(nodes=2, gpus_per_node="a100:4")
     assert made.ranks == 8
     assert "#SBATCH --ntasks-per-node=4" in directives(made)
@@ -112,7 +112,7 @@ def test_gpus_may_be_of_a_type() -> None:
     assert "DS_ACCELERATOR=cpu" in job(gpus_per_node="0").script()
 
 
-def test_an_interface_is_for_both_libraries() -> None:
+def test_the_interface_applies_to_both_libraries() -> None:
     assert "export GLOO_SOCKET_IFNAME=ib0,eth1\n" in job(interface="ib0,eth1").script()
     script = job(interface="ib0", environment={"NCCL_SOCKET_IFNAME": "eth0"}).script()
     assert "export NCCL_SOCKET_IFNAME=ib0\nexport" in script
@@ -128,7 +128,7 @@ def test_the_environment_is_kept_without_secrets() -> None:
     }
 
 
-def test_compilers_fabrics_and_proxies_are_kept_but_no_password() -> None:
+def test_compilers_fabrics_and_proxies_are_kept_without_passwords() -> None:
     kept = {
         "CC": "gcc-12", "CXX": "g++-12", "CUDA_PATH": "/cuda", "CPATH": "/i@1", "LIBRARY_PATH": "/l",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "UCX_TLS": "rc", "FI_PROVIDER": "efa",
@@ -157,52 +157,55 @@ def test_a_short_job_is_warned_later() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"nodes": 0}, "--nodes: 0 is too few, allowed is at least 1"),
+        ({"nodes": 0}, "--nodes: 0 is too few; it must be between 1 and 100000"),
         (
             {"gpus_per_node": -1},
-            "--gpus-per-node: '-1' is not allowed; allowed are a number, or type and number such as a100:4",
+            "--gpus-per-node: '-1' is not valid; allowed: a number, or a type and a number (a100:4)",
         ),
-        ({"gpus_per_node": "a100"}, "--gpus-per-node: 'a100' is not allowed"),
-        ({"gpus_per_node": "a100:4,v100:1"}, "--gpus-per-node: 'a100:4,v100:1' is not allowed"),
-        ({"ranks_per_node": 3, "gpus_per_node": "a100:2"}, "--ranks-per-node: 3 ranks do not each have a GPU"),
+        ({"gpus_per_node": "a100"}, "--gpus-per-node: 'a100' is not valid"),
+        ({"gpus_per_node": "a100:4,v100:1"}, "--gpus-per-node: 'a100:4,v100:1' is not valid"),
+        ({"ranks_per_node": 3, "gpus_per_node": "a100:2"}, "--ranks-per-node: 3 ranks need a GPU each"),
         ({"cpus_per_rank": 0}, "--cpus-per-rank: 0 is too few"),
-        ({"ranks_per_node": 2**31}, "--ranks-per-node: 2147483648 is too many, allowed is at least 1 and at most 1024"),
+        ({"ranks_per_node": 2**31}, "--ranks-per-node: 2147483648 is too many; it must be between 1 and 1024"),
         ({"nodes": 10**20}, "--nodes: 100000000000000000000 is too many"),
-        ({"nodes": 100_000, "ranks_per_node": 1024}, "--nodes: 100000 nodes of 1024 ranks each are 102400000 ranks"),
-        ({"gpus_per_node": 9999}, "--gpus-per-node: 9999 is too many, allowed is at most 1024"),
+        ({"nodes": 100_000, "ranks_per_node": 1024}, "--nodes: 100000 nodes with 1024 ranks each make 102400000 ranks"),
+        ({"gpus_per_node": 9999}, "--gpus-per-node: 9999 is too many; at most 1024 are allowed"),
         ({"cpus_per_rank": 10**6}, "--cpus-per-rank: 1000000 is too many"),
         ({"max_restarts": 10**20}, "--max-restarts: 100000000000000000000 is too many"),
-        ({"time": "99999999"}, "--time: '99999999' is too long, allowed are at most 3650 days"),
-        ({"time": "\u0663"}, "--time: '\u0663' is no time limit"),
-        ({"interface": "-x"}, "--interface: '-x' is not allowed"),
+        ({"time": "99999999"}, "--time: '99999999' is too long; at most 3650 days are allowed"),
+        ({"time": "\u0663"}, "--time: '\u0663' is not a time limit"),
+        ({"interface": "-x"}, "--interface: '-x' is not valid"),
         ({"partition": "p" * 1001}, "--partition: "),
-        ({"name": "a\nb"}, "--job-name: 'a\\nb' is not allowed"),
-        ({"name": "--"}, "--job-name: '--' is not allowed"),
+        ({"name": "a\nb"}, "--job-name: 'a\\nb' is not valid"),
+        ({"name": "--"}, "--job-name: '--' is not valid"),
         ({"max_restarts": -1}, "--max-restarts: -1 is too few"),
-        ({"ranks_per_node": 3, "gpus_per_node": 2}, "--ranks-per-node: 3 ranks do not each have a GPU"),
-        ({"time": "soon"}, "--time: 'soon' is no time limit; write minutes"),
-        ({"time": "0"}, "--time: '0' is no time limit"),
+        ({"ranks_per_node": 3, "gpus_per_node": 2}, "--ranks-per-node: 3 ranks need a GPU each"),
+        ({"time": "soon"}, "--time: 'soon' is not a time limit; write minutes"),
+        ({"time": "0"}, "--time: '0' is not a time limit"),
         ({"time": "1\n"}, "--time: "),
-        ({"name": "a b"}, "--job-name: 'a b' is not allowed; allowed are letters"),
+        ({"name": "a b"}, "--job-name: 'a b' is not valid; allowed: up to 100 letters"),
         ({"name": "a\n#SBATCH --x"}, "--job-name: "),
-        ({"partition": "a b"}, "--partition: 'a b' is not allowed"),
-        ({"interface": "ib0;reboot"}, "--interface: 'ib0;reboot' is not allowed"),
+        ({"partition": "a b"}, "--partition: 'a b' is not valid"),
+        ({"interface": "ib0;reboot"}, "--interface: 'ib0;reboot' is not valid"),
         (
             {"interface": "^docker0"},
-            "--interface: '^docker0' is not allowed; allowed are names of interfaces, separated",
+            "--interface: '^docker0' is not valid; allowed: interface names, separated",
         ),
-        ({"interface": "=ib0"}, "--interface: '=ib0' is not allowed"),
-        ({"warn_seconds": -1}, "--warn-seconds: -1; allowed are 0"),
-        ({"warn_seconds": 31, "time": "1"}, "--warn-seconds: 31; allowed are 0 (no warning) to 30, half of --time"),
-        ({"options": ["account='x'"]}, "--sbatch: \"account='x'\" is no option of sbatch"),
+        ({"interface": "=ib0"}, "--interface: '=ib0' is not valid"),
+        ({"warn_seconds": -1}, "--warn-seconds: -1; it must be between 0"),
+        (
+            {"warn_seconds": 31, "time": "1"},
+            "--warn-seconds: 31; it must be between 0 (no warning) and 30, half of --time",
+        ),
+        ({"options": ["account='x'"]}, "--sbatch: \"account='x'\" is not an sbatch option"),
         ({"options": ["account=x\n#SBATCH --nodes=9"]}, "--sbatch: "),
-        ({"options": ["nodes=3"]}, "--sbatch: nodes is set by --nodes"),
-        ({"options": ["wait"]}, "--sbatch: wait keeps sbatch from naming the job"),
-        ({"options": ["test-only"]}, "--sbatch: test-only keeps sbatch from naming the job"),
+        ({"options": ["nodes=3"]}, "--sbatch: use --nodes to set nodes"),
+        ({"options": ["wait"]}, "--sbatch: with wait, sbatch does not print the id"),
+        ({"options": ["test-only"]}, "--sbatch: with test-only, sbatch does not print the id"),
         ({"options": ["array=1-3"]}, "--sbatch: array cannot be set"),
     ],
 )
-def test_what_slurm_would_misread_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput) as caught:
         job(**changes)
     assert str(caught.value).startswith(message)
@@ -215,7 +218,7 @@ def run_script(made: SlurmJob, tmp_path: Path, **environment: str) -> subprocess
     return subprocess.run(["bash", script], env=variables, capture_output=True, text=True, check=False)
 
 
-def test_restarts_are_bounded_whoever_restarts_the_job(tmp_path: Path) -> None:
+def test_restarts_are_limited_whoever_restarts_the_job(tmp_path: Path) -> None:
     done = run_script(job(max_restarts=2), tmp_path, SLURM_RESTART_COUNT="3")
     assert done.returncode == 1
     assert done.stdout == "cl-dist: job 17 on n1, restart 3 of at most 2\n"

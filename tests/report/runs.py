@@ -1,4 +1,4 @@
-"""Small run folders in the run's own format, written by the code that writes a run's."""
+"""Small run folders, written by the code that writes those of real runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCORING: dict[str, dict[str, str | int]] = {
     "yelp": {"metric": "rouge_l", "scored_on": "train"},
     "amazon": {"metric": "exact_match", "scored_on": "test"},
 }
-"""How two of the tasks were scored, where a run has them."""
+"""How two of the tasks were scored, if a run has them."""
 TIMING = {"train_seconds": 2.0, "steps": 3, "tokens": 600, "evaluate_seconds": 0.5}
 
 
@@ -60,7 +60,7 @@ def write_units(
     scores: Sequence[torch.Tensor],
     **config: Any,
 ) -> UnitMap:
-    """Let KIF's own code score and fuse the tasks of a run and write what it finds; `scores` has one vector a task."""
+    """Let KIF's own code score and fuse the tasks of a run, and write the results; `scores` has one vector per task."""
     manifest, unit_map = Manifest.read(folder.manifest), UnitMap.build(shapes, units)
     state = UnitScores(len(unit_map), KifConfig(name="kif", **config))
     for position, vector in enumerate(scores):

@@ -16,12 +16,12 @@ from cl_dist.report.units import UnitTable
 
 
 def table(*parameters: str, units_each: int = 1) -> UnitTable:
-    """Units of one element each, so many of every parameter."""
+    """`units_each` units of one element for every parameter."""
     names = ((name, number) for name in parameters for number in range(units_each))
     return UnitTable.from_json({f"{n}[{i}]": [{"parameter": n, "slices": [[i, i + 1]]}] for n, i in names})
 
 
-def test_modules_stand_by_kind_and_then_by_layer() -> None:
+def test_modules_are_grouped_by_kind_and_sorted_by_layer() -> None:
     units = table(
         "model.embed.weight",
         *(f"model.layers.{layer}.{kind}.weight" for layer in (0, 1, 10, 2) for kind in ("attn.q", "mlp.up")),
@@ -38,19 +38,19 @@ def test_modules_stand_by_kind_and_then_by_layer() -> None:
     ]
 
 
-def test_what_lies_outside_a_deep_model_shares_a_label() -> None:
+def test_modules_outside_the_layers_of_a_deep_model_share_a_label() -> None:
     layers = (f"model.layers.{layer}.{kind}.weight" for layer in range(MAX_NAMED // 2) for kind in ("norm", "up"))
     columns = columns_of_modules(table("model.embed.weight", *layers, "model.norm.weight"))
     assert columns.blocks == (("norm", MAX_NAMED // 2), ("up", MAX_NAMED // 2), (OUTSIDE, 2))
 
 
-def test_a_kind_and_a_module_outside_may_have_one_name() -> None:
+def test_a_kind_and_a_module_outside_the_layers_may_share_a_name() -> None:
     columns = columns_of_modules(table("m.layers.0.norm.weight", "m.layers.1.norm.weight", "m.norm.weight"))
     assert columns.blocks == (("norm", 2), ("norm", 1))
     assert columns_of_modules(table("embed.weight", "head.weight")).blocks == (("embed", 1), ("head", 1))
 
 
-def test_two_stacks_are_told_apart() -> None:
+def test_two_stacks_have_different_labels() -> None:
     units = table(
         *(f"t5.{stack}.block.{layer}.layer.0.q.weight" for stack in ("encoder", "decoder") for layer in (0, 1))
     )
@@ -77,7 +77,7 @@ def test_a_few_units_get_a_column_each() -> None:
     assert columns.of_piece.tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_units_are_put_beside_the_others_of_their_module() -> None:
+def test_units_of_one_module_are_adjacent() -> None:
     slices = {
         name: [{"parameter": f"{name[0]}.{name[1:]}", "slices": [[0, 1]]}] for name in ("ax", "bx", "cx", "ay", "by")
     }
@@ -87,12 +87,12 @@ def test_units_are_put_beside_the_others_of_their_module() -> None:
 
 
 @pytest.mark.parametrize(("modules", "units_each"), [(2, MAX_UNITS), (MAX_BLOCKS + 1, 2), (4, 1)])
-def test_more_are_averaged_by_module(modules: int, units_each: int) -> None:
+def test_many_units_are_averaged_by_module(modules: int, units_each: int) -> None:
     units = table(*(f"m.layers.{layer}.q.weight" for layer in range(modules)), units_each=units_each)
     assert columns_of_units(units).blocks == (("q", modules),)
 
 
-def test_labels_are_short_and_tell_modules_apart() -> None:
+def test_labels_are_short_and_unambiguous() -> None:
     layers = [f"t5.encoder.block.{layer}.layer.{part}.SelfAttention.q.weight" for layer in (0, 1) for part in (0, 1)]
     columns = columns_of_units(table(*layers[::2], units_each=2))
     assert columns.blocks == (("0 SelfAttention.q", 2), ("1 SelfAttention.q", 2))
@@ -106,7 +106,7 @@ def test_labels_are_short_and_tell_modules_apart() -> None:
     assert columns_of_modules(alike).blocks == (("self.attention.q", 1), ("cross.attention.q", 1))
 
 
-def test_what_all_names_share_is_left_out() -> None:
+def test_the_common_start_of_all_names_is_dropped() -> None:
     assert without_common_start(["a.b.c", "a.b.d", "a.b.c.e"]) == ["c", "d", "c.e"]
     assert without_common_start(["a.b", "a.b.c"]) == ["b", "b.c"]
     assert without_common_start(["only.one"]) == ["one"]

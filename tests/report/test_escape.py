@@ -1,4 +1,4 @@
-"""Text of users comes out of a table as it went in, read by a Markdown parser and by a small reader of LaTeX."""
+"""User text survives a table unchanged, as read by a Markdown parser and by a small LaTeX reader."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def squeezed(text: str) -> str:
 
 
 def shown(markup: str) -> list[list[str]]:
-    """The text of a table's cells, as a Markdown parser shows it; raises where anything in them is markup."""
+    """The text of a table's cells, as a Markdown parser shows it; raises if anything in them is markup."""
     rows: list[list[str]] = []
     for token in PARSER.parse(markup):
         if token.type == "tr_open":
@@ -58,14 +58,14 @@ def test_a_line_of_its_own(text: str) -> None:
     assert "".join(child.content for child in children) == squeezed(one_line(text))
 
 
-def test_names_as_they_usually_are_stay_readable() -> None:
+def test_ordinary_names_stay_readable() -> None:
     assert markdown_text("task_a-1.b") == "task_a-1.b"
     assert markdown_text("_a_") == r"\_a\_"
     assert markdown_text("a|b & <c>") == r"a\|b &amp; &lt;c&gt;"
 
 
 def read_latex(text: str) -> str:
-    """Undo the escapes; raises where a character that LaTeX acts on is left."""
+    """Undo the escapes; raises if a character remains that LaTeX would interpret."""
     commands = sorted(LATEX.items(), key=lambda item: -len(item[1]))
     found = []
     while text:

@@ -1,4 +1,4 @@
-"""Runs of many tasks: pictures, the page and what is printed grow with the tasks, not with their square."""
+"""Runs of many tasks: pictures, page and output grow with the number of tasks, not with its square."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def names(tasks: int) -> list[str]:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many things each picture consists of that matplotlib draws one by one: texts, lines, patches."""
+    """Number of artists (texts, lines, patches) that matplotlib draws for each picture."""
     counts: list[int] = []
 
     def count(size: tuple[float, float], paint: Callable[[Figure], None]) -> bytes:
@@ -69,7 +69,7 @@ def test_a_picture_of_many_tasks_has_its_size_and_no_more_parts_than_one_of_few(
 
 
 def test_five_hundred_tasks(tmp_path: Path) -> None:
-    """The whole report; what the page has no room for is in a file."""
+    """The whole report; what does not fit on the page is in a file."""
     folder = write_run(tmp_path / "run", names(500), 300)
     report = write_report(folder.path)
     assert report.files == ("report.md", "accuracy_matrix.png", "scores.png", "accuracy_matrix.csv", "loss.png")
@@ -84,7 +84,7 @@ def test_five_hundred_tasks(tmp_path: Path) -> None:
     assert "and 175 more." in page
 
 
-def test_what_is_printed_of_many_tasks_is_a_line_for_each() -> None:
+def test_many_tasks_are_printed_with_a_line_each() -> None:
     many = names(WIDEST_MATRIX + 1)
     matrix = scores(len(many))[:4]
     lines = format_matrix(many, matrix).splitlines()

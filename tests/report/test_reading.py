@@ -30,14 +30,14 @@ def test_a_run_is_read(tmp_path: Path) -> None:
     assert run.log.metrics == {"a": "rouge_l", "b": "rouge_l"}
 
 
-def test_a_resumed_run_undoes_what_followed_its_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
     before = [step("a", number, 1.0) for number in (1, 2, 3, 4)]
     after = [step("a", number, 9.0) for number in (3,)]
     path = write_log(tmp_path / "log.jsonl", *before, {"event": "resumed", "task": "a", "step": 2}, *after)
     assert read_log(path, ("a",)).losses == {"a": {1: 1.0, 2: 1.0, 3: 9.0}}
 
 
-def test_lines_that_a_kill_cut_off_are_counted_and_left_out(tmp_path: Path) -> None:
+def test_lines_that_a_kill_cut_off_are_counted_and_skipped(tmp_path: Path) -> None:
     bad = ['{"event": "st', "[1]", '{"event": "step", "task": "a"}', '{"event": "step", "task": "a", "step": "x"}']
     path = write_log(tmp_path / "log.jsonl", step("a", 1, 2.0), *bad, step("a", 2, None), step("other", 1, 1.0))
     log = read_log(path, ("a",))
@@ -47,12 +47,12 @@ def test_lines_that_a_kill_cut_off_are_counted_and_left_out(tmp_path: Path) -> N
     assert math.isnan(log.losses["a"][2])
 
 
-def test_bytes_that_are_no_text_are_counted(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_counted(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes(b"\xff\xfe\n\n")
     assert read_log(tmp_path / "log.jsonl", ("a",)).unreadable == 1
 
 
-def test_without_log_and_recipe_there_is_still_a_run(tmp_path: Path) -> None:
+def test_a_run_without_log_and_recipe_is_read(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", ["a"], 1)
     folder.log.unlink()
     folder.config.unlink()
@@ -71,7 +71,7 @@ def test_a_recipe_of_another_release_is_read(tmp_path: Path) -> None:
     [
         ("manifest.json", "{", r"manifest\.json is damaged: Expecting"),
         ("config.yaml", "model: [", r"config\.yaml, line 1: "),
-        ("config.yaml", "- a", r"config\.yaml is damaged: it holds no settings"),
+        ("config.yaml", "- a", r"config\.yaml is damaged: it contains no settings"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: str, message: str) -> None:
@@ -84,8 +84,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: str, messag
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"accuracy_matrix": [[0.5, 0.5]]}, "1 rows of scores, but 1 tasks are completed"),
-        ({"tasks": [], "completed": 0, "accuracy_matrix": []}, "it names no tasks"),
+        ({"accuracy_matrix": [[0.5, 0.5]]}, "1 rows of scores, but 1 completed tasks"),
+        ({"tasks": [], "completed": 0, "accuracy_matrix": []}, "it lists no tasks"),
         ({"accuracy_matrix": [[0.5], [0.5]]}, "does not have 2 scores"),
     ],
 )
@@ -96,9 +96,9 @@ def test_scores_that_do_not_fit_the_tasks_are_damage(tmp_path: Path, change: dic
         read_run(tmp_path / "run")
 
 
-def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BadInput, match="absent: there is no such folder"):
+    with pytest.raises(BadInput, match="absent: no such folder"):
         read_run(tmp_path / "absent")
     with pytest.raises(BadInput, match="file is not a folder"):
         read_run(tmp_path / "file")

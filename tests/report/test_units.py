@@ -64,7 +64,7 @@ class TestTable:
         low, high = self.table.extremes(np.array([[0.2, 0.4, 0.9, 0.3]]))
         assert (low.tolist(), high.tolist()) == ([[0.2, 0.3]], [[0.4, 0.9]])
 
-    def test_the_extremes_of_what_is_no_number_are_none_either(self) -> None:
+    def test_the_extremes_of_nan_are_nan(self) -> None:
         with np.errstate(invalid="raise"):
             low, high = self.table.extremes(np.array([[0.2, np.nan, 0.9, 0.3]]))
         assert np.isnan([low[0, 0], high[0, 0]]).all()
@@ -85,7 +85,7 @@ class TestCorrelation:
         assert correlation(scores) == pytest.approx(np.array(expected))
         assert np.diag(correlation(scores)).tolist() == [1.0, 1.0, 1.0]
 
-    def test_with_a_constant_it_is_not_defined(self) -> None:
+    def test_with_a_constant_it_is_undefined(self) -> None:
         scores = np.array([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [np.nan, 0.5]])
         result = correlation(scores)
         assert np.isnan(result[[1, 3]]).all()
@@ -110,7 +110,7 @@ def done(folder: RunFolder) -> list[TaskFolder]:
 
 
 class TestReading:
-    def test_what_the_method_wrote(self, folder: RunFolder) -> None:
+    def test_the_methods_results(self, folder: RunFolder) -> None:
         results = read_unit_results(done(folder))
         assert results is not None
         assert results.table.elements.tolist() == [3.0] * 10
@@ -120,7 +120,7 @@ class TestReading:
         assert results.share_old == pytest.approx(1 - results.share_new)
         assert not results.shares_are_independent
 
-    def test_the_old_share_may_stand_for_itself(self, folder: RunFolder) -> None:
+    def test_the_old_share_may_be_independent(self, folder: RunFolder) -> None:
         path = folder.task(1, "b").unit_scores
         save_file(load_file(path) | {"share_old": torch.full((10,), 0.75).double()}, path)
         results = read_unit_results(done(folder))
@@ -150,7 +150,7 @@ class TestReading:
         with pytest.raises(BadInput, match=r"01-a/.* share_new has shape \(3,\), but there are 10 units"):
             read_unit_results(done(folder))
 
-    def test_a_vector_that_is_not_there_is_damage(self, folder: RunFolder) -> None:
+    def test_a_missing_vector_is_damage(self, folder: RunFolder) -> None:
         save_file({"share_new": torch.zeros(10)}, folder.task(0, "a").unit_scores)
         with pytest.raises(BadInput, match="it has no vector current_normalised"):
             read_unit_results(done(folder))
@@ -175,7 +175,7 @@ class TestReading:
             '{"u": [{"parameter": "p", "slices": [[2, 2]]}]}',
         ],
     )
-    def test_units_that_are_none_are_damage(self, folder: RunFolder, content: str) -> None:
+    def test_malformed_units_are_damage(self, folder: RunFolder, content: str) -> None:
         for task in done(folder):
             task.units.write_text(content)
         with pytest.raises(BadInput, match=r"01-a/units\.json is damaged: "):

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 
 from cl_dist.errors import BadInput
 from cl_dist.report.write import PAGE, Report, write_report
-from cl_dist.state.manifest import Manifest, Segment
 from cl_dist.state.run_folder import RunFolder
 from tests.report.runs import llama_lora, write_run, write_units
 
@@ -57,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Report:
     before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*") if path.is_file()}
     report = write_report(folder.path)
     after = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*") if path.is_file()}
-    assert {path: after[path] for path in before} == before, "a report leaves the run as it was"
+    assert {path: after[path] for path in before} == before, "a report does not change the run"
     return report
 
 
@@ -74,7 +72,7 @@ class TestFinished:
 
     def test_the_page_has_the_scores_and_metrics(self, finished: Report) -> None:
         page = (finished.folder / PAGE).read_text()
-        assert page.startswith("# Run run\n\n4 of 4 tasks are done; status: finished.\n")
+        assert page.startswith("# Run run\n\n4 of 4 tasks are finished; status: finished.\n")
         assert "| method | kif |" in page
         assert "| untouched | 0.0000 | 0.0500 | 0.1000 | 0.1500 |" in page
         assert "| after cb | 0.8000 | 0.8500 | 0.9000 | 0.9500 |" in page
@@ -102,7 +100,7 @@ class TestFinished:
         assert float(table["amazon"]["cb"]) == pytest.approx(torch.corrcoef(pair)[0, 1].item(), abs=1e-12)
         assert table["amazon"]["cb"] == table["cb"]["amazon"]
 
-    def test_the_data_is_what_the_method_wrote(self, finished: Report) -> None:
+    def test_the_data_is_the_methods(self, finished: Report) -> None:
         with (finished.folder / "unit_importance.csv").open() as file:
             rows = list(csv.DictReader(file))
         vector = scores(4, 28)[1].double()
@@ -112,7 +110,7 @@ class TestFinished:
         assert rows[0]["unit"] == "base_model.model.model.layers.0.self_attn.q_proj.lora.default[0]"
         assert (rows[0]["module"], rows[0]["elements"]) == ("base_model.model.model.layers.0.self_attn.q_proj", "16")
 
-    def test_elsewhere_and_again_it_has_the_same_bytes(self, finished: Report, tmp_path: Path) -> None:
+    def test_a_second_report_elsewhere_has_the_same_bytes(self, finished: Report, tmp_path: Path) -> None:
         run = finished.run.folder.path
         other = write_report(run, tmp_path / "deep" / "er")
         assert other.files == finished.files
@@ -129,15 +127,6 @@ def test_a_run_without_units(tmp_path: Path) -> None:
     assert "unit" not in (folder.report / PAGE).read_text()
 
 
-def test_the_ranks_of_all_segments_are_named(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", ["a", "b"], 1)
-    first = Segment(task=0, step=0, world_size=2, zero_stage=1, micro_batch_size=4, gradient_accumulation=1)
-    second = replace(first, step=2, world_size=1, zero_stage=3, gradient_accumulation=2)
-    replace(Manifest.read(folder.manifest), segments=(first, second)).write(folder.manifest)
-    page = (write_report(folder.path).folder / PAGE).read_text()
-    assert "| ranks | 2, ZeRO stage 1; then 1, ZeRO stage 3 |" in page
-
-
 def test_fifteen_tasks(tmp_path: Path) -> None:
     folder = kif_run(tmp_path / "run", LONG, 15, layers=30, rank=8)
     report = write_report(folder.path)
@@ -150,32 +139,32 @@ def test_fifteen_tasks(tmp_path: Path) -> None:
 
 
 class TestUnfinished:
-    """A run that is under way, or was stopped."""
+    """A run that is still running, or was stopped."""
 
-    def test_says_what_is_missing(self, tmp_path: Path) -> None:
+    def test_reports_what_is_missing(self, tmp_path: Path) -> None:
         folder = kif_run(tmp_path / "run", LONG[:4], 2)
         report = write_report(folder.path)
         assert report.files == (*PLAIN, *OF_UNITS, *OF_TWO_TASKS)
-        assert report.missing == ("The run is not finished: nothing yet about mnli, cb.",)
+        assert report.missing == ("The run is not finished: no results yet for mnli, cb.",)
         page = (folder.report / PAGE).read_text()
-        assert "2 of 4 tasks are done; status: interrupted." in page
-        assert "The metrics so far, as if the stream ended with amazon:" in page
+        assert "2 of 4 tasks are finished; status: interrupted." in page
+        assert "Metrics so far, as if the stream ended with amazon:" in page
         assert "| `average_performance` | 0.4250 |" in page  # of 0.4 and 0.45, the first two in the last row
-        assert "- The run is not finished: nothing yet about mnli, cb." in page
+        assert "- The run is not finished: no results yet for mnli, cb." in page
 
-    def test_one_task_has_nothing_to_be_compared_with(self, tmp_path: Path) -> None:
+    def test_a_single_task_has_no_correlation(self, tmp_path: Path) -> None:
         report = write_report(kif_run(tmp_path / "run", LONG[:4], 1).path)
         assert report.files == (*PLAIN, *OF_UNITS)
         assert report.missing[1] == "No correlation and no picture of fusion: both need two finished tasks."
 
-    def test_none_is_done(self, tmp_path: Path) -> None:
+    def test_no_task_is_finished(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path / "run", LONG[:2], 0)
         report = write_report(folder.path)
         assert list(report.files) == [PAGE, "accuracy_matrix.png", "scores.png"]
-        assert report.missing[1] == "No training loss: log.jsonl is not there or has no steps."
+        assert report.missing[1] == "No training loss: log.jsonl is missing or has no steps."
         assert "## Training" not in (folder.report / PAGE).read_text()
 
-    def test_nothing_is_there_but_the_manifest(self, tmp_path: Path) -> None:
+    def test_there_is_only_the_manifest(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path / "run", ["a"], 0)
         content = json.loads(folder.manifest.read_text())
         del content["accuracy_matrix"]
@@ -190,17 +179,17 @@ class TestUnfinished:
             "No settings",
         ]
 
-    def test_steps_of_the_task_under_way_are_in_the_loss(self, tmp_path: Path) -> None:
+    def test_steps_of_the_current_task_are_in_the_loss(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path / "run", ["a", "b"], 0)
         folder.append_log({"event": "step", "task": "a", "step": 1, "loss": 2.0})
         folder.log.write_bytes(folder.log.read_bytes() + b'{"event": "step", "ta')
         report = write_report(folder.path)
         assert "loss.png" in report.files
-        assert report.missing[1] == "1 lines of log.jsonl cannot be read and are left out."
+        assert report.missing[1] == "1 lines of log.jsonl cannot be read and are skipped."
 
 
 class TestRefused:
-    """Bad input leaves no report, and an older one as it was."""
+    """Bad input creates no report, and leaves an older one unchanged."""
 
     def test_damaged_scores(self, tmp_path: Path) -> None:
         folder = kif_run(tmp_path / "run", LONG[:2], 2)
@@ -210,8 +199,8 @@ class TestRefused:
             write_report(folder.path)
         assert {path: path.read_bytes() for path in folder.report.iterdir()} == before
 
-    def test_a_folder_that_is_none(self, tmp_path: Path) -> None:
-        with pytest.raises(BadInput, match="there is no such folder"):
+    def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
+        with pytest.raises(BadInput, match="no such folder"):
             write_report(tmp_path / "absent", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
@@ -219,7 +208,7 @@ class TestRefused:
         (tmp_path / "out").touch()
         run = write_run(tmp_path / "run", ["a"], 1).path
         for out in (tmp_path / "out", tmp_path / "out" / "below"):
-            with pytest.raises(BadInput, match="the folder of the report cannot be made"):
+            with pytest.raises(BadInput, match="cannot create the folder of the report"):
                 write_report(run, out)
 
     def test_a_file_in_the_way(self, tmp_path: Path) -> None:
@@ -227,26 +216,3 @@ class TestRefused:
         (tmp_path / "out" / "scores.png").mkdir(parents=True)
         with pytest.raises(BadInput, match="the report cannot be written there: Is a directory"):
             write_report(run, tmp_path / "out")
-
-
-def test_general_ability_has_a_table_and_a_file(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", LONG[:2], 2)
-
-    def score(value: float) -> dict[str, object]:
-        return {"score": value, "metric": "acc", "metrics": {"acc,none": value}, "samples": 4}
-
-    places = {"untouched": {"a": score(0.5), "b": score(0.75)}, LONG[1]: {"a": score(0.25), "b": score(0.5)}}
-    measured = tuple({"after": place, "scores": scores} for place, scores in places.items())
-    replace(Manifest.read(folder.manifest), general=measured).write(folder.manifest)
-    report = write_report(folder.path)
-    page = (report.folder / PAGE).read_text()
-    assert "| after | a | b |" in page
-    assert f"| {LONG[1]} | 0.2500 | 0.5000 |" in page
-    assert "| `general_ability` | 0.3750 |" in page
-    assert "| `general_forgetting` | 0.2500 |" in page
-    with (report.folder / "general.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [(line["after"], line["task"], float(line["value"])) for line in lines][2:] == [
-        (LONG[1], "a", 0.25),
-        (LONG[1], "b", 0.5),
-    ]

@@ -151,6 +151,6 @@ def test_dropout_is_told_of(zygote: Zygote, tmp_path: Path) -> None:
     assert outcome.codes == [0], outcome.output
     first = outcome.output[0].splitlines()[0]
     assert first.endswith(
-        "the global batch stays 8 samples; dropout draws other numbers than it would have, "
+        "the global batch stays 8 samples; dropout draws other random numbers than before, "
         "so the weights will not be exactly the same"
     )

@@ -136,7 +136,7 @@ def test_ctrl_c_ends_tee_first_and_the_state_is_saved(tmp_path: Path) -> None:
     assert shell.wait(timeout=PATIENCE_SECONDS) == 75
     assert len(saved(tmp_path / "run")) == 1
     # Where no line was due any more, nothing was lost.
-    assert set(lost(tmp_path / "run")) <= {"standard output were lost: nobody reads it"}
+    assert set(lost(tmp_path / "run")) <= {"standard output were lost: its reader is gone"}
     assert "code from the working folder" not in (tmp_path / "log").read_text()
     assert not (tmp_path / "numba").exists()
 

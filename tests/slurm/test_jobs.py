@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cl_dist.launch.interpreter import PROGRAM
+from cl_dist.launch.child import PROGRAM
 from cl_dist.launch.scheduler import JobState, job_state
 from tests.ranks import REPOSITORY
 from tests.recipes import write_recipe
@@ -191,7 +191,7 @@ def test_requeued_and_signalled_it_goes_on(a_run: Run, undisturbed: dict[str, to
     a_run.wait_for_steps(3)
     a_run.cluster.ask("scancel", "--signal=USR1", "--batch", a_run.job)
     a_run.wait_for(lambda: a_run.state.restarts == 2, "restart")
-    assert "            restarted 2 times, at most 20" in a_run.status()
+    assert "            restarts: 2 of at most 20" in a_run.status()
     a_run.wait_for_end()
     assert a_run.log().count("stopped after step") >= 2
     assert json.loads((a_run.run / "manifest.json").read_text())["restarts"] == 2
@@ -245,7 +245,7 @@ def test_without_a_node_that_died_it_goes_on_alone(a_run: Run, undisturbed: dict
     a_run.cluster.kill_node("node2")
     a_run.wait_for(lambda: a_run.state.state == "PENDING", "requeue")
     assert a_run.state.restarts == 1
-    assert a_run.status()[0] == "status      killed; --resume goes on"
+    assert a_run.status()[0] == "status      killed; continue with --resume"
     a_run.cluster.ask("scancel", a_run.job)
     a_run.wait_for_end("CANCELLED")
     a_run.submit("--nodes", "1", "--ranks-per-node", "2", "--resume")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cl_dist.errors import BadInput
-from cl_dist.launch.interpreter import BOOTSTRAP, PROGRAM
+from cl_dist.launch.child import BOOTSTRAP, PROGRAM
 from cl_dist.launch.scheduler import JobState, TimeLeft, job_state, submit
 from cl_dist.launch.slurm import SlurmJob
 from tests import mpi
@@ -183,7 +183,7 @@ def test_the_time_left_is_slurms(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_what_slurm_refuses_is_told_in_its_words(cluster: Cluster, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"^Slurm refuses the job: invalid partition specified: nowhere$"):
+    with pytest.raises(BadInput, match=r"^Slurm rejects the job: invalid partition specified: nowhere$"):
         Job(cluster, tmp_path, "end", partition="nowhere")
 
 

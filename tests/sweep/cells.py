@@ -1,4 +1,4 @@
-"""Run folders of a sweep's cells, as finished runs would leave them."""
+"""Writes run folders of a sweep's cells, as runs would."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def make_grid(folder: Path, methods: str | None = METHODS, seeds: str | None = "
 
 
 def matrix(first: float, kept: float, second: float) -> Matrix:
-    """Two tasks: the first learnt to `first`, of which `kept` is left after the second, learnt to `second`."""
+    """Two tasks: a score of `first` on the first, which drops to `kept` after the second, learnt to `second`."""
     return ((0.0, 0.0), (first, 0.125), (kept, second))
 
 
 def finish(cell: Cell, scores: Matrix, scoring: dict[str, dict[str, str | int]] | None = None) -> None:
-    """Leave what a finished run of this cell leaves, with these scores."""
+    """Write the files of a finished run of this cell, with these scores."""
     ledger = _start(cell, scores, "finished", scoring)
     ledger.write_metrics({"accuracy_matrix": scores, **all_metrics(scores)})
 
 
 def stop_half_way(cell: Cell, scores: Matrix, status: str = "interrupted") -> None:
-    """Leave what a run leaves that was stopped after its first task."""
+    """Write the files of a run that was stopped after its first task."""
     _start(cell, scores[:2], status)
 
 

@@ -39,7 +39,7 @@ def test_a_cell_for_every_order_method_and_seed(tmp_path: Path) -> None:
     assert [task.name for task in last.recipe.stream.tasks] == ["dbpedia", "amazon", "agnews", "yahoo"]
 
 
-def test_what_is_left_out_is_the_recipes_own(tmp_path: Path) -> None:
+def test_options_default_to_the_recipe(tmp_path: Path) -> None:
     (cell,) = make_grid(tmp_path, methods=None, seeds=None).cells
     assert cell.name == "own migu seed42"
     (cell,) = build_grid(Request("standard-order3", tmp_path)).cells
@@ -54,7 +54,7 @@ def test_a_method_keeps_the_recipes_settings_of_it(tmp_path: Path) -> None:
     assert (method.threshold, method.mask) == (0.25, "update")
 
 
-def test_compositions_and_names_of_ones_own(tmp_path: Path) -> None:
+def test_compositions_and_named_rows(tmp_path: Path) -> None:
     settings = ("both:method.1.threshold=0.5", "both:train.learning_rate=0.5", "kif:method.units=row")
     settings += ("kif:method.orthogonal=0", "both:method.0.orthogonal=0", "both:method.0.units=matrix")
     grid = make_grid(tmp_path, methods="kif,both=kif+migu", seeds="3", method_changes=settings)
@@ -89,24 +89,24 @@ def test_an_order_folder_is_typed_from_the_working_directory(tmp_path: Path, mon
     assert [task.name for task in cell.recipe.stream.tasks] == ["agnews"]
 
 
-def test_epochs_of_a_task_are_not_which_tasks_there_are(tmp_path: Path) -> None:
+def test_epochs_of_a_task_may_differ_between_methods(tmp_path: Path) -> None:
     settings = [f"multi_task:stream.tasks.{number}.epochs=2" for number in (0, 1)]
     grid = make_grid(tmp_path, methods="sequential,multi_task", seeds="0", method_changes=settings)
     assert [cell.recipe.stream.tasks[0].epochs for cell in grid.cells] == [None, 2]
 
 
 class TestRefusals:
-    """Every problem of a command line is told, and all of them at once."""
+    """All problems of a command line are reported at once."""
 
     def test_all_names_at_once(self, tmp_path: Path) -> None:
-        told = problems(
+        found = problems(
             tmp_path,
             methods="sequental,migu+kfi,a/b=migu,migu,migu",
             seeds="0,x,0,-1",
             orders="1,9",
             method_changes=["mgu:method.threshold=1", "nonsense"],
         )
-        assert [text.partition(":")[0] for text in told] == [
+        assert [text.partition(":")[0] for text in found] == [
             "--methods sequental",
             "--methods migu+kfi",
             "--methods a/b=migu",
@@ -118,18 +118,18 @@ class TestRefusals:
             "--seeds",
             "--seeds",
         ]
-        assert told[0].endswith("; did you mean sequential?")
-        assert told[1].endswith("; did you mean kif?")
+        assert found[0].endswith("; did you mean sequential?")
+        assert found[1].endswith("; did you mean kif?")
 
-    def test_settings_that_a_method_has_not(self, tmp_path: Path) -> None:
+    def test_settings_that_a_method_does_not_have(self, tmp_path: Path) -> None:
         settings = ["migu:method.thresold=0.5", "hot:method.threshold=2"]
-        told = problems(tmp_path, methods="sequential,migu,hot=migu", method_changes=settings)
-        assert told == [
+        found = problems(tmp_path, methods="sequential,migu,hot=migu", method_changes=settings)
+        assert found == [
             "method migu: method.thresold: unknown key; did you mean threshold?",
             "method hot: method.threshold: 2 is not allowed; allowed: a number, at least 0, below 1",
         ]
 
-    def test_pairs_that_do_not_go_together(self, tmp_path: Path) -> None:
+    def test_methods_that_do_not_compose(self, tmp_path: Path) -> None:
         assert problems(tmp_path, methods="migu,kif+tasl") == [
             "method kif+tasl: method: kif and tasl do not compose: "
             "kif, tasl and recurrent_kif all fuse weights; give one of them"
@@ -147,24 +147,24 @@ class TestRefusals:
             "method.0.name=kif",
         ],
     )
-    def test_what_the_grid_itself_sets(self, tmp_path: Path, change: str) -> None:
-        (told,) = problems(tmp_path, changes=[change])
-        assert told.startswith(f"{change.partition('=')[0]} cannot be set here: ")
+    def test_settings_of_the_grid_itself(self, tmp_path: Path, change: str) -> None:
+        (found,) = problems(tmp_path, changes=[change])
+        assert found.startswith(f"{change.partition('=')[0]} cannot be set here: ")
 
-    def test_a_method_may_be_set_where_none_is_named(self, tmp_path: Path) -> None:
+    def test_the_method_may_be_changed_without_methods(self, tmp_path: Path) -> None:
         (cell,) = make_grid(tmp_path, methods=None, seeds=None, changes=["method.0.name=kif"]).cells
         assert cell.name == "own kif seed42"
 
     @pytest.mark.parametrize(
-        ("change", "told"),
+        ("change", "reason"),
         [
-            ("output_dir=x", "every cell has a folder"),
-            ("train.seed=3", "all methods have the same seeds; give them with --seeds"),
-            ("stream.order=2", "all methods learn the same tasks in the same orders; give orders with --orders"),
+            ("output_dir=x", "every cell has its own folder"),
+            ("train.seed=3", "all methods share the same seeds; use --seeds"),
+            ("stream.order=2", "all methods learn the same tasks in the same orders; choose orders with --orders"),
             ("stream.tasks=[{name: x, format: builtin}]", "all methods learn the same tasks"),
             ("stream.tasks.0.name=x", "all methods learn the same tasks"),
             ("stream={tasks: [{name: x, format: builtin}]}", "it would replace the whole section"),
-            ("method=kif", "a row is named after its methods; name others in --methods"),
+            ("method=kif", "a row is named after its methods; choose others with --methods"),
             ("method.name=kif", "a row is named after its methods"),
             ("method.0={name: kif}", "a row is named after its methods"),
             ("method.0.name=kif", "a row is named after its methods"),
@@ -172,21 +172,23 @@ class TestRefusals:
         ],
     )
     @pytest.mark.parametrize("given", [{}, {"methods": None, "seeds": None}], ids=["named", "own"])
-    def test_what_makes_a_row_another_one(self, tmp_path: Path, change: str, told: str, given: dict[str, None]) -> None:
+    def test_changes_that_would_make_a_rows_label_wrong(
+        self, tmp_path: Path, change: str, reason: str, given: dict[str, None]
+    ) -> None:
         (problem,) = problems(tmp_path, method_changes=[f"migu:{change}"], **given)
-        assert problem.startswith(f"{change.partition('=')[0]} cannot be set here: {told}")
+        assert problem.startswith(f"{change.partition('=')[0]} cannot be set here: {reason}")
 
     def test_a_setting_that_only_another_method_has(self, tmp_path: Path) -> None:
-        told = problems(tmp_path, methods="replay,both=replay+kif,sequential", changes=["method.ratio=0.5"])
-        assert told == [
-            "--set method.ratio: this is for the recipe's own method, migu, which has no ratio; "
-            "give --set-for replay:method.ratio=0.5 or --set-for both:method.0.ratio=0.5"
+        found = problems(tmp_path, methods="replay,both=replay+kif,sequential", changes=["method.ratio=0.5"])
+        assert found == [
+            "--set method.ratio: this changes the recipe's own method, migu, which has no ratio; "
+            "use --set-for replay:method.ratio=0.5 or --set-for both:method.0.ratio=0.5"
         ]
 
     def test_a_setting_that_no_method_has(self, tmp_path: Path) -> None:
-        (told,) = problems(tmp_path, methods="replay", changes=["method.thresold=0.5"])
-        assert told == "method.thresold: unknown key; did you mean threshold?"
+        (found,) = problems(tmp_path, methods="replay", changes=["method.thresold=0.5"])
+        assert found == "method.thresold: unknown key; did you mean threshold?"
 
-    def test_orders_of_a_recipe_that_names_its_tasks(self, tmp_path: Path) -> None:
-        (told,) = problems(tmp_path, orders="1")
-        assert "names its tasks itself" in told
+    def test_orders_of_a_recipe_that_lists_its_tasks(self, tmp_path: Path) -> None:
+        (found,) = problems(tmp_path, orders="1")
+        assert "lists its tasks itself" in found

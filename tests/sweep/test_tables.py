@@ -57,7 +57,7 @@ def test_mean_and_deviation_follow_from_metrics_json(grid: Grid, tmp_path: Path)
     assert by_seed["sequential", "mean"]["forgetting"] == "0.3125"
 
 
-def test_what_is_not_finished_counts_nowhere(grid: Grid, tmp_path: Path) -> None:
+def test_unfinished_runs_do_not_count(grid: Grid, tmp_path: Path) -> None:
     lines = list(csv.DictReader(io.StringIO(csv_table(results_of(grid, tmp_path)))))
     half = next(line for line in lines if (line["method"], line["seed"]) == ("migu", "1"))
     assert (half["status"], half["average_performance"]) == ("interrupted", "")
@@ -77,7 +77,7 @@ def test_the_page(grid: Grid, tmp_path: Path) -> None:
     assert page[-1] == "- own migu seed1: interrupted, 1 of 2 tasks done"
 
 
-def test_the_tables_say_how_tasks_were_scored(tmp_path: Path) -> None:
+def test_the_tables_note_how_tasks_were_scored(tmp_path: Path) -> None:
     grid = make_grid(tmp_path)
     for cell in grid.cells:
         first, second = (task.name for task in cell.recipe.stream.tasks)
@@ -113,7 +113,7 @@ def test_a_finished_run_without_its_metrics_and_a_damaged_one(grid: Grid, tmp_pa
     assert results_of(grid, tmp_path).missing[0].state.status == "damaged"
 
 
-def test_general_ability_has_columns_where_a_run_has_measured_it(grid: Grid, tmp_path: Path) -> None:
+def test_general_ability_has_columns_if_a_run_has_measured_it(grid: Grid, tmp_path: Path) -> None:
     path = grid.cells[0].folder.metrics
     path.write_text(json.dumps({**json.loads(path.read_text()), "general_ability": 0.5, "general_forgetting": -0.25}))
     results = results_of(grid, tmp_path)
@@ -122,7 +122,7 @@ def test_general_ability_has_columns_where_a_run_has_measured_it(grid: Grid, tmp
     assert (cells["general_ability"], cells["general_forgetting"]) == ("0.5", "-0.25")
     page = markdown_page(results, "r").splitlines()
     assert page[2].endswith("| learning accuracy | FWT | general ability | general forgetting |")
-    assert page[4].endswith("| 0.7812 ± 0.1326 | 0.1250 ± 0.0000 | – | – |")  # the other seed has not measured it
+    assert page[4].endswith("| 0.7812 ± 0.1326 | 0.1250 ± 0.0000 | – | – |")  # the other seed did not measure it
     assert "general ability" in latex_table(results)
 
 
@@ -150,13 +150,16 @@ class TestBounds:
             finish(cell, scores.get(cell.method, self.SINGLE))
         return results_of(grid, folder)
 
-    def test_say_what_they_bound_and_no_more(self, tmp_path: Path) -> None:
+    def test_show_only_the_metrics_that_are_a_bound(self, tmp_path: Path) -> None:
         results = self.results(tmp_path)
         page = markdown_page(results, "r").splitlines()
         assert page[2].endswith("| learning accuracy | FWT | FWT (single) |")
         assert page[5] == "| own | alone | 1 | – | – | – | 0.6875 | – | – |"
         assert page[6] == "| own | multi_task | 1 | 0.6250 | 0.0000 | 0.0000 | 0.6250 | – | – |"
-        note = "alone trains every task by itself: learning accuracy is the bound, the other metrics say nothing."
+        note = (
+            "alone trains every task separately: its learning accuracy is the bound, and its other metrics have no "
+            "meaning."
+        )
         assert note in page
         assert rf"\multicolumn{{9}}{{l}}{{{note}}} \\" in latex_table(results).splitlines()
         lines = {(line["method"], line["seed"]): line for line in csv.DictReader(io.StringIO(csv_table(results)))}
@@ -164,13 +167,13 @@ class TestBounds:
             empty = [name for name, value in lines["alone", seed].items() if value == "" and name in results.columns]
             assert set(results.columns) - set(empty) == {"learning_accuracy"}
 
-    def test_per_task_runs_are_what_the_others_are_measured_against(self, tmp_path: Path) -> None:
+    def test_other_runs_are_compared_with_the_per_task_run(self, tmp_path: Path) -> None:
         results = self.results(tmp_path, seeds="0,1")
         # Learnt in turn 0.75 and 1.0, alone 0.875 and 0.5.
         assert [cell.values["forward_transfer_single"] for cell in results.rows[0].cells] == [0.1875, 0.1875]
         assert "| 0.1875 ± 0.0000 |" in markdown_page(results, "r")
 
-    def test_a_seed_without_a_per_task_run_has_no_such_number(self, tmp_path: Path) -> None:
+    def test_a_seed_without_a_per_task_run_has_no_forward_transfer(self, tmp_path: Path) -> None:
         for methods, seeds in (("sequential,alone=per_task", "0"), ("sequential", "1")):
             for cell in make_grid(tmp_path, methods=methods, seeds=seeds).cells:
                 finish(cell, self.SINGLE if cell.method == "alone" else matrix(0.75, 0.25, 1.0))
@@ -178,13 +181,13 @@ class TestBounds:
         assert [cell.values["forward_transfer_single"] for cell in row.cells] == [0.1875, None]
         assert row.mean("forward_transfer_single") is None
 
-    def test_two_kinds_of_per_task_training_leave_open_which_is_meant(self, tmp_path: Path) -> None:
+    def test_several_per_task_runs_are_ambiguous(self, tmp_path: Path) -> None:
         results = self.results(tmp_path, methods="sequential,per_task,alone=per_task")
         assert "forward_transfer_single" not in results.columns
 
     def test_there_is_no_footnote_without_them(self, grid: Grid, tmp_path: Path) -> None:
         results = results_of(grid, tmp_path)
-        assert "by itself" not in markdown_page(results, "r") + latex_table(results)
+        assert "trains every task separately" not in markdown_page(results, "r") + latex_table(results)
 
 
 class TestSeveralOrders:
@@ -192,12 +195,12 @@ class TestSeveralOrders:
 
     RESULTS = Results((row("a", "x", 0.5, 0.25), row("a", "y", 1.0), row("b", "x", 1.0), row("b", "y")))
 
-    def test_is_given_where_every_order_has_one(self) -> None:
+    def test_is_shown_if_every_order_has_a_mean(self) -> None:
         values = {method: found["average_performance"] for method, found in self.RESULTS.over_orders()}
         assert values == {"x": 0.6875, "y": None}
         assert "| mean of orders | x |  | 0.6875 | – | – | – | – |" in markdown_page(self.RESULTS, "r")
 
-    def test_is_left_out_for_one_order(self) -> None:
+    def test_is_omitted_for_a_single_order(self) -> None:
         assert Results((row("a", "x", 0.5),)).over_orders() == []
 
 

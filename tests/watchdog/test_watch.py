@@ -1,4 +1,4 @@
-"""Real processes with real watchdogs; no torch, so that a rank starts in a fraction of a second."""
+"""Real processes with real watchdogs, but without torch, so that a rank starts in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
         process.communicate()
 
 
-def test_a_healthy_run_is_left_alone_and_leaves_nothing(ranks: Ranks) -> None:
-    """One rank waits for well over the limit while the other works."""
+def test_a_healthy_run_is_left_alone_and_leaves_no_files(ranks: Ranks) -> None:
+    """One rank waits for well over the limit while the other one works."""
     ranks.start("work(5)", "time.sleep(5)")
     assert [ranks.end(rank) for rank in range(2)] == [(0, ""), (0, "")]
     assert list(ranks.folder.iterdir()) == []
@@ -103,7 +103,7 @@ def test_a_stopped_rank_is_named_and_the_others_end(ranks: Ranks) -> None:
 
 
 def test_a_dead_loop_is_named_with_its_place(ranks: Ranks) -> None:
-    """The rank that waits for it has gone on for longer."""
+    """The rank that waits for it stopped working later."""
     ranks.start("work(0.5)\nwait()", "dead_loop()")
     ends = [ranks.end(rank) for rank in range(2)]
     assert [code for code, _ in ends] == [9, 9]
@@ -121,8 +121,8 @@ def test_a_rank_alone(ranks: Ranks) -> None:
     assert output.startswith("no progress for 3 s (launch.hang_seconds): stuck while looping; stacks are in")
 
 
-def test_time_in_which_all_are_suspended_does_not_count(ranks: Ranks) -> None:
-    """As with `scontrol suspend`: without a mark for longer than the limit, and yet nobody hangs."""
+def test_time_while_all_ranks_are_suspended_does_not_count(ranks: Ranks) -> None:
+    """As with `scontrol suspend`: no marks for longer than the limit, and yet no rank hangs."""
     ranks.start("time.sleep(1)\nwork(1)", "time.sleep(1)\nwork(1)")
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not all((ranks.folder / name).exists() for name in FILES):
@@ -136,14 +136,14 @@ def test_time_in_which_all_are_suspended_does_not_count(ranks: Ranks) -> None:
     assert [ranks.end(rank) for rank in range(2)] == [(0, ""), (0, "")]
 
 
-def test_a_library_at_work_makes_no_marks_but_uses_the_processor(ranks: Ranks) -> None:
+def test_a_library_that_uses_the_processor_is_at_work(ranks: Ranks) -> None:
     at_work = "beat('loading', opaque=True)\nbegan = time.monotonic()\nwhile time.monotonic() - began < 5: pass"
     ranks.start(at_work, "beat('loading', opaque=True)\ntime.sleep(5)")
     assert [ranks.end(rank) for rank in range(2)] == [(0, ""), (0, "")]
 
 
-def test_a_library_that_waits_for_ever_does_not(ranks: Ranks) -> None:
-    """The watchdog's own use of the processor is no work."""
+def test_a_library_that_waits_for_ever_hangs(ranks: Ranks) -> None:
+    """The watchdog's own processor use does not count as work."""
     ranks.start(*["beat('loading', opaque=True)\ntime.sleep(600)"] * 2, hang=1.0)
     assert [ranks.end(rank)[0] for rank in range(2)] == [9, 9]
 
@@ -160,22 +160,22 @@ def test_a_rank_that_gives_up_makes_the_others_write_their_stacks(ranks: Ranks) 
     assert "a traceback" in ranks.stack(0)
 
 
-def test_what_a_crash_in_c_leaves(ranks: Ranks) -> None:
+def test_a_crash_in_c_leaves_stacks(ranks: Ranks) -> None:
     """As torch does when an NCCL operation takes too long."""
     ranks.start("def deep():\n    os.abort()\ndeep()")
     assert ranks.end(0)[0] == -signal.SIGABRT
     assert "in deep" in ranks.stack(0)
 
 
-def test_a_folder_that_does_not_answer_keeps_nobody(ranks: Ranks) -> None:
-    """Files become a pipe that nobody reads: opening it blocks, as does a file server that is gone."""
+def test_a_folder_that_does_not_answer_keeps_no_rank_alive(ranks: Ranks) -> None:
+    """The note becomes a pipe without a reader: opening it blocks, as with a file server that is gone."""
     ranks.start("(folder / '.hang.json').unlink(missing_ok=True)\nos.mkfifo(folder / '.hang.json')\nwait()", "wait()")
     ends = [ranks.end(rank) for rank in range(2)]
     assert [code for code, _ in ends] == [9, 9]
     assert all("does not answer" in output for _, output in ends)
 
 
-def test_preparing_forgets_a_former_job(tmp_path: Path) -> None:
+def test_prepare_deletes_what_an_earlier_job_left(tmp_path: Path) -> None:
     from cl_dist.watchdog import Watchdog
 
     for name in (*FILES, ".hang.json", "stack-rank1.txt"):
@@ -193,13 +193,13 @@ threading.Thread(target=poll, daemon=True).start()
 """
 
 
-def test_threads_that_poll_are_no_work(ranks: Ranks) -> None:
-    """They use more than a main thread at work would have to, and less than a library's threads at work do."""
+def test_polling_threads_are_not_at_work(ranks: Ranks) -> None:
+    """They use more than the threshold of the main thread, and less than a library's working threads."""
     ranks.start(*[f"{POLLING}beat('loading', opaque=True)\ntime.sleep(600)"] * 2, hang=2.0)
     assert [ranks.end(rank)[0] for rank in range(2)] == [9, 9]
 
 
-def test_a_library_that_works_in_threads_of_its_own_is_at_work(ranks: Ranks) -> None:
+def test_a_library_that_uses_its_own_threads_is_at_work(ranks: Ranks) -> None:
     at_work = "threading.Thread(target=dead_loop, daemon=True).start()\ntime.sleep(0.1)\n"
     ranks.start(f"{at_work}beat('tokenising', opaque=True)\ntime.sleep(5)")
     assert ranks.end(0) == (0, "")

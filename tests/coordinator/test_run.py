@@ -1,4 +1,4 @@
-"""What rank 0 does for all ranks before they begin: where it fails, its sentence is the only one."""
+"""What rank 0 does for all ranks before they start: if it fails, only rank 0 reports the error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.zygote import Outcome, Zygote
 
 
 def run(zygote: Zygote, folder: Path, moment: str, on_rank: int, *arguments: str, **fault: Any) -> Outcome:
-    """Two ranks, started as by a launcher that is not ours."""
+    """Two ranks, as if another launcher had started them."""
     recipe = write_recipe(folder, method={"name": "sequential"}, stream={"max_train_samples": 16})
     armed = {"moment": moment, "on_rank": on_rank, "count": 1, **fault}
     return zygote.run(["run", str(recipe), *arguments], folder, world=2, fault=armed)
@@ -25,7 +25,7 @@ def run(zygote: Zygote, folder: Path, moment: str, on_rank: int, *arguments: str
         ("failing recovery", "the run folder {run} cannot be used: [Errno 5] Input/output error\n"),
     ],
 )
-def test_its_sentence_is_the_only_one(zygote: Zygote, tmp_path: Path, moment: str, sentence: str) -> None:
+def test_only_rank_0_reports_its_error(zygote: Zygote, tmp_path: Path, moment: str, sentence: str) -> None:
     outcome = run(zygote, tmp_path, moment, 0)
     assert outcome.codes == [2, 2], outcome.output
     said = [line for line in outcome.output[0].splitlines() if line.startswith("cl-dist: ")]
@@ -34,8 +34,8 @@ def test_its_sentence_is_the_only_one(zygote: Zygote, tmp_path: Path, moment: st
     assert "cl-dist: " not in outcome.output[1]
 
 
-def test_the_manifest_is_read_by_it_alone(zygote: Zygote, tmp_path: Path) -> None:
-    """The other rank's node has an old view of the folder."""
+def test_only_rank_0_reads_the_manifest(zygote: Zygote, tmp_path: Path) -> None:
+    """The node of the other rank sees an old version of the folder."""
     outcome = run(zygote, tmp_path, "stop", 0, count=2)
     assert outcome.codes == [75, 75], outcome.output
     outcome = run(zygote, tmp_path, "stale manifest", 1, "--resume")

@@ -1,4 +1,4 @@
-"""The end state of a completed task is damaged: the task is trained again, the end is that of an undisturbed run."""
+"""A damaged end state of a completed task: the task is trained again, and the run ends like an undisturbed one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "inclora": {},
     "kif": {},
 }
-"""With what of each is special; the second one's parameters grow, the third one has tensors of its own."""
+"""Methods and their settings; the parameters of inclora grow, kif has its own tensors."""
 
 
 def three_tasks(folder: Path, method: str) -> Path:
@@ -40,7 +40,7 @@ def three_tasks(folder: Path, method: str) -> Path:
 
 
 class Runs:
-    """Of one method: an undisturbed run, and one that was killed in its third task's second step."""
+    """Runs of one method: undisturbed, and killed in the second step of the third task."""
 
     def __init__(self, zygote: Zygote, method: str, folder: Path) -> None:
         self._zygote, self.method = zygote, method
@@ -80,15 +80,15 @@ def test_the_task_is_trained_again_from_the_end_state_before_it(runs: Runs, tmp_
     DAMAGES["middle byte flipped"](state_file(run, "02-summer"))
     output = runs.run(tmp_path, "--resume")
     assert f"{state_file(run, '02-summer')} is damaged: its content does not match its checksum; " in output
-    assert "; going back to the beginning of task summer\n" in output
+    assert "; going back to the start of task summer\n" in output
     assert_same_end(run, runs.undisturbed / "run", FOLDERS)
-    assert states(run) == ["03-autumn"], "what no resume needs takes room"
+    assert states(run) == ["03-autumn"], "states that no resume needs are kept"
     manifest = json.loads((run / "manifest.json").read_text())
     assert len(manifest["timings"]) == 3
     assert manifest["segments"] == json.loads((runs.undisturbed / "run" / "manifest.json").read_text())["segments"]
 
 
-def test_where_that_is_damaged_too_nothing_is_given_up(runs: Runs, tmp_path: Path) -> None:
+def test_if_that_is_damaged_too_nothing_is_deleted(runs: Runs, tmp_path: Path) -> None:
     run = shutil.copytree(runs.killed / "run", tmp_path / "run")
     DAMAGES["middle byte flipped"](state_file(run, "01-spring"))
     DAMAGES["deleted"](state_file(run, "02-summer"))
@@ -96,8 +96,8 @@ def test_where_that_is_damaged_too_nothing_is_given_up(runs: Runs, tmp_path: Pat
     output = runs.run(tmp_path, "--resume", code=1)
     assert (
         f"cl-dist: error: {state_file(run, '02-summer')} is missing, and {state_file(run, '01-spring')} is damaged: "
-        "its content does not match its checksum; there is no older state to resume from; intact are the scores so far "
-        f"and, in {run}/tasks, the models after spring, summer\n"
+        "its content does not match its checksum; there is no older state to resume from; still intact: the scores so "
+        f"far and, in {run}/tasks, the models after spring, summer\n"
     ) in output
     after = json.loads((run / "manifest.json").read_text())
     assert after == {**before, "status": "failed", "restarts": 1}

@@ -1,4 +1,4 @@
-"""What lies in the working folder is not imported by what is started there."""
+"""Python processes of this project never import modules from the working folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cl_dist import __version__
-from cl_dist.launch.interpreter import PROGRAM, python_command
+from cl_dist.launch.child import PROGRAM, python_command
 from tests.ranks import REPOSITORY
 
 TRAP = "raise SystemExit('code from the working folder was run')"
@@ -20,7 +20,7 @@ VERSION = f"cl-dist {__version__}\n"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A working folder with modules that are named like Python's own, and like libraries."""
+    """A working folder with modules named like those of Python, of libraries and of this project."""
     for name in ("importlib", "pathlib", "argparse", "yaml", "pydantic", "rich", "cl_dist"):
         (tmp_path / f"{name}.py").write_text(TRAP)
     (tmp_path / "mine.py").write_text("import sys\ndef main():\n    print(sys.argv[1:])\n")
@@ -35,24 +35,24 @@ def run(command: list[str], folder: Path, **variables: str) -> str:
     return done.stdout + done.stderr.strip().rpartition("\n")[2]
 
 
-def test_what_we_start_ignores_it(folder: Path) -> None:
+def test_our_own_processes_ignore_the_working_folder(folder: Path) -> None:
     assert run([*python_command(PROGRAM), "--version"], folder) == VERSION
     assert run([*python_command(PROGRAM), "--version"], folder, PYTHONSAFEPATH="1") == VERSION
     assert "No module named 'mine'" in run(python_command("mine:main"), folder)
 
 
-def test_a_launcher_may_start_the_module(folder: Path) -> None:
-    (folder / "cl_dist.py").unlink()  # `python -m` itself would find it
+def test_so_does_python_m_cl_dist(folder: Path) -> None:
+    (folder / "cl_dist.py").unlink()  # `python -m` itself would import it
     assert run([sys.executable, "-m", "cl_dist", "--version"], folder) == VERSION
     assert run([sys.executable, "-m", "cl_dist", "--version"], folder, PYTHONSAFEPATH="1") == VERSION
-    # Without `site`, whose editable installations load pathlib beforehand, not all of the package may be found.
-    (folder / "importlib.py").unlink()  # nor does Python itself do without it then
+    # Without `site`, an editable installation does not load pathlib early, and parts of the package may not be found.
+    (folder / "importlib.py").unlink()  # Python itself needs it then
     paths = os.pathsep.join([str(REPOSITORY), sysconfig.get_path("purelib")])
     assert "working folder" not in run([sys.executable, "-S", "-m", "cl_dist", "--version"], folder, PYTHONPATH=paths)
 
 
-def test_what_pythonpath_names_counts(folder: Path) -> None:
-    """Also where it is the working folder, which is then on the path twice."""
+def test_pythonpath_still_counts(folder: Path) -> None:
+    """Even if it names the working folder, which is then on the path twice."""
     for name in ("importlib", "pathlib", "cl_dist"):
         (folder / f"{name}.py").unlink()
     for where in (folder, Path("/")):

@@ -1,0 +1,133 @@
+"""`cl-dist recipe`, `methods`, `status` and `report`"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes
+from cl_dist.state.lock import RunLock
+from cl_dist.state.manifest import CheckpointEntry, Manifest
+from tests.cli.conftest import Command
+from tests.report.runs import write_run
+
+MATRIX = ((0.25, 0.5), (0.75, 0.5), (0.5, 1.0))
+MANIFEST = Manifest(tasks=("spring", "summer"), world_size=2, zero_stage=3, accuracy_matrix=MATRIX[:1])
+
+
+class TestRecipe:
+    """`cl-dist recipe`"""
+
+    def test_without_arguments_lists_the_shipped_recipes(self, command: Command) -> None:
+        code, output, _ = command("recipe")
+        assert code == 0
+        assert [line.split()[0] for line in output.splitlines()] == list(shipped_recipes())
+        assert all(len(line.split()) > 5 for line in output.splitlines())
+
+    def test_with_a_name_prints_the_resolved_recipe(self, command: Command) -> None:
+        code, output, _ = command("recipe", "quickstart", "--set", "method.name=migu")
+        assert (code, output) == (0, dump_recipe(load_recipe("quickstart", ["method.name=migu"])[0]))
+
+    def test_explains_every_setting(self, command: Command) -> None:
+        code, output, _ = command("recipe", "--explain")
+        assert code == 0
+        assert "method(migu).threshold\n    a number, at least 0, below 1 (default: 0.7)\n    Quantile T" in output
+
+    def test_a_change_needs_a_recipe(self, command: Command) -> None:
+        code, _, error = command("recipe", "--set", "train.epochs=1")
+        assert (code, error[:24]) == (2, "cl-dist: error: --set: n")
+
+
+def test_methods_are_listed_with_a_description(command: Command) -> None:
+    code, output, _ = command("methods")
+    assert code == 0
+    baselines = ["sequential", "inclora", "olora", "replay", "ewc", "lwf", "agem", "per_task", "multi_task"]
+    names = [*baselines, "migu", "kif", "tasl", "recurrent_kif"]
+    assert [line.split()[0] for line in output.splitlines()] == names
+    assert "arXiv 2406.17245" in output
+
+
+class TestStatus:
+    """`cl-dist status`"""
+
+    def test_of_a_run_that_was_killed(self, command: Command, tmp_path: Path) -> None:
+        checkpoint = CheckpointEntry(task=1, step=40, folder="checkpoint/task-02-step-000040")
+        manifest = replace(MANIFEST, completed=1, checkpoints=(checkpoint,), accuracy_matrix=MATRIX[:2], restarts=3)
+        manifest.write(tmp_path / "manifest.json")
+        code, output, _ = command("status", tmp_path)
+        assert code == 0
+        assert output.splitlines()[:5] == [
+            "status      killed; continue with --resume",
+            "tasks done  1 of 2",
+            "checkpoint  in summer, after step 40",
+            "ranks       2, ZeRO stage 3",
+            "restarts    3",
+        ]
+        assert "after spring  0.7500  0.5000" in output
+
+    def test_of_one_that_is_running(self, command: Command, tmp_path: Path) -> None:
+        MANIFEST.write(tmp_path / "manifest.json")
+        holder = "import sys, time; from pathlib import Path; from cl_dist.state.lock import RunLock\n"
+        holder += "with RunLock(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+        process = subprocess.Popen([sys.executable, "-c", holder, tmp_path / ".lock"], stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            assert command("status", tmp_path)[1].startswith("status      running\n")
+        finally:
+            process.kill()
+            process.communicate()
+
+    def test_of_one_that_is_finished(self, command: Command, tmp_path: Path) -> None:
+        manifest = replace(MANIFEST, status="finished", completed=2, accuracy_matrix=MATRIX)
+        manifest.write(tmp_path / "manifest.json")
+        with RunLock(tmp_path / ".lock"):
+            pass
+        metrics = {"tasks": ["spring", "summer"], "accuracy_matrix": MATRIX, "average_performance": 0.75}
+        (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+        output = command("status", tmp_path)[1]
+        assert output.startswith("status      finished\ntasks done  2 of 2\n")
+        assert "after summer  0.5000  1.0000" in output
+        assert "average performance (AP)           0.7500" in output
+        assert "forgetting                         -" in output
+
+
+def test_report_prints_the_scores_and_the_files_it_wrote(command: Command, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", ["spring", "summer"], 1)
+    code, output, error = command("report", "run")
+    assert (code, error) == (0, "")
+    assert output.splitlines() == [
+        "              spring  summer",
+        "before        0.0000  0.1667",
+        "after spring  0.3333  0.5000",
+        "",
+        "The run is not finished: no results yet for summer.",
+        *(f"wrote run/report/{name}" for name in ("report.md", "accuracy_matrix.png", "scores.png", "loss.png")),
+    ]
+    assert (tmp_path / "run/report/report.md").exists()
+
+
+def test_report_writes_elsewhere(command: Command, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", ["spring"], 1)
+    code, output, _ = command("report", "run", "--out", "pages/mine")
+    assert code == 0
+    assert output.splitlines()[-1] == "wrote pages/mine/loss.png"
+    assert len(list((tmp_path / "pages/mine").iterdir())) == 4
+    assert not (tmp_path / "run/report").exists()
+
+
+def test_bad_input_of_report_is_one_sentence(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name, message in {
+        "absent": "absent: no such folder; give the run folder (output_dir) of a run",
+        "file": "file is not a folder; give the run folder (output_dir) of a run",
+        ".": "manifest.json is missing: . holds no run",
+    }.items():
+        assert command("report", name) == (2, "", f"cl-dist: error: {message}\n")
+    write_run(tmp_path / "run", ["spring"], 1).manifest.write_text("{")
+    code, _, error = command("report", "run")
+    assert code == 2
+    assert error.startswith("cl-dist: error: run/manifest.json is damaged: ")

@@ -1,0 +1,39 @@
+"""The metrics that end a run; tests/runs and tests/faults step through whole streams."""
+
+from __future__ import annotations
+
+from cl_dist.coordinator.stream import run_metrics
+from cl_dist.state.manifest import Manifest, Segment
+
+SEGMENT = Segment(task=0, step=0, world_size=2, zero_stage=2, micro_batch_size=4, gradient_accumulation=1)
+TIMINGS = (
+    {"train_seconds": 2.0, "steps": 4, "tokens": 300, "evaluate_seconds": 1.0},
+    {"train_seconds": 6.0, "steps": 12, "tokens": 500, "evaluate_seconds": 1.0},
+)
+
+
+def manifest(**changes: object) -> Manifest:
+    values: dict[str, object] = {
+        "tasks": ("a", "b"), "world_size": 2, "zero_stage": 2, "completed": 2, "status": "finished",
+        "accuracy_matrix": ((0.0, 0.25), (1.0, 0.5), (0.5, 0.75)), "segments": (SEGMENT,), "timings": TIMINGS,
+        "peak_memory_bytes": (7, 5), "restarts": 3, "scoring": {"a": {"metric": "rouge_l", "scored_on": "test"}},
+    }  # fmt: skip
+    return Manifest(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_metrics_follow_from_the_manifest() -> None:
+    metrics = run_metrics(manifest())
+    assert metrics["accuracy_matrix"] == [[0.0, 0.25], [1.0, 0.5], [0.5, 0.75]]
+    assert metrics["average_performance"] == 0.625
+    assert metrics["backward_transfer"] == -0.5
+    assert metrics["tokens_per_second"] == 100.0
+    assert metrics["step_seconds"] == 0.5
+    assert metrics["metric"] == {"a": "rouge_l"}
+    assert metrics["segments"][0]["world_size"] == 2
+    assert (metrics["peak_memory_bytes"], metrics["restarts"]) == ([7, 5], 3)
+    assert (metrics["general"], metrics["general_ability"]) == ([], None)
+
+
+def test_a_run_without_steps_has_metrics() -> None:
+    metrics = run_metrics(manifest(timings=({"train_seconds": 0.0, "steps": 0, "tokens": 0},) * 2))
+    assert (metrics["tokens_per_second"], metrics["step_seconds"]) == (0.0, 0.0)
