@@ -24,9 +24,8 @@ from cl_dist.launch.local import launch
 
 from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
-from cl_dist.engine.distributed import device, join, leave
+from cl_dist.engine.distributed import device, join, leave, quiet_libraries
 from cl_dist.engine.engine import TrainingEngine
-from cl_dist.engine.quiet import quiet_libraries
 from cl_dist.errors import ClDistError
 from cl_dist.methods.base import TaskPlace
 from cl_dist.methods.migu import Migu

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from cl_dist.assembly import build_saved
 from cl_dist.config.schema import Recipe
-from cl_dist.engine.distributed import join, leave
-from cl_dist.engine.quiet import quiet_libraries
+from cl_dist.engine.distributed import join, leave, quiet_libraries
 from cl_dist.errors import ClDistError
 from cl_dist.evaluation.result import TaskScore, write_predictions
 from cl_dist.progress import Reporter

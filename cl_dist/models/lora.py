@@ -23,10 +23,12 @@ from cl_dist.config.schema import LoraConfig
 from cl_dist.config.words import first_of, percent
 from cl_dist.errors import BadInput
 from cl_dist.models.initialise import initialise_
-from cl_dist.models.names import LORA_A, LORA_B
 from cl_dist.models.structure import LINEAR, base_model, block_prefixes, head_prefixes, is_below
 from cl_dist.models.tracked import any_block, is_matrix, whole_shape
 from cl_dist.tasks.encode import Objective
+
+LORA_A, LORA_B = ".lora_A.", ".lora_B."
+"""Parts of an adapter parameter's name, between the adapted module and the adapter's own name."""
 
 TASK_TYPES: dict[Objective, TaskType | None] = {
     "causal_lm": TaskType.CAUSAL_LM,

@@ -164,10 +164,11 @@ class Look:
         for key, shard in {**{n: self.shards.master(n) for n in self.shards.names}, **frozen}.items():
             if shard is not None:
                 shard.data.copy_(_numbers(key, shard.start, shard.stop))
+        # Looked at before anything else gathers small parameters and partitions them again.
         self.shards.publish()
+        found["after masters"] = self._checksums()
         self.shards.publish_frozen(["frozen.weight"])
-        names, sums = replica_checksums(self.model)  # before anything gathers and partitions small parameters again
-        found["checksums"] = dict(zip(names, sums.tolist(), strict=True))
+        found["checksums"] = self._checksums()
         found["published"] = all(
             torch.equal(weight.flatten().float(), _numbers(name, 0, weight.numel()))
             for name, weight in self._weights().items()
@@ -183,6 +184,10 @@ class Look:
         self.found["wanted"] = sorted(gather_state_dict(self.model, lambda name, param: param.requires_grad))
         both = [tensor.clone() for tensor in whole_parameters(self.model, ["frozen.weight", ROWS])]
         self.found["whole"] = torch.equal(both[0], weights["frozen.weight"]) and torch.equal(both[1], weights[ROWS])
+
+    def _checksums(self) -> dict[str, int]:
+        names, sums = replica_checksums(self.model)
+        return dict(zip(names, sums.tolist(), strict=True))
 
     def _grad(self, name: str) -> torch.Tensor:
         grad = self.dense.get_parameter(name).grad
@@ -213,7 +218,7 @@ class Look:
 
 
 def _numbers(name: str, start: int, stop: int) -> torch.Tensor:
-    """Numbers that tell elements and parameters apart, exact in bfloat16 too."""
+    """Numbers that differ between elements and between parameters, exact in bfloat16 too."""
     return torch.arange(start, stop, dtype=torch.float32) + len(name)
 
 

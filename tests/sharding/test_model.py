@@ -34,7 +34,10 @@ def test_replicas_have_equal_checksums(ranks: Ranks) -> None:
     assert ranks[0]["checksums"] == ranks[1]["checksums"]
     expected = [] if ranks[0]["layout"].endswith("without small ones") else ["frozen.weight", *NAMES]
     assert sorted(ranks[0]["checksums"]) == sorted(expected)
-    assert 0 not in ranks[0]["checksums"].values()
+    assert 0 not in ranks[0]["checksums"].values(), "a small parameter is not gathered"
+    for rank in ranks:
+        changed = {name for name, found in rank["after masters"].items() if found != rank["checksums"][name]}
+        assert changed <= {"frozen.weight"}
 
 
 @given(at=st.integers(0, 8), bit=st.integers(0, 15), dtype=st.sampled_from([torch.bfloat16, torch.float32]))

@@ -8,7 +8,7 @@ Ranks = list[dict[str, Any]]
 
 
 def test_moments_of_the_step(ranks: Ranks) -> None:
-    """The named moments come in order, and a skipped step has one of its own."""
+    """The callbacks come in order, and a skipped step has its own."""
     assert all(rank["calls"] == ["allowed", "before", "after", "allowed", "skipped"] for rank in ranks)
 
 
