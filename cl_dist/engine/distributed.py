@@ -52,9 +52,9 @@ def join(timeout_seconds: float) -> tuple[int, int]:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(_own_gpu())
-    # DeepSpeed would compile a shared-memory collective that only its inference uses, two minutes on a cold start. Its
-    # is the only entry that DeepSpeed looks up in this table. Replacing the table, instead of reading it, also keeps
-    # DeepSpeed from filling it: that runs compilers, whose messages ("cannot find -laio") would open every run.
+    # DeepSpeed would compile a shared-memory collective that only its inference uses: two minutes on a cold start. It
+    # looks up no other entry of this table. Replace the table instead of editing it: DeepSpeed fills it on first access
+    # by running compilers, whose messages ("cannot find -laio") would open every run.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     beat(f"meeting at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
     rank = int(os.environ.get("RANK", "0"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ def longest_inputs(model: nn.Module) -> Positions:
     base = base_model(model)
     longest = configured_positions(base.config.to_dict())
     for name, table in _tables(base):
-        rows = min(int(table.num_embeddings) - _reserved(table), _numbered(base, name))
+        rows = _usable_rows(base, name, table)
         if not base.config.is_encoder_decoder:
             longest = longest.smaller(Positions(source=rows))
             continue
@@ -56,15 +55,11 @@ def _is_of_that_size(module: nn.Embedding, sizes: list[int], base: nn.Module) ->
     return any(0 <= module.num_embeddings - size <= SPARE_ROWS for size in sizes)
 
 
-def _numbered(base: nn.Module, name: str) -> int:
-    """Return how many position ids the module around a table holds: BERT and its relatives keep them in a buffer."""
-    numbers = getattr(base.get_submodule(name.rpartition(".")[0]), "position_ids", None)
-    return int(numbers.shape[-1]) if isinstance(numbers, Tensor) else sys.maxsize
-
-
-def _reserved(table: nn.Embedding) -> int:
-    """Return how many rows no token uses: RoBERTa numbers from behind its padding row, OPT and BART from an offset."""
-    if table.padding_idx is not None:
-        return int(table.padding_idx) + 1
-    offset = getattr(table, "offset", 0)
-    return offset if isinstance(offset, int) else 0
+def _usable_rows(base: nn.Module, name: str, table: nn.Embedding) -> int:
+    """Return how many rows of a table are positions of tokens."""
+    # RoBERTa numbers positions from behind its padding row, OPT and BART from an offset.
+    reserved = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
+    rows = int(table.num_embeddings) - (reserved if isinstance(reserved, int) else 0)
+    # BERT and its relatives keep position ids in a buffer beside the table, possibly fewer than it has rows.
+    ids = getattr(base.get_submodule(name.rpartition(".")[0]), "position_ids", None)
+    return min(rows, int(ids.shape[-1])) if isinstance(ids, Tensor) else rows

@@ -54,9 +54,7 @@ def write_gguf(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, file
 def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     tokens[UNKNOWN] = "<|endoftext|>"  # transformers' unknown token, which it would add if it were missing
-    tokens[-1] = (
-        tokens[SPECIAL] + tokens[SPECIAL + 1]
-    )  # readers expect at least one merge; this one replaces a rare byte
+    tokens[-1] = tokens[SPECIAL] + tokens[SPECIAL + 1]  # readers expect one merge or more; this replaces a rare byte
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if i < SPECIAL else TokenType.NORMAL for i in range(len(tokens))])
