@@ -143,6 +143,7 @@ class Replicated(Layout):
 
     def __init__(self, engine: Any, inner: torch.optim.Optimizer) -> None:
         super().__init__(engine, inner)
+        # In bfloat16 the optimiser keeps a float32 master beside each parameter. In float32 there are none to map.
         self._masters: dict[torch.nn.Parameter, torch.Tensor] = {}
         if hasattr(self.zero, "fp32_groups"):
             for low, high in zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True):
@@ -187,6 +188,7 @@ class FlatGroups(Layout):
 
     @override
     def gradient_changed(self, param: torch.nn.Parameter) -> None:
+        # Under offload DeepSpeed clips by norms that it cached when the gradients arrived.
         shard = self.gradient(param) if self.zero.cpu_offload else None
         if shard is not None:
             self.zero.norm_for_param_grads[self.zero.get_param_id(param)] = shard.data.double().norm(2)
@@ -212,6 +214,7 @@ class FlatGroups(Layout):
 
     @override
     def publish_frozen(self, params: Sequence[torch.nn.Parameter]) -> None:
+        # One broadcast per rank carries its shares of all parameters, flattened into one tensor.
         for rank in range(torch.distributed.get_world_size() if params else 0):
             pieces = [_piece(param, rank).data for param in params]
             flat = torch.cat(pieces)
@@ -266,6 +269,7 @@ class Partitioned(Layout):
 
     @override
     def gradient_changed(self, param: torch.nn.Parameter) -> None:
+        # As under stage 2; here a rank without a piece also has an entry, of norm zero.
         if self.zero.offload_optimizer:
             shard = self.gradient(param)
             norm = torch.zeros(()) if shard is None else shard.data.double().norm(2)

@@ -170,7 +170,10 @@ class ShardView:
         return int(max((float(state["step"]) for state in self._optimizer_states()), default=0))
 
     def allocate_moments(self, step: int) -> None:
-        """Create zero moments where AdamW has none yet, and set the step count: a resume then fills them."""
+        """Create zero moments where AdamW has none yet, and set the step count.
+
+        AdamW itself creates them in its first step, which is too late for a resume that fills them.
+        """
         for flat in self.layout.flat_tensors():
             state = self.layout.inner.state[flat]
             for name in MOMENTS:
