@@ -27,15 +27,15 @@ from cl_dist.models.structure import LINEAR, base_model, block_prefixes, head_pr
 from cl_dist.models.tracked import any_block, is_matrix, whole_shape
 from cl_dist.tasks.encode import Objective
 
-LORA_A, LORA_B = ".lora_A.", ".lora_B."
-"""Parts of an adapter parameter's name, between the adapted module and the adapter's own name."""
-
 TASK_TYPES: dict[Objective, TaskType | None] = {
     "causal_lm": TaskType.CAUSAL_LM,
     "seq2seq_lm": TaskType.SEQ_2_SEQ_LM,
     "classification": TaskType.SEQ_CLS,
     "masked_lm": None,  # peft has no such task; the adapter's configuration names the model's class instead
 }
+
+LORA_A, LORA_B = ".lora_A.", ".lora_B."
+"""Parts of an adapter parameter's name, between the adapted module and the adapter's own name."""
 
 PAST_FORWARD: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mamba", "falcon_mamba"), ("x_proj", "dt_proj", "out_proj")),
