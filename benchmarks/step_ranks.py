@@ -21,9 +21,8 @@ from cl_dist.benchmarks.harness import Contestant, Times, race
 from cl_dist.benchmarks.training import StepSize, build_model, token_ids
 from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
-from cl_dist.engine.distributed import device, join, leave
+from cl_dist.engine.distributed import device, join, leave, quiet_libraries
 from cl_dist.engine.engine import TrainingEngine
-from cl_dist.engine.quiet import quiet_libraries
 from cl_dist.errors import ClDistError
 from cl_dist.launch.child import die_with_launcher, python_command, report_failure
 from cl_dist.launch.local import launch

@@ -25,10 +25,10 @@ from cl_dist.evaluation.outlook import Notice, outlook
 from cl_dist.evaluation.room import check_general_room, check_room
 from cl_dist.heartbeat import beat
 from cl_dist.methods.registry import build_methods
-from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.load import LoadedModel, check_length, load_model
 from cl_dist.models.lora import add_lora, load_adapter, without_adapter
 from cl_dist.models.structure import base_model
+from cl_dist.models.training_mode import enable_activation_checkpointing
 from cl_dist.tasks.encode import Encoder, label_names
 from cl_dist.tasks.stream import load_stream
 from cl_dist.tasks.types import Encoded, Task

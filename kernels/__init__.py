@@ -1,4 +1,4 @@
-"""Row-masking operations, usable by themselves: one file per operation, nothing imported from the rest of cl_dist."""
+"""Row and importance operations, usable by themselves: one file each, importing nothing from the rest of cl_dist."""
 
 from cl_dist.kernels.apply_row_mask import apply_row_mask_, mask_rows_
 from cl_dist.kernels.importance_update import importance_update_

@@ -1,4 +1,4 @@
-"""Zero the rows of a flat shard that a mask does not keep."""
+"""Zeroes the rows of a flat shard that a mask drops."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ BLOCK = 2048
 
 
 def apply_row_mask_(shard: torch.Tensor, start: int, row_length: int, keep: torch.Tensor) -> torch.Tensor:
-    """Zero, in place, every element of `shard` whose row is not kept (MIGU, arXiv 2406.17245, section 3.2).
+    """Zero, in place, every element of `shard` whose row is dropped (MIGU, arXiv 2406.17245, section 3.2).
 
-    Rows that are kept are neither read nor written.
+    Kept rows are neither read nor written.
 
     Args:
         shard: `(numel,)`, any floating dtype: elements `[start, start + numel)` of a flattened `(rows, row_length)`
-            matrix. Row boundaries may lie anywhere in it.
+            matrix. It may start and end inside a row.
         start: Position of the shard's first element in the flattened matrix.
         row_length: Elements per row.
-        keep: `(rows,)` bool on the shard's device; True keeps a row. NaN and Inf in a row that is not kept become zero
-            too.
+        keep: `(rows,)` bool on the shard's device; True keeps a row. In a dropped row NaN and Inf become zero too.
 
     Returns:
         `shard`.
 
     Raises:
-        ValueError: The shard reaches past the last row of the mask, or a negative start, or a row length below one.
+        ValueError: The shard ends after the last row of the mask, `start` is negative, or `row_length` is below one.
     """
     if start < 0 or row_length < 1:
         raise ValueError(f"no such piece: start {start}, row length {row_length}")
@@ -51,12 +50,12 @@ def apply_row_mask_(shard: torch.Tensor, start: int, row_length: int, keep: torc
 
 
 def mask_rows_(shard: torch.Tensor, start: int, layout: RowLayout, keep: torch.Tensor) -> torch.Tensor:
-    """`apply_row_mask_` for rows that lie in any `layout`, columns among them.
+    """Zero dropped rows as `apply_row_mask_` does, for rows in any `layout`, columns included.
 
     Args:
         shard: `(numel,)`, any floating dtype: elements `[start, start + numel)` of the flattened parameter.
         start: Position of the shard's first element in it.
-        layout: How its rows lie.
+        layout: How the parameter stores its rows.
         keep: `(layout.total,)` bool on the shard's device; True keeps a row.
 
     Returns:
@@ -78,18 +77,18 @@ def _on_cpu(shard: torch.Tensor, start: int, row_length: int, keep: torch.Tensor
 
 @cpu_jit
 def _zero_rows(data: npt.NDArray[np.uint8], start: int, row_bytes: int, keep: npt.NDArray[np.bool_]) -> None:
-    """Zero bytes; a floating zero is all zero bits in every dtype."""
+    """Zero the bytes of dropped rows; in every floating dtype, zero is all zero bits."""
     first = start // row_bytes
     for n in numba.prange((start + data.size + row_bytes - 1) // row_bytes - first):
         if not keep[first + n]:
-            row = (first + n) * row_bytes - start
+            row = (first + n) * row_bytes - start  # negative for a first row that begins before the shard
             data[max(row, 0) : min(row + row_bytes, data.size)] = 0
 
 
 def _launch(shard: torch.Tensor, start: int, row_length: int, keep: torch.Tensor) -> Launch:
-    """Programs cover pieces of the shard, not rows, so that their addresses are aligned wherever the rows begin.
+    """Let each program cover a piece of the shard, not a row, so that its addresses are aligned wherever rows begin.
 
-    Where every row begins and ends at a multiple of 16 bytes of the shard, 16 bytes are written at once.
+    If every row begins and ends at a multiple of 16 bytes of the shard, the kernel writes 16 bytes at once.
     """
     group = math.gcd(max(1, 16 // shard.element_size()), start, row_length, shard.numel())
     arguments = {
@@ -114,11 +113,11 @@ def _zero_dropped(
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    """Write zeros where the row is not kept; the elements of a group lie in one row."""
+    """Write zeros where the row is dropped; all elements of a group belong to one row."""
     piece = tl.program_id(0).to(tl.int64) * (GROUPS * GROUP)
     first = piece + start
     row = first // row_length
-    inside = (first % row_length).to(tl.int32)  # what is left to divide fits 32 bits, which is faster
+    inside = (first % row_length).to(tl.int32)  # the divisions that follow fit in 32 bits, which is faster
     i_G1 = (tl.arange(0, GROUPS) * GROUP)[:, None]
     exists_G1 = piece + i_G1 < numel
     kept_G1 = tl.load(keep + row + (inside + i_G1) // row_length, mask=exists_G1, other=1)

@@ -1,7 +1,7 @@
-"""What the kernels stand on: Triton where it is installed, numba on CPUs, and which of the two serves a tensor.
+"""The kernels' common ground: Triton if it is installed, numba on CPUs, and the choice between them for a tensor.
 
-CUDA and HIP tensors go to Triton kernels and CPU tensors to numba kernels. Any other tensor, and a GPU tensor where
-Triton is not installed, is served by the plain PyTorch of `cl_dist.kernels.reference`.
+CUDA and HIP tensors go to Triton kernels and CPU tensors to numba kernels. All other tensors, and GPU tensors without
+Triton, go to the plain PyTorch of `cl_dist.kernels.reference`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from numba.np.ufunc.parallel import threading_layer
 
-# numba reads settings from a file in the working folder, where anybody may have left one: where its compiled code is
-# kept, for example, which it unpickles. Settings by environment variables stay.
+# numba reads settings from a file in the working folder, where anybody may have left one. The file could point to a
+# cache of compiled code, which numba unpickles. So ignore it; environment variables still work.
 numba.core.config._config_fname = os.devnull
 numba.core.config.reload_config()
 
 OLDEST_TRITON = (3, 4)
-"""The first release with everything that the kernels use (masked histograms); an older one counts as absent."""
+"""The first release with everything that the kernels use (masked histograms); older ones count as absent."""
 
 try:
     import triton
@@ -39,57 +39,57 @@ except ImportError:  # Triton is an extra; a file with kernels imports without i
 tl: Any = None if triton is None else triton.language
 
 LANES = 128
-"""Sums that a CPU kernel keeps side by side, so that adding to them vectorises; `fold_lanes` adds them up.
+"""Partial sums that a CPU kernel keeps side by side so that additions vectorise; `fold_lanes` adds them up.
 
-Kernels are compiled for strict arithmetic. With leave to reorder sums or to fuse a product with an addition, the
-compiler uses it differently from variant to variant, and one thread and several would not give the same bits.
+The kernels are compiled with strict floating-point arithmetic. If the compiler could reorder sums or fuse a product
+with an addition, it would do so differently in each variant, and one thread would not give the same bits as several.
 """
 
 SMALL = 1 << 15
-"""Elements below which a CPU kernel does not use several threads."""
+"""Below this many elements a CPU kernel uses one thread."""
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`; without Triton the function as it is, which nobody calls then."""
+    """Apply `triton.jit`; without Triton return the function unchanged, since nothing calls it then."""
     return kernel if triton is None else triton.jit(kernel)
 
 
 def path_of(tensor: torch.Tensor) -> Literal["triton", "cpu", "torch"]:
-    """Which implementation serves a tensor, by where it lies. PyTorch calls AMD's devices "cuda" too."""
+    """Choose the implementation by a tensor's device. PyTorch calls AMD's devices "cuda" too."""
     if tensor.device.type == "cpu":
         return "cpu"
     return "triton" if tensor.device.type == "cuda" and triton is not None else "torch"
 
 
 def power_of_two(number: int) -> int:
-    """Smallest power of two that is at least `number`: Triton's block sizes are powers of two."""
+    """Round up to a power of two, as Triton's block sizes must be."""
     return 1 << max(number - 1, 0).bit_length()
 
 
 def blocks(number: int, block: int) -> int:
-    """How many blocks of `block` cover `number` elements."""
+    """Return how many blocks of `block` elements cover `number` elements."""
     return -(-number // block)
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device current, because Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a Triton kernel, with everything that decides what is compiled.
+    """One launch of a Triton kernel, with everything that determines what gets compiled.
 
-    Operations build their launches in functions that never look at a tensor's contents, so that tests compile exactly
-    what a run would (`tests/kernels/launches.py`), without a GPU and from tensors on the "meta" device.
+    Operations build their launches in functions that never read a tensor's contents. So tests can compile exactly what
+    a run would (`tests/kernels/launches.py`) from tensors on the "meta" device, without a GPU.
     """
 
     kernel: Any
     """The function under `jit`."""
     grid: tuple[int, ...]
-    """Programs along each axis. A launch with an empty axis does nothing."""
+    """Programs along each axis. With a zero among them the launch does nothing."""
     arguments: Mapping[str, Any]
-    """All of the kernel's parameters by name: tensors, numbers and the `tl.constexpr` ones."""
+    """All parameters of the kernel by name: tensors, numbers and `tl.constexpr` values."""
     num_warps: int = 4
     num_stages: int = 2
 
@@ -103,11 +103,11 @@ class Launch:
 
 
 class CpuKernel:
-    """A function compiled by numba when it is first called, for one thread and for several.
+    """A function that numba compiles on its first call, in one variant for one thread and one for several.
 
-    The function is written once, with `numba.prange` over blocks of work that do not depend on the number of threads.
-    With one thread the variant without a thread pool runs: that is what a rank with OMP_NUM_THREADS=1 wants, and
-    GNU's OpenMP cannot be used in a process whose parent has used it before the fork.
+    The function uses `numba.prange` over blocks of work that do not depend on the number of threads. With one thread it
+    runs the variant without a thread pool: a rank with OMP_NUM_THREADS=1 wants that, and GNU's OpenMP does not work in
+    a process whose parent used it before the fork.
 
     Args:
         function: Takes numpy arrays and numbers.
@@ -128,27 +128,27 @@ class CpuKernel:
         return _compiled(self.function, parallel=True)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Run with as many threads as PyTorch uses."""
+        """Run with PyTorch's number of threads."""
         return self.sized(SMALL)(*arguments)
 
     def sized(self, elements: int) -> Any:
-        """Return the variant for work on so many elements: little work is done before threads have been woken."""
+        """Return the variant for this many elements: a small job finishes before threads have woken up."""
         return self.parallel if elements >= SMALL and _pool.threads() > 1 else self.serial
 
 
 def cpu_jit(function: Callable[..., Any]) -> CpuKernel:
-    """Make a numba kernel of a function (a decorator)."""
+    """Turn a function into a numba kernel (a decorator)."""
     return CpuKernel(function)
 
 
 def cpu_part(function: Callable[..., Any]) -> Any:
-    """Make a function that numba kernels call (a decorator)."""
+    """Compile a function that numba kernels call (a decorator)."""
     return numba.njit(function, error_model="numpy", nogil=True)
 
 
 @cpu_part
 def fold_lanes(lanes: Any) -> Any:
-    """Add `LANES` sums up, in a fixed order."""
+    """Add up `LANES` partial sums in a fixed order."""
     half = LANES // 2
     while half > 0:
         for lane in range(half):
@@ -158,7 +158,7 @@ def fold_lanes(lanes: Any) -> Any:
 
 
 def _compiled(function: Callable[..., Any], parallel: bool) -> Callable[..., Any]:
-    """Return `function` compiled, once for every combination of argument types."""
+    """Return a version of `function` that is compiled once for every combination of argument types."""
     kernels: dict[tuple[Any, ...], Any] = {}
 
     def call(*arguments: Any) -> Any:
@@ -168,14 +168,14 @@ def _compiled(function: Callable[..., Any], parallel: bool) -> Callable[..., Any
             kernel = kernels[kinds] = _variant(function, parallel, kinds)
         try:
             return kernel(*arguments)
-        except OSError:  # the cache's disk is full: the kernel is compiled, has not run, and is not on the disk
+        except OSError:  # the disk of numba's cache is full; the kernel is compiled but has not run yet
             return kernel(*arguments)
 
     return call
 
 
 def _kind(argument: Any) -> Any:
-    """What of an argument decides the code that is compiled for it."""
+    """Return what numba specialises the code on for an argument."""
     if isinstance(argument, np.ndarray):
         return argument.dtype.str, argument.ndim, argument.flags.c_contiguous, argument.flags.writeable
     return type(argument).__name__
@@ -183,8 +183,8 @@ def _kind(argument: Any) -> Any:
 
 def _variant(function: Callable[..., Any], parallel: bool, kinds: tuple[Any, ...]) -> Any:
     options: dict[str, Any] = {"parallel": parallel, "error_model": "numpy", "nogil": True}
-    # numba's cache on disk goes by the function's name. One name for several ways to compile it would give old code for
-    # new options; one for several types, and two processes that compile at once could get each other's.
+    # numba's disk cache is keyed by the function's name. So the name includes the options, or new options would load
+    # old code; and the types, or two processes that compile at the same time could load each other's code.
     name = f"{function.__name__}_{zlib.crc32(repr([kinds, options]).encode()):08x}"
     copy = types.FunctionType(function.__code__, function.__globals__, name)
     copy.__qualname__, copy.__module__ = name, function.__module__
@@ -195,15 +195,15 @@ def _variant(function: Callable[..., Any], parallel: bool, kinds: tuple[Any, ...
 
 
 class _Pool:
-    """numba's thread pool: OpenMP's, which is PyTorch's too, so that the two do not wait for each other's cores."""
+    """numba's thread pool. It is OpenMP's, as PyTorch's is, so that the two do not compete for cores."""
 
     def __init__(self) -> None:
         self._process: int | None = None
-        """The process in which the threads were started."""
+        """The process that started the threads."""
         self._safe = False
 
     def threads(self) -> int:
-        """How many threads a kernel may use now: PyTorch's number, or one after a fork that lost the pool."""
+        """Return how many threads a kernel may use: PyTorch's number, or one after a fork, which loses the pool."""
         wanted = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         if wanted == 1:
             return 1
@@ -216,9 +216,9 @@ class _Pool:
 
     def _start(self) -> None:
         before = torch.get_num_threads()
-        numba.set_num_threads(1)  # starts the threads, and sets OpenMP's number of threads to that of all cores
+        numba.set_num_threads(1)  # starts the threads, and sets OpenMP's thread count to the number of cores
         torch.set_num_threads(before)
-        # The remaining layer, numba's work queue, ends a process that uses it from two threads at once.
+        # The only other layer, numba's work queue, aborts a process that uses it from two threads at once.
         self._safe = threading_layer() in ("omp", "tbb")
         self._process = os.getpid()
 

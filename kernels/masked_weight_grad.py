@@ -1,4 +1,4 @@
-"""Weight gradient of a linear layer, computed for the kept rows only."""
+"""Computes the weight gradient of a linear layer for the kept rows only."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ import torch
 from cl_dist.kernels.backend import Launch, blocks, jit, path_of, power_of_two, tl
 
 GATHER_COST = 64
-"""Picking an output feature's column out of `grad_output` takes as long as multiplying it with so many input features
-(two cores, float32, 512 and 4,096 tokens: the two ways break even between 16 and 32 input features at T = 0.7)."""
+"""Gathering one column of `grad_output` costs as much as multiplying it with this many input features (two cores,
+float32, 512 and 4,096 tokens: the two ways break even between 16 and 32 input features at T = 0.7)."""
 
 BLOCK_BYTES = 32 << 20
-"""Size of the products that are computed before they are put into their rows. Fewer and larger products are faster than
-ones that stay in the cache (two cores: 6 % between seven blocks and one or two of a 7B layer), but are more memory."""
+"""Size of a product that is computed before it is scattered to its rows. Fewer, larger products are faster than ones
+that stay in the cache (two cores: 6 % between seven blocks of a 7B layer and one or two), but take more memory."""
 
 BLOCK_ROWS = 128
-"""But at least so many rows at once: a thinner matrix product is slower."""
+"""Fewest rows of such a product: a thinner matrix product is slower."""
 
 LAZY_BYTES = 2 << 20
-"""From this size on a new gradient's rows that are not kept take no memory. Smaller ones are filled with zeros: that
-is cheaper than new pages, and nothing to a step's peak."""
+"""From this size on, the dropped rows of a new gradient take no memory. Smaller gradients are filled with zeros, which
+is cheaper than new pages and does not show in a step's peak memory."""
 
 ALWAYS_LAZY_BYTES = 32 << 20
-"""From this size on the C library's allocator asks the system for new pages each time (the upper bound of glibc's
-adaptive limit). Below it memory is used again, and new pages pay only where a row fills one: with several rows to a
-page, the kept ones touch nearly all."""
+"""From this size on, the C library's allocator takes new pages from the system every time (the upper bound of glibc's
+adaptive limit), so that mapping them ourselves costs nothing extra. Below it the allocator reuses memory, and new pages
+pay only if a row fills a page: with several rows per page, the kept ones touch nearly all pages."""
 
 GATHERED_FEATURES = 512
-"""Up to so many input features a GPU reads the kept columns of `grad_output` where they are. A wider product reads each
-of them more than four times, so they are first put next to each other, which makes the loads wide and asynchronous."""
+"""Up to this many input features, a GPU reads the kept columns of `grad_output` in place. A wider product reads each of
+them more than four times, so they are first copied next to each other, which makes the loads wide and asynchronous."""
 
 
 @torch.no_grad()
@@ -47,27 +47,27 @@ def masked_weight_grad(
     *,
     bias: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute `dW[rows] = dY[:, rows]^T X` of a linear layer, and nothing of the other rows (MIGU, arXiv 2406.17245).
+    """Compute `dW[rows] = dY[:, rows]^T X` of a linear layer, and nothing for the other rows (MIGU, arXiv 2406.17245).
 
-    The kept rows are those of the dense gradient up to the rounding of float additions in another order. The result
-    does not change from call to call.
+    The kept rows equal those of the dense gradient, up to rounding from a different order of additions. Repeated calls
+    give the same bits.
 
     Args:
         input: `(..., in_features)`, floating: the layer's input X, any strides.
         grad_output: `(..., out_features)`, same leading shape and dtype: the gradient dY of the layer's output.
-        rows: `(kept,)` int64, ascending, each in `[0, out_features)` and none twice: the rows of the weight that are
-            kept. Not checked on a GPU.
-        weight_grad: `(out_features, in_features)`, floating, to which the kept rows are added in place; its other rows
-            are not touched. None makes a new gradient of the input's dtype whose other rows are exactly zero, whatever
-            NaN or Inf their columns of `grad_output` hold.
-        bias_grad: `(out_features,)`, floating, the same for the bias. Only with `bias`.
-        bias: Compute the gradient of the bias too, the sum of `grad_output` over tokens, for the kept rows.
+        rows: `(kept,)` int64, strictly ascending, in `[0, out_features)`: the kept rows of the weight. Not checked on
+            a GPU.
+        weight_grad: `(out_features, in_features)`, floating: the kept rows are added to it in place, the others keep
+            their values. None creates a gradient of the input's dtype whose other rows are exactly zero, even if their
+            columns of `grad_output` hold NaN or Inf.
+        bias_grad: `(out_features,)`, floating: the same for the bias. Only with `bias`.
+        bias: Also compute the gradient of the bias for the kept rows, the sum of `grad_output` over tokens.
 
     Returns:
-        The weight gradient and the bias gradient (None without `bias`); those that were given are returned as they are.
+        The weight gradient and the bias gradient (None without `bias`): the given tensors where there were any.
 
     Raises:
-        ValueError: Shapes, dtypes or devices that do not go together.
+        ValueError: Shapes, dtypes or devices do not match.
     """
     _check(input, grad_output, rows, weight_grad, bias_grad, bias)
     tokens = math.prod(input.shape[:-1])
@@ -86,7 +86,7 @@ def _check(
 ) -> None:
     if input.dim() == 0 or input.shape[:-1] != grad_output.shape[:-1] or input.dim() != grad_output.dim():
         raise ValueError(
-            f"input {tuple(input.shape)} and grad_output {tuple(grad_output.shape)} are not of the same tokens"
+            f"input {tuple(input.shape)} and grad_output {tuple(grad_output.shape)} do not have the same tokens"
         )
     if input.dtype != grad_output.dtype or not input.is_floating_point():
         raise ValueError(f"input {input.dtype} and grad_output {grad_output.dtype} must have one floating dtype")
@@ -117,6 +117,7 @@ def _in_torch(
     out_features, in_features, kept = dy_TO.shape[1], x_TI.shape[1], rows.numel()
     if bias:
         bias_grad = _put(bias_grad, rows, dy_TO.sum(dim=0).index_select(0, rows), out_features)
+    # Three ways, by what they cost: the whole product, the whole product less its dropped rows, or the kept rows alone.
     if kept == out_features:
         product = dy_TO.t() @ x_TI
         return product if weight_grad is None else weight_grad.add_(product), bias_grad
@@ -132,7 +133,7 @@ def _in_torch(
 
 
 def _put(grad: torch.Tensor | None, rows: torch.Tensor, values: torch.Tensor, out_features: int) -> torch.Tensor:
-    """Add `values` to the rows of `grad`, or put them into a new one."""
+    """Add `values` to the rows of `grad`, or put them into a new gradient."""
     if grad is None:
         return values.new_zeros(out_features, *values.shape[1:]).index_copy_(0, rows, values)
     return grad.index_copy_(0, rows, grad.index_select(0, rows).add_(values))
@@ -156,7 +157,7 @@ def _add(weight_grad: torch.Tensor, x_TI: torch.Tensor, dy_TO: torch.Tensor, row
 
 
 class _Workspaces(threading.local):
-    """One piece of memory per thread and dtype for the products of a block."""
+    """One reusable buffer per thread and dtype for the products of a block."""
 
     def __init__(self) -> None:
         self.flat: dict[torch.dtype, torch.Tensor] = {}
@@ -166,8 +167,10 @@ _workspaces = _Workspaces()
 
 
 def _workspace(rows: int, x_TI: torch.Tensor) -> torch.Tensor:
-    """`(rows, in_features)` of anything, the same memory in every call: a block is large enough for the allocator to
-    give it back to the system each time, and its new pages would take as long as a fifth of the product.
+    """Return an uninitialised `(rows, in_features)` tensor, in the same memory on every call.
+
+    A block is so large that the allocator would return it to the system each time, and touching new pages takes a fifth
+    as long as the product.
     """
     size = rows * x_TI.shape[1]
     if x_TI.device.type != "cpu":
@@ -179,7 +182,7 @@ def _workspace(rows: int, x_TI: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(rows: torch.Tensor, x_TI: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cut `rows` into pieces of nearly the same length whose products take about `BLOCK_BYTES`."""
+    """Split `rows` into pieces of nearly equal length whose products take about `BLOCK_BYTES`."""
     if rows.numel() == 0:
         return ()
     most = max(BLOCK_ROWS, BLOCK_BYTES // max(1, x_TI.shape[1] * x_TI.element_size()))
@@ -188,11 +191,11 @@ def _blocks(rows: torch.Tensor, x_TI: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _zeros(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """Zeros of which no page exists before it is written to, if they are large and on the CPU.
+    """Return zeros. Large ones on the CPU get a page of memory only when it is first written to.
 
-    Writing 180 MB of zeros takes as long as a fifth of the matrix product, and the rows that are dropped are never
-    written again. `torch.zeros` writes them; a private mapping of the system's zero page does not. NumPy's zeros do not
-    either, but ask for huge pages, so that a kept row brings its dropped neighbours into memory.
+    Writing 180 MB of zeros takes a fifth as long as the matrix product, and dropped rows are never written again.
+    `torch.zeros` writes them all; a private mapping of the system's zero page writes none. NumPy's zeros write none
+    either, but ask for huge pages, so that a kept row would bring its dropped neighbours into memory.
     """
     size = rows * columns * like.element_size()
     pays = size >= ALWAYS_LAZY_BYTES or (size >= LAZY_BYTES and columns * like.element_size() >= mmap.PAGESIZE)
@@ -200,7 +203,7 @@ def _zeros(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
         return like.new_zeros(rows, columns)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages refuses the advice, which it does not need
+        with suppress(OSError):  # a kernel without huge pages rejects the advice, and needs none
             pages.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(pages, dtype=like.dtype).view(rows, columns)
 
@@ -230,30 +233,30 @@ def _on_gpu(
 
 
 def _kept_columns(dy_TO: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Copy the kept columns, and some of them twice, so that every token begins at a multiple of 16 elements."""
+    """Copy the kept columns, padded with repeats so that every token begins at a multiple of 16 elements."""
     return dy_TO.index_select(1, torch.cat((rows, rows[:1].expand(-rows.numel() % 16))))
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: exactly, or as the user has told PyTorch's own products to do it."""
+    """Return how to multiply float32: exactly, or in TF32 if the user allows that for PyTorch's own products."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def _interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, whose `tl.dot` takes the bits of bfloat16 for integers."""
+    """Whether kernels run in Triton's interpreter, whose `tl.dot` misreads bfloat16 as integers."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _tile(kept: int, in_features: int, dtype: torch.dtype, gather: bool) -> dict[str, int]:
-    """Tile of the product, without autotuning: what is compiled depends on sizes and dtype alone.
+    """Choose the tile of the product, without autotuning: what gets compiled depends only on sizes and dtype.
 
-    Products of 128 x 128 with three stages take 96 KiB of shared memory on sm_90 and the 64 KiB that gfx942 has. Exact
-    float32 has no matrix instruction: its tile is what fits into the registers. So is that of gathered columns, which
-    go through registers one by one.
+    Products of 128 x 128 with three stages take 96 KiB of shared memory on sm_90, and the 64 KiB that gfx942 has. Exact
+    float32 has no matrix instruction, so its tile must fit in registers. Gathered columns pass through registers one by
+    one, which limits their tile likewise.
     """
     exact = dtype == torch.float32 and _precision(dtype) == "ieee"
     most, tokens = (64, 16) if exact else (128, 32 if dtype == torch.float32 or gather else 64)
-    # tl.dot takes nothing narrower than 16.
+    # tl.dot requires at least 16 in every dimension.
     return {
         "BLOCK_R": min(most, max(16, power_of_two(kept))),
         "BLOCK_I": min(most, max(16, power_of_two(in_features))),
@@ -269,7 +272,7 @@ def _weight_launch(
     accumulate: bool,
     gather: bool,
 ) -> Launch:
-    """One program per tile of kept rows and input features; it goes over all tokens, so no two add to one number."""
+    """Launch one program per tile of kept rows and input features. Each loops over all tokens, so none share a sum."""
     kept, in_features = rows.numel(), x_TI.shape[1]
     tile = _tile(kept, in_features, x_TI.dtype, gather)
     arguments = {

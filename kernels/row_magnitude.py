@@ -1,7 +1,7 @@
-"""Output magnitude of every row of a linear layer: the signal by which MIGU chooses.
+"""Computes the output magnitude of every row of a linear layer, the signal by which MIGU selects rows.
 
-Tokens are summed in blocks of 32: float32 within a block, float64 over the blocks, always in the same order. So the
-result does not depend on the number of threads or on the order in which a GPU runs its programs.
+Tokens are summed in blocks of 32: in float32 within a block, in float64 over the blocks, always in the same order. So
+the result depends neither on the number of threads nor on the order in which a GPU schedules its programs.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from cl_dist.kernels.backend import LANES, Launch, blocks, cpu_jit, cpu_part, fo
 from cl_dist.kernels.rows import counted_tokens
 
 TOKEN_BLOCK = 32
-"""Tokens that are summed in float32 before they are added up in float64."""
+"""Tokens that are summed in float32 before the sum continues in float64."""
 SMALLEST_NORM = float(torch.finfo(torch.float32).tiny)
-"""A token whose absolute outputs add up to less counts as all zero: the reciprocal of its sum would overflow."""
+"""A token whose absolute outputs add up to less counts as all zeros: the reciprocal of its sum would overflow."""
 WIDEST_ROW = 16384
-"""Longest row, padded to a power of two, that a GPU program holds in registers and so reads from memory once."""
+"""Longest row, padded to a power of two, that a GPU program holds in registers, and so reads only once."""
 TILE = 8192
-"""Elements of a GPU program's tile where rows are shorter than that."""
+"""Elements of a GPU program's tile, if rows are shorter than that."""
 WIDE_PIECE = 2048
 """Elements of a longer row that a GPU program reads at a time."""
 FOLD_HEIGHT, FOLD_WIDTH = 16, 128
 """Blocks and rows that a GPU program folds at a time."""
 CONVERTED_TOKENS = 64 * TOKEN_BLOCK
-"""Tokens that the CPU path converts at a time where it has to convert, which bounds the temporary."""
+"""Tokens that the CPU path converts to float32 at a time, which bounds the temporary tensor."""
 FOLD_CHUNK = 1024
 """Rows whose sums one CPU thread keeps in float64 at a time."""
 
@@ -43,16 +43,16 @@ def row_magnitude(
     Args:
         output: `(..., out_features)`, float32, bfloat16 or float16 with any strides: the layer's output Y for all
             tokens of a micro-batch. It may be empty. float64 is rounded to float32.
-        token_mask: bool, one entry per token, or broadcastable to the leading shape of `output`; tokens marked False
-            are left out, whatever they hold. None counts every token.
-        per_token: Divide each token's absolute outputs by their sum before adding them up; a token whose outputs are
-            all zero (or add up to less than `SMALLEST_NORM`) adds zero. False adds the absolute outputs as they are
-            (the reference code's definition).
+        token_mask: bool, one entry per token, or broadcastable to the leading shape of `output`. Tokens marked False do
+            not count, whatever they hold. None counts every token.
+        per_token: Normalise each token: divide its absolute outputs by their sum. A token whose outputs are all zero
+            (or add up to less than `SMALLEST_NORM`) then adds zero. False adds the absolute outputs unscaled, as the
+            reference code does.
 
     Returns:
-        `(out_features,)` float32, detached; no unit with `per_token`, that of the outputs without. With `per_token` a
-        NaN in a counted token makes every entry NaN, and an Inf makes NaN of its own row; without, each makes NaN or
-        Inf of its own row.
+        `(out_features,)` float32, detached; dimensionless with `per_token`, else in the unit of the outputs. With
+        `per_token` a NaN in a counted token makes every entry NaN, and an Inf makes its own row NaN. Without, a NaN or
+        Inf stays in its own row.
     """
     path = path_of(output)
     if path == "torch":
@@ -73,7 +73,7 @@ def _on_gpu(y_TO: torch.Tensor, counted_T: torch.Tensor | None, per_token: bool)
 def _sum_launch(
     y_TO: torch.Tensor, counted_T: torch.Tensor | None, per_token: bool, partial_BO: torch.Tensor
 ) -> Launch:
-    """One program per block of tokens, which holds whole rows if they fit and else goes over them in pieces."""
+    """Launch one program per block of tokens. It holds whole rows if they fit, and otherwise loops over pieces."""
     tokens, rows = y_TO.shape
     whole = rows <= WIDEST_ROW
     width = power_of_two(rows) if whole else WIDE_PIECE
@@ -116,7 +116,7 @@ def _tile_of(
     row_stride: tl.tensor,
     MASKED: tl.constexpr,
 ) -> tl.tensor:
-    """Absolute outputs of some tokens and rows in float32; zero where a token is not counted."""
+    """Load absolute outputs of some tokens and rows in float32; zero where a token does not count."""
     take = t_H1 < tokens
     if MASKED:
         take = take & (tl.load(counted + t_H1, mask=take, other=0) != 0)
@@ -129,7 +129,7 @@ def _weights(
     norm_H: tl.tensor,
     SMALLEST: tl.constexpr,
 ) -> tl.tensor:
-    """Reciprocal of every token's sum, zero where the sum is as good as zero; NaN stays NaN."""
+    """Return the reciprocal of every token's sum, or zero where the sum is practically zero; NaN stays NaN."""
     small = norm_H < SMALLEST
     return tl.where(small, 0.0, 1.0 / tl.where(small, 1.0, norm_H))
 
@@ -150,7 +150,7 @@ def _sum_whole_rows(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """Two reductions on one read: a tile's tokens are normalised and added up while it is in registers."""
+    """Do both reductions on one read: normalise a tile's tokens and add them up while they are in registers."""
     block = tl.program_id(0).to(tl.int64)
     j_W = tl.arange(0, WIDTH)
     sums_HW = tl.zeros((HEIGHT, WIDTH), tl.float32)
@@ -179,10 +179,11 @@ def _sum_wide_rows(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """The same for rows that do not fit: a few tokens are read twice, the second time from the cache."""
+    """Do the same for rows that do not fit in registers: read a few tokens twice, the second time from the cache."""
     block = tl.program_id(0).to(tl.int64)
     for step in range(STEPS):
         t_H = (block * STEPS + step) * HEIGHT + tl.arange(0, HEIGHT)
+        # First pass over the pieces: the tokens' norms.
         weight_H = tl.full((HEIGHT,), 1.0, tl.float32)
         if PER_TOKEN:
             sums_HW = tl.zeros((HEIGHT, WIDTH), tl.float32)
@@ -190,6 +191,7 @@ def _sum_wide_rows(
                 j_1W = start + tl.arange(0, WIDTH)[None, :]
                 sums_HW += _tile_of(y, counted, t_H[:, None], j_1W, tokens, rows, token_stride, row_stride, MASKED)
             weight_H = _weights(tl.sum(sums_HW, axis=1), SMALLEST)
+        # Second pass: add the normalised tokens to the block's sums in memory.
         for start in range(0, rows, WIDTH):
             j_W = start + tl.arange(0, WIDTH)
             y_HW = _tile_of(y, counted, t_H[:, None], j_W[None, :], tokens, rows, token_stride, row_stride, MASKED)
@@ -210,7 +212,7 @@ def _fold_blocks(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """Add the blocks of every row in float64; the order depends on the tile alone."""
+    """Add up the blocks of every row in float64, in an order that depends only on the tile."""
     j_W = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     sums_HW = tl.zeros((HEIGHT, WIDTH), tl.float64)
     for start in range(0, blocks, HEIGHT):
@@ -240,7 +242,7 @@ def _is_readable(y_TO: torch.Tensor) -> bool:
 
 
 def _bits(y_TO: torch.Tensor) -> npt.NDArray[Any]:
-    """Return the bits of float32 numbers, or those of bfloat16, their upper half, which numpy has no type for."""
+    """Return the bits of float32 numbers, or of bfloat16 numbers: the upper half of float32, a type numpy lacks."""
     if not _is_readable(y_TO):
         y_TO = y_TO.to(torch.float32).contiguous()
     return y_TO.view(torch.uint16 if y_TO.dtype == torch.bfloat16 else torch.uint32).numpy()
@@ -250,7 +252,7 @@ def _bits(y_TO: torch.Tensor) -> npt.NDArray[Any]:
 def _sum_token_blocks(
     bits_TO: npt.NDArray[Any], counted_T: npt.NDArray[np.bool_], per_token: bool, partial_BO: npt.NDArray[np.float32]
 ) -> None:
-    """Write every token block's sum of `|y| / norm`; `counted_T` is empty where all tokens count."""
+    """Write each token block's sum of `|y| / norm`; an empty `counted_T` counts all tokens."""
     for b in numba.prange(partial_BO.shape[0]):
         partial_BO[b] = np.float32(0)
         for t in range(b * TOKEN_BLOCK, min((b + 1) * TOKEN_BLOCK, bits_TO.shape[0])):
@@ -260,6 +262,7 @@ def _sum_token_blocks(
 
 @cpu_part
 def _add_token(bits_O: npt.NDArray[Any], per_token: bool, sums_O: npt.NDArray[np.float32]) -> None:
+    # Shifting bfloat16 bits up by half a word gives the float32 of the same value; clearing the sign gives |y|.
     shift = np.uint32(32 - 8 * bits_O.itemsize)
     no_sign = np.uint32(0x7FFFFFFF)
     weight = np.float32(1)
@@ -281,7 +284,7 @@ def _add_token(bits_O: npt.NDArray[Any], per_token: bool, sums_O: npt.NDArray[np
 
 @cpu_jit
 def _fold(partial_BO: npt.NDArray[np.float32], total_O: npt.NDArray[np.float32]) -> None:
-    """Add the blocks of every row in float64, in ascending order."""
+    """Add up the blocks of every row in float64, in ascending order."""
     for chunk in numba.prange((total_O.size + FOLD_CHUNK - 1) // FOLD_CHUNK):
         some = slice(chunk * FOLD_CHUNK, (chunk + 1) * FOLD_CHUNK)
         total = total_O[some]

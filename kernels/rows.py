@@ -1,9 +1,8 @@
-"""Rows, tokens and pieces: what the operations share of plain index arithmetic.
+"""Index arithmetic that the operations share: which rows of a matrix does a piece of the flattened matrix hold?
 
-Which rows of a matrix does a piece of the flattened matrix hold? ZeRO cuts the flattened parameters of a model at
-arbitrary places, so that the first and the last row of a rank's piece may be partial. `row_segments` is plain integer
-arithmetic; nothing is allocated or copied. `RowLayout` says the same of weights that are stored transposed, and of
-several matrices one after the other.
+ZeRO cuts a model's flattened parameters at arbitrary places, so that the first and last row of a rank's piece may be
+partial. `row_segments` answers with plain integers and allocates nothing. `RowLayout` extends it to weights that are
+stored transposed, and to several matrices in one parameter.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 
 
 class RowMask(NamedTuple):
-    """The rows of one layer that are kept, in the two forms that kernels read."""
+    """The kept rows of one layer, in the two forms that kernels read."""
 
     keep: torch.Tensor
     """`(rows,)` bool, True where a row is kept."""
@@ -35,7 +34,7 @@ class RowSegment(NamedTuple):
     width: int
     """Elements per row: the row length, or less for a partial first or last row."""
     columns: bool = False
-    """Whether the rows are columns of the flat piece: neighbouring elements belong to neighbouring rows."""
+    """Whether the weight is stored transposed: neighbouring elements of the piece belong to neighbouring rows."""
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         """Return the segment of `flat` (1-D, any dtype) as a `(rows, width)` view."""
@@ -44,11 +43,11 @@ class RowSegment(NamedTuple):
 
 
 class RowLayout(NamedTuple):
-    """How the rows of a weight lie in its flattened parameter.
+    """How a flattened parameter stores the rows of a weight.
 
-    A weight is `matrices` matrices one after the other (the experts of a mixture; else one), each of which is
-    `(rows, length)`, or with `columns` `(length, rows)`: row j is then column j of what is stored. Row j of matrix m
-    has number `m * rows + j`.
+    The weight consists of `matrices` matrices one after the other (the experts of a mixture; otherwise one). Each is
+    stored as `(rows, length)`, or with `columns` as `(length, rows)`: row j is then column j of what is stored. Row j
+    of matrix m has number `m * rows + j`.
     """
 
     matrices: int
@@ -67,7 +66,7 @@ class RowLayout(NamedTuple):
         """Split elements `[start, start + numel)` of the flattened parameter into runs of rows.
 
         Raises:
-            ValueError: A negative number, or a piece that ends behind the parameter.
+            ValueError: A number is negative, or the piece ends behind the parameter.
         """
         if start + numel > self.total * self.length:
             raise ValueError(f"[{start}, {start + numel}) ends behind {self.total} rows of {self.length}")
@@ -76,7 +75,7 @@ class RowLayout(NamedTuple):
         return list(self._column_segments(start, numel))
 
     def _column_segments(self, start: int, numel: int) -> Iterator[RowSegment]:
-        """The stored lines, partial ones at the ends, matrix by matrix."""
+        """Yield the stored lines, partial ones at the ends, split where a matrix ends."""
         size = self.rows * self.length
         for line in row_segments(start, numel, self.rows):
             place = start + line.offset  # in the parameter
@@ -115,7 +114,7 @@ def row_segments(start: int, numel: int, row_length: int) -> list[RowSegment]:
         row_length: Elements of a whole row (`in_features` of a linear layer's weight; 1 for a bias).
 
     Raises:
-        ValueError: A negative number, or a row length below one.
+        ValueError: A number is negative, or the row length is below one.
     """
     if start < 0 or numel < 0 or row_length < 1:
         raise ValueError(f"no such piece: start {start}, numel {numel}, row length {row_length}")
@@ -123,6 +122,7 @@ def row_segments(start: int, numel: int, row_length: int) -> list[RowSegment]:
 
 
 def _segments(start: int, stop: int, row_length: int) -> Iterator[RowSegment]:
+    # At most three runs: the rest of a row that begins earlier, whole rows, the beginning of one that ends later.
     first = start
     row, inside = divmod(start, row_length)
     if inside and start < stop:

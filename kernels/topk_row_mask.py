@@ -1,8 +1,8 @@
-"""Which rows are kept: those whose magnitude reaches the quantile.
+"""Selects the rows to keep: those whose magnitude reaches the quantile.
 
-No magnitudes are sorted. Each becomes an unsigned integer of the same order, and the one of the wanted rank is found
-digit by digit, from the most significant (a radix select): count the values of the digit among the candidates, walk
-to the value that holds the rank, and go on with the candidates that have it. All layers of a model are one call.
+Nothing is sorted. Each magnitude becomes an unsigned integer of the same order, and a radix select finds the one of the
+wanted rank digit by digit, from the most significant: count the digit's values among the candidates, walk to the value
+that holds the rank, and continue with the candidates that have it. One call handles all layers of a model.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from cl_dist.kernels.backend import Launch, cpu_jit, cpu_part, jit, path_of, tl
 from cl_dist.kernels.rows import RowMask
 
 CPU_DIGIT = 11
-"""Bits of a digit on CPUs, where the counts have to fit the first cache."""
+"""Bits of a digit on CPUs, where the counts must fit in the L1 cache."""
 GPU_DIGIT = 8
-"""Bits of a digit on GPUs, where the counts lie in registers."""
+"""Bits of a digit on GPUs, where the counts are in registers."""
 BLOCK = 2048
-"""Rows that a GPU program looks at a time."""
+"""Rows that a GPU program reads at a time."""
 
 
 def kept_rows(rows: int, threshold: float) -> int:
@@ -139,11 +139,12 @@ def _ordered_keys(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 @cpu_part
 def _key_of_rank(keys: npt.NDArray[np.uint64], rank: int) -> int:
-    """Return the entry at index `rank` of the ascending order; `keys` is used up."""
+    """Return the entry at index `rank` of the ascending order; overwrites `keys`."""
     values = 1 << CPU_DIGIT
     left = keys.size
     for digit in range((64 - 1) // CPU_DIGIT, -1, -1):
         shift, low = np.uint64(digit * CPU_DIGIT), np.uint64(values - 1)
+        # Count the digit's values, and find the one that holds the rank.
         counts = np.zeros(values, np.int64)
         for j in range(left):
             counts[(keys[j] >> shift) & low] += 1
@@ -151,6 +152,7 @@ def _key_of_rank(keys: npt.NDArray[np.uint64], rank: int) -> int:
         while rank >= counts[value]:
             rank -= counts[value]
             value += 1
+        # Move the keys that have it to the front.
         candidates = 0
         for j in range(left):
             if (keys[j] >> shift) & low == np.uint64(value):
@@ -223,7 +225,7 @@ def _choose_rows(
     DIGIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Radix select of one layer's cut, then its mask and, by a prefix sum, its row indices."""
+    """Find one layer's cut by radix select, then write its mask and, by a prefix sum, its row indices."""
     layer = tl.program_id(0)
     start = tl.load(starts + layer)
     size = tl.load(starts + layer + 1) - start
@@ -232,6 +234,7 @@ def _choose_rows(
     cut = tl.full((1,), 0, tl.uint64 if BITS == 64 else tl.uint32)  # its digits so far
     for done in tl.static_range(0, BITS, DIGIT):
         low = BITS - done - DIGIT
+        # Count this digit's values among the keys that share the digits found so far.
         counts_V = tl.zeros((1 << DIGIT,), tl.int32)
         for first in range(0, size, BLOCK):
             j = first + tl.arange(0, BLOCK)
@@ -241,6 +244,7 @@ def _choose_rows(
             if done > 0:
                 candidate = candidate & ((key >> (low + DIGIT)) == cut)
             counts_V += tl.histogram(digit, 1 << DIGIT, mask=candidate)
+        # The value that holds the rank is the first whose cumulative count exceeds it.
         up_to_V = tl.cumsum(counts_V, axis=0)
         below = up_to_V <= rank
         value = tl.sum(below.to(tl.int32), axis=0)

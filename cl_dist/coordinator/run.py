@@ -11,13 +11,12 @@ from typing import Any
 from cl_dist.assembly import System, build_system
 from cl_dist.config.schema import Recipe
 from cl_dist.coordinator.stream import Coordinator, finish
-from cl_dist.engine.broken import telling_broken_collectives
-from cl_dist.engine.deadline import Deadline, SecondsLeft, no_limit
-from cl_dist.engine.distributed import join
-from cl_dist.engine.quiet import quiet_libraries
+from cl_dist.engine.collective_errors import reporting_lost_ranks
+from cl_dist.engine.distributed import join, quiet_libraries
+from cl_dist.engine.stop import Deadline, SecondsLeft, no_limit
 from cl_dist.errors import BadInput, Interrupted
 from cl_dist.heartbeat import beat
-from cl_dist.models.dropout import has_dropout
+from cl_dist.models.training_mode import has_dropout
 from cl_dist.progress import Reporter
 from cl_dist.state.atomic import make_folder
 from cl_dist.state.elastic import Resumption, resumption, segment, with_segments
@@ -63,12 +62,11 @@ def run(
     folder = RunFolder(Path(recipe.output_dir))
     with ExitStack() as stack:
         timeout = recipe.launch.timeout_seconds
-        # The watchdog keeps its files in the run folder, so it can start only once rank 0 has claimed the folder.
-        with telling_broken_collectives(rank, timeout, lambda reason, _: reason), reported_once():
+        with reporting_lost_ranks(rank, timeout, lambda reason, _: reason), reported_once():
             beat("taking the run folder")
             together(lambda: _claim(folder, stack, reporter) if rank == 0 else None)
         watchdog = stack.enter_context(Watchdog(folder.logs, rank, world, recipe.launch.hang_seconds, end))
-        stack.enter_context(telling_broken_collectives(rank, timeout, watchdog.give_up))
+        stack.enter_context(reporting_lost_ranks(rank, timeout, watchdog.give_up))
         with reported_once():
             manifest, resumed = by_first(lambda: _starting_point(folder, recipe, world, resume))
         ledger = Ledger(folder, manifest, writer=rank == 0)

@@ -11,8 +11,7 @@ from typing import Any
 
 from cl_dist.assembly import System, build_saved
 from cl_dist.config.schema import Recipe
-from cl_dist.engine.distributed import join, leave
-from cl_dist.engine.quiet import quiet_libraries
+from cl_dist.engine.distributed import join, leave, quiet_libraries
 from cl_dist.errors import ClDistError
 from cl_dist.evaluation.general import is_due
 from cl_dist.evaluation.result import CUT_GENERATIONS, TaskScore, write_predictions

@@ -14,10 +14,8 @@ from cl_dist.assembly import System
 from cl_dist.config.load import dump_recipe
 from cl_dist.coordinator.scoring import General, Row, Scoring
 from cl_dist.coordinator.task_state import Spent, TaskLost, TaskState
-from cl_dist.engine.deadline import Deadline
-from cl_dist.engine.distributed import leave
-from cl_dist.engine.memory import peak_memory_per_rank
-from cl_dist.engine.stop import StopRequest
+from cl_dist.engine.distributed import leave, peak_memory_per_rank
+from cl_dist.engine.stop import Deadline, StopRequest
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import Interrupted
 from cl_dist.evaluation.metrics import UNTOUCHED, all_metrics, general_ability, general_forgetting

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.assembly import System
-from cl_dist.engine.deadline import Deadline
+from cl_dist.engine.stop import Deadline
 from cl_dist.heartbeat import beat
 from cl_dist.methods.base import TaskPlace
 from cl_dist.models.export import is_readable_export

@@ -11,19 +11,16 @@ import torch
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.distributed import device, set_timeout
 from cl_dist.engine.ds_config import deepspeed_config
-from cl_dist.engine.guard import UpdateGuard
+from cl_dist.engine.guard import UpdateGuard, check_replicas
 from cl_dist.engine.objective import keeps_logits, loss_sum
 from cl_dist.engine.optimizer import build_adamw, learning_rate
-from cl_dist.engine.replicas import check_replicas
 from cl_dist.engine.trial import told_by_trial, trial_batches
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.heartbeat import beat
 from cl_dist.methods.base import Memory, Method, TaskPlace
-from cl_dist.models.cache_setting import switch_cache_off
-from cl_dist.models.dropout import layerdrop
 from cl_dist.models.load import LoadedModel
-from cl_dist.models.measuring import evaluation_mode
 from cl_dist.models.structure import base_model
+from cl_dist.models.training_mode import evaluation_mode, layerdrop, switch_cache_off
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import Shard, ShardView, check_deepspeed, remove_leftovers
 from cl_dist.tasks.collate import Batch

@@ -1,8 +1,7 @@
-"""Keeps NaN and infinity out of the weights: loss and gradient are looked at before every update."""
+"""Checks that keep bad weights from spreading: non-finite updates are stopped, and ranks that drift apart are found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,27 +10,28 @@ import torch
 from cl_dist.config.words import listed
 from cl_dist.engine.distributed import device
 from cl_dist.errors import JobFailed
-from cl_dist.sharding import ShardView
+from cl_dist.sharding import ShardView, replica_checksums
 
 _SHOWN_SAMPLES = 64
+_SHOWN_RANKS = 8
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """Of one micro-batch."""
+    """The loss of one micro-batch."""
 
     value: float
     indices: list[int]
-    """Its samples; fillers are left out."""
+    """Its samples, without fillers."""
     finite: bool
 
 
 class UpdateGuard:
-    """Decides, together with the other ranks, whether a step may update the weights.
+    """Decides with the other ranks whether a step may update the weights: only if losses and gradient are finite.
 
     Args:
         shards: The engine's shards.
-        max_skipped: How many steps in a row may be left out.
+        max_skipped: How many consecutive steps may skip their update.
     """
 
     def __init__(self, shards: ShardView, max_skipped: int) -> None:
@@ -40,35 +40,41 @@ class UpdateGuard:
         self.begin("")
 
     def begin(self, where: str) -> None:
-        """A step begins; `where` names task and step in messages."""
+        """Begin a step; `where` names task and step in messages."""
         self._where = where
         self._losses: list[_Loss] = []
         self.skipped: str | None = None
-        """Why the step's update was left out; None: it was not."""
+        """Why the step skipped its update; None: it did not."""
 
     def note_loss(self, total: torch.Tensor, indices: list[int]) -> float:
-        """Take in a micro-batch's loss, a scalar, with its samples; returns it as a number."""
+        """Record a micro-batch's loss, a scalar, with its samples; return it as a number."""
         value = total.item()
         self._losses.append(_Loss(value, [index for index in indices if index >= 0], bool(torch.isfinite(total))))
         return value
 
     def allows(self) -> bool:
-        """Whether losses and reduced gradients of all ranks are finite (collective), between reduction and update.
+        """Whether losses and reduced gradients are finite on all ranks (collective), between reduction and update.
 
         Raises:
-            JobFailed: They are not, and as many steps as may be were skipped just before; on all ranks alike.
+            JobFailed: They are not, and `max_skipped` steps in a row were skipped before; on all ranks alike.
         """
         if self._all_finite():
             self._in_a_row = 0
             return True
         self._in_a_row += 1
         self.skipped = self._describe()
-        if self._in_a_row > self._max_skipped:
-            raise JobFailed(self._last_words())
-        return False
+        if self._in_a_row <= self._max_skipped:
+            return False
+        before = ""
+        if self._max_skipped > 0:
+            before = f", and the {self._max_skipped} steps before it were already skipped (train.max_skipped_steps)"
+        raise JobFailed(
+            f"{self._where}: {self.skipped}{before}; no weight has changed in this step: lower train.learning_rate, "
+            "check these samples, or continue with --resume and a larger train.max_skipped_steps"
+        )
 
     def _all_finite(self) -> bool:
-        """Of all ranks; one number is reduced, so that every rank gets the same answer."""
+        # A rank whose loss is bad need not look at its gradient. The ranks agree by reducing one number.
         bad = torch.ones((), device=device())
         if all(loss.finite for loss in self._losses):
             bad = (~self._shards.gradient_norm().isfinite()).to(bad)
@@ -77,7 +83,7 @@ class UpdateGuard:
         return bad.item() == 0
 
     def _describe(self) -> str:
-        """What is not finite, and on which samples (collective)."""
+        """Say what is not finite and on which samples: losses if any is bad, else a gradient (collective)."""
         own = {
             "losses": [(loss.value, loss.indices) for loss in self._losses if not loss.finite],
             "samples": [index for loss in self._losses for index in loss.indices],
@@ -92,20 +98,48 @@ class UpdateGuard:
         ]
         if losses:
             return ", ".join(losses)
-        name = next(_names(everyone), None)
+        # No element may be bad either: the norm of finite elements can overflow.
+        name = next((found["gradient"] for found in everyone if found["gradient"] is not None), None)
         of = "the norm of the gradient" if name is None else f"the gradient of {name}"
         samples = [index for found in everyone for index in found["samples"]]
         return f"{of} is not finite, though the loss is, on samples {listed(samples, _SHOWN_SAMPLES)}"
 
-    def _last_words(self) -> str:
-        before = ""
-        if self._max_skipped > 0:
-            before = f", and the {self._max_skipped} before it were skipped already (train.max_skipped_steps)"
-        return (
-            f"{self._where}: {self.skipped}{before}; no weight has changed in this step: lower train.learning_rate, "
-            "look at these samples, or go on with --resume and a larger train.max_skipped_steps"
-        )
 
+def check_replicas(model: torch.nn.Module, where: str) -> int:
+    """Compare the parameters that every rank holds whole (collective), and return how many there are.
 
-def _names(everyone: list[Any]) -> Iterator[str]:
-    return (found["gradient"] for found in everyone if found["gradient"] is not None)
+    `train.check_replicas_every` asks for it.
+
+    Args:
+        model: The module inside the engine, between two steps.
+        where: Step and task, for the message.
+
+    Raises:
+        JobFailed: A parameter differs between ranks. All ranks raise it; the message names the first such parameter
+            and which ranks agree.
+    """
+    names, sums = replica_checksums(model)
+    world = torch.distributed.get_world_size()
+    if world == 1 or not names:
+        return len(names)
+    lowest, highest = sums.clone(), sums.clone()
+    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+    differing = (lowest != highest).nonzero()[:, 0].tolist()
+    if not differing:
+        return len(names)
+    # Only now, once something differs, gather every rank's checksums and group the ranks by what they hold.
+    everyone = [torch.zeros_like(sums) for _ in range(world)]
+    torch.distributed.all_gather(everyone, sums)
+    holders: dict[int, list[int]] = {}
+    for rank, theirs in enumerate(everyone):
+        holders.setdefault(int(theirs[differing[0]]), []).append(rank)
+    groups = " and ".join(
+        f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks, _SHOWN_RANKS)}"
+        for ranks in sorted(holders.values(), key=len, reverse=True)
+    )
+    more = f" (and {len(differing) - 1} more parameters)" if len(differing) > 1 else ""
+    raise JobFailed(
+        f"{where}: the ranks no longer hold the same weights: {names[differing[0]]}{more} differs between {groups}; "
+        "a device or driver is probably broken, continue from the last saved state without it"
+    )

@@ -1,4 +1,4 @@
-"""AdamW and the learning rates people use."""
+"""AdamW and the usual learning rate schedules."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from cl_dist.config.schema import TrainConfig
 
 
 def build_adamw(model: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """Build AdamW over the trainable parameters, weight decay on matrices only.
+    """Build AdamW over the trainable parameters, with weight decay on matrices only.
 
-    The learning rate starts at zero: DeepSpeed's stage 0 in bfloat16 takes a step on zero gradients while it
-    initialises, which would otherwise already decay the weights. Every training step sets its own rate.
+    The learning rate starts at zero, because DeepSpeed's stage 0 in bfloat16 takes a step on zero gradients while it
+    initialises, and that step would decay the weights. Every training step sets its own rate.
     """
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -31,13 +31,14 @@ def build_adamw(model: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW
 
 
 def _is_decayed(name: str, param: torch.nn.Parameter) -> bool:
-    shape = getattr(param, "ds_shape", param.shape)
+    shape = getattr(param, "ds_shape", param.shape)  # under stage 3 `shape` is that of an empty placeholder
     return len(shape) >= 2 and not name.endswith(".bias")
 
 
 def learning_rate(train: TrainConfig, step: int, total: int) -> float:
-    """Return the rate of optimiser step `step` (0-based) of a task with `total` steps: linear warm-up, then the
-    schedule.
+    """Return the learning rate at optimiser step `step` (0-based) of a task with `total` steps.
+
+    Linear warm-up to `train.learning_rate`, then constant, or linear or cosine decay to zero at step `total`.
     """
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps

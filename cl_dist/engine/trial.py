@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cl_dist.config.objectives import ObjectiveName
-from cl_dist.engine.broken import is_collective
+from cl_dist.engine.collective_errors import is_collective
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.models.structure import base_model
 from cl_dist.tasks.collate import Batch, collate

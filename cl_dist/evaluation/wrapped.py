@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cl_dist.heartbeat import beat
-from cl_dist.models.measuring import kept_capacities
 from cl_dist.models.structure import base_model
+from cl_dist.models.training_mode import kept_capacities
 
 
 def accepts(model: nn.Module, argument: str) -> bool:

@@ -22,11 +22,11 @@ from cl_dist.methods.agreement import Agreement
 from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.methods.magnitudes import MagnitudeSums, Plan
 from cl_dist.methods.untracked import Untracked
-from cl_dist.models.dropout import layerdrop
 from cl_dist.models.every_expert import module_experts
 from cl_dist.models.layer_kinds import TrackedLayer
 from cl_dist.models.skipping import RowSkipper
 from cl_dist.models.tracked import tracked_layers, untracked_matrices
+from cl_dist.models.training_mode import layerdrop
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import RowFreezer, ShardView
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from cl_dist.methods.matrices import WholeMatrices
-from cl_dist.models.names import LORA_A, LORA_B
+from cl_dist.models.lora import LORA_A, LORA_B
 from cl_dist.sharding import ShardView, whole_parameters
 
 

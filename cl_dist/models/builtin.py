@@ -1,6 +1,7 @@
 """Tiny models of the three families and a byte-level tokenizer, built without a network.
 
-They are for the quickstart, the tests and for trying a recipe out. Widths are odd on purpose: shards end inside rows.
+The quickstart and the tests use them, and they serve to try a recipe out. Their widths are chosen so that ZeRO's shards
+end inside rows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ROBERTA_POSITIONS = 512
 
 
 def builtin_config(name: str) -> PreTrainedConfig:
-    """The configuration of the built-in model `name` (one of `config.schema.BUILTIN_MODELS`)."""
+    """Return the configuration of the built-in model `name` (one of `config.schema.BUILTIN_MODELS`)."""
     return _CONFIGURATIONS[name]()
 
 
@@ -66,7 +67,8 @@ def _roberta_tiny() -> PreTrainedConfig:
         intermediate_size=172,
         num_hidden_layers=2,
         num_attention_heads=4,
-        # RoBERTa counts positions from pad_token_id + 1 on: two more than the longest input, as published.
+        # RoBERTa numbers positions from pad_token_id + 1, so its table has two more rows than the longest input has
+        # tokens (514 in the published models).
         max_position_embeddings=ROBERTA_POSITIONS + 2,
         type_vocab_size=1,
         hidden_dropout_prob=0.0,
@@ -86,18 +88,18 @@ _CONFIGURATIONS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 _TEMPLATES: dict[Family, str] = {"decoder": "<s> $A", "encoder": "<s> $A </s>", "encoder-decoder": "$A </s>"}
-"""The special tokens that encoding adds, as the published tokenizers of Llama, RoBERTa and T5 do."""
+"""Special tokens that encoding adds, as in the published tokenizers of Llama, RoBERTa and T5."""
 
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-"""How the decoder's tokenizer writes a conversation, so that recipes for chat models can be tried out with it."""
+"""How the decoder's tokenizer renders a conversation, so that recipes for chat models run on it too."""
 
 
 def byte_tokenizer(family: Family) -> PreTrainedTokenizerFast:
-    """A tokenizer with one entry per byte and five special tokens; every text survives encoding and decoding."""
+    """Build a tokenizer with one entry per byte and five special tokens; every text survives a round trip."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate((*SPECIAL_TOKENS, *symbols))}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))

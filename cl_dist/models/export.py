@@ -1,4 +1,4 @@
-"""Writes a model or its adapter in Hugging Face format, from weights that were collected beforehand."""
+"""Writes a model or its adapter in Hugging Face format, from weights collected beforehand."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cl_dist.models.cache_setting import cache_as_loaded
 from cl_dist.models.lora import adapter_names, in_adapter, joined_adapters
+from cl_dist.models.training_mode import cache_as_loaded
 
 
 def export_model(
@@ -22,12 +22,19 @@ def export_model(
     folder: Path,
     state_dict: Mapping[str, Tensor],
 ) -> None:
-    """Write `model` with the weights of `state_dict` and the tokenizer into `folder`, loadable with `from_pretrained`.
+    """Write model and tokenizer into `folder`, to be loaded with `from_pretrained`. One process calls.
 
-    `state_dict` has whole CPU tensors by the names of `model.named_parameters()`: all of them, or, where `model` is a
-    PeftModel, at least those `in_adapter`; only the adapter is written then, several of them as one. The model's own
-    parameters are not read, they may be sharded. One process calls. Raises ValueError where a tensor is missing or has
-    another shape than the model's.
+    Of a PeftModel only the adapter is written, and several adapters are joined into one.
+
+    Args:
+        model: Supplies names, shapes and configuration. Its own parameters are never read, so they may be sharded.
+        tokenizer: Written beside the model.
+        folder: Where to write.
+        state_dict: Whole CPU tensors under the names of `model.named_parameters()`; of a PeftModel at least those
+            `in_adapter`.
+
+    Raises:
+        ValueError: A tensor is missing, or its shape differs from the model's.
     """
     adapter = isinstance(model, PeftModel)
     parameters = {name: p for name, p in model.named_parameters() if not adapter or in_adapter(name, p)}
@@ -36,13 +43,16 @@ def export_model(
     if isinstance(model, PeftModel):
         _save_adapter(model, folder, weights)
     else:
+        # Persistent buffers come from the model itself: no stage of ZeRO shards them.
+        shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
         with cache_as_loaded(model):
-            model.save_pretrained(folder, state_dict={**weights, **_buffers(model)})
+            model.save_pretrained(folder, state_dict={**weights, **buffers})
     tokenizer.save_pretrained(folder)
 
 
 def is_readable_export(folder: Path) -> bool:
-    """Whether `folder` holds weights, and every file of them has its header and all the bytes that it speaks of."""
+    """Whether `folder` holds weights, and each file is as long as its header says."""
     files = list(folder.glob("*.safetensors"))
     try:
         for file in files:
@@ -54,28 +64,17 @@ def is_readable_export(folder: Path) -> bool:
 
 
 def _check_complete(parameters: Mapping[str, torch.nn.Parameter], state_dict: Mapping[str, Tensor]) -> None:
-    """Every parameter's tensor is there, in its full shape (which ZeRO-3 keeps in `ds_shape`)."""
+    """Check that every parameter has its tensor, in full shape (which ZeRO-3 keeps in `ds_shape`)."""
     if missing := [name for name in parameters if name not in state_dict]:
-        raise ValueError(f"{len(missing)} tensors are missing from the weights to be written, {missing[0]} first")
+        raise ValueError(f"{len(missing)} tensors are missing from the weights to write, the first is {missing[0]}")
     for name, parameter in parameters.items():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if tuple(state_dict[name].shape) != shape:
-            raise ValueError(f"{name} has the shape {tuple(state_dict[name].shape)}, the model's is {shape}")
-
-
-def _buffers(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The persistent buffers: no stage of ZeRO shards them."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+            raise ValueError(f"{name} has shape {tuple(state_dict[name].shape)}, but {shape} in the model")
 
 
 def _save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Adapter weights and configuration, without peft's model card, an empty form. Several adapters become one, whose
-    rank is the sum of theirs.
-
-    The embedding is never part of an adapter here, and peft's own check for that would look the base model up on the
-    hub.
-    """
+    """Write adapter weights and configuration; several adapters become one whose rank is the sum of theirs."""
     names = adapter_names(model)
     configuration = model.peft_config[names[0]]
     assert isinstance(configuration, LoraConfig)
@@ -87,8 +86,8 @@ def _save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor]) ->
             str(folder),
             selected_adapters=names[:1],
             state_dict=joined_adapters(weights, names),
-            save_embedding_layers=False,
+            save_embedding_layers=False,  # adapters never hold the embedding; peft would ask the Hub to find that out
         )
     finally:
         model.peft_config[names[0]] = configuration
-    (folder / "README.md").unlink(missing_ok=True)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card, an empty form

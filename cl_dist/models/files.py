@@ -1,4 +1,4 @@
-"""Which files a model and its tokenizer are read from; opens none of them."""
+"""Finds the files that a model and its tokenizer are read from; opens only the index of the weights."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ WEIGHT_FILES = (
     ("pytorch_model.bin.index.json", "pytorch_model-*.bin"),
     ("*.safetensors", "*.bin"),
 )
-"""Patterns of weights in the order in which transformers looks for them: the first that are there are read."""
+"""Patterns of weight files in transformers' order of preference: it reads the first that exist."""
 MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "adapter_model.*")
-"""What a model is read from beside its weights."""
+"""What a model is read from, apart from its weights."""
 TOKENIZER_FILES = (
     "*token*.json",
     "special_tokens_map.json",
@@ -48,18 +48,19 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class ModelPlace:
-    """Where a model's files are."""
+    """Where the files of a model are."""
 
     folder: Path | None
-    """None: the model is built in."""
+    """None for a built-in model."""
     gguf_file: str | None
-    """The file in `folder` that has everything, where it is one in GGUF format."""
+    """For a model in GGUF format, the one file in `folder` that holds everything."""
     revision: str | None
-    """Commit of the Hugging Face Hub."""
+    """Commit on the Hugging Face Hub."""
 
     def files(self, patterns: Sequence[str], *, code: bool) -> Iterator[tuple[str, Path]]:
-        """Name and path of the files that fit `patterns` (`MODEL_FILES` bring the weights with them), and of the
-        model's own Python code where that is run.
+        """Yield name and path of each file that matches `patterns`; `MODEL_FILES` includes the weights.
+
+        With `code` the model's own Python files come too.
         """
         assert self.folder is not None
         if self.gguf_file is not None:
@@ -78,10 +79,10 @@ class ModelPlace:
 
 
 def _shards(index: Path) -> set[str]:
-    """The files that an index of weights names, whatever they are called; none where it is no index."""
+    """Return the file names that an index of weights lists; none if `index` is not an index."""
     if not index.name.endswith(".index.json"):
         return set()
-    # What is no index will be named by whoever loads it.
+    # Loading the model reports a broken index.
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         names = json.loads(index.read_bytes())["weight_map"].values()
         return {glob.escape(name) for name in names if isinstance(name, str) and name and not name.startswith("/")}
@@ -89,9 +90,9 @@ def _shards(index: Path) -> set[str]:
 
 
 def locate_model(model: ModelConfig) -> ModelPlace | None:
-    """Where the files of a model are; None where it is on the Hub and not on this machine.
+    """Find the files of a model; None for a Hub model that is not on this machine.
 
-    Of a model of the Hub it is the version that was downloaded last, which is what loading it has just used.
+    For a Hub model this is the last downloaded version, the one that loading it has just used.
     """
     if model.name_or_path in BUILTIN_FAMILIES:
         return ModelPlace(None, None, None)
@@ -103,7 +104,7 @@ def locate_model(model: ModelConfig) -> ModelPlace | None:
 
 
 def _downloaded(model: ModelConfig) -> Path | None:
-    """The folder of a model of the Hub in its cache."""
+    """Return a Hub model's folder in the local cache."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model.name_or_path, model.gguf_file or "config.json")

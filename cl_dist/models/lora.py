@@ -23,9 +23,11 @@ from cl_dist.config.words import listed, percent
 from cl_dist.errors import BadInput
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.layer_kinds import takes_adapter
-from cl_dist.models.names import LORA_A, LORA_B
 from cl_dist.models.structure import base_model, block_prefixes, head_prefixes, is_below, whole_shape
 from cl_dist.models.tracked import any_block, is_matrix
+
+LORA_A, LORA_B = ".lora_A.", ".lora_B."
+"""Parts of an adapter parameter's name, between the adapted module and the adapter's own name."""
 
 PAST_FORWARD: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mamba", "falcon_mamba"), ("x_proj", "dt_proj", "out_proj")),

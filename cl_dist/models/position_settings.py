@@ -1,7 +1,7 @@
-"""How long a model's inputs may be, as its configuration says; imports no torch.
+"""How long a model's inputs may be according to its configuration; imports no torch.
 
-Rotary, relative (T5) and ALiBi positions have no end that would stop a run. Tables have one: learnt ones (BERT, GPT-2,
-OPT), and those that are computed once for all positions (Pegasus, GPT-J, MPT).
+Rotary, relative (T5) and ALiBi positions have no limit that would stop a run. Position tables do, whether learned
+(BERT, GPT-2, OPT) or computed once for all positions (Pegasus, GPT-J, MPT).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
-"""What configurations call the number of positions."""
+"""The settings under which configurations keep the number of positions."""
 
 _NAMED = "max_position_embeddings"
 
@@ -66,7 +66,7 @@ TABLES: dict[str, str] = {
         _NAMED,
     ),
 }
-"""Model types whose positions come from a table, and the setting that says how many there are."""
+"""Model types whose positions come from a table, each with the setting that holds the number of rows."""
 
 AFTER_PADDING = frozenset(
     (
@@ -81,23 +81,23 @@ AFTER_PADDING = frozenset(
         "xmod",
     )
 )
-"""Those that count positions from the padding token's id + 1 on: that many rows of the table are not positions."""
+"""Model types that number positions from the padding token's id + 1: the rows before that are no positions."""
 
 MPNET_RESERVED = 2
-"""MPNet's padding position is 1 whatever the tokenizer says."""
+"""Unused rows of MPNet, which fixes its padding position at 1 whatever the tokenizer uses."""
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Most tokens that a model can read or write; None: no end."""
+    """Largest number of tokens that a model can read or write; None: unlimited."""
 
     source: int | None = None
-    """In a prompt; for a decoder prompt and answer together."""
+    """In the prompt; for a decoder in prompt and answer together."""
     target: int | None = None
-    """In an encoder-decoder's answer."""
+    """In the answer of an encoder-decoder."""
 
     def smaller(self, other: Positions) -> Positions:
-        """The smaller of each."""
+        """Return the tighter limit of each."""
         return Positions(_least((self.source, other.source)), _least((self.target, other.target)))
 
 
@@ -106,17 +106,14 @@ def _least(numbers: Iterable[int | None]) -> int | None:
 
 
 def configured_positions(config: Mapping[str, Any]) -> Positions:
-    """What config.json, or a configuration as a mapping, says; an unknown model type says nothing."""
+    """Read the limits from config.json (or a configuration as a mapping); an unknown model type has none."""
     text = config.get("text_config")
     if isinstance(text, Mapping):
         return configured_positions(text)
     kind = str(config.get("model_type", ""))
     if kind == "led":
-        rows, answer = (
-            _number(config, "max_encoder_position_embeddings"),
-            _number(config, "max_decoder_position_embeddings"),
-        )
-        return Positions(rows, answer)
+        prompt, answer = (_number(config, f"max_{half}_position_embeddings") for half in ("encoder", "decoder"))
+        return Positions(prompt, answer)
     rows = _number(config, TABLES.get(kind, ""))
     if rows is None or (kind.startswith("deberta") and config.get("position_biased_input") is False):
         return Positions()
@@ -125,13 +122,13 @@ def configured_positions(config: Mapping[str, Any]) -> Positions:
 
 
 def _number(config: Mapping[str, Any], name: str) -> int | None:
-    """A setting that is a number of positions; anything else is left to the model's own code."""
+    """Return a setting that is a positive integer; judging anything else is left to the model's own code."""
     value = config.get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _reserved(kind: str, config: Mapping[str, Any]) -> int:
-    """Rows of a table that no token's position is."""
+    """Return how many rows of the table no token uses."""
     if kind == "mpnet":
         return MPNET_RESERVED
     padding = config.get("pad_token_id")

@@ -1,9 +1,8 @@
-"""How long a loaded model's inputs may be: what its position tables and its configuration say."""
+"""How long a loaded model's inputs may be, from its position tables and its configuration."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -13,21 +12,21 @@ from cl_dist.models.structure import base_model, unread_parameters
 
 _TABLE = re.compile(r"position|(^|\.)(wpe|pos_emb|pos_embed|pos_embedding)s?$")
 _NO_TABLE = re.compile(r"relative|(^|\.)[xyhw]_position")
-"""Distances between tokens, and places on a page."""
+"""Tables of distances between tokens, and of places on a page."""
 
 SPARE_ROWS = 8
-"""A table may have a few rows more than the configuration has positions: for padding, or an offset."""
+"""A table may have a few more rows than the configuration has positions, for padding or an offset."""
 
 
 def longest_inputs(model: nn.Module) -> Positions:
-    """Most tokens that `model` (with or without adapters) has positions for, in each half of an encoder-decoder.
+    """Return how many tokens `model` (with or without adapters) has positions for, per half of an encoder-decoder.
 
-    Tables are found by their names, or by their size, which is the configuration's number of positions.
+    A position table is recognised by its name, or by having as many rows as the configuration has positions.
     """
     base = base_model(model)
     longest = configured_positions(base.config.to_dict())
     for name, table in _tables(base):
-        rows = min(int(table.num_embeddings) - _reserved(table), _numbered(base, name))
+        rows = _usable_rows(base, name, table)
         if not base.config.is_encoder_decoder:
             longest = longest.smaller(Positions(source=rows))
             continue
@@ -37,9 +36,10 @@ def longest_inputs(model: nn.Module) -> Positions:
 
 
 def _tables(base: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
-    """The model's position tables that text goes through."""
+    """Yield name and module of each position table that text passes through."""
     unread = unread_parameters(base)
-    sizes = _configured_sizes(base)
+    text = base_model(base).config.get_text_config()
+    sizes = [size for name in NAMES if isinstance(size := getattr(text, name, None), int)]
     for name, module in base.named_modules():
         if not isinstance(module, nn.Embedding) or f"{name}.weight" in unread or _NO_TABLE.search(name):
             continue
@@ -47,29 +47,19 @@ def _tables(base: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
             yield name, module
 
 
-def _configured_sizes(base: nn.Module) -> list[int]:
-    config = base_model(base).config.get_text_config()
-    sizes = (getattr(config, name, None) for name in NAMES)
-    return [size for size in sizes if isinstance(size, int)]
-
-
 def _is_of_that_size(module: nn.Embedding, sizes: list[int], base: nn.Module) -> bool:
-    """Whether a table of no telling name has as many rows as the configuration has positions."""
+    """Whether a table, whatever its name, has as many rows as the configuration has positions."""
     text = base_model(base)
     if module is text.get_input_embeddings() or module.num_embeddings == text.config.get_text_config().vocab_size:
         return False
     return any(0 <= module.num_embeddings - size <= SPARE_ROWS for size in sizes)
 
 
-def _numbered(base: nn.Module, name: str) -> int:
-    """How many positions the module around a table has numbers for: BERT and its relatives keep them in a buffer."""
-    numbers = getattr(base.get_submodule(name.rpartition(".")[0]), "position_ids", None)
-    return int(numbers.shape[-1]) if isinstance(numbers, Tensor) else sys.maxsize
-
-
-def _reserved(table: nn.Embedding) -> int:
-    """Rows that are no token's position: RoBERTa counts from its padding row on, OPT and BART from an offset."""
-    if table.padding_idx is not None:
-        return int(table.padding_idx) + 1
-    offset = getattr(table, "offset", 0)
-    return offset if isinstance(offset, int) else 0
+def _usable_rows(base: nn.Module, name: str, table: nn.Embedding) -> int:
+    """Return how many rows of a table are positions of tokens."""
+    # RoBERTa numbers positions from behind its padding row, OPT and BART from an offset.
+    reserved = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
+    rows = int(table.num_embeddings) - (reserved if isinstance(reserved, int) else 0)
+    # BERT and its relatives keep position ids in a buffer beside the table, possibly fewer than it has rows.
+    ids = getattr(base.get_submodule(name.rpartition(".")[0]), "position_ids", None)
+    return min(rows, int(ids.shape[-1])) if isinstance(ids, Tensor) else rows

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from cl_dist.sharding.check import DEEPSPEED_VERSION, check_deepspeed
 
 if TYPE_CHECKING:
-    from cl_dist.sharding.freeze import RowFreezer
-    from cl_dist.sharding.gather import gather_state_dict, whole_parameters
-    from cl_dist.sharding.leftovers import remove_leftovers
-    from cl_dist.sharding.replicas import replica_checksums
-    from cl_dist.sharding.shard import Shard
-    from cl_dist.sharding.stepped import SteppedGradients
+    from cl_dist.sharding.inner_step import RowFreezer, SteppedGradients
+    from cl_dist.sharding.layouts import Shard
+    from cl_dist.sharding.model import gather_state_dict, remove_leftovers, replica_checksums, whole_parameters
     from cl_dist.sharding.view import ShardView
 
 __all__ = [
@@ -28,21 +26,20 @@ __all__ = [
     "whole_parameters",
 ]
 
+_HOMES = {
+    "gather_state_dict": "model",
+    "remove_leftovers": "model",
+    "replica_checksums": "model",
+    "whole_parameters": "model",
+    "RowFreezer": "inner_step",
+    "Shard": "layouts",
+    "ShardView": "view",
+    "SteppedGradients": "inner_step",
+}
+
 
 def __getattr__(name: str) -> object:
-    """Import what needs torch only when it is asked for: `check_deepspeed` alone must stay cheap."""
-    from importlib import import_module
-
-    homes = {
-        "gather_state_dict": "gather",
-        "remove_leftovers": "leftovers",
-        "replica_checksums": "replicas",
-        "whole_parameters": "gather",
-        "RowFreezer": "freeze",
-        "Shard": "shard",
-        "ShardView": "view",
-        "SteppedGradients": "stepped",
-    }
-    if name not in homes:
+    """Import what needs torch on first use: `cl-dist doctor` calls `check_deepspeed` alone, which must stay cheap."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"cl_dist.sharding.{homes[name]}"), name)
+    return getattr(import_module(f"cl_dist.sharding.{_HOMES[name]}"), name)

@@ -1,7 +1,7 @@
-"""Does the installed DeepSpeed look the way this package relies on?
+"""Checks that the installed DeepSpeed has the private attributes that this package reads.
 
-Gradient shards, master weights and moments live in private attributes of DeepSpeed. They are named here once; a release
-in which one is missing is refused at start-up, instead of training with a mask that silently does nothing.
+Gradient shards, master weights and moments live in private attributes of DeepSpeed. This file lists them once. Start-up
+refuses a release that lacks one; otherwise training would run on with a mask that silently does nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from pathlib import Path
 
 DEEPSPEED_VERSION = "0.19.8"
 
+# By file of the deepspeed package: strings that its source must contain. A definition is listed with its `def`, so that
+# a mere call of it does not count.
 _ATTRIBUTES = {
     "runtime/engine.py": ("_take_model_step", "def clip_fp32_gradients"),
     "runtime/zero/stage_1_and_2.py": (
@@ -38,13 +40,13 @@ _ATTRIBUTES = {
 
 
 def check_deepspeed() -> list[str]:
-    """Return one sentence per thing that does not fit; an empty list means that the installed DeepSpeed can be used.
+    """Return one sentence per mismatch; an empty list means that the installed DeepSpeed can be used.
 
-    Reads the installed release's files without importing it (an import takes seconds).
+    Reads the installed source files instead of importing DeepSpeed, which takes seconds.
     """
     spec = util.find_spec("deepspeed")
     if spec is None or spec.origin is None:
-        return ["deepspeed is not installed (pip install cl-dist installs the release that is needed)"]
+        return ["deepspeed is not installed (pip install cl-dist installs the required release)"]
     problems = []
     version = metadata.version("deepspeed").split("+")[0]
     if version != DEEPSPEED_VERSION:

@@ -1,15 +1,16 @@
 """Where DeepSpeed keeps the pieces of the training state, one class per layout.
 
-Facts about deepspeed 0.19.8 (private attributes; `check.py` names them, tests/distributed holds them against a dense
+Facts about deepspeed 0.19.8 (private attributes; `check.py` names them, tests/distributed compares them with a dense
 oracle):
 
-- stage 0: `param.grad`; in float32 the parameter is its own master, in bfloat16 `fp32_groups` holds the masters;
+- stage 0: gradients are in `param.grad`; in float32 the parameter is its own master, in bfloat16 the masters are in
+  `fp32_groups`;
 - stages 1 and 2: a rank owns one contiguous piece of each flattened parameter group; `param._hp_mapping` says which
-  part of the parameter lies in it (None: nothing) and finds the reduced gradient; with offload the gradient lies in the
+  part of the parameter lies in it (None: nothing) and finds the reduced gradient. With offload the gradient is in the
   flat partition's `.grad`, and clipping uses norms cached per parameter;
-- stage 1, bfloat16 with float32 accumulation (`BF16_Optimizer`): the reduced gradient `param._hp_grad` is whole on
-  every rank;
-- stage 3: every parameter is cut into equal pieces, padded at the end; `grad_position` finds the piece in the flat
+- stage 1 in bfloat16 with float32 accumulation (`BF16_Optimizer`): every rank holds the whole reduced gradient,
+  `param._hp_grad`;
+- stage 3: every parameter is cut into equal pieces and padded at the end; `grad_position` finds a piece in the flat
   sub-groups.
 """
 
@@ -18,18 +19,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from typing_extensions import override
 
-from cl_dist.sharding.shard import Shard
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@dataclass(frozen=True)
+class Shard:
+    """What one rank holds of a flattened parameter (or of its gradient or a moment): elements `[start, stop)`."""
+
+    start: int
+    data: torch.Tensor
+    """`(numel,)`: a view of the live tensor, so that writing to it changes the training state."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last element."""
+        return self.start + self.data.numel()
+
+
 class Address(NamedTuple):
-    """Where this rank's piece of a parameter lies among the tensors that the inner optimiser steps on."""
+    """Where this rank's piece of a parameter lies in the flat tensors that the inner optimiser steps."""
 
     flat: torch.Tensor
     """Float32 tensor that holds the piece."""
@@ -39,6 +53,10 @@ class Address(NamedTuple):
     """First element of the piece in the flattened parameter."""
     numel: int
     """Elements of the piece."""
+
+    def piece_of(self, like_flat: torch.Tensor) -> Shard:
+        """View the piece of any tensor laid out like `flat`: the masters themselves, a gradient or a moment."""
+        return Shard(self.start, like_flat.view(-1).narrow(0, self.offset, self.numel))
 
 
 class Layout(ABC):
@@ -54,45 +72,39 @@ class Layout(ABC):
 
     @abstractmethod
     def gradient(self, param: torch.nn.Parameter) -> Shard | None:
-        """View of the reduced gradient at the accumulation boundary; None where this rank holds nothing of it."""
+        """View the reduced gradient at the accumulation boundary; None where this rank holds none of it."""
 
     @abstractmethod
     def address(self, param: torch.nn.Parameter) -> Address | None:
-        """Where the master weight lies; None where this rank owns nothing of it."""
+        """Locate the master weight; None where this rank owns none of it."""
 
     @abstractmethod
     def publish(self) -> None:
-        """Make the weights that the model computes with follow the masters, on all ranks (collective)."""
+        """Copy the masters into the weights that the model computes with, on all ranks (collective)."""
 
     def gradient_changed(self, param: torch.nn.Parameter) -> None:  # noqa: B027 - most layouts cache nothing
-        """Tell DeepSpeed that the gradient was edited (it caches norms under offload)."""
+        """Refresh what DeepSpeed has cached about an edited gradient (norms, under offload)."""
 
     def complete_gradients(self, params: Iterable[torch.nn.Parameter]) -> None:  # noqa: B027 - most hold no more
-        """Where a rank holds more of a gradient than it owns, take the rest from those that own it (collective)."""
+        """Fetch the parts of each gradient that a rank holds but does not own from their owners (collective)."""
 
     def master(self, param: torch.nn.Parameter) -> Shard | None:
-        """View of the float32 master weight."""
+        """View the float32 master weight."""
         at = self.address(param)
-        if at is None:
-            return None
-        return Shard(at.start, at.flat.detach().view(-1).narrow(0, at.offset, at.numel))
+        return None if at is None else at.piece_of(at.flat.detach())
 
     def moments(self, param: torch.nn.Parameter) -> dict[str, Shard]:
-        """Views of the optimiser's moments by name; empty before they exist or where this rank owns nothing."""
+        """View the optimiser's moments by name; empty before they exist or where this rank owns nothing."""
         at = self.address(param)
         if at is None:
             return {}
         state = self.inner.state.get(at.flat, {})
-        return {
-            name: Shard(at.start, state[name].view(-1).narrow(0, at.offset, at.numel))
-            for name in MOMENTS
-            if name in state
-        }
+        return {name: at.piece_of(state[name]) for name in MOMENTS if name in state}
 
     @abstractmethod
     def frozen(self, param: torch.nn.Parameter) -> Shard | None:
-        """View of this rank's share of a parameter that is not trained; None where it has none. `publish_frozen`
-        follows an edit.
+        """View this rank's share of a parameter that is not trained, None where it has none; after an edit call
+        `publish_frozen`.
         """
 
     @abstractmethod
@@ -101,19 +113,19 @@ class Layout(ABC):
 
     @abstractmethod
     def flat_tensors(self) -> list[torch.Tensor]:
-        """The tensors that the inner optimiser steps on."""
+        """List the tensors that the inner optimiser steps."""
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The inner optimiser, and stage 3's second one for the share that an offload ratio leaves on the GPU."""
+        """The inner optimiser, and stage 3's second one for the share that an offload ratio keeps on the GPU."""
         backup = getattr(self.zero, "backup_optimizer", None)
         return [self.inner] if backup is None else [self.inner, backup]
 
     @contextmanager
     def optimizer_paused(self) -> Iterator[None]:
-        """Let DeepSpeed go through its step, with all that it keeps account of, while the inner optimiser does nothing.
+        """Let DeepSpeed run its step, with all its bookkeeping, while the inner optimiser does nothing.
 
-        Its hooks do not run either: they belong to `Optimizer.step`, which is hidden meanwhile.
+        Its hooks do not run either: they belong to `Optimizer.step`, which is shadowed meanwhile.
         """
         for optimizer in self.optimizers:
             optimizer.step = lambda *_, **__: None  # type: ignore[method-assign, assignment]
@@ -131,6 +143,7 @@ class Replicated(Layout):
 
     def __init__(self, engine: Any, inner: torch.optim.Optimizer) -> None:
         super().__init__(engine, inner)
+        # In bfloat16 the optimiser keeps a float32 master beside each parameter. In float32 there are none to map.
         self._masters: dict[torch.nn.Parameter, torch.Tensor] = {}
         if hasattr(self.zero, "fp32_groups"):
             for low, high in zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True):
@@ -175,6 +188,7 @@ class FlatGroups(Layout):
 
     @override
     def gradient_changed(self, param: torch.nn.Parameter) -> None:
+        # Under offload DeepSpeed clips by norms that it cached when the gradients arrived.
         shard = self.gradient(param) if self.zero.cpu_offload else None
         if shard is not None:
             self.zero.norm_for_param_grads[self.zero.get_param_id(param)] = shard.data.double().norm(2)
@@ -194,12 +208,13 @@ class FlatGroups(Layout):
 
     @override
     def frozen(self, param: torch.nn.Parameter) -> Shard | None:
-        # Every rank holds all of it; so that one alone writes each element, each has an even piece.
+        # Every rank holds all of it. An even share each means that exactly one rank saves each element.
         shard = _piece(param, torch.distributed.get_rank())
         return shard if shard.data.numel() else None
 
     @override
     def publish_frozen(self, params: Sequence[torch.nn.Parameter]) -> None:
+        # One broadcast per rank carries its shares of all parameters, flattened into one tensor.
         for rank in range(torch.distributed.get_world_size() if params else 0):
             pieces = [_piece(param, rank).data for param in params]
             flat = torch.cat(pieces)
@@ -213,7 +228,7 @@ class FlatGroups(Layout):
 
 
 class WholeGradient(FlatGroups):
-    """Stage 1 in bfloat16 with float32 accumulation: masters as in `FlatGroups`, the gradient whole on every rank."""
+    """Stage 1 in bfloat16 with float32 accumulation: masters as in `FlatGroups`, whole gradients on every rank."""
 
     @override
     def gradient(self, param: torch.nn.Parameter) -> Shard | None:
@@ -226,7 +241,8 @@ class WholeGradient(FlatGroups):
 
     @override
     def complete_gradients(self, params: Iterable[torch.nn.Parameter]) -> None:
-        # Every rank clips by the norm of what it holds, so all have to hold the same.
+        # Every rank clips by the norm of the gradient that it holds, so all must hold the same one. Each contributes
+        # the piece it owns, zeros elsewhere, and the sum is whole again.
         for param in params:
             gradient, at = self.gradient(param), self.address(param)
             if gradient is None:
@@ -253,6 +269,7 @@ class Partitioned(Layout):
 
     @override
     def gradient_changed(self, param: torch.nn.Parameter) -> None:
+        # As under stage 2; here a rank without a piece also has an entry, of norm zero.
         if self.zero.offload_optimizer:
             shard = self.gradient(param)
             norm = torch.zeros(()) if shard is None else shard.data.double().norm(2)
@@ -266,7 +283,8 @@ class Partitioned(Layout):
 
     @override
     def publish(self) -> None:
-        # As in DeepSpeed's own step: small parameters stay gathered, and only what is not gathered is gathered anew.
+        # As DeepSpeed's own step does. Small parameters stay gathered between steps, with their old values: partition
+        # them first, or the new values would never be gathered.
         self.zero._partition_all_parameters()
         for group in range(len(self.flat_tensors())):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -283,7 +301,7 @@ class Partitioned(Layout):
 
     @override
     def publish_frozen(self, params: Sequence[torch.nn.Parameter]) -> None:
-        self.zero._partition_all_parameters()  # small ones are kept gathered, with their old values
+        self.zero._partition_all_parameters()  # small ones stay gathered, with their old values
         self._gather_persistent()
 
     @override
@@ -291,14 +309,14 @@ class Partitioned(Layout):
         return list(self.zero.fp32_partitioned_groups_flat)
 
     def _owned(self, param: torch.nn.Parameter) -> tuple[int, int]:
-        """(start, elements) of this rank's piece without the padding at the parameter's end."""
+        """(start, elements) of this rank's piece, without the padding at the parameter's end."""
         piece = param.partition_numel()  # type: ignore[attr-defined]
         start = piece * self.zero._get_param_partition_rank(param)
         return start, max(0, min(piece, param.ds_numel - start))  # type: ignore[attr-defined]
 
 
 def _piece(param: torch.nn.Parameter, rank: int) -> Shard:
-    """A rank's even share of the elements of a parameter that every rank holds whole; it may be empty."""
+    """View a rank's even share, possibly empty, of a parameter that every rank holds whole."""
     count, world = param.numel(), torch.distributed.get_world_size()
     start, stop = (count * number // world for number in (rank, rank + 1))
     return Shard(start, param.detach().view(-1).narrow(0, start, stop - start))

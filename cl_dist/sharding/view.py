@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from cl_dist.errors import ClDistError
-from cl_dist.sharding.layouts import MOMENTS, FlatGroups, Layout, Partitioned, Replicated, WholeGradient
-from cl_dist.sharding.shard import Shard
+from cl_dist.sharding.layouts import MOMENTS, FlatGroups, Layout, Partitioned, Replicated, Shard, WholeGradient
 
 
 class ShardView:
@@ -22,7 +21,7 @@ class ShardView:
         engine: A `deepspeed.DeepSpeedEngine` of stage 0 to 3 with an AdamW optimiser.
 
     Raises:
-        ClDistError: The engine keeps its state in a way that is not covered (NVMe offload, round-robin gradients, ...).
+        ClDistError: The engine keeps its state where no layout looks (NVMe offload, round-robin gradients, ...).
     """
 
     def __init__(self, engine: Any) -> None:
@@ -30,7 +29,7 @@ class ShardView:
         self.layout = _layout_of(engine)
         self.params = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
         self.edited: set[str] = set()
-        """Parameters whose gradient was edited since it was reduced, in the step under way."""
+        """Parameters whose gradient was edited since it was reduced, in the current step."""
 
     @property
     def names(self) -> list[str]:
@@ -52,7 +51,7 @@ class ShardView:
         return self.shape(name).numel()
 
     def gradient(self, name: str) -> Shard | None:
-        """Reduced gradient, a live view; only between the reduction and the optimiser step (`on_boundary`)."""
+        """Live view of the reduced gradient; valid only between reduction and optimiser step (`on_boundary`)."""
         return self.layout.gradient(self.params[name])
 
     def gradient_changed(self, name: str) -> None:
@@ -61,23 +60,23 @@ class ShardView:
         self.layout.gradient_changed(self.params[name])
 
     def own_gradient(self, name: str) -> Shard | None:
-        """The part of `gradient` that lies along `master`, a live view; None too where the parameter got none."""
+        """Live view of the part of `gradient` aligned with `master`; None also where the parameter got no gradient."""
         master, gradient = self.master(name), self.gradient(name)
         if master is None or gradient is None:
             return None
         return Shard(master.start, gradient.data.narrow(0, master.start - gradient.start, master.data.numel()))
 
     def own_gradients_changed(self) -> None:
-        """Call after every rank has edited its `own_gradient` of any parameters (collective)."""
+        """Call on every rank after editing `own_gradient` of any parameters (collective)."""
         self.layout.complete_gradients(self.params.values())
         for name in self.names:
             self.gradient_changed(name)
 
     def sum_over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
-        """Sums over the elements that a rank owns made sums over all of them, in place (collective).
+        """Reduce sums over each rank's own elements to sums over all elements, in place (collective).
 
-        Where every rank owns everything, they become those of rank 0, to the last bit. `sums` lie where collectives
-        run.
+        Where every rank owns everything, all get rank 0's sums, so that they agree to the last bit. `sums` must be on
+        the device that collectives run on.
         """
         if self.replicated:
             torch.distributed.broadcast(sums, src=0)
@@ -86,37 +85,37 @@ class ShardView:
         return sums
 
     def master(self, name: str) -> Shard | None:
-        """Float32 master weight, a live view; `publish` after editing it."""
+        """Live view of the float32 master weight; call `publish` after editing it."""
         return self.layout.master(self.params[name])
 
     def moments(self, name: str) -> dict[str, Shard]:
-        """AdamW's `exp_avg` and `exp_avg_sq`, live views; empty before the first step."""
+        """Live views of AdamW's `exp_avg` and `exp_avg_sq`; empty before the first step."""
         return self.layout.moments(self.params[name])
 
     def publish(self) -> None:
-        """Make the model's weights follow the masters on all ranks (collective)."""
+        """Copy the masters into the model's weights on all ranks (collective)."""
         self.layout.publish()
 
     def frozen(self, names: Iterable[str]) -> dict[str, Shard]:
-        """This rank's share of parameters that are not trained, live views; missing where it has none of one.
+        """Live views of this rank's shares of parameters that are not trained; a parameter without a share is left out.
 
-        Together the ranks' shares are everything, once (under stage 0 every rank has it all). After editing them:
-        `publish_frozen`.
+        Together the ranks' shares cover every element once (under stage 0 every rank has it all). Call `publish_frozen`
+        after editing them.
         """
         shares = {name: self.layout.frozen(self._engine.module.get_parameter(name)) for name in names}
         return {name: share for name, share in shares.items() if share is not None}
 
     def publish_frozen(self, names: Iterable[str]) -> None:
-        """Make the model's weights follow the ranks' shares of parameters that are not trained (collective)."""
+        """Copy the ranks' shares of parameters that are not trained into the model's weights (collective)."""
         self.layout.publish_frozen([self._engine.module.get_parameter(name) for name in names])
 
     def gradient_norm(self) -> torch.Tensor:
-        """Norm of all that this rank holds of the reduced gradient, a scalar where it lies; when `gradient` can be."""
+        """Norm of what this rank holds of the reduced gradient: a scalar on its device. Valid while `gradient` is."""
         held = (self.gradient(name) for name in self.names)
         return torch.nn.utils.get_total_norm([shard.data for shard in held if shard is not None])
 
     def non_finite_gradient(self) -> str | None:
-        """A parameter whose reduced gradient is NaN or infinite in an element that this rank holds."""
+        """Name of a parameter whose reduced gradient is NaN or infinite in an element that this rank holds."""
         for name in self.names:
             shard = self.gradient(name)
             if shard is not None and not shard.data.isfinite().all():
@@ -130,17 +129,18 @@ class ShardView:
         allowed: Callable[[], bool] = lambda: True,
         skipped: Callable[[], None] = lambda: None,
     ) -> None:
-        """Call `before` once a step between reduction and norm, clipping and update, and `after` after the update.
+        """Call `before` once per step, after reduction and before clipping and update, and `after` after the update.
 
-        Where `allowed`, asked first and with the same answer on all ranks, says no, weights, moments and step count
-        stay as they are to the last bit, the step's gradients are forgotten, and `skipped` is called in place of both.
+        `allowed` comes first and must answer the same on all ranks. If it says no, weights, moments and step count keep
+        every bit, the step's gradients are dropped, and `skipped` runs instead of the two.
         """
         take_step = self._engine._take_model_step
 
         def wrapped(*args: Any, **kwargs: Any) -> None:
             self.edited.clear()
             if not allowed():
-                self._forget_gradients()
+                # DeepSpeed still goes through its step, which keeps its own counters right.
+                self._zero_gradients()
                 with self.layout.optimizer_paused():
                     take_step(*args, **kwargs)
                 return skipped()
@@ -150,8 +150,8 @@ class ShardView:
 
         self._engine._take_model_step = wrapped
 
-    def _forget_gradients(self) -> None:
-        """Zero what would otherwise poison norms and overflow checks while DeepSpeed goes through its step."""
+    def _zero_gradients(self) -> None:
+        """Zero what would otherwise poison the norms and overflow checks of DeepSpeed's step."""
         for name in self.names:
             shard = self.gradient(name)
             if shard is not None:
@@ -159,7 +159,7 @@ class ShardView:
                 self.gradient_changed(name)
 
     def reset_optimizer(self) -> None:
-        """Forget both moments and the step count, in place: AdamW starts afresh."""
+        """Zero both moments and the step count in place, so that AdamW starts afresh."""
         for state in self._optimizer_states():
             for value in state.values():
                 value.zero_()
@@ -170,7 +170,10 @@ class ShardView:
         return int(max((float(state["step"]) for state in self._optimizer_states()), default=0))
 
     def allocate_moments(self, step: int) -> None:
-        """Create the moments where AdamW has not yet done so (zeros) and set the step count: what a resume fills."""
+        """Create zero moments where AdamW has none yet, and set the step count.
+
+        AdamW itself creates them in its first step, which is too late for a resume that fills them.
+        """
         for flat in self.layout.flat_tensors():
             state = self.layout.inner.state[flat]
             for name in MOMENTS:
@@ -178,7 +181,7 @@ class ShardView:
             state["step"] = torch.tensor(float(step), device=flat.device)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Set every group's learning rate for the next step."""
+        """Set the learning rate of every parameter group."""
         for group in self.layout.inner.param_groups:
             group["lr"] = learning_rate
 
@@ -190,7 +193,7 @@ class ShardView:
 
 
 def _layout_of(engine: Any) -> Layout:
-    """Choose the layout by DeepSpeed's optimiser class; refuse what is not covered."""
+    """Choose the layout by DeepSpeed's optimiser class; refuse a class without one."""
     optimizer = engine.optimizer
     kind = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.Optimizer):

@@ -13,9 +13,9 @@ from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.methods.base import TaskPlace
 from cl_dist.methods.migu import Migu
-from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.tracked import tracked_linears
+from cl_dist.models.training_mode import enable_activation_checkpointing
 from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_lora, odd_model, samples, whole
 from tests.oracle import Dense, Settings
 

@@ -12,7 +12,7 @@ from cl_dist.config.methods import KifConfig, MiguConfig, RecurrentKifConfig
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import StepResult, TrainingEngine
-from cl_dist.engine.replicas import check_replicas
+from cl_dist.engine.guard import check_replicas
 from cl_dist.errors import ClDistError
 from cl_dist.methods.base import Method, TaskPlace
 from cl_dist.methods.kif import Kif, RecurrentKif

@@ -20,9 +20,9 @@ from cl_dist.methods.ewc import Ewc
 from cl_dist.methods.kif import Kif
 from cl_dist.methods.lwf import Lwf
 from cl_dist.methods.migu import Migu
-from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.lora import add_lora
+from cl_dist.models.training_mode import enable_activation_checkpointing
 from cl_dist.tasks.types import IGNORE, Encoded
 from tests.distributed.guard_jobs import _different, _state
 from tests.distributed.kif_jobs import _apart, _unpublished, together

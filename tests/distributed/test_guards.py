@@ -80,7 +80,7 @@ def test_so_many_in_a_row_are_skipped_and_no_more(reports: list[dict[str, Any]])
         told = [outcome.partition(" is ")[0] for outcome in skipped]
         assert told == ["the loss", f"the gradient of {PARAMETER}", "done", "the loss", "the loss"]
         assert last.startswith(
-            "task t, step 6: the loss is nan on samples 2, 3 (rank 1), and the 2 before it were skipped already"
+            "task t, step 6: the loss is nan on samples 2, 3 (rank 1), and the 2 steps before it were already skipped"
         )
 
 

@@ -41,11 +41,11 @@ from cl_dist.engine.engine import TrainingEngine
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.methods.base import TaskPlace
 from cl_dist.methods.migu import Migu
-from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.every_expert import run_every_expert
 from cl_dist.models.layer_kinds import KINDS
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.lora import add_lora, without_adapter
+from cl_dist.models.training_mode import enable_activation_checkpointing
 from tests.distributed.worlds import CLASSES, VOCABULARY, mean_loss, micro_batches, samples, whole
 from tests.models.toy_kind import LowRank, LowRankKind
 from tests.oracle_tracked import DenseTracked

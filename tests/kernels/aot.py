@@ -1,7 +1,7 @@
-"""Compile every kernel for GPUs that need not be there, and read from the compilers' own tools what came out.
+"""Compiles every kernel for GPUs that need not be present, and reads the result with the compilers' own tools.
 
 `python -m tests.kernels.aot` prints the table of docs/performance.md, with `--json` what `test_compiled.py` reads. It
-must not run under TRITON_INTERPRET=1, which turns kernels into something that cannot be compiled.
+must not run under TRITON_INTERPRET=1, under which kernels cannot be compiled.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Compiled:
     threads: int
     """Per program."""
     long: bool
-    """The program's number is widened to 64 bits before anything is computed from it."""
+    """Whether the program's number is widened to 64 bits before anything else is computed from it."""
     resident: int
     """Warps of 32 threads per multiprocessor, or waves of 64 per compute unit."""
 
@@ -74,7 +74,7 @@ def compile_case(case: Case, target_name: str) -> Compiled:
 
 
 def _is_long(ir: str) -> bool:
-    """Tell whether every program number is used in 64 bits only."""
+    """Whether every program number is used in 64 bits only."""
     numbers = re.findall(r"(%[\w.]+) = tt.get_program_id", ir)
     uses = [
         line for line in ir.splitlines() for number in numbers if re.search(rf"= .*{re.escape(number)}\b(?!\w)", line)
@@ -109,7 +109,7 @@ def _read_nvidia(compiled: Any, target_name: str) -> dict[str, int]:
 
 
 def _is_wide(instruction: str) -> bool:
-    """Tell whether a PTX instruction such as `ld.global.v4.b32` moves at least 16 bytes per thread."""
+    """Whether a PTX instruction such as `ld.global.v4.b32` moves at least 16 bytes per thread."""
     shape = re.search(r"\.v(\d)\.\w(\d+)", instruction)
     return shape is not None and int(shape[1]) * int(shape[2]) >= 128
 

@@ -1,4 +1,4 @@
-"""Each operation is tested on its CPU path and on its Triton kernels, interpreted where no GPU is at hand."""
+"""Each operation is tested on its CPU path and on its Triton kernels, interpreted without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def kernels_device() -> torch.device:
 
 @pytest.fixture
 def triton_path(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Send every operation to its Triton kernels, and return the device that their tensors have to be on."""
+    """Send every operation to its Triton kernels, and return the device for their tensors."""
     if backend.triton is None:
         pytest.skip("Triton is not installed")
     for name, module in list(sys.modules.items()):

@@ -23,14 +23,14 @@ from cl_dist.kernels.backend import Launch
 
 @dataclass(frozen=True)
 class Case:
-    """One launch and what its compiled code has to look like."""
+    """One launch, and what its compiled code must look like."""
 
     name: str
     build: Callable[[], Launch]
     wide: Literal["load", "store", ""] = "load"
     """A streaming kernel's accesses to global memory of this kind: 16 bytes per thread, on every target."""
     narrow: int = 0
-    """Narrower accesses that the compiled code may hold beside them: of sums, one per token. Masks do not count."""
+    """Narrower accesses that the compiled code may also contain: of sums, one per token. Masks do not count."""
     warps: int = 16
     """Resident warps of 32 threads per NVIDIA multiprocessor that registers and shared memory allow (of 64)."""
     waves: int = 32

@@ -17,7 +17,7 @@ from cl_dist.kernels.backend import SMALL, Launch, blocks, cpu_jit, power_of_two
 
 
 def run(code: str) -> str:
-    """Run a program with two threads in a process of its own and return what it prints."""
+    """Run a program with two threads in a separate process and return what it prints."""
     script = "import os, sys, torch\ntorch.set_num_threads(2)\n" + textwrap.dedent(code)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

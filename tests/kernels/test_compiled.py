@@ -1,4 +1,4 @@
-"""What the compilers make of every kernel for every GPU that the project names, read from their own tools."""
+"""The compiled code of every kernel for every supported GPU, read with the compilers' own tools."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def test_rows_that_are_dropped_take_no_memory(out_features: int, in_features: in
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"grad_output": torch.zeros(4, 6)}, "not of the same tokens"),
+        ({"grad_output": torch.zeros(4, 6)}, "do not have the same tokens"),
         ({"input": torch.zeros(3, 8).double()}, "one floating dtype"),
         ({"rows": torch.zeros(2, dtype=torch.int32)}, "rows must be"),
         ({"rows": torch.zeros(2, 1, dtype=torch.int64)}, "rows must be"),

@@ -14,8 +14,8 @@ from cl_dist.errors import ClDistError
 from cl_dist.methods.agreement import Agreement
 from cl_dist.methods.base import TaskPlace
 from cl_dist.methods.migu import Migu
-from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.load import LoadedModel
+from cl_dist.models.training_mode import enable_activation_checkpointing
 from tests.distributed.worlds import OBJECTIVES, micro_batches, odd_model, samples, whole
 
 STEPS = 3

@@ -39,7 +39,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
 
 @pytest.fixture(scope="session")
 def folders(load: Loader, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Model folders by name, the encoder with a masked-LM head; not to be changed."""
+    """Model folders by name, the encoder with a masked-LM head; read-only."""
     made = {}
     for name, objective in (("llama", "auto"), ("t5", "auto"), ("roberta", "masked_lm")):
         loaded = load(f"builtin:{name}-tiny", objective, seed=77)

@@ -1,4 +1,4 @@
-"""What the ranks of tests/models do; called by tests.ranks in processes of their own, results are JSON."""
+"""Rank side of tests/models: tests.ranks calls these functions in separate processes, and they return JSON."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from cl_dist.config.schema import LoraConfig, ModelConfig
 from cl_dist.engine.distributed import join
 from cl_dist.errors import BadInput
-from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.export import export_model
 from cl_dist.models.load import LoadedModel, load_model
 from cl_dist.models.lora import add_lora
+from cl_dist.models.training_mode import enable_activation_checkpointing
 
 LABELS = 3
 SEED = 5
@@ -61,7 +61,7 @@ def load(case: dict[str, Any], cache_dir: str, zero3: bool) -> LoadedModel:
 
 
 def checksums(model: nn.Module) -> dict[str, str]:
-    """A digest of every parameter, gathered one at a time where it is sharded; every rank has to call."""
+    """A digest of every parameter, gathered one at a time where it is sharded (collective)."""
     return {name: digest(tensor) for name, tensor in whole_weights(model).items()}
 
 

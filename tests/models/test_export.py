@@ -1,4 +1,4 @@
-"""What is written loads with transformers and peft, and says nothing of where it was."""
+"""Exports load with transformers and peft, and do not mention the machine they come from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = [(name, objective) for name in BUILTIN_MODELS for objective in objective
 
 
 def noisy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weights as training could leave them; the model itself keeps its own."""
+    """Weights as training could leave them; the model keeps its own."""
     generator = torch.Generator().manual_seed(8)
     return {
         name: (parameter + 0.1 * torch.randn(parameter.shape, generator=generator)).detach()
@@ -85,7 +85,7 @@ def test_a_missing_tensor_is_an_error(load: Loader, tmp_path: Path) -> None:
     weights = noisy_weights(loaded.model)
     del weights["model.norm.weight"]
     with pytest.raises(
-        ValueError, match=r"1 tensors are missing from the weights to be written, model\.norm\.weight first"
+        ValueError, match=r"1 tensors are missing from the weights to write, the first is model\.norm\.weight"
     ):
         export_model(loaded.model, loaded.tokenizer, tmp_path, weights)
     assert not list(tmp_path.iterdir())
@@ -95,5 +95,5 @@ def test_a_shard_is_no_tensor(load: Loader, tmp_path: Path) -> None:
     loaded = load("builtin:llama-tiny")
     weights = noisy_weights(loaded.model)
     weights["lm_head.weight"] = weights["lm_head.weight"].flatten()[:100]
-    with pytest.raises(ValueError, match=r"lm_head\.weight has the shape \(100,\), the model's is \(261, 64\)"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(100,\), but \(261, 64\) in the model"):
         export_model(loaded.model, loaded.tokenizer, tmp_path, weights)

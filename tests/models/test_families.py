@@ -12,12 +12,12 @@ from torch import nn
 
 from cl_dist.config.schema import LoraConfig, ModelConfig, TrainConfig
 from cl_dist.errors import BadInput
-from cl_dist.models.cache_setting import switch_cache_off
 from cl_dist.models.check import check_positions
 from cl_dist.models.export import export_model
 from cl_dist.models.load import LoadedModel, check_length, load_model
 from cl_dist.models.lora import add_lora, without_adapter
 from cl_dist.models.structure import base_model, block_prefixes, head_prefixes, unread_parameters
+from cl_dist.models.training_mode import switch_cache_off
 from tests.models.conftest import SEED
 from tests.zoo.families import SPECIMENS
 

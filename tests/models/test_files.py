@@ -1,4 +1,4 @@
-"""Which of a folder's files a model is read from: those that transformers takes, in its order."""
+"""Of a folder's files, a model is read from those that transformers picks, in its order of preference."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_norms_are_one_and_biases_zero(load: Loader) -> None:
 
 
 def test_t5_has_the_scales_of_its_paper(load: Loader) -> None:
-    """Against transformers' own initialisation, which has them too: the standard deviations agree within 10 %."""
+    """Standard deviations agree with those of transformers' own initialisation within 10 %."""
     ours = load("builtin:t5-tiny").model
     torch.manual_seed(0)
     theirs = weights(AutoModelForSeq2SeqLM.from_config(builtin_config("builtin:t5-tiny")))
@@ -84,7 +84,7 @@ def test_bfloat16_is_the_rounded_float32(load: Loader) -> None:
 
 
 def test_named_seeds_are_stable() -> None:
-    """The same on every machine and in every release: a changed value would change every run from scratch."""
+    """The same on every machine and in every release: a changed value would change every run that starts anew."""
     assert named_seed(42, "lm_head.weight") == 8491267275249638506
     assert named_seed(42, "a") != named_seed(43, "a")
     assert named_seed(42, "a") != named_seed(42, "b")

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeConfig, NllbMoeTop2Router
 
 from cl_dist.evaluation.wrapped import evaluating
-from cl_dist.models.measuring import evaluation_mode
+from cl_dist.models.training_mode import evaluation_mode
 
 
 @pytest.mark.parametrize("measuring", [evaluating, evaluation_mode])

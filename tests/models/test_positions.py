@@ -1,4 +1,4 @@
-"""How long inputs may be, told by configurations and by tables. The zoo tries the families' own code out."""
+"""How long inputs may be, by configuration and by tables. tests/zoo tries the families' own code."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_configuration_says_where_its_positions_end(config: dict[str, Any], ex
 
 
 class OwnConfig(GPT2Config):
-    """As of a model whose code comes with it: a type that nobody knows."""
+    """An unknown type, like that of a model that brings its own code."""
 
     model_type = "own"
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cl_dist.errors import BadInput, ClDistError
-from cl_dist.models.checkpointing import enable_activation_checkpointing
 from cl_dist.models.skipping import RowSkipper
 from cl_dist.models.tracked import tracked_linears
+from cl_dist.models.training_mode import enable_activation_checkpointing
 from tests.distributed.worlds import mean_loss, micro_batches, odd_lora, odd_model, samples
 
 FAMILIES = ("llama", "t5", "roberta")

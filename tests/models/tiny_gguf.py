@@ -43,8 +43,8 @@ def write_gguf(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, file
     _add_tokenizer(writer, tokenizer)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, parameter in model.named_parameters():
-        told = _renamed(name)
-        writer.add_tensor(told, _interleaved(parameter.detach(), heads.get(told.split(".")[-2], 0)).numpy())
+        renamed = _renamed(name)
+        writer.add_tensor(renamed, _interleaved(parameter.detach(), heads.get(renamed.split(".")[-2], 0)).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -53,8 +53,8 @@ def write_gguf(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, file
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    tokens[UNKNOWN] = "<|endoftext|>"  # what transformers takes for the unknown token, and adds where it is not there
-    tokens[-1] = tokens[SPECIAL] + tokens[SPECIAL + 1]  # readers expect at least one merge; a rare byte gives way
+    tokens[UNKNOWN] = "<|endoftext|>"  # transformers' unknown token, which it would add if it were missing
+    tokens[-1] = tokens[SPECIAL] + tokens[SPECIAL + 1]  # readers expect one merge or more; this replaces a rare byte
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if i < SPECIAL else TokenType.NORMAL for i in range(len(tokens))])

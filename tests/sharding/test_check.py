@@ -1,4 +1,4 @@
-"""A DeepSpeed whose shards are not known is told apart before it is used."""
+"""A DeepSpeed release whose shards are unknown is recognised before it is used."""
 
 from __future__ import annotations
 

@@ -222,7 +222,9 @@ def test_preempted_and_then_without_a_rank_it_goes_on(a_run: Run, undisturbed: d
     a_run.cluster.kill_processes("node2")
     a_run.wait_for(lambda: a_run.state.state == "PENDING", "requeue")
     assert a_run.state.restarts == 2
-    assert "cl-dist: error: rank 0 lost another rank, which has ended or is out of reach, while training" in a_run.log()
+    assert (
+        "cl-dist: error: rank 0 lost another rank, which has ended or cannot be reached, while training" in a_run.log()
+    )
     assert "Traceback" not in a_run.log()
     a_run.cluster.ask("scancel", a_run.job)
     a_run.wait_for_end("CANCELLED")

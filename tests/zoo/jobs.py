@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from cl_dist.assembly import System, build_system
 from cl_dist.config.methods import KifConfig, MiguConfig
 from cl_dist.config.schema import EvalConfig, LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig
-from cl_dist.engine.distributed import join
-from cl_dist.engine.quiet import quiet_libraries
+from cl_dist.engine.distributed import join, quiet_libraries
 from cl_dist.errors import BadInput
 from cl_dist.methods.base import TaskPlace
 from cl_dist.models.export import export_model

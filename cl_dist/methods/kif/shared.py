@@ -14,7 +14,7 @@ from cl_dist.methods.kif.importance import Importance
 from cl_dist.methods.kif.orthogonal import Orthogonality
 from cl_dist.methods.kif.results import write_scores
 from cl_dist.methods.kif.units import UnitMap
-from cl_dist.models.names import LORA_A
+from cl_dist.models.lora import LORA_A
 from cl_dist.models.tracked import row_layouts
 from cl_dist.sharding import Shard, ShardView, SteppedGradients
 

@@ -26,7 +26,7 @@ import torch
 
 from cl_dist.errors import BadInput
 from cl_dist.kernels import RowLayout
-from cl_dist.models.names import LORA_A, LORA_B
+from cl_dist.models.lora import LORA_A, LORA_B
 
 Units = Literal["matrix", "rank", "row"]
 

@@ -1,4 +1,4 @@
-"""A collective operation that fails: one sentence with rank and phase in place of a page of traceback."""
+"""Turns the errors of collective operations into one sentence with rank and phase, instead of a page of traceback."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import torch
 from cl_dist.errors import RankLost
 from cl_dist.heartbeat import last_beat
 
+# These errors carry no code: only their wording separates a lost rank from a timeout, in Gloo, NCCL and the rendezvous.
 _TIMED_OUT = ("timed out", "timeout")
-"""Of Gloo, the rendezvous and NCCL, in small letters."""
+"""Compared in lower case."""
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed")
 
 GiveUp = Callable[[str, str], str]
-"""Called with what happened and the traceback; returns the sentence to fail with."""
+"""Called with the reason and the traceback; returns the sentence to fail with."""
 
 
 @contextmanager
-def telling_broken_collectives(rank: int, timeout_seconds: float, give_up: GiveUp) -> Iterator[None]:
-    """Turn the errors of collective operations inside the block into a `RankLost` that names rank and phase.
+def reporting_lost_ranks(rank: int, timeout_seconds: float, give_up: GiveUp) -> Iterator[None]:
+    """Turn collective errors inside the block into a `RankLost` that names rank and phase.
 
     Args:
         rank: This process's rank.
-        timeout_seconds: What the process group was given.
-        give_up: Called where an operation took too long: the ranks are still there, and can say where they are.
+        timeout_seconds: The process group's timeout, for the message.
+        give_up: Called on a timeout: the other ranks are still there and can report where they hang.
     """
     try:
         yield
@@ -35,8 +36,8 @@ def telling_broken_collectives(rank: int, timeout_seconds: float, give_up: GiveU
             raise
         text, phase = str(error), last_beat().phase
         if any(sign in text for sign in _LOST):
-            lost = f"rank {rank} lost another rank, which has ended or is out of reach, while {phase}"
-            raise RankLost(f"{lost}; --resume goes on from the last saved state") from error
+            lost = f"rank {rank} lost another rank, which has ended or cannot be reached, while {phase}"
+            raise RankLost(f"{lost}; continue from the last saved state with --resume") from error
         if not any(sign in text.lower() for sign in _TIMED_OUT):
             raise
         waited = f"rank {rank} waited longer than {timeout_seconds:g} s (launch.timeout_seconds) for the others"
@@ -44,5 +45,5 @@ def telling_broken_collectives(rank: int, timeout_seconds: float, give_up: GiveU
 
 
 def is_collective(error: RuntimeError) -> bool:
-    """Whether torch.distributed raised it; Gloo's errors have no class of their own, but name its source files."""
+    """Whether torch.distributed raised it. Gloo's errors have no class, but their text names its source files."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()

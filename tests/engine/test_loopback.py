@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from cl_dist.engine import meeting
+from cl_dist.engine import loopback
 from cl_dist.errors import ClDistError
 from tests.ranks import free_port
 
@@ -20,19 +20,19 @@ from tests.ranks import free_port
 def test_which_addresses_are_this_machines_own(address: str, inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setenv("MASTER_ADDR", address)
-    assert meeting.is_loopback(address) is inside
-    assert (meeting.init_method() == "env://") is not inside
+    assert loopback.is_loopback(address) is inside
+    assert (loopback.init_method() == "env://") is not inside
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    assert meeting.init_method() == "env://"
+    assert loopback.init_method() == "env://"
 
 
 def test_only_the_loopback_listens_and_a_taken_port_is_named() -> None:
     port = free_port()
-    with socket.socket(fileno=meeting._listen("127.0.0.1", port)) as listener:
+    with socket.socket(fileno=loopback._listen("127.0.0.1", port)) as listener:
         assert listener.getsockname() == ("127.0.0.1", port)
         with pytest.raises(ClDistError, match=f"cannot meet at 127.0.0.1:{port}: EADDRINUSE: Address already in use"):
-            meeting._listen("127.0.0.1", port)
+            loopback._listen("127.0.0.1", port)
         descriptors = set(os.listdir("/proc/self/fd"))
         with pytest.raises(ClDistError):
-            meeting._listen("127.0.0.1", port)
+            loopback._listen("127.0.0.1", port)
         assert set(os.listdir("/proc/self/fd")) == descriptors

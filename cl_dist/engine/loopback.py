@@ -1,7 +1,7 @@
-"""Where the ranks of one machine meet: a store that listens on the loopback interface alone.
+"""Rendezvous for the ranks of one machine: a store that listens on the loopback interface only.
 
-torch's own (`env://`) listens on all interfaces, whatever address it is given, and lets everybody in who can reach it.
-It takes a socket that listens already, though, which decides who that is.
+torch's own rendezvous (`env://`) listens on all interfaces, whatever address it is given, and admits anyone who can
+reach it. But it accepts a socket that is already listening, and that socket decides who can connect.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _BACKLOG = 4096
 
 
 def init_method() -> str:
-    """How torch is to find the other ranks: as its environment variables say, and on one machine through here.
+    """Choose torch's `init_method`: this module's on one machine, `env://` across machines.
 
-    Under torchrun, which serves the store itself (on all interfaces), it is torch's own way.
+    Under torchrun it is `env://` too, since torchrun serves the store itself (on all interfaces).
     """
     served_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if served_by_launcher or not is_loopback(os.environ.get("MASTER_ADDR", "")):
         return "env://"
-    with suppress(RuntimeError):  # it is registered already
+    with suppress(RuntimeError):  # already registered
         register_rendezvous_handler(SCHEME, _meet)
     return f"{SCHEME}://"
 
@@ -43,26 +43,26 @@ def is_loopback(address: str) -> bool:
         return True
     try:
         return ip_address(address).is_loopback
-    except ValueError:  # another name
+    except ValueError:  # a host name
         return False
 
 
 def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Any, int, int]]:
-    """Torch's protocol of a rendezvous: yields the store, this process's rank and the number of ranks."""
+    """Implement torch's rendezvous protocol: yield store, rank and world size."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     address = LOOPBACK if address == "localhost" else address
     listener = _listen(address, port) if rank == 0 else None
     store = TCPStore(address, port, world, is_master=rank == 0, timeout=timeout, master_listen_fd=listener)
     yield store, rank, world
-    # torch asks for another one where it has lost a rank, which no launcher of ours replaces.
+    # torch asks again after losing a rank, which none of our launchers replaces.
     raise RuntimeError("the ranks meet once")
 
 
 def _listen(address: str, port: int) -> int:
-    """A listening socket, which torch closes."""
+    """Open a listening socket and return its descriptor; torch closes it."""
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-    # As torch does: connections of a job that has just ended must not keep the port.
+    # As torch does: connections of a job that has just ended must not block the port.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address, port))

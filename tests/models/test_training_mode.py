@@ -1,19 +1,33 @@
-"""Activation checkpointing recomputes every block and leaves the gradients as they are."""
+"""Checkpointing recomputes every block and keeps the gradients; dropout is found wherever a model has it."""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+    T5Config,
+)
 
 from cl_dist.config.schema import BUILTIN_MODELS, LoraConfig
 from cl_dist.errors import BadInput
-from cl_dist.models.checkpointing import enable_activation_checkpointing
+from cl_dist.models.builtin import builtin_config
 from cl_dist.models.lora import add_lora
 from cl_dist.models.structure import block_prefixes
+from cl_dist.models.training_mode import enable_activation_checkpointing, evaluation_mode, has_dropout
 from tests.models.conftest import SEED, Loader
+
+TINY = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def build(load: Loader, name: str, lora: bool) -> nn.Module:
@@ -55,3 +69,37 @@ def test_a_model_that_cannot_is_refused(load: Loader) -> None:
     model.supports_gradient_checkpointing = False
     with pytest.raises(BadInput, match=r"train\.activation_checkpointing: LlamaForCausalLM does not support it"):
         enable_activation_checkpointing(model)
+
+
+@pytest.mark.parametrize(
+    ("build", "config", "expected"),
+    [
+        (AutoModelForCausalLM, LlamaConfig(**TINY), False),
+        (AutoModelForCausalLM, LlamaConfig(**TINY, attention_dropout=0.1), True),
+        (AutoModelForSequenceClassification, RobertaConfig(**TINY, hidden_dropout_prob=0.1), True),
+        (AutoModelForSequenceClassification, builtin_config("builtin:roberta-tiny"), False),
+        (AutoModelForSeq2SeqLM, T5Config(vocab_size=11, d_model=8, d_ff=8, num_layers=1, num_heads=2), True),
+        (AutoModelForSeq2SeqLM, builtin_config("builtin:t5-tiny"), False),
+        (AutoModelForCausalLM, GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2), True),
+    ],
+)
+def test_dropout_of_the_model(build: Any, config: PreTrainedConfig, expected: bool) -> None:
+    assert has_dropout(build.from_config(config)) == expected
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_dropout_of_the_adapters(dropout: float) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY))
+    adapted = add_lora(model, LoraConfig(r=2, dropout=dropout), "causal_lm", seed=0)
+    assert has_dropout(adapted) == (dropout > 0)
+
+
+def test_measuring_recomputes_without_dropout(load: Loader) -> None:
+    model = build(load, "builtin:llama-tiny", lora=True)
+    enable_activation_checkpointing(model)
+    blocks = [model.get_submodule(f"{prefix}{i}") for prefix in block_prefixes(model) for i in range(2)]
+    with evaluation_mode(model):
+        assert all(block.training for block in blocks)
+        assert not any(part.training for block in blocks for part in block.modules() if part is not block)
+        assert not model.training
+    assert all(module.training for module in model.modules())

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from cl_dist.engine.broken import telling_broken_collectives
+from cl_dist.engine.collective_errors import reporting_lost_ranks
 from cl_dist.errors import RankLost
 from cl_dist.heartbeat import beat
 from tests.ranks import REPOSITORY, free_port, rank_environment
@@ -18,8 +18,8 @@ TIMED_OUT = (
 )
 
 
-def told(error: Exception) -> tuple[str, list[str]]:
-    """The message that comes out, and the reasons that were given up for."""
+def reported(error: Exception) -> tuple[str, list[str]]:
+    """The message raised for `error`, and the reasons that `give_up` was called with."""
     given_up: list[str] = []
 
     def give_up(reason: str, traceback: str) -> str:
@@ -28,14 +28,14 @@ def told(error: Exception) -> tuple[str, list[str]]:
         return f"{reason}; stacks are there"
 
     beat("training task a, step 3")
-    with pytest.raises(RankLost) as caught, telling_broken_collectives(2, 5.0, give_up):
+    with pytest.raises(RankLost) as caught, reporting_lost_ranks(2, 5.0, give_up):
         raise error
     return str(caught.value), given_up
 
 
 def test_a_lost_rank() -> None:
-    message, given_up = told(RuntimeError(CLOSED))
-    assert message.startswith("rank 2 lost another rank, which has ended or is out of reach, while training task a, ")
+    message, given_up = reported(RuntimeError(CLOSED))
+    assert message.startswith("rank 2 lost another rank, which has ended or cannot be reached, while training task a, ")
     assert given_up == []
 
 
@@ -43,7 +43,7 @@ def test_a_lost_rank() -> None:
     "error", [RuntimeError(TIMED_OUT), torch.distributed.DistStoreError("wait timeout after 5000ms, keys: /0")]
 )
 def test_one_that_takes_too_long(error: Exception) -> None:
-    message, given_up = told(error)
+    message, given_up = reported(error)
     reason = "rank 2 waited longer than 5 s (launch.timeout_seconds) for the others while training task a, step 3"
     assert (message, given_up) == (f"{reason}; stacks are there", [reason])
 
@@ -57,7 +57,7 @@ def test_one_that_takes_too_long(error: Exception) -> None:
     ],
 )
 def test_other_errors_are_let_through(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, telling_broken_collectives(0, 5.0, lambda reason, _: reason):
+    with pytest.raises(type(error)) as caught, reporting_lost_ranks(0, 5.0, lambda reason, _: reason):
         raise error
     assert caught.value is error
 

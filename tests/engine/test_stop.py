@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from cl_dist.engine import deadline
-from cl_dist.engine.deadline import Deadline, no_limit
+from cl_dist.engine import stop
+from cl_dist.engine.stop import Deadline, no_limit
 
 
 def test_without_a_limit_no_end_is_near() -> None:
@@ -14,8 +14,8 @@ def test_without_a_limit_no_end_is_near() -> None:
 
 
 def test_before_anything_is_measured_a_share_of_the_time_is_kept() -> None:
-    assert Deadline(lambda: 100.0).needed == 2 * 10 + deadline.MARGIN_SECONDS
-    assert Deadline(lambda: 1e6).needed == 2 * deadline.UNMEASURED_SECONDS + deadline.MARGIN_SECONDS
+    assert Deadline(lambda: 100.0).needed == 2 * 10 + stop.MARGIN_SECONDS
+    assert Deadline(lambda: 1e6).needed == 2 * stop.UNMEASURED_SECONDS + stop.MARGIN_SECONDS
 
 
 def test_what_is_measured_counts_and_the_slowest_most() -> None:
@@ -23,9 +23,9 @@ def test_what_is_measured_counts_and_the_slowest_most() -> None:
     for seconds in (0.0, 0.2, 0.1):
         with end.saving():
             time.sleep(seconds)
-    assert end.needed - deadline.MARGIN_SECONDS == pytest.approx(2 * 0.2, abs=0.1)
+    assert end.needed - stop.MARGIN_SECONDS == pytest.approx(2 * 0.2, abs=0.1)
     end.stepped(7.0)
-    assert end.needed - deadline.MARGIN_SECONDS == pytest.approx(2 * 0.2 + 7, abs=0.1)
+    assert end.needed - stop.MARGIN_SECONDS == pytest.approx(2 * 0.2 + 7, abs=0.1)
 
 
 def test_the_end_is_near_when_a_step_and_a_save_no_longer_fit() -> None:

@@ -1,0 +1,108 @@
+"""Hooks around the inner optimiser's step: freeze rows through it, or see the gradients that it applied.
+
+DeepSpeed's own step reduces, clips, runs the inner AdamW and copies the masters into the model. Only between the last
+two do clipped gradients, updated masters and moments all exist. ZeRO runs the inner optimiser once per parameter group
+(or sub-group), so each hook handles only what is being stepped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from cl_dist.kernels import RowLayout
+from cl_dist.sharding.layouts import Address, Shard
+from cl_dist.sharding.view import ShardView
+
+Take = Callable[[Mapping[str, Shard]], None]
+"""Receives clipped gradients by parameter name, aligned with this rank's masters; zero where a parameter got none."""
+
+
+class RowFreezer:
+    """Keeps chosen rows of weights and moments bit for bit through every optimiser step.
+
+    A zero gradient does not stop AdamW: momentum and decoupled weight decay still move the row. So the rows are saved
+    before the inner optimiser steps and restored right after it, before DeepSpeed copies the masters into the model.
+
+    Args:
+        shards: The engine's shards.
+        layouts: How the rows of each parameter are stored, by name; by default they run along its first dimension.
+    """
+
+    def __init__(self, shards: ShardView, layouts: Mapping[str, RowLayout] | None = None) -> None:
+        self._shards, self._layouts = shards, layouts or {}
+        self._keep: Mapping[str, torch.Tensor] = {}
+        self._saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        """For each piece: a live view of its rows, which of them are frozen, and their values before the step."""
+        inner = shards.layout.inner
+        self._handles = [inner.register_step_pre_hook(self._save), inner.register_step_post_hook(self._restore)]
+
+    def freeze(self, keep: Mapping[str, torch.Tensor]) -> None:
+        """Set which rows may move from now on; an empty mapping freezes nothing.
+
+        Args:
+            keep: `(rows,)` bool by parameter name, with the rows of all experts one after the other.
+        """
+        self._keep = keep
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _save(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for name, at in _stepped(self._shards, optimizer):
+            if name not in self._keep:
+                continue
+            shape = self._shards.shape(name)
+            layout = self._layouts.get(name, RowLayout(1, shape[0], shape.numel() // shape[0]))
+            keep = self._keep[name].to(at.flat.device)  # masters may be offloaded
+            for shard in (at.piece_of(at.flat.detach()), *self._shards.moments(name).values()):
+                for segment in layout.segments(shard.start, shard.data.numel()):
+                    rows, dropped = segment.view(shard.data), ~keep.narrow(0, segment.row, segment.rows)
+                    self._saved.append((rows, dropped, rows[dropped].clone()))
+
+    def _restore(self, *_: Any) -> None:
+        for rows, dropped, before in self._saved:
+            rows[dropped] = before
+        self._saved.clear()
+
+
+class SteppedGradients:
+    """Shows `take` the clipped gradients right after each inner step, beside the masters that they have updated.
+
+    Once DeepSpeed's own step returns, the gradients are gone, and the clipping factor is known only inside it. A hook
+    sees both without a copy.
+
+    Args:
+        shards: The engine's shards.
+        take: Gets the gradients of what was just stepped. It may be called several times a step, but never twice with
+            the same parameter.
+    """
+
+    def __init__(self, shards: ShardView, take: Take) -> None:
+        self._shards, self._take = shards, take
+        self._handles = [each.register_step_post_hook(self._after_step) for each in shards.layout.optimizers]
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = {}
+        for name, at in _stepped(self._shards, optimizer):
+            gradient = torch.zeros_like(at.flat) if at.flat.grad is None else at.flat.grad
+            gradients[name] = at.piece_of(gradient.detach())
+        self._take(gradients)
+
+
+def _stepped(shards: ShardView, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Address]]:
+    """Yield the parameters of which this rank owns a piece that `optimizer` is stepping, and where the piece lies."""
+    stepped = {id(flat) for group in optimizer.param_groups for flat in group["params"]}
+    for name, param in shards.params.items():
+        at = shards.layout.address(param)
+        if at is not None and id(at.flat) in stepped:
+            yield name, at

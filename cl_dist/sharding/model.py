@@ -1,0 +1,105 @@
+"""What ZeRO does to the model itself: gather its weights whole, compare its replicas, take out stage 3's hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from cl_dist.heartbeat import beat
+
+_CHUNK = 1 << 22
+"""Elements whose checksum is computed at a time, which bounds the temporary int64 tensors."""
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_HOOKS = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
+"""Attributes that stage 3 sets on every module."""
+
+
+def gather_state_dict(
+    model: torch.nn.Module, wanted: Callable[[str, torch.nn.Parameter], bool] | None = None
+) -> dict[str, torch.Tensor]:
+    """Collect the model's weights in CPU memory on rank 0 (collective; the other ranks get an empty dict).
+
+    Args:
+        model: Any module, whether or not ZeRO-3 has sharded its parameters.
+        wanted: Selects parameters by name and value; buffers are then left out. None collects everything.
+
+    Returns:
+        Copies under the names of `model.state_dict()`, in the model's dtype. A tied weight appears once, under its
+        first name.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    first = torch.distributed.get_rank() == 0 if torch.distributed.is_initialized() else True
+    weights: dict[str, torch.Tensor] = {}
+    for name, param in model.named_parameters():
+        if wanted is not None and not wanted(name, param):
+            continue
+        with GatheredParameters([param]):
+            if first:
+                weights[name] = param.detach().to("cpu", copy=True)
+        beat()  # a large model takes longer than the watchdog's patience
+    if first and wanted is None:
+        persistent = model.state_dict().keys()
+        buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+        weights.update({name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers})
+    return weights
+
+
+def whole_parameters(model: torch.nn.Module, names: Iterable[str]) -> Iterator[torch.Tensor]:
+    """Yield each named parameter, whole on every rank until the next one (collective: all ranks must exhaust it).
+
+    The tensors are views in the model's dtype; copy what must outlive the iteration.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    for name in names:
+        param = model.get_parameter(name)
+        with GatheredParameters([param]):
+            yield param.detach()
+
+
+def replica_checksums(model: torch.nn.Module) -> tuple[list[str], torch.Tensor]:
+    """Checksum the bits of every parameter that all ranks hold whole.
+
+    Under stages 0 to 2 these are all parameters. Under stage 3 they are the ones too small to shard
+    (`stage3_param_persistence_threshold`), possibly none; every other parameter exists only once.
+
+    Args:
+        model: The module inside the engine, between two steps.
+
+    Returns:
+        The names, and `(names,)` int64: equal weights have equal checksums, and changing one element always changes
+        the checksum.
+    """
+    replicas = {name: param for name, param in model.named_parameters() if getattr(param, "ds_persist", True)}
+    sums = [_checksum(param.detach().reshape(-1)) for param in replicas.values()]
+    device = next(model.parameters()).device
+    return list(replicas), torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64, device=device)
+
+
+def _checksum(flat: torch.Tensor) -> torch.Tensor:
+    """Sum the elements' bits modulo 2^64, each weighted by an odd number that grows with its position.
+
+    An odd factor has an inverse modulo 2^64, so a change of one element cannot vanish.
+    """
+    bits = flat.contiguous().view(_INTEGERS[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        piece = bits[start : start + _CHUNK].long()
+        factors = torch.arange(start, start + piece.numel(), device=flat.device).mul_(2).add_(1)
+        total += (piece * factors).sum()
+    return total
+
+
+def remove_leftovers(model: torch.nn.Module) -> None:
+    """Remove what a destroyed stage 3 engine leaves in the modules, so that the next engine installs its own hooks.
+
+    The hooks fetch a module's parameters during backward and belong to one engine. A new engine that finds them in
+    place keeps them, and backward then follows the old engine's order of modules. Parameters that one module borrows
+    from another are rediscovered in the next forward pass.
+    """
+    for module in model.modules():
+        for name in _HOOKS:
+            module.__dict__.pop(name, None)
+        getattr(module, "_external_params", {}).clear()
