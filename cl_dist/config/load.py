@@ -15,6 +15,7 @@ from cl_dist.config.boundary import refusing
 from cl_dist.config.files import expand, refuse_special
 from cl_dist.config.overrides import Override, apply_overrides, parse_override
 from cl_dist.config.paths import resolve_paths
+from cl_dist.config.plugins import beside, load_plugins
 from cl_dist.config.problems import describe_problems
 from cl_dist.config.schema import Recipe, TrainConfig
 from cl_dist.config.words import did_you_mean, printable, shorten, show_path
@@ -46,6 +47,17 @@ def _load(name_or_path: str, overrides: Sequence[str], defaults: Mapping[str, An
     data = parse_yaml(text, name_or_path)
     if not isinstance(data, dict):
         raise BadInput(f"{name_or_path}: a recipe is a mapping of settings (model: ..., stream: ...), this is none")
+    with beside(folder):
+        # What changes may name is known once the plugins are loaded.
+        listed = [change for change in changes if change.path[0] == "plugins"]
+        apply_overrides(data, listed)
+        load_plugins(data.get("plugins"))
+        return _finish(data, name, folder, [change for change in changes if change not in listed], defaults)
+
+
+def _finish(
+    data: dict[str, Any], name: str, folder: Path, changes: Sequence[Override], defaults: Mapping[str, Any]
+) -> tuple[Recipe, Path]:
     apply_overrides(data, changes)
     for key, value in defaults.items():
         component, _, setting = key.partition(".")

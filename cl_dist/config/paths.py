@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cl_dist.config.files import expand, is_folder, is_there
+from cl_dist.config.plugins import written_out
 from cl_dist.config.schema import Recipe, StreamConfig
 from cl_dist.errors import BadInput
 
@@ -24,6 +25,8 @@ def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Rec
     """
     recipe = _resolve_rouge_tokenizer(_resolve_include_path(recipe, folder), folder)
     recipe = replace(recipe, output_dir=_at_home(recipe.output_dir, "output_dir"))
+    if recipe.plugins or recipe.classes:
+        recipe = replace(recipe, plugins=written_out(recipe.plugins, recipe.classes))
     stream = recipe.stream
     if stream.root is None and stream.instruction_file is None and not any(task.path for task in stream.tasks):
         return recipe

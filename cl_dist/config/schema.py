@@ -21,6 +21,7 @@ from cl_dist.config.composition import GROWING, refuse_exclusive
 from cl_dist.config.deepspeed import refuse_raw_settings
 from cl_dist.config.formats import describe_unread
 from cl_dist.config.methods import MethodConfig, SequentialConfig, UnitConfig
+from cl_dist.config.plugins import names_class
 from cl_dist.config.ranges import (
     MOST_INT,
     STRICT,
@@ -418,6 +419,9 @@ class Recipe:
     stream: StreamConfig
     method: tuple[MethodConfig, ...] = (SequentialConfig(),)
     """One method, or a list of methods that compose in that order."""
+    plugins: tuple[str, ...] = ()
+    """Modules with methods or formats of your own, by name or as the path of a .py file; what is neither installed nor
+    an absolute path is looked for beside the recipe (docs/extending.md)."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     zero: ZeroConfig = Field(default_factory=ZeroConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
@@ -436,6 +440,12 @@ class Recipe:
         self._check_accumulation()
         self._check_batch()
         refuse_unread(self)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the form `module:Class` in the recipe: methods and formats of the user's own."""
+        formats = (self.stream.format, *(task.format for task in self.stream.tasks))
+        return tuple(name for name in (*(each.name for each in self.method), *formats) if names_class(name))
 
     def _check_methods(self) -> None:
         names = [method.name for method in self.method]

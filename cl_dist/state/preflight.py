@@ -35,6 +35,7 @@ FREE_SETTINGS = (
     "train.gradient_accumulation",
     "train.max_skipped_steps",
     "train.check_replicas_every",
+    "plugins",
 )
 """Settings that may differ on resume: they change how a run is done, not what a healthy step does (`elastic` keeps
 the product of micro_batch_size, gradient_accumulation and ranks)."""
@@ -253,7 +254,7 @@ def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _is_free(key: str) -> bool:
     """Whether a setting, or the component that it belongs to, may differ on resume."""
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_SETTINGS)
+    return any(key == free or key.startswith((f"{free}.", f"{free}[")) for free in FREE_SETTINGS)
 
 
 def _is_input(key: str) -> bool:
