@@ -15,9 +15,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from cl_dist.config.formats import enumerate_words
 from cl_dist.config.methods import MethodConfig
-from cl_dist.config.ranges import MOST_FLOAT, MOST_INT
-from cl_dist.config.schema import Recipe
+from cl_dist.config.ranges import MOST_FLOAT, MOST_INT, Choices
+from cl_dist.config.schema import Recipe, StreamConfig, TaskConfig
+from cl_dist.tasks.formats.catalogue import builtin_formats
+from cl_dist.tasks.formats.format import StreamSettings
 
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
 _BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
@@ -61,7 +64,20 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return ", or ".join(describe(part) for part in get_args(annotation))
     if origin is Literal:
         return ", ".join(str(value) for value in get_args(annotation))
+    choices = next((limit for limit in metadata if isinstance(limit, Choices)), None)
+    if choices is not None:
+        return choices.describe()
     return ", ".join([_describe_plain(annotation), *_describe_limits(annotation, metadata)])
+
+
+def allowed_for(allowed: str, value: Any) -> str:
+    """What `describe` says is allowed, with what the author of this `value` may have overlooked."""
+    if isinstance(value, int | float) and abs(value) > MOST_INT:
+        allowed += f" (and never above {MOST_INT if 'whole' in allowed else MOST_FLOAT})"
+    unquoted = "a text" in allowed or "a list of texts" in allowed
+    if unquoted and isinstance(value, bool | int | float):
+        return f"{allowed} (in quotes it is a text)"
+    return allowed
 
 
 def _describe_plain(annotation: Any) -> str:
@@ -123,6 +139,8 @@ class Setting:
 def settings_of(cls: type, prefix: str = "") -> Iterator[Setting]:
     """Every setting below component `cls`, depth first, in the order of the source."""
     for name, info in info_of(cls).items():
+        if info.exclude:  # what validation makes of other settings
+            continue
         setting = _setting(f"{prefix}{name}", info, _help(cls, name))
         yield setting
         if setting.component is not None:
@@ -130,6 +148,22 @@ def settings_of(cls: type, prefix: str = "") -> Iterator[Setting]:
         elif cls is Recipe and name == "method":
             for method, settings in method_classes().items():
                 yield from settings_of(settings, f"method({method}).")
+    if cls in (TaskConfig, StreamConfig):
+        yield from _of_formats(cls, prefix)
+
+
+def _of_formats(cls: type, prefix: str) -> Iterator[Setting]:
+    """The settings that built-in formats have of a task, or of the stream: each once, with the formats' names."""
+    found: dict[str, Setting] = {}
+    owners: dict[str, list[str]] = {}
+    for name, data_format in builtin_formats().items():
+        for setting in settings_of(data_format if cls is TaskConfig else data_format.STREAM or StreamSettings, prefix):
+            found[setting.key] = setting
+            owners.setdefault(setting.key, []).append(name)
+    for key, setting in found.items():
+        names = owners[key]
+        told = f"Format{'s' if len(names) > 1 else ''} {enumerate_words(names)}: "
+        yield dataclasses.replace(setting, help=f"{told}{setting.help}")
 
 
 def _help(cls: type, name: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -77,7 +76,7 @@ def shipped_recipes() -> list[str]:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON types, every setting spelt out."""
-    data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    data: dict[str, Any] = _RECIPE.dump_python(recipe, mode="json")
     return data
 
 

@@ -8,13 +8,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cl_dist.config.fields import Setting, method_classes, settings_of
-from cl_dist.config.ranges import MOST_FLOAT, MOST_INT
+from cl_dist.config.fields import Setting, allowed_for, method_classes, settings_of
+from cl_dist.config.formats import EXPLAINED
 from cl_dist.config.schema import Recipe
 from cl_dist.config.words import did_you_mean, shorten, show
+from cl_dist.tasks.formats.catalogue import known_formats
+from cl_dist.tasks.formats.format import defaults_of
 
 MOST_SHOWN = 10
 """Most problems that one message lists."""
+OWN_SETTINGS = ("reader", "shared")
+"""Fields of `TaskConfig` and `StreamConfig` with the settings of formats."""
 LONGEST = 750
 """Characters of one problem's line; the names of a component's settings fit."""
 
@@ -49,6 +53,8 @@ def _key_parts(loc: Sequence[int | str]) -> tuple[list[str], list[str]]:
     shown: list[str] = []
     known: list[str] = []
     for part in loc:
+        if part in OWN_SETTINGS and known[:1] == ["stream"]:  # which stand beside the common ones
+            continue
         if isinstance(part, int):
             shown.append(str(part))
         elif known == ["method"] and part in method_classes():  # pydantic's tag of the method
@@ -75,6 +81,8 @@ def _sentence(key: str, problem: Mapping[str, Any]) -> str:
     match problem["type"]:
         case "value_error":  # raised by a component's __post_init__, whose message starts with the field's name
             return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+        case _ if problem["type"] == EXPLAINED:
+            return f"{key}: {problem['msg']}"
         case "unexpected_keyword_argument":
             return f"{key}: unknown key{_similar_keys(known)}"
         case "missing":
@@ -84,7 +92,8 @@ def _sentence(key: str, problem: Mapping[str, Any]) -> str:
             return _method_sentence(key, problem["input"])
         case "dataclass_type" | "dict_type":
             return f"{key}: {show(problem['input'])} is not a mapping of settings"
-    return f"{key}: {show(problem['input'])} is not allowed; allowed: {_allowed(known, problem['input'])}"
+    value = problem["input"]
+    return f"{key}: {show(value)} is not allowed; allowed: {allowed_for(_settings()[known].allowed, value)}"
 
 
 def _method_sentence(key: str, entry: Any) -> str:
@@ -97,20 +106,14 @@ def _method_sentence(key: str, entry: Any) -> str:
     return f"{key}.name: {show(name)} is not a method; {allowed}{did_you_mean(str(name), method_classes())}"
 
 
-def _allowed(known: str, value: Any) -> str:
-    allowed = _settings()[known].allowed
-    if isinstance(value, int | float) and abs(value) > MOST_INT:
-        allowed += f" (and never above {MOST_INT if 'whole' in allowed else MOST_FLOAT})"
-    unquoted = "a text" in allowed or "a list of texts" in allowed
-    if unquoted and isinstance(value, bool | int | float):
-        return f"{allowed} (in quotes it is a text)"
-    return allowed
-
-
 def _similar_keys(known: str) -> str:
     """What the unknown key may have meant: one of its neighbours, the same name elsewhere, or else all neighbours."""
     parent, _, name = known.rpartition(".")
     neighbours = [setting.name for key, setting in _settings().items() if key.rpartition(".")[0] == parent]
+    if parent == "stream.tasks":  # formats of the user's own have settings there too
+        neighbours = list(
+            dict.fromkeys([*neighbours, *(key for _, cls in known_formats() for key in defaults_of(cls))])
+        )
     if suggestion := did_you_mean(name, neighbours):
         return suggestion
     elsewhere = [setting.key for setting in _settings().values() if setting.name == name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
@@ -27,3 +29,11 @@ Seconds = Annotated[float, Field(ge=0.1, le=YEAR)]
 Minutes = Annotated[float, Field(gt=0.0, le=YEAR / 60)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Percent = Annotated[float, Field(ge=0.0, le=100.0)]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Annotation of a text whose values are known only when they are asked for."""
+
+    describe: Callable[[], str]
+    """Lists them, for messages and help."""

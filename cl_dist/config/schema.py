@@ -13,18 +13,34 @@ from collections.abc import Sequence
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from cl_dist.config.by_task import unknown_task
 from cl_dist.config.composition import GROWING, refuse_exclusive
 from cl_dist.config.deepspeed import refuse_raw_settings
-from cl_dist.config.formats import describe_unread
+from cl_dist.config.formats import (
+    allowed_names,
+    check_format,
+    describe_unread,
+    make_reader,
+    make_shared,
+    part,
+    side_by_side,
+)
 from cl_dist.config.methods import MethodConfig, SequentialConfig, UnitConfig
 from cl_dist.config.plugins import names_class
 from cl_dist.config.ranges import (
     MOST_INT,
     STRICT,
+    Choices,
     Divisor,
     Fraction,
     Minutes,
@@ -35,6 +51,8 @@ from cl_dist.config.ranges import (
     Seconds,
 )
 from cl_dist.config.unread import refuse_unread
+from cl_dist.tasks.formats.catalogue import find_format
+from cl_dist.tasks.formats.format import Format, StreamSettings
 
 BUILTIN_MODELS = ("builtin:llama-tiny", "builtin:t5-tiny", "builtin:roberta-tiny")
 BUILTIN_OBJECTIVES = {
@@ -87,7 +105,7 @@ class ModelConfig:
         return BUILTIN_OBJECTIVES.get(self.name_or_path) if self.objective == "auto" else self.objective
 
 
-DataFormat = Literal["builtin", "cl_benchmark", "tasl", "trace", "superni", "sgd", "jsonl", "text", "huggingface"]
+FormatName = Annotated[str, Choices(allowed_names)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -97,50 +115,48 @@ class TaskConfig:
     name: Annotated[str, Field(min_length=1, max_length=100)]
     """Name of the task: letters, digits, `-`, `_` and `.`; it names a folder of the run and, in the benchmark formats,
     the task's files."""
-    format: DataFormat = "jsonl"
-    """How the data is stored: `builtin` (generated), `cl_benchmark` (O-LoRA, MIGU), `tasl` (TaSL, KIF), `trace`,
-    `superni` (Super-NaturalInstructions), `sgd` (dialogue state tracking, TaSL), `jsonl` (`input`/`output` records),
-    `text` (plain text, for pre-training), `huggingface` (a data set by name, a file or folder, or saved to disk)."""
+    format: FormatName = "jsonl"
+    """How the data is stored."""
     path: str | None = None
     """Folder or file of the data; a relative path is looked up below `stream.root`, else below the recipe's folder.
-    `builtin` has none."""
+    Data that is generated has none."""
     labels: tuple[str, ...] | None = None
     """The answers that are allowed (classification). Absent: read from labels.json where the format has one, else the
     distinct answers of the training split where they are few (`stream.max_labels`). `[]`: there are none, the task is
     to generate text."""
-    input_field: str = "input"
-    """Field of a record with the prompt (`jsonl` and `huggingface`)."""
-    output_field: str = "output"
-    """Field of a record with the answer (`jsonl` and `huggingface`)."""
-    subset: str | None = None
-    """Configuration name of a Hugging Face data set."""
     epochs: PositiveInt | None = None
     """Passes over this task's training samples; null: train.epochs."""
-    text_field: str | None = None
-    """Field of a record with a document (`jsonl` and `huggingface`): the task is text, for pre-training, and
-    `input_field` and `output_field` are not read."""
-    streaming: bool = False
-    """Read a Hugging Face data set record by record, no further than `stream.max_train_samples` and
-    `stream.max_eval_samples`, without downloading or converting the rest."""
+    reader: Format = Field(default=Format(), exclude=True, kw_only=True)
+    """The format, with its own settings of this task, which stand beside these in a recipe."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _part(cls, data: Any) -> Any:
+        return part(data, TaskConfig, "reader")
+
+    @field_validator("format")
+    @classmethod
+    def _check_format(cls, name: str) -> str:
+        return check_format(name, "stream.tasks[].format")
+
+    @field_validator("reader", mode="plain")
+    @classmethod
+    def _make_reader(cls, given: Any, info: ValidationInfo) -> Format:
+        name = info.data.get("format")
+        return Format() if name is None else make_reader(name, given, TaskConfig, strict=info.mode == "json")
+
+    @model_serializer(mode="wrap")
+    def _side_by_side(self, common: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return side_by_side(common(self), [self.reader], in_stream=False)
 
     def __post_init__(self) -> None:
-        """Refuse unsafe names, and settings that nothing would read."""
+        """Refuse unsafe names, and a path that nothing would read."""
         if not TASK_NAME.fullmatch(self.name):
             raise ValueError(
                 f'name: "{self.name}" cannot name a folder; allowed: letters, digits, "-", "_" and ".", no leading "."'
             )
-        if self.format == "builtin" and self.path is not None:
-            raise ValueError(f'path: "{self.path}" is not read: format builtin is generated and has no path')
-        problem = describe_unread(self, [self.format]) or self._field_beside_text()
-        if problem is not None:
-            raise ValueError(problem)
-
-    def _field_beside_text(self) -> str | None:
-        """The field of prompts or answers that is given beside one of documents."""
-        for name, default in (("input_field", "input"), ("output_field", "output")):
-            if self.text_field is not None and getattr(self, name) != default:
-                return f'{name}: "{getattr(self, name)}" is not read where text_field names a field of documents'
-        return None
+        if not self.reader.HAS_PATH and self.path is not None:
+            raise ValueError(f'path: "{self.path}" is not read: format {self.format} is generated and has no path')
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -152,7 +168,7 @@ class StreamConfig:
     order: int | str | None = None
     """In place of `tasks`: a published order (`1` to `6`, `superni-1`, `superni-2`, `sgd-1` to `sgd-6`) or an order
     folder of CL_Benchmark. All its tasks are looked up in `root`, in the format `format`."""
-    format: DataFormat = "tasl"
+    format: FormatName = "tasl"
     """Format of the tasks that `order` names."""
     epochs_by_task: dict[str, PositiveInt] = Field(default_factory=dict)
     """Passes over the training samples of some of the tasks that `order` names, such as {mnli: 2}; the others have
@@ -162,21 +178,44 @@ class StreamConfig:
     max_train_samples: PositiveInt | None = None
     """Use only the first so many training samples of each task."""
     max_eval_samples: PositiveInt | None = None
-    """Use only the first N evaluation samples of each task; with format sgd, up to the end of the last one's turn."""
+    """Use only the first N evaluation samples of each task; of dialogues, up to the end of the last one's turn."""
     eval_split: Literal["test", "dev"] = "test"
     """Split to evaluate on; where a task has no such file, the other one serves and the log says so."""
-    instruction_file: str | None = None
-    """`instruction_config.json` of a CL_Benchmark copy; absent: looked for beside the data, else the published
-    texts."""
-    name_tasks: bool = False
-    """Format cl_benchmark: prompts begin with two lines, `Task:` the group and `Dataset:` the data set, as in the
-    scripts of O-LoRA and MIGU (--add_task_name, --add_dataset_name). A model is told the task by it."""
     max_labels: PositiveInt = 50
     """A task without stated labels counts as classification when its training answers have at most this many distinct
     values, no more than the square root of their number, and each occurs at least twice."""
     empty_answers: Literal["error", "keep", "skip"] = "error"
     """A record whose answer is empty: `error` names it and ends the run; `keep` learns it, that is to answer nothing
     (as the public code of TaSL and KIF); `skip` leaves it out, and the log says how many."""
+    shared: tuple[StreamSettings, ...] = Field(default=(), exclude=True, kw_only=True)
+    """What formats of the tasks have for all of their tasks, beside these settings in a recipe."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _part(cls, data: Any) -> Any:
+        return part(data, StreamConfig, "shared")
+
+    @field_validator("format")
+    @classmethod
+    def _check_format(cls, name: str) -> str:
+        return check_format(name, "stream.format")
+
+    @field_validator("shared", mode="plain")
+    @classmethod
+    def _make_shared(cls, given: Any, info: ValidationInfo) -> tuple[StreamSettings, ...]:
+        if not {"tasks", "format"} <= set(info.data):
+            return ()
+        classes = _formats(info.data["tasks"], info.data["format"])
+        return make_shared(classes, given, StreamConfig, strict=info.mode == "json")
+
+    @model_serializer(mode="wrap")
+    def _side_by_side(self, common: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return side_by_side(common(self), self.shared, in_stream=True)
+
+    @property
+    def formats(self) -> dict[str, type[Format]]:
+        """The formats of the tasks, by name."""
+        return _formats(self.tasks, self.format)
 
     def __post_init__(self) -> None:
         """Refuse a stream without tasks, and two tasks of one name: files and results are found by it."""
@@ -189,16 +228,24 @@ class StreamConfig:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f'tasks: the name "{twice}" is given twice; every task of a stream has its own')
-        formats = {task.format for task in self.tasks} or {self.format}
-        if self.format != "tasl" and self.format not in formats:
+        formats = self.formats
+        if self.format != type(self).format and self.format not in formats:
             raise ValueError(
                 f"format: {self.format} is for the tasks of an order; here every task has a format of its own"
             )
-        if self.name_tasks and formats != {"cl_benchmark"}:
-            raise ValueError(f"name_tasks: true is for format cl_benchmark alone, not {', '.join(sorted(formats))}")
+        for settings in self.shared:
+            settings.check(formats)
         unread = describe_unread(self, formats)
         if unread is not None:
             raise ValueError(unread)
+
+
+def _formats(tasks: Sequence[TaskConfig], order_format: str) -> dict[str, type[Format]]:
+    """The formats of a stream's tasks, by name; of an order's, where none are listed."""
+    if tasks:
+        return {task.format: type(task.reader) for task in tasks}
+    found = find_format(order_format, "stream.format")
+    return {} if found is None else {order_format: found}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -357,9 +404,9 @@ class EvalConfig:
     compares the text; `perplexity` is for text. `auto`: likelihood where a task has labels, perplexity for text, else
     generate."""
     metric: Literal["auto", "exact_match", "macro_f1", "rouge_l", "jga"] = "auto"
-    """Score of answers; `auto`: exact match where a task has labels, `jga` in format sgd, else ROUGE-L. `macro_f1` is
-    for tasks with labels; beside the one of exact match and macro-F1 that is the score the log has the other. `jga`
-    (joint goal accuracy) is the share of a dialogue's turns of which all slots are right."""
+    """Score of answers; `auto`: exact match where a task has labels, `jga` for dialogue states, else ROUGE-L.
+    `macro_f1` is for tasks with labels; beside the one of exact match and macro-F1 that is the score the log has the
+    other. `jga` (joint goal accuracy) is the share of a dialogue's turns of which all slots are right."""
     normalise: Literal["none", "punctuation"] = "none"
     """What exact match and macro-F1 leave out of account besides case and white space: `punctuation` strips ASCII
     punctuation too, as the public scorer of O-LoRA and MIGU does."""

@@ -22,7 +22,7 @@ def refuse_unread(recipe: Recipe) -> None:
 
 def _of_training(recipe: Recipe) -> Iterator[str]:
     train, tasks = recipe.train, recipe.stream.tasks
-    if tasks and all(task.format == "text" or task.text_field is not None for task in tasks):
+    if tasks and all(task.reader.only_documents for task in tasks):
         for name, why in (("truncate", "prompts to cut"), ("long_answers", "answers"), ("template", "turns of a chat")):
             if _given(train, name):
                 yield f"train.{name}: {getattr(train, name)} is not used: all tasks are plain text, without {why}"
@@ -39,10 +39,12 @@ def _of_evaluation(recipe: Recipe) -> Iterator[str]:
             f"eval.max_new_tokens: {evaluation.max_new_tokens} is not used: eval.mode {evaluation.mode} generates "
             "no text"
         )
-    formats = {task.format for task in recipe.stream.tasks}
+    metrics = {cls.METRIC for cls in recipe.stream.formats.values()}
+    metric = metrics.pop() if len(metrics) == 1 else None
     for name in ("normalise", "rouge_tokenizer"):
-        if formats == {"sgd"} and evaluation.metric == "auto" and _given(evaluation, name):
-            yield f"eval.{name}: {getattr(evaluation, name)} is not used: format sgd is scored by jga"
+        if recipe.stream.tasks and metric is not None and evaluation.metric == "auto" and _given(evaluation, name):
+            told = f"format {' and '.join(recipe.stream.formats)} is scored by {metric}"
+            yield f"eval.{name}: {getattr(evaluation, name)} is not used: {told}"
     if evaluation.general is not None and not evaluation.general.after:
         yield "eval.general.after: an empty list measures nothing; leave eval.general out, or say after which tasks"
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from cl_dist.config.formats import enumerate_words
 from cl_dist.config.schema import EvalConfig
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.result import Mode
 from cl_dist.tasks.encode import Objective
+from cl_dist.tasks.formats.catalogue import known_formats
 from cl_dist.tasks.types import Task
 
 MODES: dict[Objective, tuple[Mode, ...]] = {
@@ -31,7 +33,10 @@ def resolve_mode(task: Task, objective: Objective, config: EvalConfig) -> Mode:
     if config.metric == "macro_f1" and not task.labels:
         raise BadInput(f"eval.metric macro_f1: task {task.name!r} has no labels, whose F1 it is; give it `labels`")
     if config.metric == "jga" and not has_slots(task):
-        raise BadInput(f"eval.metric jga: task {task.name!r} has no turns whose slots it counts; it is for format sgd")
+        told = enumerate_words([name for name, cls in known_formats() if cls.METRIC == "jga"])
+        raise BadInput(
+            f"eval.metric jga: task {task.name!r} has no turns whose slots it counts; it is for format {told}"
+        )
     if mode == "generate" and task.kind == "text":
         raise BadInput(f"{where} is plain text without prompts to answer; use perplexity or auto")
     if mode == "perplexity" and task.kind != "text":

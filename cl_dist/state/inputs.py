@@ -36,18 +36,13 @@ INPUT_SETTINGS = (
     "stream.root",
     "stream.order",
     "stream.format",
-    "stream.instruction_file",
     "stream.tasks[].path",
     "stream.tasks[].format",
-    "stream.tasks[].subset",
-    "stream.tasks[].input_field",
-    "stream.tasks[].output_field",
-    "stream.tasks[].text_field",
-    "stream.tasks[].streaming",
     "eval.general.include_path",
     "eval.rouge_tokenizer_path",
 )
-"""Settings that say where inputs are and how they are read: where digests say what was read, these may differ."""
+"""Settings that say where inputs are and how they are read: where digests say what was read, these may differ, and so
+may formats' own settings (`config.formats.format_inputs`)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

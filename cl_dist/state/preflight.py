@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.config.boundary import refusing
+from cl_dist.config.formats import format_inputs
 from cl_dist.config.schema import Recipe
 from cl_dist.config.words import show_path
 from cl_dist.errors import BadInput
@@ -259,7 +260,7 @@ def _is_free(key: str) -> bool:
 
 def _is_input(key: str) -> bool:
     """Whether a setting says where an input lies, or how it is read."""
-    return _POSITION.sub("[]", key) in INPUT_SETTINGS
+    return _POSITION.sub("[]", key) in {*INPUT_SETTINGS, *format_inputs()}
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:
