@@ -249,7 +249,7 @@ def _derives(value: object, base: type) -> bool:
 
 def _public(base: type) -> str:
     """`cl_dist.methods.Method`: where people import it from."""
-    return f"{'.'.join(base.__module__.split('.')[:2])}.{base.__name__}"
+    return f"{base.__module__.rpartition('.')[0]}.{base.__name__}"
 
 
 def _where(module: ModuleType) -> str:
