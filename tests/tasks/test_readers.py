@@ -215,6 +215,41 @@ def test_huggingface_folder_of_data_files(tmp_path: Path) -> None:
     assert (len(task.train), task.labels) == (6, ("no", "yes"))
 
 
+@pytest.mark.parametrize("named", ["test", "validation", "valid", "val", "dev"])
+def test_huggingface_saved_to_disk_has_many_names_for_its_splits(tmp_path: Path, named: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    split = datasets.Dataset.from_dict({"input": ["a", "b"], "output": ["x", "y"]})
+    datasets.DatasetDict({"train": split, named: split}).save_to_disk(str(tmp_path / "saved"))
+    assert load_one(tmp_path, format="huggingface", path="saved").scored_on == ("test" if named == "test" else "dev")
+
+
+@pytest.mark.parametrize("empty", ["train", "test"])
+def test_an_empty_split_saved_to_disk_is_named(tmp_path: Path, empty: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    split = datasets.Dataset.from_dict({"input": ["a", "b"], "output": ["x", "y"]})
+    splits = {name: split.select([]) if name == empty else split for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(BadInput, match=rf"task 'task': split '{empty}' of .*saved holds no samples$"):
+        load_one(tmp_path, format="huggingface", path="saved")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["input,output"], "holds no samples: there is only a header$"),
+        (["", "input,output", ""], "holds no samples: there is only a header$"),
+        ([""], "is empty$"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.test.csv"])
+def test_a_csv_file_without_records_is_named(tmp_path: Path, name: str, lines: list[str], message: str) -> None:
+    pytest.importorskip("datasets")
+    write_lines(tmp_path / "a.csv", ["input,output", "a,b"])
+    write_lines(tmp_path / name, lines)
+    with pytest.raises(BadInput, match=rf"{name} {message}"):
+        load_one(tmp_path, format="huggingface", path="a.csv")
+
+
 def write_parquet(path: Path, columns: dict[str, list[str]]) -> None:
     """A Parquet file."""
     parquet = pytest.importorskip("pyarrow.parquet")

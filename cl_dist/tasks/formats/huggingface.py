@@ -17,7 +17,15 @@ from typing import Any
 
 from cl_dist.config.files import is_file, is_folder, is_there, refuse_special, refuse_special_below
 from cl_dist.errors import BadInput, ClDistError
-from cl_dist.tasks.formats.files import collect, enumerate_names, logger, missing, split_files
+from cl_dist.tasks.formats.files import (
+    collect,
+    enumerate_names,
+    logger,
+    missing,
+    parse_json,
+    read_text,
+    split_files,
+)
 from cl_dist.tasks.formats.format import DEV_NAMES, EmptyAnswers, RawTask, Source, Split
 from cl_dist.tasks.formats.records import Records
 
@@ -82,10 +90,14 @@ class HuggingFace(Records):
         refuse_special_below(path)
         refuse_deep_json(path)
         with _as_bad_input(name):
-            if is_saved(path):  # its records are read where they lie: nothing is gained by streaming them
+            if is_saved(path):
+                refuse_empty_split(path)
+                # Its records are read where they lie: nothing is gained by streaming them.
                 dataset = datasets.load_from_disk(str(path))
             elif is_there(path) and not is_folder(path):
                 builder, files = single_file(path, source.eval_split)
+                for file in files.values():
+                    refuse_bare_header(Path(file))
                 options = csv_options(sorted({Path(file) for file in files.values()}), self.fields)
                 dataset = datasets.load_dataset(builder, data_files=files, streaming=streaming, **options)
             else:
@@ -140,6 +152,27 @@ def csv_header(file: Path) -> list[str]:
             return next(csv.reader(opened, delimiter=CSV_SEPARATORS[file.suffix]), [])
     except (OSError, UnicodeDecodeError, csv.Error):
         return []
+
+
+def refuse_bare_header(file: Path) -> None:
+    """Raise BadInput for a CSV or TSV file without a record, which the library has no clear words for."""
+    if file.suffix not in CSV_SEPARATORS or not is_file(file):
+        return
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            lines = [line for line, _ in zip((row for row in csv.reader(opened) if row), range(2), strict=False)]
+    except (OSError, UnicodeDecodeError, csv.Error):  # which the library reports
+        return
+    if len(lines) < 2:
+        raise BadInput(f"{file} {'holds no samples: there is only a header' if lines else 'is empty'}")
+
+
+def refuse_empty_split(folder: Path) -> None:
+    """Raise BadInput where a split was saved to disk without a record: the library fails on it."""
+    for file in sorted(folder.glob("*/state.json")):
+        state = parse_json(read_text(file), file)
+        if isinstance(state, dict) and state.get("_data_files") == []:
+            raise BadInput(f"split {file.parent.name!r} of {folder} holds no samples")
 
 
 def refuse_deep_json(path: Path) -> None:
