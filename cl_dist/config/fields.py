@@ -174,6 +174,9 @@ def _help(cls: type, name: str) -> str | None:
 
 def _setting(key: str, info: FieldInfo, text: str | None) -> Setting:
     component = component_of(info.annotation)
+    choices = next((limit for limit in info.metadata if isinstance(limit, Choices)), None)
+    if choices is not None and choices.meaning is not None:
+        text = f"{text} {choices.meaning()}"
     holds_many = get_origin(info.annotation) is tuple and (component is not None or key == "method")
     return Setting(
         key=f"{key}[]" if holds_many else key,

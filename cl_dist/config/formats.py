@@ -31,6 +31,11 @@ def allowed_names() -> str:
     return f"{', '.join(format_names())}, or module:Class for one of your own"
 
 
+def summaries() -> str:
+    """What the built-in formats are, in words."""
+    return f"{'; '.join(f'`{name}`: {cls.summary}' for name, cls in builtin_formats().items())}."
+
+
 def check_format(name: str, setting: str) -> str:
     """`name`, once it is known to be a format's; a pydantic error that says what is allowed otherwise."""
     if find_format(name, setting) is None:

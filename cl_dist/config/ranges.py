@@ -37,3 +37,5 @@ class Choices:
 
     describe: Callable[[], str]
     """Lists them, for messages and help."""
+    meaning: Callable[[], str] | None = None
+    """What each of them means, where the help is to say so."""

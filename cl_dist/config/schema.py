@@ -34,6 +34,7 @@ from cl_dist.config.formats import (
     make_shared,
     part,
     side_by_side,
+    summaries,
 )
 from cl_dist.config.methods import MethodConfig, SequentialConfig, UnitConfig
 from cl_dist.config.plugins import names_class
@@ -105,9 +106,6 @@ class ModelConfig:
         return BUILTIN_OBJECTIVES.get(self.name_or_path) if self.objective == "auto" else self.objective
 
 
-FormatName = Annotated[str, Choices(allowed_names)]
-
-
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TaskConfig:
     """One task of the stream."""
@@ -115,7 +113,7 @@ class TaskConfig:
     name: Annotated[str, Field(min_length=1, max_length=100)]
     """Name of the task: letters, digits, `-`, `_` and `.`; it names a folder of the run and, in the benchmark formats,
     the task's files."""
-    format: FormatName = "jsonl"
+    format: Annotated[str, Choices(allowed_names, summaries)] = "jsonl"
     """How the data is stored."""
     path: str | None = None
     """Folder or file of the data; a relative path is looked up below `stream.root`, else below the recipe's folder.
@@ -168,7 +166,7 @@ class StreamConfig:
     order: int | str | None = None
     """In place of `tasks`: a published order (`1` to `6`, `superni-1`, `superni-2`, `sgd-1` to `sgd-6`) or an order
     folder of CL_Benchmark. All its tasks are looked up in `root`, in the format `format`."""
-    format: FormatName = "tasl"
+    format: Annotated[str, Choices(allowed_names)] = "tasl"
     """Format of the tasks that `order` names."""
     epochs_by_task: dict[str, PositiveInt] = Field(default_factory=dict)
     """Passes over the training samples of some of the tasks that `order` names, such as {mnli: 2}; the others have

@@ -40,6 +40,7 @@ def test_a_setting_of_formats_says_whose_it_is() -> None:
         "stream.tasks[].input_field\n    a text (default: input)\n"
         "    Formats huggingface and jsonl: Field of a record with the prompt.\n" in explain()
     )
+    assert " How the data is stored. `builtin`: generated; `cl_benchmark`: O-LoRA, MIGU; `huggingface`: " in explain()
     assert "stream.name_tasks\n    true or false (default: false)\n    Format cl_benchmark: Prompts" in explain()
 
 
