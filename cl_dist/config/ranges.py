@@ -1,4 +1,4 @@
-"""Ranges that several components' settings share, and how strictly all of them are checked."""
+"""Ranges that several components' settings share, how strictly all of them are checked, and what counts as given."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ Seconds = Annotated[float, Field(ge=0.1, le=YEAR)]
 Minutes = Annotated[float, Field(gt=0.0, le=YEAR / 60)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Percent = Annotated[float, Field(ge=0.0, le=100.0)]
+
+
+def is_default(component: object, name: str) -> bool:
+    """Whether a setting has its default; a run's config.yaml spells every setting out."""
+    return bool(getattr(component, name) == getattr(type(component), name))
