@@ -127,14 +127,7 @@ def _similar_keys(place: str) -> str:
     if suggestion := did_you_mean(name, neighbours):
         return suggestion
     elsewhere = [setting.key for setting in _settings().values() if setting.name == name]
-    return f"; did you mean {_spoken(elsewhere)}?" if elsewhere else f"; known here: {', '.join(neighbours)}"
-
-
-def _spoken(keys: Sequence[str]) -> str:
-    """The first of some settings' keys for a sentence; of methods' settings, all methods that have one of this name:
-    `method.threshold of kif, migu`.
-    """
-    found = [re.fullmatch(r"method\((.+)\)\.(.+)", key) for key in keys]
-    if found[0] is None:
-        return keys[0]
-    return f"method.{found[0][2]} of {', '.join(each[1] for each in found if each is not None)}"
+    methods = [found[1] for key in elsewhere if (found := re.fullmatch(r"method\((.+)\)\..+", key))]
+    if methods and len(methods) == len(elsewhere):
+        return f"; it is a setting of {', '.join(methods)}"
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(neighbours)}"

@@ -109,19 +109,20 @@ def settings_class(method: MethodClass, name: str) -> type[MethodConfig]:
 
 
 def summaries() -> dict[str, str]:
-    """The first line of every method's description by its name, of those that installed packages offer too."""
-    found = {name: _first_line(cls) for name, cls in built_in().items()}
-    own = {name: _first_line(cls) for name, cls in {**loaded_classes(_base()), **_used}.items()}
+    """What every method is, by its name; those that installed packages offer too."""
+    found = {name: _summary(cls) for name, cls in built_in().items()}
+    own = {name: _summary(cls) for name, cls in {**loaded_classes(_base()), **_used}.items()}
     for name, entry in offered(GROUP).items():
         try:
-            own[name] = _first_line(load_offered(entry, _base(), "method", _SETTING, built_in()))
+            own[name] = _summary(load_offered(entry, _base(), "method", _SETTING, built_in()))
         except PluginError as error:  # one broken package does not hide the others
             own[f"{name} ({entry.value})"] = f"cannot be used: {error}"
     return found | own
 
 
-def _first_line(cls: type) -> str:
-    return (getdoc(cls) or "").partition("\n")[0]
+def _summary(cls: type) -> str:
+    """The first paragraph of a class's docstring, in one line."""
+    return " ".join((getdoc(cls) or "").partition("\n\n")[0].split())
 
 
 def default_method() -> MethodConfig:

@@ -78,9 +78,7 @@ def test_the_order_of_the_methods_name_and_settings_is_free() -> None:
 
 
 def test_settings_given_with_the_new_name_are_kept_even_if_wrong() -> None:
-    with pytest.raises(
-        BadInput, match=r"method.threshold: unknown key; did you mean method.threshold of kif, migu, .*tasl\?"
-    ):
+    with pytest.raises(BadInput, match=r"method.threshold: unknown key; it is a setting of kif, migu, .*tasl$"):
         load_recipe("quickstart", ["method.threshold=0.2", "method.name=sequential"])
 
 
