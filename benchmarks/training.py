@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cl_dist.config.schema import LoraConfig
-from cl_dist.methods.magnitudes import MagnitudeSums
+from cl_dist.methods.migu.magnitudes import MagnitudeSums
 from cl_dist.models.lora import add_lora
 from cl_dist.models.skipping import RowSkipper
 from cl_dist.models.tracked import tracked_layers, tracked_linears

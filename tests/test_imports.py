@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -40,7 +41,14 @@ LAYERS = [
 """Components from the bottom up. One imports lower layers and, without a circle, its neighbours; "" is the package."""
 LAYER = {component: number for number, layer in enumerate(LAYERS) for component in layer}
 
+SETTINGS_OF_METHODS = re.compile(r"cl_dist\.methods\.(\w+\.)?(config|catalogue)")
+"""The catalogue of methods, what their settings have in common, and the `config.py` of every room."""
+
 TORCH_FREE = [
+    "cl_dist.methods",
+    "cl_dist.methods.catalogue",
+    "cl_dist.methods.protocol",
+    "cl_dist.methods.composed",
     "cl_dist.config",
     "cl_dist.config.load",
     "cl_dist.tasks.formats.catalogue",
@@ -65,7 +73,9 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def component(module: str) -> str:
-    """`cl_dist.state.spans` -> `state`."""
+    """`cl_dist.state.spans` -> `state`. Which methods there are and what settings they have is a part of `config`."""
+    if SETTINGS_OF_METHODS.fullmatch(module):
+        return "config"
     finer = next((name for prefix, name in FINER.items() if f"{module}.".startswith(f"{prefix}.")), None)
     return finer or (module.split(".")[1] if "." in module else "")
 

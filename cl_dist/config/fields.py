@@ -16,21 +16,16 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from cl_dist.config.formats import enumerate_words
-from cl_dist.config.methods import MethodConfig
+from cl_dist.config.plugins import loaded_classes
 from cl_dist.config.ranges import MOST_FLOAT, MOST_INT, Choices
 from cl_dist.config.schema import Recipe, StreamConfig, TaskConfig
+from cl_dist.methods.catalogue import MethodEntry, known
 from cl_dist.tasks.formats.catalogue import builtin_formats
-from cl_dist.tasks.formats.format import StreamSettings
+from cl_dist.tasks.formats.format import Format, StreamSettings
 
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
 _BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
 _SIZES = {"min_length": "at least {}", "max_length": "at most {}"}
-
-
-def method_classes() -> dict[str, type]:
-    """The settings class of every method, by the method's name."""
-    classes = get_args(get_args(MethodConfig)[0])
-    return {get_args(info_of(cls)["name"].annotation)[0]: cls for cls in classes}
 
 
 def info_of(cls: type) -> dict[str, FieldInfo]:
@@ -42,8 +37,10 @@ def info_of(cls: type) -> dict[str, FieldInfo]:
 def component_of(annotation: Any) -> type | None:
     """The dataclass that a field's annotation holds, through `| None` and list wrappers; None where it holds none.
 
-    A union of methods is no component: which one it is depends on the value.
+    A method is no component: which settings it has depends on its name.
     """
+    if annotation == MethodEntry:
+        return None
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         return annotation
     found = [component_of(part) for part in get_args(annotation)]
@@ -83,7 +80,7 @@ def allowed_for(allowed: str, value: Any) -> str:
 def _describe_plain(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         item = get_args(annotation)[0]
-        return "a list of mappings" if component_of(item) or item is MethodConfig else "a list of texts"
+        return "a list of mappings" if component_of(item) or item == MethodEntry else "a list of texts"
     if get_origin(annotation) is dict and get_origin(get_args(annotation)[1]) is Annotated:
         return f"a mapping of names, each to {describe(get_args(annotation)[1])}"
     if component_of(annotation) or get_origin(annotation) is dict:
@@ -146,17 +143,17 @@ def settings_of(cls: type, prefix: str = "") -> Iterator[Setting]:
         if setting.component is not None:
             yield from settings_of(setting.component, f"{setting.key}.")
         elif cls is Recipe and name == "method":
-            for method, settings in method_classes().items():
+            for method, settings in known().items():
                 yield from settings_of(settings, f"method({method}).")
     if cls in (TaskConfig, StreamConfig):
         yield from _of_formats(cls, prefix)
 
 
 def _of_formats(cls: type, prefix: str) -> Iterator[Setting]:
-    """The settings that built-in formats have of a task, or of the stream: each once, with the formats' names."""
+    """The settings that formats have of a task, or of the stream: each once, with the formats' names."""
     found: dict[str, Setting] = {}
     owners: dict[str, list[str]] = {}
-    for name, data_format in builtin_formats().items():
+    for name, data_format in {**builtin_formats(), **loaded_classes(Format)}.items():
         for setting in settings_of(data_format if cls is TaskConfig else data_format.STREAM or StreamSettings, prefix):
             found[setting.key] = setting
             owners.setdefault(setting.key, []).append(name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,24 @@ def _finish(
     recipe = resolve_paths(_check(data), folder, typed_root=_types_root(changes))
     _require_unicode(recipe)
     return recipe, folder
+
+
+@contextmanager
+def plugins_of(name_or_path: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Within this context, the plugins of a recipe are loaded and classes beside it are found by their names.
+
+    What is wrong with the recipe is left to `load_recipe`. Raises `PluginError`.
+    """
+    data: Any = {}
+    folder = Path.cwd()
+    with suppress(BadInput):
+        changes = [parse_override(text) for text in overrides]
+        _, text, folder = _find(name_or_path)
+        data = parse_yaml(text, name_or_path)
+        apply_overrides(data, [change for change in changes if change.path[0] == "plugins"])
+    with beside(folder):
+        load_plugins(data.get("plugins") if isinstance(data, dict) else None)
+        yield
 
 
 def shipped_recipes() -> list[str]:
@@ -142,4 +161,5 @@ def _check(data: dict[str, Any]) -> Recipe:
         # Through JSON, because only there strict means "no text for a number" and still takes a list for a tuple.
         return _RECIPE.validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise BadInput("\n".join(describe_problems(error, len(data["method"])))) from error
+        names = [entry.get("name") if isinstance(entry, dict) else None for entry in data["method"]]
+        raise BadInput("\n".join(describe_problems(error, names))) from error

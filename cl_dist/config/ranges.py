@@ -1,4 +1,4 @@
-"""Ranges that several components' settings share, and how strictly all of them are checked."""
+"""Ranges that several components' settings share, how strictly all of them are checked, and what counts as given."""
 
 from __future__ import annotations
 
@@ -39,3 +39,8 @@ class Choices:
     """Lists them, for messages and help."""
     meaning: Callable[[], str] | None = None
     """What each of them means, where the help is to say so."""
+
+
+def is_default(component: object, name: str) -> bool:
+    """Whether a setting has its default; a run's config.yaml spells every setting out."""
+    return bool(getattr(component, name) == getattr(type(component), name))

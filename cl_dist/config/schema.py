@@ -23,8 +23,6 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from cl_dist.config.by_task import unknown_task
-from cl_dist.config.composition import GROWING, refuse_exclusive
 from cl_dist.config.deepspeed import refuse_raw_settings
 from cl_dist.config.formats import (
     allowed_names,
@@ -36,7 +34,6 @@ from cl_dist.config.formats import (
     side_by_side,
     summaries,
 )
-from cl_dist.config.methods import MethodConfig, SequentialConfig, UnitConfig
 from cl_dist.config.plugins import names_class
 from cl_dist.config.ranges import (
     MOST_INT,
@@ -52,6 +49,8 @@ from cl_dist.config.ranges import (
     Seconds,
 )
 from cl_dist.config.unread import refuse_unread
+from cl_dist.methods.catalogue import MethodEntry, default_method
+from cl_dist.methods.config import check_methods
 from cl_dist.tasks.formats.catalogue import find_format
 from cl_dist.tasks.formats.format import Format, StreamSettings
 
@@ -316,15 +315,9 @@ class TrainConfig:
     those that every rank holds whole. null: never."""
 
     def __post_init__(self) -> None:
-        """Refuse grouping by length in file order, a day that is none, and a warm-up that no task completes."""
+        """Refuse grouping by length in file order, and a day that is none."""
         if self.group_by_length and not self.shuffle:
             raise ValueError("group_by_length: true reorders the samples, which shuffle: false forbids; change one")
-        most = self.max_steps_per_task
-        if most is not None and self.warmup_steps > most:
-            raise ValueError(
-                f"warmup_steps: {self.warmup_steps} is more than max_steps_per_task {most}, so that learning_rate "
-                f"would never be reached; allowed: at most {most}"
-            )
         if not _is_day(self.date):
             raise ValueError(f'date: "{self.date}" is not a day; allowed: YYYY-MM-DD, such as 2024-07-26')
 
@@ -462,7 +455,7 @@ class Recipe:
 
     model: ModelConfig
     stream: StreamConfig
-    method: tuple[MethodConfig, ...] = (SequentialConfig(),)
+    method: tuple[MethodEntry, ...] = (default_method(),)
     """One method, or a list of methods that compose in that order."""
     plugins: tuple[str, ...] = ()
     """Modules with methods or formats of your own, by name or as the path of a .py file; what is neither installed nor
@@ -477,7 +470,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse settings of different components that exclude each other."""
-        self._check_methods()
+        check_methods(self)
+        self._check_warmup()
         self._check_lengths()
         self._check_evaluation()
         self._check_template()
@@ -492,60 +486,17 @@ class Recipe:
         formats = (self.stream.format, *(task.format for task in self.stream.tasks))
         return tuple(name for name in (*(each.name for each in self.method), *formats) if names_class(name))
 
-    def _check_methods(self) -> None:
-        names = [method.name for method in self.method]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f'method: "{twice}" is given twice; a method composes with others, not with itself')
-        if not names:
-            raise ValueError("method: the list is empty; for plain fine-tuning give the method sequential")
-        refuse_exclusive(names)
-        units = [method for method in self.method if isinstance(method, UnitConfig)]
-        self._check_fusion([each for method in units for each in (method, *map(method.for_task, method.by_task))])
-        self._check_starts(names)
-        self._check_joint_epochs(names)
-        problem = unknown_task(self.method, [task.name for task in self.stream.tasks]) if self.stream.tasks else None
-        if problem is not None:
-            raise ValueError(problem)
-
-    def _check_fusion(self, methods: Sequence[UnitConfig]) -> None:
-        for method in methods:
-            if method.replay_ratio > 0 and any(other.name == "replay" for other in self.method):
-                raise ValueError(
-                    f"method: replay and {method.name} with replay_ratio {method.replay_ratio} do not compose: both "
-                    "mix past samples in; give one of them"
-                )
-            if self.model.lora is None and method.units == "rank":
-                raise ValueError("method.units: rank is a rank of LoRA, and there is no model.lora; give matrix or row")
-            if self.model.lora is None and method.orthogonal_for(lora=False) > 0:
-                raise ValueError(
-                    f"method.orthogonal: {method.orthogonal} weighs a penalty on LoRA's matrices, and there is no "
-                    "model.lora; give 0"
-                )
-
-    def _check_starts(self, names: Sequence[str]) -> None:
-        """Methods that start every task with other weights than the ones that the task before has trained."""
-        growing = next((name for name in names if name in GROWING), None)
-        if growing is not None and self.model.lora is None:
+    def _check_warmup(self) -> None:
+        """Refuse a warm-up that no task completes."""
+        most = self.train.max_steps_per_task
+        if most is None:
+            return
+        extra = sum(method.extra_steps(most) for method in self.method)
+        if self.train.warmup_steps > most + extra:
+            more = f" and the {extra} steps that the method adds" if extra else ""
             raise ValueError(
-                f"method: {growing} trains new LoRA adapters in every task, and there is no model.lora; give one, such "
-                "as {r: 8}"
-            )
-        fresh = next((name for name in names if name in (*GROWING, "per_task")), None)
-        if fresh is not None and self.train.keep_optimizer:
-            raise ValueError(
-                f"train.keep_optimizer: true carries AdamW's moments into the next task, whose weights start anew with "
-                f"{fresh}; allowed: false"
-            )
-
-    def _check_joint_epochs(self, names: Sequence[str]) -> None:
-        """Multi-task training passes over all tasks' samples together."""
-        epochs = {task.name: task.epochs or self.train.epochs for task in self.stream.tasks}
-        if "multi_task" in names and len(set(epochs.values())) > 1:
-            told = ", ".join(f"{name} {count}" for name, count in epochs.items())
-            raise ValueError(
-                f"stream.tasks: multi_task learns all tasks together, and their epochs differ ({told}); give all the "
-                "same number, such as by train.epochs alone"
+                f"train.warmup_steps: {self.train.warmup_steps} is more than max_steps_per_task {most}{more}, so that "
+                f"learning_rate would never be reached; allowed: at most {most + extra}"
             )
 
     def _check_lengths(self) -> None:

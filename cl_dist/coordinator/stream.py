@@ -23,7 +23,7 @@ from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import Interrupted
 from cl_dist.evaluation.metrics import UNTOUCHED
 from cl_dist.heartbeat import beat, opaque
-from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.export import export_model
 from cl_dist.models.lora import in_adapter
 from cl_dist.progress import Reporter
@@ -100,7 +100,7 @@ class Coordinator:
             self._state.take_back(lost)
 
     def _run_task(self, index: int) -> None:
-        if not self.system.engine.trains(index):
+        if not self.system.engine.method.trains(index):
             self._repeat_task(index)
             return
         trainer = self.system.trainer(index)
@@ -119,7 +119,7 @@ class Coordinator:
     def _seen(self, index: int) -> int:
         """How many tasks the model has learnt after task `index`: those behind it without own steps, too."""
         later = range(index + 1, len(self.tasks))
-        return next((task for task in later if self.system.engine.trains(task)), len(self.tasks))
+        return next((task for task in later if self.system.engine.method.trains(task)), len(self.tasks))
 
     def _repeat_task(self, index: int) -> None:
         """A task without steps of its own: the model is the one of the task before, and so are its scores."""
@@ -169,7 +169,7 @@ class Coordinator:
             if unwritten:
                 self.ledger.settle()
             loss /= max(1.0, targets)
-            self.reporter.step(step + 1, loss, trainer.tokens(step) / seconds, trainer.learning_rate(step))
+            self.reporter.step(step + 1, loss, trainer.tokens(step) / seconds, self.system.engine.learning_rate(step))
             self.ledger.log(event="step", task=place.name, step=step + 1, loss=loss, seconds=round(seconds, 4))
             self._after_step(place, spent, stop, minutes_over > 0)
         self._finish_task(place)
@@ -186,11 +186,11 @@ class Coordinator:
         return True
 
     def _finish_task(self, place: TaskPlace) -> None:
-        """Let the methods change the weights of a trained task; keep what they were where a method asks for it."""
-        engine = self.system.engine
-        if any(method.keeps_unfused for method in engine.methods):
+        """Let the method change the weights of a trained task; keep what they were where it asks for it."""
+        method = self.system.engine.method
+        if method.keeps_unfused:
             self._export(self.folder.task(place.index, place.name).unfused)
-        engine.after_task(place)
+        method.after_task(place)
 
     def _forget_scores(self) -> None:
         """Scores of a trained model whose state was found damaged: it is trained again, and is another one by rounding
@@ -246,13 +246,8 @@ class Coordinator:
         self.ledger.write(write)
 
     def _write_results(self, folder: Path) -> None:
-        """Let the methods put what they found out beside the task's model."""
-
-        def write() -> None:
-            for method in self.system.engine.methods:
-                method.write_results(folder)
-
-        self.ledger.write(write)
+        """Let the method put what it found out beside the task's model."""
+        self.ledger.write(lambda: self.system.engine.method.write_results(folder))
 
     def _peak_memory(self) -> tuple[int, ...]:
         """Each rank's peak over all restarts, some of which may have had fewer ranks (collective)."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from cl_dist.config.plugins import module_names, source_files
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
@@ -95,6 +96,8 @@ class Inputs:
     """SHA-256 of the harness's task files below `eval.general.include_path`, by name."""
     rouge_tokenizer: dict[str, str] = dataclasses.field(default_factory=dict)
     """SHA-256 of the files in the folder `eval.rouge_tokenizer_path`, by name."""
+    plugins: dict[str, str] = dataclasses.field(default_factory=dict)
+    """SHA-256 of the Python files of the recipe's plugins, by name. A run that goes on with others says so."""
 
 
 def read_inputs(recipe: Recipe, tasks: Sequence[Task]) -> Inputs | None:
@@ -114,6 +117,7 @@ def read_inputs(recipe: Recipe, tasks: Sequence[Task]) -> Inputs | None:
         places=input_places(recipe, Path(recipe.output_dir)),
         general=_general_digests(recipe),
         rouge_tokenizer=_rouge_tokenizer_digests(recipe),
+        plugins=file_digests(source_files(module_names(recipe.plugins, recipe.classes))),
     )
 
 
@@ -198,6 +202,15 @@ def input_changes(before: Inputs, now: Inputs, tasks: Sequence[Task] = ()) -> li
             "ROUGE-L's tokenizer changed (eval.rouge_tokenizer_path", before.rouge_tokenizer, now.rouge_tokenizer
         ),
     ]
+
+
+def plugin_changes(before: Inputs, now: Inputs) -> str | None:
+    """A sentence about plugins whose source is not what it was; None: it is. A run may go on with a repaired one."""
+    names = {*before.plugins, *now.plugins}
+    changed = sorted(name for name in names if before.plugins.get(name) != now.plugins.get(name))
+    if not changed:
+        return None
+    return f"{', '.join(changed)}: the source of this plugin has changed since the run was last started"
 
 
 def _data_changes(

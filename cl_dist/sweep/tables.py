@@ -12,7 +12,6 @@ from cl_dist.sweep.results import CellResult, Results, Row, Values
 NOTHING = "–"
 """Stands where a number is missing."""
 ALL_ORDERS = "mean of orders"
-_PER_TASK = "trains every task by itself: learning accuracy is the bound, the other metrics say nothing"
 
 
 def render_tables(results: Results, recipe: str) -> dict[str, str]:
@@ -88,8 +87,8 @@ def latex_table(results: Results) -> str:
 
 def _footnotes(results: Results) -> list[str]:
     """What readers must know of rows that are bounds, and of how tasks were scored."""
-    names = dict.fromkeys(cell.method for cell in results.cells if cell.bound == "per_task")
-    return [*(f"{name} {_PER_TASK}." for name in names), *_score_notes(results)]
+    bounds = {cell.method: cell.bound.TABLE_NOTE for cell in results.cells if cell.bound is not None}
+    return [*(f"{name} {note}." for name, note in bounds.items() if note is not None), *_score_notes(results)]
 
 
 def _score_notes(results: Results) -> Iterator[str]:

@@ -12,6 +12,7 @@ from cl_dist.config import plugins
 from cl_dist.config.load import dump_recipe, load_recipe
 from cl_dist.config.plugins import PluginError, beside, load_class, load_offered, load_plugins, written_out
 from cl_dist.state.stored_recipe import stored_recipe
+from tests.plugin_memory import plugins_forgotten
 from tests.recipes import write_recipe
 
 
@@ -32,14 +33,8 @@ class Other:
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    """Forget what a test has imported."""
-    path, modules, loaded = list(sys.path), set(sys.modules), dict(plugins._loaded)
-    yield
-    sys.path[:] = path
-    plugins._loaded.clear()
-    plugins._loaded.update(loaded)
-    for name in set(sys.modules) - modules:
-        del sys.modules[name]
+    with plugins_forgotten():
+        yield
 
 
 def write(path: Path, text: str = OWN) -> Path:

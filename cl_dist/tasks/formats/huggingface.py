@@ -74,6 +74,7 @@ class HuggingFace(Records):
             evaluation=self._read_split(dataset[evaluation], f"{name}[{evaluation}]", source.max_eval_samples, empty),
             labels=None if self.only_documents else label_names(dataset["train"], self.output_field),
             kind=self.kind,
+            evaluated="train" if is_lone_file(source.resolve(name), source.eval_split) else None,
         )
 
     def _load(self, source: Source) -> Mapping[str, Any]:
@@ -199,6 +200,11 @@ def single_file(path: Path, wanted: str) -> tuple[str, dict[str, str]]:
         )
     train, evaluation = split_files(path, path.suffix, wanted)
     return FILE_FORMATS[path.suffix], {"train": str(train), "test": str(evaluation)}
+
+
+def is_lone_file(path: Path, wanted: str) -> bool:
+    """Whether the data set is one file that serves as training and as evaluation split."""
+    return is_file(path) and len(set(split_files(path, path.suffix, wanted))) == 1
 
 
 @contextmanager
