@@ -267,11 +267,18 @@ def split_files(path: Path, extension: str, wanted: str) -> tuple[Path, Path]:
     """
     if is_folder(path):
         return path / f"train{extension}", choose_evaluation(wanted, evaluation_files(path, "", extension))
+    return path, path if is_lone(path) else choose_evaluation(wanted, files_beside(path))
+
+
+def is_lone(path: Path) -> bool:
+    """Whether a training file has no evaluation file beside it."""
+    return not any(is_there(file) for file in files_beside(path).values())
+
+
+def files_beside(path: Path) -> dict[str, Path]:
+    """The paths where the test and the dev split of a training file would be."""
     stem = "" if path.stem == "train" else path.stem.removesuffix(".train") + "."
-    files = evaluation_files(path.parent, stem, path.suffix)
-    if not any(is_there(file) for file in files.values()):
-        return path, path
-    return path, choose_evaluation(wanted, files)
+    return evaluation_files(path.parent, stem, path.suffix)
 
 
 def evaluation_files(folder: Path, stem: str, extension: str) -> dict[str, Path]:

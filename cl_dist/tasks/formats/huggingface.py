@@ -20,6 +20,7 @@ from cl_dist.errors import BadInput, ClDistError
 from cl_dist.tasks.formats.files import (
     collect,
     enumerate_names,
+    is_lone,
     logger,
     missing,
     parse_json,
@@ -68,13 +69,13 @@ class HuggingFace(Records):
         if "train" not in dataset:
             raise BadInput(f"data set {name} has no split 'train'; it has: {enumerate_names(dataset)}")
         evaluation = choose_split(dataset, source.eval_split, name)
-        empty = source.empty_answers
+        path, empty = source.resolve(name), source.empty_answers
         return RawTask(
             train=self._read_split(dataset["train"], f"{name}[train]", source.max_train_samples, empty),
             evaluation=self._read_split(dataset[evaluation], f"{name}[{evaluation}]", source.max_eval_samples, empty),
             labels=None if self.only_documents else label_names(dataset["train"], self.output_field),
             kind=self.kind,
-            evaluated="train" if is_lone_file(source.resolve(name), source.eval_split) else None,
+            evaluated="train" if is_file(path) and is_lone(path) else None,
         )
 
     def _load(self, source: Source) -> Mapping[str, Any]:
@@ -200,11 +201,6 @@ def single_file(path: Path, wanted: str) -> tuple[str, dict[str, str]]:
         )
     train, evaluation = split_files(path, path.suffix, wanted)
     return FILE_FORMATS[path.suffix], {"train": str(train), "test": str(evaluation)}
-
-
-def is_lone_file(path: Path, wanted: str) -> bool:
-    """Whether the data set is one file that serves as training and as evaluation split."""
-    return is_file(path) and len(set(split_files(path, path.suffix, wanted))) == 1
 
 
 @contextmanager
