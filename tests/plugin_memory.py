@@ -9,13 +9,14 @@ from typing import Any
 
 from cl_dist.config import plugins
 from cl_dist.methods import catalogue
+from cl_dist.tasks.formats import catalogue as formats
 
 
 @contextmanager
 def plugins_forgotten() -> Iterator[None]:
     """Afterwards, nothing that was imported within is known any more."""
     path, modules = list(sys.path), set(sys.modules)
-    memories: list[dict[str, Any]] = [plugins._loaded, catalogue._used]
+    memories: list[dict[str, Any]] = [plugins._loaded, catalogue._used, formats._found]
     before = [dict(memory) for memory in memories]
     try:
         yield

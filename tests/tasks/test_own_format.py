@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from cl_dist.config import plugins
 from cl_dist.config.load import dump_recipe, load_recipe
 from cl_dist.errors import BadInput
 from cl_dist.state.stored_recipe import as_plain, stored_recipe
 from cl_dist.tasks.formats import catalogue
 from cl_dist.tasks.formats.catalogue import builtin_formats, find_format
 from cl_dist.tasks.stream import load_stream
+from tests.plugin_memory import plugins_forgotten
 from tests.recipes import write_recipe
 from tests.tasks.data import write_lines
 from tests.zygote import Zygote
@@ -34,14 +34,8 @@ CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Norway": "Os
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    """Forget what a test has imported."""
-    path = list(sys.path)
-    yield
-    sys.path[:] = path
-    catalogue._found.clear()
-    plugins._loaded.clear()
-    for name in ("pairs", "clashing_pairs", "offered_pairs"):
-        sys.modules.pop(name, None)
+    with plugins_forgotten():
+        yield
 
 
 def project(folder: Path, **task: object) -> Path:
