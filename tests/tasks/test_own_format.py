@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from cl_dist.config.formats import format_inputs
 from cl_dist.config.load import dump_recipe, load_recipe
 from cl_dist.errors import BadInput
+from cl_dist.state.places import input_places, moved_inputs
 from cl_dist.state.stored_recipe import as_plain, stored_recipe
 from cl_dist.tasks.formats import catalogue
 from cl_dist.tasks.formats.catalogue import builtin_formats, find_format
@@ -109,6 +111,28 @@ def test_a_setting_that_every_task_has_cannot_be_a_formats_own(tmp_path: Path) -
     )
     with pytest.raises(BadInput, match="clashing_pairs:Pairs: every format has a setting labels; give its own another"):
         load_recipe(str(path))
+
+
+def test_a_path_of_its_own_is_looked_up_like_a_tasks_path(tmp_path: Path) -> None:
+    path = project(tmp_path, format="placed_pairs:Pairs", words="words.txt")
+    setting = '    PATHS = ("words",)\n    words: str | None = None\n    separator: str ='
+    (tmp_path / "placed_pairs.py").write_text(CODE.replace("    separator: str =", setting))
+    write_lines(tmp_path / "words.txt", ["a"])
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data/capitals.txt", ["Peru; Lima"])
+    recipe, _ = load_recipe(str(path), [f"stream.root={tmp_path / 'data'}"])
+    assert recipe.stream.tasks[0].reader.words == str(tmp_path / "words.txt")  # type: ignore[attr-defined]
+    places = input_places(recipe, tmp_path / "run")
+    assert places["stream.tasks[0].words"] == "../words.txt"
+    (tmp_path / "words.txt").rename(tmp_path / "data/words.txt")
+    moved = moved_inputs(recipe, {"stream.tasks[0].words": "../data/words.txt"}, tmp_path / "run")
+    assert moved.stream.tasks[0].reader.words == str(tmp_path / "data/words.txt")  # type: ignore[attr-defined]
+    assert "stream.tasks[].words" in format_inputs()
+
+
+def test_what_a_resumed_run_may_read_otherwise_while_the_samples_are_the_same() -> None:
+    assert {"stream.tasks[].input_field", "stream.tasks[].streaming", "stream.instruction_file"} <= format_inputs()
+    assert "stream.name_tasks" not in format_inputs()
 
 
 def test_an_installed_package_offers_formats_under_plain_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
