@@ -153,7 +153,8 @@ def _of_formats(cls: type, prefix: str) -> Iterator[Setting]:
     """The settings that formats have of a task, or of the stream: each once, with the formats' names."""
     found: dict[str, Setting] = {}
     owners: dict[str, list[str]] = {}
-    for name, data_format in {**builtin_formats(), **loaded_classes(Format)}.items():
+    classes: dict[str, type[Format]] = {**builtin_formats(), **loaded_classes(Format)}
+    for name, data_format in classes.items():
         for setting in settings_of(data_format if cls is TaskConfig else data_format.STREAM or StreamSettings, prefix):
             found[setting.key] = setting
             owners.setdefault(setting.key, []).append(name)
