@@ -457,14 +457,14 @@ class Recipe:
     stream: StreamConfig
     method: tuple[MethodEntry, ...] = (default_method(),)
     """One method, or a list of methods that compose in that order."""
-    plugins: tuple[str, ...] = ()
-    """Modules with methods or formats of your own, by name or as the path of a .py file; what is neither installed nor
-    an absolute path is looked for beside the recipe (docs/extending.md)."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     zero: ZeroConfig = Field(default_factory=ZeroConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    plugins: tuple[str, ...] = ()
+    """Modules with methods or formats of your own, by name or as the path of a .py file; what is neither installed nor
+    an absolute path is looked for beside the recipe (docs/extending.md)."""
     output_dir: Annotated[str, Field(min_length=1)]
     """Run folder. Absent in a recipe: runs/<recipe name>, below the working directory."""
 
