@@ -23,15 +23,16 @@ import torch
 
 from cl_dist.assembly import cache_folder
 from cl_dist.benchmarks.harness import Times, rotated
-from cl_dist.config.methods import KifConfig
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join, leave
 from cl_dist.engine.ds_config import deepspeed_config
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.launch.environment import rank_environment
 from cl_dist.launch.rendezvous import find_free_port
-from cl_dist.methods.base import Method, TaskPlace
-from cl_dist.methods.kif import Kif
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.kif.config import KifConfig
+from cl_dist.methods.kif.method import Kif
+from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.models.load import LoadedModel, load_model
 from cl_dist.models.lora import add_lora
 from cl_dist.models.structure import base_model
@@ -104,7 +105,7 @@ def build(options: argparse.Namespace, methods: list[KifConfig]) -> TrainingEngi
         output_dir="unused",
     )
     chosen: list[Method] = [Timed(config) for config in methods]
-    engine = TrainingEngine(load(recipe), recipe, chosen)
+    engine = TrainingEngine(load(recipe), recipe, Composed(chosen))
     engine.before_task(TaskPlace(0, "t", (options.blocks + 1) * options.steps))
     return engine
 

@@ -19,15 +19,16 @@ import torch
 
 from cl_dist.benchmarks.harness import Contestant, Times, race
 from cl_dist.benchmarks.training import StepSize, build_model, token_ids
-from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import device, join, leave, quiet_libraries
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.errors import ClDistError
 from cl_dist.launch.child import die_with_launcher, python_command, report_failure
 from cl_dist.launch.local import launch
-from cl_dist.methods.base import TaskPlace
-from cl_dist.methods.migu import Migu
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.methods.migu.method import Migu
+from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.process_end import end_with
 from cl_dist.tasks.collate import Batch, collate
@@ -119,7 +120,7 @@ class Trainer:
         )
         self.method = Timed(MiguConfig(name="migu", threshold=size.threshold))
         loaded = LoadedModel(build_model(size, torch.device("cpu")), None, "causal_lm")  # type: ignore[arg-type]
-        self._engine = TrainingEngine(loaded, recipe, [self.method])
+        self._engine = TrainingEngine(loaded, recipe, Composed([self.method]))
         self._batch = _batch(size)
         self._step = 0
 

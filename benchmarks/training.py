@@ -15,7 +15,7 @@ from cl_dist.benchmarks.shapes import VOCABULARY
 from cl_dist.config.schema import LoraConfig
 from cl_dist.kernels import kept_rows, topk_row_masks
 from cl_dist.kernels.rows import RowMask
-from cl_dist.methods.magnitudes import MagnitudeSums
+from cl_dist.methods.migu.magnitudes import MagnitudeSums
 from cl_dist.models.lora import add_lora
 from cl_dist.models.skipping import RowSkipper
 from cl_dist.models.tracked import tracked_layers, tracked_linears

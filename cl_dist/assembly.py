@@ -24,7 +24,7 @@ from cl_dist.evaluation.general import GeneralEvaluator, HarnessTasks, load_harn
 from cl_dist.evaluation.outlook import Notice, outlook
 from cl_dist.evaluation.room import check_general_room, check_room
 from cl_dist.heartbeat import beat
-from cl_dist.methods.registry import build_methods
+from cl_dist.methods.composed import compose
 from cl_dist.models.load import LoadedModel, check_length, load_model
 from cl_dist.models.lora import add_lora, load_adapter, without_adapter
 from cl_dist.models.structure import base_model
@@ -54,7 +54,7 @@ class System:
     def trainer(self, index: int) -> TaskTrainer:
         """Return the steps of the task at position `index` of the stream."""
         samples = self.engine.training_data(index, self.samples)
-        memory = self.engine.memory(index, self.samples)
+        memory = self.engine.method.memory(index, self.samples)
         tasks = self.samples[: index + 1]
         return TaskTrainer(self.engine, samples, self.loaded.tokenizer, self.encoder.pad_id, index, memory, tasks)
 
@@ -62,7 +62,8 @@ class System:
         """Sentences for the log of a run that begins: what the adapters leave out, and what methods have to say."""
         lora = self.recipe.model.lora
         left_out = without_adapter(self.engine.model) if lora and lora.target_modules == "all-linear" else None
-        return [text for text in (left_out, *(each.start_message() for each in self.engine.methods)) if text]
+        told = (self.engine.method.start_message() or "").splitlines()
+        return [*([left_out] if left_out else []), *told]
 
 
 def build_system(recipe: Recipe, recipe_dir: Path) -> System:
@@ -84,7 +85,7 @@ def build_system(recipe: Recipe, recipe_dir: Path) -> System:
     notices = _check_scoring(tasks, loaded.model, encoder, loaded.objective, recipe.eval)
     samples = tuple(encoder.train(task) for task in tasks)
     beat("building the engine", opaque=True)
-    engine = TrainingEngine(loaded, recipe, build_methods(recipe.method))
+    engine = TrainingEngine(loaded, recipe, compose(recipe.method))
     evaluator = _evaluator(recipe, engine.model, loaded, encoder, names, synced=recipe.zero.stage == 3)
     general = _general(recipe, engine.model, loaded, harness)
     return System(recipe, tasks, loaded, encoder, samples, engine, evaluator, general, notices)

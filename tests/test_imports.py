@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -18,8 +19,18 @@ SOURCES = {
     "cl_dist.launch": ROOT / "launch",
 }
 
+FINER = {
+    **dict.fromkeys(("cl_dist.config.files", "cl_dist.config.words", "cl_dist.config.ranges"), "basics"),
+    "cl_dist.config.plugins": "basics",
+    "cl_dist.tasks.formats": "formats",
+    "cl_dist.tasks.types": "formats",
+}
+"""Parts of a package that lie below the rest of it: what a recipe may say about data follows from the formats."""
+
 LAYERS = [
     {"", "errors", "heartbeat", "output", "process_end", "recipes", "seeds", "stop_requests"},
+    {"basics"},
+    {"formats"},
     {"config", "kernels", "launch", "progress", "watchdog"},
     {"sharding", "models", "tasks"},
     {"engine", "methods", "evaluation", "state"},
@@ -30,9 +41,17 @@ LAYERS = [
 """Components from the bottom up. One imports lower layers and, without a circle, its neighbours; "" is the package."""
 LAYER = {component: number for number, layer in enumerate(LAYERS) for component in layer}
 
+SETTINGS_OF_METHODS = re.compile(r"cl_dist\.methods\.(\w+\.)?(config|catalogue)")
+"""The catalogue of methods, what their settings have in common, and the `config.py` of every room."""
+
 TORCH_FREE = [
+    "cl_dist.methods",
+    "cl_dist.methods.catalogue",
+    "cl_dist.methods.protocol",
+    "cl_dist.methods.composed",
     "cl_dist.config",
     "cl_dist.config.load",
+    "cl_dist.tasks.formats.catalogue",
     "cl_dist.tasks.stream",
     "cl_dist.evaluation.choice",
     "cl_dist.state.preflight",
@@ -54,8 +73,11 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def component(module: str) -> str:
-    """`cl_dist.state.spans` -> `state`."""
-    return module.split(".")[1] if "." in module else ""
+    """`cl_dist.state.spans` -> `state`. Which methods there are and what settings they have is a part of `config`."""
+    if SETTINGS_OF_METHODS.fullmatch(module):
+        return "config"
+    finer = next((name for prefix, name in FINER.items() if f"{module}.".startswith(f"{prefix}.")), None)
+    return finer or (module.split(".")[1] if "." in module else "")
 
 
 def imported(path: Path, module: str) -> Iterator[str]:
@@ -97,7 +119,8 @@ def test_neighbours_do_not_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "allowed"), [("kernels", {"errors"}), ("launch", {"", "errors", "config", "output", "stop_requests"})]
+    ("source", "allowed"),
+    [("kernels", {"errors"}), ("launch", {"", "errors", "basics", "config", "output", "stop_requests"})],
 )
 def test_kernels_and_launch_stand_by_themselves(source: str, allowed: set[str]) -> None:
     assert {where for target, where in component_graph()[source].items() if target not in allowed} == set()
@@ -112,6 +135,8 @@ def test_only_the_command_line_starts_ranks() -> None:
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_what_checks_the_input_loads_no_framework(module: str) -> None:
     code = f"import {module}, sys; print([name for name in {HEAVY} if name in sys.modules])"
+    if module == "cl_dist.tasks.formats.catalogue":  # it imports the formats when it is asked for one
+        code = code.replace(";", f"; {module}.builtin_formats();", 1)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from cl_dist.cli.parser import build_parser
-from cl_dist.config.fields import method_classes
 from cl_dist.config.load import load_recipe, shipped_recipes
-from cl_dist.config.methods import OLoraConfig
 from cl_dist.config.schema import Recipe
+from cl_dist.methods.catalogue import built_in
+from cl_dist.methods.olora.config import OLoraConfig
 from cl_dist.sweep.grid import Request, build_grid
 from cl_dist.tasks.orders import resolve_order
 
@@ -54,7 +54,7 @@ def test_its_recipe_loads_with_its_settings(command: str, tmp_path: Path, monkey
     assert len(grid.cells) == len(parsed.methods.split(",")) * len(orders) * len(seeds)
     for cell in grid.cells:  # no setting got lost: what the cells of a row share is what the command says
         assert str(cell.recipe.stream.root).endswith(parsed.changes[0].partition("=")[2])
-        assert {method.name for method in cell.recipe.method} <= set(method_classes())
+        assert {method.name for method in cell.recipe.method} <= set(built_in())
 
 
 def test_no_published_number_is_without_its_table() -> None:

@@ -84,7 +84,7 @@ def _write_text(root: Path, task: TaskConfig) -> None:
 def _write_jsonl(root: Path, task: TaskConfig) -> None:
     path = root / str(task.path)
     for name in (path.name, f"{path.stem}.test.jsonl"):
-        items = [{task.input_field: f"say {i}", task.output_field: f"that is {i}"} for i in range(6)]
+        items = [{task.reader.input_field: f"say {i}", task.reader.output_field: f"that is {i}"} for i in range(6)]
         write_lines(path.with_name(name), as_lines(items))
 
 

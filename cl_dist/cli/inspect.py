@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
 from cl_dist.cli.slurm import newest_job, status_lines
 from cl_dist.config.explain import explain
-from cl_dist.config.fields import method_classes
 from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes
+from cl_dist.config.plugins import beside, load_plugins
 from cl_dist.errors import BadInput
+from cl_dist.methods.catalogue import summaries
 from cl_dist.progress import format_matrix, format_summary, score_notes
 from cl_dist.state.lock import InUse, refuse_if_locked
 from cl_dist.state.manifest import Manifest
@@ -33,9 +33,23 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser = commands.add_parser("recipe", parents=[changes, common], help="list, print or explain recipes")
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="print this recipe with all settings")
     parser.add_argument("--explain", action="store_true", help="explain every setting: values, default, meaning")
+    add_plugins(parser)
     parser.set_defaults(command=recipe)
     parser = commands.add_parser("methods", parents=[common], help="list the methods")
+    add_plugins(parser)
     parser.set_defaults(command=methods)
+
+
+def add_plugins(parser: ArgumentParser) -> None:
+    """Add `--plugin`."""
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        dest="plugins",
+        help="a module of your own, by name or as the path of a .py file (may be given several times)",
+    )
 
 
 def status(arguments: Namespace) -> int:
@@ -75,6 +89,8 @@ def report(arguments: Namespace) -> int:
 
 def recipe(arguments: Namespace) -> int:
     """Explain the settings, print a resolved recipe, or list the shipped ones."""
+    with beside(Path.cwd()):
+        load_plugins(arguments.plugins)
     if arguments.explain:
         print(explain())
     elif arguments.recipe is not None:
@@ -87,8 +103,10 @@ def recipe(arguments: Namespace) -> int:
 
 
 def methods(arguments: Namespace) -> int:
-    """Print each method's name and what it is."""
-    _print_table({name: (getdoc(cls) or "").partition("\n")[0] for name, cls in method_classes().items()})
+    """Print each method's name and what it is, plugins and what installed packages offer included."""
+    with beside(Path.cwd()):
+        load_plugins(arguments.plugins)
+    _print_table(summaries())
     return 0
 
 

@@ -15,19 +15,17 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from cl_dist.config.methods import MethodConfig
-from cl_dist.config.ranges import MOST_FLOAT, MOST_INT
-from cl_dist.config.schema import Recipe
+from cl_dist.config.plugins import loaded_classes
+from cl_dist.config.ranges import MOST_FLOAT, MOST_INT, Choices
+from cl_dist.config.schema import Recipe, StreamConfig, TaskConfig
+from cl_dist.config.words import listed
+from cl_dist.methods.catalogue import MethodEntry, known
+from cl_dist.tasks.formats.catalogue import builtin_formats
+from cl_dist.tasks.formats.format import Format, StreamSettings
 
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
 _BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
 _SIZES = {"min_length": "at least {}", "max_length": "at most {}"}
-
-
-def method_classes() -> dict[str, type]:
-    """The settings class of every method, by the method's name."""
-    classes = get_args(get_args(MethodConfig)[0])
-    return {get_args(info_of(cls)["name"].annotation)[0]: cls for cls in classes}
 
 
 def info_of(cls: type) -> dict[str, FieldInfo]:
@@ -39,8 +37,10 @@ def info_of(cls: type) -> dict[str, FieldInfo]:
 def component_of(annotation: Any) -> type | None:
     """The dataclass that a field's annotation holds, through `| None` and list wrappers; None where it holds none.
 
-    A union of methods is no component: which one it is depends on the value.
+    A method is no component: which settings it has depends on its name.
     """
+    if annotation == MethodEntry:
+        return None
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         return annotation
     found = [component_of(part) for part in get_args(annotation)]
@@ -61,13 +61,26 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return ", or ".join(describe(part) for part in get_args(annotation))
     if origin is Literal:
         return ", ".join(str(value) for value in get_args(annotation))
+    choices = next((limit for limit in metadata if isinstance(limit, Choices)), None)
+    if choices is not None:
+        return choices.describe()
     return ", ".join([_describe_plain(annotation), *_describe_limits(annotation, metadata)])
+
+
+def allowed_for(allowed: str, value: Any) -> str:
+    """What `describe` says is allowed, with what the author of this `value` may have overlooked."""
+    if isinstance(value, int | float) and abs(value) > MOST_INT:
+        allowed += f" (and never above {MOST_INT if 'whole' in allowed else MOST_FLOAT})"
+    unquoted = "a text" in allowed or "a list of texts" in allowed
+    if unquoted and isinstance(value, bool | int | float):
+        return f"{allowed} (in quotes it is a text)"
+    return allowed
 
 
 def _describe_plain(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         item = get_args(annotation)[0]
-        return "a list of mappings" if component_of(item) or item is MethodConfig else "a list of texts"
+        return "a list of mappings" if component_of(item) or item == MethodEntry else "a list of texts"
     if get_origin(annotation) is dict and get_origin(get_args(annotation)[1]) is Annotated:
         return f"a mapping of names, each to {describe(get_args(annotation)[1])}"
     if component_of(annotation) or get_origin(annotation) is dict:
@@ -123,13 +136,32 @@ class Setting:
 def settings_of(cls: type, prefix: str = "") -> Iterator[Setting]:
     """Every setting below component `cls`, depth first, in the order of the source."""
     for name, info in info_of(cls).items():
+        if info.exclude:  # what validation makes of other settings
+            continue
         setting = _setting(f"{prefix}{name}", info, _help(cls, name))
         yield setting
         if setting.component is not None:
             yield from settings_of(setting.component, f"{setting.key}.")
         elif cls is Recipe and name == "method":
-            for method, settings in method_classes().items():
+            for method, settings in known().items():
                 yield from settings_of(settings, f"method({method}).")
+    if cls in (TaskConfig, StreamConfig):
+        yield from _of_formats(cls, prefix)
+
+
+def _of_formats(cls: type, prefix: str) -> Iterator[Setting]:
+    """The settings that formats have of a task, or of the stream: each once, with the formats' names."""
+    found: dict[str, Setting] = {}
+    owners: dict[str, list[str]] = {}
+    classes: dict[str, type[Format]] = {**builtin_formats(), **loaded_classes(Format)}
+    for name, data_format in classes.items():
+        for setting in settings_of(data_format if cls is TaskConfig else data_format.STREAM or StreamSettings, prefix):
+            found[setting.key] = setting
+            owners.setdefault(setting.key, []).append(name)
+    for key, setting in found.items():
+        names = owners[key]
+        told = f"Format{'s' if len(names) > 1 else ''} {listed(names, last='and')}: "
+        yield dataclasses.replace(setting, help=f"{told}{setting.help}")
 
 
 def _help(cls: type, name: str) -> str | None:
@@ -140,6 +172,9 @@ def _help(cls: type, name: str) -> str | None:
 
 def _setting(key: str, info: FieldInfo, text: str | None) -> Setting:
     component = component_of(info.annotation)
+    choices = next((limit for limit in info.metadata if isinstance(limit, Choices)), None)
+    if choices is not None and choices.meaning is not None:
+        text = f"{text} {choices.meaning()}"
     holds_many = get_origin(info.annotation) is tuple and (component is not None or key == "method")
     return Setting(
         key=f"{key}[]" if holds_many else key,

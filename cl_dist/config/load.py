@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -16,6 +16,7 @@ from cl_dist.config.boundary import refusing
 from cl_dist.config.files import expand, refuse_special
 from cl_dist.config.overrides import Override, apply_overrides, parse_override
 from cl_dist.config.paths import resolve_paths
+from cl_dist.config.plugins import beside, load_plugins
 from cl_dist.config.problems import describe_problems
 from cl_dist.config.schema import Recipe, TrainConfig
 from cl_dist.config.words import did_you_mean, printable, shorten, show_path
@@ -46,6 +47,17 @@ def _load(name_or_path: str, overrides: Sequence[str], defaults: Mapping[str, An
     name, data, folder = _find(name_or_path)
     if not isinstance(data, dict):
         raise BadInput(f"{name_or_path}: a recipe is a mapping of settings (model: ..., stream: ...), this is none")
+    with beside(folder):
+        # What changes may name is known once the plugins are loaded.
+        listed = [change for change in changes if change.path[0] == "plugins"]
+        apply_overrides(data, listed)
+        load_plugins(data.get("plugins"))
+        return _finish(data, name, folder, [change for change in changes if change not in listed], defaults)
+
+
+def _finish(
+    data: dict[str, Any], name: str, folder: Path, changes: Sequence[Override], defaults: Mapping[str, Any]
+) -> tuple[Recipe, Path]:
     apply_overrides(data, changes)
     for key, value in defaults.items():
         component, _, setting = key.partition(".")
@@ -55,6 +67,24 @@ def _load(name_or_path: str, overrides: Sequence[str], defaults: Mapping[str, An
     recipe = resolve_paths(_check(data), folder, typed_root=_types_root(changes))
     _require_unicode(recipe)
     return recipe, folder
+
+
+@contextmanager
+def plugins_of(name_or_path: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Within this context, the plugins of a recipe are loaded and classes beside it are found by their names.
+
+    What is wrong with the recipe is left to `load_recipe`. Raises `PluginError`.
+    """
+    data: Any = {}
+    folder = Path.cwd()
+    with suppress(BadInput):
+        changes = [parse_override(text) for text in overrides]
+        _, text, folder = _find(name_or_path)
+        data = parse_yaml(text, name_or_path)
+        apply_overrides(data, [change for change in changes if change.path[0] == "plugins"])
+    with beside(folder):
+        load_plugins(data.get("plugins") if isinstance(data, dict) else None)
+        yield
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -94,7 +124,7 @@ def _read_shipped(name: str) -> dict[str, Any]:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON types, every setting spelt out."""
-    data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    data: dict[str, Any] = _RECIPE.dump_python(recipe, mode="json")
     return data
 
 
@@ -159,4 +189,5 @@ def _check(data: dict[str, Any]) -> Recipe:
         # Through JSON, because only there strict means "no text for a number" and still takes a list for a tuple.
         return _RECIPE.validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise BadInput("\n".join(describe_problems(error, len(data["method"])))) from error
+        names = [entry.get("name") if isinstance(entry, dict) else None for entry in data["method"]]
+        raise BadInput("\n".join(describe_problems(error, names))) from error

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cl_dist.config.fields import info_of, method_classes
+from cl_dist.config.fields import info_of
 from cl_dist.config.words import is_text, shorten, show
 from cl_dist.config.yaml_text import MAX_DEPTH, parse_yaml
 from cl_dist.errors import BadInput
+from cl_dist.methods.catalogue import DEFAULT, config_class
 
 MAX_KEY = 500
 """Characters of a dotted key."""
@@ -80,8 +81,8 @@ def apply_overrides(recipe: dict[str, Any], overrides: Sequence[Override]) -> No
 
 
 def _normalise_method(recipe: dict[str, Any]) -> None:
-    """`method` as a list: absent means sequential, and one mapping is a list of one."""
-    method = recipe.setdefault("method", {"name": "sequential"})
+    """`method` as a list: absent means the default one, and one mapping is a list of one."""
+    method = recipe.setdefault("method", {"name": DEFAULT})
     if not isinstance(method, list):
         recipe["method"] = [method]
 
@@ -107,7 +108,7 @@ def _is_position(part: str) -> bool:
 
 
 def _drop_unknown_settings(method: dict[str, Any]) -> None:
-    cls = method_classes().get(method["name"]) if isinstance(method["name"], str) else None
+    cls = config_class(method["name"])
     if cls is not None:
         for key in set(method) - set(info_of(cls)):
             del method[key]
@@ -115,15 +116,13 @@ def _drop_unknown_settings(method: dict[str, Any]) -> None:
 
 
 def _drop_unread_settings(method: dict[str, Any]) -> None:
-    """Drop what the new method has too and, with its kind of fusion, does not read (kif's `tau` in tasl)."""
-    cls = method_classes().get(method["name"]) if isinstance(method["name"], str) else None
+    """Drop what the new method has too and, with its other settings, does not read (kif's `tau` in tasl)."""
+    cls = config_class(method["name"])
     tasks = method.get("by_task")
     for settings in (method, *(tasks.values() if isinstance(tasks, dict) else ())):
-        if isinstance(settings, dict):
-            kind = settings.get("fusion", method.get("fusion", getattr(cls, "fusion", None)))
-            for reader, names in getattr(cls, "READ_BY", {}).items():
-                for name in names if reader != kind else ():
-                    settings.pop(name, None)
+        if isinstance(settings, dict) and cls is not None:
+            for name in list(cls.unread({**method, **settings})):
+                settings.pop(name, None)
 
 
 def _drop_from_tasks(method: dict[str, Any], varied: Sequence[str]) -> None:

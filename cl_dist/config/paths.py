@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from cl_dist.config.files import expand, is_folder, is_there
+from cl_dist.config.plugins import written_out
 from cl_dist.config.schema import Recipe, StreamConfig
 from cl_dist.errors import BadInput
+from cl_dist.tasks.formats.format import Own, paths_of, with_paths
 
 
 def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Recipe:
@@ -24,19 +26,25 @@ def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Rec
     """
     recipe = _resolve_rouge_tokenizer(_resolve_include_path(recipe, folder), folder)
     recipe = replace(recipe, output_dir=_at_home(recipe.output_dir, "output_dir"))
+    if recipe.plugins or recipe.classes:
+        recipe = replace(recipe, plugins=written_out(recipe.plugins, recipe.classes))
     stream = recipe.stream
-    if stream.root is None and stream.instruction_file is None and not any(task.path for task in stream.tasks):
+    if stream.root is None and not any(_own_paths(stream)) and not any(task.path for task in stream.tasks):
         return recipe
     root = (Path.cwd() if typed_root and stream.root else folder) / expand(stream.root or "", "stream.root")
     with _naming("stream.root"):
         has_root = is_there(root)
     starts = (root if has_root else None, folder)
     tasks = tuple(
-        replace(task, path=_beside(task.path, *starts, f"stream.tasks.{number}.path"))
+        replace(
+            task,
+            path=_beside(task.path, *starts, f"stream.tasks.{number}.path"),
+            reader=_resolved(task.reader, starts, f"stream.tasks.{number}"),
+        )
         for number, task in enumerate(stream.tasks)
     )
-    instructions = _beside(stream.instruction_file, *starts, "stream.instruction_file")
-    resolved = replace(stream, root=str(root), tasks=tasks, instruction_file=instructions)
+    shared = tuple(_resolved(settings, starts, "stream") for settings in stream.shared)
+    resolved = replace(stream, root=str(root), tasks=tasks, shared=shared)
     if not _starts_from_root(resolved):
         if stream.root is not None:
             raise BadInput(f"stream.root: {stream.root} is not read: every path of the stream is found without it")
@@ -46,10 +54,20 @@ def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Rec
 
 def _starts_from_root(stream: StreamConfig) -> bool:
     """Whether a path of the stream is looked up below its root."""
-    paths = [stream.instruction_file] if stream.instruction_file is not None else []
     # A task without a path, and an order's tasks, have the root itself for theirs.
-    own = [task.path or "" for task in stream.tasks if task.format != "builtin"] if stream.tasks else [""]
-    return any(not Path(path).is_absolute() for path in (*paths, *own))
+    paths = [task.path or "" for task in stream.tasks if task.reader.HAS_PATH] if stream.tasks else [""]
+    return any(not Path(path).is_absolute() for path in (*paths, *_own_paths(stream)))
+
+
+def _own_paths(stream: StreamConfig) -> Iterator[str]:
+    """The paths among the settings that belong to formats."""
+    for settings in (*stream.shared, *(task.reader for task in stream.tasks)):
+        yield from paths_of(settings).values()
+
+
+def _resolved(settings: Own, starts: tuple[Path | None, Path], key: str) -> Own:
+    """A format's settings with their paths as `_beside` has them."""
+    return with_paths(settings, {n: _beside(p, *starts, f"{key}.{n}") for n, p in paths_of(settings).items()})
 
 
 def _resolve_include_path(recipe: Recipe, folder: Path) -> Recipe:

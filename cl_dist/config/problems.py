@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
 
-from cl_dist.config.fields import Setting, method_classes, settings_of
-from cl_dist.config.ranges import MOST_FLOAT, MOST_INT
+from cl_dist.config.fields import Setting, allowed_for, settings_of
+from cl_dist.config.formats import EXPLAINED
 from cl_dist.config.schema import Recipe
 from cl_dist.config.words import did_you_mean, shorten, show
+from cl_dist.methods.catalogue import known
+from cl_dist.tasks.formats.catalogue import known_formats
+from cl_dist.tasks.formats.format import defaults_of
 
 MOST_SHOWN = 10
 """Most problems that one message lists."""
+OWN_SETTINGS = ("reader", "shared")
+"""Fields of `TaskConfig` and `StreamConfig` with the settings of formats."""
 LONGEST = 750
 """Characters of one problem's line; the names of a component's settings fit."""
 
 
-def describe_problems(error: ValidationError, methods: int = 1) -> list[str]:
-    """One sentence per setting that is wrong, in the order of the recipe, which has so many `methods`."""
+def describe_problems(error: ValidationError, methods: Sequence[Any] = (None,)) -> list[str]:
+    """One sentence per setting that is wrong, in the order of the recipe.
+
+    methods: names of the recipe's methods, whatever they are.
+    """
     sentences: dict[str, str] = {}
     for problem in error.errors(include_url=False):
-        key = ".".join(map(shorten, _key_parts(problem["loc"])[0]))
-        if methods == 1:  # its author may have written a mapping, and may leave the index out in any case
+        parts, known_parts = _key_parts(problem["loc"], methods)
+        key = ".".join(map(shorten, parts))
+        if len(methods) == 1:  # its author may have written a mapping, and may leave the index out in any case
             key = key.replace("method.0", "method", 1)
         # A value that fits no member of a union is reported once per member; the first report says it all.
-        sentences.setdefault(key, _sentence(key, dict(problem)))
+        sentences.setdefault(key, _sentence(key, ".".join(known_parts), dict(problem)))
     found = ["\n".join(map(_clip, sentence.splitlines())) for sentence in sentences.values()]
     rest = [f"and {len(found) - MOST_SHOWN} more problems"] if len(found) > MOST_SHOWN else []
     return found[:MOST_SHOWN] + rest
@@ -38,27 +48,37 @@ def _clip(line: str) -> str:
     return line if len(line) <= LONGEST else f"{line[: LONGEST * 2 // 3]} ... {line[-LONGEST // 3 :]}"
 
 
-@cache
 def _settings() -> dict[str, Setting]:
     """All settings by their key without list marks."""
+    return _settings_with(tuple(known()))
+
+
+@cache
+def _settings_with(methods: tuple[str, ...]) -> dict[str, Setting]:
+    """All settings where there are these methods."""
     return {setting.key.replace("[]", ""): setting for setting in settings_of(Recipe)}
 
 
-def _key_parts(loc: Sequence[int | str]) -> tuple[list[str], list[str]]:
-    """A place in pydantic's words as the parts of the key to show and of the key in `_settings`."""
+def _key_parts(loc: Sequence[int | str], methods: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """A place in pydantic's words as the parts of the key to show and of the key in `_settings`.
+
+    methods: names of the recipe's methods, whatever they are.
+    """
     shown: list[str] = []
-    known: list[str] = []
+    place: list[str] = []
     for part in loc:
+        if part in OWN_SETTINGS and place[:1] == ["stream"]:  # which stand beside the common ones
+            continue
         if isinstance(part, int):
             shown.append(str(part))
-        elif known == ["method"] and part in method_classes():  # pydantic's tag of the method
-            known = [f"method({part})"]
-        elif "[" in part or _is_plain(".".join(known)):  # pydantic's name for a member of a union
+            name = methods[part] if place == ["method"] and part < len(methods) else None
+            place = [f"method({name})"] if isinstance(name, str) and name in known() else place
+        elif "[" in part or _is_plain(".".join(place)):  # pydantic's name for a member of a union
             break
         else:
             shown.append(part)
-            known.append(part)
-    return shown, known
+            place.append(part)
+    return shown, place
 
 
 def _is_plain(key: str) -> bool:
@@ -67,51 +87,50 @@ def _is_plain(key: str) -> bool:
     return setting is not None and setting.component is None and key != "method"
 
 
-def _sentence(key: str, problem: Mapping[str, Any]) -> str:
-    """One problem as `key: what is wrong; what is allowed`."""
-    known = ".".join(_key_parts(problem["loc"])[1])
+def _sentence(key: str, place: str, problem: Mapping[str, Any]) -> str:
+    """One problem as `key: what is wrong; what is allowed`; `place` is the key in `_settings`."""
     if not problem["loc"] and problem["type"] != "value_error":  # about the recipe as a whole
         return f"recipe: {problem['msg']}"
     match problem["type"]:
         case "value_error":  # raised by a component's __post_init__, whose message starts with the field's name
             return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+        case _ if problem["type"] == EXPLAINED:
+            return f"{key}: {problem['msg']}"
         case "unexpected_keyword_argument":
-            return f"{key}: unknown key{_similar_keys(known)}"
+            return f"{key}: unknown key{_similar_keys(place)}"
         case "missing":
-            setting = _settings()[known]
+            setting = _settings()[place]
             return f"{key}: missing; give {setting.allowed}: {setting.help}"
-        case _ if known == "method":  # an entry of the list: which method it is could not be told
+        case _ if place == "method":  # an entry of the list: which method it is could not be told
             return _method_sentence(key, problem["input"])
         case "dataclass_type" | "dict_type":
             return f"{key}: {show(problem['input'])} is not a mapping of settings"
-    return f"{key}: {show(problem['input'])} is not allowed; allowed: {_allowed(known, problem['input'])}"
+    value = problem["input"]
+    return f"{key}: {show(value)} is not allowed; allowed: {allowed_for(_settings()[place].allowed, value)}"
 
 
 def _method_sentence(key: str, entry: Any) -> str:
-    allowed = f"allowed: {', '.join(method_classes())}"
+    allowed = f"allowed: {', '.join(known())}"
     if not isinstance(entry, Mapping):
         return f"{key}: {show(entry)} is not a mapping of settings; write it as {{name: ...}}, {allowed}"
     if "name" not in entry:
         return f"{key}.name: missing; {allowed}"
     name = entry["name"]
-    return f"{key}.name: {show(name)} is not a method; {allowed}{did_you_mean(str(name), method_classes())}"
+    return f"{key}.name: {show(name)} is not a method; {allowed}{did_you_mean(str(name), known())}"
 
 
-def _allowed(known: str, value: Any) -> str:
-    allowed = _settings()[known].allowed
-    if isinstance(value, int | float) and abs(value) > MOST_INT:
-        allowed += f" (and never above {MOST_INT if 'whole' in allowed else MOST_FLOAT})"
-    unquoted = "a text" in allowed or "a list of texts" in allowed
-    if unquoted and isinstance(value, bool | int | float):
-        return f"{allowed} (in quotes it is a text)"
-    return allowed
-
-
-def _similar_keys(known: str) -> str:
+def _similar_keys(place: str) -> str:
     """What the unknown key may have meant: one of its neighbours, the same name elsewhere, or else all neighbours."""
-    parent, _, name = known.rpartition(".")
+    parent, _, name = place.rpartition(".")
     neighbours = [setting.name for key, setting in _settings().items() if key.rpartition(".")[0] == parent]
+    if parent == "stream.tasks":  # formats of the user's own have settings there too
+        neighbours = list(
+            dict.fromkeys([*neighbours, *(key for _, cls in known_formats() for key in defaults_of(cls))])
+        )
     if suggestion := did_you_mean(name, neighbours):
         return suggestion
     elsewhere = [setting.key for setting in _settings().values() if setting.name == name]
+    methods = [found[1] for key in elsewhere if (found := re.fullmatch(r"method\((.+)\)\..+", key))]
+    if methods and len(methods) == len(elsewhere):
+        return f"; it is a setting of {', '.join(methods)}"
     return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(neighbours)}"

@@ -1,7 +1,9 @@
-"""Ranges that several components' settings share, and how strictly all of them are checked."""
+"""Ranges that several components' settings share, how strictly all of them are checked, and what counts as given."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
@@ -27,3 +29,18 @@ Seconds = Annotated[float, Field(ge=0.1, le=YEAR)]
 Minutes = Annotated[float, Field(gt=0.0, le=YEAR / 60)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Percent = Annotated[float, Field(ge=0.0, le=100.0)]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Annotation of a text whose values are known only when they are asked for."""
+
+    describe: Callable[[], str]
+    """Lists them, for messages and help."""
+    meaning: Callable[[], str] | None = None
+    """What each of them means, where the help is to say so."""
+
+
+def is_default(component: object, name: str) -> bool:
+    """Whether a setting has its default; a run's config.yaml spells every setting out."""
+    return bool(getattr(component, name) == getattr(type(component), name))

@@ -13,18 +13,33 @@ from collections.abc import Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
-from cl_dist.config.by_task import unknown_task
-from cl_dist.config.composition import GROWING, refuse_exclusive
 from cl_dist.config.deepspeed import refuse_raw_settings
-from cl_dist.config.formats import describe_unread
-from cl_dist.config.methods import MethodConfig, SequentialConfig, UnitConfig
+from cl_dist.config.formats import (
+    allowed_names,
+    check_format,
+    describe_unread,
+    make_reader,
+    make_shared,
+    part,
+    side_by_side,
+    summaries,
+)
 from cl_dist.config.objectives import FACTS, Family, ObjectiveName, objectives_of
+from cl_dist.config.plugins import names_class
 from cl_dist.config.ranges import (
     MOST_INT,
     STRICT,
+    Choices,
     Divisor,
     Fraction,
     Minutes,
@@ -35,6 +50,10 @@ from cl_dist.config.ranges import (
     Seconds,
 )
 from cl_dist.config.unread import refuse_unread
+from cl_dist.methods.catalogue import MethodEntry, default_method
+from cl_dist.methods.config import check_methods
+from cl_dist.tasks.formats.catalogue import find_format
+from cl_dist.tasks.formats.format import Format, StreamSettings
 
 if TYPE_CHECKING:
     from cl_dist.config.objectives import ObjectiveFacts
@@ -98,9 +117,6 @@ class ModelConfig:
         return None if self.known_objective is None else FACTS[self.known_objective]
 
 
-DataFormat = Literal["builtin", "cl_benchmark", "tasl", "trace", "superni", "sgd", "jsonl", "text", "huggingface"]
-
-
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TaskConfig:
     """One task of the stream."""
@@ -108,50 +124,48 @@ class TaskConfig:
     name: Annotated[str, Field(min_length=1, max_length=100)]
     """Name of the task: letters, digits, `-`, `_` and `.`; it names a folder of the run and, in the benchmark formats,
     the task's files."""
-    format: DataFormat = "jsonl"
-    """How the data is stored: `builtin` (generated), `cl_benchmark` (O-LoRA, MIGU), `tasl` (TaSL, KIF), `trace`,
-    `superni` (Super-NaturalInstructions), `sgd` (dialogue state tracking, TaSL), `jsonl` (`input`/`output` records),
-    `text` (plain text, for pre-training), `huggingface` (a data set by name, a file or folder, or saved to disk)."""
+    format: Annotated[str, Choices(allowed_names, summaries)] = "jsonl"
+    """How the data is stored."""
     path: str | None = None
     """Folder or file of the data; a relative path is looked up below `stream.root`, else below the recipe's folder.
-    `builtin` has none."""
+    Data that is generated has none."""
     labels: tuple[str, ...] | None = None
     """The answers that are allowed (classification). Absent: read from labels.json where the format has one, else the
     distinct answers of the training split where they are few (`stream.max_labels`). `[]`: there are none, the task is
     to generate text."""
-    input_field: str = "input"
-    """Field of a record with the prompt (`jsonl` and `huggingface`)."""
-    output_field: str = "output"
-    """Field of a record with the answer (`jsonl` and `huggingface`)."""
-    subset: str | None = None
-    """Configuration name of a Hugging Face data set."""
     epochs: PositiveInt | None = None
     """Passes over this task's training samples; null: train.epochs."""
-    text_field: str | None = None
-    """Field of a record with a document (`jsonl` and `huggingface`): the task is text, for pre-training, and
-    `input_field` and `output_field` are not read."""
-    streaming: bool = False
-    """Read a Hugging Face data set record by record, no further than `stream.max_train_samples` and
-    `stream.max_eval_samples`, without downloading or converting the rest."""
+    reader: Format = Field(default=Format(), exclude=True, kw_only=True)
+    """The format, with its own settings of this task, which stand beside these in a recipe."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _part(cls, data: Any) -> Any:
+        return part(data, TaskConfig, "reader")
+
+    @field_validator("format")
+    @classmethod
+    def _check_format(cls, name: str) -> str:
+        return check_format(name, "stream.tasks[].format")
+
+    @field_validator("reader", mode="plain")
+    @classmethod
+    def _make_reader(cls, given: Any, info: ValidationInfo) -> Format:
+        name = info.data.get("format")
+        return Format() if name is None else make_reader(name, given, TaskConfig, strict=info.mode == "json")
+
+    @model_serializer(mode="wrap")
+    def _side_by_side(self, common: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return side_by_side(common(self), [self.reader], in_stream=False)
 
     def __post_init__(self) -> None:
-        """Refuse unsafe names, and settings that nothing would read."""
+        """Refuse unsafe names, and a path that nothing would read."""
         if not TASK_NAME.fullmatch(self.name):
             raise ValueError(
                 f'name: "{self.name}" cannot name a folder; allowed: letters, digits, "-", "_" and ".", no leading "."'
             )
-        if self.format == "builtin" and self.path is not None:
-            raise ValueError(f'path: "{self.path}" is not read: format builtin is generated and has no path')
-        problem = describe_unread(self, [self.format]) or self._field_beside_text()
-        if problem is not None:
-            raise ValueError(problem)
-
-    def _field_beside_text(self) -> str | None:
-        """The field of prompts or answers that is given beside one of documents."""
-        for name, default in (("input_field", "input"), ("output_field", "output")):
-            if self.text_field is not None and getattr(self, name) != default:
-                return f'{name}: "{getattr(self, name)}" is not read where text_field names a field of documents'
-        return None
+        if not self.reader.HAS_PATH and self.path is not None:
+            raise ValueError(f'path: "{self.path}" is not read: format {self.format} is generated and has no path')
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -163,7 +177,7 @@ class StreamConfig:
     order: int | str | None = None
     """In place of `tasks`: a published order (`1` to `6`, `superni-1`, `superni-2`, `sgd-1` to `sgd-6`) or an order
     folder of CL_Benchmark. All its tasks are looked up in `root`, in the format `format`."""
-    format: DataFormat = "tasl"
+    format: Annotated[str, Choices(allowed_names)] = "tasl"
     """Format of the tasks that `order` names."""
     epochs_by_task: dict[str, PositiveInt] = Field(default_factory=dict)
     """Passes over the training samples of some of the tasks that `order` names, such as {mnli: 2}; the others have
@@ -173,21 +187,44 @@ class StreamConfig:
     max_train_samples: PositiveInt | None = None
     """Use only the first so many training samples of each task."""
     max_eval_samples: PositiveInt | None = None
-    """Use only the first N evaluation samples of each task; with format sgd, up to the end of the last one's turn."""
+    """Use only the first N evaluation samples of each task; of dialogues, up to the end of the last one's turn."""
     eval_split: Literal["test", "dev"] = "test"
     """Split to evaluate on; where a task has no such file, the other one serves and the log says so."""
-    instruction_file: str | None = None
-    """`instruction_config.json` of a CL_Benchmark copy; absent: looked for beside the data, else the published
-    texts."""
-    name_tasks: bool = False
-    """Format cl_benchmark: prompts begin with two lines, `Task:` the group and `Dataset:` the data set, as in the
-    scripts of O-LoRA and MIGU (--add_task_name, --add_dataset_name). A model is told the task by it."""
     max_labels: PositiveInt = 50
     """A task without stated labels counts as classification when its training answers have at most this many distinct
     values, no more than the square root of their number, and each occurs at least twice."""
     empty_answers: Literal["error", "keep", "skip"] = "error"
     """A record whose answer is empty: `error` names it and ends the run; `keep` learns it, that is to answer nothing
     (as the public code of TaSL and KIF); `skip` leaves it out, and the log says how many."""
+    shared: tuple[StreamSettings, ...] = Field(default=(), exclude=True, kw_only=True)
+    """What formats of the tasks have for all of their tasks, beside these settings in a recipe."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _part(cls, data: Any) -> Any:
+        return part(data, StreamConfig, "shared")
+
+    @field_validator("format")
+    @classmethod
+    def _check_format(cls, name: str) -> str:
+        return check_format(name, "stream.format")
+
+    @field_validator("shared", mode="plain")
+    @classmethod
+    def _make_shared(cls, given: Any, info: ValidationInfo) -> tuple[StreamSettings, ...]:
+        if not {"tasks", "format"} <= set(info.data):
+            return ()
+        classes = _formats(info.data["tasks"], info.data["format"])
+        return make_shared(classes, given, StreamConfig, strict=info.mode == "json")
+
+    @model_serializer(mode="wrap")
+    def _side_by_side(self, common: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return side_by_side(common(self), self.shared, in_stream=True)
+
+    @property
+    def formats(self) -> dict[str, type[Format]]:
+        """The formats of the tasks, by name."""
+        return _formats(self.tasks, self.format)
 
     def __post_init__(self) -> None:
         """Refuse a stream without tasks, and two tasks of one name: files and results are found by it."""
@@ -200,16 +237,24 @@ class StreamConfig:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f'tasks: the name "{twice}" is given twice; every task of a stream has its own')
-        formats = {task.format for task in self.tasks} or {self.format}
-        if self.format != "tasl" and self.format not in formats:
+        formats = self.formats
+        if self.format != type(self).format and self.format not in formats:
             raise ValueError(
                 f"format: {self.format} is for the tasks of an order; here every task has a format of its own"
             )
-        if self.name_tasks and formats != {"cl_benchmark"}:
-            raise ValueError(f"name_tasks: true is for format cl_benchmark alone, not {', '.join(sorted(formats))}")
+        for settings in self.shared:
+            settings.check(formats)
         unread = describe_unread(self, formats)
         if unread is not None:
             raise ValueError(unread)
+
+
+def _formats(tasks: Sequence[TaskConfig], order_format: str) -> dict[str, type[Format]]:
+    """The formats of a stream's tasks, by name; of an order's, where none are listed."""
+    if tasks:
+        return {task.format: type(task.reader) for task in tasks}
+    found = find_format(order_format, "stream.format")
+    return {} if found is None else {order_format: found}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -282,15 +327,9 @@ class TrainConfig:
     those that every rank holds whole. null: never."""
 
     def __post_init__(self) -> None:
-        """Refuse grouping by length in file order, a day that is none, and a warm-up that no task completes."""
+        """Refuse grouping by length in file order, and a day that is none."""
         if self.group_by_length and not self.shuffle:
             raise ValueError("group_by_length: true reorders the samples, which shuffle: false forbids; change one")
-        most = self.max_steps_per_task
-        if most is not None and self.warmup_steps > most:
-            raise ValueError(
-                f"warmup_steps: {self.warmup_steps} is more than max_steps_per_task {most}, so that learning_rate "
-                f"would never be reached; allowed: at most {most}"
-            )
         if not _is_day(self.date):
             raise ValueError(f'date: "{self.date}" is not a day; allowed: YYYY-MM-DD, such as 2024-07-26')
 
@@ -368,9 +407,9 @@ class EvalConfig:
     compares the text; `perplexity` is for text. `auto`: likelihood where a task has labels, perplexity for text, else
     generate."""
     metric: Literal["auto", "exact_match", "macro_f1", "rouge_l", "jga"] = "auto"
-    """Score of answers; `auto`: exact match where a task has labels, `jga` in format sgd, else ROUGE-L. `macro_f1` is
-    for tasks with labels; beside the one of exact match and macro-F1 that is the score the log has the other. `jga`
-    (joint goal accuracy) is the share of a dialogue's turns of which all slots are right."""
+    """Score of answers; `auto`: exact match where a task has labels, `jga` for dialogue states, else ROUGE-L.
+    `macro_f1` is for tasks with labels; beside the one of exact match and macro-F1 that is the score the log has the
+    other. `jga` (joint goal accuracy) is the share of a dialogue's turns of which all slots are right."""
     normalise: Literal["none", "punctuation"] = "none"
     """What exact match and macro-F1 leave out of account besides case and white space: `punctuation` strips ASCII
     punctuation too, as the public scorer of O-LoRA and MIGU does."""
@@ -428,19 +467,23 @@ class Recipe:
 
     model: ModelConfig
     stream: StreamConfig
-    method: tuple[MethodConfig, ...] = (SequentialConfig(),)
+    method: tuple[MethodEntry, ...] = (default_method(),)
     """One method, or a list of methods that compose in that order."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     zero: ZeroConfig = Field(default_factory=ZeroConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    plugins: tuple[str, ...] = ()
+    """Modules with methods or formats of your own, by name or as the path of a .py file; what is neither installed nor
+    an absolute path is looked for beside the recipe (docs/extending.md)."""
     output_dir: Annotated[str, Field(min_length=1)]
     """Run folder. Absent in a recipe: runs/<recipe name>, below the working directory."""
 
     def __post_init__(self) -> None:
         """Refuse settings of different components that exclude each other."""
-        self._check_methods()
+        check_methods(self)
+        self._check_warmup()
         self._check_lengths()
         self._check_evaluation()
         self._check_template()
@@ -449,60 +492,23 @@ class Recipe:
         self._check_batch()
         refuse_unread(self)
 
-    def _check_methods(self) -> None:
-        names = [method.name for method in self.method]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f'method: "{twice}" is given twice; a method composes with others, not with itself')
-        if not names:
-            raise ValueError("method: the list is empty; for plain fine-tuning give the method sequential")
-        refuse_exclusive(names)
-        units = [method for method in self.method if isinstance(method, UnitConfig)]
-        self._check_fusion([each for method in units for each in (method, *map(method.for_task, method.by_task))])
-        self._check_starts(names)
-        self._check_joint_epochs(names)
-        problem = unknown_task(self.method, [task.name for task in self.stream.tasks]) if self.stream.tasks else None
-        if problem is not None:
-            raise ValueError(problem)
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the form `module:Class` in the recipe: methods and formats of the user's own."""
+        formats = (self.stream.format, *(task.format for task in self.stream.tasks))
+        return tuple(name for name in (*(each.name for each in self.method), *formats) if names_class(name))
 
-    def _check_fusion(self, methods: Sequence[UnitConfig]) -> None:
-        for method in methods:
-            if method.replay_ratio > 0 and any(other.name == "replay" for other in self.method):
-                raise ValueError(
-                    f"method: replay and {method.name} with replay_ratio {method.replay_ratio} do not compose: both "
-                    "mix past samples in; give one of them"
-                )
-            if self.model.lora is None and method.units == "rank":
-                raise ValueError("method.units: rank is a rank of LoRA, and there is no model.lora; give matrix or row")
-            if self.model.lora is None and method.orthogonal_for(lora=False) > 0:
-                raise ValueError(
-                    f"method.orthogonal: {method.orthogonal} weighs a penalty on LoRA's matrices, and there is no "
-                    "model.lora; give 0"
-                )
-
-    def _check_starts(self, names: Sequence[str]) -> None:
-        """Methods that start every task with other weights than the ones that the task before has trained."""
-        growing = next((name for name in names if name in GROWING), None)
-        if growing is not None and self.model.lora is None:
+    def _check_warmup(self) -> None:
+        """Refuse a warm-up that no task completes."""
+        most = self.train.max_steps_per_task
+        if most is None:
+            return
+        extra = sum(method.extra_steps(most) for method in self.method)
+        if self.train.warmup_steps > most + extra:
+            more = f" and the {extra} steps that the method adds" if extra else ""
             raise ValueError(
-                f"method: {growing} trains new LoRA adapters in every task, and there is no model.lora; give one, such "
-                "as {r: 8}"
-            )
-        fresh = next((name for name in names if name in (*GROWING, "per_task")), None)
-        if fresh is not None and self.train.keep_optimizer:
-            raise ValueError(
-                f"train.keep_optimizer: true carries AdamW's moments into the next task, whose weights start anew with "
-                f"{fresh}; allowed: false"
-            )
-
-    def _check_joint_epochs(self, names: Sequence[str]) -> None:
-        """Multi-task training passes over all tasks' samples together."""
-        epochs = {task.name: task.epochs or self.train.epochs for task in self.stream.tasks}
-        if "multi_task" in names and len(set(epochs.values())) > 1:
-            told = ", ".join(f"{name} {count}" for name, count in epochs.items())
-            raise ValueError(
-                f"stream.tasks: multi_task learns all tasks together, and their epochs differ ({told}); give all the "
-                "same number, such as by train.epochs alone"
+                f"train.warmup_steps: {self.train.warmup_steps} is more than max_steps_per_task {most}{more}, so that "
+                f"learning_rate would never be reached; allowed: at most {most + extra}"
             )
 
     def _check_lengths(self) -> None:

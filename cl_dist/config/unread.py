@@ -2,13 +2,15 @@
 
 Only what is certain from the recipe alone is refused, and only a value that is not the default: a run's config.yaml
 spells every setting out. Limits that are never reached are no such settings. What a method's own settings make of each
-other stands in `methods`.
+other stands in its `config.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cl_dist.config.ranges import is_default
 
 if TYPE_CHECKING:
     from cl_dist.config.schema import Recipe
@@ -22,27 +24,29 @@ def refuse_unread(recipe: Recipe) -> None:
 
 def _of_training(recipe: Recipe) -> Iterator[str]:
     train, tasks = recipe.train, recipe.stream.tasks
-    if tasks and all(task.format == "text" or task.text_field is not None for task in tasks):
+    if tasks and all(task.reader.only_documents for task in tasks):
         for name, why in (("truncate", "prompts to cut"), ("long_answers", "answers"), ("template", "turns of a chat")):
-            if _given(train, name):
+            if not is_default(train, name):
                 yield f"train.{name}: {getattr(train, name)} is not used: all tasks are plain text, without {why}"
-    if train.keep_optimizer and any(method.name == "multi_task" for method in recipe.method):
-        yield "train.keep_optimizer: true is not used: multi_task trains once, and no task follows"
 
 
 def _of_evaluation(recipe: Recipe) -> Iterator[str]:
     evaluation = recipe.eval
     # A recipe that says nothing has the answers' length of training (config.load).
-    is_own = evaluation.max_new_tokens != recipe.train.max_target_length and _given(evaluation, "max_new_tokens")
+    is_own = evaluation.max_new_tokens != recipe.train.max_target_length and not is_default(
+        evaluation, "max_new_tokens"
+    )
     if evaluation.mode in ("likelihood", "perplexity") and is_own:
         yield (
             f"eval.max_new_tokens: {evaluation.max_new_tokens} is not used: eval.mode {evaluation.mode} generates "
             "no text"
         )
-    formats = {task.format for task in recipe.stream.tasks}
+    metrics = {cls.METRIC for cls in recipe.stream.formats.values()}
+    metric = metrics.pop() if len(metrics) == 1 else None
     for name in ("normalise", "rouge_tokenizer"):
-        if formats == {"sgd"} and evaluation.metric == "auto" and _given(evaluation, name):
-            yield f"eval.{name}: {getattr(evaluation, name)} is not used: format sgd is scored by jga"
+        if recipe.stream.tasks and metric and evaluation.metric == "auto" and not is_default(evaluation, name):
+            told = f"format {' and '.join(recipe.stream.formats)} is scored by {metric}"
+            yield f"eval.{name}: {getattr(evaluation, name)} is not used: {told}"
     if evaluation.general is not None and not evaluation.general.after:
         yield "eval.general.after: an empty list measures nothing; leave eval.general out, or say after which tasks"
 
@@ -51,8 +55,3 @@ def _of_model(recipe: Recipe) -> Iterator[str]:
     model = recipe.model
     if model.trust_remote_code and model.name_or_path.startswith("builtin:"):
         yield f"model.trust_remote_code: true is not used: {model.name_or_path} comes without code of its own"
-
-
-def _given(component: Any, name: str) -> bool:
-    """Whether a setting differs from its default."""
-    return bool(getattr(component, name) != getattr(type(component), name))

@@ -20,7 +20,7 @@ from cl_dist.models.training_mode import has_dropout
 from cl_dist.progress import Reporter
 from cl_dist.state.atomic import make_folder
 from cl_dist.state.elastic import Resumption, resumption, segment, with_segments
-from cl_dist.state.inputs import read_inputs, refuse_other_inputs, with_data
+from cl_dist.state.inputs import plugin_changes, read_inputs, refuse_other_inputs, with_data
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import Manifest
@@ -138,7 +138,11 @@ def _with_inputs(ledger: Ledger, system: System, resume: bool, reporter: Reporte
     if before is None or now is None:
         return manifest
     together(lambda: refuse_other_inputs(before, with_data(now, system.tasks), system.tasks, folder.path))
-    return dataclasses.replace(manifest, inputs=dataclasses.replace(before, places=now.places))
+    changed = plugin_changes(before, now)
+    if changed is not None:
+        reporter.message(changed)
+        ledger.log(event="plugins_changed", message=changed)
+    return dataclasses.replace(manifest, inputs=dataclasses.replace(before, places=now.places, plugins=now.plugins))
 
 
 @contextmanager

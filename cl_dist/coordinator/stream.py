@@ -20,7 +20,7 @@ from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import Interrupted
 from cl_dist.evaluation.metrics import UNTOUCHED, all_metrics, general_ability, general_forgetting
 from cl_dist.heartbeat import beat, opaque
-from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.export import export_model
 from cl_dist.models.lora import in_adapter
 from cl_dist.progress import Reporter
@@ -91,7 +91,7 @@ class Coordinator:
 
     def _run_task(self, index: int) -> None:
         """Train, evaluate and export one task, then record it as complete."""
-        if not self.system.engine.trains(index):
+        if not self.system.engine.method.trains(index):
             # Without steps of its own, a task has the previous task's model and scores.
             self.reporter.task_started(index, self.tasks[index].name, 0)
             self._state.restore_before(index)
@@ -105,7 +105,7 @@ class Coordinator:
         began = time.monotonic()
         # Unless all tasks are scored: those learnt so far, including the next ones if they have no steps of their own.
         later = range(index + 1, len(self.tasks))
-        unseen = next((task for task in later if self.system.engine.trains(task)), len(self.tasks))
+        unseen = next((task for task in later if self.system.engine.method.trains(task)), len(self.tasks))
         seen = len(self.tasks) if self.recipe.eval.tasks == "all" else unseen
         row = self._scoring.row(range(seen), self.folder.task(index, place.name).predictions)
         general = self._scoring.general(place.name)
@@ -166,13 +166,13 @@ class Coordinator:
             if unwritten:
                 self.ledger.settle()
             loss /= max(1.0, targets)
-            self.reporter.step(step + 1, loss, trainer.tokens(step) / seconds, trainer.learning_rate(step))
+            self.reporter.step(step + 1, loss, trainer.tokens(step) / seconds, self.system.engine.learning_rate(step))
             self.ledger.log(event="step", task=place.name, step=step + 1, loss=loss, seconds=round(seconds, 4))
             self._after_step(place, spent, stop, minutes_over > 0)
-        # Methods may change the weights after the last step; some need the original ones later.
-        if any(method.keeps_unfused for method in self.system.engine.methods):
+        # The method may change the weights after the last step, and may want the original ones kept.
+        if self.system.engine.method.keeps_unfused:
             self._export(self.folder.task(place.index, place.name).unfused)
-        self.system.engine.after_task(place)
+        self.system.engine.method.after_task(place)
         self._save(self.folder.task(place.index, place.name).state, place, spent, trained=True)
         return spent
 
@@ -225,13 +225,8 @@ class Coordinator:
         self.ledger.write(write)
 
     def _write_results(self, folder: Path) -> None:
-        """Let the methods write their results next to the task's model."""
-
-        def write() -> None:
-            for method in self.system.engine.methods:
-                method.write_results(folder)
-
-        self.ledger.write(write)
+        """Let the method write its results next to the task's model."""
+        self.ledger.write(lambda: self.system.engine.method.write_results(folder))
 
 
 def finish(ledger: Ledger, reporter: Reporter) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from cl_dist.assembly import System
 from cl_dist.engine.stop import Deadline
 from cl_dist.heartbeat import beat
-from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.export import is_readable_export
 from cl_dist.progress import Reporter
 from cl_dist.state.checkpoints import Checkpoints
@@ -75,7 +75,7 @@ class TaskState:
             # Checkpoints after this one are damaged. Methods start the task first, and then get their saved state.
             self._checkpoints.forget_after(found.entry)
             self._engine.before_task(place)
-            self._engine.load_method_states(found.state["methods"])
+            self._engine.method.load_state_dict(found.state)
             self._ledger.log(event="resumed", task=place.name, step=found.entry.step)
             self._reporter.message(f"resuming task {place.name} after step {found.entry.step} of {place.steps}")
             return found.state
@@ -100,9 +100,9 @@ class TaskState:
         """
         if index == self._first:
             # The tasks right before may have no steps of their own.
-            trained = max(task for task in range(index) if self._engine.trains(task))
+            trained = max(task for task in range(index) if self._engine.method.trains(task))
             self._engine.prepare_task(trained)
-            self._engine.load_method_states(self._load_end_state(trained)["methods"])
+            self._engine.method.load_state_dict(self._load_end_state(trained))
 
     def _load_end_state(self, index: int) -> dict[str, Any]:
         """Load the end state of task `index`."""
@@ -157,20 +157,20 @@ class TaskState:
 
     def _load(self, folder: Path) -> dict[str, Any]:
         """Load weights, moments and the methods' tensors from a saved state; return its JSON values."""
-        state = load_snapshot(folder, self._engine.shards, self._engine.method_tensors())
-        self._engine.method_tensors_loaded()
+        state = load_snapshot(folder, self._engine.shards, self._engine.method.tensors())
+        self._engine.method.tensors_loaded()
         return state
 
     def save(self, path: Path, place: TaskPlace, spent: Spent, *, trained: bool) -> None:
         """Save the state of all ranks, then name it in the manifest, then delete the states that are too old."""
         began = time.monotonic()
         beat(f"saving the state of task {place.name}")
-        self._engine.before_save()
-        state = {"trained": trained, "spent": dataclasses.asdict(spent), "methods": self._engine.method_states()}
+        self._engine.method.before_save()
+        state = {"trained": trained, "spent": dataclasses.asdict(spent), **self._engine.method.state_dict()}
         # The next task starts with fresh moments, unless the recipe keeps them.
         moments = not trained or self._recipe.train.keep_optimizer
         with self._deadline.saving():
-            save_snapshot(path, self._engine.shards, state, moments=moments, extra=self._engine.method_tensors())
+            save_snapshot(path, self._engine.shards, state, moments=moments, extra=self._engine.method.tensors())
         folder = str(path.relative_to(self._folder.path))
         self._checkpoints.add(CheckpointEntry(task=place.index, step=spent.steps, folder=folder))
         seconds = round(time.monotonic() - began, 4)

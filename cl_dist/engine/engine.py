@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -17,12 +16,12 @@ from cl_dist.engine.optimizer import build_adamw, learning_rate
 from cl_dist.engine.trial import told_by_trial, trial_batches
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.heartbeat import beat
-from cl_dist.methods.base import Memory, Method, TaskPlace
+from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.structure import base_model
 from cl_dist.models.training_mode import evaluation_mode, layerdrop, switch_cache_off
 from cl_dist.seeds import derive_seed
-from cl_dist.sharding import Shard, ShardView, check_deepspeed, remove_leftovers
+from cl_dist.sharding import ShardView, check_deepspeed, remove_leftovers
 from cl_dist.tasks.collate import Batch
 from cl_dist.tasks.objectives import OBJECTIVES
 from cl_dist.tasks.types import Encoded
@@ -44,25 +43,25 @@ class StepResult:
 
 
 class TrainingEngine:
-    """The model under DeepSpeed, the methods attached to it.
+    """The model under DeepSpeed, the method attached to it.
 
     Args:
         loaded: Model, tokenizer and objective.
         recipe: The run's settings (`train` and `zero` are read).
-        methods: In the order in which they compose.
+        method: What is to be done about forgetting.
 
     Raises:
         ClDistError: The installed DeepSpeed is not one whose shards this release knows.
         BadInput: The model cannot be trained as the recipe says.
     """
 
-    def __init__(self, loaded: LoadedModel, recipe: Recipe, methods: Sequence[Method]) -> None:
+    def __init__(self, loaded: LoadedModel, recipe: Recipe, method: Method) -> None:
         problems = check_deepspeed()
         if problems:
             raise ClDistError("; ".join(problems))
         self.objective = loaded.objective
         self.recipe = recipe
-        self.methods = methods
+        self.method = method
         self._build(loaded.model)
 
     def _build(self, model: torch.nn.Module) -> None:
@@ -78,22 +77,21 @@ class TrainingEngine:
             dist_init_required=False,
         )
         set_timeout(self.recipe.launch.timeout_seconds)
-        self._keeps_logits = keeps_logits(base) and not any(method.needs_all_logits for method in self.methods)
+        self._keeps_logits = keeps_logits(base) and not self.method.needs_all_logits
         self.shards = ShardView(self._engine)
         self.shards.allocate_moments(step=0)
         self._guard = UpdateGuard(self.shards, self.recipe.train.max_skipped_steps)
         self._measuring_guard = UpdateGuard(self.shards, self.recipe.train.max_skipped_steps)
         self._take: Callable[[], None] | None = None
         self._trying = False
-        self.shards.on_boundary(self._before_update, self._after_update, self._allows, self._update_skipped)
-        for method in self.methods:
-            method.attach(self.model, self.shards, self.recipe.train)
+        self.shards.on_boundary(self.method.before_update, self.method.after_update, self._allows, self._update_skipped)
+        self.method.attach(self.model, self.shards, self.recipe.train)
         self._try_out()
 
     def _try_out(self) -> None:
         """Send two tiny batches of made-up tokens through the model, the first one backward too (collective).
 
-        Finds out in the first seconds whether the model can be trained at all, and shows methods what its layers'
+        Finds out in the first seconds whether the model can be trained at all, and shows the method what its layers'
         outputs are. As with `measure`, nothing that is trained changes: DeepSpeed goes through a step of its own, in
         which the inner optimiser is paused. The random number generators and DeepSpeed's counters are put back.
 
@@ -115,12 +113,10 @@ class TrainingEngine:
             self._trying = False
         for name, value in counters.items():
             setattr(self._engine, name, value)
-        for method in self.methods:
-            method.after_trials(self._idle)
+        self.method.after_trials(self._idle)
 
     def _trial_forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        for method in self.methods:
-            method.before_trial(batch.token_masks)
+        self.method.before_trial(batch.token_masks)
         return self._forward(batch)
 
     def _without_gradient(self) -> frozenset[str]:
@@ -134,17 +130,16 @@ class TrainingEngine:
     def rebuild(self) -> None:
         """Build a new DeepSpeed engine around the same model in the same process group.
 
-        For methods that change the set of trainable parameters. The optimiser starts afresh, and in bfloat16 so do the
-        float32 masters, from the bfloat16 weights.
+        For a method that changes the set of trainable parameters. The optimiser starts afresh, and in bfloat16 so do
+        the float32 masters, from the bfloat16 weights.
         """
         model = self.model
         self.destroy()
         self._build(model)
 
     def destroy(self) -> None:
-        """Detach the methods and take DeepSpeed's hooks out of the model."""
-        for method in self.methods:
-            method.detach()
+        """Detach the method and take DeepSpeed's hooks out of the model."""
+        self.method.detach()
         self._engine.destroy()
         remove_leftovers(self.model)
 
@@ -154,39 +149,26 @@ class TrainingEngine:
         return self._engine.module
 
     def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
-        """The training samples of task `index`, its own first, and those that methods add."""
-        added = [sample for method in self.methods for sample in method.training_data(index, tasks)]
-        return [*tasks[index], *added]
-
-    def memory(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Memory | None:
-        """Past samples that task `index` learns in steps of their own; the first method that has some decides."""
-        memories = (method.memory(index, tasks) for method in self.methods)
-        return next((memory for memory in memories if memory is not None), None)
-
-    def trains(self, index: int) -> bool:
-        """Whether task `index` has steps of its own."""
-        return all(method.trains(index) for method in self.methods)
+        """The training samples of task `index`, its own first, and those that the method adds."""
+        return [*tasks[index], *self.method.training_data(index, tasks)]
 
     def prepare_task(self, index: int) -> None:
-        """Let the methods make the model ready for task `index`, and build the engine anew where they change what is
+        """Let the method make the model ready for task `index`, and build the engine anew where it changes what is
         trained (collective).
         """
-        changed = [method.prepare_task(index) for method in self.methods]
-        if any(changed):
+        if self.method.prepare_task(index):
             beat("building the engine", opaque=True)
             self.rebuild()
 
     def before_task(self, place: TaskPlace) -> None:
-        """Tell the methods that a task begins."""
+        """Let a task begin: the method gets its settings there."""
         self._place = place
-        for method in self.methods:
-            method.follow(place.name)
-            method.before_task(place)
+        self.method.follow(place.name)
+        self.method.before_task(place)
 
-    def after_task(self, place: TaskPlace) -> None:
-        """Tell the methods that a task's last step is done."""
-        for method in self.methods:
-            method.after_task(place)
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a step (0-based) of the task in hand, as the schedule has it."""
+        return learning_rate(self.recipe.train, *self._place.schedule(step))
 
     def train_step(
         self, step: int, batches: Sequence[Batch], global_targets: int, real_batches: int | None = None
@@ -203,14 +185,13 @@ class TrainingEngine:
             JobFailed: The loss or the gradient's norm is not a finite number and no (further) step may be skipped, or
                 the ranks no longer hold the same weights; on all ranks alike.
         """
-        for method in self.methods:
-            method.before_step(step)
+        self.method.before_step(step)
         self.model.train()
         train = self.recipe.train
         where = f"task {self._place.name}, step {step + 1}"
         self._guard.begin(where)
         torch.manual_seed(derive_seed(train.seed, "step", self._place.index, step, torch.distributed.get_rank()))
-        self.shards.set_learning_rate(learning_rate(train, *self._place.schedule(step)))
+        self.shards.set_learning_rate(self.learning_rate(step))
         total = sum(self._micro_step(step, batch.to(device()), global_targets, real_batches) for batch in batches)
         targets = sum(batch.targets for batch in batches)
         every = train.check_replicas_every
@@ -219,20 +200,16 @@ class TrainingEngine:
         return StepResult(total, targets, self._guard.skipped)
 
     def _micro_step(self, step: int, batch: Batch, global_targets: int, real_batches: int | None = None) -> float:
-        for method in self.methods:
-            method.before_forward(step, batch)
+        self.method.before_forward(step, batch)
         logits, labels = self._forward(batch)
         total = loss_sum(logits, labels)
         # Backward runs with a loss that is not finite too: the other ranks take part in its collectives.
         value = self._guard.note_loss(total, batch.indices)
         beat()
-        for method in self.methods:
-            added = method.added_loss(batch, logits, labels)
-            total = total if added is None else total + added
+        added = self.method.added_loss(batch, logits, labels)
+        total = total if added is None else total + added
         loss = total * self._loss_scale(batch, global_targets, real_batches)
-        for method in self.methods:
-            loss = method.before_backward(loss)
-        self._engine.backward(loss)
+        self._engine.backward(self.method.before_backward(loss))
         self._engine.step()
         beat()
         return value
@@ -300,33 +277,6 @@ class TrainingEngine:
             return pieces / (real_batches or pieces) / max(1, batch.targets)
         return pieces / max(1, global_targets)
 
-    def before_save(self) -> None:
-        """Let the methods check what is about to be saved (collective)."""
-        for method in self.methods:
-            method.before_save()
-
-    def method_tensors(self) -> dict[str, dict[str, Shard]]:
-        """All methods' live tensors; quantities are numbered by the method's place in the composition."""
-        return {
-            f"method{number}.{quantity}": shards
-            for number, method in enumerate(self.methods)
-            for quantity, shards in method.tensors().items()
-        }
-
-    def method_tensors_loaded(self) -> None:
-        """Tell the methods that their tensors have been filled from a saved state (collective)."""
-        for method in self.methods:
-            method.tensors_loaded()
-
-    def method_states(self) -> list[dict[str, Any]]:
-        """Each method's JSON state, in the order of composition."""
-        return [method.state_dict() for method in self.methods]
-
-    def load_method_states(self, states: Sequence[dict[str, Any]]) -> None:
-        """Give each method its saved state back."""
-        for method, state in zip(self.methods, states, strict=True):
-            method.load_state_dict(state)
-
     def _allows(self) -> bool:
         """Whether what was just reduced is to be learnt."""
         if self._trying:
@@ -338,19 +288,9 @@ class TrainingEngine:
             self._take()
         return False
 
-    def _before_update(self) -> None:
-        for method in self.methods:
-            method.before_update()
-
-    def _after_update(self) -> None:
-        for method in self.methods:
-            method.after_update()
-
     def _update_skipped(self) -> None:
-        if self._take is not None or self._trying:
-            return
-        for method in self.methods:
-            method.update_skipped()
+        if self._take is None and not self._trying:
+            self.method.update_skipped()
 
 
 def _refuse_layerdrop(model: torch.nn.Module, stage: int) -> None:

@@ -10,7 +10,7 @@ from cl_dist.engine.collator import Collator
 from cl_dist.engine.distributed import device
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.heartbeat import beat
-from cl_dist.methods.base import Probe
+from cl_dist.methods.protocol import Probe
 from cl_dist.seeds import derive_seed
 from cl_dist.tasks.collate import Batch
 from cl_dist.tasks.plan import FILLER, share

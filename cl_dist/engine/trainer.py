@@ -12,7 +12,6 @@ import torch
 from cl_dist.engine.collator import Collator
 from cl_dist.engine.distributed import device
 from cl_dist.engine.engine import StepResult, TrainingEngine
-from cl_dist.engine.optimizer import learning_rate
 from cl_dist.engine.probe import Chunk, EngineProbe
 from cl_dist.seeds import derive_seed
 from cl_dist.tasks.collate import Batch, gather
@@ -22,7 +21,7 @@ from cl_dist.tasks.types import Encoded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from cl_dist.methods.base import Memory
+    from cl_dist.methods.protocol import Memory
 
 
 class TaskTrainer:
@@ -88,11 +87,6 @@ class TaskTrainer:
     def steps(self) -> int:
         """Optimiser steps of the task."""
         return self._plan.steps
-
-    def learning_rate(self, step: int) -> float:
-        """Learning rate of a step (0-based)."""
-        place = (step, self.steps) if self.cycles is None else self.cycles.schedule(step)
-        return learning_rate(self._train, *place)
 
     def tokens(self, step: int) -> int:
         """Real tokens in a step's global batch, inputs and (with an encoder-decoder) targets."""

@@ -2,7 +2,7 @@
 
 Their numbers of samples, input tokens, target tokens and real tokens of either all differ, and so do the
 products of the first with the others: whatever shape a layer's output has, it can be read in one way only
-(`methods/token_axes.py`). The tokens are made up, so that an engine can be tried out without data.
+(`methods/migu/token_axes.py`). The tokens are made up, so that an engine can be tried out without data.
 """
 
 from __future__ import annotations

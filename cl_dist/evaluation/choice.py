@@ -6,6 +6,7 @@ from cl_dist.config.objectives import FACTS, Mode, ObjectiveName
 from cl_dist.config.schema import EvalConfig
 from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
+from cl_dist.tasks.formats.catalogue import known_formats
 from cl_dist.tasks.types import Task
 
 
@@ -23,7 +24,10 @@ def resolve_mode(task: Task, objective: ObjectiveName, config: EvalConfig) -> Mo
     if config.metric == "macro_f1" and not task.labels:
         raise BadInput(f"eval.metric macro_f1: task {task.name!r} has no labels, whose F1 it is; give it `labels`")
     if config.metric == "jga" and not has_slots(task):
-        raise BadInput(f"eval.metric jga: task {task.name!r} has no turns whose slots it counts; it is for format sgd")
+        with_slots = listed([name for name, cls in known_formats() if cls.METRIC == "jga"], last="and")
+        raise BadInput(
+            f"eval.metric jga: task {task.name!r} has no turns whose slots it counts; it is for format {with_slots}"
+        )
     if mode == "generate" and task.kind == "text":
         raise BadInput(f"{where} is plain text without prompts to answer; use perplexity or auto")
     if mode == "perplexity" and task.kind != "text":

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import Recipe, TrainConfig
 from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
@@ -111,7 +110,7 @@ def _refuse_split_dependent(recipe: Recipe, before: Segment, after: Recipe, rank
     now = segment(after, ranks)
     if now.split == before.split:
         return
-    setting = _split_dependent(recipe, before.gradient_accumulation == now.gradient_accumulation == 1)
+    setting = _split_dependent(recipe, max(before.gradient_accumulation, now.gradient_accumulation) > 1)
     if setting is not None:
         raise BadInput(
             f"--resume: with {setting} the results depend on how the global batch is split, so the run in {folder} "
@@ -119,16 +118,14 @@ def _refuse_split_dependent(recipe: Recipe, before: Segment, after: Recipe, rank
         )
 
 
-def _split_dependent(recipe: Recipe, never_accumulates: bool) -> str | None:
+def _split_dependent(recipe: Recipe, accumulates: bool) -> str | None:
     """A setting under which another split of the same global batch means other gradients; None where there is none."""
     if recipe.train.loss_average == "micro_batch":
         return "train.loss_average: micro_batch"
     for method in recipe.method:
-        if isinstance(method, MiguConfig):
-            if method.mask_scope == "micro_batch" and not never_accumulates:
-                return "method.mask_scope: micro_batch"
-            if method.count_padding:  # how much padding there is depends on which samples are in one micro-batch
-                return "method.count_padding: true"
+        setting = method.depends_on_split(accumulates)
+        if setting is not None:
+            return f"method.{setting}"
     return None
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from cl_dist.config.plugins import module_names, source_files
 from cl_dist.config.schema import BUILTIN_FAMILIES, Recipe
 from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
@@ -37,18 +38,13 @@ INPUT_SETTINGS = (
     "stream.root",
     "stream.order",
     "stream.format",
-    "stream.instruction_file",
     "stream.tasks[].path",
     "stream.tasks[].format",
-    "stream.tasks[].subset",
-    "stream.tasks[].input_field",
-    "stream.tasks[].output_field",
-    "stream.tasks[].text_field",
-    "stream.tasks[].streaming",
     "eval.general.include_path",
     "eval.rouge_tokenizer_path",
 )
-"""Settings that say where inputs are and how they are read: where digests say what was read, these may differ."""
+"""Settings that say where inputs are and how they are read: where digests say what was read, these may differ, and so
+may formats' own settings (`config.formats.format_inputs`)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -101,6 +97,8 @@ class Inputs:
     """SHA-256 of the harness's task files below `eval.general.include_path`, by name."""
     rouge_tokenizer: dict[str, str] = dataclasses.field(default_factory=dict)
     """SHA-256 of the files in the folder `eval.rouge_tokenizer_path`, by name."""
+    plugins: dict[str, str] = dataclasses.field(default_factory=dict)
+    """SHA-256 of the Python files of the recipe's plugins, by name. A run that goes on with others says so."""
 
 
 def read_inputs(recipe: Recipe, tasks: Sequence[Task]) -> Inputs | None:
@@ -120,6 +118,7 @@ def read_inputs(recipe: Recipe, tasks: Sequence[Task]) -> Inputs | None:
         places=input_places(recipe, Path(recipe.output_dir)),
         general=_general_digests(recipe),
         rouge_tokenizer=_rouge_tokenizer_digests(recipe),
+        plugins=file_digests(source_files(module_names(recipe.plugins, recipe.classes))),
     )
 
 
@@ -203,6 +202,15 @@ def input_changes(before: Inputs, now: Inputs, tasks: Sequence[Task] = ()) -> li
             "ROUGE-L's tokenizer changed (eval.rouge_tokenizer_path", before.rouge_tokenizer, now.rouge_tokenizer
         ),
     ]
+
+
+def plugin_changes(before: Inputs, now: Inputs) -> str | None:
+    """A sentence about plugins whose source is not what it was; None: it is. A run may go on with a repaired one."""
+    names = {*before.plugins, *now.plugins}
+    changed = sorted(name for name in names if before.plugins.get(name) != now.plugins.get(name))
+    if not changed:
+        return None
+    return f"{', '.join(changed)}: the source of this plugin has changed since the run was last started"
 
 
 def _data_changes(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from cl_dist.config.schema import BUILTIN_FAMILIES, Recipe
+from cl_dist.tasks.formats.format import Own, OwnSettings, paths_of, with_paths
 
 
 def input_places(recipe: Recipe, run: Path) -> dict[str, str]:
@@ -33,27 +34,42 @@ def _paths(recipe: Recipe) -> dict[str, Path]:
     stream, general = recipe.stream, recipe.eval.general
     written = {
         "stream.root": stream.root,
-        "stream.instruction_file": stream.instruction_file,
         "eval.general.include_path": None if general is None else general.include_path,
         "eval.rouge_tokenizer_path": recipe.eval.rouge_tokenizer_path,
         **{f"stream.tasks[{position}].path": task.path for position, task in enumerate(stream.tasks)},
+        **{f"{key}.{name}": path for key, owner in _owners(recipe) for name, path in paths_of(owner).items()},
     }
     paths = {key: Path(path) for key, path in written.items() if path is not None and os.path.isabs(path)}
     name = recipe.model.name_or_path
     return paths if name in BUILTIN_FAMILIES else {**paths, "model.name_or_path": Path(os.path.expanduser(name))}
 
 
+def _owners(recipe: Recipe) -> Iterator[tuple[str, OwnSettings]]:
+    """The settings that belong to formats, each with the key before their names."""
+    yield from (("stream", settings) for settings in recipe.stream.shared)
+    yield from ((f"stream.tasks[{position}]", task.reader) for position, task in enumerate(recipe.stream.tasks))
+
+
+def _moved(settings: Own, key: str, paths: Mapping[str, str]) -> Own:
+    """A format's settings with the paths that stand below `key`."""
+    return with_paths(settings, {n: paths[f"{key}.{n}"] for n in paths_of(settings) if f"{key}.{n}" in paths})
+
+
 def _with_paths(recipe: Recipe, paths: Mapping[str, str]) -> Recipe:
     stream, general = recipe.stream, recipe.eval.general
     tasks = tuple(
-        replace(task, path=paths.get(f"stream.tasks[{position}].path", task.path))
+        replace(
+            task,
+            path=paths.get(f"stream.tasks[{position}].path", task.path),
+            reader=_moved(task.reader, f"stream.tasks[{position}]", paths),
+        )
         for position, task in enumerate(stream.tasks)
     )
     stream = replace(
         stream,
         tasks=tasks,
         root=paths.get("stream.root", stream.root),
-        instruction_file=paths.get("stream.instruction_file", stream.instruction_file),
+        shared=tuple(_moved(settings, "stream", paths) for settings in stream.shared),
     )
     if general is not None:
         general = replace(general, include_path=paths.get("eval.general.include_path", general.include_path))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.config.boundary import refusing
+from cl_dist.config.formats import format_inputs
 from cl_dist.config.schema import Recipe
 from cl_dist.config.words import listed, show_path
 from cl_dist.errors import BadInput
@@ -36,6 +37,7 @@ FREE_SETTINGS = (
     "train.gradient_accumulation",
     "train.max_skipped_steps",
     "train.check_replicas_every",
+    "plugins",
 )
 """Settings that may differ on resume: they change how a run is done, not what a healthy step does (`elastic` keeps
 the product of micro_batch_size, gradient_accumulation and ranks)."""
@@ -252,12 +254,12 @@ def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _is_free(key: str) -> bool:
     """Whether a setting, or the component that it belongs to, may differ on resume."""
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_SETTINGS)
+    return any(key == free or key.startswith((f"{free}.", f"{free}[")) for free in FREE_SETTINGS)
 
 
 def _is_input(key: str) -> bool:
     """Whether a setting says where an input lies, or how it is read."""
-    return _POSITION.sub("[]", key) in INPUT_SETTINGS
+    return _POSITION.sub("[]", key) in {*INPUT_SETTINGS, *format_inputs()}
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:

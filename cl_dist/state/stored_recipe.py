@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from cl_dist.config.files import is_file
+from cl_dist.config.plugins import PluginError, load_plugins
 from cl_dist.config.schema import Recipe
 from cl_dist.config.yaml_text import parse_yaml
 from cl_dist.errors import BadInput
@@ -34,7 +35,12 @@ def stored_recipe(path: Path) -> Recipe:
     Raises `BadInput` where the file is missing or damaged.
     """
     try:
-        return _RECIPE.validate_python(parse_yaml(read_stored(path).decode("utf-8"), path.name))
+        data = parse_yaml(read_stored(path).decode("utf-8"), path.name)
+        if isinstance(data, dict):
+            load_plugins(data.get("plugins"), known=True)
+        return _RECIPE.validate_python(data)
+    except PluginError:  # the file is as it was written
+        raise
     except CheckpointDamaged as error:
         raise BadInput(f"--resume: {error}, so the recipe cannot be compared") from error
     except StateUnusable as error:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cl_dist.config.fields import info_of, method_classes
-from cl_dist.config.load import load_recipe, to_dict
+from cl_dist.config.fields import info_of
+from cl_dist.config.load import load_recipe, plugins_of, to_dict
 from cl_dist.config.overrides import parse_override
 from cl_dist.config.schema import Recipe
 from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
+from cl_dist.methods.catalogue import config_class
 from cl_dist.state.run_folder import RunFolder
 from cl_dist.sweep.folder import SweepFolder
 from cl_dist.sweep.names import (
@@ -90,7 +91,12 @@ class Grid:
 
 
 def build_grid(request: Request) -> Grid:
-    """Check all names and every cell's recipe, but read no data; `BadInput` has a line for each problem."""
+    """Check every name and every cell's recipe; `BadInput` has a line for each problem. Reads no data."""
+    with plugins_of(request.recipe, request.changes):
+        return _build_grid(request)
+
+
+def _build_grid(request: Request) -> Grid:
     problems = Problems()
     _refuse_owned(request, problems)
     methods = None if request.methods is None else parse_methods(request.methods, request.method_changes, problems)
@@ -167,7 +173,8 @@ def _refuse_others_settings(request: Request, methods: Sequence[MethodChoice], p
 def _places(method: MethodChoice, setting: tuple[str, ...]) -> Iterator[str]:
     """The `--set-for` keys of a setting in an entry of `--methods`."""
     for number, part in enumerate(method.parts):
-        if setting[0] in info_of(method_classes()[part]):
+        cls = config_class(part)
+        if cls is not None and setting[0] in info_of(cls):
             place = f"{number}." if len(method.parts) > 1 else ""
             yield f"{method.label}:method.{place}{'.'.join(setting)}"
 
@@ -238,7 +245,9 @@ def _settings(base: Recipe, parts: Sequence[str]) -> list[dict[str, object]]:
 
 
 def _without_defaults(entry: dict[str, object]) -> dict[str, object]:
-    """A method's settings that differ from their defaults, so that printed commands stay short."""
-    fields = info_of(method_classes()[str(entry["name"])])
+    """A method's settings without those that have their defaults, so that commands stay short."""
+    cls = config_class(entry["name"])
+    assert cls is not None  # the recipe has been read
+    fields = info_of(cls)
     defaults = {key: info.get_default(call_default_factory=True) for key, info in fields.items()}
     return {key: value for key, value in entry.items() if key == "name" or value != defaults[key]}

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cl_dist.config.boundary import refusing
-from cl_dist.config.fields import method_classes
 from cl_dist.config.files import expand
 from cl_dist.config.words import did_you_mean, shorten
 from cl_dist.errors import BadInput
+from cl_dist.methods.catalogue import config_class, known
 from cl_dist.tasks.orders import ORDERS
 
 _SEED = re.compile(r"[0-9]{1,12}")
@@ -87,18 +87,22 @@ def parse_methods(text: str, settings: Sequence[str], problems: Problems) -> lis
 def _parse_method(entry: str, problems: Problems) -> tuple[str, tuple[str, ...]]:
     """The label and the methods of one entry."""
     label, equals, methods = entry.partition("=")
-    label, methods = (label.strip(), methods.strip()) if equals else (entry, entry)
-    known = method_classes()
+    label, methods = (label.strip(), methods.strip()) if equals else ("", entry)
     parts = tuple(part.strip() for part in methods.split("+"))
     for part in parts:
-        if part not in known:
+        try:
+            found = config_class(part) is not None
+        except BadInput as error:
+            problems.add(f"--methods {entry}: {error}")
+            continue
+        if not found:
             shown = part or '""'
-            problems.add(
-                f"--methods {entry}: {shown} is not a method; allowed: {', '.join(known)}{did_you_mean(part, known)}"
-            )
+            allowed = f"allowed: {', '.join(known())}{did_you_mean(part, known())}"
+            problems.add(f"--methods {entry}: {shown} is not a method; {allowed}")
     if equals and not _LABEL.fullmatch(label):
         problems.add(f'--methods {entry}: "{label}" cannot name a folder; allowed: letters, digits, ".", "_", "+", "-"')
-    return label, parts
+    # `module:Class` is called by its class: a label names a folder, and ends at the colon in --set-for.
+    return label if equals else "+".join(part.rpartition(":")[2] for part in parts), parts
 
 
 def parse_orders(text: str, problems: Problems) -> list[OrderChoice]:

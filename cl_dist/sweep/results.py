@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cl_dist.config.composition import BOUNDS
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.metrics import Matrix, all_metrics, forward_transfer_single
+from cl_dist.methods.config import MethodConfig, Role
 from cl_dist.progress import score_notes
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
@@ -32,12 +32,6 @@ OPTIONAL_METRICS = {
     "general_forgetting": "general forgetting",
 }
 """Metrics that have a column only if a run has measured them, or if the sweep has the runs to compute them from."""
-MEANINGLESS = {
-    "per_task": ("average_performance", "backward_transfer", "forgetting", "forward_transfer_zero_shot"),
-    "multi_task": ("forward_transfer_zero_shot",),
-}
-"""Metrics that have no meaning for a bound: with per_task, each row of the matrix is another model, trained on a single
-task; multi_task learns all tasks before the first one is scored."""
 
 Place = tuple[str, str, int]
 """Order, method, seed."""
@@ -54,9 +48,9 @@ class CellResult:
     seed: int
     state: CellState
     values: Values
-    """All None if the run is not finished; None for metrics that have no meaning for a bound."""
-    bound: str | None = None
-    """The name of the bound, if the run is one: `per_task` or `multi_task`."""
+    """All None if the run is not finished; None for metrics that have no meaning for its methods."""
+    bound: MethodConfig | None = None
+    """Its method, if that is a bound of the field's tables."""
     tasks: tuple[str, ...] = ()
     matrix: Matrix = ()
     """Accuracy matrix; empty if the run is not finished."""
@@ -151,16 +145,16 @@ def read_results(sweep: SweepFolder, asked: Iterable[Place]) -> Results:
 
 
 def _against_single_tasks(cells: Sequence[CellResult]) -> list[CellResult]:
-    """The same cells with the forward transfer relative to the per_task run of the same order and seed."""
+    """The same cells with the forward transfer relative to the run of their order and seed on single tasks."""
     single: dict[tuple[object, ...], list[CellResult]] = {}
     for cell in cells:
-        if cell.bound == "per_task" and cell.state.finished:
+        if cell.bound is not None and Role.SINGLE in cell.bound.ROLES and cell.state.finished:
             single.setdefault((cell.order, cell.seed, cell.tasks), []).append(cell)
     return [_against(cell, single.get((cell.order, cell.seed, cell.tasks), ())) for cell in cells]
 
 
 def _against(cell: CellResult, single: Sequence[CellResult]) -> CellResult:
-    # With several per_task runs, of different settings say, it is unclear which one to compare with.
+    # With several such runs, of different settings say, it is unclear which one to compare with.
     if cell.bound is not None or not cell.matrix or len(single) != 1:
         return cell
     scores = [single[0].matrix[task + 1][task] for task in range(len(cell.tasks))]
@@ -178,15 +172,17 @@ def _read_cell(sweep: SweepFolder, order: str, method: str, seed: int) -> CellRe
         state = CellState("damaged")
     if not state.finished:
         return CellResult(order, method, seed, state, dict.fromkeys(names))
-    values, bound, manifest = _read_metrics(folder), _bound(folder), Manifest.read(folder.manifest)
-    shown = {name: None if name in MEANINGLESS.get(bound or "", ()) else values.get(name) for name in names}
+    values, methods, manifest = (
+        _read_metrics(folder),
+        stored_recipe(folder.config).method,
+        Manifest.read(folder.manifest),
+    )
+    meaningless = {name for each in methods for name in each.MEANINGLESS}
+    shown = {name: None if name in meaningless else values.get(name) for name in names}
+    # Which bound a run is does not depend on what its row is called.
+    bound = next((each for each in methods if Role.BOUND in each.ROLES), None)
     notes = tuple(score_notes(manifest.scoring_by_task()))
     return CellResult(order, method, seed, state, shown, bound, manifest.tasks, manifest.accuracy_matrix, notes)
-
-
-def _bound(folder: RunFolder) -> str | None:
-    """Which bound a run is, if any; independent of the label of its row."""
-    return next((method.name for method in stored_recipe(folder.config).method if method.name in BOUNDS), None)
 
 
 def _read_metrics(folder: RunFolder) -> Values:

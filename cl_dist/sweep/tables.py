@@ -12,7 +12,6 @@ from cl_dist.sweep.results import CellResult, Results, Row, Values
 NOTHING = "–"
 """Shown in place of a missing number."""
 ALL_ORDERS = "mean of orders"
-_PER_TASK = "trains every task separately: its learning accuracy is the bound, and its other metrics have no meaning"
 
 
 def render_tables(results: Results, recipe: str) -> dict[str, str]:
@@ -88,8 +87,8 @@ def latex_table(results: Results) -> str:
 
 def _footnotes(results: Results) -> list[str]:
     """Notes on rows that are bounds, and on how tasks were scored."""
-    names = dict.fromkeys(cell.method for cell in results.cells if cell.bound == "per_task")
-    return [*(f"{name} {_PER_TASK}." for name in names), *_score_notes(results)]
+    bounds = {cell.method: cell.bound.TABLE_NOTE for cell in results.cells if cell.bound is not None}
+    return [*(f"{name} {note}." for name, note in bounds.items() if note is not None), *_score_notes(results)]
 
 
 def _score_notes(results: Results) -> Iterator[str]:

@@ -75,7 +75,7 @@ def _with_tasks(recipe: Recipe, recipe_dir: Path) -> Recipe:
         tasks = tuple(TaskConfig(name=n, format=stream.format, path=root, epochs=epochs.get(n)) for n in names)
         return replace(recipe, stream=replace(stream, tasks=tasks, order=None, epochs_by_task={}))
     except ValidationError as error:  # settings that name tasks, and not these
-        raise BadInput("\n".join(describe_problems(error, len(recipe.method)))) from error
+        raise BadInput("\n".join(describe_problems(error, [each.name for each in recipe.method]))) from error
 
 
 def _order_folder(recipe_dir: Path, order: str) -> Path:

@@ -13,9 +13,8 @@ from cl_dist.config.files import expand, is_there
 from cl_dist.config.schema import StreamConfig, TaskConfig
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
-from cl_dist.tasks.formats import READERS
 from cl_dist.tasks.formats.files import enumerate_names, missing
-from cl_dist.tasks.formats.source import RawTask, Source, Split
+from cl_dist.tasks.formats.format import RawTask, Source, Split
 from cl_dist.tasks.text import compose
 from cl_dist.tasks.types import Example, Kind, LabelSource, Task
 
@@ -36,36 +35,48 @@ def load_stream(stream: StreamConfig, recipe_dir: Path) -> tuple[Task, ...]:
 
 def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path) -> Task:
     """Read and check one task; BadInput names it."""
-    source = Source(task, stream, recipe_dir)
+    source = Source(
+        name=task.name,
+        format=task.format,
+        recipe_dir=recipe_dir,
+        path_in_recipe=task.path,
+        labels=task.labels,
+        root=stream.root,
+        eval_split=stream.eval_split,
+        empty_answers=stream.empty_answers,
+        max_train_samples=stream.max_train_samples,
+        max_eval_samples=stream.max_eval_samples,
+        stream_settings=stream.shared,
+    )
     beat()
     try:
-        return build_task(source, READERS[task.format](source))
+        return build_task(task, stream, task.reader.read(source))
     except BadInput as error:
         raise BadInput(f"task {task.name!r}: {error}") from error
 
 
-def build_task(source: Source, raw: RawTask) -> Task:
+def build_task(task: TaskConfig, stream: StreamConfig, raw: RawTask) -> Task:
     """Settle kind and labels from all samples, then apply the sample limits."""
     for split in (raw.train, raw.evaluation):
         if not split.examples:
             raise BadInput(f"{split.origin} holds no samples")
-    labels, labels_from = settle_labels(source, raw)
+    labels, labels_from = settle_labels(task, stream.max_labels, raw)
     kind: Kind = "classification" if labels else raw.kind if raw.kind == "text" else "generation"
     train: Sequence[Example] = raw.train.examples
     evaluation: Sequence[Example] = raw.evaluation.examples
     if labels:
         train, evaluation = [_composed(each) for each in train], [_composed(each) for each in evaluation]
-    evaluation = first_samples(evaluation, source.stream.max_eval_samples)
+    evaluation = first_samples(evaluation, stream.max_eval_samples)
     return Task(
-        name=source.task.name,
+        name=task.name,
         kind=kind,
-        train=train[: source.stream.max_train_samples],
+        train=train[: stream.max_train_samples],
         evaluation=evaluation,
         labels=labels,
         labels_from=labels_from,
         unlisted=sum(each.answer not in labels for each in evaluation) if labels else 0,
         origins=(raw.train.origin, raw.evaluation.origin),
-        scored_on=raw.scored_on or source.stream.eval_split,
+        scored_on=raw.scored_on or stream.eval_split,
     )
 
 
@@ -78,32 +89,32 @@ def first_samples(examples: Sequence[Example], most: int | None) -> Sequence[Exa
     return [*examples[:most], *rest]
 
 
-def settle_labels(source: Source, raw: RawTask) -> tuple[tuple[str, ...], LabelSource | None]:
+def settle_labels(task: TaskConfig, most: int, raw: RawTask) -> tuple[tuple[str, ...], LabelSource | None]:
     """The task's labels: stated in the recipe or the data, else found in the training answers; none where it is not
-    classification. And where they were found.
+    classification. And where they were found. `most`: stream.max_labels.
 
     Raises BadInput for a set of labels that makes no sense and for an answer that is not in it.
     """
-    stated = source.task.labels if source.task.labels is not None else raw.labels
+    stated = task.labels if task.labels is not None else raw.labels
     if raw.kind in ("text", "generation"):
-        if source.task.labels:
+        if task.labels:
             raise BadInput(f"labels are stated, but the task is {raw.kind}: leave `labels` out")
         return (), None
-    if source.task.labels == ():
+    if task.labels == ():
         return (), None
     if stated is None:
-        found = infer_labels(raw.train.examples, source.stream.max_labels)
+        found = infer_labels(raw.train.examples, most)
         if not found:
-            warn_of_few_answers(source, raw.train.examples)
+            warn_of_few_answers(task.name, most, raw.train.examples)
         return found, "training answers" if found else None
     labels = tuple(compose(label) for label in stated)
     check_labels(labels)
     for split in (raw.train, raw.evaluation):
         check_answers(split, labels)
     answers = {compose(example.answer) for split in (raw.train, raw.evaluation) for example in split.examples}
-    if source.task.labels is not None and (unmet := [label for label in labels if label not in answers]):
-        logger.warning("task %r: no sample has the label %s", source.task.name, enumerate_names(unmet))
-    return labels, "recipe" if source.task.labels is not None else "data"
+    if task.labels is not None and (unmet := [label for label in labels if label not in answers]):
+        logger.warning("task %r: no sample has the label %s", task.name, enumerate_names(unmet))
+    return labels, "recipe" if task.labels is not None else "data"
 
 
 def infer_labels(examples: Sequence[Example], most: int) -> tuple[str, ...]:
@@ -119,15 +130,15 @@ def infer_labels(examples: Sequence[Example], most: int) -> tuple[str, ...]:
     return tuple(sorted(counts)) if few and min(counts.values()) > 1 and all(counts) else ()
 
 
-def warn_of_few_answers(source: Source, examples: Sequence[Example]) -> None:
+def warn_of_few_answers(name: str, most: int, examples: Sequence[Example]) -> None:
     """Say so where answers that are taken for free text may have been meant as labels: few, most there twice."""
     counts = Counter(compose(example.answer) for example in examples)
     again = sum(count > 1 for count in counts.values())
-    if 2 <= len(counts) <= source.stream.max_labels and 2 * again > len(counts):
+    if 2 <= len(counts) <= most and 2 * again > len(counts):
         logger.warning(
             "task %r: its %d distinct answers in %d training samples are taken for free text, not for labels (at most "
             "the square root of the samples, each there twice); state its `labels` if they are, or `labels: []`",
-            source.task.name,
+            name,
             len(counts),
             len(examples),
         )

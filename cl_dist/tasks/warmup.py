@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from cl_dist.config.methods import RecurrentKifConfig
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
 from cl_dist.tasks.types import Task
@@ -34,21 +33,9 @@ def _most_steps(recipe: Recipe, tasks: Sequence[Task], index: int, ranks: int) -
     """
     train = recipe.train
     samples = len(tasks[index].train)
-    if any(_adds_samples(method) for method in recipe.method):
+    if any(method.adds_samples for method in recipe.method):
         samples = sum(len(task.train) for task in tasks)
     epochs = recipe.stream.tasks[index].epochs or train.epochs
     steps = epochs * ceil(samples / (train.micro_batch_size * train.gradient_accumulation * ranks))
     steps = min(steps, train.max_steps_per_task or steps)
-    return steps + sum(_steps_between(method, steps) for method in recipe.method)
-
-
-def _steps_between(method: object, steps: int) -> int:
-    """Steps on past samples that the schedule counts beside a task's own."""
-    if not isinstance(method, RecurrentKifConfig) or method.schedule_over != "all_steps":
-        return 0
-    return method.outer_steps * ceil(steps / method.inner_steps)
-
-
-def _adds_samples(method: object) -> bool:
-    name = getattr(method, "name", "")
-    return name in ("replay", "multi_task") or getattr(method, "replay_ratio", 0.0) > 0
+    return steps + sum(method.extra_steps(steps) for method in recipe.method)

@@ -45,8 +45,9 @@ def test_methods_are_listed_with_a_description(command: Command) -> None:
     code, output, _ = command("methods")
     assert code == 0
     baselines = ["sequential", "inclora", "olora", "replay", "ewc", "lwf", "agem", "per_task", "multi_task"]
-    names = [*baselines, "migu", "kif", "tasl", "recurrent_kif"]
+    names = sorted([*baselines, "migu", "kif", "tasl", "recurrent_kif"])
     assert [line.split()[0] for line in output.splitlines()] == names
+    assert all(line.endswith(".") for line in output.splitlines())
     assert "arXiv 2406.17245" in output
 
 

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import yaml
 
-from cl_dist.config.fields import method_classes
 from cl_dist.config.load import dump_recipe, load_recipe
-from cl_dist.config.methods import KifConfig, OLoraConfig, VariedConfig
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
-from cl_dist.methods.base import Method
-from cl_dist.methods.registry import build_methods
+from cl_dist.methods.catalogue import built_in
+from cl_dist.methods.composed import compose
+from cl_dist.methods.config import VariedConfig
+from cl_dist.methods.kif.config import KifConfig
+from cl_dist.methods.olora.config import OLoraConfig
+from cl_dist.methods.protocol import Method
 from cl_dist.state.preflight import changed_settings
 from cl_dist.state.stored_recipe import as_plain, stored_recipe
 from cl_dist.sweep.grid import Request, build_grid
@@ -36,7 +38,7 @@ def test_a_task_has_its_own_settings_and_those_of_the_others() -> None:
 
 
 def test_a_task_does_not_inherit_from_the_one_before() -> None:
-    (method,) = build_methods(load(f"method={{name: olora, by_task: {OLORA}}}").method)
+    (method,) = compose(load(f"method={{name: olora, by_task: {OLORA}}}").method).methods
     seen = []
     for task in ("mnli", "copa", "cb", "mnli"):
         method.follow(task)
@@ -139,13 +141,13 @@ def test_a_sweep_gives_them_to_one_row(tmp_path: Path) -> None:
 
 
 def test_what_may_differ_is_a_setting() -> None:
-    for name, cls in method_classes().items():
+    for name, cls in built_in().items():
         varied = getattr(cls, "VARIED", ())
         assert set(varied) <= set(cls.__pydantic_fields__), name  # type: ignore[attr-defined]
     assert "tau" in KifConfig.VARIED
 
 
-@pytest.mark.parametrize("name", [name for name, cls in method_classes().items() if issubclass(cls, VariedConfig)])
+@pytest.mark.parametrize("name", [name for name, cls in built_in().items() if issubclass(cls, VariedConfig)])
 def test_every_such_method_checks_them(name: str) -> None:
     with pytest.raises(BadInput, match=r"method\.by_task\.copa\.nope: unknown key"):
         load(f"method={{name: {name}, by_task: {{copa: {{nope: 1}}}}}}")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 
-from cl_dist.config.composition import BOUNDS, EXCLUSIONS, FUSING, GROWING, exclusion, refuse_exclusive
-from cl_dist.config.fields import method_classes
 from cl_dist.config.load import dump_recipe, load_recipe
 from cl_dist.errors import BadInput
+from cl_dist.methods.catalogue import built_in
+from cl_dist.methods.config import Role, exclusion
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 SENSIBLE = [
@@ -33,11 +34,22 @@ SENSIBLE = [
 ]
 
 
+def excluded(one: str, other: str) -> str | None:
+    """Why two methods do not go together."""
+    return exclusion(built_in()[one], built_in()[other])
+
+
+def load(names: Sequence[str]) -> None:
+    """Read a recipe with these methods."""
+    methods = ", ".join(f"{{name: {name}}}" for name in names)
+    load_recipe("quickstart", [f"method=[{methods}]", "model.lora={r: 4}"])
+
+
 @pytest.mark.parametrize("pair", SENSIBLE, ids="+".join)
 def test_what_makes_sense_composes_in_either_order(pair: tuple[str, str]) -> None:
-    assert exclusion(*pair) is None
-    refuse_exclusive(pair)
-    refuse_exclusive(pair[::-1])
+    assert excluded(*pair) is None
+    load(pair)
+    load(pair[::-1])
 
 
 @pytest.mark.parametrize(
@@ -57,18 +69,21 @@ def test_what_makes_sense_composes_in_either_order(pair: tuple[str, str]) -> Non
     ],
 )
 def test_what_does_not_is_refused_by_name(names: tuple[str, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^method: {re.escape(message)}"):
-        refuse_exclusive(names)
+    with pytest.raises(BadInput, match=f"^method: {re.escape(message)}"):
+        load(names)
 
 
-def test_no_method_excludes_itself() -> None:
-    names = {*FUSING, *GROWING, *BOUNDS, *method_classes()}
-    assert [name for name in names if exclusion(name, name) is not None] == []
+def test_no_method_excludes_itself_and_what_does_nothing_goes_with_all() -> None:
+    assert [name for name in built_in() if excluded(name, name) is not None] == []
+    assert [name for name in built_in() if excluded("sequential", name) is not None] == []
 
 
-def test_every_name_in_the_table_is_a_method() -> None:
-    named = {name for entry in EXCLUSIONS for name in (*entry.first, *(entry.second or ()))}
-    assert named <= set(method_classes())
+def test_a_reason_is_the_same_in_either_order() -> None:
+    assert [pair for pair in combinations(built_in(), 2) if excluded(*pair) != excluded(*pair[::-1])] == []
+
+
+def test_every_role_is_that_of_a_method() -> None:
+    assert {role for cls in built_in().values() for role in cls.ROLES} == set(Role)
 
 
 def test_the_page_has_the_same_pairs() -> None:
@@ -77,10 +92,10 @@ def test_the_page_has_the_same_pairs() -> None:
     table = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in rows if line.count("|") > 8]
     columns = table[0][1:]
     found = {(row[0], name): mark for row in table[1:] for name, mark in zip(columns, row[1:], strict=True)}
-    assert set(method_classes()) - {"sequential"} <= set(columns)
+    assert set(built_in()) - {"sequential"} <= set(columns)
     assert {row[0] for row in table[1:]} == set(columns)
     for one, other in combinations(columns, 2):
-        expected = "yes" if exclusion(one, other) is None else "–"
+        expected = "yes" if excluded(one, other) is None else "–"
         assert (found[one, other], found[other, one]) == (expected, expected), (one, other)
 
 

@@ -4,10 +4,14 @@ import dataclasses
 
 import pytest
 
-from cl_dist.config import methods, schema
+from cl_dist.config import schema
 from cl_dist.config.explain import explain
-from cl_dist.config.fields import Setting, info_of, method_classes, settings_of
+from cl_dist.config.fields import Setting, info_of, settings_of
+from cl_dist.config.ranges import Choices
 from cl_dist.config.schema import Recipe
+from cl_dist.methods.catalogue import built_in
+from cl_dist.tasks.formats.catalogue import builtin_formats
+from cl_dist.tasks.formats.format import Format, StreamSettings, defaults_of
 
 SETTINGS = list(settings_of(Recipe))
 
@@ -21,12 +25,25 @@ def test_every_setting_says_what_it_is_and_may_be(setting: Setting) -> None:
 
 
 def test_no_component_of_the_schema_is_left_out() -> None:
-    named = (*vars(schema).values(), *vars(methods).values())
-    components = {cls for cls in named if isinstance(cls, type) and dataclasses.is_dataclass(cls)}
-    components -= {methods.UnitConfig, methods.VariedConfig}  # what several methods share, not ones of their own
-    reached = {setting.component for setting in SETTINGS} | set(method_classes().values()) | {Recipe, None}
+    components = {cls for cls in vars(schema).values() if isinstance(cls, type) and dataclasses.is_dataclass(cls)}
+    components -= {Choices, Format, StreamSettings}  # what they are made of
+    components |= set(built_in().values())
+    reached = {setting.component for setting in SETTINGS} | set(built_in().values()) | {Recipe, None}
     assert components <= reached
-    assert len(SETTINGS) == sum(len(info_of(cls)) for cls in components)
+    # What a format has of its own stands beside the common settings, in the place of the field that holds it.
+    of_tasks = {name for cls in builtin_formats().values() for name in defaults_of(cls)}
+    of_streams = {name for cls in builtin_formats().values() for name in defaults_of(cls.STREAM or StreamSettings)}
+    common = sum(len(info_of(cls)) for cls in components) - len(["reader", "shared"])
+    assert len(SETTINGS) == common + len(of_tasks) + len(of_streams)
+
+
+def test_a_setting_of_formats_says_whose_it_is() -> None:
+    assert (
+        "stream.tasks[].input_field\n    a text (default: input)\n"
+        "    Formats huggingface and jsonl: Field of a record with the prompt.\n" in explain()
+    )
+    assert " How the data is stored. `builtin`: generated; `cl_benchmark`: O-LoRA, MIGU; `huggingface`: " in explain()
+    assert "stream.name_tasks\n    true or false (default: false)\n    Format cl_benchmark: Prompts" in explain()
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from cl_dist.config.formats import READS
 from cl_dist.config.load import load_recipe
-from cl_dist.config.schema import DataFormat, StreamConfig, TaskConfig
+from cl_dist.config.schema import StreamConfig, TaskConfig
 from cl_dist.errors import BadInput
-from cl_dist.tasks.formats import READERS
+from cl_dist.tasks.formats.catalogue import builtin_formats
+from cl_dist.tasks.formats.format import INFERRED, Format, StreamSettings, defaults_of
 from cl_dist.tasks.stream import load_stream
 from tests.tasks.data import as_lines, records, write_json, write_lines
 
@@ -33,8 +33,28 @@ OTHER: dict[str, Any] = {
 TASK_SETTINGS = ("input_field", "output_field", "text_field", "subset", "streaming")
 
 
-def test_every_format_says_what_it_reads() -> None:
-    assert set(READS) == set(READERS) == set(get_args(DataFormat))
+def read_by(data_format: type[Format]) -> set[str]:
+    """All settings, but those of every task and stream, that a format reads."""
+    return {*data_format.USES, *defaults_of(data_format), *defaults_of(data_format.STREAM or StreamSettings)}
+
+
+READS = {name: read_by(data_format) for name, data_format in builtin_formats().items()}
+
+
+def test_what_each_format_reads() -> None:
+    records = INFERRED | {"input_field", "output_field", "text_field"}
+    answers = {"root", "eval_split", "empty_answers"}
+    assert {
+        "builtin": set(),
+        "cl_benchmark": answers | {"instruction_file", "name_tasks"},
+        "tasl": INFERRED,
+        "trace": INFERRED,
+        "superni": INFERRED,
+        "sgd": answers,
+        "jsonl": records,
+        "text": {"root", "eval_split"},
+        "huggingface": records | {"subset", "streaming"},
+    } == READS
     assert set(OTHER) == {name for names in READS.values() for name in names}
 
 
@@ -128,7 +148,7 @@ def test_the_home_folder_is_meant_by_a_tilde(
     loaded, folder = load_recipe(recipe, changes)
     (task,) = load_stream(loaded.stream, folder)
     assert len(task.train) == 8
-    assert "~" not in f"{loaded.stream.root} {loaded.stream.tasks[0].path} {loaded.stream.instruction_file}"
+    assert "~" not in f"{loaded.stream.root} {loaded.stream.tasks[0].path} {loaded.stream.shared}"
     assert (where == "instruction_file") == task.train[0].prompt.startswith("Mine.")
 
 

@@ -17,6 +17,12 @@ GENERAL = "eval.general={tasks: [hellaswag], after: []}"
 
 UNREAD = [
     (["train.max_steps_per_task=4", "train.warmup_steps=5"], "train.warmup_steps: 5 is more than max_steps_pe"),
+    (
+        ["method={name: recurrent_kif, inner_steps: 2, outer_steps: 1}", "train.max_steps_per_task=4",
+         "train.warmup_steps=7"],
+        "train.warmup_steps: 7 is more than max_steps_per_task 4 and the 2 steps that the method adds, so that "
+        "learning_rate would never be reached; allowed: at most 6",
+    ),
     ([TEXTS, "train.truncate=left"], "train.truncate: left is not used: all tasks are plain text, without prompts"),
     ([TEXTS, "train.long_answers=cut"], "train.long_answers: cut is not used: all tasks are plain text, without"),
     ([TEXTS, "train.template=chat"], "train.template: chat is not used: all tasks are plain text, without turns"),
@@ -40,6 +46,11 @@ UNREAD = [
 
 READ = [
     ["train.max_steps_per_task=4", "train.warmup_steps=4"],
+    [
+        "method={name: recurrent_kif, inner_steps: 2, outer_steps: 1}",
+        "train.max_steps_per_task=4",
+        "train.warmup_steps=6",
+    ],
     [PROSE, "train.truncate=left", "train.long_answers=cut"],
     ["train.keep_optimizer=true"],
     ["eval.mode=generate", "eval.max_new_tokens=9"],

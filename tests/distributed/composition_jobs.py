@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.methods import KifConfig, MiguConfig
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
-from cl_dist.methods.base import TaskPlace
-from cl_dist.methods.kif import Kif
-from cl_dist.methods.migu import Migu
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.kif.config import KifConfig
+from cl_dist.methods.kif.method import Kif
+from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.methods.migu.method import Migu
+from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.tracked import tracked_linears
 from tests.distributed.kif_jobs import together
@@ -38,7 +40,7 @@ def train(stage: int, order: list[str], skip_rows: bool) -> dict[str, Any]:
     methods = {"migu": migu, "kif": kif}
     model = odd_model("llama")
     layers = [f"{name}.weight" for name in tracked_linears(model, "blocks")]
-    engine = TrainingEngine(LoadedModel(model, None, "causal_lm"), recipe, [methods[name] for name in order])  # type: ignore[arg-type]
+    engine = TrainingEngine(LoadedModel(model, None, "causal_lm"), recipe, Composed([methods[name] for name in order]))  # type: ignore[arg-type]
     engine.before_task(TaskPlace(0, "t", STEPS))
     for step in range(STEPS):
         batch = samples("llama", BATCH, seed=step)

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
-from cl_dist.methods.base import TaskPlace
-from cl_dist.methods.migu import Migu
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.methods.migu.method import Migu
+from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.tracked import tracked_linears
 from cl_dist.models.training_mode import enable_activation_checkpointing
@@ -76,7 +77,7 @@ class Case:
         if recompute:
             enable_activation_checkpointing(model)
         self.migu = Migu(self.config)
-        self.engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), self.recipe, [self.migu])  # type: ignore[arg-type]
+        self.engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), self.recipe, Composed([self.migu]))  # type: ignore[arg-type]
 
     def run(self) -> dict[str, Any]:
         """Train `steps` steps; compare after the last one."""

@@ -8,17 +8,22 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.methods import AgemConfig, IncLoraConfig, LwfConfig, MethodConfig, MiguConfig, OLoraConfig
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.evaluation.wrapped import evaluating
-from cl_dist.methods.agem import Agem
-from cl_dist.methods.base import TaskPlace
-from cl_dist.methods.lwf import Lwf
-from cl_dist.methods.registry import build_methods
-from cl_dist.methods.responses import respond
+from cl_dist.methods.agem.config import AgemConfig
+from cl_dist.methods.agem.method import Agem
+from cl_dist.methods.composed import Composed, compose
+from cl_dist.methods.config import MethodConfig
+from cl_dist.methods.inclora.config import IncLoraConfig
+from cl_dist.methods.lwf.config import LwfConfig
+from cl_dist.methods.lwf.method import Lwf
+from cl_dist.methods.lwf.responses import respond
+from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.methods.olora.config import OLoraConfig
+from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.lora import add_lora, frozen_adapters, in_adapter
 from cl_dist.sharding import Shard, gather_state_dict, whole_parameters
@@ -72,7 +77,8 @@ def _guarded(stage: int) -> dict[str, float]:
     """
     guards = (LwfConfig(name="lwf", top_k=None), AgemConfig(name="agem", memory_ratio=0.5))
     case = Case(stage, lambda1=0.0, methods=(IncLoraConfig(name="inclora"), *guards))
-    _, lwf, agem = case.engine.methods
+    assert isinstance(case.engine.method, Composed)
+    _, lwf, agem = case.engine.method.methods
     assert isinstance(lwf, Lwf)
     assert isinstance(agem, Agem)
     case.train_task(0)
@@ -138,7 +144,7 @@ def through_a_state(folder: str, dtype: str, stages: list[int]) -> dict[str, dic
         case.train_task(index)
     case.train_task(TASKS - 1, steps=1)
     engine = case.engine
-    save_snapshot(Path(folder), engine.shards, {}, moments=True, extra=engine.method_tensors())
+    save_snapshot(Path(folder), engine.shards, {}, moments=True, extra=engine.method.tensors())
     frozen = _frozen(engine)
     case.step(TASKS - 1, 1)
     expected = whole(engine.shards, "master")
@@ -149,8 +155,8 @@ def through_a_state(folder: str, dtype: str, stages: list[int]) -> dict[str, dic
         if stage == stages[-1]:
             loaded.engine.prepare_task(TASKS)  # one too many: prepared for a later task than the state is from
         loaded.engine.prepare_task(TASKS - 1)
-        load_snapshot(Path(folder), loaded.engine.shards, loaded.engine.method_tensors())
-        loaded.engine.method_tensors_loaded()
+        load_snapshot(Path(folder), loaded.engine.shards, loaded.engine.method.tensors())
+        loaded.engine.method.tensors_loaded()
         restored = _frozen(loaded.engine)
         loaded.engine.before_task(TaskPlace(TASKS - 1, "t", STEPS))
         loaded.step(TASKS - 1, 1)
@@ -200,7 +206,7 @@ class Case:
         bare = copy.deepcopy(base)
         model = add_lora(base, LORA, "causal_lm", SEED).to(getattr(torch, dtype))
         loaded = LoadedModel(model, None, OBJECTIVES["llama"])  # type: ignore[arg-type]
-        self.engine = TrainingEngine(loaded, recipe, build_methods(self.methods))
+        self.engine = TrainingEngine(loaded, recipe, compose(self.methods))
         self.layers = [_layer(name) for name in self.engine.shards.names if ".lora_A." in name]
         self.dense = Dense(bare, self.layers, LORA.alpha / LORA.r, lambda1, lambda2, lr=1e-2, eps=1e-2, clip=clip)
 

@@ -8,15 +8,19 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.methods import KifConfig, MiguConfig, RecurrentKifConfig
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import StepResult, TrainingEngine
 from cl_dist.engine.guard import check_replicas
 from cl_dist.errors import ClDistError
-from cl_dist.methods.base import Method, TaskPlace
-from cl_dist.methods.kif import Kif, RecurrentKif
-from cl_dist.methods.migu import Migu
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.kif.config import KifConfig
+from cl_dist.methods.kif.method import Kif
+from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.methods.migu.method import Migu
+from cl_dist.methods.protocol import Method, TaskPlace
+from cl_dist.methods.recurrent_kif.config import RecurrentKifConfig
+from cl_dist.methods.recurrent_kif.method import RecurrentKif
 from cl_dist.models.load import LoadedModel
 from cl_dist.tasks.plan import Cycles
 from tests.distributed.kif_jobs import together
@@ -53,7 +57,8 @@ def _cycle(stage: int) -> dict[str, Any]:
     after = whole(engine.shards, "master")
     engine.destroy()
     other = _in_a_cycle(stage)
-    method = other.methods[0]
+    assert isinstance(other.method, Composed)
+    method = other.method.methods[0]
     assert isinstance(method, RecurrentKif)
     method._fuse()
     fused = whole(other.shards, "master")
@@ -92,7 +97,7 @@ def _engine(
         Migu(MiguConfig(name="migu", mask="update", first_task="masked")),
         Kif(KifConfig(name="kif", units="matrix")),
     ]
-    engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES[FAMILY]), recipe, methods)  # type: ignore[arg-type]
+    engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES[FAMILY]), recipe, Composed(methods))  # type: ignore[arg-type]
     engine.before_task(TaskPlace(0, "t", 10))
     return engine
 
@@ -137,7 +142,7 @@ def _state(engine: TrainingEngine) -> dict[str, torch.Tensor]:
         for quantity in ("master", "exp_avg", "exp_avg_sq")
         for name, tensor in whole(engine.shards, quantity).items()
     }
-    for quantity, held in engine.method_tensors().items():
+    for quantity, held in engine.method.tensors().items():
         if not quantity.endswith(".scores"):  # every rank has them whole, under names of their own
             state.update({f"{quantity}/{name}": tensor for name, tensor in together(held, engine.shards).items()})
     state.update(_weights(engine))
@@ -168,7 +173,8 @@ def _skip(kind: str, **settings: Any) -> dict[str, Any]:
     with _poisoned(engine, kind):
         skipped = _step(engine, 1).skipped
     report: dict[str, Any] = {"skipped": skipped, "changed": _different(before, _state(engine))}
-    migu = engine.methods[0]
+    assert isinstance(engine.method, Composed)
+    migu = engine.method.methods[0]
     assert isinstance(migu, Migu)
     report["sums left"] = float(migu._sums.flat.abs().sum())
     report["skipped after"] = _step(engine, 2).skipped

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.methods import KifConfig
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
-from cl_dist.methods.base import Method, TaskPlace
-from cl_dist.methods.kif import Kif
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.kif.config import KifConfig
+from cl_dist.methods.kif.method import Kif
+from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.lora import add_lora
 from cl_dist.sharding import Shard, ShardView
@@ -106,7 +107,9 @@ class Case:
         """The oracle again, given the weights and gradients that the ranks have."""
         self.recorder = Recorder()
         self.kif = Kif(config)
-        self.engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), recipe, [self.kif, self.recorder])  # type: ignore[arg-type]
+        self.engine = TrainingEngine(
+            LoadedModel(model, None, OBJECTIVES[family]), recipe, Composed([self.kif, self.recorder])
+        )  # type: ignore[arg-type]
 
     def run(self) -> dict[str, Any]:
         """Train the stream; the largest of each error over the tasks."""
@@ -135,7 +138,7 @@ class Case:
         }
         for name, trained in whole(self.engine.shards, "master").items():
             self.given.masters[name].data.copy_(trained)
-        self.engine.after_task(place)
+        self.engine.method.after_task(place)
         self.dense.end_task()
         self.given.end_task()
         masters = whole(self.engine.shards, "master")

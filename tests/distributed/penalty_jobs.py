@@ -8,18 +8,23 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.methods import AgemConfig, EwcConfig, KifConfig, LwfConfig, MiguConfig
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import BadInput
-from cl_dist.methods.agem import Agem
-from cl_dist.methods.base import Method, TaskPlace
-from cl_dist.methods.ewc import Ewc
-from cl_dist.methods.kif import Kif
-from cl_dist.methods.lwf import Lwf
-from cl_dist.methods.migu import Migu
+from cl_dist.methods.agem.config import AgemConfig
+from cl_dist.methods.agem.method import Agem
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.ewc.config import EwcConfig
+from cl_dist.methods.ewc.method import Ewc
+from cl_dist.methods.kif.config import KifConfig
+from cl_dist.methods.kif.method import Kif
+from cl_dist.methods.lwf.config import LwfConfig
+from cl_dist.methods.lwf.method import Lwf
+from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.methods.migu.method import Migu
+from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.lora import add_lora
 from cl_dist.models.training_mode import enable_activation_checkpointing
@@ -70,7 +75,7 @@ def build_engine(
         zero=ZeroConfig(stage=stage, offload=offload, deepspeed=deepspeed or {}),  # type: ignore[arg-type]
         output_dir="unused",
     )  # fmt: skip
-    return TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), recipe, methods)  # type: ignore[arg-type]
+    return TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), recipe, Composed(methods))  # type: ignore[arg-type]
 
 
 def _refused(method: Method) -> str:
@@ -146,7 +151,7 @@ class Case:
             self._dense_step(index, batch)
         errors = {"trained": _apart(whole(self.engine.shards, "master"), self.dense.masters)}
         before = len(self.measured)
-        self.engine.after_task(place)
+        self.engine.method.after_task(place)
         masters = whole(self.engine.shards, "master")
         errors["unpublished"] = _unpublished(self.engine.model, masters)
         if isinstance(self.method, Ewc):
@@ -242,7 +247,8 @@ def _quiet(stage: int, accumulation: int = 1, **settings: Any) -> dict[str, Any]
             report["gradient"] = _measure(one, place, tasks[0], seen)
             report["changed"] = _different(before, _state(one))
             report["rate"] = one.shards.layout.inner.param_groups[0]["lr"] - rate
-            migu: Any = one.methods[0]
+            assert isinstance(one.method, Composed)
+            migu: Any = one.method.methods[0]
             report["sums"] = float(migu._sums.flat.abs().sum())
         trainer.step(1)
         ends.append(_state(one))
@@ -283,7 +289,7 @@ def _pair(method: dict[str, Any], stage: int, first: bool = True) -> dict[str, A
             trainer, place = begin(engine, tasks, index)
             for step in range(trainer.steps):
                 trainer.step(step)
-            engine.after_task(place)
+            engine.method.after_task(place)
         ends.append(whole(engine.shards, "master"))
         engine.destroy()
     return {"apart": _apart(ends[0], ends[1]), "effect": _apart(ends[0], ends[2])}

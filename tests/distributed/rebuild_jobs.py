@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.evaluation.wrapped import evaluating
-from cl_dist.methods.base import TaskPlace
-from cl_dist.methods.migu import Migu
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.methods.migu.method import Migu
+from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.sharding import gather_state_dict
 from tests.distributed.worlds import OBJECTIVES, micro_batches, odd_model, samples
@@ -36,7 +37,7 @@ def _one(stage: int, dtype: str) -> dict[str, Any]:
     )
     model = odd_model("llama").to(getattr(torch, dtype))
     migu = Migu(MiguConfig(name="migu", first_task="masked"))
-    engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES["llama"]), recipe, [migu])  # type: ignore[arg-type]
+    engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES["llama"]), recipe, Composed([migu]))  # type: ignore[arg-type]
     _train(engine, seed=0)
     _look(engine)
     before = gather_state_dict(engine.model)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.methods import RecurrentKifConfig
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
-from cl_dist.methods.base import TaskPlace
-from cl_dist.methods.kif import RecurrentKif
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.protocol import TaskPlace
+from cl_dist.methods.recurrent_kif.config import RecurrentKifConfig
+from cl_dist.methods.recurrent_kif.method import RecurrentKif
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.lora import add_lora
 from cl_dist.tasks.collate import Batch
@@ -76,7 +77,9 @@ class Case:
         self.given = DenseRecurrent(copy.deepcopy(model), settings)
         """The oracle again, given the weights and gradients that the ranks have."""
         self.method, self.recorder = RecurrentKif(config), Recorder()
-        self.engine = TrainingEngine(LoadedModel(model, None, "causal_lm"), recipe, [self.method, self.recorder])  # type: ignore[arg-type]
+        self.engine = TrainingEngine(
+            LoadedModel(model, None, "causal_lm"), recipe, Composed([self.method, self.recorder])
+        )  # type: ignore[arg-type]
 
     def run(self) -> dict[str, float]:
         """Train the stream; the errors at its end."""
@@ -84,7 +87,7 @@ class Case:
         for step in range(2):
             self._set_rate(1.0 - step / 2 if self.rates[1] < 1.0 else 1.0)
             self._step(step, self.dense.step)
-        self.engine.after_task(TaskPlace(0, "t", 2))
+        self.engine.method.after_task(TaskPlace(0, "t", 2))
         first = self._errors_of_first_task()
         place = TaskPlace(1, "t", self.cycles.steps, self.cycles)
         self._begin(place)
@@ -116,7 +119,7 @@ class Case:
         if number == 0 or self.cycles.last:
             self._turn_and_fuse(own[-1] + 1)
         if number == 1:
-            self.engine.after_task(place)
+            self.engine.method.after_task(place)
         masters = whole(self.engine.shards, "master")
         return max(_apart(masters, self.dense.masters), _unpublished(self.engine.model, masters))
 

@@ -34,13 +34,14 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
-from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.errors import BadInput, ClDistError
-from cl_dist.methods.base import TaskPlace
-from cl_dist.methods.migu import Migu
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.methods.migu.method import Migu
+from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.every_expert import run_every_expert
 from cl_dist.models.layer_kinds import KINDS
 from cl_dist.models.load import LoadedModel
@@ -186,7 +187,7 @@ def _recipe(stage: int, dtype: str = "float32", accumulation: int = 1) -> Recipe
 def _refusal(model: torch.nn.Module, methods: list[Migu], stage: int = 2, objective: str = "causal_lm") -> str:
     """What is said of a model that cannot be trained."""
     try:
-        TrainingEngine(LoadedModel(model, None, objective), _recipe(stage), methods)  # type: ignore[arg-type]
+        TrainingEngine(LoadedModel(model, None, objective), _recipe(stage), Composed(methods))  # type: ignore[arg-type]
     except BadInput as error:
         return str(error)
     return ""
@@ -201,7 +202,7 @@ def _module_experts(name: str, stage: int) -> float:
     dense = copy.deepcopy(model)
     run_every_expert(model)
     migu = Migu(MiguConfig(name="migu", untracked="dense"))
-    engine = TrainingEngine(LoadedModel(model, None, "seq2seq_lm"), _recipe(stage), [migu])  # type: ignore[arg-type]
+    engine = TrainingEngine(LoadedModel(model, None, "seq2seq_lm"), _recipe(stage), Composed([migu]))  # type: ignore[arg-type]
     assert not any(".experts." in layer for layer in migu._layers)
     engine.before_task(TaskPlace(0, "t", 2))
     optimizer = torch.optim.AdamW(dense.parameters(), lr=1e-2, eps=1e-2, weight_decay=0.0)
@@ -225,7 +226,7 @@ def _unused_layer(first_task: str) -> str:
     """What is said of a layer that did run in the trial and does not in training."""
     model = build("qwen3moe")
     migu = Migu(MiguConfig(name="migu", first_task=first_task))  # type: ignore[arg-type]
-    engine = TrainingEngine(LoadedModel(model, None, "causal_lm"), _recipe(2), [migu])  # type: ignore[arg-type]
+    engine = TrainingEngine(LoadedModel(model, None, "causal_lm"), _recipe(2), Composed([migu]))  # type: ignore[arg-type]
     engine.before_task(TaskPlace(0, "t", 1))
     model.model.layers[1].mlp.forward = lambda hidden: hidden  # type: ignore[union-attr, index]
     try:
@@ -241,7 +242,7 @@ def _trials(stage: int, dtype: str) -> dict[str, bool]:
     for extra in (False, True):
         torch.manual_seed(0)
         model = build("opt").to(getattr(torch, dtype))
-        engine = TrainingEngine(LoadedModel(model, None, "causal_lm"), _recipe(stage, dtype, 2), [_migu()])  # type: ignore[arg-type]
+        engine = TrainingEngine(LoadedModel(model, None, "causal_lm"), _recipe(stage, dtype, 2), Composed([_migu()]))  # type: ignore[arg-type]
         engine.before_task(TaskPlace(0, "t", 2))
         state, counters = torch.get_rng_state(), (engine._engine.global_steps, engine.shards.optimizer_step)
         for step in range(2):
@@ -295,7 +296,7 @@ class Case:
             enable_activation_checkpointing(model)  # type: ignore[arg-type]
         self.migu = Migu(self.config)
         objective = "classification" if self.family == "roberta" else "causal_lm"
-        self.engine = TrainingEngine(LoadedModel(model, None, objective), self.recipe, [self.migu])  # type: ignore[arg-type]
+        self.engine = TrainingEngine(LoadedModel(model, None, objective), self.recipe, Composed([self.migu]))  # type: ignore[arg-type]
 
     def run(self) -> dict[str, Any]:
         """Train; compare weights and moments, and what moved in every step."""

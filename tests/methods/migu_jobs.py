@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.errors import ClDistError
-from cl_dist.methods.agreement import Agreement
-from cl_dist.methods.base import TaskPlace
-from cl_dist.methods.migu import Migu
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.migu.agreement import Agreement
+from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.methods.migu.method import Migu
+from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.training_mode import enable_activation_checkpointing
 from tests.distributed.worlds import OBJECTIVES, micro_batches, odd_model, samples, whole
@@ -54,7 +55,7 @@ def _engine(
     model = odd_model(family)
     if recompute:
         enable_activation_checkpointing(model)
-    return TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), recipe, [migu]), migu  # type: ignore[arg-type]
+    return TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), recipe, Composed([migu])), migu  # type: ignore[arg-type]
 
 
 def _step(engine: TrainingEngine, step: int, family: str = "llama") -> None:

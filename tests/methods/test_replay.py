@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
-from cl_dist.config.methods import ReplayConfig
-from cl_dist.methods.replay import Replay, past_samples, reservoir
+from cl_dist.methods.replay.config import ReplayConfig
+from cl_dist.methods.replay.method import Replay, reservoir
+from cl_dist.methods.shared.past_samples import past_samples
 from cl_dist.tasks.types import Encoded
 
 TASKS = [[Encoded(index, [task], [task]) for index in range(count)] for task, count in enumerate((50, 7, 100))]

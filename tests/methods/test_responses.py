@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cl_dist.methods.responses import divergence_sum, join, respond
+from cl_dist.methods.lwf.responses import divergence_sum, join, respond
 
 T = 2.0
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cl_dist.config.load import dump_recipe, load_recipe
-from cl_dist.config.methods import KifConfig
+from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.kif.results import write_scores
 from cl_dist.methods.kif.scores import UnitScores
 from cl_dist.methods.kif.units import UnitMap, Units

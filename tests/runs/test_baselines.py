@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cl_dist.config.composition import BOUNDS, FUSING, GROWING, exclusion
-from cl_dist.config.fields import method_classes
 from cl_dist.config.load import load_recipe
+from cl_dist.methods.catalogue import built_in
+from cl_dist.methods.config import Role, exclusion
 from cl_dist.tasks.stream import load_stream
 from tests.recipes import write_recipe
 from tests.zygote import Zygote
@@ -79,6 +79,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recurrent_kif": {"inner_steps": 2, "outer_steps": 1, "replay_ratio": 0.25},
 }
 """What lets a method matter within three steps."""
+FUSING = ("kif", "tasl", "recurrent_kif")
+GROWING = ("inclora", "olora")
+BOUNDS = ("per_task", "multi_task")
 ORDER = ("inclora", "olora", "replay", "lwf", "agem", "migu", *FUSING, "ewc", *BOUNDS)
 """Of the methods of a pair: what MIGU masks comes before it, KIF after it, and EWC measures fused weights."""
 MASKED = {("migu", "ewc"): ("ewc", "migu")}
@@ -94,10 +97,17 @@ def case(*names: str) -> dict[str, Any]:
     return {"method": [entry(name) for name in names], **(LORA if set(names) & set(GROWING) else {})}
 
 
+def excluded(one: str, other: str) -> str | None:
+    """Why two methods do not go together."""
+    return exclusion(built_in()[one], built_in()[other])
+
+
 def combinations_of_methods() -> dict[str, dict[str, Any]]:
     """Every method alone and every pair that composes; `sequential` does nothing in a pair."""
-    assert set(ORDER) == set(method_classes()) - {"sequential"}
-    pairs = [MASKED.get(pair, pair) for pair in combinations(ORDER, 2) if exclusion(*pair) is None]
+    assert set(ORDER) == set(built_in()) - {"sequential"}
+    for names, role in ((FUSING, Role.FUSES), (GROWING, Role.GROWS), (BOUNDS, Role.BOUND)):
+        assert set(names) == {name for name, cls in built_in().items() if role in cls.ROLES}
+    pairs = [MASKED.get(pair, pair) for pair in combinations(ORDER, 2) if excluded(*pair) is None]
     return {"+".join(names): case(*names) for names in [("sequential",), *((name,) for name in ORDER), *pairs]}
 
 

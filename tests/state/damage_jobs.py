@@ -10,7 +10,7 @@ import torch
 
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
-from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.protocol import TaskPlace
 from cl_dist.state.integrity import CheckpointDamaged, StateUnusable
 from cl_dist.state.snapshot import load_snapshot, save_snapshot
 from tests.distributed.worlds import micro_batches, samples
@@ -33,13 +33,13 @@ def every_damage(folder: str) -> dict[str, Any]:
     engine.before_task(TaskPlace(0, "t", 2))
     good = Path(folder, "good")
     train(engine, 0)
-    save_snapshot(good, engine.shards, {}, moments=True, extra=engine.method_tensors())
+    save_snapshot(good, engine.shards, {}, moments=True, extra=engine.method.tensors())
     saved = values(engine)
     train(engine, 1)
     moved = not same(saved, values(engine))
     attempts = [attempt(engine, good, Path(folder, "bad"), name, damage) for name in FILES for damage in DAMAGES]
     lacking = lacking_a_quantity(engine, good)
-    load_snapshot(good, engine.shards, engine.method_tensors())
+    load_snapshot(good, engine.shards, engine.method.tensors())
     files = sorted(path.name for path in good.iterdir())
     restored = same(saved, values(engine))
     return {"attempts": attempts, "moved": moved, "restored": restored, "files": files, "lacking": lacking}
@@ -66,7 +66,7 @@ def attempt(engine: TrainingEngine, good: Path, bad: Path, name: str, damage: st
     torch.distributed.barrier()
     before, message = values(engine), None
     try:
-        load_snapshot(bad, engine.shards, engine.method_tensors())
+        load_snapshot(bad, engine.shards, engine.method.tensors())
     except CheckpointDamaged as error:
         message = str(error)
     unchanged = same(before, values(engine))

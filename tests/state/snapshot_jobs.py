@@ -9,7 +9,8 @@ import torch
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
-from cl_dist.methods.base import Method, TaskPlace
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.sharding import Shard, ShardView
 from cl_dist.state.snapshot import load_snapshot, save_snapshot
@@ -39,7 +40,7 @@ def build(stage: int) -> tuple[TrainingEngine, Marks]:
         output_dir="unused",
     )
     marks = Marks()
-    return TrainingEngine(LoadedModel(odd_model("llama"), None, OBJECTIVES["llama"]), recipe, [marks]), marks  # type: ignore[arg-type]
+    return TrainingEngine(LoadedModel(odd_model("llama"), None, OBJECTIVES["llama"]), recipe, Composed([marks])), marks  # type: ignore[arg-type]
 
 
 def save(folder: str, stage: int) -> dict[str, float]:
@@ -53,7 +54,7 @@ def save(folder: str, stage: int) -> dict[str, float]:
     engine.train_step(0, mine, sum(sample.targets for sample in batch))
     for shard in marks.held.values():
         shard.data.copy_(3.0 * torch.arange(shard.start, shard.stop))
-    save_snapshot(Path(folder), engine.shards, {"here": 1}, moments=True, extra=engine.method_tensors())
+    save_snapshot(Path(folder), engine.shards, {"here": 1}, moments=True, extra=engine.method.tensors())
     return _sums(engine)
 
 
@@ -61,7 +62,7 @@ def load(folder: str, stage: int) -> dict[str, float]:
     """Load into a fresh engine of any stage; the sums, and how many marks are wrong."""
     join(timeout_seconds=120)
     engine, marks = build(stage)
-    state = load_snapshot(Path(folder), engine.shards, engine.method_tensors())
+    state = load_snapshot(Path(folder), engine.shards, engine.method.tensors())
     wrong = sum(int((shard.data != 3.0 * torch.arange(shard.start, shard.stop)).sum()) for shard in marks.held.values())
     return {**_sums(engine), "wrong": wrong, "here": state["here"], "step": engine.shards.optimizer_step}
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.errors import BadInput
+from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.state.elastic import appended, fitted, resumption, segment, with_segments
 from cl_dist.state.manifest import Manifest, Segment
 

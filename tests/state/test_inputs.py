@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe
 from cl_dist.errors import BadInput
-from cl_dist.state.inputs import Inputs, input_changes, read_inputs, refuse_other_inputs, with_data
+from cl_dist.state.inputs import Inputs, input_changes, plugin_changes, read_inputs, refuse_other_inputs, with_data
 from cl_dist.tasks.stream import load_stream
 from cl_dist.tasks.types import Example, Task
+from tests.plugin_memory import plugins_forgotten
 from tests.recipes import write_recipe
 
 SAMPLES = [Example(f"question {i}", ("yes", "no")[i % 2]) for i in range(8)]
@@ -192,3 +195,24 @@ class TestModel:
         assert [each.base_model.revision for each in found] == ["a" * 40, "b" * 40]
         (change,) = input_changes(found[0], found[1])
         assert f"commit {'a' * 40} before and {'b' * 40} now" in change
+
+
+def test_plugins_are_digested_and_may_change(tmp_path: Path) -> None:
+    for name in ("recorded.py", "helper.py"):
+        (tmp_path / name).write_text("")
+    with plugins_forgotten():
+        found, _ = load_recipe(str(write_recipe(tmp_path, plugins=["recorded"])))
+        before = digest(found, TASK)
+        assert list(before.plugins) == ["recorded.py"]
+        assert plugin_changes(before, digest(found, TASK)) is None
+        (tmp_path / "recorded.py").write_text("# Repaired.")
+        now = digest(found, TASK)
+    told = "recorded.py: the source of this plugin has changed since the run was last started"
+    assert plugin_changes(before, now) == told
+    assert input_changes(before, now, [TASK]) == []
+
+
+def test_a_manifest_of_a_release_without_plugins_is_read(recipe: Recipe) -> None:
+    stored = json.loads(json.dumps(dataclasses.asdict(digest(recipe, TASK))))
+    del stored["plugins"]
+    assert TypeAdapter(Inputs).validate_python(stored).plugins == {}

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from cl_dist.config.methods import MiguConfig
 from cl_dist.config.schema import (
     CheckpointConfig,
     EvalConfig,
@@ -25,6 +24,7 @@ from cl_dist.config.schema import (
     ZeroConfig,
 )
 from cl_dist.errors import BadInput
+from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.preflight import changed_settings, preflight, set_aside

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from cl_dist.config.load import load_recipe
-from cl_dist.config.methods import KifConfig, MiguConfig
 from cl_dist.errors import BadInput
+from cl_dist.methods.kif.config import KifConfig
+from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.sweep.grid import Request, build_grid
 from tests.recipes import write_recipe
 from tests.sweep.cells import make_grid

@@ -335,7 +335,7 @@ def test_half_a_character_beside_the_records(tmp_path: Path, place: str) -> None
             '[{"input": "q", "output": 0.5}]',
             "a.json[train], record 0: field 'output' must be a string, not a number",
         ),
-        ("a.csv", "", "data set a.csv cannot be loaded: "),
+        ("a.csv", "", "a.csv is empty"),
         ("a.parquet", "PAR1garbagePAR1", "data set a.parquet cannot be loaded: "),
     ],
 )

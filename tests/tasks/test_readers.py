@@ -115,11 +115,12 @@ def test_dev_serves_where_there_is_no_test_and_the_log_says_so(
 
 
 @pytest.mark.parametrize(("wanted", "count"), [("test", 3), ("dev", 4)])
-@pytest.mark.parametrize("dev", ["dev", "eval", "validation"])
-def test_jsonl_folder_has_three_names_for_dev(tmp_path: Path, wanted: str, count: int, dev: str) -> None:
+@pytest.mark.parametrize("dev", ["dev", "eval", "validation", "valid", "val"])
+def test_jsonl_folder_has_five_names_for_dev(tmp_path: Path, wanted: str, count: int, dev: str) -> None:
     for name, number in (("train", 6), ("test", 3), (dev, 4)):
         write_lines(tmp_path / f"d/{name}.jsonl", as_lines(records("input", "output", number)))
-    assert len(load_one(tmp_path, stream={"eval_split": wanted}, path="d").evaluation) == count
+    task = load_one(tmp_path, stream={"eval_split": wanted}, path="d")
+    assert (len(task.evaluation), task.scored_on) == (count, wanted)
 
 
 @pytest.mark.parametrize(("train", "test"), [("a", "a.test"), ("a.train", "a.test"), ("train", "test")])
@@ -129,12 +130,11 @@ def test_jsonl_file_has_its_evaluation_file_beside_it(tmp_path: Path, train: str
     assert len(load_one(tmp_path, path=f"{train}.jsonl").evaluation) == 3
 
 
-def test_jsonl_lone_file_serves_twice_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_jsonl_lone_file_serves_twice(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", as_lines(records("input", "output", 6)))
-    with caplog.at_level(logging.WARNING):
-        task = load_one(tmp_path, path="a.jsonl")
+    task = load_one(tmp_path, path="a.jsonl")
     assert task.train == task.evaluation
-    assert "the training file" in caplog.text
+    assert task.scored_on == "train", "of which evaluation.outlook makes a notice"
 
 
 def test_jsonl_takes_other_fields_blank_lines_and_line_separators(tmp_path: Path) -> None:
@@ -159,13 +159,12 @@ def test_text_has_one_document_a_line(tmp_path: Path) -> None:
     assert (task.kind, task.labels) == ("text", ())
 
 
-def test_text_folder_without_train_takes_all_other_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_text_folder_without_train_takes_all_other_files(tmp_path: Path) -> None:
     write_lines(tmp_path / "c/b.txt", ["two"])
     write_lines(tmp_path / "c/a.txt", ["one"])
-    with caplog.at_level(logging.WARNING):
-        task = load_one(tmp_path, format="text", path="c")
+    task = load_one(tmp_path, format="text", path="c")
     assert [e.answer for e in task.train] == [e.answer for e in task.evaluation] == ["one", "two"]
-    assert "evaluating on the training text" in caplog.text
+    assert task.scored_on == "train"
 
 
 def test_text_for_evaluation_is_not_trained_on(tmp_path: Path) -> None:
@@ -216,6 +215,41 @@ def test_huggingface_folder_of_data_files(tmp_path: Path) -> None:
     assert (len(task.train), task.labels) == (6, ("no", "yes"))
 
 
+@pytest.mark.parametrize("named", ["test", "validation", "valid", "val", "dev"])
+def test_huggingface_saved_to_disk_has_many_names_for_its_splits(tmp_path: Path, named: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    split = datasets.Dataset.from_dict({"input": ["a", "b"], "output": ["x", "y"]})
+    datasets.DatasetDict({"train": split, named: split}).save_to_disk(str(tmp_path / "saved"))
+    assert load_one(tmp_path, format="huggingface", path="saved").scored_on == ("test" if named == "test" else "dev")
+
+
+@pytest.mark.parametrize("empty", ["train", "test"])
+def test_an_empty_split_saved_to_disk_is_named(tmp_path: Path, empty: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    split = datasets.Dataset.from_dict({"input": ["a", "b"], "output": ["x", "y"]})
+    splits = {name: split.select([]) if name == empty else split for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(BadInput, match=rf"task 'task': split '{empty}' of .*saved holds no samples$"):
+        load_one(tmp_path, format="huggingface", path="saved")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["input,output"], "holds no samples: there is only a header$"),
+        (["", "input,output", ""], "holds no samples: there is only a header$"),
+        ([""], "is empty$"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.test.csv"])
+def test_a_csv_file_without_records_is_named(tmp_path: Path, name: str, lines: list[str], message: str) -> None:
+    pytest.importorskip("datasets")
+    write_lines(tmp_path / "a.csv", ["input,output", "a,b"])
+    write_lines(tmp_path / name, lines)
+    with pytest.raises(BadInput, match=rf"{name} {message}"):
+        load_one(tmp_path, format="huggingface", path="a.csv")
+
+
 def write_parquet(path: Path, columns: dict[str, list[str]]) -> None:
     """A Parquet file."""
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -223,7 +257,7 @@ def write_parquet(path: Path, columns: dict[str, list[str]]) -> None:
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl", "parquet"])
-def test_huggingface_single_file(tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_huggingface_single_file(tmp_path: Path, ending: str) -> None:
     def write(path: Path, count: int) -> None:
         made = records("input", "output", count)
         separator = {"csv": ",", "tsv": "\t"}.get(ending)
@@ -240,7 +274,7 @@ def test_huggingface_single_file(tmp_path: Path, ending: str, caplog: pytest.Log
     task = load_one(tmp_path, format="huggingface", path=f"a.{ending}")
     assert task.train[1].prompt == "question 1"
     assert (len(task.train), len(task.evaluation), task.labels) == (8, 8, ("no", "yes"))
-    assert f"evaluating on {tmp_path / 'a.'}{ending}, the training file" in caplog.text
+    assert task.scored_on == "train"
     write(tmp_path / f"a.test.{ending}", 5)
     streamed = load_one(tmp_path, format="huggingface", path=f"a.{ending}", streaming=True)
     assert (len(streamed.train), len(streamed.evaluation)) == (8, 5)

@@ -13,11 +13,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from cl_dist.assembly import System, build_system
-from cl_dist.config.methods import KifConfig, MiguConfig
 from cl_dist.config.schema import EvalConfig, LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig
 from cl_dist.engine.distributed import join, quiet_libraries
 from cl_dist.errors import BadInput
-from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.kif.config import KifConfig
+from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.export import export_model
 from cl_dist.models.load import AUTO_CLASSES
 from cl_dist.models.lora import in_adapter
@@ -176,7 +177,7 @@ def _train(system: System, index: int) -> None:
     engine.before_task(place)
     for step in range(trainer.steps):
         trainer.step(step)
-    engine.after_task(place)
+    engine.method.after_task(place)
 
 
 def _inputs(system: System, specimen: Specimen) -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from cl_dist.config.methods import UnitConfig
 from cl_dist.errors import ClDistError
 from cl_dist.kernels import importance_update_
+from cl_dist.methods.kif.config import UnitConfig
 from cl_dist.methods.kif.units import CHUNK, UnitMap, add_sums_
 from cl_dist.sharding import Shard, ShardView
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from cl_dist.config.methods import KifConfig
 from cl_dist.config.schema import TrainConfig
-from cl_dist.methods.base import TaskPlace
+from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.kif.importance import Importance
 from cl_dist.methods.kif.scores import UnitScores
 from cl_dist.methods.kif.shared import UnitMethod
-from cl_dist.methods.kif.weights import KeptWeights
-from cl_dist.methods.replay import past_samples
+from cl_dist.methods.kif.weights import MixedWeights
+from cl_dist.methods.protocol import TaskPlace
+from cl_dist.methods.shared.past_samples import past_samples
 from cl_dist.sharding import Shard, ShardView
 from cl_dist.tasks.types import Encoded
 
@@ -27,14 +27,14 @@ class Kif(UnitMethod):
 
     def __init__(self, config: KifConfig) -> None:
         super().__init__(config)
-        self.config: KifConfig = config
+        self.config: KifConfig
         self._step = 0
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Lay out units, importance, scores and the previous weights."""
         super().attach(model, shards, train)
         self.scores = UnitScores(len(self.units), self.config)
-        self.fused = KeptWeights(shards)
+        self.fused = MixedWeights(shards)
         """The weights that the last task ended with: what the next task's are fused with."""
 
     def start_message(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cl_dist.methods.matrices import WholeMatrices
+from cl_dist.methods.shared.matrices import WholeMatrices
 from cl_dist.models.lora import LORA_A, LORA_B
 from cl_dist.sharding import ShardView
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cl_dist.config.methods import KifConfig
+from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.kif.fusion import accumulate, adaptive_share, hard_share, minmax
 
 

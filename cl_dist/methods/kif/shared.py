@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from cl_dist.config.methods import UnitConfig
 from cl_dist.config.schema import TrainConfig
-from cl_dist.methods.base import Method, TaskPlace
+from cl_dist.methods.kif.config import UnitConfig
 from cl_dist.methods.kif.importance import Importance
 from cl_dist.methods.kif.orthogonal import Orthogonality
 from cl_dist.methods.kif.results import write_scores
 from cl_dist.methods.kif.units import UnitMap
+from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.models.lora import LORA_A
 from cl_dist.models.tracked import row_layouts
 from cl_dist.sharding import Shard, ShardView, SteppedGradients
@@ -27,7 +27,8 @@ class UnitMethod(Method):
     """
 
     def __init__(self, config: UnitConfig) -> None:
-        self.config: UnitConfig = config
+        super().__init__(config)
+        self.config: UnitConfig
         self.keeps_unfused = config.keep_unfused
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:

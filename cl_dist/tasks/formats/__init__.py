@@ -1,21 +1,53 @@
-"""One reader per data format; each turns a `Source` into a `RawTask` and reports unusable data as `BadInput`."""
+"""Data formats, one module each. What a format of your own needs is importable from here (docs/extending.md)."""
 
-from __future__ import annotations
+from cl_dist.errors import BadInput
+from cl_dist.tasks.formats.files import (
+    answer_field,
+    choose_evaluation,
+    collect,
+    evaluation_files,
+    make_document,
+    make_example,
+    missing,
+    parse_json,
+    read_json_list,
+    read_json_object,
+    read_json_split,
+    read_text,
+    require_folder,
+    split_files,
+    text_field,
+)
+from cl_dist.tasks.formats.format import ANSWERS, FILES, INFERRED, Format, RawTask, Source, Split, StreamSettings
+from cl_dist.tasks.formats.records import Records
+from cl_dist.tasks.types import Example, Slot
 
-from collections.abc import Callable
-
-from cl_dist.tasks.formats import builtin, cl_benchmark, huggingface, jsonl, sgd, superni, tasl, text, trace
-from cl_dist.tasks.formats.source import RawTask, Source
-
-READERS: dict[str, Callable[[Source], RawTask]] = {
-    "builtin": builtin.read,
-    "cl_benchmark": cl_benchmark.read,
-    "tasl": tasl.read,
-    "trace": trace.read,
-    "superni": superni.read,
-    "sgd": sgd.read,
-    "jsonl": jsonl.read,
-    "text": text.read,
-    "huggingface": huggingface.read,
-}
-"""Reader of each value of `stream.tasks[].format`."""
+__all__ = [
+    "ANSWERS",
+    "FILES",
+    "INFERRED",
+    "BadInput",
+    "Example",
+    "Format",
+    "RawTask",
+    "Records",
+    "Slot",
+    "Source",
+    "Split",
+    "StreamSettings",
+    "answer_field",
+    "choose_evaluation",
+    "collect",
+    "evaluation_files",
+    "make_document",
+    "make_example",
+    "missing",
+    "parse_json",
+    "read_json_list",
+    "read_json_object",
+    "read_json_split",
+    "read_text",
+    "require_folder",
+    "split_files",
+    "text_field",
+]

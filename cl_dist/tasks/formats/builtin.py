@@ -15,7 +15,7 @@ from functools import partial
 
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import enumerate_names
-from cl_dist.tasks.formats.source import RawTask, Source, Split
+from cl_dist.tasks.formats.format import Format, RawTask, Source, Split
 from cl_dist.tasks.types import Example, Kind
 
 TRAIN_SAMPLES = 256
@@ -29,17 +29,25 @@ SYLLABLES = ("ba", "co", "di", "fu", "ge", "ho", "ki", "lu", "me", "no")
 VERBS = ("meets", "follows", "greets", "hears")
 
 
-def read(source: Source) -> RawTask:
-    """Generate the task of this name; the same samples every time and everywhere."""
-    name = source.task.name
-    if name in SEASONS:
-        draw = partial(migration, season=name, destinations=draw_destinations(name))
-        return generate(name, draw, "classification", LABELS)
-    if name == "reverse":
-        return generate(name, reversal, "generation")
-    if name == "prose":
-        return generate(name, sentence, "text")
-    raise BadInput(f"no built-in task of that name; there are: {enumerate_names((*SEASONS, 'reverse', 'prose'))}")
+class Builtin(Format):
+    """Tasks that are generated: the same samples every time and everywhere."""
+
+    name = "builtin"
+    summary = "generated"
+    USES = frozenset()
+    HAS_PATH = False
+
+    def read(self, source: Source) -> RawTask:
+        """Generate the task of this name."""
+        name = source.name
+        if name in SEASONS:
+            draw = partial(migration, season=name, destinations=draw_destinations(name))
+            return generate(name, draw, "classification", LABELS)
+        if name == "reverse":
+            return generate(name, reversal, "generation")
+        if name == "prose":
+            return generate(name, sentence, "text")
+        raise BadInput(f"no built-in task of that name; there are: {enumerate_names((*SEASONS, 'reverse', 'prose'))}")
 
 
 def generate(

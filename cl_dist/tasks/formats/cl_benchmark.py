@@ -5,7 +5,7 @@ A record is `{"sentence", "label"}`; the prompt is made of the group's instructi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from cl_dist.tasks.formats.files import (
     read_json_split,
     require_folder,
 )
-from cl_dist.tasks.formats.source import RawTask, Source
+from cl_dist.tasks.formats.format import ANSWERS, Format, RawTask, Source, StreamSettings
 from cl_dist.tasks.types import Example
 
 INSTRUCTION_FILE = "instruction_config.json"
@@ -48,22 +48,50 @@ BARE_GROUPS = frozenset({"COPA"})
 """Groups whose sentences ask their question themselves: the benchmark gives them neither instruction nor options."""
 
 
-def read(source: Source) -> RawTask:
-    """Read one data set; `path` is its folder, or the root in which the task's name is looked up."""
-    folder = find_dataset(require_folder(source.path()), source.task.name)
-    labels = source.task.labels or read_labels(folder / "labels.json")
-    head = prompt_head(source, folder, labels)
-    if source.stream.name_tasks:
-        head = f"Task:{folder.parent.name}\nDataset:{folder.name}\n{head}"
-    convert = partial(make_prompted, head=head)
-    evaluation = choose_evaluation(source.stream.eval_split, {s: folder / f"{s}.json" for s in ("test", "dev")})
-    empty = source.stream.empty_answers
-    return RawTask(
-        train=read_json_split(folder / "train.json", convert, empty, "label"),
-        evaluation=read_json_split(evaluation, convert, empty, "label"),
-        labels=labels,
-        kind="classification",
-    )
+class PromptSettings(StreamSettings):
+    """What the prompts of a stream's tasks are made of."""
+
+    PATHS = ("instruction_file",)
+    FIXED = ("name_tasks",)
+
+    instruction_file: str | None = None
+    """`instruction_config.json` of a CL_Benchmark copy; absent: looked for beside the data, else the published
+    texts."""
+    name_tasks: bool = False
+    """Prompts begin with two lines, `Task:` the group and `Dataset:` the data set, as in the scripts of O-LoRA and MIGU
+    (--add_task_name, --add_dataset_name). They tell the model which task it is."""
+
+    def check(self, formats: Collection[str]) -> None:
+        """Refuse to name the tasks of a stream some of which have prompts of their own."""
+        if self.name_tasks and set(formats) != {ClBenchmark.name}:
+            told = ", ".join(sorted(formats))
+            raise ValueError(f"name_tasks: true is for format {ClBenchmark.name} alone, not {told}")
+
+
+class ClBenchmark(Format):
+    """The benchmark of O-LoRA and MIGU."""
+
+    name = "cl_benchmark"
+    summary = "O-LoRA, MIGU"
+    USES = ANSWERS
+    STREAM = PromptSettings
+
+    def read(self, source: Source) -> RawTask:
+        """Read one data set; `path` is its folder, or the root in which the task's name is looked up."""
+        folder = find_dataset(require_folder(source.path()), source.name)
+        labels = source.labels or read_labels(folder / "labels.json")
+        head = prompt_head(source, folder, labels)
+        if source.settings(PromptSettings).name_tasks:
+            head = f"Task:{folder.parent.name}\nDataset:{folder.name}\n{head}"
+        convert = partial(make_prompted, head=head)
+        evaluation = choose_evaluation(source.eval_split, {s: folder / f"{s}.json" for s in ("test", "dev")})
+        empty = source.empty_answers
+        return RawTask(
+            train=read_json_split(folder / "train.json", convert, empty, "label"),
+            evaluation=read_json_split(evaluation, convert, empty, "label"),
+            labels=labels,
+            kind="classification",
+        )
 
 
 def find_dataset(path: Path, name: str) -> Path:
@@ -121,8 +149,9 @@ def prompt_head(source: Source, folder: Path, labels: tuple[str, ...]) -> str:
 
 def instruction_file(source: Source, folder: Path) -> Path | None:
     """The file that the recipe names, else the nearest one in the folders above the data set, else None."""
-    if source.stream.instruction_file is not None:
-        return source.resolve(source.stream.instruction_file)
+    named = source.settings(PromptSettings).instruction_file
+    if named is not None:
+        return source.resolve(named)
     above = [parent / INSTRUCTION_FILE for parent in (folder, *folder.absolute().parents[:3])]
     return next((path for path in above if is_there(path)), None)
 

@@ -8,16 +8,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cl_dist.config.files import is_folder, is_there, read_bytes
-from cl_dist.config.schema import TaskConfig
 from cl_dist.config.words import listed, printable
 from cl_dist.errors import BadInput
-from cl_dist.tasks.formats.source import Split
-from cl_dist.tasks.types import Example, Kind
+from cl_dist.tasks.formats.format import DEV_NAMES, EmptyAnswers, Split
+from cl_dist.tasks.types import Example
 
 LISTED = 20
 """Most names that a message lists."""
@@ -30,8 +28,6 @@ FOREIGN = {
     b"PK\x03\x04": "a zip file: unpack it",
 }
 """What files begin with that are taken for text by mistake."""
-
-EmptyAnswers = Literal["error", "keep", "skip"]
 
 logger = logging.getLogger(__name__)
 
@@ -202,18 +198,6 @@ def make_document(record: object, field: str) -> Example:
     return Example(prompt="", answer=answer_field(record, field))
 
 
-def converter(task: TaskConfig) -> Callable[[Any], Example]:
-    """What turns a record with the fields that the recipe names into a sample."""
-    if task.text_field is not None:
-        return partial(make_document, field=task.text_field)
-    return partial(make_example, input_field=task.input_field, output_field=task.output_field)
-
-
-def kind_of(task: TaskConfig) -> Kind | None:
-    """`text` where the recipe names a field with documents; else the answers will tell."""
-    return "text" if task.text_field is not None else None
-
-
 def collect(
     origin: Path | str,
     records: Iterable[tuple[int, Any]],
@@ -272,6 +256,33 @@ def choose_evaluation(wanted: str, candidates: Mapping[str, Path]) -> Path:
             logger.warning("no %s file %s: evaluating on %s", wanted, candidates[wanted], path)
             return path
     raise missing(candidates[wanted])
+
+
+def split_files(path: Path, extension: str, wanted: str) -> tuple[Path, Path]:
+    """Training and evaluation file for a folder, or for a training file with its evaluation files beside it.
+
+    Raises BadInput where a folder has no evaluation file; a lone file is its own evaluation file.
+    """
+    if is_folder(path):
+        return path / f"train{extension}", choose_evaluation(wanted, evaluation_files(path, "", extension))
+    return path, path if is_lone(path) else choose_evaluation(wanted, files_beside(path))
+
+
+def is_lone(path: Path) -> bool:
+    """Whether a training file has no evaluation file beside it."""
+    return not any(is_there(file) for file in files_beside(path).values())
+
+
+def files_beside(path: Path) -> dict[str, Path]:
+    """The paths where the test and the dev split of a training file would be."""
+    stem = "" if path.stem == "train" else path.stem.removesuffix(".train") + "."
+    return evaluation_files(path.parent, stem, path.suffix)
+
+
+def evaluation_files(folder: Path, stem: str, extension: str) -> dict[str, Path]:
+    """The paths where the test and the dev split would be; for dev the first of its names that exists."""
+    dev = first_existing(folder, [f"{stem}{name}{extension}" for name in DEV_NAMES])
+    return {"test": folder / f"{stem}test{extension}", "dev": dev}
 
 
 def first_existing(folder: Path, names: Iterable[str]) -> Path:

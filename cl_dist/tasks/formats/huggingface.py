@@ -17,9 +17,18 @@ from typing import Any
 
 from cl_dist.config.files import is_file, is_folder, is_there, refuse_special, refuse_special_below
 from cl_dist.errors import BadInput, ClDistError
-from cl_dist.tasks.formats.files import collect, converter, enumerate_names, kind_of, logger, missing
-from cl_dist.tasks.formats.jsonl import split_files
-from cl_dist.tasks.formats.source import RawTask, Source, Split
+from cl_dist.tasks.formats.files import (
+    collect,
+    enumerate_names,
+    is_lone,
+    logger,
+    missing,
+    parse_json,
+    read_text,
+    split_files,
+)
+from cl_dist.tasks.formats.format import DEV_NAMES, EmptyAnswers, RawTask, Source, Split
+from cl_dist.tasks.formats.records import Records
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 """A name that may be looked up on the hub: anything else can only be a folder."""
@@ -38,59 +47,92 @@ CSV_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 DEEP_JSON = re.compile(rb'(?:[\[{]\s*(?:"[^"]{0,99}"\s*:\s*)?){1000}')
 """A thousand lists and objects, each the first thing in the one before."""
 
-DEV_SPLITS = ("validation", "dev", "eval")
+DEV_SPLITS = tuple(dict.fromkeys(("validation", *DEV_NAMES)))
 
 
-def read(source: Source) -> RawTask:
-    """Read the training split and the test or validation split of a data set."""
-    dataset = load(source)
-    name = source.task.path or source.task.name
-    if "train" not in dataset:
-        raise BadInput(f"data set {name} has no split 'train'; it has: {enumerate_names(dataset)}")
-    evaluation = choose_split(dataset, source.stream.eval_split, name)
-    stream, kind = source.stream, kind_of(source.task)
-    return RawTask(
-        train=read_split(dataset["train"], source, f"{name}[train]", stream.max_train_samples),
-        evaluation=read_split(dataset[evaluation], source, f"{name}[{evaluation}]", stream.max_eval_samples),
-        labels=None if kind else label_names(dataset["train"], source.task.output_field),
-        kind=kind,
-    )
+class HuggingFace(Records):
+    """Data sets that the `datasets` library loads."""
+
+    name = "huggingface"
+    summary = "a data set by name, a file or folder, or saved to disk"
+
+    subset: str | None = None
+    """Configuration name of a Hugging Face data set."""
+    streaming: bool = False
+    """Read a Hugging Face data set record by record, no further than `stream.max_train_samples` and
+    `stream.max_eval_samples`, without downloading or converting the rest."""
+
+    def read(self, source: Source) -> RawTask:
+        """Read the training split and the test or validation split of a data set."""
+        dataset = self._load(source)
+        name = source.path_in_recipe or source.name
+        if "train" not in dataset:
+            raise BadInput(f"data set {name} has no split 'train'; it has: {enumerate_names(dataset)}")
+        evaluation = choose_split(dataset, source.eval_split, name)
+        path, empty = source.resolve(name), source.empty_answers
+        return RawTask(
+            train=self._read_split(dataset["train"], f"{name}[train]", source.max_train_samples, empty),
+            evaluation=self._read_split(dataset[evaluation], f"{name}[{evaluation}]", source.max_eval_samples, empty),
+            labels=None if self.only_documents else label_names(dataset["train"], self.output_field),
+            kind=self.kind,
+            evaluated="train" if is_file(path) and is_lone(path) else None,
+        )
+
+    def _load(self, source: Source) -> Mapping[str, Any]:
+        """The data set's splits by name; BadInput with the library's reason where it cannot be loaded."""
+        import datasets
+
+        name = source.path_in_recipe or source.name
+        path, subset, streaming = source.resolve(name), self.subset, self.streaming
+        if not is_there(path) and not HUB_NAME.fullmatch(name):
+            raise missing(path)
+        if subset is not None and (is_saved(path) or (is_there(path) and not is_folder(path))):
+            raise BadInput(f"subset: {subset!r} names a configuration, and what is at {path} has none; leave it out")
+        refuse_special(path)
+        refuse_special_below(path)
+        refuse_deep_json(path)
+        with _as_bad_input(name):
+            if is_saved(path):
+                refuse_empty_split(path)
+                # Its records are read where they lie: nothing is gained by streaming them.
+                dataset = datasets.load_from_disk(str(path))
+            elif is_there(path) and not is_folder(path):
+                builder, files = single_file(path, source.eval_split)
+                for file in files.values():
+                    refuse_bare_header(Path(file))
+                options = csv_options(sorted({Path(file) for file in files.values()}), self.fields)
+                dataset = datasets.load_dataset(builder, data_files=files, streaming=streaming, **options)
+            else:
+                written = str(path) if is_there(path) else name
+                options = csv_options(sorted(path.glob("**/*")), self.fields) if is_there(path) else {}
+                dataset = datasets.load_dataset(written, subset, streaming=streaming, **options)
+        if not isinstance(dataset, Mapping):
+            raise BadInput(f"data set {name} is a single split; save a DatasetDict with the splits 'train' and 'test'")
+        return dataset
+
+    def _read_split(self, split: Any, origin: str, most: int | None, empty: EmptyAnswers) -> Split:
+        """The records of a split, with class numbers turned into their names; of a streamed one no more than `most`."""
+        # What a streamed split holds may not be known before its first record.
+        for field in self.fields if split.column_names is not None else ():
+            if field not in split.column_names:
+                raise BadInput(f"{origin} has no column {field!r}; it has: {enumerate_names(split.column_names)}")
+        chosen = split if split.column_names is None else split.select_columns(self.fields)
+        with _as_bad_input(origin):  # a streamed split is read only here
+            return collect(
+                origin,
+                enumerate(named_records(chosen, self.output_field)),
+                self.convert,
+                most=most if self.streaming else None,
+                empty=empty,
+                answer_name=self.output_field,
+            )
 
 
-def load(source: Source) -> Mapping[str, Any]:
-    """The data set's splits by name; BadInput with the library's reason where it cannot be loaded."""
-    import datasets
-
-    name = source.task.path or source.task.name
-    path, subset, streaming = source.resolve(name), source.task.subset, source.task.streaming
-    if not is_there(path) and not HUB_NAME.fullmatch(name):
-        raise missing(path)
-    if subset is not None and (is_saved(path) or (is_there(path) and not is_folder(path))):
-        raise BadInput(f"subset: {subset!r} names a configuration, and what is at {path} has none; leave it out")
-    refuse_special(path)
-    refuse_special_below(path)
-    refuse_deep_json(path)
-    with _told_as_bad_input(name):
-        if is_saved(path):  # its records are read where they lie: nothing is gained by streaming them
-            dataset = datasets.load_from_disk(str(path))
-        elif is_there(path) and not is_folder(path):
-            builder, files = single_file(path, source.stream.eval_split)
-            options = csv_options(source, sorted({Path(file) for file in files.values()}))
-            dataset = datasets.load_dataset(builder, data_files=files, streaming=streaming, **options)
-        else:
-            written = str(path) if is_there(path) else name
-            options = csv_options(source, sorted(path.glob("**/*"))) if is_there(path) else {}
-            dataset = datasets.load_dataset(written, subset, streaming=streaming, **options)
-    if not isinstance(dataset, Mapping):
-        raise BadInput(f"data set {name} is a single split; save a DatasetDict with the splits 'train' and 'test'")
-    return dataset
-
-
-def csv_options(source: Source, paths: list[Path]) -> dict[str, Any]:
+def csv_options(paths: list[Path], read: list[str]) -> dict[str, Any]:
     """How the library is to read files that are all CSV or TSV: every cell is text. Left to itself it makes numbers of
     `007`, and nothing of `None` and `NA`.
 
-    Raises BadInput for a column that is read and is there twice.
+    Raises BadInput where one of the columns that are `read` is there twice.
     """
     files = [path for path in paths if path.suffix in FILE_FORMATS]
     if not files or not all(path.suffix in CSV_SEPARATORS for path in files):
@@ -98,7 +140,7 @@ def csv_options(source: Source, paths: list[Path]) -> dict[str, Any]:
     columns: set[str] = set()
     for file in files:
         header = csv_header(file)
-        if doubled := [field for field in read_fields(source) if header.count(field) > 1]:
+        if doubled := [field for field in read if header.count(field) > 1]:
             raise BadInput(f"{file}: column {doubled[0]!r} is there twice")
         columns.update(header)
     separator = {"sep": CSV_SEPARATORS[files[0].suffix]} if len({file.suffix for file in files}) == 1 else {}
@@ -114,10 +156,25 @@ def csv_header(file: Path) -> list[str]:
         return []
 
 
-def read_fields(source: Source) -> list[str]:
-    """The columns that are read."""
-    task = source.task
-    return [task.input_field, task.output_field] if task.text_field is None else [task.text_field]
+def refuse_bare_header(file: Path) -> None:
+    """Raise BadInput for a CSV or TSV file without a record, which the library has no clear words for."""
+    if file.suffix not in CSV_SEPARATORS or not is_file(file):
+        return
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            lines = [line for line, _ in zip((row for row in csv.reader(opened) if row), range(2), strict=False)]
+    except (OSError, UnicodeDecodeError, csv.Error):  # which the library reports
+        return
+    if len(lines) < 2:
+        raise BadInput(f"{file} {'holds no samples: there is only a header' if lines else 'is empty'}")
+
+
+def refuse_empty_split(folder: Path) -> None:
+    """Raise BadInput where a split was saved to disk without a record: the library fails on it."""
+    for file in sorted(folder.glob("*/state.json")):
+        state = parse_json(read_text(file), file)
+        if isinstance(state, dict) and state.get("_data_files") == []:
+            raise BadInput(f"split {file.parent.name!r} of {folder} holds no samples")
 
 
 def refuse_deep_json(path: Path) -> None:
@@ -147,7 +204,7 @@ def single_file(path: Path, wanted: str) -> tuple[str, dict[str, str]]:
 
 
 @contextmanager
-def _told_as_bad_input(name: str) -> Iterator[None]:
+def _as_bad_input(name: str) -> Iterator[None]:
     """The library reports what is wrong with a data set, its name or the network by exceptions of many unrelated
     types; each becomes one sentence.
     """
@@ -181,26 +238,6 @@ def choose_split(dataset: Mapping[str, Any], wanted: str, name: str) -> str:
         )
     logger.warning("data set %s has no %s split: evaluating on %s", name, wanted, other)
     return other
-
-
-def read_split(split: Any, source: Source, origin: str, most: int | None) -> Split:
-    """The records of a split, with class numbers turned into their names; of a streamed one no more than `most`."""
-    task = source.task
-    fields = read_fields(source)
-    # What a streamed split holds may not be known before its first record.
-    for field in fields if split.column_names is not None else ():
-        if field not in split.column_names:
-            raise BadInput(f"{origin} has no column {field!r}; it has: {enumerate_names(split.column_names)}")
-    chosen = split if split.column_names is None else split.select_columns(fields)
-    with _told_as_bad_input(origin):  # a streamed split is read only here
-        return collect(
-            origin,
-            enumerate(named_records(chosen, task.output_field)),
-            converter(task),
-            most=most if task.streaming else None,
-            empty=source.stream.empty_answers,
-            answer_name=task.output_field,
-        )
 
 
 def named_records(split: Any, output_field: str) -> Iterator[dict[str, Any]]:

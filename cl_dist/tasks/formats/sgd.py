@@ -22,7 +22,7 @@ from cl_dist.tasks.formats.files import (
     read_text,
     require_folder,
 )
-from cl_dist.tasks.formats.source import RawTask, Source, Split
+from cl_dist.tasks.formats.format import ANSWERS, Format, RawTask, Source, Split
 from cl_dist.tasks.types import Slot
 
 SUFFIX = "-LLM_T5.json"
@@ -31,31 +31,39 @@ PARTS = 6
 """Parts of a line of an index."""
 
 
-def read(source: Source) -> RawTask:
-    """Read one service; `path` is the folder that holds the splits' folders."""
-    root, name = require_folder(source.path()), source.task.name
-    train = find_file(root, "train", name)
-    if train is None:
-        available = [path.name.removesuffix(f"-train{SUFFIX}") for path in split_files(root, "train")]
-        raise BadInput(
-            f"no file {name}-train{SUFFIX} in {root} or a folder in it; there are services: "
-            f"{enumerate_names(available)}"
+class Sgd(Format):
+    """Dialogue state tracking, one task per service."""
+
+    name = "sgd"
+    summary = "Schema-Guided Dialogue: dialogue state tracking, TaSL"
+    USES = ANSWERS
+    METRIC = "jga"
+
+    def read(self, source: Source) -> RawTask:
+        """Read one service; `path` is the folder that holds the splits' folders."""
+        root, name = require_folder(source.path()), source.name
+        train = find_file(root, "train", name)
+        if train is None:
+            available = [path.name.removesuffix(f"-train{SUFFIX}") for path in split_files(root, "train")]
+            raise BadInput(
+                f"no file {name}-train{SUFFIX} in {root} or a folder in it; there are services: "
+                f"{enumerate_names(available)}"
+            )
+        files = {split: find_file(root, split, name) or expected_file(train, split) for split in ("test", "dev")}
+        evaluation = choose_evaluation(source.eval_split, files)
+        convert = partial(make_example, input_field="input", output_field="output")
+        # A sample that is left out of the evaluation would change what its turn is.
+        empty = source.empty_answers
+        scored = read_json_split(evaluation, convert, "error" if empty == "error" else "keep")
+        capitals = sum(example.answer != example.answer.lower() for example in scored.examples)
+        if capitals:
+            logger.warning("%s: %d answers have capitals, so that jga never counts them as right", evaluation, capitals)
+        return RawTask(
+            train=read_json_split(train, convert, empty),
+            evaluation=with_slots(scored, evaluation.with_name(evaluation.name.removesuffix(SUFFIX) + ".idx")),
+            kind="generation",
+            evaluated="test" if evaluation == files["test"] else "dev",
         )
-    files = {split: find_file(root, split, name) or expected_file(train, split) for split in ("test", "dev")}
-    evaluation = choose_evaluation(source.stream.eval_split, files)
-    convert = partial(make_example, input_field="input", output_field="output")
-    # A sample that is left out of the evaluation would change what its turn is.
-    empty = source.stream.empty_answers
-    scored = read_json_split(evaluation, convert, "error" if empty == "error" else "keep")
-    capitals = sum(example.answer != example.answer.lower() for example in scored.examples)
-    if capitals:
-        logger.warning("%s: %d answers have capitals, so that jga never counts them as right", evaluation, capitals)
-    return RawTask(
-        train=read_json_split(train, convert, empty),
-        evaluation=with_slots(scored, evaluation.with_name(evaluation.name.removesuffix(SUFFIX) + ".idx")),
-        kind="generation",
-        evaluated="test" if evaluation == files["test"] else "dev",
-    )
 
 
 def split_files(root: Path, split: str) -> list[Path]:

@@ -15,7 +15,6 @@ from typing import Any
 from cl_dist.config.files import is_there
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import (
-    EmptyAnswers,
     answer_field,
     check_encodable,
     choose_evaluation,
@@ -28,16 +27,22 @@ from cl_dist.tasks.formats.files import (
     require_once,
     text_field,
 )
-from cl_dist.tasks.formats.source import RawTask, Source, Split
+from cl_dist.tasks.formats.format import EmptyAnswers, Format, RawTask, Source, Split
 from cl_dist.tasks.types import Example
 
 
-def read(source: Source) -> RawTask:
-    """Read one task; `path` is its folder, or the root in which it is looked up by its name or number."""
-    folder = find_task(require_folder(source.path()), source.task.name)
-    evaluation = choose_evaluation(source.stream.eval_split, {s: folder / f"{s}.json" for s in ("test", "dev")})
-    empty = source.stream.empty_answers
-    return RawTask(read_instances(folder / "train.json", empty), read_instances(evaluation, empty))
+class SuperNi(Format):
+    """Super-NaturalInstructions, one folder per task."""
+
+    name = "superni"
+    summary = "Super-NaturalInstructions"
+
+    def read(self, source: Source) -> RawTask:
+        """Read one task; `path` is its folder, or the root in which it is looked up by its name or number."""
+        folder = find_task(require_folder(source.path()), source.name)
+        evaluation = choose_evaluation(source.eval_split, {s: folder / f"{s}.json" for s in ("test", "dev")})
+        empty = source.empty_answers
+        return RawTask(read_instances(folder / "train.json", empty), read_instances(evaluation, empty))
 
 
 def find_task(path: Path, name: str) -> Path:

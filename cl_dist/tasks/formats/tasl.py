@@ -14,22 +14,28 @@ from cl_dist.tasks.formats.files import (
     read_json_split,
     require_folder,
 )
-from cl_dist.tasks.formats.source import RawTask, Source
+from cl_dist.tasks.formats.format import Format, RawTask, Source
 
 SUFFIX = "_T5.json"
 
 
-def read(source: Source) -> RawTask:
-    """Read the task of this name below the root given as `path`."""
-    root = require_folder(source.path())
-    file_name = find_task(require_folder(root / "train"), source.task.name) + SUFFIX
-    evaluation = choose_evaluation(source.stream.eval_split, {s: root / s / file_name for s in ("test", "dev")})
-    convert = partial(make_example, input_field="input", output_field="output")
-    empty = source.stream.empty_answers
-    return RawTask(
-        train=read_json_split(root / "train" / file_name, convert, empty),
-        evaluation=read_json_split(evaluation, convert, empty),
-    )
+class Tasl(Format):
+    """The files of TaSL and KIF."""
+
+    name = "tasl"
+    summary = "TaSL, KIF"
+
+    def read(self, source: Source) -> RawTask:
+        """Read the task of this name below the root given as `path`."""
+        root = require_folder(source.path())
+        file_name = find_task(require_folder(root / "train"), source.name) + SUFFIX
+        evaluation = choose_evaluation(source.eval_split, {s: root / s / file_name for s in ("test", "dev")})
+        convert = partial(make_example, input_field="input", output_field="output")
+        empty = source.empty_answers
+        return RawTask(
+            train=read_json_split(root / "train" / file_name, convert, empty),
+            evaluation=read_json_split(evaluation, convert, empty),
+        )
 
 
 def find_task(folder: Path, name: str) -> str:

@@ -7,31 +7,36 @@ evaluation file the training text serves, and the log says so.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from cl_dist.config.files import is_folder, is_there
-from cl_dist.tasks.formats.files import choose_evaluation, missing, read_text
-from cl_dist.tasks.formats.jsonl import DEV_NAMES, evaluation_files, split_files
-from cl_dist.tasks.formats.source import RawTask, Source, Split
+from cl_dist.tasks.formats.files import choose_evaluation, evaluation_files, missing, read_text, split_files
+from cl_dist.tasks.formats.format import DEV_NAMES, FILES, Format, RawTask, Source, Split
 from cl_dist.tasks.types import Example
 
-logger = logging.getLogger(__name__)
 
+class Text(Format):
+    """Plain text, one document a line."""
 
-def read(source: Source) -> RawTask:
-    """Read the documents of one task."""
-    path = source.path()
-    if not is_there(path):
-        raise missing(path)
-    train, evaluation = folder_files(path, source.stream.eval_split) if is_folder(path) else single_file(source, path)
-    return RawTask(train=read_documents(train), evaluation=read_documents(evaluation), kind="text")
+    name = "text"
+    summary = "plain text, for pre-training"
+    USES = FILES
 
+    @property
+    def only_documents(self) -> bool:
+        """Always."""
+        return True
 
-def single_file(source: Source, path: Path) -> tuple[list[Path], list[Path]]:
-    """Training and evaluation files where the recipe names one file."""
-    train, evaluation = split_files(path, ".txt", source.stream.eval_split)
-    return [train], [evaluation]
+    def read(self, source: Source) -> RawTask:
+        """Read the documents of one task."""
+        path = source.path()
+        if not is_there(path):
+            raise missing(path)
+        if is_folder(path):
+            train, evaluation = folder_files(path, source.eval_split)
+        else:
+            train, evaluation = ([file] for file in split_files(path, ".txt", source.eval_split))
+        return RawTask(train=read_documents(train), evaluation=read_documents(evaluation), kind="text")
 
 
 def folder_files(folder: Path, wanted: str) -> tuple[list[Path], list[Path]]:
@@ -42,7 +47,6 @@ def folder_files(folder: Path, wanted: str) -> tuple[list[Path], list[Path]]:
     if not train:
         raise missing(folder / "train.txt")
     if not any(is_there(path) for path in candidates.values()):
-        logger.warning("no evaluation file %s: evaluating on the training text", candidates[wanted])
         return train, train
     return train, [choose_evaluation(wanted, candidates)]
 

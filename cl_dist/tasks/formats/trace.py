@@ -16,19 +16,25 @@ from cl_dist.tasks.formats.files import (
     read_json_split,
     require_folder,
 )
-from cl_dist.tasks.formats.source import RawTask, Source
+from cl_dist.tasks.formats.format import Format, RawTask, Source
 
 
-def read(source: Source) -> RawTask:
-    """Read one task; `path` is its folder, or the folder of all tasks in which the task's name is looked up."""
-    folder = find_task(require_folder(source.path()), source.task.name)
-    files = {"test": folder / "test.json", "dev": folder / "eval.json"}
-    convert = partial(make_example, input_field="prompt", output_field="answer")
-    empty = source.stream.empty_answers
-    return RawTask(
-        train=read_json_split(folder / "train.json", convert, empty, "answer"),
-        evaluation=read_json_split(choose_evaluation(source.stream.eval_split, files), convert, empty, "answer"),
-    )
+class Trace(Format):
+    """The TRACE benchmark."""
+
+    name = "trace"
+    summary = "TRACE"
+
+    def read(self, source: Source) -> RawTask:
+        """Read one task; `path` is its folder, or the folder of all tasks in which the task's name is looked up."""
+        folder = find_task(require_folder(source.path()), source.name)
+        files = {"test": folder / "test.json", "dev": folder / "eval.json"}
+        convert = partial(make_example, input_field="prompt", output_field="answer")
+        empty = source.empty_answers
+        return RawTask(
+            train=read_json_split(folder / "train.json", convert, empty, "answer"),
+            evaluation=read_json_split(choose_evaluation(source.eval_split, files), convert, empty, "answer"),
+        )
 
 
 def find_task(path: Path, name: str) -> Path:

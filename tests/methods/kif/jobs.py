@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from cl_dist.config.methods import KifConfig
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
-from cl_dist.methods.base import TaskPlace
-from cl_dist.methods.kif import Kif
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.kif.config import KifConfig
+from cl_dist.methods.kif.method import Kif
+from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.lora import add_lora
 from cl_dist.state.snapshot import load_snapshot, save_snapshot
@@ -29,18 +30,18 @@ def save(folder: str, stage: int, units: str) -> dict[str, Any]:
     _start(engine, 0)
     for step in range(STEPS):
         _step(engine, 0, step)
-    engine.after_task(TaskPlace(0, "t", STEPS))
+    engine.method.after_task(TaskPlace(0, "t", STEPS))
     engine.shards.reset_optimizer()
     _start(engine, 1)
     _step(engine, 1, 0)
-    save_snapshot(Path(folder), engine.shards, {}, moments=True, extra=engine.method_tensors())
+    save_snapshot(Path(folder), engine.shards, {}, moments=True, extra=engine.method.tensors())
     return {"state": _state(engine, kif), **_finish(engine, kif)}
 
 
 def load(folder: str, stage: int, units: str) -> dict[str, Any]:
     """Load into a fresh engine, and go on to the end of the task."""
     engine, kif = _engine(stage, units)
-    load_snapshot(Path(folder), engine.shards, engine.method_tensors())
+    load_snapshot(Path(folder), engine.shards, engine.method.tensors())
     _start(engine, 1)
     return {"state": _state(engine, kif), **_finish(engine, kif)}
 
@@ -61,7 +62,7 @@ def _engine(stage: int, units: str) -> tuple[TrainingEngine, Kif]:
     model: Any = odd_model("llama")
     if units == "rank":
         model = add_lora(model, LoraConfig(r=3, alpha=3.0), "causal_lm", seed=1)
-    return TrainingEngine(LoadedModel(model, None, OBJECTIVES["llama"]), recipe, [kif]), kif  # type: ignore[arg-type]
+    return TrainingEngine(LoadedModel(model, None, OBJECTIVES["llama"]), recipe, Composed([kif])), kif  # type: ignore[arg-type]
 
 
 def _start(engine: TrainingEngine, index: int) -> None:
@@ -84,7 +85,7 @@ def _state(engine: TrainingEngine, kif: Kif) -> dict[str, list[float]]:
 
 def _finish(engine: TrainingEngine, kif: Kif) -> dict[str, Any]:
     _step(engine, 1, 1)
-    engine.after_task(TaskPlace(1, "t", STEPS))
+    engine.method.after_task(TaskPlace(1, "t", STEPS))
     weights = torch.cat([t.reshape(-1) for t in whole(engine.shards, "master").values()])
     share = kif.scores.share_new.tolist()
     engine.destroy()

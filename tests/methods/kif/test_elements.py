@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_dist.methods.kif.elements import select
+from cl_dist.methods.recurrent_kif.elements import select
 
 SCORES = st.one_of(st.just(0.0), st.floats(0.0, 1.0), st.floats(0.0, 1e-300), st.floats(0.0, allow_infinity=False))
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_dist.config.methods import KifConfig
+from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.kif.fusion import accumulate, adaptive_share, hard_share, important, minmax
 from cl_dist.methods.kif.scores import UnitScores
 

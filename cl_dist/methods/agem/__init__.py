@@ -1,0 +1,1 @@
+"""A-GEM, averaged gradient episodic memory (arXiv 1812.00420)."""

@@ -1,0 +1,1 @@
+"""EWC, elastic weight consolidation (arXiv 1612.00796)."""

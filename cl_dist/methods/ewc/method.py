@@ -1,0 +1,127 @@
+"""EWC: weights that mattered to past tasks are held back by a quadratic penalty (Kirkpatrick et al. 2017, 1612.00796).
+
+How much a weight mattered is the diagonal of the empirical Fisher information: the square of the gradient of one
+sample's log-likelihood, in the mean over samples. The square has to be taken sample by sample, whereas ranks hold sums
+over all of them; so one reduced gradient is measured for each sample, on one rank, while the others run a filler. That
+costs the same time on any number of ranks and gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import torch
+
+from cl_dist.config.schema import TrainConfig
+from cl_dist.heartbeat import beat
+from cl_dist.methods.ewc.config import EwcConfig
+from cl_dist.methods.protocol import Method, TaskPlace
+from cl_dist.methods.shared.limits import check_fits_a_step
+from cl_dist.seeds import derive_seed
+from cl_dist.sharding import Shard, ShardView
+
+
+class Ewc(Method):
+    """Elastic weight consolidation: the loss plus `weight / 2 * sum F (theta - anchor)^2`.
+
+    With `separate` every past task t has a penalty of its own, with its Fisher F_t and its weights theta_t. Their sum
+    is, but for a constant, one penalty with F = sum F_t and the anchor sum F_t theta_t / F, which is what is kept.
+    `online` (Schwarz et al. 2018, arXiv 1805.06370) keeps F <- gamma F + F_t and the newest weights as the anchor.
+
+    Args:
+        config: The recipe's `method` entry.
+    """
+
+    def __init__(self, config: EwcConfig) -> None:
+        super().__init__(config)
+        self._holds_back = False
+
+    def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
+        """Lay Fisher information and anchors, both zero, out along the masters; a rebuilt engine begins with none."""
+        check_fits_a_step("fisher_batch", self.config.fisher_batch, train)
+        self._shards, self._seed = shards, train.seed
+        self.fisher, self.anchor = self._zeros(), self._zeros()
+
+    def start_message(self) -> str:
+        """What it costs this rank in memory."""
+        owned = sum(shard.data.numel() for shard in self.fisher.values())
+        return (
+            f"ewc: Fisher information and anchors take {8 * owned} bytes on this rank (8 for each of its {owned} "
+            f"parameters), and {4 * owned} more while the Fisher information of a task is measured"
+        )
+
+    def before_task(self, place: TaskPlace) -> None:
+        """The first task is free."""
+        self._holds_back = place.index > 0
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Add the penalty's gradient, `weight * F (theta - anchor)`, to the reduced gradient."""
+        if not self._holds_back:
+            return
+        for name, master, fisher in self._owned(self.fisher):
+            gradient = self._shards.own_gradient(name)
+            if gradient is not None:
+                pull = (master - self.anchor[name].data).mul_(fisher)
+                gradient.data.add_(pull.to(gradient.data.device), alpha=self.config.weight)
+        self._shards.own_gradients_changed()
+
+    def after_task(self, place: TaskPlace) -> None:
+        """Measure the task's Fisher information and put it to that of the past, with the weights of this moment."""
+        beat(f"measuring the Fisher information of task {place.name}")
+        self._consolidate(self._measure(place))
+
+    def tensors(self) -> dict[str, dict[str, Shard]]:
+        """Fisher information and anchors, float32 along the shards."""
+        return {"fisher": self.fisher, "anchor": self.anchor}
+
+    def _zeros(self) -> dict[str, Shard]:
+        masters = ((name, self._shards.master(name)) for name in self._shards.names)
+        return {
+            name: Shard(master.start, torch.zeros_like(master.data)) for name, master in masters if master is not None
+        }
+
+    def _owned(self, shards: dict[str, Shard]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Name, master weights and elements of `shards`, for each parameter that this rank owns a piece of."""
+        for name, shard in shards.items():
+            master = self._shards.master(name)
+            assert master is not None  # the shards were laid out along the masters
+            yield name, master.data, shard.data
+
+    def _measure(self, place: TaskPlace) -> dict[str, Shard]:
+        """The task's Fisher information: squares of the gradients of `fisher_batch` samples' summed log-likelihood."""
+        assert place.probe is not None
+        samples = list(place.probe.tasks[place.index])
+        count = min(self.config.fisher_samples or len(samples), len(samples))
+        drawn = random.Random(derive_seed(self._seed, "fisher", place.index)).sample(samples, count)
+        fisher, size, measured = self._zeros(), self.config.fisher_batch, 0
+        for start in range(0, count, size):
+            some = drawn[start : start + size]
+            what = f"the Fisher information of training sample {', '.join(str(sample.index) for sample in some)}"
+            if place.probe.gradient(some, lambda: self._add_squares(fisher), mean=False, what=what):
+                measured += len(some)
+        for shard in fisher.values():
+            shard.data.div_(max(1, measured))
+        return fisher
+
+    def _add_squares(self, fisher: dict[str, Shard]) -> None:
+        for name, shard in fisher.items():
+            gradient = self._shards.own_gradient(name)
+            if gradient is not None:
+                own = gradient.data.to(shard.data)
+                shard.data.addcmul_(own, own)
+
+    @torch.no_grad()
+    def _consolidate(self, new: dict[str, Shard]) -> None:
+        """Take a task's Fisher information in, in place."""
+        for name, master, fisher in self._owned(self.fisher):
+            anchor, added = self.anchor[name].data, new[name].data
+            if self.config.variant == "online":
+                fisher.mul_(self.config.gamma).add_(added)
+                anchor.copy_(master)
+            else:
+                fisher.add_(added)
+                # A weight that no task needs has no anchor, whatever stands there.
+                share = torch.where(fisher > 0, added / fisher, 1.0)
+                anchor.copy_(torch.lerp(anchor, master, share))

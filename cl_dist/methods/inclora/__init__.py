@@ -1,0 +1,1 @@
+"""IncLoRA: new LoRA adapters for every task."""

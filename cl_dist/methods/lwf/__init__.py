@@ -1,0 +1,1 @@
+"""LwF, learning without forgetting (arXiv 1606.09282)."""

@@ -1,0 +1,96 @@
+"""LwF, learning without forgetting: what the old model answers on a new task's samples is learnt along (Li & Hoiem
+2016, arXiv 1606.09282).
+
+No past sample is needed. The answers are recorded once, before the task's first step, so that the old model need not
+stay in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cl_dist.config.schema import TrainConfig
+from cl_dist.heartbeat import beat
+from cl_dist.methods.lwf.config import LwfConfig
+from cl_dist.methods.lwf.responses import Responses, divergence_sum, join, respond
+from cl_dist.methods.protocol import Method, Probe, TaskPlace
+from cl_dist.methods.shared.kept_weights import KeptWeights
+from cl_dist.sharding import Shard, ShardView
+from cl_dist.tasks.collate import Batch
+from cl_dist.tasks.plan import FILLER
+from cl_dist.tasks.types import IGNORE
+
+
+class Lwf(Method):
+    """The loss plus `weight * T^2 * KL(old || new)` at temperature T, in the mean over the same targets.
+
+    The paper's own term is the cross-entropy between the two, which differs from the divergence by a constant and so
+    has the same gradient; T^2 (Hinton et al. 2015, arXiv 1503.02531) keeps the gradient's size when T is changed.
+
+    Args:
+        config: The recipe's `method` entry.
+    """
+
+    def __init__(self, config: LwfConfig) -> None:
+        super().__init__(config)
+        self._old: dict[int, Responses] = {}
+        self._probe: Probe | None = None
+
+    def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
+        """Make room for the weights that a task starts from: a resume inside it has to record the answers again."""
+        self._shards = shards
+        self.start = KeptWeights(shards)
+
+    def start_message(self) -> str:
+        """What it costs this rank in memory."""
+        kept = "4 bytes a class" if self.config.top_k is None else f"{8 * self.config.top_k + 4} bytes"
+        return (
+            f"lwf: the weights that a task starts from take {4 * self.start.elements} bytes of CPU memory on this "
+            f"rank, and the old model's responses up to {kept} for each target that it learns in a task"
+        )
+
+    def before_task(self, place: TaskPlace) -> None:
+        """Forget the responses to the task before; the first task has no old model."""
+        self._old = {}
+        self._probe, self._name = (place.probe if place.index > 0 else None), place.name
+
+    def before_step(self, step: int) -> None:
+        """Record the old model's responses, before this process's first step of the task."""
+        if self._probe is None:
+            return
+        beat(f"recording the old model's responses to task {self._name}")
+        if step == 0:
+            self.start.keep()
+            self._probe.responses(self._record)
+        else:  # after a resume: the old model is the one that the task started from
+            self._swap()
+            self._probe.responses(self._record)
+            self._swap()
+        self._probe = None
+
+    def added_loss(self, batch: Batch, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
+        """The divergence from the old model at this micro-batch's targets."""
+        if not self._old:
+            return None
+        old = [self._old[key] for key in batch.keys if key != FILLER]
+        if not old:
+            return None
+        temperature = self.config.temperature
+        divergence = divergence_sum(logits[labels != IGNORE], join(old).to(logits.device), temperature)
+        return self.config.weight * temperature**2 * divergence
+
+    def tensors(self) -> dict[str, dict[str, Shard]]:
+        """The weights that the task started from."""
+        return {"start": self.start.shards}
+
+    def _record(self, batch: Batch, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        targets = labels != IGNORE
+        responses = respond(logits[targets], self.config.temperature, self.config.top_k).to(torch.device("cpu"))
+        counts = targets.reshape(len(batch.keys), -1).sum(dim=1).tolist()
+        self._old.update(
+            (key, piece) for key, piece in zip(batch.keys, responses.cut(counts), strict=True) if key != FILLER
+        )
+
+    def _swap(self) -> None:
+        self.start.swap()
+        self._shards.publish()

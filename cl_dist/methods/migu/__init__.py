@@ -1,0 +1,1 @@
+"""MIGU, magnitude-based gradient updating (arXiv 2406.17245)."""

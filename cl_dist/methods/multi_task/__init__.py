@@ -1,0 +1,1 @@
+"""Multi-task training, a bound."""

@@ -1,0 +1,1 @@
+"""O-LoRA: IncLoRA with orthogonal adapters (arXiv 2310.14152)."""

@@ -1,0 +1,1 @@
+"""Per-task training, a bound."""

@@ -1,0 +1,40 @@
+"""Settings of per-task training."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from cl_dist.methods.config import Exclusion, MethodConfig, Role, refuse_carried_moments, settings
+
+if TYPE_CHECKING:
+    from cl_dist.config.schema import Recipe
+
+
+@settings
+class PerTaskConfig(MethodConfig):
+    """Per-task training, a bound: every task by itself, from the untouched weights."""
+
+    METHOD: ClassVar[str] = "cl_dist.methods.per_task.method:PerTask"
+    ROLES: ClassVar[Collection[Role]] = (Role.BOUND, Role.SINGLE)
+    EXCLUDES: ClassVar[Sequence[Exclusion]] = (
+        Exclusion(Role.BOUND, "the one trains every task by itself, the other all tasks at once"),
+        Exclusion(None, "per_task starts every task from the untouched weights and keeps nothing"),
+    )
+    # A row of its matrix is a model of one task.
+    MEANINGLESS: ClassVar[Sequence[str]] = (
+        "average_performance",
+        "backward_transfer",
+        "forgetting",
+        "forward_transfer_zero_shot",
+    )
+    TABLE_NOTE: ClassVar[str | None] = (
+        "trains every task by itself: learning accuracy is the bound, the other metrics say nothing"
+    )
+
+    name: Literal["per_task"]
+    """Name of the method."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Every task starts from the same weights."""
+        refuse_carried_moments(self, recipe)

@@ -1,0 +1,1 @@
+"""Recurrent-KIF, KIF's successor (arXiv 2502.17510)."""

@@ -1,0 +1,1 @@
+"""Replay of past tasks' samples."""

@@ -1,9 +1,0 @@
-"""Plain sequential fine-tuning: nothing is done about forgetting. The lower bound of every table."""
-
-from __future__ import annotations
-
-from cl_dist.methods.base import Method
-
-
-class Sequential(Method):
-    """SeqFT, and SeqLoRA with adapters."""

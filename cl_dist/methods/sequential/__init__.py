@@ -1,0 +1,1 @@
+"""Plain sequential fine-tuning, the lower bound."""

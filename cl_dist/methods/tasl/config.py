@@ -1,0 +1,28 @@
+"""Settings of TaSL: KIF with other defaults, and no code of its own."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from cl_dist.config.ranges import NonNegative
+from cl_dist.methods.config import settings
+from cl_dist.methods.kif.config import KifConfig
+
+
+@settings
+class TaslConfig(KifConfig):
+    """TaSL, the first version of KIF: matrices are the units and fusion is hard (arXiv 2408.09857)."""
+
+    name: Literal["tasl"]  # type: ignore[assignment]
+    """Name of the method."""
+    units: Literal["auto", "matrix", "rank", "row"] = "matrix"
+    """What is scored and fused as one: `matrix` (paper) is a whole parameter, with LoRA each lora_A and each lora_B;
+    `rank`, `row` and `auto` as in kif."""
+    order: Literal["first", "second", "mixed"] = "first"
+    """Importance of an element with weight w and gradient g: `first` (paper) is abs(w g), `second` its square, `mixed`
+    abs(w g - (w g)^2 / 2)."""
+    fusion: Literal["adaptive", "hard"] = "hard"
+    """`hard` (paper): masks; important units keep their side's weights; `adaptive` (KIF): shares follow a softmax of
+    the scores."""
+    orthogonal: Literal["auto"] | NonNegative = 0.0
+    """Weight of the penalty that keeps LoRA's ranks orthogonal; 0 (paper) switches it off, `auto` is 0.1 with LoRA."""

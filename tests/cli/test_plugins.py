@@ -1,0 +1,64 @@
+"""The commands know methods of the user's own: the one that docs/extending.md shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Command
+from tests.plugin_memory import plugins_forgotten
+from tests.test_extending import NAME, recipe
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    with plugins_forgotten():
+        yield
+
+
+def test_it_is_listed_and_explained(tmp_path: Path, command: Command) -> None:
+    assert NAME not in command("methods")[1]
+    recipe(tmp_path)
+    code, listed, _ = command("methods", "--plugin", "projection.py")
+    assert code == 0
+    assert re.search(rf"^{NAME} +Gradient projection: what points along", listed, re.MULTILINE)
+    explained = command("recipe", "--explain", "--plugin", "projection")[1]
+    assert f"method({NAME}).strength\n    a number, at least 0, at most 1 (default: 1.0)\n" in explained
+    assert "    How much of that part is taken out." in explained
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("method.strenth=2", "method.strenth: unknown key; did you mean strength?"),
+        ("method.strength=2", "method.strength: 2 is not allowed; allowed: a number, at least 0, at most 1"),
+        ("method.name=projection:Gradient", "method.name: projection:Gradient: module projection (PATH) has no class "
+         '"Gradient"; its methods are GradientProjection; did you mean GradientProjection?'),
+    ],
+)  # fmt: skip
+def test_its_settings_are_checked(change: str, message: str, tmp_path: Path, command: Command) -> None:
+    code, _, error = command("run", recipe(tmp_path), "--set", change)
+    assert (code, error) == (2, f"cl-dist: error: {message}\n".replace("PATH", str(tmp_path / "projection.py")))
+
+
+def test_its_name_may_be_typed(tmp_path: Path, command: Command) -> None:
+    code, printed, _ = command("recipe", recipe(tmp_path, "sequential"), "--set", f"method.name={NAME}")
+    assert code == 0
+    assert f'name: "{NAME}"' in printed or f"name: {NAME}" in printed
+    assert f"- {tmp_path / 'projection.py'}" in printed
+
+
+def test_it_stands_in_a_comparison(tmp_path: Path, command: Command) -> None:
+    path, out = recipe(tmp_path, "sequential"), tmp_path / "sweep"
+    methods = f"sequential,{NAME}+replay,half={NAME}"
+    words = ["compare", path, "--methods", methods, "--set-for", "half:method.strength=0.5", "--out", out]
+    code, listed, error = command(*words, "--dry-run")
+    assert code == 0, error
+    assert [line.split()[1] for line in listed.splitlines()[1:]] == ["sequential", "GradientProjection+replay", "half"]
+    assert '{"name": "projection:GradientProjection"}' in command(*words, "--print")[1]
+    code, _, error = command("compare", path, "--methods", "projection:Gradient", "--out", out)
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith("cl-dist: error: --methods projection:Gradient: method.name: projection:Gradient: module")

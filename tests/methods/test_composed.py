@@ -1,0 +1,110 @@
+"""Several methods as one: each of them gets every moment, in their order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.protocol import Memory, Method
+from cl_dist.sharding import Shard
+
+CALLS: list[str] = []
+
+
+class Noted(Method):
+    """Writes down what it is asked, and answers with what its name makes of it."""
+
+    def __init__(self, name: str, **answers: Any) -> None:
+        super().__init__()
+        self.name, self.answers = name, answers
+
+    def note(self, moment: str) -> Any:
+        CALLS.append(f"{self.name}.{moment}")
+        return self.answers.get(moment)
+
+    def prepare_task(self, index: int) -> bool:
+        return bool(self.note("prepare_task"))
+
+    def memory(self, index: int, tasks: Any) -> Memory | None:
+        found: Memory | None = self.note("memory")
+        return found
+
+    def trains(self, index: int) -> bool:
+        return bool(self.note("trains"))
+
+    def training_data(self, index: int, tasks: Any) -> Any:
+        return self.note("training_data")
+
+    def start_message(self) -> str | None:
+        return f"{self.name} says" if self.note("start_message") else None
+
+    def added_loss(self, batch: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
+        found: torch.Tensor | None = self.note("added_loss")
+        return found
+
+    def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * 2 + self.answers["before_backward"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"of": self.name}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.note(f"loaded {state['of']}")
+
+    def tensors(self) -> dict[str, dict[str, Shard]]:
+        return {"held": {"weight": Shard(0, torch.zeros(1))}}
+
+    def before_update(self) -> None:
+        self.note("before_update")
+
+
+def test_every_moment_is_passed_on() -> None:
+    moments = {name for name, value in vars(Method).items() if callable(value) and not name.startswith("_")}
+    assert len(moments) > 20
+    assert moments - set(vars(Composed)) == {"Config"}
+
+
+def test_the_order_is_that_of_the_list() -> None:
+    CALLS.clear()
+    composed = Composed([Noted("a"), Noted("b")])
+    composed.before_update()
+    assert CALLS == ["a.before_update", "b.before_update"]
+    one, other = (Noted(name, before_backward=value) for name, value in (("a", 1.0), ("b", 5.0)))
+    assert Composed([one, other]).before_backward(torch.tensor(1.0)).item() == 11.0
+    assert Composed([other, one]).before_backward(torch.tensor(1.0)).item() == 15.0
+
+
+def test_all_of_them_prepare_and_one_is_enough_to_build_the_engine_anew() -> None:
+    CALLS.clear()
+    assert Composed([Noted("a", prepare_task=True), Noted("b", prepare_task=False)]).prepare_task(1) is True
+    assert CALLS == ["a.prepare_task", "b.prepare_task"]
+    assert Composed([Noted("a"), Noted("b")]).prepare_task(1) is False
+
+
+def test_answers_become_one() -> None:
+    memories = [Memory([], inner, 1) for inner in (3, 4)]
+    loss = torch.tensor(0.5)
+    first = Noted("a", trains=True, training_data=["x"], added_loss=None, start_message=None)
+    second = Noted("b", trains=True, training_data=["y"], memory=memories[0], added_loss=loss, start_message=True)
+    third = Noted("c", trains=False, training_data=["z"], memory=memories[1], added_loss=loss, start_message=True)
+    composed, nothing = Composed([first, second, third]), torch.zeros(1)
+    batch: Any = None
+    assert composed.training_data(1, []) == ["x", "y", "z"]
+    assert composed.memory(1, []) is memories[0]
+    assert (composed.trains(1), Composed([first, second]).trains(1)) == (False, True)
+    assert composed.added_loss(batch, nothing, nothing) == torch.tensor(1.0)
+    assert Composed([first]).added_loss(batch, nothing, nothing) is None
+    assert composed.start_message() == "b says\nc says"
+    assert Composed([first]).start_message() is None
+
+
+def test_states_are_told_apart_by_their_place_in_the_list() -> None:
+    """As in the states that earlier releases have saved."""
+    CALLS.clear()
+    composed = Composed([Noted("a"), Noted("b")])
+    assert list(composed.tensors()) == ["method0.held", "method1.held"]
+    assert composed.state_dict() == {"methods": [{"of": "a"}, {"of": "b"}]}
+    composed.load_state_dict({"step": 3, **composed.state_dict()})
+    assert CALLS == ["a.loaded a", "b.loaded b"]
