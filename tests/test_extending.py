@@ -24,7 +24,8 @@ STEPS = 4
 
 def example(folder: Path) -> Path:
     """The page's method, as the file that it is called there."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    section = PAGE.read_text(encoding="utf-8").partition("## A method")[2]
+    code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "projection.py"
     path.write_text(code)

@@ -79,8 +79,7 @@ def plugins_of(name_or_path: str, overrides: Sequence[str]) -> Iterator[None]:
     folder = Path.cwd()
     with suppress(BadInput):
         changes = [parse_override(text) for text in overrides]
-        _, text, folder = _find(name_or_path)
-        data = parse_yaml(text, name_or_path)
+        _, data, folder = _find(name_or_path)
         apply_overrides(data, [change for change in changes if change.path[0] == "plugins"])
     with beside(folder):
         load_plugins(data.get("plugins") if isinstance(data, dict) else None)

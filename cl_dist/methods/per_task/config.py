@@ -29,7 +29,7 @@ class PerTaskConfig(MethodConfig):
         "forward_transfer_zero_shot",
     )
     TABLE_NOTE: ClassVar[str | None] = (
-        "trains every task by itself: learning accuracy is the bound, the other metrics say nothing"
+        "trains every task separately: its learning accuracy is the bound, and its other metrics have no meaning"
     )
 
     name: Literal["per_task"]
