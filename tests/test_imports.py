@@ -21,6 +21,7 @@ SOURCES = {
 
 FINER = {
     **dict.fromkeys(("cl_dist.config.files", "cl_dist.config.words", "cl_dist.config.ranges"), "basics"),
+    "cl_dist.config.objectives": "basics",
     "cl_dist.config.plugins": "basics",
     "cl_dist.tasks.formats": "formats",
     "cl_dist.tasks.types": "formats",
