@@ -18,15 +18,14 @@ from cl_dist.engine.probe import EngineProbe
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.general import GeneralEvaluator
-from cl_dist.evaluation.modes import PromptScorer
+from cl_dist.evaluation.scorers import PromptScorer
 from cl_dist.methods.kif import results
 from cl_dist.methods.kif import weights as fusing
 from cl_dist.state import atomic, data_order, ledger, snapshot, spans
-from cl_dist.state.checkpoints import Checkpoints
+from cl_dist.state.checkpoints import Checkpoints, CheckpointSchedule
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
-from cl_dist.state.schedule import CheckpointSchedule
 
 
 def arm(rank: int, moment: str, on_rank: int, count: int) -> None:
@@ -186,7 +185,7 @@ def _full_disk_at_a_line(count: int) -> None:
 
     def refusing(path: Path, value: Any) -> None:
         if next(calls) >= count:
-            with atomic.telling_full_disk(path):
+            with atomic.raising_disk_full(path):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(path, value)
 
@@ -200,7 +199,7 @@ def _full_disk_at_the_metrics(count: int) -> None:
 
     def refusing(path: Path, value: Any) -> None:
         if path.name == "metrics.json":
-            with atomic.telling_full_disk(path):
+            with atomic.raising_disk_full(path):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(path, value)
 

@@ -69,7 +69,7 @@ CASES = [
     ("rank-00001.json", "deleted"),
     ("rank-00001.safetensors", "middle byte flipped"),
 ]
-"""tests/state/test_damaged_snapshot.py has all files and all damages."""
+"""tests/state/test_snapshot.py has all files and all damages."""
 
 
 @pytest.mark.parametrize(("file", "damage"), CASES, ids=[" ".join(case) for case in CASES])

@@ -100,7 +100,7 @@ def test_a_run_goes_on_with_what_it_was_given(zygote: Zygote, tmp_path: Path) ->
         outcome = resumed(zygote, recipe)
         assert outcome.codes == [2], outcome.output
         assert message in outcome.output[0]
-        assert "put back what was there, or start anew with --fresh or another output_dir" in outcome.output[0]
+        assert "restore the old ones, or start anew with --fresh or another output_dir" in outcome.output[0]
         assert (project / "run" / "manifest.json").read_bytes() == before
 
     before = (project / "run" / "manifest.json").read_bytes()
@@ -177,7 +177,7 @@ def test_a_run_of_an_earlier_release_says_that_it_is_not_compared(zygote: Zygote
     outcome = resumed(zygote, elsewhere)
     assert outcome.codes == [2], "its paths are all that is known of its inputs"
     assert "stream.tasks[0].path: 'data/one' in the run, './data/one' now" in outcome.output[0]
-    assert "its defaults may have been others: give the run's values with --set" in outcome.output[0]
+    assert "perhaps with other defaults: set the run's values with --set" in outcome.output[0]
     outcome = resumed(zygote, recipe)
     assert outcome.codes == [0], outcome.output
     assert "recorded no digests of its inputs: data, base model and tokenizer cannot be compared" in outcome.output[0]
