@@ -1,5 +1,5 @@
-"""Run by test_full_disk.py in a mount namespace of its own: a run whose small disk is full, its resume, and a run that
-nothing happens to."""
+"""Run by test_full_disk.py in its own mount namespace: a run on a small disk that fills up, its resume, and an
+undisturbed run."""
 
 from __future__ import annotations
 

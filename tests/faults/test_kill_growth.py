@@ -1,4 +1,4 @@
-"""Methods that change what is trained, or where a task starts, killed and resumed: the end of an undisturbed run."""
+"""Methods that change what is trained or where a task starts, killed and resumed, end like an undisturbed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EWC, LwF and A-GEM, with MIGU, killed inside the second task or while measuring, and resumed: the same end."""
+"""EWC, LwF and A-GEM with MIGU, killed in the second task or while measuring, end like undisturbed runs."""
 
 from __future__ import annotations
 
