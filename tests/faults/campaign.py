@@ -140,7 +140,7 @@ class Run:
     """One run folder and the commands that work on it.
 
     Args:
-        folder: Where recipe and run are; on a disk of its own for the fault that fills it.
+        folder: Where recipe and run are; on a separate disk for the fault that fills it.
         recipe: A key of `RECIPES`.
         files: Whether the data is in files beside the recipe.
     """

@@ -70,7 +70,7 @@ class TestData:
         assert found[0] == found[1]
 
     @pytest.mark.parametrize(
-        ("change", "told"),
+        ("change", "phrase"),
         [
             (
                 lambda t: replace(t, train=SAMPLES[:-1]),
@@ -86,14 +86,14 @@ class TestData:
             (lambda t: replace(t, name="two"), "task 'one' is gone; task 'two' is new"),
         ],
     )
-    def test_every_change_is_one(self, recipe: Recipe, change: Callable[[Task], Task], told: str) -> None:
+    def test_every_change_is_one(self, recipe: Recipe, change: Callable[[Task], Task], phrase: str) -> None:
         before, changed = digest(recipe, TASK), change(TASK)
         now = with_data(before, [changed])
         with pytest.raises(BadInput) as caught:
             refuse_other_inputs(before, now, [changed], Path("run"))
         message = str(caught.value)
         assert message.startswith("--resume: the run in run was started with other inputs: ")
-        assert told in message
+        assert phrase in message
         assert message.endswith("; restore the old ones, or start anew with --fresh or another output_dir")
 
     def test_where_it_lies_is_no_change(self, recipe: Recipe) -> None:
@@ -138,7 +138,7 @@ class TestModel:
             assert input_changes(before, self.inputs(recipe, place)) == []
 
     @pytest.mark.parametrize(
-        ("name", "content", "told"),
+        ("name", "content", "phrase"),
         [
             ("model.safetensors", "Weights", "the base model changed (PATH: model.safetensors)"),
             ("config.json", '{"hidden_size": 8}', "the base model changed (PATH: config.json)"),
@@ -153,12 +153,12 @@ class TestModel:
             ("added_tokens.json", "{}", "the tokenizer changed (PATH: added_tokens.json)"),
         ],
     )
-    def test_every_file_counts(self, recipe: Recipe, tmp_path: Path, name: str, content: str, told: str) -> None:
+    def test_every_file_counts(self, recipe: Recipe, tmp_path: Path, name: str, content: str, phrase: str) -> None:
         place = self.folder(tmp_path / "a")
         before = self.inputs(recipe, place)
         (place / name).write_text(content)
         (change,) = input_changes(before, self.inputs(recipe, place))
-        assert told.replace("PATH", str(place)) in change
+        assert phrase.replace("PATH", str(place)) in change
 
     def test_the_tokenizer_of_rouge_l(self, recipe: Recipe, tmp_path: Path) -> None:
         place, there = self.folder(tmp_path / "a"), self.folder(tmp_path / "b")
@@ -171,8 +171,8 @@ class TestModel:
         assert before.places["eval.rouge_tokenizer_path"].endswith("a")
         assert input_changes(before, scored_by(there)) == []
         (place / "merges.txt").write_text("a b")
-        told = "ROUGE-L's tokenizer changed (eval.rouge_tokenizer_path: merges.txt)"
-        assert input_changes(before, scored_by(place)) == [told]
+        phrase = "ROUGE-L's tokenizer changed (eval.rouge_tokenizer_path: merges.txt)"
+        assert input_changes(before, scored_by(place)) == [phrase]
 
     def test_its_own_code_counts_where_it_is_run(self, recipe: Recipe, tmp_path: Path) -> None:
         place = self.folder(tmp_path / "a")
@@ -217,8 +217,8 @@ def test_plugins_are_digested_and_may_change(tmp_path: Path) -> None:
         assert plugin_changes(before, digest(found, TASK)) is None
         (tmp_path / "recorded.py").write_text("# Repaired.")
         now = digest(found, TASK)
-    told = "recorded.py: the source of this plugin has changed since the run was last started"
-    assert plugin_changes(before, now) == told
+    phrase = "recorded.py: the source of this plugin has changed since the run was last started"
+    assert plugin_changes(before, now) == phrase
     assert input_changes(before, now, [TASK]) == []
 
 
