@@ -31,10 +31,10 @@ import torch
 from cl_dist.assembly import cache_folder
 from cl_dist.config.schema import EvalConfig, ModelConfig, StreamConfig, TaskConfig, TrainConfig
 from cl_dist.evaluation.batches import cut_batches
-from cl_dist.evaluation.modes import Scorer, Subject, make_scorer
+from cl_dist.evaluation.inference import evaluating
 from cl_dist.evaluation.result import Mode
+from cl_dist.evaluation.scorers import Scorer, Subject, make_scorer
 from cl_dist.evaluation.scores import normalise
-from cl_dist.evaluation.wrapped import evaluating
 from cl_dist.models.load import load_model
 from cl_dist.models.lora import load_adapter
 from cl_dist.models.structure import base_model

@@ -18,11 +18,11 @@ from cl_dist.engine.ds_config import deepspeed_config
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import BadInput
-from cl_dist.evaluation.choice import resolve_mode
+from cl_dist.evaluation.answer_length import check_general_room, check_room
 from cl_dist.evaluation.evaluate import Evaluator
 from cl_dist.evaluation.general import GeneralEvaluator, HarnessTasks, load_harness_tasks
+from cl_dist.evaluation.modes import resolve_mode
 from cl_dist.evaluation.outlook import Notice, outlook
-from cl_dist.evaluation.room import check_general_room, check_room
 from cl_dist.heartbeat import beat
 from cl_dist.methods.composed import compose
 from cl_dist.models.load import LoadedModel, check_length, load_model

@@ -54,7 +54,7 @@ TORCH_FREE = [
     "cl_dist.config.load",
     "cl_dist.tasks.formats.catalogue",
     "cl_dist.tasks.stream",
-    "cl_dist.evaluation.choice",
+    "cl_dist.evaluation.modes",
     "cl_dist.state.preflight",
     "cl_dist.watchdog",
     "cl_dist.report.write",

@@ -15,9 +15,8 @@ from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
 from cl_dist.progress import Reporter
-from cl_dist.state.inputs import Inputs, input_changes, read_inputs, with_data
+from cl_dist.state.inputs import Inputs, input_changes, moved_inputs, read_inputs, with_data
 from cl_dist.state.manifest import Manifest
-from cl_dist.state.places import moved_inputs
 from cl_dist.state.run_folder import RunFolder
 
 

@@ -17,7 +17,7 @@ from cl_dist.progress import format_matrix, format_summary, score_notes
 from cl_dist.state.lock import InUse, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
-from cl_dist.state.stored_json import read_metrics
+from cl_dist.state.stored_files import read_metrics
 from cl_dist.tasks.orders import resolve_order
 
 

@@ -20,7 +20,7 @@ from cl_dist.launch.environment import find_ranks
 from cl_dist.launch.scheduler import TimeLeft
 from cl_dist.progress import Reporter
 from cl_dist.state.run_folder import RunFolder
-from cl_dist.state.stored_recipe import kept_defaults
+from cl_dist.state.stored_files import kept_defaults
 from cl_dist.tasks.orders import resolve_order
 from cl_dist.tasks.types import Task
 
@@ -58,8 +58,8 @@ def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]
 
 
 def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]:
-    from cl_dist.evaluation.choice import resolve_mode
     from cl_dist.evaluation.general import check_available
+    from cl_dist.evaluation.modes import resolve_mode
     from cl_dist.evaluation.rouge_tokens import rouge_tokenizer
     from cl_dist.models.check import check_chat_template, check_model_config, check_positions, known_objective
     from cl_dist.tasks.encode import check_kind
@@ -96,7 +96,7 @@ def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: b
         output_dir = Path(recipe.output_dir)
         ranks = find_ranks(os.environ)
         world_size = recipe.launch.processes if ranks is None else ranks.world_size
-        tell = partial(print, file=sys.stderr, flush=True)
+        notify = partial(print, file=sys.stderr, flush=True)
         inputs = partial(read_inputs, recipe, tasks)
         preflight(
             output_dir,
@@ -104,7 +104,7 @@ def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: b
             resume=resume,
             fresh=fresh,
             world_size=world_size,
-            tell=tell,
+            notify=notify,
             tasks=tasks,
             inputs=inputs,
         )

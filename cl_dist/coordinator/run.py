@@ -19,13 +19,13 @@ from cl_dist.heartbeat import beat
 from cl_dist.models.training_mode import has_dropout
 from cl_dist.progress import Reporter
 from cl_dist.state.atomic import make_folder
+from cl_dist.state.collective_failure import fail_together, on_first_rank
 from cl_dist.state.elastic import Resumption, resumption, segment, with_segments
 from cl_dist.state.inputs import plugin_changes, read_inputs, refuse_other_inputs, with_data
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
-from cl_dist.state.together import by_first, together
 from cl_dist.watchdog import End, Watchdog
 
 
@@ -64,11 +64,11 @@ def run(
         timeout = recipe.launch.timeout_seconds
         with reporting_lost_ranks(rank, timeout, lambda reason, _: reason), reported_once():
             beat("taking the run folder")
-            together(lambda: _claim(folder, stack, reporter) if rank == 0 else None)
+            fail_together(lambda: _claim(folder, stack, reporter) if rank == 0 else None)
         watchdog = stack.enter_context(Watchdog(folder.logs, rank, world, recipe.launch.hang_seconds, end))
         stack.enter_context(reporting_lost_ranks(rank, timeout, watchdog.give_up))
         with reported_once():
-            manifest, resumed = by_first(lambda: _starting_point(folder, recipe, world, resume))
+            manifest, resumed = on_first_rank(lambda: _starting_point(folder, recipe, world, resume))
         ledger = Ledger(folder, manifest, writer=rank == 0)
         if manifest.status == "finished":  # only its metrics may be missing
             reporter.message("this run is already finished; nothing is left to do")
@@ -128,7 +128,7 @@ def _with_inputs(ledger: Ledger, system: System, resume: bool, reporter: Reporte
     data that it has read itself, since each node may have its own copy.
     """
     manifest, folder = ledger.manifest, ledger.folder
-    now = by_first(lambda: read_inputs(system.recipe, system.tasks))
+    now = on_first_rank(lambda: read_inputs(system.recipe, system.tasks))
     if manifest.inputs is None and resume and folder.manifest.exists():
         reporter.message(
             "an earlier release started this run and recorded no digests of its inputs: data, base model and tokenizer "
@@ -137,7 +137,7 @@ def _with_inputs(ledger: Ledger, system: System, resume: bool, reporter: Reporte
     before = manifest.inputs or now
     if before is None or now is None:
         return manifest
-    together(lambda: refuse_other_inputs(before, with_data(now, system.tasks), system.tasks, folder.path))
+    fail_together(lambda: refuse_other_inputs(before, with_data(now, system.tasks), system.tasks, folder.path))
     changed = plugin_changes(before, now)
     if changed is not None:
         reporter.message(changed)

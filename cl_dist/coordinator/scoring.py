@@ -17,7 +17,7 @@ from cl_dist.evaluation.general import is_due
 from cl_dist.evaluation.result import CUT_GENERATIONS, TaskScore, write_predictions
 from cl_dist.heartbeat import beat
 from cl_dist.progress import Reporter
-from cl_dist.state.atomic import FULL_DISK, DiskFull, telling_full_disk, write_json
+from cl_dist.state.atomic import FULL_DISK, DiskFull, raising_disk_full, write_json
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.run_folder import RunFolder, TaskFolder
 from cl_dist.state.scores import How
@@ -74,7 +74,7 @@ class Scoring:
 
     def _record(self, result: TaskScore, entry: How, predictions: Path) -> None:
         def write() -> None:
-            with telling_full_disk(predictions):
+            with raising_disk_full(predictions):
                 write_predictions(predictions / f"{result.task}.jsonl", result.predictions)
 
         self._ledger.write(write)
@@ -176,7 +176,7 @@ class _Store:
         if not self._writable or self._failure:
             return
         try:
-            with telling_full_disk(path):
+            with raising_disk_full(path):
                 write()
         except DiskFull as error:
             self._failure = f"no space left on the disk of {error.path}"

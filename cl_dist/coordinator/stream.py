@@ -26,11 +26,11 @@ from cl_dist.models.lora import in_adapter
 from cl_dist.progress import Reporter
 from cl_dist.sharding import gather_state_dict
 from cl_dist.state.atomic import publishing
+from cl_dist.state.checkpoints import CheckpointSchedule
 from cl_dist.state.data_order import DataOrder
 from cl_dist.state.elastic import appended, segment
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.manifest import NOTHING_SCORED, Manifest
-from cl_dist.state.schedule import CheckpointSchedule
 
 
 class Coordinator:

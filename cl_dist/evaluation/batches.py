@@ -1,7 +1,8 @@
-"""Which rank scores which samples in which batch, and how a batch is padded.
+"""Which rank scores which samples in which batch.
 
-Batches are cut task by task and before they are dealt to the ranks, so a batch holds the same samples, and its padding
-the same width, for any number of ranks and whatever other tasks are in the pass: the scores do not depend on it.
+The samples of each task are divided into batches before the batches are distributed over the ranks. A batch therefore
+has the same samples and the same padded width for any number of ranks and any other tasks in the pass, and scores do
+not depend on either.
 """
 
 from __future__ import annotations
@@ -9,32 +10,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
-
-import torch
-
-from cl_dist.tasks.collate import length_mask, pad
 
 PASS_BATCHES = 4
-"""Batches for every rank that end a pass: so many are shared out well, and an interrupted pass is lost as a whole."""
+"""Batches per rank that close a pass: enough to balance the load, and few, since an interrupted pass is lost."""
 
 
 @dataclass(frozen=True)
 class RankBatch:
-    """Samples of one task that one rank scores in one go."""
+    """Samples of one task that a rank scores in one forward pass."""
 
     indices: list[int]
     task: int = 0
     """Position of the task in the pass."""
     counted: bool = True
-    """False for a repeat that only keeps this rank in step with the others."""
+    """False for a repetition that only keeps this rank in step with the others."""
 
 
 def plan_passes(batches: Sequence[int], world: int) -> list[range]:
-    """Positions of the tasks of each pass, from the number of batches of each: consecutive tasks, until there are
-    `PASS_BATCHES` for each of `world` ranks.
+    """Group consecutive tasks into passes, given each task's number of batches. Returns their positions per pass.
 
-    A large task is so a pass of its own, unless small ones before it wait for company.
+    A pass is closed when it has `PASS_BATCHES` batches for each of `world` ranks. So a large task has a pass to itself,
+    unless there are small ones before it.
     """
     passes, start = [], 0
     for end in range(1, len(batches) + 1):
@@ -45,10 +41,10 @@ def plan_passes(batches: Sequence[int], world: int) -> list[range]:
 
 
 def cut_pass(lengths: Sequence[Sequence[int]], batch_sizes: Sequence[int]) -> list[RankBatch]:
-    """The batches of several tasks, from the lengths of each task's samples; the costliest first, so that what the
-    ranks end with is small.
+    """The batches of several tasks, given the lengths of each task's samples, the most expensive batch first.
 
-    A batch costs its samples times its longest one.
+    The cost of a batch is its number of samples times the longest one. With cheap batches at the end, the ranks finish
+    at about the same time.
     """
     batches = [
         RankBatch(indices, task)
@@ -59,10 +55,10 @@ def cut_pass(lengths: Sequence[Sequence[int]], batch_sizes: Sequence[int]) -> li
 
 
 def cut_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Sample indices in batches of similar length, longest first, so that memory runs out at once or not at all.
+    """Sample indices in batches of similar length, longest first, so that memory runs out immediately or not at all.
 
-    As few batches as hold the samples, and all of nearly the same size: a small last one would leave a rank idle while
-    the others work on full ones. Samples of equal length keep their order; every sample is in exactly one batch.
+    There are as few batches as possible, and all have nearly the same size: a small last one would leave a rank idle
+    while the others work on full ones. Samples of equal length keep their order; every sample is in exactly one batch.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     count = -(-len(order) // batch_size)
@@ -71,16 +67,16 @@ def cut_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def rounds(batches: Sequence[RankBatch], world: int) -> int:
-    """Most batches that one of `world` ranks is dealt."""
+    """Largest number of batches that one of `world` ranks gets."""
     return -(-len(batches) // world)
 
 
 def deal_batches(batches: Sequence[RankBatch], rank: int, world: int, synced: bool) -> list[RankBatch]:
-    """The batches of one rank: one of each `world` in a row, alternately from the front and from the back, since the
-    first of them is the costliest.
+    """The batches of one rank: one from each group of `world`, alternately from the front and from the back, because
+    the first batch of each group is the most expensive.
 
-    With `synced` every rank gets equally many: under ZeRO-3 each forward gathers the weights from all ranks, so a rank
-    that has run out goes through the last batch of the list again, uncounted.
+    With `synced` every rank gets the same number: under ZeRO-3 each forward pass gathers the weights from all ranks, so
+    a rank without a batch in the last round repeats the last batch of the list, uncounted.
     """
     own: list[RankBatch] = []
     for start in range(0, len(batches), world):
@@ -89,14 +85,3 @@ def deal_batches(batches: Sequence[RankBatch], rank: int, world: int, synced: bo
     if synced:
         own += [replace(batches[-1], counted=False)] * (rounds(batches, world) - len(own))
     return own
-
-
-def pad_side(
-    sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both int64 of shape (sequences, longest), padded on one side."""
-    real = length_mask([len(sequence) for sequence in sequences]).long()
-    if side == "right":
-        return pad([list(sequence) for sequence in sequences], pad_id).to(device), real.to(device)
-    backwards = pad([list(reversed(sequence)) for sequence in sequences], pad_id)
-    return backwards.flip(1).to(device), real.flip(1).to(device)

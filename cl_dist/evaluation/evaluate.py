@@ -1,6 +1,6 @@
 """Scores tasks with the model that is being trained, on all ranks together.
 
-Several small tasks are scored in one pass: task by task, one with fewer batches than there are ranks leaves ranks idle.
+Several small tasks share a pass, because a task with fewer batches than ranks would leave ranks idle.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from transformers import PreTrainedTokenizerBase
 from cl_dist.config.objectives import ObjectiveName
 from cl_dist.config.schema import EvalConfig
 from cl_dist.evaluation.batches import cut_pass, deal_batches, plan_passes, rounds
-from cl_dist.evaluation.choice import resolve_mode
-from cl_dist.evaluation.modes import Scorer, Subject, make_scorer
-from cl_dist.evaluation.result import Mode, Prediction, TaskScore
-from cl_dist.evaluation.wrapped import evaluating
+from cl_dist.evaluation.inference import evaluating
+from cl_dist.evaluation.modes import resolve_mode
+from cl_dist.evaluation.result import Prediction, TaskScore
+from cl_dist.evaluation.scorers import Scorer, Subject, make_scorer
 from cl_dist.tasks.encode import Encoder
 from cl_dist.tasks.types import Task
 
 PAUSE_BATCHES = 8
-"""Batches between two pauses, at which the ranks meet: at every batch the faster ones would wait for the slowest."""
+"""Batches between two pauses. The ranks wait for each other there, so pausing at every batch would be slow."""
 
 
 def no_pause() -> None:
-    """Nothing to do between batches."""
+    """Do nothing between batches."""
 
 
 class Evaluator:
-    """Scores tasks; every rank calls it with the same tasks in the same order.
+    """Scores tasks; all ranks call it with the same tasks in the same order.
 
-    `model` is the module inside the engine, `objective` the resolved one, `synced` whether its weights are sharded over
-    the ranks (ZeRO-3), so that all must run the same forwards.
+    `model` is the module inside the engine and `objective` the resolved one. `synced` says that the weights are sharded
+    over the ranks (ZeRO-3), so that all must run the same forward passes.
     """
 
     def __init__(
@@ -54,23 +54,21 @@ class Evaluator:
         self._rank, self._world = rank, world
 
     def passes(self, tasks: Sequence[Task]) -> list[Sequence[Task]]:
-        """The tasks, in order, in the groups that are best scored together.
-
-        With weights sharded over the ranks each is by itself, since one batch takes as many forwards as another only
-        within a task; on one rank too, where no other rank could be idle.
-        """
+        """Group the tasks, in order, into passes for `evaluate`."""
+        # With sharded weights every task is a pass: only batches of one task take the same number of forward passes.
+        # A single rank has nothing to gain from longer passes.
         if self._subject.synced or self._world == 1:
             return [[task] for task in tasks]
-        # Text has another number of batches once it is cut into chunks; for this it need not be exact.
+        # This is only an estimate for text, which is cut into chunks later.
         batches = [-(-len(task.evaluation) // self._config.batch_size) for task in tasks]
         return [tasks[each.start : each.stop] for each in plan_passes(batches, self._world)]
 
     def evaluate(self, tasks: Sequence[Task], pause: Callable[[], None] = no_pause) -> list[TaskScore]:
-        """Score the evaluation splits of the tasks of one of `passes`, all in one go. A collective operation; every
-        rank gets the scores, rank 0 the predictions too.
+        """Score the evaluation splits of the tasks of one pass (collective).
 
-        `pause` is called before the first batch and after every few, by all ranks equally often, so that it may be
-        collective; an exception that it raises on all of them ends the evaluation.
+        All ranks get the scores, and rank 0 the predictions too. `pause` is called before the first batch and after
+        every `PAUSE_BATCHES`, the same number of times on all ranks, so it may be collective. An exception that it
+        raises on all of them ends the evaluation.
         """
         modes = [resolve_mode(task, self._subject.objective, self._config) for task in tasks]
         with evaluating(self._subject.model):
@@ -78,10 +76,12 @@ class Evaluator:
                 make_scorer(mode, self._subject, task, self._config) for mode, task in zip(modes, tasks, strict=True)
             ]
             gathered = self._gather(self._score_own(scorers, pause))
-        return [
-            self._summary(task, mode, scorer, found)
-            for task, mode, scorer, found in zip(tasks, modes, scorers, gathered, strict=True)
-        ]
+        scores = []
+        for task, mode, scorer, found in zip(tasks, modes, scorers, gathered, strict=True):
+            score, extras = scorer.total(found)
+            kept = found if self._rank == 0 else []
+            scores.append(TaskScore(task.name, mode, scorer.metric, score, len(found), kept, extras))
+        return scores
 
     def _score_own(self, scorers: Sequence[Scorer], pause: Callable[[], None]) -> list[list[Prediction]]:
         """This rank's share of each task's predictions."""
@@ -96,7 +96,7 @@ class Evaluator:
         return own
 
     def _gather(self, own: list[list[Prediction]]) -> list[list[Prediction]]:
-        """All ranks' predictions of each task, in file order: sums over them round alike for any number of ranks."""
+        """All ranks' predictions for each task, in file order: then sums are rounded alike for any number of ranks."""
         shares = [own]
         if self._world > 1:
             shares = [[] for _ in range(self._world)]
@@ -105,9 +105,3 @@ class Evaluator:
             sorted(chain.from_iterable(found), key=lambda prediction: prediction.index)
             for found in zip(*shares, strict=True)
         ]
-
-    def _summary(self, task: Task, mode: Mode, scorer: Scorer, found: list[Prediction]) -> TaskScore:
-        """The score as this rank returns it."""
-        score, extras = scorer.total(found)
-        kept = found if self._rank == 0 else []
-        return TaskScore(task.name, mode, scorer.metric, score, len(found), kept, extras)

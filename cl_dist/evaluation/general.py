@@ -1,8 +1,7 @@
 """General ability of the run's model: tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
 
-The harness is an optional dependency and imported only where a recipe asks for it. It is given the live model, inside
-the engine: nothing is written out and loaded again, and no second copy of the weights is needed, under ZeRO-3 either
-(`cl_dist.evaluation.harness`).
+The harness is an optional dependency, imported only if a recipe uses it. It evaluates the live model inside the engine,
+without exporting it and without a second copy of the weights, even under ZeRO-3 (`cl_dist.evaluation.harness`).
 """
 
 from __future__ import annotations
@@ -26,28 +25,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NORMALISED = "acc_norm"
-"""Accuracy by likelihood per byte: the score that is published for HellaSwag and ARC, where a task has it."""
+"""Accuracy by likelihood per byte, the published metric for HellaSwag and ARC."""
 
 
 @dataclass(frozen=True)
 class GeneralScore:
-    """What the harness found for one task, the same on every rank."""
+    """The harness's result for one task, the same on every rank."""
 
     task: str
     score: float
-    """Higher is better: `acc_norm` where the task has it, else the first metric that its file names; turned around
-    (negative) where lower is better."""
+    """Higher is better: `acc_norm` if the task has it, or the first metric in its file, negated if lower is better."""
     metric: str
-    """Which metric that is."""
+    """Name of the metric that `score` is."""
     metrics: Mapping[str, float]
-    """All metrics as the harness names them (`metric,filter`)."""
+    """All metrics by the harness's names (`metric,filter`)."""
     samples: int
-    """Documents that were scored; 0 where the harness does not say (groups)."""
+    """Number of scored documents; 0 if the harness does not report it (groups)."""
 
 
 def check_available(config: GeneralConfig) -> None:
-    """Raise BadInput where the harness is not installed or the folder with own tasks is not there; imports neither
-    torch nor the harness.
+    """Raise `BadInput` if the harness is not installed or the folder of the user's tasks does not exist.
+
+    Imports neither torch nor the harness.
     """
     if find_spec("lm_eval") is None:
         raise BadInput(
@@ -56,7 +55,7 @@ def check_available(config: GeneralConfig) -> None:
         )
     if config.include_path is not None and not Path(config.include_path).is_dir():
         raise BadInput(
-            f"eval.general.include_path: {config.include_path} is no folder; give one with task files (YAML)"
+            f"eval.general.include_path: {config.include_path} is not a folder; it must be one with task files (YAML)"
         )
 
 
@@ -70,10 +69,10 @@ def is_due(config: GeneralConfig, place: str, tasks: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class HarnessTasks:
-    """What the harness has loaded."""
+    """The tasks that the harness has loaded."""
 
     manager: Any
-    """Its index of tasks, which it would otherwise make anew, from thousands of files, at every evaluation."""
+    """Its index of tasks. Without it, the harness would read thousands of files at every evaluation."""
     loaded: Mapping[str, Any]
     """Task objects, data included, by the names in the recipe."""
 
@@ -81,18 +80,18 @@ class HarnessTasks:
 def load_harness_tasks(config: GeneralConfig) -> HarnessTasks:
     """Find and load the tasks that the recipe names.
 
-    Raises BadInput for a name that the harness does not know, a task that runs code without the recipe's consent, and a
-    task whose files or data cannot be loaded.
+    Raises `BadInput` for a name that the harness does not know, for a task that runs code if the recipe does not allow
+    that, and for a task whose files or data cannot be loaded.
     """
     check_available(config)
     manager = _manager(config)
     if config.confirm_unsafe_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks for it, too
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric also checks this
     return HarnessTasks(manager, {name: _load(manager, name, config) for name in config.tasks})
 
 
 def _manager(config: GeneralConfig) -> Any:
-    """The harness's index of tasks. Its own thousands of files are not read where a folder of the user's has all."""
+    """The harness's index of tasks, without its own thousands of files if the user's folder has all tasks."""
     from lm_eval.tasks import TaskManager
 
     with _quiet():
@@ -103,22 +102,22 @@ def _manager(config: GeneralConfig) -> Any:
         manager = TaskManager(include_path=config.include_path)
     for name in config.tasks:
         if name not in manager.all_tasks:
-            where = "" if config.include_path is None else f", nor is there one in {config.include_path}"
+            where = "" if config.include_path is None else f", and neither does {config.include_path}"
             raise BadInput(f"eval.general.tasks: lm-evaluation-harness has no task {name!r}{where}")
     return manager
 
 
 def _load(manager: Any, name: str, config: GeneralConfig) -> Any:
-    """One task or group; what it says about running code is read before any of its files is run."""
+    """Load one task or group. Its `unsafe_code` is checked before any of its files is executed."""
     consent = config.confirm_unsafe_code
     if not consent and (manager.task_index[name].cfg or {}).get("unsafe_code"):
         raise _runs_code(name)
     try:
         with _quiet():
             loaded = manager.load([name])
-    except ClDistError:  # a signal that asks to stop
+    except ClDistError:  # a request to stop
         raise
-    except Exception as error:  # data sets, task files and their Python code raise anything
+    except Exception as error:  # data sets, task files and their Python code raise errors of any type
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadInput(f"eval.general.tasks: {name} cannot be loaded: {reason}") from error
     if not consent and any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):
@@ -128,16 +127,16 @@ def _load(manager: Any, name: str, config: GeneralConfig) -> Any:
 
 def _runs_code(name: str) -> BadInput:
     return BadInput(
-        f"eval.general.tasks: {name} executes code that the model has written, unprotected; if you accept that on this "
-        "machine, set eval.general.confirm_unsafe_code: true"
+        f"eval.general.tasks: {name} executes code that the model has written, without a sandbox; if you accept that "
+        "on this machine, set eval.general.confirm_unsafe_code: true"
     )
 
 
 class GeneralEvaluator:
-    """Scores the live model; every rank calls it with the same tasks in the same order.
+    """Scores the live model; all ranks call it with the same tasks in the same order.
 
-    `tasks` are from `load_harness_tasks`; `synced` says that weights are sharded over the ranks (ZeRO-3); `date` is
-    `train.date`.
+    `tasks` come from `load_harness_tasks`; `synced` says that the weights are sharded over the ranks (ZeRO-3); `date`
+    is `train.date`.
     """
 
     def __init__(
@@ -155,11 +154,11 @@ class GeneralEvaluator:
         self._synced, self._date = synced, date
 
     def evaluate(self, name: str) -> list[GeneralScore]:
-        """Score one task, group or tag (collective); of a tag, and of a group without a score of its own, each task."""
+        """Score one task, group or tag (collective); a tag, or a group without its own score, gives one per task."""
         from lm_eval import simple_evaluate
 
         from cl_dist.evaluation.harness import LiveModel, from_first_rank
-        from cl_dist.evaluation.wrapped import evaluating
+        from cl_dist.evaluation.inference import evaluating
 
         loaded = self._tasks.loaded[name]
         parts = [*loaded["tasks"].values()]
@@ -174,23 +173,23 @@ class GeneralEvaluator:
                 confirm_run_unsafe_code=self._config.confirm_unsafe_code,
                 log_samples=False,
                 bootstrap_iters=0,
-                # A run's random numbers are its own affair: the harness leaves the global generators alone.
+                # Do not let the harness reseed the global random number generators.
                 random_seed=None,
                 numpy_random_seed=None,
                 torch_random_seed=None,
             )
-        # The harness hands the results to the first process of a machine alone.
+        # Only the first process on a machine gets results from the harness.
         return from_first_rank([] if results is None else _scores(results, name, loaded["tasks"]))
 
 
 def _scores(results: Mapping[str, Any], name: str, parts: Iterable[str]) -> list[GeneralScore]:
-    """The score of what the recipe names, else those of its parts."""
+    """The score of the name in the recipe, or else those of its parts."""
     found = {key: score for key in (name, *parts) if (score := read_score(results, key)) is not None}
     return [found[name]] if name in found else list(found.values())
 
 
 def read_score(results: Mapping[str, Any], name: str) -> GeneralScore | None:
-    """What the harness's results say about one task; None where they have no metric of it."""
+    """The score of one task in the harness's results; None if they contain no metric for it."""
     entry = results["results"].get(name, {})
     metrics = {
         key: float(value)
@@ -209,7 +208,7 @@ def read_score(results: Mapping[str, Any], name: str) -> GeneralScore | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's narration and its progress bars, some of which cannot be switched off."""
+    """Suppress the harness's log and progress bars; some of them have no option for that."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

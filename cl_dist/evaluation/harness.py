@@ -1,4 +1,4 @@
-"""The live model as lm-evaluation-harness sees it. Imported only where the harness is installed and asked for."""
+"""The live model as a model of lm-evaluation-harness. Imported only if a recipe uses the harness."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def from_first_rank(value: T) -> T:
 class LiveModel(HFLM):
     """The model inside the engine, on all ranks.
 
-    With whole weights on every rank each one computes its share of the requests. With sharded weights (`synced`:
-    ZeRO-3) every forward pass gathers them from all ranks, so all compute all requests, in step: they have the same
-    numbers in the same order. To the harness every rank looks alone; all get the same results. Chat templates that
-    write the date are given `date` (`train.date`).
+    If every rank has all weights, each computes a share of the requests. With sharded weights (`synced`: ZeRO-3) every
+    forward pass gathers them from all ranks, so all ranks compute all requests in the same order. The harness itself
+    thinks there is a single process; all ranks get the same results. Chat templates that contain the date get `date`
+    (`train.date`).
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, synced: bool, date: str
     ) -> None:
-        # The base model, since peft's generate puts back its own settings; the adapters are part of the base's layers.
-        # A copy of the tokenizer, because the harness may give it another padding token.
+        # The base model, because peft's `generate` restores the model's own settings; the adapters are in its layers.
+        # Copy the tokenizer, because the harness may change its padding token.
         own = copy.deepcopy(tokenizer)
         templates = own.chat_template
         if isinstance(templates, dict):
@@ -65,11 +65,11 @@ class LiveModel(HFLM):
         return self._shared(super().generate_until, requests)
 
     def _shared(self, compute: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
-        """All answers, in the requests' order, on every rank."""
+        """Compute all requests, shared among the ranks; every rank gets all answers in the order of the requests."""
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world == 1 or self._synced:
             return compute(list(requests), disable_tqdm=True)
-        # Consecutive pieces: the choices of one question stand together, and the harness reuses their common start.
+        # Consecutive pieces keep the choices of a question together, so that the harness can reuse their common prefix.
         cuts = [len(requests) * rank // world for rank in range(world + 1)]
         rank = dist.get_rank()
         own = list(requests[cuts[rank] : cuts[rank + 1]])
@@ -78,7 +78,7 @@ class LiveModel(HFLM):
         return [answer for share in shares for answer in share]
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
-        """As the harness generates; with sharded weights no rank stops before the others do."""
+        """Generate like the harness, but with sharded weights, no rank may stop before the others do."""
         if self._longest_answer is not None:
             max_length = min(max_length, self._longest_answer)
         return super()._model_generate(context, max_length, stop, synced_gpus=self._synced, **options)

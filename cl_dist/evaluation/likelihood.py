@@ -1,15 +1,15 @@
-"""Scores of the allowed labels of a classification task: how likely the model finds each as the answer to a prompt.
+"""Scores of the allowed labels of a classification task: the likelihood of each as the answer to a prompt.
 
-The score of a label is the sum of its tokens' log-probabilities (nats, float32 sums of float32 log-softmax), the end of
-sequence token included, so that no label is preferred for being the start of another.
+The score of a label is the sum of its tokens' log-probabilities (nats, float32 sums of float32 log-softmax), including
+the end of sequence token, so that a label has no advantage from being a prefix of another.
 
-A decoder computes the prompt once for all labels: they are packed into one sequence, `[prompt][label 1][label 2]...`,
-under an attention mask by which a label sees the prompt and itself, and with positions that start anew after the prompt
-for every label. Prompts are padded on the left, so all rows have their labels in the same columns and the output head
-runs on those columns only.
+A decoder computes the prompt once for all labels. They are packed into one sequence, `[prompt][label 1][label 2]...`,
+with an attention mask that lets a label see only the prompt and itself, and with positions that restart after the
+prompt for every label. Prompts are padded on the left, so labels are in the same columns in all rows, and the output
+head runs on those columns only.
 
-An encoder-decoder computes once for all labels what depends on the prompt alone: the encoder, the decoder's start token
-and the keys and values of cross-attention, which are most of the work where prompts are longer than labels.
+An encoder-decoder computes everything that depends only on the prompt once for all labels: the encoder, the decoder's
+start token and the keys and values of cross-attention. That is most of the work if prompts are longer than labels.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from cl_dist.evaluation.batches import pad_side
-from cl_dist.evaluation.wrapped import accepts, device_of
+from cl_dist.evaluation.inference import accepts, device_of, pad_side
 from cl_dist.models.positions import longest_inputs
 from cl_dist.models.structure import base_model
 from cl_dist.tasks.collate import pad
@@ -35,18 +34,18 @@ from cl_dist.tasks.types import IGNORE
 Tokens = Sequence[int]
 
 MAX_LOGITS = 2**27
-"""Most logits in one forward, in elements (512 MiB in float32); more labels than fit go through in groups."""
+"""Maximum number of logits in one forward pass (512 MiB in float32); labels that do not fit are scored in groups."""
 MAX_DECODER_LABELS = 8
-"""Most labels that an encoder-decoder decodes in one forward: each needs its own copy of a layer's keys and values."""
+"""Maximum number of labels that an encoder-decoder decodes at once; each needs a copy of a layer's keys and values."""
 
 _AGREES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class PackedLabels:
-    """B prompts, each followed by the same labels: P columns of prompt, then C of label tokens.
+    """B prompts, each followed by the same labels: P columns of prompt, then C columns of label tokens.
 
-    A label's last token has no column: nothing comes after it that it could predict.
+    A label's last token has no column, since it predicts nothing.
     """
 
     input_ids: torch.Tensor
@@ -54,7 +53,7 @@ class PackedLabels:
     attention_mask: torch.Tensor
     """(B, P + C), int64: 0 on the padding left of a prompt, else 1."""
     position_ids: torch.Tensor
-    """(B, P + C), int64: 0, 1, ... over the prompt, going on from its end in every label."""
+    """(B, P + C), int64: 0, 1, ... over the prompt; every label continues from the end of the prompt."""
     owner: torch.Tensor
     """(C,), int64: which label a column belongs to."""
     targets: torch.Tensor
@@ -62,11 +61,11 @@ class PackedLabels:
     label: torch.Tensor
     """(T,), int64: which label a target belongs to."""
     previous: torch.Tensor
-    """(T,), int64: which of the 1 + C last columns predicts a target: 0 ends the prompt, c + 1 is label column c."""
+    """(T,), int64: which of the last 1 + C columns predicts a target: 0 ends the prompt, c + 1 is label column c."""
 
 
 def pack(prompts: Sequence[Tokens], labels: Sequence[Tokens], pad_id: int, device: torch.device) -> PackedLabels:
-    """Put all labels after each prompt; neither a prompt nor a label may be empty."""
+    """Append all labels to each prompt; neither a prompt nor a label may be empty."""
     fed = [label[:-1] for label in labels]
     firsts = accumulate((len(tokens) for tokens in fed), initial=0)
     answers = list(chain.from_iterable(fed))
@@ -97,9 +96,9 @@ def _integers(values: Iterable[int], device: torch.device) -> torch.Tensor:
 
 
 def visible_columns(packed: PackedLabels) -> torch.Tensor:
-    """(B, P + C, P + C), bool: which column (last axis) a column sees: the prompt and its own label, up to itself.
+    """(B, P + C, P + C), bool: which columns (last axis) a column sees: the prompt and its own label, up to itself.
 
-    Padding sees itself, since a row without anything to attend to gives NaN.
+    Padding sees itself, because attention over nothing gives NaN.
     """
     width = packed.input_ids.shape[1]
     part = nn.functional.pad(packed.owner + 1, (width - len(packed.owner), 0))  # 0 is the prompt
@@ -109,19 +108,17 @@ def visible_columns(packed: PackedLabels) -> torch.Tensor:
 
 
 def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, 1, S, S) in `dtype`: 0 where visible, the lowest finite number elsewhere (what both attentions of
-    transformers take).
-    """
+    """(B, 1, S, S) in `dtype`: 0 if visible, else the lowest finite number, as sdpa and eager attention expect."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
 def can_pack(model: nn.Module, columns: int) -> bool:
-    """Whether the model's code lets labels be packed into sequences of so many columns.
+    """Whether the model's code allows labels to be packed into sequences of `columns` columns.
 
-    It must take positions and a ready-made mask, and every layer must attend to all columns: not so in a recurrent or a
-    chunked layer, nor where the columns exceed a sliding window or the model's last position (some masks are tables of
-    that size). What the code says is not proof; see `packing_agrees`.
+    It must accept positions and a ready-made mask, and every layer must attend to all columns. That excludes recurrent
+    and chunked layers, and sequences longer than a sliding window or the model's positions (some masks are tables of
+    that size). This looks at configuration and signatures only; `packing_agrees` tries it out.
     """
     config = base_model(model).config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -136,21 +133,20 @@ def can_pack(model: nn.Module, columns: int) -> bool:
 def packing_agrees(model: nn.Module, prompt: Tokens, labels: Sequence[Tokens], pad_id: int) -> bool:
     """Whether packed scores of one prompt equal those of separate sequences, up to rounding in the model's dtype.
 
-    Tried once for a model: some models take a mask and positions and do something else with them.
+    Tested once per model, because some models accept a mask and positions but use them differently.
     """
-    if model not in _AGREES:
-        _AGREES[model] = _tried(model, prompt, labels, pad_id)
-    return _AGREES[model]
-
-
-def _tried(model: nn.Module, prompt: Tokens, labels: Sequence[Tokens], pad_id: int) -> bool:
+    if model in _AGREES:
+        return _AGREES[model]
     separate = causal_scores(model, [prompt], labels, pad_id, packed=False)
     try:
         packed = causal_scores(model, [prompt], labels, pad_id, packed=True)
-    except (RuntimeError, ValueError, IndexError):  # the mask has a shape that the model's code does not expect
-        return False
-    rounding = torch.finfo(_dtype(model)).eps ** 0.5
-    return bool(torch.all((packed - separate).abs() <= rounding * (1 + separate.abs())))
+    except (RuntimeError, ValueError, IndexError):  # the model's code expects another shape of mask
+        agrees = False
+    else:
+        rounding = torch.finfo(_dtype(model)).eps ** 0.5
+        agrees = bool(torch.all((packed - separate).abs() <= rounding * (1 + separate.abs())))
+    _AGREES[model] = agrees
+    return agrees
 
 
 def causal_scores(
@@ -163,9 +159,9 @@ def causal_scores(
 ) -> torch.Tensor:
     """(prompts, labels), float32, on the CPU: scores by a decoder.
 
-    `packed` computes each prompt once; without it every label goes through with the prompt again, for models that
-    cannot pack. The number of forwards depends on the labels and on `batch_size`, the most prompts of any batch, only:
-    it is the same on all ranks.
+    With `packed`, each prompt is computed once; without, once per label, for models that cannot pack. The number of
+    forward passes is the same on all ranks: it depends only on the labels and on `batch_size`, the largest number of
+    prompts in any batch.
     """
     columns = MAX_LOGITS // (max(batch_size, len(prompts)) * base_model(model).config.get_text_config().vocab_size)
     groups = label_groups(labels, columns) if packed else [[label] for label in labels]
@@ -178,7 +174,7 @@ def causal_scores(
 
 
 def label_groups(labels: Sequence[Tokens], columns: int) -> list[list[Tokens]]:
-    """The labels in order, in groups of at most so many tokens; a longer label is a group of its own."""
+    """The labels in order, in groups of at most `columns` tokens; a longer label gets a group to itself."""
     groups: list[list[Tokens]] = []
     room = 0
     for label in labels:
@@ -195,8 +191,8 @@ def seq2seq_scores(
 ) -> torch.Tensor:
     """(prompts, labels), float32, on the CPU: scores by an encoder-decoder, which computes each prompt once.
 
-    Like that of `causal_scores`, the number of forwards is the same on all ranks: one for the start token and one for
-    each group of labels.
+    As in `causal_scores`, the number of forward passes is the same on all ranks: one for the start token and one per
+    group of labels.
     """
     base = base_model(model)
     longest = max(len(label) for label in labels)
@@ -208,14 +204,17 @@ def seq2seq_scores(
 
 
 def head_scores(model: nn.Module, prompts: Sequence[Tokens], label_ids: Sequence[int], pad_id: int) -> torch.Tensor:
-    """(prompts, labels), float32, on the CPU: logits of a classification head, only those of the task's own labels."""
+    """(prompts, labels), float32, on the CPU: logits of a classification head for the task's own labels."""
     input_ids, mask = pad_side(prompts, pad_id, "right", device_of(model))
     logits: torch.Tensor = model(input_ids=input_ids, attention_mask=mask).logits
     return logits[:, list(label_ids)].float().cpu()
 
 
 def log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(N, T), float32: of targets (N, T) by the logits (N, T, vocabulary) at their own places; 0 where IGNORE."""
+    """(N, T), float32: log-probabilities of targets (N, T) under logits (N, T, vocabulary); 0 for IGNORE.
+
+    The logits are aligned with the targets: those at position t predict target t.
+    """
     losses = nn.functional.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
     )
@@ -227,17 +226,17 @@ class _Started:
     """An encoder-decoder that has read B prompts of S columns and the decoder's start token."""
 
     encoded: Any
-    """The encoder's output, of a class that its decoder knows; `last_hidden_state` is (B, S, H)."""
+    """The encoder's output, in a class that the decoder accepts; `last_hidden_state` is (B, S, H)."""
     mask: torch.Tensor
-    """(B, S), int64: 0 on the prompts' padding."""
+    """(B, S), int64: 0 on padding."""
     logits: torch.Tensor
-    """(B, 1, vocabulary): of a label's first token."""
+    """(B, 1, vocabulary): logits of a label's first token."""
     cache: EncoderDecoderCache
-    """Keys and values of B rows; not to be decoded with, since that would add to it."""
+    """Keys and values of B rows. Decode with a copy (`_repeated`), because decoding appends to the cache."""
 
 
 def _start_decoder(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> _Started:
-    """Compute what all labels have in common."""
+    """Run the encoder and the decoder's start token, which all labels share."""
     base = base_model(model)
     encoded = base.get_encoder()(input_ids=input_ids, attention_mask=mask)
     output = model(
@@ -250,7 +249,7 @@ def _start_decoder(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor
 
 
 def _decoded_scores(model: nn.Module, started: _Started, labels: Sequence[Tokens], pad_id: int) -> torch.Tensor:
-    """(B, labels): the start token predicts a label's first token, and each token the one after it."""
+    """(B, labels): the start token predicts a label's first token, and each token the next one."""
     hidden = started.encoded.last_hidden_state
     count, rows = len(labels), len(hidden)
     targets = pad([list(label) for label in labels], IGNORE).repeat(rows, 1).to(hidden.device)
@@ -268,7 +267,7 @@ def _decoded_scores(model: nn.Module, started: _Started, labels: Sequence[Tokens
 
 
 def _repeated(cache: EncoderDecoderCache, times: int) -> EncoderDecoderCache:
-    """A cache to decode with, each row `times` times; the given one stays as it is."""
+    """A cache to decode with, with each row repeated `times` times; the given cache is not changed."""
     own = copy.deepcopy(cache.self_attention_cache)
     own.batch_repeat_interleave(times)
     layers: Any = cache.cross_attention_cache.layers
@@ -278,8 +277,9 @@ def _repeated(cache: EncoderDecoderCache, times: int) -> EncoderDecoderCache:
 
 
 class _RepeatedLayer(DynamicLayer):
-    """A layer's cross-attention with rows that are repeated where they are read, so that no more than one layer's
-    copies are in memory: those of all layers of a large model would fill it.
+    """A layer's cross-attention cache that repeats its rows when they are read.
+
+    Only one layer's copies are in memory at a time; those of all layers of a large model would not fit.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, times: int) -> None:
@@ -302,7 +302,7 @@ class _RepeatedLayer(DynamicLayer):
 
 
 def _tail_logits(model: nn.Module, packed: PackedLabels, mask: torch.Tensor) -> torch.Tensor:
-    """(B, 1 + C, vocabulary), float32: logits of the prompt's last column and of the label columns."""
+    """(B, 1 + C, vocabulary), float32: logits of the prompt's last column and the label columns."""
     tail = 1 + len(packed.owner)
     options: dict[str, Any] = {"use_cache": False, "position_ids": packed.position_ids, "logits_to_keep": tail}
     taken = {name: value for name, value in options.items() if accepts(model, name)}
@@ -311,7 +311,7 @@ def _tail_logits(model: nn.Module, packed: PackedLabels, mask: torch.Tensor) -> 
 
 
 def _sums_by_label(logits: torch.Tensor, packed: PackedLabels) -> torch.Tensor:
-    """(B, labels) from the tail's logits (B, 1 + C, vocabulary): each token is predicted by the column before it."""
+    """(B, labels) from the tail's logits (B, 1 + C, vocabulary): the column before each token predicts it."""
     normaliser = logits.logsumexp(-1)
     log_probabilities = logits[:, packed.previous, packed.targets] - normaliser[:, packed.previous]
     sums = logits.new_zeros(len(logits), int(packed.label[-1]) + 1)

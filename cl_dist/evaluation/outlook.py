@@ -1,5 +1,6 @@
-"""What is known about a run's scores before training: answers that no model could give, and what readers of the
-scores should know. Imports no torch.
+"""What can be said about a run's scores before training. Imports no torch.
+
+Errors, if no model could give the right answers; and notices for whoever reads the scores.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from cl_dist.config.objectives import FACTS, ObjectiveName
 from cl_dist.config.schema import EvalConfig
 from cl_dist.config.words import shorten
 from cl_dist.errors import BadInput
-from cl_dist.evaluation.choice import resolve_metric, resolve_mode
+from cl_dist.evaluation.modes import resolve_metric, resolve_mode
 from cl_dist.evaluation.scores import Comparison, comparison, normalise
 from cl_dist.heartbeat import beat
 from cl_dist.progress import different_scores
@@ -23,24 +24,24 @@ from cl_dist.tasks.types import Task
 
 @dataclass(frozen=True)
 class Notice:
-    """Something to know about the scores of a task."""
+    """A remark about the scores of a task."""
 
     task: str | None
-    """None where it concerns all of them together."""
+    """None if it is about all tasks."""
     about: str
-    """A word for programs."""
+    """Its kind, for programs."""
     text: str
     on_screen: bool = True
-    """Whether it is a warning; otherwise the log alone has it."""
+    """Whether it is shown as a warning; otherwise it is only logged."""
 
 
 def outlook(
     tasks: Sequence[Task], encoder: Encoder, objective: ObjectiveName, config: EvalConfig
 ) -> tuple[Notice, ...]:
-    """What is to be known about the tasks' scores, in the tasks' order.
+    """Notices about the tasks' scores, in the order of the tasks.
 
     Raises:
-        BadInput: A task cannot be scored as the settings say, or has labels of which the right one cannot be found.
+        BadInput: A task cannot be scored with these settings, or has labels that cannot be told apart or generated.
     """
     notices: list[Notice] = []
     for task in tasks:
@@ -90,11 +91,11 @@ def _of_task(task: Task, encoder: Encoder, objective: ObjectiveName, config: Eva
 
 
 def _check_for_scorer(task: Task, compared: Comparison) -> None:
-    """Raise BadInput for labels that the scorer takes for one, or for nothing, though they differ in more than case."""
+    """Raise `BadInput` for labels that become equal or empty without punctuation."""
     if (pair := _alike(task.labels, compared.normaliser)) and normalise(pair[0]) != normalise(pair[1]):
         raise BadInput(
-            f"task {task.name!r}: the labels {pair[0]!r} and {pair[1]!r} are the same without punctuation, so either "
-            "would count as the other; set eval.normalise: none, or rename one"
+            f"task {task.name!r}: the labels {pair[0]!r} and {pair[1]!r} are the same without punctuation, so the "
+            "scorer cannot tell them apart; set eval.normalise: none, or rename one"
         )
     empty = next((label for label in task.labels if not compared.normaliser(label)), None)
     if empty is not None:
@@ -105,7 +106,7 @@ def _check_for_scorer(task: Task, compared: Comparison) -> None:
 
 
 def _check_tokens(task: Task, encoder: Encoder) -> None:
-    """Raise BadInput for two labels of the same tokens: both always have the same likelihood."""
+    """Raise `BadInput` for two labels with the same tokens, which would always be equally likely."""
     if pair := _alike(task.labels, lambda label: tuple(encoder.scored_ids(label))):
         raise BadInput(
             f"task {task.name!r}: the labels {pair[0]!r} and {pair[1]!r} are the same tokens to this model's tokenizer "
@@ -115,13 +116,13 @@ def _check_tokens(task: Task, encoder: Encoder) -> None:
 
 
 def _check_written(task: Task, encoder: Encoder, compared: Comparison) -> None:
-    """Raise BadInput for a label that no generated text is equal to."""
+    """Raise `BadInput` for a label that no generated text can equal."""
     for label in task.labels:
         written = encoder.answer_text(encoder.generated_ids(label))
         if compared.score(written, label) < 1:
             raise BadInput(
                 f"task {task.name!r}: the label {label!r} cannot be generated: the tokenizer or the chat template "
-                f"makes {written!r} of it, which is never right; rename it, or score by eval.mode: likelihood"
+                f"turns it into {written!r}, which is never right; rename it, or set eval.mode: likelihood"
             )
 
 
@@ -138,7 +139,7 @@ def _of_data(task: Task) -> Iterator[Notice]:
 
 
 def _learnt(task: Task) -> int:
-    """How many evaluation samples are training samples, to the letter."""
+    """Number of evaluation samples that are identical to a training sample."""
     learnt = {(each.prompt, each.answer) for each in task.train}
     return sum((each.prompt, each.answer) in learnt for each in task.evaluation)
 
@@ -153,21 +154,19 @@ def _of_labels(task: Task, compared: Comparison) -> Iterator[Notice]:
             "answers_outside_labels",
             f"task {task.name!r}: the answers of {task.unlisted} of {len(task.evaluation)} evaluation samples match "
             f"none of the {len(task.labels)} labels found in the training answers, so no prediction can be right "
-            "there; state the task's `labels`, or `labels: []` if it should generate text",
+            "there; set the task's `labels`, or `labels: []` if it should generate text",
         )
     if pair := _alike(task.labels, compared.normaliser):
         what = "case" if pair[0].casefold() == pair[1].casefold() else "case or white space"
-        text = (
-            f"the labels {pair[0]!r} and {pair[1]!r} differ in {what} alone, so the scorer counts either as the other"
-        )
+        text = f"the labels {pair[0]!r} and {pair[1]!r} differ only in {what}, so the scorer does not tell them apart"
         yield Notice(task.name, "labels_alike", f"task {task.name!r}: {text}")
     if pair := _alike(task.labels, _visible):
-        text = f"the labels {pair[0]!r} and {pair[1]!r} differ in characters that cannot be seen, and count as two"
+        text = f"the labels {pair[0]!r} and {pair[1]!r} differ only in invisible characters, and count as two"
         yield Notice(task.name, "labels_alike", f"task {task.name!r}: {text}")
 
 
 def _of_length(task: Task, encoder: Encoder, config: EvalConfig) -> Iterator[Notice]:
-    """References that no generation can reach in full."""
+    """Notice about references that are longer than any generated answer."""
     lengths = [len(encoder.generated_ids(reference)) for reference in _references(task)]
     longer = sum(length > config.max_new_tokens for length in lengths)
     if longer:
@@ -180,7 +179,7 @@ def _of_length(task: Task, encoder: Encoder, config: EvalConfig) -> Iterator[Not
 
 
 def _of_losses(task: Task, encoder: Encoder, compared: Comparison) -> Iterator[Notice]:
-    """References that the tokenizer, or a chat template that edits answers, cannot give back."""
+    """Notice about references that the tokenizer, or a chat template that edits answers, cannot reproduce."""
     lost: list[tuple[str, str]] = []
     references = _references(task)
     for reference in references:
@@ -194,13 +193,13 @@ def _of_losses(task: Task, encoder: Encoder, compared: Comparison) -> Iterator[N
             task.name,
             "lost_text",
             f"task {task.name!r}: {len(lost)} of {len(references)} reference answers cannot be generated: the "
-            f"tokenizer or the chat template makes {written} of {reference}, so that even a right answer scores "
+            f"tokenizer or the chat template turns {reference} into {written}, so even a right answer scores "
             "less than 1",
         )
 
 
 def _of_scripts(task: Task) -> Iterator[Notice]:
-    """References of whose letters ROUGE's default tokenizer drops most."""
+    """Notice about references whose characters are mostly dropped by ROUGE's default tokenizer."""
     references = _references(task)
     dropped = sum(_mostly_dropped(reference) for reference in references)
     if dropped:
@@ -208,25 +207,25 @@ def _of_scripts(task: Task) -> Iterator[Notice]:
             task.name,
             "rouge_tokenizer",
             f"task {task.name!r}: {dropped} of {len(references)} reference answers are written in characters that "
-            "ROUGE-L's default tokenizer drops, so that even the same text can score 0; set eval.rouge_tokenizer: "
+            "ROUGE-L's default tokenizer drops, so even an identical text can score 0; set eval.rouge_tokenizer: "
             "unicode or xlingual, or eval.metric: exact_match",
         )
 
 
 def _mostly_dropped(text: str) -> bool:
-    """Whether the default tokenizer keeps fewer characters than it drops: it knows ASCII letters and digits alone."""
+    """Whether ROUGE's default tokenizer, which keeps only ASCII letters and digits, drops most characters."""
     kept = sum(character.isascii() and character.isalnum() for character in text)
     dropped = sum(not character.isascii() and character.isalnum() for character in text)
     return dropped > kept or (kept == 0 and bool(text.strip()))
 
 
 def _references(task: Task) -> list[str]:
-    """All answers that are right, each text once, in file order."""
+    """All right answers, without duplicates, in file order."""
     return list(dict.fromkeys(chain.from_iterable(each.references or (each.answer,) for each in task.evaluation)))
 
 
 def _alike(labels: Iterable[str], look: Callable[[str], Hashable]) -> tuple[str, str] | None:
-    """The first two labels that look the same."""
+    """The first two labels for which `look` gives the same result."""
     seen: dict[Hashable, str] = {}
     for label in labels:
         other = seen.setdefault(look(label), label)
@@ -236,5 +235,5 @@ def _alike(labels: Iterable[str], look: Callable[[str], Hashable]) -> tuple[str,
 
 
 def _visible(text: str) -> str:
-    """The text without characters that only format it: zero-width blanks, byte order marks, soft hyphens."""
+    """The text without invisible format characters: zero-width spaces, byte order marks, soft hyphens."""
     return "".join(character for character in text if unicodedata.category(character) != "Cf")

@@ -1,4 +1,4 @@
-"""What evaluating a task gives, and how the predictions are written out."""
+"""The result of evaluating a task, and how predictions are written to a file."""
 
 from __future__ import annotations
 
@@ -11,54 +11,51 @@ from cl_dist.config.objectives import Mode as Mode
 from cl_dist.state.atomic import make_folder, replacing
 
 CUT_GENERATIONS = "cut_generations"
-"""Name of the number of answers that `eval.max_new_tokens` has ended."""
+"""Name of the extra that counts the answers cut at `eval.max_new_tokens`."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One sample's outcome."""
+    """The result for one sample."""
 
     index: int
-    """Position of the sample in the task's evaluation split; of the chunk in its text for perplexity."""
+    """Position of the sample in the task's evaluation split. Perplexity: of the chunk in the text."""
     prediction: str
     """The chosen label or the generated text; empty for perplexity."""
     reference: str
-    """The expected answer, of several the one that the prediction comes closest to; empty for perplexity, whose
-    reference is the text itself.
-    """
+    """The expected answer; if there are several, the one closest to the prediction. Empty for perplexity, whose
+    reference is the text itself."""
     score: float
-    """Score of this sample, higher is better. Perplexity: mean log-likelihood of a target token, in nats."""
+    """Score of this sample, higher is better. Perplexity: mean log-likelihood per target token, in nats."""
     weight: int = 1
     """Weight of this sample in the task's score. Perplexity: number of target tokens."""
     cut: bool = False
-    """Whether the answer was generated and ended by `eval.max_new_tokens`."""
+    """Whether the answer was generated and cut at `eval.max_new_tokens`."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task's evaluation, the same on every rank and for any number of ranks (but for `predictions`)."""
+    """The result for one task. Except for `predictions`, it is the same on every rank and for any number of ranks."""
 
     task: str
     mode: Mode
     metric: str
     """`exact_match`, `macro_f1`, `rouge_l`, `jga` or `log_likelihood`."""
     score: float
-    """Weighted mean of the samples' scores, macro-F1 or joint goal accuracy; higher is better: the entry of the
-    accuracy matrix.
-    """
+    """The entry in the accuracy matrix: weighted mean of the samples' scores, macro-F1 or joint goal accuracy. Higher
+    is better."""
     count: int
     """Number of samples."""
     predictions: list[Prediction] = field(default_factory=list)
     """In file order on rank 0, empty on the other ranks."""
     extras: dict[str, float] = field(default_factory=dict)
-    """Further numbers by name: `perplexity` where the metric is `log_likelihood`; of a task with labels the one of
-    `exact_match` and `macro_f1` that is not the metric; `slot_accuracy` where it is `jga`; `cut_generations` of
-    generated answers.
-    """
+    """Further numbers by name: `perplexity` if the metric is `log_likelihood`; for a task with labels, whichever of
+    `exact_match` and `macro_f1` is not the metric; `slot_accuracy` if it is `jga`; `cut_generations` for generated
+    answers."""
 
 
 def weighted_mean(predictions: Iterable[Prediction]) -> float:
-    """Mean of the scores by weight; raises ValueError where no sample has any weight."""
+    """Weighted mean of the scores. Raises ValueError if the total weight is zero."""
     total, weights = 0.0, 0
     for prediction in predictions:
         total += prediction.score * prediction.weight
@@ -69,8 +66,9 @@ def weighted_mean(predictions: Iterable[Prediction]) -> float:
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Replace the file `path`, durably, by one JSON object a line with the fields of `Prediction`; folders above it are
-    made. `DiskFull` where the disk is full.
+    """Replace the content of `path`, durably, with one JSON object per line that has the fields of `Prediction`.
+
+    Makes missing parent folders. Raises `DiskFull` if the disk is full.
     """
     make_folder(path.parent)
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:

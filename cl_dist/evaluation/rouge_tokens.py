@@ -1,4 +1,4 @@
-"""What ROUGE-L takes for a token, by `eval.rouge_tokenizer`. Imports transformers for GPT-2's tokens only."""
+"""The tokenizers of ROUGE-L (`eval.rouge_tokenizer`). Imports transformers only for GPT-2's tokenizer."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GPT2 = "gpt2"
-"""Where GPT-2's tokenizer is found without `eval.rouge_tokenizer_path`: the name that the benchmark's scorer has."""
+"""GPT-2's tokenizer if `eval.rouge_tokenizer_path` is not set; the benchmark's scorer uses this name."""
 _SPACE = "Ġ"
-"""What GPT-2's tokens have for the blank before a word."""
+"""GPT-2's character for the space before a word."""
 _UNSPACED = re.compile(
-    # Thai, Lao, Myanmar, Khmer; kana; ideographs, also those beyond the basic plane. Korean is written with blanks.
+    # Thai, Lao, Myanmar, Khmer; kana; ideographs, also beyond the basic plane. Korean has spaces between words.
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
-"""Letters of scripts that put no blanks between words."""
+"""Letters of scripts without spaces between words."""
 
 
 class RougeTokenizer(Protocol):
-    """What rouge_score asks of a tokenizer."""
+    """The interface of a tokenizer in rouge_score."""
 
     def tokenize(self, text: str) -> list[str]:
         """The tokens of a text."""
@@ -37,9 +37,9 @@ class RougeTokenizer(Protocol):
 
 
 def rouge_tokenizer(name: str, path: str | None = None) -> RougeTokenizer:
-    """The tokenizer that `eval.rouge_tokenizer` and `eval.rouge_tokenizer_path` name.
+    """The tokenizer for `eval.rouge_tokenizer` and `eval.rouge_tokenizer_path`.
 
-    Raises BadInput where GPT-2's cannot be loaded.
+    Raises `BadInput` if GPT-2's tokenizer cannot be loaded.
     """
     if name == "unicode":
         return UnicodeTokenizer()
@@ -47,9 +47,10 @@ def rouge_tokenizer(name: str, path: str | None = None) -> RougeTokenizer:
 
 
 class UnicodeTokenizer:
-    """Words of any script: runs of letters, digits and their marks, in lower case; each letter of a script without
-    blanks is a word, with its marks. Words of ASCII alone are stemmed: an ASCII text has the very tokens that the
-    default gives it, and where those are none (`?!`), its characters.
+    """Lower-case words of any script: runs of letters, digits and combining marks.
+
+    In scripts without spaces, each letter with its marks is a word. ASCII words are stemmed, so an ASCII text has the
+    same tokens as with the default tokenizer; if there are none (`?!`), its characters are the tokens.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class UnicodeTokenizer:
 
 
 def _words(text: str) -> Iterator[str]:
-    """Runs of letters, marks and digits; letters of scripts without blanks by themselves, with the marks on them."""
+    """Runs of letters, marks and digits; in scripts without spaces, single letters with their marks."""
     word, closed = "", False
     for character in text:
         kind = unicodedata.category(character)[0]
@@ -84,8 +85,9 @@ def _words(text: str) -> Iterator[str]:
 
 
 class GPT2Tokenizer:
-    """Tokens of a byte-level BPE tokenizer without the mark of the blank before them, as `GPTTokenizer` of
-    Super-NaturalInstructions' eval/automatic/evaluation.py has them.
+    """Tokens of a byte-level BPE tokenizer without the character for a leading space.
+
+    Same as `GPTTokenizer` in Super-NaturalInstructions' eval/automatic/evaluation.py.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -98,13 +100,13 @@ class GPT2Tokenizer:
 
 @cache
 def load_gpt2(source: str) -> Any:
-    """GPT-2's tokenizer out of a folder or from the hub; BadInput where it is not to be had."""
+    """GPT-2's tokenizer from a folder or the Hub. Raises `BadInput` if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # the hub's client and the library raise many unrelated types
+    except Exception as error:  # the Hub's client and the library raise many unrelated types
         raise BadInput(
-            f"eval.rouge_tokenizer: xlingual needs GPT-2's tokenizer, and {source} cannot be loaded; name a folder "
-            "that has it in eval.rouge_tokenizer_path, or give unicode, which needs none"
+            f"eval.rouge_tokenizer: xlingual needs GPT-2's tokenizer, and {source} cannot be loaded; set "
+            "eval.rouge_tokenizer_path to a folder that has it, or use unicode, which needs none"
         ) from error

@@ -13,7 +13,7 @@ from cl_dist.config.yaml_text import parse_yaml
 from cl_dist.errors import BadInput
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
-from cl_dist.state.stored_json import read_stored_text
+from cl_dist.state.stored_files import read_stored_text
 
 MOST_STEPS = 10_000_000
 """Steps of a task that a picture can show; a log record with a larger number is damaged."""

@@ -1,27 +1,25 @@
-"""The run folder: what is done, the state that an interrupted run goes on from, and who may write there.
+"""The run folder: how far the run has come, what an interrupted run resumes from, and who may write there.
 
 | module | what it knows |
 |---|---|
-| `run_folder` | which file lies where |
-| `preflight` | whether a recipe may run in a folder; told before any model is built |
-| `manifest` | what of the stream is done |
+| `run_folder` | the path of every file |
+| `preflight` | whether a recipe may run in a folder; decided before any model is built |
+| `manifest` | which tasks of the stream are done |
 | `lock` | one run at a time in a folder |
-| `atomic` | writing so that a kill at any moment leaves the old or the new version, never half of one |
-| `integrity` | checksums, and the error for what fails them |
+| `atomic` | writing so that a kill at any moment leaves the old version or the new one |
+| `integrity` | checksums, and the errors for damaged and unreadable state |
 | `scores` | the scores, in a file that only grows |
-| `inputs` | digests of data, base model and tokenizer: a run goes on with what it was started with |
-| `places` | where inputs lie as seen from the run folder |
-| `digests` | SHA-256 of files, remembered between runs |
-| `stored_json` | reading what the program has written, or saying that it is damaged |
-| `ledger` | the manifest, the log and the metrics while a run is under way |
+| `inputs` | digests and paths of data, base model and tokenizer: a run resumes with the inputs it was started with |
+| `digests` | SHA-256 of files, cached between runs |
+| `stored_files` | reading config.yaml, metrics.json and the program's other files, or reporting that they are damaged |
+| `ledger` | the manifest, the log and the metrics during a run |
+| `data_order` | which samples each optimiser step was trained on |
 | `spans` | tensors, by parameter name and position, for any number of ranks and any ZeRO stage |
 | `snapshot` | the training state of all ranks as spans |
-| `together` | work that fails on all ranks where it fails on one |
-| `schedule` | when a checkpoint inside a task is due |
-| `checkpoints` | which saved states are kept, and which of them a resume can use |
-| `stored_recipe` | the recipe that a run was started with |
-| `elastic` | the same global batch on another number of ranks |
+| `collective_failure` | work that fails on all ranks if it fails on one |
+| `checkpoints` | when a checkpoint is due, which ones are kept, and which of them a resume can use |
+| `elastic` | the same global batch on a different number of ranks |
 
-Only `spans`, `snapshot` and `together` import torch: the rest is needed before and beside training, and must load
-quickly.
+Only `spans`, `snapshot`, `collective_failure` and `ledger` import torch: the rest is also needed outside training, and
+must load quickly.
 """

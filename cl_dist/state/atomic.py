@@ -1,8 +1,8 @@
 """Files and folders that are replaced as a whole: a kill at any moment leaves the old version or the new one.
 
-A file is written under a temporary name in the same folder, forced to the disk and renamed. A folder is filled in a
-staging folder beside its final place and swapped in by two renames; `recover` undoes a swap that was cut off between
-them. Temporary names start with a dot and end in `.tmp-…` or `.replaced`, so that no task can be named like one.
+A file is written under a temporary name in the same folder, flushed to disk and renamed. A folder is filled in a
+staging folder next to its final path and swapped in by two renames; `recover` repairs a swap that was interrupted
+between them. Temporary names start with a dot and end in `.tmp-…` or `.replaced`, so no task name can collide with one.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from cl_dist.errors import ClDistError
 from cl_dist.heartbeat import beat
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of a disk, or a quota, that has no room."""
+"""Error numbers of a full disk or an exhausted quota."""
 
 
 class DiskFull(ClDistError):
-    """A disk, or the user's quota, has no room.
+    """The disk is full, or the user's quota is used up.
 
     Args:
         path: What could not be written.
-        advice: What became of the rest and what to do; by default what helps a run.
+        advice: What is still intact and what to do; the default is for a run.
     """
 
     def __init__(
         self,
         path: Path,
-        advice: str = "nothing was replaced and the last complete state there is intact; free some space and go on "
+        advice: str = "nothing was replaced and the last complete state there is intact; free some space and continue "
         "with --resume",
     ) -> None:
         self.path, self.advice = path, advice
         super().__init__(f"no space left on the disk of {path}: {advice}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """It goes from rank to rank as it is."""
+        """Pickle with both arguments: ranks send each other this error."""
         return DiskFull, (self.path, self.advice)
 
 
 @contextmanager
 def advising(advice: str) -> Iterator[None]:
-    """For commands without --resume: inside, a full disk is reported with this advice."""
+    """Give `DiskFull` errors inside the block another advice, for commands without --resume."""
     try:
         yield
     except DiskFull as error:
@@ -57,26 +57,23 @@ def advising(advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def telling_full_disk(path: Path) -> Iterator[None]:
+def raising_disk_full(path: Path) -> Iterator[None]:
     """Turn full-disk errors inside the block into a `DiskFull` that names `path`."""
     try:
         yield
     except Exception as error:
-        if not _is_disk_full(error):
+        if isinstance(error, OSError):
+            is_full = error.errno in FULL_DISK
+        else:
+            # safetensors and tokenizers are written in Rust, and mention the error number only in their message.
+            is_full = any(f"(os error {number})" in str(error) for number in FULL_DISK)
+        if not is_full:
             raise
         raise DiskFull(path) from error
 
 
-def _is_disk_full(error: Exception) -> bool:
-    """Whether an error says that the disk, or the user's quota, is full."""
-    if isinstance(error, OSError):
-        return error.errno in FULL_DISK
-    # safetensors and tokenizers, written in Rust, only give the operating system's number in their text.
-    return any(f"(os error {number})" in str(error) for number in FULL_DISK)
-
-
 def sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's entries, to the disk."""
+    """Flush a file's bytes, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,7 +83,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it that are missing, durably: a power loss takes away none with what is in it."""
+    """Make a folder and its missing parents, durably: a power loss cannot remove them together with their contents."""
     if path.is_dir():
         return
     try:
@@ -96,18 +93,18 @@ def make_folder(path: Path) -> None:
             raise
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-    with suppress(PermissionError):  # a folder that may be written to but not listed can't be opened
+    with suppress(PermissionError):  # a folder that is writable but not readable cannot be opened
         sync(path.parent)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Replace the file `path` atomically and durably: yields a temporary path to write its new version to.
+    """Replace the file `path` atomically and durably; yields a temporary path for the new version.
 
-    On an error nothing is replaced. Raises `DiskFull` where the disk is full.
+    On an error nothing is replaced. Raises `DiskFull` if the disk is full.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with telling_full_disk(path):
+    with raising_disk_full(path):
         try:
             yield temporary
             sync(temporary)
@@ -118,18 +115,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the file `path` by `content`, as `replacing` does."""
+    """Replace the content of `path`, atomically and durably."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` by `text` (UTF-8), as `write_bytes` does."""
+    """Replace the content of `path` with `text` in UTF-8, atomically and durably."""
     write_bytes(path, text.encode())
 
 
 def finite(value: Any) -> Any:
-    """A JSON value with NaN and infinity replaced by None: JSON has no such numbers, and other programs refuse them."""
+    """Replace NaN and infinity in a JSON value with None: JSON has no such numbers, and other programs reject them."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -140,19 +137,19 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the file `path` by `value` as indented JSON, as `write_text` does; NaN and infinity become null."""
+    """Replace the content of `path` with indented JSON, atomically and durably; NaN and infinity become null."""
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Append `value` to `path` as one line of JSON; a line that a kill cut off is closed first, and harms no other."""
+    """Append `value` to `path` as one line of JSON, after ending a line that a kill may have cut off."""
     line = json.dumps(finite(value), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    with telling_full_disk(path), path.open("ab") as file:
+    with raising_disk_full(path), path.open("ab") as file:
         file.write(line if _ends_with_newline(path) else b"\n" + line)
 
 
 def _ends_with_newline(path: Path) -> bool:
-    """Whether a file is empty or its last byte ends a line."""
+    """Whether a file is empty or ends with a newline."""
     with path.open("rb") as file:
         if file.seek(0, os.SEEK_END) == 0:
             return True
@@ -161,20 +158,15 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def staging(folder: Path) -> Path:
-    """Where the next version of `folder` is put together; the same for every rank."""
+    """Where the next version of `folder` is assembled; the same path on every rank."""
     return folder.with_name(f".{folder.name}.tmp-staging")
 
 
-def _replaced(folder: Path) -> Path:
-    """Where the old version of `folder` waits until the new one is in place."""
-    return folder.with_name(f".{folder.name}.replaced")
-
-
 def _discard(folder: Path) -> None:
-    """Free a folder's name, and delete as much of it as the system allows; `recover` deletes the rest another time.
+    """Free a folder's name, and delete as much of the folder as the system allows; `recover` deletes the rest later.
 
-    On NFS a file that somebody still reads stays behind as `.nfs…`, and with it the folder. Nothing depends on its
-    being deleted, but on its name: raises OSError where that cannot be freed.
+    On NFS, a file that a process still reads stays behind as `.nfs…`, and so does its folder. That does no harm as long
+    as the name is free. Raises OSError if the folder cannot be renamed.
     """
     name = f".{folder.name.removeprefix('.')}.tmp-discarded-{os.getpid()}-{time.monotonic_ns()}"
     discarded = folder.with_name(name)
@@ -183,37 +175,37 @@ def _discard(folder: Path) -> None:
 
 
 def stage(folder: Path) -> Path:
-    """Make an empty staging folder for `folder` and return it (one rank does this before all of them write there)."""
+    """Make an empty staging folder for `folder` and return it. One rank calls this before all ranks write there."""
     temporary = staging(folder)
     if temporary.exists():
         _discard(temporary)
-    with telling_full_disk(folder):
+    with raising_disk_full(folder):
         make_folder(folder.parent)
         temporary.mkdir()
     return temporary
 
 
 def publish(folder: Path) -> None:
-    """Put the staging folder in the place of `folder` (one rank does this after all of them have written).
-
-    Everything is on the disk before the first rename. An older version is moved aside, and deleted last.
-    """
-    temporary, replaced = staging(folder), _replaced(folder)
-    with telling_full_disk(folder):
+    """Replace `folder` with its staging folder. One rank calls this after all ranks have written."""
+    temporary, replaced = staging(folder), folder.with_name(f".{folder.name}.replaced")
+    with raising_disk_full(folder):
+        # Everything is on disk before the first rename.
         _sync_tree(temporary)
-        if replaced.exists():  # it could not be discarded the last time
+        # Move the old version aside. The name may be taken, if an older version could not be deleted last time.
+        if replaced.exists():
             _discard(replaced)
         if folder.exists():
             os.rename(folder, replaced)
         os.rename(temporary, folder)
         sync(folder.parent)
+    # Only now delete the old version. If that fails, the new one is in place all the same.
     if replaced.exists():
-        with suppress(OSError):  # the new version is in its place
+        with suppress(OSError):
             _discard(replaced)
 
 
 def _sync_tree(folder: Path) -> None:
-    """Force a folder with everything in it to the disk."""
+    """Flush a folder and everything in it to disk."""
     for place, _, names in os.walk(folder):
         for name in names:
             sync(Path(place, name))
@@ -222,10 +214,10 @@ def _sync_tree(folder: Path) -> None:
 
 @contextmanager
 def publishing(folder: Path) -> Iterator[Path]:
-    """`stage` and `publish` for a single process: yields the folder to write in; on an error nothing is replaced."""
+    """`stage` and `publish` for a single process; yields the folder to write to. On an error nothing is replaced."""
     temporary = stage(folder)
     try:
-        with telling_full_disk(folder):
+        with raising_disk_full(folder):
             yield temporary
         publish(folder)
     except BaseException:
@@ -234,10 +226,10 @@ def publishing(folder: Path) -> Iterator[Path]:
 
 
 def recover(root: Path) -> None:
-    """Undo what killed writes left anywhere below `root`: finish or revert swaps, delete temporary files and folders.
+    """Clean up after killed writes anywhere below `root`: finish or revert swaps, delete temporary files and folders.
 
-    What cannot be deleted now (a file that somebody reads on NFS) stays for the next time; nothing depends on it.
-    Only for the holder of the run's lock: another writer's unfinished files would go too.
+    What cannot be deleted now (a file on NFS that is still open) is left for the next call and does no harm. Call this
+    only while holding the run's lock, because it also deletes the unfinished files of other writers.
     """
     for replaced in list(root.rglob(".*.replaced")):
         folder = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))

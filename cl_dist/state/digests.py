@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered between runs of a machine: weights of a 7B model are 14 GB, and seldom change."""
+"""SHA-256 of files, cached between runs on a machine: the weights of a 7B model are 14 GB and rarely change."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from cl_dist.heartbeat import beat
 from cl_dist.state.atomic import write_json
 from cl_dist.state.integrity import file_sha256
 
-WORTH_REMEMBERING = 16 << 20
-"""Bytes from which a digest is remembered: smaller files are read in a moment."""
+WORTH_CACHING = 16 << 20
+"""Size in bytes from which a digest is cached; smaller files are quick to read."""
 THREADS = 4
-"""Files that are read at once; hashing does not hold Python's lock."""
+"""Number of files that are read at the same time; hashing releases the GIL."""
 _SETTLED_SECONDS = 2.0
-"""Age from which a change of a file shows in its times, whatever the file system's clock resolves."""
+"""File systems' clocks are coarse: a file that has just changed might change again and keep its time stamps."""
 _OF_LIBRARIES = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash")
-"""Entries of JSON files that libraries write and that change nothing."""
+"""Entries of JSON files that libraries write and that have no effect."""
 
 
 def file_digests(files: Iterable[tuple[str, Path]]) -> dict[str, str]:
-    """SHA-256 of each file by its name, in hexadecimal; `BadInput` names the file that cannot be read.
+    """SHA-256 of each file by its name, in hexadecimal. Raises `BadInput` for a file that cannot be read.
 
-    JSON files are digested by what they say, so that another spelling or the release that wrote them changes nothing.
-    A large file whose place, size, inode and times of change are those of an earlier run is not read again.
+    JSON files are digested by their content, so that formatting and the release that wrote them make no difference. A
+    large file is not read again if its path, size, inode and modification times are the same as in an earlier run.
     """
     named = sorted(files)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -40,7 +40,7 @@ def file_digests(files: Iterable[tuple[str, Path]]) -> dict[str, str]:
 
 
 def text_digest(value: Any) -> str:
-    """SHA-256 of a JSON value in a canonical spelling."""
+    """SHA-256 of a JSON value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -48,7 +48,7 @@ def _file_digest(path: Path) -> str:
     try:
         if path.suffix == ".json":
             return _json_digest(path)
-        return _remembered(path) if path.stat().st_size >= WORTH_REMEMBERING else file_sha256(path)
+        return _cached_digest(path) if path.stat().st_size >= WORTH_CACHING else file_sha256(path)
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -61,28 +61,30 @@ def _json_digest(path: Path) -> str:
         if isinstance(value, dict):
             value = {key: entry for key, entry in value.items() if key not in _OF_LIBRARIES}
         return text_digest(value)
-    except (ValueError, RecursionError):  # whoever loads it will say what is wrong with it
+    except (ValueError, RecursionError):  # not valid JSON; the code that loads it will report that
         return hashlib.sha256(content).hexdigest()
 
 
-def _remembered(path: Path) -> str:
-    """The digest of a large file, from an earlier run where the system says that the file has not changed since."""
+def _cached_digest(path: Path) -> str:
+    """The digest of a large file: from the cache if the file has not changed since, else computed and cached."""
     before = _state(path)
-    memory = _memory() / f"{text_digest(before)[:32]}.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cl_dist" / "digests"
+    entry = cache / f"{text_digest(before)[:32]}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads(memory.read_text(encoding="utf-8"))
+        stored = json.loads(entry.read_text(encoding="utf-8"))
         if stored["file"] == before:
             return str(stored["sha256"])
     digest = file_sha256(path)
+    # Cache it only if the file cannot have changed while it was read.
     if _state(path) == before and time.time() - max(before["mtime_ns"], before["ctime_ns"]) / 1e9 > _SETTLED_SECONDS:
-        with suppress(Exception):  # a home without room: the next run reads the file again
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            write_json(memory, {"file": before, "sha256": digest})
+        with suppress(Exception):  # if the home folder is full, the next run reads the file again
+            cache.mkdir(parents=True, exist_ok=True)
+            write_json(entry, {"file": before, "sha256": digest})
     return digest
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """What changes with the content of a file: `ctime` cannot be set by whoever replaces it."""
+    """What changes whenever a file's content does; unlike `mtime`, `ctime` cannot be set by the user."""
     place = os.path.realpath(path)
     found = os.stat(place)
     return {
@@ -93,8 +95,3 @@ def _state(path: Path) -> dict[str, Any]:
         "mtime_ns": found.st_mtime_ns,
         "ctime_ns": found.st_ctime_ns,
     }
-
-
-def _memory() -> Path:
-    """Folder of the digests that are remembered."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cl_dist" / "digests"

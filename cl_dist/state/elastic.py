@@ -1,7 +1,7 @@
-"""Resuming on another number of ranks or under another ZeRO stage, with the run's global batch.
+"""Resuming on a different number of ranks or under a different ZeRO stage, with the same global batch.
 
-Which samples a step learns depends on the global batch alone (`cl_dist.tasks.plan`), so a run keeps its global batch
-and divides it anew. Imports nothing heavy: `preflight` asks before any model is built.
+Which samples a step trains on depends only on the global batch (`cl_dist.tasks.plan`), so a run keeps its global batch
+and divides it anew. Imports nothing heavy: `preflight` needs this before any model is built.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from cl_dist.config.schema import Recipe, TrainConfig
 from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.state.manifest import Manifest, Segment
-from cl_dist.state.stored_recipe import stored_recipe
+from cl_dist.state.stored_files import stored_recipe
 
 _SHOWN_COUNTS = 12
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """How a run goes on."""
+    """How a run resumes."""
 
     recipe: Recipe
-    """The recipe with the split of the global batch that these ranks train with."""
+    """The recipe with the split of the global batch that the current ranks use."""
     note: str | None
-    """One line for the user where it is not as before or not as the recipe says."""
+    """One line for the user if the split, the ranks or the stage differ from before or from the recipe."""
     new_split: bool
-    """Whether the global batch is divided otherwise than before: what is drawn per rank (dropout) is then another."""
+    """Whether the global batch is divided differently than before; random numbers per rank (dropout) then differ."""
 
 
 def segment(recipe: Recipe, ranks: int, task: int = 0, step: int = 0) -> Segment:
-    """The segment of a run that begins at a step of a task with this recipe on so many ranks."""
+    """The segment of a run that begins at a step of a task with this recipe on `ranks` ranks."""
     return Segment(
         task=task,
         step=step,
@@ -44,28 +44,25 @@ def segment(recipe: Recipe, ranks: int, task: int = 0, step: int = 0) -> Segment
 
 
 def with_segments(manifest: Manifest, config: Path) -> Manifest:
-    """The manifest; one of format 1 gets the segment that it began with from the run's stored recipe `config`."""
+    """The manifest; one of format 1 has no segments, so its first one is derived from the stored recipe `config`."""
     if manifest.segments:
         return manifest
-    # A release that wrote format 1 resumed with as many ranks and the same split only.
+    # Releases that wrote format 1 could only resume with the same ranks and the same split.
     first = replace(segment(stored_recipe(config), manifest.world_size), zero_stage=manifest.zero_stage)
     return replace(manifest, segments=(first,))
 
 
 def appended(segments: Sequence[Segment], newest: Segment) -> tuple[Segment, ...]:
-    """The segments once training goes on with `newest`.
-
-    Steps from there on are computed again, so that what earlier segments had of them is gone.
-    """
+    """The segments after training resumes with `newest`, which replaces what earlier ones computed from there on."""
     place = (newest.task, newest.step)
     kept = tuple(segment for segment in segments if (segment.task, segment.step) < place)
     return kept if kept and kept[-1].same_layout(newest) else (*kept, newest)
 
 
 def resumption(recipe: Recipe, before: Segment, ranks: int, folder: Path) -> Resumption:
-    """How the run in `folder`, whose newest steps belong to the segment `before`, goes on with so many ranks.
+    """How the run in `folder`, whose last steps belong to the segment `before`, resumes on `ranks` ranks.
 
-    Raises `BadInput` where the global batch cannot stay what it was, or a setting makes results depend on its split.
+    Raises `BadInput` if the global batch cannot be kept, or if a setting makes results depend on how it is split.
     """
     train = fitted(recipe.train, before.global_batch, ranks, folder)
     _refuse_split_dependent(recipe, before, replace(recipe, train=train), ranks, folder)
@@ -75,10 +72,10 @@ def resumption(recipe: Recipe, before: Segment, ranks: int, folder: Path) -> Res
 
 
 def fitted(train: TrainConfig, global_batch: int, ranks: int, folder: Path) -> TrainConfig:
-    """`train` with the split of the global batch over `ranks` that is nearest to its own.
+    """`train` with the split of the global batch over `ranks` that is closest to its own.
 
-    The micro-batch stays as large as it is where it divides a rank's share, and becomes the next smaller divisor
-    otherwise; `gradient_accumulation` follows. Raises `BadInput` where that is impossible.
+    `micro_batch_size` becomes the largest divisor of a rank's share that does not exceed its old value, and
+    `gradient_accumulation` follows. Raises `BadInput` if the global batch cannot be divided among the ranks.
     """
     size, accumulation = train.micro_batch_size, train.gradient_accumulation
     if global_batch % (size * accumulation):
@@ -101,7 +98,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _choices(counts: Sequence[int]) -> str:
-    """`1, 2, 4 or 8`; of a long list its beginning and its end."""
+    """`1, 2, 4 or 8`; a long list is shortened in the middle."""
     long = len(counts) > _SHOWN_COUNTS
     return listed([*counts[:_SHOWN_COUNTS], "...", counts[-1]] if long else counts, last="or")
 
@@ -114,12 +111,12 @@ def _refuse_split_dependent(recipe: Recipe, before: Segment, after: Recipe, rank
     if setting is not None:
         raise BadInput(
             f"--resume: with {setting} the results depend on how the global batch is split, so the run in {folder} "
-            f"goes on as before only: {_spelt(before)}; now it would be {_spelt(now)}"
+            f"can only resume with the same split: {_spelt(before)}; now it would be {_spelt(now)}"
         )
 
 
 def _split_dependent(recipe: Recipe, accumulates: bool) -> str | None:
-    """A setting under which another split of the same global batch means other gradients; None where there is none."""
+    """A setting with which gradients depend on how the global batch is split; None if there is no such setting."""
     if recipe.train.loss_average == "micro_batch":
         return "train.loss_average: micro_batch"
     for method in recipe.method:
@@ -136,7 +133,7 @@ def _spelt(layout: Segment) -> str:
 
 
 def _note(before: Segment, asked: TrainConfig, now: Segment) -> str | None:
-    """What is other than before, and what is other than the recipe says."""
+    """What differs from before or from the recipe, as one sentence."""
     changes = [
         _change("ranks", now.world_size, before.world_size, now.world_size),
         _change("zero.stage", now.zero_stage, before.zero_stage, now.zero_stage),
@@ -148,8 +145,8 @@ def _note(before: Segment, asked: TrainConfig, now: Segment) -> str | None:
             asked.gradient_accumulation,
         ),
     ]
-    told = ", ".join(filter(None, changes))
-    return f"resuming with {told}; the global batch stays {now.global_batch} samples" if told else None
+    changed = ", ".join(filter(None, changes))
+    return f"resuming with {changed}; the global batch stays {now.global_batch} samples" if changed else None
 
 
 def _change(name: str, now: int, before: int, asked: int) -> str:

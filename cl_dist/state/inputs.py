@@ -1,9 +1,9 @@
-"""What a run has been given: digests of its data, its base model and its tokenizer. Imports nothing heavy.
+"""A run's inputs: digests of its data, base model and tokenizer, and where they are. Imports nothing heavy.
 
-They belong to a run's identity, the places where they lie do not: a project that was moved is the same, and other data
-at the same path is not. Samples are digested as they were read and are used, in their order, so that a file that was
-written anew, in another format even, changes nothing while it holds the same samples, nor do samples beyond
-`stream.max_train_samples`.
+The content of the inputs is part of a run's identity, their paths are not: a run can resume after the whole project was
+moved, but not with other data at the same path. Digests cover the samples that the run uses, in order, so a file may be
+rewritten, even in another format, as long as it has the same samples; those beyond `stream.max_train_samples` are
+ignored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ConfigDict
@@ -24,7 +26,7 @@ from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
 from cl_dist.models.files import MODEL_FILES, TOKENIZER_FILES, ModelPlace, locate_model
 from cl_dist.state.digests import file_digests, text_digest
-from cl_dist.state.places import input_places
+from cl_dist.tasks.formats.format import Own, OwnSettings, paths_of, with_paths
 from cl_dist.tasks.types import Example, Task
 
 _STRICT = ConfigDict(extra="forbid")
@@ -43,69 +45,69 @@ INPUT_SETTINGS = (
     "eval.general.include_path",
     "eval.rouge_tokenizer_path",
 )
-"""Settings that say where inputs are and how they are read: where digests say what was read, these may differ, and so
-may formats' own settings (`config.formats.format_inputs`)."""
+"""Settings that say where inputs are and how to read them. On resume they may differ, and so may the formats' own
+settings (`config.formats.format_inputs`), because the digests identify what was read."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SplitDigest:
-    """The samples of a split."""
+    """Digest of the samples of a split."""
 
     samples: int
-    """How many are used."""
+    """Number of samples that are used."""
     sha256: str
-    """Of all of them, in order: input, output and references."""
+    """Digest of all samples in order: input, output and references."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TaskDigest:
-    """The samples of a task."""
+    """Digest of a task's samples."""
 
     train: SplitDigest
-    """Samples that it is trained on."""
+    """Samples that the task is trained on."""
     evaluation: SplitDigest
-    """Samples that it is scored on."""
+    """Samples that the task is scored on."""
     answers: str
-    """SHA-256 of its kind and its labels, which may be inferred from samples that are not used otherwise."""
+    """SHA-256 of the task's kind and labels; labels may have been inferred from samples that are not used otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ModelDigest:
-    """Files of a model or a tokenizer."""
+    """Digests of the files of a model or a tokenizer."""
 
     source: str
-    """Where they were: a folder, a Hugging Face id, or a built-in model's name. Not compared."""
+    """Where the files were: a folder, a Hugging Face id, or a built-in model's name. Not compared."""
     revision: str | None = None
-    """Commit of the Hugging Face Hub, where they came from there. Not compared: the files are."""
+    """Commit on the Hugging Face Hub, if the files came from there. Not compared, because the files are."""
     files: dict[str, str]
-    """SHA-256 by file name; of a built-in model that of its name and seed."""
+    """SHA-256 by file name; for a built-in model, of its name and seed."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Inputs:
-    """Everything that a run has read."""
+    """Everything that a run reads."""
 
     data: dict[str, TaskDigest]
-    """By task."""
+    """By task name."""
     base_model: ModelDigest
     """Weights and configuration."""
     tokenizer: ModelDigest
     """Vocabulary, special tokens and chat template."""
     places: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Where they are, relative to the run folder, by setting (`state.places`). Not compared."""
+    """Paths of the inputs relative to the run folder, by setting (`input_places`). Not compared."""
     general: dict[str, str] = dataclasses.field(default_factory=dict)
     """SHA-256 of the harness's task files below `eval.general.include_path`, by name."""
     rouge_tokenizer: dict[str, str] = dataclasses.field(default_factory=dict)
     """SHA-256 of the files in the folder `eval.rouge_tokenizer_path`, by name."""
     plugins: dict[str, str] = dataclasses.field(default_factory=dict)
-    """SHA-256 of the Python files of the recipe's plugins, by name. A run that goes on with others says so."""
+    """SHA-256 of the Python files of the recipe's plugins, by name. A difference on resume is only logged."""
 
 
 def read_inputs(recipe: Recipe, tasks: Sequence[Task]) -> Inputs | None:
-    """Digest what a recipe names; None where the model is on the Hub and its files are not on this machine yet.
+    """Digest the inputs of a recipe; None if the model has not been downloaded from the Hub yet.
 
-    A model's weights are read whole, unless they were before (`state.digests`). Raises `BadInput` where a file cannot
-    be read.
+    Reads all of a model's weights, unless their digest is cached (`state.digests`). Raises `BadInput` for a file that
+    cannot be read.
     """
     beat("digesting data and base model", opaque=True)
     place = locate_model(recipe.model)
@@ -123,7 +125,7 @@ def read_inputs(recipe: Recipe, tasks: Sequence[Task]) -> Inputs | None:
 
 
 def with_data(inputs: Inputs, tasks: Sequence[Task]) -> Inputs:
-    """The same model and tokenizer with other tasks: what another rank has read."""
+    """The same model and tokenizer with other tasks: the inputs as another rank has read them."""
     return dataclasses.replace(inputs, data=_data_digests(tasks))
 
 
@@ -148,7 +150,7 @@ def _split_digest(examples: Sequence[Example]) -> SplitDigest:
 
 
 def _plain(example: Example) -> list[object]:
-    """A sample's own values; fields that later releases add count where a sample has them."""
+    """The fields of a sample that differ from their defaults, so that a new field does not change older digests."""
     values = ((field, getattr(example, field.name)) for field in _FIELDS)
     return [[field.name, value] for field, value in values if value != field.default]
 
@@ -156,7 +158,7 @@ def _plain(example: Example) -> list[object]:
 def _model_digest(place: ModelPlace, recipe: Recipe, patterns: Sequence[str]) -> ModelDigest:
     if place.folder is None:
         assert recipe.model.name_or_path in BUILTIN_FAMILIES
-        # Its weights are drawn from the seed.
+        # A built-in model's weights are drawn from the seed.
         drawn = [recipe.train.seed] if patterns is MODEL_FILES else []
         files = {"builtin": text_digest([recipe.model.name_or_path, *drawn])}
     else:
@@ -175,24 +177,25 @@ def _general_digests(recipe: Recipe) -> dict[str, str]:
 
 def _rouge_tokenizer_digests(recipe: Recipe) -> dict[str, str]:
     written = recipe.eval.rouge_tokenizer_path
-    if written is None or not Path(written).is_dir():  # a Hugging Face id, which is compared as it is written
+    if written is None or not Path(written).is_dir():  # a Hugging Face id, which is compared as a setting
         return {}
     place = ModelPlace(Path(written), None, None)
     return file_digests(place.files(TOKENIZER_FILES, code=False))
 
 
 def refuse_other_inputs(before: Inputs, now: Inputs, tasks: Sequence[Task], folder: Path) -> None:
-    """Raise `BadInput` where what the run in `folder` was given is not what lies there now."""
+    """Raise `BadInput` if the run in `folder` was started with other inputs than `now`."""
     changes = input_changes(before, now, tasks)
     if changes:
         raise BadInput(
-            f"--resume: the run in {folder} was given other inputs: {listed(changes, _SHOWN_CHANGES, separator='; ')}; "
-            "put back what was there, or start anew with --fresh or another output_dir"
+            f"--resume: the run in {folder} was started with other inputs: "
+            f"{listed(changes, _SHOWN_CHANGES, separator='; ')}; "
+            "restore the old ones, or start anew with --fresh or another output_dir"
         )
 
 
 def input_changes(before: Inputs, now: Inputs, tasks: Sequence[Task] = ()) -> list[str]:
-    """What has changed, a phrase each; `tasks` say in which file the data of today lies."""
+    """One phrase for each input that has changed; `tasks` provide the paths of the current data files."""
     return [
         *_data_changes(before.data, now.data, {task.name: task.origins for task in tasks}),
         *_file_changes("the base model", before.base_model, now.base_model),
@@ -205,7 +208,7 @@ def input_changes(before: Inputs, now: Inputs, tasks: Sequence[Task] = ()) -> li
 
 
 def plugin_changes(before: Inputs, now: Inputs) -> str | None:
-    """A sentence about plugins whose source is not what it was; None: it is. A run may go on with a repaired one."""
+    """A sentence about plugins whose source has changed, or None. A run may resume with a repaired plugin."""
     names = {*before.plugins, *now.plugins}
     changed = sorted(name for name in names if before.plugins.get(name) != now.plugins.get(name))
     if not changed:
@@ -252,3 +255,73 @@ def _named_changes(what: str, before: Mapping[str, str], now: Mapping[str, str])
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if changed:
         yield f"{what}: {listed(changed, _SHOWN_FILES)})"
+
+
+def input_places(recipe: Recipe, run: Path) -> dict[str, str]:
+    """The path of every folder and file that the recipe reads, relative to the run folder `run`, by setting."""
+    start = run.resolve()
+    return {key: os.path.relpath(path.resolve(), start) for key, path in _paths(recipe).items() if path.exists()}
+
+
+def moved_inputs(recipe: Recipe, places: Mapping[str, str], run: Path) -> Recipe:
+    """The recipe with the paths of inputs that were moved together with the run folder.
+
+    A path that no longer exists is replaced by the same path relative to the run folder, if that exists. Whether it is
+    the same content is checked by digest.
+    """
+    found = {}
+    for key, path in _paths(recipe).items():
+        moved = Path(os.path.normpath(run.resolve() / places[key])) if key in places else path
+        if not path.exists() and moved.exists():
+            found[key] = str(moved)
+    return _with_paths(recipe, found)
+
+
+def _paths(recipe: Recipe) -> dict[str, Path]:
+    """The absolute paths in a resolved recipe, by setting; the others are relative to `stream.root`."""
+    stream, general = recipe.stream, recipe.eval.general
+    written = {
+        "stream.root": stream.root,
+        "eval.general.include_path": None if general is None else general.include_path,
+        "eval.rouge_tokenizer_path": recipe.eval.rouge_tokenizer_path,
+        **{f"stream.tasks[{position}].path": task.path for position, task in enumerate(stream.tasks)},
+        **{f"{key}.{name}": path for key, owner in _owners(recipe) for name, path in paths_of(owner).items()},
+    }
+    paths = {key: Path(path) for key, path in written.items() if path is not None and os.path.isabs(path)}
+    name = recipe.model.name_or_path
+    return paths if name in BUILTIN_FAMILIES else {**paths, "model.name_or_path": Path(os.path.expanduser(name))}
+
+
+def _owners(recipe: Recipe) -> Iterator[tuple[str, OwnSettings]]:
+    """The settings that belong to formats, each with the prefix of their keys."""
+    yield from (("stream", settings) for settings in recipe.stream.shared)
+    yield from ((f"stream.tasks[{position}]", task.reader) for position, task in enumerate(recipe.stream.tasks))
+
+
+def _moved(settings: Own, key: str, paths: Mapping[str, str]) -> Own:
+    """A format's settings with those of `paths` whose keys start with `key`."""
+    return with_paths(settings, {n: paths[f"{key}.{n}"] for n in paths_of(settings) if f"{key}.{n}" in paths})
+
+
+def _with_paths(recipe: Recipe, paths: Mapping[str, str]) -> Recipe:
+    stream, general = recipe.stream, recipe.eval.general
+    tasks = tuple(
+        replace(
+            task,
+            path=paths.get(f"stream.tasks[{position}].path", task.path),
+            reader=_moved(task.reader, f"stream.tasks[{position}]", paths),
+        )
+        for position, task in enumerate(stream.tasks)
+    )
+    stream = replace(
+        stream,
+        tasks=tasks,
+        root=paths.get("stream.root", stream.root),
+        shared=tuple(_moved(settings, "stream", paths) for settings in stream.shared),
+    )
+    if general is not None:
+        general = replace(general, include_path=paths.get("eval.general.include_path", general.include_path))
+    model = replace(recipe.model, name_or_path=paths.get("model.name_or_path", recipe.model.name_or_path))
+    tokenizer = paths.get("eval.rouge_tokenizer_path", recipe.eval.rouge_tokenizer_path)
+    evaluation = replace(recipe.eval, general=general, rouge_tokenizer_path=tokenizer)
+    return replace(recipe, stream=stream, model=model, eval=evaluation)

@@ -1,7 +1,7 @@
-"""Checksums: damage to stored state is recognised and named, never trained on.
+"""Checksums: damage to stored state is detected and reported, and never trained on.
 
-What cannot be read is not damaged: a file server that answers with an error today may answer with the file tomorrow.
-Only a file that is missing, or is not what was written, may be given up for an older one.
+An unreadable file is not a damaged one: a file server that fails today may work tomorrow. A run falls back to an older
+state only if a file is missing or its content is not what was written.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from cl_dist.state.atomic import write_json
 
 _CHUNK_BYTES = 1 << 20
 _PAUSES = (0.5, 1.0, 2.0, 4.0)
-"""Seconds before each further try to read what the system could not: a file handle that went stale, a busy server."""
+"""Seconds before each retry after an I/O error, such as a stale file handle or a busy server."""
 
 Result = TypeVar("Result")
 
 
 class CheckpointDamaged(ClDistError):
-    """Stored state is incomplete or its bytes are not those that were written; the message names the file."""
+    """Stored state is incomplete or differs from what was written; the message names the file."""
 
 
 class StateUnusable(ClDistError):
-    """Stored state that may be whole, but that this process cannot read or understand; nothing may be deleted."""
+    """Stored state may be intact, but this process cannot read or understand it; nothing may be deleted."""
 
 
 def patiently(path: Path, read: Callable[[], Result]) -> Result:
-    """Return what `read` returns; where the system fails to read `path`, try again for some seconds.
+    """Return what `read` returns, and retry for some seconds if `path` cannot be read.
 
-    Raises `CheckpointDamaged` where the file is missing or a folder, `StateUnusable` where the system goes on failing.
+    Raises `CheckpointDamaged` if the file is missing or a folder, `StateUnusable` if reading keeps failing.
     """
     for pause in (*_PAUSES, None):
         try:
@@ -46,23 +46,20 @@ def patiently(path: Path, read: Callable[[], Result]) -> Result:
             raise CheckpointDamaged(f"{path} is a folder") from error
         except OSError as error:
             if pause is None:
-                raise StateUnusable(_unreadable(path, error)) from error
+                reason = error.strerror or " ".join(str(error).split())
+                raise StateUnusable(
+                    f"{path} cannot be read: {reason}; nothing was deleted, and --resume tries again"
+                ) from error
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
 
 
-def _unreadable(path: Path, error: OSError) -> str:
-    """The sentence for a file that the system does not give."""
-    reason = error.strerror or " ".join(str(error).split())
-    return f"{path} cannot be read: {reason}; nothing was deleted, and --resume tries again"
-
-
 def require_format(path: Path, found: Any, known: int) -> None:
-    """Raise `StateUnusable` where a state has another format than this release reads: it is whole, but not for us."""
+    """Raise `StateUnusable` if a state has a format that this release does not read."""
     if found != known:
         raise StateUnusable(
-            f"{path} has format {found}, of another release of cl_dist; this one reads {known}; nothing was deleted, "
-            "and --resume goes on with the release that wrote it"
+            f"{path} has format {found}, written by another release of cl_dist; this one reads {known}; nothing was "
+            "deleted, and the release that wrote it can --resume the run"
         )
 
 
@@ -77,20 +74,22 @@ def file_sha256(path: Path) -> str:
 
 
 def _content_sha256(content: Any) -> str:
-    """SHA-256 of a JSON value, as it was parsed, in a canonical spelling."""
+    """SHA-256 of a parsed JSON value in canonical form."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def write_sealed(path: Path, content: Any) -> None:
-    """Write a JSON value with its own checksum, atomically and durably; `ValueError` for NaN and infinity."""
-    as_parsed = json.loads(json.dumps(content, allow_nan=False))  # keys become strings and tuples lists, as on reading
+    """Write a JSON value with its checksum, atomically and durably. Raises `ValueError` for NaN and infinity."""
+    as_parsed = json.loads(
+        json.dumps(content, allow_nan=False)
+    )  # as it will be read: keys are strings, tuples are lists
     write_json(path, {"sha256": _content_sha256(as_parsed), "content": as_parsed})
 
 
 def read_sealed(path: Path) -> Any:
     """Read what `write_sealed` wrote.
 
-    Raises `CheckpointDamaged` where the file is missing or was changed, `StateUnusable` where it cannot be read.
+    Raises `CheckpointDamaged` if the file is missing or has changed, `StateUnusable` if it cannot be read.
     """
     text = patiently(path, path.read_bytes)
     try:

@@ -1,4 +1,4 @@
-"""What is done, kept on disk by one rank and known to all of them."""
+"""The progress of a run: known to all ranks, written to disk by one."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 from cl_dist.errors import ClDistError
 from cl_dist.state.atomic import write_json, write_text
+from cl_dist.state.collective_failure import fail_together
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
 from cl_dist.state.scores import How, TaskScored
-from cl_dist.state.together import together
 
 
 class Ledger:
-    """The manifest, the log and the metrics of a run; on ranks that are not the writer only the manifest in memory.
+    """The manifest, log and metrics of a run. All ranks have the manifest in memory; only the writer writes files.
 
-    What the writer fails to write, on a full disk say, all ranks raise: at once where they come here together, and for
-    the lines that are written in between (`append`) the next time they do.
+    If the writer fails, because the disk is full for example, all ranks raise its error: immediately in a collective
+    method, and at the next collective call after `append`, which the writer does alone.
 
     Args:
         folder: Run folder.
-        manifest: Where the run stands.
-        writer: Whether this rank writes files (rank 0).
+        manifest: How far the run has come.
+        writer: Whether this rank writes the files (rank 0).
     """
 
     def __init__(self, folder: RunFolder, manifest: Manifest, writer: bool) -> None:
@@ -31,34 +31,36 @@ class Ledger:
         self._failure: ClDistError | None = None
 
     def start(self, recipe_text: str) -> None:
-        """Write the resolved recipe and the manifest: from here on the folder holds a run (collective)."""
-        self.write(lambda: self._start(recipe_text))
-        self.update()
+        """Write the resolved recipe and the manifest, which make the folder a run folder (collective)."""
 
-    def _start(self, recipe_text: str) -> None:
-        if self.folder.manifest.exists():
-            # Before the recipe, whose split may be new: only the manifest's segments say for sure what the global batch
-            # is.
-            self.manifest = self.manifest.write(self.folder.manifest)
-        write_text(self.folder.config, recipe_text)
+        def write() -> None:
+            # On resume the manifest goes first, because the recipe may have a new split of the global batch: after a
+            # kill between the two, only the segments in the manifest can be trusted.
+            if self.folder.manifest.exists():
+                self.manifest = self.manifest.write(self.folder.manifest)
+            write_text(self.folder.config, recipe_text)
+
+        self.write(write)
+        self.update()
 
     def update(self, **changes: Any) -> None:
         """Change fields of the manifest (collective)."""
         self.replace(dataclasses.replace(self.manifest, **changes))
 
     def replace(self, manifest: Manifest) -> None:
-        """Let this be the manifest from now on (collective)."""
+        """Write `manifest` and use it from now on (collective)."""
         stored = [manifest]
 
         def write() -> None:
             stored[0] = manifest.write(self.folder.manifest)
 
         self.write(write)
-        self.manifest = stored[0]  # not before it is on the disk: `note_failure` goes by it
+        self.manifest = stored[0]  # only once it is on disk, since `note_failure` writes this one
 
     def scored(self, task: int, score: float, how: How | None = None) -> None:
-        """Add the score of the task at position `task`, and how it came about, to the row under way: one line of a file
-        (collective).
+        """Add the score of the task at position `task`, and how it was obtained, to the current row (collective).
+
+        Appends one line to the file of scores; the manifest is not rewritten.
         """
         scored = TaskScored(task, score, how or {})
         manifest = self.manifest.with_score(scored)
@@ -66,13 +68,13 @@ class Ledger:
         self.manifest = manifest
 
     def note_failure(self) -> None:
-        """Let the manifest on the disk say that the run has failed; the other ranks need not come here."""
+        """Mark the run as failed in the manifest on disk. Not collective."""
         if self.writer:
             dataclasses.replace(self.manifest, status="failed").write(self.folder.manifest)
 
     def write(self, work: Callable[[], None]) -> None:
-        """Let the writer write something (collective)."""
-        together(lambda: self._write(work))
+        """Do `work` on the writer (collective)."""
+        fail_together(lambda: self._write(work))
 
     def _write(self, work: Callable[[], None]) -> None:
         if self._failure is not None:
@@ -81,7 +83,7 @@ class Ledger:
             work()
 
     def append(self, work: Callable[[], None]) -> None:
-        """Let the writer append a line; it does so alone."""
+        """Do `work`, which appends a line, on the writer. Not collective: `settle` raises its failure on all ranks."""
         if self.writer and self._failure is None:
             try:
                 work()
@@ -90,11 +92,11 @@ class Ledger:
 
     @property
     def failed(self) -> bool:
-        """Whether a line of this rank's is still to be told of as failed (`settle`)."""
+        """Whether an `append` has failed on this rank and `settle` has not raised the error yet."""
         return self._failure is not None
 
     def settle(self) -> None:
-        """Raise on all ranks what `append` has failed with on one (collective)."""
+        """Raise on all ranks the error that `append` met on the writer (collective)."""
         self.write(lambda: None)
 
     def log(self, **record: Any) -> None:

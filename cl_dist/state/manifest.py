@@ -1,15 +1,13 @@
-"""What of the stream is done: `manifest.json`, replaced atomically after every task and every checkpoint.
+"""How far a run has come: `manifest.json`, replaced atomically after every task and every checkpoint.
 
-The scores, which would make it grow with the square of the tasks, lie in `scores.jsonl` beside it (`state.scores`); the
-manifest says at which bytes of that file those begin that count.
+The scores grow with the square of the number of tasks, so they are in a file of their own, `scores.jsonl`
+(`state.scores`). The manifest has the byte offsets of the lines that count.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,17 +21,17 @@ from cl_dist.state.atomic import write_json
 from cl_dist.state.inputs import Inputs
 from cl_dist.state.integrity import CheckpointDamaged
 from cl_dist.state.scores import How, Row, ScoreFile, TaskScored
-from cl_dist.state.stored_json import first_problem, read_object
+from cl_dist.state.stored_files import first_problem, read_object
 
 FORMAT_VERSION = 3
-"""2: a list of checkpoints in place of one, and segments. 3: scores in a file of their own, and inputs."""
+"""2: a list of checkpoints instead of one, and segments. 3: scores in a separate file, and inputs."""
 
 NOTHING_SCORED: dict[str, Any] = {"row_under_way": (), "general_under_way": {}}
-"""Where the next model has not been evaluated yet."""
+"""The fields of a manifest whose current model has not been evaluated yet."""
 
 SCORING = ("metric", "scored_on", "labels_from", "answers_outside_labels", "cut_generations")
-"""What is kept of how a task was scored: the name of its score; the split; where its labels were found; how many of its
-evaluation answers are none of them; how many generated answers `eval.max_new_tokens` has cut."""
+"""What is recorded about how a task was scored: its metric; the split; where its labels come from; how many evaluation
+answers are not among them; how many generated answers were cut at `eval.max_new_tokens`."""
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -45,19 +43,19 @@ class CheckpointEntry:
     task: int
     """Position of the task in the stream, from 0."""
     step: int
-    """Optimiser steps of the task that are done."""
+    """Number of completed optimiser steps of the task."""
     folder: str
     """Folder of the checkpoint, relative to the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Segment:
-    """Optimiser steps that were computed by as many ranks under one ZeRO stage, up to where the next segment begins."""
+    """Optimiser steps computed with one number of ranks, batch split and ZeRO stage, up to the next segment."""
 
     task: int
-    """Position in the stream, from 0, of the task in which it begins."""
+    """Position in the stream, from 0, of the task where it begins."""
     step: int
-    """Optimiser steps of that task that were done before."""
+    """Number of optimiser steps of that task completed before."""
     world_size: int
     """Number of ranks."""
     zero_stage: int
@@ -69,81 +67,81 @@ class Segment:
 
     @property
     def split(self) -> tuple[int, int, int]:
-        """How the global batch is divided: ranks, samples per micro-batch, micro-batches per rank."""
+        """How the global batch is split: ranks, samples per micro-batch, micro-batches per rank."""
         return self.world_size, self.micro_batch_size, self.gradient_accumulation
 
     @property
     def global_batch(self) -> int:
-        """Samples of an optimiser step over all ranks: the same in all segments of a run."""
+        """Samples per optimiser step over all ranks; the same in all segments of a run."""
         return self.world_size * self.micro_batch_size * self.gradient_accumulation
 
     def same_layout(self, other: Segment) -> bool:
-        """Whether steps of both were computed alike."""
+        """Whether both have the same split and ZeRO stage."""
         return self.split == other.split and self.zero_stage == other.zero_stage
 
 
 class ScorePlaces(NamedTuple):
-    """Where in `scores.jsonl` the scores are that count: what the manifest has in the place of the scores."""
+    """Where in `scores.jsonl` the valid scores are; the manifest stores this instead of the scores."""
 
     rows: tuple[int, ...] = ()
-    """Byte at which the line of each row of the accuracy matrix begins."""
+    """Byte offset of the line of each row of the accuracy matrix."""
     under_way: int | None = None
-    """Byte behind which the scores of the next row are; None where nothing has been written yet."""
+    """Byte offset after which the scores of the current row are; None if nothing has been written yet."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Manifest:
-    """State of a run; `dataclasses.replace` makes the next one."""
+    """The progress of a run. Immutable; `dataclasses.replace` makes the next version."""
 
     tasks: tuple[str, ...]
     """Names of the tasks, in order."""
     world_size: int
-    """Number of ranks of the newest start."""
+    """Number of ranks since the last start."""
     zero_stage: int
-    """ZeRO stage of the newest start."""
+    """ZeRO stage since the last start."""
     status: Literal["running", "interrupted", "finished", "failed"] = "running"
-    """`running` also stands in the folder of a run that was killed."""
+    """A run that was killed is still `running` here."""
     completed: int = 0
     """Number of tasks that are trained, evaluated and saved."""
     checkpoints: tuple[CheckpointEntry, ...] = ()
-    """Saved states of the task that is under way, the newest last."""
+    """Checkpoints of the current task, newest last."""
     segments: tuple[Segment, ...] = ()
     """Which ranks computed which steps, in order; empty in a manifest of format 1."""
     inputs: Inputs | None = None
-    """Digests of the data, the base model and the tokenizer; None in a run of a release that took none."""
+    """Digests of data, base model and tokenizer; None if the run was started by a release without digests."""
     accuracy_matrix: tuple[Row, ...] = ()
-    """Rows so far, the first one before training; None where a task was not evaluated."""
+    """Rows so far; the first is from before training. None for a task that was not evaluated."""
     row_under_way: Row = ()
-    """The next row, as far as it is: scores of the model that the newest saved state holds; empty before the first."""
+    """The scores so far of the current row, for the model in the newest saved state; empty before the first score."""
     scoring: dict[str, How] = Field(default_factory=dict)
-    """By task how it was scored the last time: `SCORING`, as far as it applies."""
+    """How each task was last scored, by task name: the entries of `SCORING` that apply."""
     general: tuple[dict[str, Any], ...] = ()
-    """Measurements of general ability, in order: `after` (a task's name or `untouched`) and `scores` by task of the
-    harness, each with `score`, `metric`, `metrics` and `samples`."""
+    """Measurements of general ability, in order: `after` (a task's name or `untouched`) and `scores` by harness task,
+    each with `score`, `metric`, `metrics` and `samples`."""
     general_under_way: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """The next measurement, as far as it is: for each name in the recipe that is done, scores as in `general`."""
+    """The current measurement: scores as in `general`, for each name in the recipe that is done."""
     peak_memory_bytes: tuple[int, ...] = ()
-    """Largest memory that each rank has used so far, over all restarts; as long as the largest number of ranks."""
+    """Peak memory of each rank over all restarts; one entry per rank of the largest start."""
     restarts: int = 0
-    """How often the run was resumed."""
+    """Number of times the run was resumed."""
     timings: tuple[dict[str, int | float], ...] = ()
     """Seconds by name (such as "train", "evaluate"), one entry per completed task."""
     format_version: int = FORMAT_VERSION
     """Version of this file's format."""
     cl_dist_version: str = __version__
-    """Release that wrote this."""
+    """Release that wrote the file."""
     scores: ScorePlaces = dataclasses.field(default=ScorePlaces(), compare=False)
-    """Where `accuracy_matrix` and `row_under_way` are on the disk."""
+    """Where `accuracy_matrix` and `row_under_way` are on disk."""
     written: tuple[Row, ...] = dataclasses.field(default=(), compare=False, repr=False)
-    """The rows that are at `scores.rows`; not a part of the file."""
+    """The rows that are stored at `scores.rows`; not part of the file."""
 
     def __post_init__(self) -> None:
-        """Refuse a manifest that contradicts itself."""
+        """Raise ValueError if the manifest contradicts itself."""
         if not 0 <= self.completed <= len(self.tasks):
             raise ValueError(f"completed is {self.completed} of {len(self.tasks)} tasks")
         for entry in self.checkpoints:
             if entry.task != self.completed:
-                raise ValueError(f"the checkpoint is of task {entry.task}, {self.completed} are completed")
+                raise ValueError(f"the checkpoint belongs to task {entry.task}, but {self.completed} are completed")
         self._check_matrix()
         self._check_general()
 
@@ -159,25 +157,25 @@ class Manifest:
         for entry in self.general:
             scores = entry.get("scores")
             if not isinstance(entry.get("after"), str) or not isinstance(scores, dict):
-                raise ValueError("an entry of general does not have the place `after` and `scores`")
+                raise ValueError("an entry of general lacks `after` or `scores`")
             for name, values in scores.items():
                 if not _is_general_score(values):
-                    raise ValueError(f"general: {name} does not have a score, metrics and a number of samples")
+                    raise ValueError(f"general: {name} lacks a score, metrics or a number of samples")
 
     @property
     def checkpoint(self) -> CheckpointEntry | None:
-        """Newest saved state of the task that is under way."""
+        """Newest checkpoint of the current task."""
         return self.checkpoints[-1] if self.checkpoints else None
 
     def scoring_by_task(self) -> dict[str, dict[str, str | int]]:
-        """The entries of `scoring` by their names, and below these by task, as metrics.json has them."""
+        """`scoring` by entry and then by task, as in metrics.json."""
         return {
             name: {task: self.scoring[task][name] for task in self.tasks if name in self.scoring.get(task, {})}
             for name in SCORING
         }
 
     def taken_back(self) -> Manifest:
-        """As it was when training of the newest completed task began; restarts, segments and memory stay."""
+        """Undo the last completed task: the manifest from before its training, except restarts, segments and memory."""
         kept = self.completed - 1
         general = tuple(entry for entry in self.general if entry["after"] not in self.tasks[kept:])
         return replace(
@@ -192,11 +190,12 @@ class Manifest:
         )
 
     def write(self, path: Path) -> Manifest:
-        """Replace the file `path`, atomically and durably, after appending what is new to the scores beside it.
+        """Append new scores to their file, then replace the file `path` atomically and durably.
 
-        Returns the manifest with the places of its scores. Raises `ClDistError` where the disk is full.
+        Returns the manifest with the places of its scores. Raises `ClDistError` if the disk is full.
         """
         file = ScoreFile(score_file(path))
+        # Rows that are already on disk keep their place; the others are appended.
         kept = 0
         while kept < min(len(self.written), len(self.accuracy_matrix)) and self._is_written(kept):
             kept += 1
@@ -212,7 +211,7 @@ class Manifest:
         return ours is theirs or ours == theirs
 
     def _under_way(self, file: ScoreFile) -> int:
-        """Behind which byte the scores of the row under way are; they are appended where they are not there yet."""
+        """The byte offset after which the scores of the current row are; appends them if they are not on disk yet."""
         if self.row_under_way and self.scores.under_way is not None:
             return self.scores.under_way
         begin = file.end()
@@ -221,9 +220,9 @@ class Manifest:
         return begin
 
     def with_score(self, scored: TaskScored) -> Manifest:
-        """The manifest with one more score of the row under way, which `append_score` puts on the disk."""
+        """The manifest with one more score in the current row; `append_score` writes it to disk."""
         row, task = self.row_under_way or (None,) * len(self.tasks), scored.task
-        # Not `replace`: it would check the whole matrix for every score.
+        # `replace` would validate the whole matrix for every score.
         changed = copy.copy(self)
         object.__setattr__(changed, "row_under_way", (*row[:task], scored.score, *row[task + 1 :]))
         if scored.how:
@@ -231,12 +230,12 @@ class Manifest:
         return changed
 
     def append_score(self, path: Path, scored: TaskScored) -> None:
-        """Append the score of a task to the row under way, durably; `path` holds this manifest already."""
+        """Append a score to the current row on disk, durably. This manifest must already be at `path`."""
         ScoreFile(score_file(path)).append_scores([scored])
 
     @staticmethod
     def read(path: Path) -> Manifest:
-        """Read a manifest with its scores; `BadInput` names the file that is missing, damaged or of a newer format."""
+        """Read a manifest with its scores. Raises `BadInput` for a missing or damaged file or one of a newer format."""
         document = _read_object(path)
         version = document.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -244,41 +243,39 @@ class Manifest:
                 f"{path} has format {version}, written by cl_dist {document.get('cl_dist_version')}; "
                 f"this is cl_dist {__version__}, which reads formats up to {FORMAT_VERSION}"
             )
-        with _named_where_damaged(path):
+        try:
             return _ADAPTER.validate_python(_with_scores(_upgraded(document, version), path))
+        except ValidationError as error:
+            raise BadInput(f"{path} is damaged: {first_problem(error, 'manifest')}") from error
 
 
 def _is_general_score(values: Any) -> bool:
-    """Whether this is what general ability scores on a task of the harness."""
+    """Whether this is a well-formed score of a harness task."""
     if not isinstance(values, dict) or not isinstance(values.get("metrics"), dict):
         return False
     numbers = [values.get("score"), values.get("samples"), *values["metrics"].values()]
     return all(number is None or isinstance(number, int | float) for number in numbers)
 
 
-@contextmanager
-def _named_where_damaged(path: Path) -> Iterator[None]:
-    """What pydantic refuses becomes one sentence that names the file and the entry."""
-    try:
-        yield
-    except ValidationError as error:
-        raise BadInput(f"{path} is damaged: {first_problem(error, 'manifest')}") from error
-
-
 def score_file(manifest: Path) -> Path:
-    """Where the scores of a manifest are."""
+    """The file with the scores of a manifest."""
     return manifest.with_name("scores.jsonl")
 
 
 def _with_scores(document: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A manifest's content with the scores in place of the bytes at which they are; older releases had them there."""
+    """A manifest's content with byte offsets replaced by the scores they refer to.
+
+    Older formats have the scores themselves, which are left as they are. So is anything malformed: validation follows.
+    """
     file = ScoreFile(score_file(path))
     rows, under_way = document.get("accuracy_matrix"), document.get("row_under_way")
     found: dict[str, Any] = {}
+    # Complete rows.
     if isinstance(rows, list) and rows and all(type(place) is int for place in rows):
         matrix = file.rows(rows)
         found |= {"accuracy_matrix": matrix, "written": matrix}
     places = ScorePlaces(tuple(rows or ()) if found else (), under_way if type(under_way) is int else None)
+    # The current row, and how its tasks were scored.
     if places.under_way is not None:
         lines, names = list(file.scores_after(places.under_way)), document.get("tasks")
         names = names if lines and isinstance(names, list) else []
@@ -295,7 +292,7 @@ _ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 
 
 def _upgraded(document: dict[str, Any], version: Any) -> dict[str, Any]:
-    """A manifest of format 1, which named one checkpoint or none, or 2, which held the scores, in today's format."""
+    """Convert format 1, which had at most one checkpoint, and 2, which had the scores inline, to the current format."""
     if version not in (1, 2):
         return document
     document = {**document, "format_version": FORMAT_VERSION}
@@ -306,7 +303,7 @@ def _upgraded(document: dict[str, Any], version: Any) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; `BadInput` where it is none, or where the system does not give it after some seconds."""
+    """Read a JSON object. Raises `BadInput` if it is missing, unreadable or something else."""
     try:
         return read_object(path)
     except BadInput as error:

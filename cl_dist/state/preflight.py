@@ -1,4 +1,4 @@
-"""May this recipe run in this folder? Answered before any model is built; imports nothing heavy."""
+"""Whether a recipe may run in a folder, checked before any model is built. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cl_dist.errors import BadInput
 from cl_dist.state.atomic import make_folder
 from cl_dist.state.elastic import resumption, with_segments
 from cl_dist.state.inputs import INPUT_SETTINGS, Inputs, refuse_other_inputs
-from cl_dist.state.lock import RunLock, Tell, refuse_if_locked
+from cl_dist.state.lock import Notify, RunLock, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
-from cl_dist.state.stored_recipe import as_plain, stored_recipe
+from cl_dist.state.stored_files import as_plain, stored_recipe
 from cl_dist.tasks.types import Task
 
 FREE_SETTINGS = (
@@ -39,11 +39,11 @@ FREE_SETTINGS = (
     "train.check_replicas_every",
     "plugins",
 )
-"""Settings that may differ on resume: they change how a run is done, not what a healthy step does (`elastic` keeps
-the product of micro_batch_size, gradient_accumulation and ranks)."""
+"""Settings that may differ on resume: they change how a run is executed, not what a step computes (`elastic` keeps the
+product of micro_batch_size, gradient_accumulation and ranks)."""
 
 LONGEST_PATH = 3500
-"""Bytes: Linux opens no path of more than 4096, and a run's own files lie up to four folders deeper."""
+"""In bytes: Linux limits paths to 4096, and a run's files are up to four folders deeper."""
 
 _SHOWN_DIFFERENCES = 8
 _POSITION = re.compile(r"\[\d+\]")
@@ -56,46 +56,51 @@ def preflight(
     resume: bool,
     fresh: bool,
     world_size: int | None = None,
-    tell: Tell | None = None,
+    notify: Notify | None = None,
     tasks: Sequence[Task] = (),
     inputs: Callable[[], Inputs | None] | None = None,
 ) -> None:
-    """Raise `BadInput` unless `recipe` may run in `output_dir`; makes the folder and its parents where need be.
+    """Raise `BadInput` unless `recipe` may run in `output_dir`; makes the folder and its parents if necessary.
 
-    resume: go on with the run in the folder. fresh: start anew, the old run is put aside afterwards (`set_aside`).
-    world_size: how many ranks there are going to be, where that is known. tell: says that a requeued
-    job waits for the lock of the one before (see `RunLock`). tasks, inputs: the recipe's data as read, and what digests
-    it with the base model (`state.inputs.read_inputs`), called where there is a run to compare with.
+    Args:
+        output_dir: The run folder.
+        recipe: The resolved recipe.
+        resume: Continue the run in the folder.
+        fresh: Start anew; the caller puts the old run aside afterwards (`set_aside`).
+        world_size: Number of ranks, if known.
+        notify: Called when a requeued job waits for the lock of its predecessor (see `RunLock`).
+        tasks: The recipe's data, as read.
+        inputs: Digests the data and the base model (`state.inputs.read_inputs`). Called only if there is a run to
+            compare them with.
     """
     if resume and fresh:
-        raise BadInput("--resume and --fresh exclude each other: go on with the old run, or put it aside")
+        raise BadInput("--resume and --fresh exclude each other: continue the old run, or put it aside")
     with refusing("output_dir"):
         folder = RunFolder(output_dir)
-        _check(folder, recipe, resume, fresh, world_size, tell)
+        # The folder itself. A resume must not make one.
+        if resume and not os.path.exists(output_dir):
+            raise BadInput(_nothing_to_resume(folder))
+        _require_folder(output_dir)
+        _require_writable(output_dir)
+        # What is in it: nothing, or a run that no other process is working on.
+        _require_run_or_empty(folder)
+        refuse_if_locked(folder.lock, notify)
+        # Whether that run is the one that the recipe continues.
         if resume:
+            _require_resumable(folder, recipe, world_size)
             _require_same_inputs(folder, tasks, inputs)
-
-
-def _check(
-    folder: RunFolder, recipe: Recipe, resume: bool, fresh: bool, world_size: int | None, tell: Tell | None
-) -> None:
-    output_dir = folder.path
-    if resume and not os.path.exists(output_dir):
-        raise BadInput(_nothing_to_resume(folder))
-    _require_folder(output_dir)
-    _require_writable(output_dir)
-    _require_run_or_empty(folder)
-    refuse_if_locked(folder.lock, tell)
-    if resume:
-        _require_resumable(folder, recipe, world_size)
-    elif folder.manifest.exists() and not fresh:
-        raise BadInput(_both_ways_out(folder))
+        elif folder.manifest.exists() and not fresh:
+            manifest = Manifest.read(folder.manifest)
+            raise BadInput(
+                f"{output_dir} holds a run already ({manifest.completed} of {len(manifest.tasks)} tasks done): "
+                "continue it with --resume, or put it aside with --fresh and start anew"
+            )
 
 
 def set_aside(output_dir: Path) -> Path | None:
-    """Rename the run in `output_dir` to `<name>.old-<time>` and return the new path; None where there is none.
+    """Rename the run in `output_dir` to `<name>.old-<time>` and return the new path; None if there is no run.
 
-    Raises `BadInput` where the run is in use or the folder cannot be renamed.
+    Raises `BadInput` if the run is in use or the folder cannot be renamed.
     """
     folder = RunFolder(output_dir)
     if not folder.manifest.exists():
@@ -110,13 +115,13 @@ def set_aside(output_dir: Path) -> Path | None:
 
 
 def put_back(aside: Path, output_dir: Path) -> None:
-    """Undo `set_aside`, where nothing has begun in `output_dir` since: what lies there now is deleted."""
+    """Undo `set_aside`, and delete what is in `output_dir` now. Call this only if no new run has started there."""
     shutil.rmtree(output_dir, ignore_errors=True)
     aside.rename(output_dir)
 
 
 def _unused(output_dir: Path, stamp: str) -> Path:
-    """A name for the old run that is not taken (two runs may be put aside within a second)."""
+    """An unused name for the old run: two runs may be put aside within a second."""
     target, count = output_dir.with_name(f"{output_dir.name}.old-{stamp}"), 1
     while target.exists():
         count += 1
@@ -125,25 +130,25 @@ def _unused(output_dir: Path, stamp: str) -> Path:
 
 
 def _require_folder(output_dir: Path) -> None:
-    """Make the folder; `BadInput` where that is impossible, or leaves the files below it no room for their names."""
+    """Make the folder. Raises `BadInput` if that is impossible, or if the paths of files in it would be too long."""
     length = len(os.fsencode(output_dir.absolute()))
     if length > LONGEST_PATH:
         raise BadInput(
             f"output_dir {show_path(output_dir)} is a path of {length} bytes; allowed: at most {LONGEST_PATH}, since "
-            "files below it have longer ones"
+            "the files in it have longer paths"
         )
     if os.path.exists(output_dir) and not os.path.isdir(output_dir):
-        kind = "a file" if output_dir.is_file() else "no folder"
-        raise BadInput(f"output_dir {output_dir} is {kind}; it must be a folder, or a path that is free")
+        kind = "a file" if output_dir.is_file() else "not a folder"
+        raise BadInput(f"output_dir {output_dir} is {kind}; it must be a folder or an unused path")
     try:
         make_folder(output_dir)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise BadInput(f"output_dir {show_path(output_dir)} cannot be made: {reason}") from error
+        raise BadInput(f"output_dir {show_path(output_dir)} cannot be created: {reason}") from error
 
 
 def _require_writable(output_dir: Path) -> None:
-    """Try to make a file in the folder: permissions, quotas and read-only mounts all show there."""
+    """Try to create a file in the folder: that reveals permissions, quotas and read-only mounts."""
     try:
         with tempfile.TemporaryFile(dir=output_dir):
             pass
@@ -152,43 +157,33 @@ def _require_writable(output_dir: Path) -> None:
 
 
 def _require_run_or_empty(folder: RunFolder) -> None:
-    """Refuse a folder with other people's files: neither a run, nor one that was killed before its first manifest."""
+    """Refuse a folder with foreign files: it must hold a run, even one killed before its first manifest, or nothing."""
     if folder.manifest.exists() or _was_started(folder):
         return
     names = sorted(path.name for path in folder.path.iterdir() if path != folder.slurm)
     if names:
         raise BadInput(
             f"output_dir {folder.path} holds {names[0]} but no manifest.json, so it is not a run folder: "
-            "choose a free path or an empty folder"
+            "choose an unused path or an empty folder"
         )
 
 
 def _was_started(folder: RunFolder) -> bool:
-    """Whether a run took its lock here and was killed before its first manifest."""
+    """Whether a run locked this folder and was killed before it wrote a manifest."""
     own = {folder.lock, folder.config, folder.log, folder.logs, folder.slurm}
     unfinished = (".config.yaml.tmp-", ".manifest.json.tmp-")
     files = folder.path.iterdir()
     return folder.lock.exists() and all(path in own or path.name.startswith(unfinished) for path in files)
 
 
-def _both_ways_out(folder: RunFolder) -> str:
-    """The sentence for a folder that holds a run already."""
-    manifest = Manifest.read(folder.manifest)
-    done = f"{manifest.completed} of {len(manifest.tasks)} tasks done"
-    return (
-        f"{folder.path} holds a run already ({done}): go on with --resume, or put it aside with --fresh and start anew"
-    )
-
-
 def _nothing_to_resume(folder: RunFolder) -> str:
-    """The sentence for --resume where there is no run."""
     return f"--resume: {folder.path} holds no run; leave --resume out to start one"
 
 
 def _require_resumable(folder: RunFolder, recipe: Recipe, world_size: int | None) -> None:
-    """Refuse to resume where there is no run, or another recipe's."""
+    """Refuse to resume if there is no run, or a run of a different recipe."""
     if not folder.manifest.exists():
-        if _was_started(folder):  # nothing was done yet: resuming is starting
+        if _was_started(folder):  # nothing was done yet, so the run simply starts
             return
         raise BadInput(_nothing_to_resume(folder))
     manifest = Manifest.read(folder.manifest)
@@ -197,26 +192,22 @@ def _require_resumable(folder: RunFolder, recipe: Recipe, world_size: int | None
     )
     if differences:
         shown = listed(differences, _SHOWN_DIFFERENCES, separator="; ")
+        advice = ""
+        if manifest.inputs is None:  # the differences may not be the user's
+            advice = (
+                "; an earlier release started this run, perhaps with other defaults: set the run's values with --set"
+            )
         raise BadInput(
             f"--resume: the recipe is not the one that {folder.path} was started with: {shown}; "
-            f"only {', '.join(FREE_SETTINGS)} may differ{_other_defaults(manifest)}"
+            f"only {', '.join(FREE_SETTINGS)} may differ{advice}"
         )
     if world_size is not None and manifest.status != "finished":
         before = with_segments(manifest, folder.config).segments[-1]
         resumption(recipe, before, world_size, folder.path)
 
 
-def _other_defaults(manifest: Manifest) -> str:
-    """What helps where a setting that nobody has touched differs."""
-    if manifest.inputs is not None:
-        return ""
-    return (
-        "; an earlier release began this run, and its defaults may have been others: give the run's values with --set"
-    )
-
-
 def _require_same_inputs(folder: RunFolder, tasks: Sequence[Task], inputs: Callable[[], Inputs | None] | None) -> None:
-    """Refuse to resume with other data, another base model or another tokenizer than before."""
+    """Refuse to resume with a different data set, base model or tokenizer."""
     if inputs is None or not folder.manifest.exists():
         return
     before = Manifest.read(folder.manifest).inputs
@@ -226,9 +217,9 @@ def _require_same_inputs(folder: RunFolder, tasks: Sequence[Task], inputs: Calla
 
 
 def changed_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, digested: bool = False) -> list[str]:
-    """What differs between two recipes (plain dicts) and changes results, as `key: old in the run, new now`.
+    """The differences between two recipes (plain dicts) that affect results, as `key: old in the run, new now`.
 
-    digested: the run's inputs are known by their digests, so that it does not matter where they lie.
+    If the run's inputs are `digested`, their paths may differ.
     """
     old, new = dict(_settings(stored)), dict(_settings(wanted))
     return [
@@ -241,7 +232,7 @@ def changed_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, di
 
 
 def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a nested recipe with its dotted key, such as `stream.tasks[0].name`; none of an empty mapping."""
+    """Every leaf of a nested recipe with its dotted key, such as `stream.tasks[0].name`. Empty mappings have none."""
     if isinstance(value, Mapping):
         for name, entry in value.items():
             yield from _settings(entry, f"{key}.{name}" if key else str(name))
@@ -253,12 +244,12 @@ def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_free(key: str) -> bool:
-    """Whether a setting, or the component that it belongs to, may differ on resume."""
+    """Whether a setting, or the component it belongs to, may differ on resume."""
     return any(key == free or key.startswith((f"{free}.", f"{free}[")) for free in FREE_SETTINGS)
 
 
 def _is_input(key: str) -> bool:
-    """Whether a setting says where an input lies, or how it is read."""
+    """Whether a setting says where an input is or how to read it."""
     return _POSITION.sub("[]", key) in {*INPUT_SETTINGS, *format_inputs()}
 
 

@@ -1,23 +1,23 @@
-"""Which file of a run lies where.
+"""The layout of a run folder.
 
 | place | content |
 |---|---|
 | `config.yaml` | the resolved recipe |
-| `manifest.json` | what is done |
-| `scores.jsonl` | the scores; which lines count is in the manifest |
+| `manifest.json` | how far the run has come |
+| `scores.jsonl` | the scores; the manifest says which lines count |
 | `metrics.json` | accuracy matrix and metrics |
 | `log.jsonl` | one record per line |
-| `data_order.jsonl` | which samples each optimiser step learnt from, one line per step |
-| `logs/` | stacks of ranks that hung or crashed (`stack-rank<N>.txt`); heartbeats while the run lasts |
+| `data_order.jsonl` | which samples each optimiser step was trained on, one line per step |
+| `logs/` | stacks of ranks that hung or crashed (`stack-rank<N>.txt`); heartbeats during the run |
 | `tasks/NN-name/model/` | weights or adapter, in Hugging Face format |
-| `tasks/NN-name/unfused/` | the model before a method changed it at the task's end (kif, where asked for) |
+| `tasks/NN-name/unfused/` | the model before a method changed it at the end of the task (kif, if configured) |
 | `tasks/NN-name/units.json`, `unit_scores.safetensors` | skill units and their importance (kif, tasl, recurrent_kif) |
 | `tasks/NN-name/predictions/` | predictions after the task |
 | `tasks/NN-name/state/` | what the next task starts from |
-| `checkpoint/task-NN-step-NNNNNN/` | what an interrupted task goes on from |
-| `report/` | tables and pictures that `cl-dist report` makes from all this |
+| `checkpoint/task-NN-step-NNNNNN/` | what an interrupted task resumes from |
+| `report/` | tables and pictures made by `cl-dist report` |
 | `slurm/NN/` | batch script, recipe and log of a Slurm job (`cl-dist slurm`) |
-| `.lock` | held by the run that writes here |
+| `.lock` | locked by the run that writes here |
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 
 from cl_dist.errors import BadInput
 from cl_dist.state import atomic
-from cl_dist.state.stored_json import read_object
+from cl_dist.state.stored_files import read_object
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _SLURM_NAME = re.compile(r"\d{2,}")
@@ -40,7 +40,7 @@ _CHECKPOINT_NAME = re.compile(r"task-(\d{2,})-step-(\d{6,})")
 
 @dataclass(frozen=True)
 class TaskFolder:
-    """What is kept of one task, below `tasks/NN-name`."""
+    """The files of one task, in `tasks/NN-name`."""
 
     path: Path
 
@@ -56,7 +56,7 @@ class TaskFolder:
 
     @property
     def units(self) -> Path:
-        """Skill units: unit -> slices of parameters (methods that fuse)."""
+        """Skill units, as slices of parameters (methods that fuse)."""
         return self.path / "units.json"
 
     @property
@@ -77,7 +77,7 @@ class TaskFolder:
 
 @dataclass(frozen=True)
 class SlurmRecord:
-    """What is kept of a Slurm job, below `slurm/NN`; the job's log lies there too."""
+    """The files of a Slurm job, in `slurm/NN`; its log is there too."""
 
     path: Path
 
@@ -93,11 +93,11 @@ class SlurmRecord:
 
     @property
     def job(self) -> Path:
-        """Slurm's number of the job, written once it is submitted."""
+        """The job's number, written once it is submitted."""
         return self.path / "job.json"
 
     def read_job(self) -> dict[str, Any]:
-        """Number (`job`), time and restarts allowed of the job; `BadInput` where the file is damaged."""
+        """Number (`job`) and `max_restarts` of the job. Raises `BadInput` if the file is damaged."""
         try:
             job = read_object(self.job)
             return {"job": str(job["job"]), "max_restarts": int(job["max_restarts"])}
@@ -107,7 +107,7 @@ class SlurmRecord:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The places in a run folder; makes none of them but where a method says so."""
+    """The paths in a run folder. Nothing is created, except by the methods that say so."""
 
     path: Path
 
@@ -118,7 +118,7 @@ class RunFolder:
 
     @property
     def manifest(self) -> Path:
-        """What is done (`cl_dist.state.manifest.Manifest`)."""
+        """How far the run has come (`cl_dist.state.manifest.Manifest`)."""
         return self.path / "manifest.json"
 
     @property
@@ -133,7 +133,7 @@ class RunFolder:
 
     @property
     def data_order(self) -> Path:
-        """Which samples each optimiser step learnt from (`cl_dist.state.data_order.DataOrder`)."""
+        """Which samples each optimiser step was trained on (`cl_dist.state.data_order.DataOrder`)."""
         return self.path / "data_order.jsonl"
 
     @property
@@ -143,7 +143,7 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """Folder of the tables and pictures that are made from the run."""
+        """Folder of the tables and pictures made from the run."""
         return self.path / "report"
 
     @property
@@ -153,7 +153,7 @@ class RunFolder:
 
     @property
     def tasks(self) -> Path:
-        """Folder of what is kept per task."""
+        """Folder of the tasks' folders."""
         return self.path / "tasks"
 
     @property
@@ -163,15 +163,15 @@ class RunFolder:
 
     @property
     def slurm(self) -> Path:
-        """Folder of the run's Slurm jobs; may be there before the run is."""
+        """Folder of the run's Slurm jobs; it may exist before the run does."""
         return self.path / "slurm"
 
     def new_slurm_record(self) -> SlurmRecord:
-        """Where the next Slurm job of the run belongs; the folder is not made."""
+        """The record of the run's next Slurm job; the folder is not created."""
         return SlurmRecord(self.slurm / f"{1 + max(map(_number, self._slurm_folders()), default=0):02d}")
 
     def newest_slurm_record(self) -> SlurmRecord | None:
-        """Of the Slurm job that was submitted last."""
+        """The record of the Slurm job that was submitted last."""
         submitted = [path for path in self._slurm_folders() if (path / "job.json").exists()]
         return SlurmRecord(max(submitted, key=_number)) if submitted else None
 
@@ -179,7 +179,7 @@ class RunFolder:
         return [path for path in self.slurm.glob("*") if _SLURM_NAME.fullmatch(path.name)]
 
     def task(self, position: int, name: str) -> TaskFolder:
-        """Folder of the task at `position` (from 0; folders count from 01); `BadInput` for any other name."""
+        """Folder of the task at `position` (from 0; folders count from 01). Raises `BadInput` for an invalid name."""
         if not _TASK_NAME.fullmatch(name):
             raise BadInput(f"task name {name!r}: letters, digits, '-', '_' and '.' are allowed, at most 100 of them")
         return TaskFolder(self.tasks / f"{position + 1:02d}-{name}")
@@ -189,14 +189,14 @@ class RunFolder:
         return self.checkpoints / f"task-{task + 1:02d}-step-{step:06d}"
 
     def stored_checkpoints(self) -> list[Path]:
-        """Complete checkpoints, the newest first."""
+        """Complete checkpoints, newest first."""
         found = [path for path in self.checkpoints.glob("task-*") if _CHECKPOINT_NAME.fullmatch(path.name)]
         return sorted(found, key=_task_and_step, reverse=True)
 
     def forget_checkpoints(self, but: Collection[Path] = ()) -> None:
-        """Delete all checkpoints but those that the manifest names (`but`), however old the others are.
+        """Delete all checkpoints except those in `but`.
 
-        One that cannot be deleted now (an open file on NFS) is tried again the next time.
+        If one cannot be deleted now (an open file on NFS), the next call tries again.
         """
         for path in self.stored_checkpoints():
             if path not in but:
@@ -207,7 +207,7 @@ class RunFolder:
         atomic.append_line(self.log, record)
 
     def recover(self) -> None:
-        """Clear away what killed writes left; only with the lock held."""
+        """Clean up after killed writes. Call this only while holding the lock."""
         atomic.recover(self.path)
 
 

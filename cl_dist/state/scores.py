@@ -1,9 +1,9 @@
-"""The scores of a run: `scores.jsonl`, to which lines are only ever appended. The manifest says which of them count.
+"""The scores of a run: `scores.jsonl`, an append-only file. The manifest says which of its lines count.
 
-With T tasks there are T² scores. In the manifest, which is replaced as a whole, each of them would cost a file of T²
-numbers; here it costs a line. A line is a whole row of the accuracy matrix (`row`) or one score of the row that is
-under way (`task`, `score`, and `how` it was scored), and carries a checksum. Lines that the manifest does not name are
-what a kill, or a task that was trained again, has left; they are never read.
+With T tasks there are T² scores. In the manifest, which is always replaced as a whole, each new score would rewrite T²
+numbers; here it adds one line. A line is a complete row of the accuracy matrix (`row`) or one score of the current row
+(`task`, `score`, and `how` it was obtained), with a checksum. Lines that the manifest does not refer to were left by a
+kill or by a task that was trained again; they are never read.
 """
 
 from __future__ import annotations
@@ -16,48 +16,48 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cl_dist.errors import BadInput
-from cl_dist.state.atomic import finite, sync, telling_full_disk
+from cl_dist.state.atomic import finite, raising_disk_full, sync
 from cl_dist.state.integrity import CheckpointDamaged, StateUnusable
-from cl_dist.state.stored_json import read_stored
+from cl_dist.state.stored_files import read_stored
 
 Row = tuple[float | None, ...]
-"""A score for each task of the stream; None where it was not evaluated."""
+"""A score for each task of the stream; None for a task that was not evaluated."""
 
 How = dict[str, str | int]
-"""How a task was scored: `cl_dist.state.manifest.SCORING`, as far as it applies."""
+"""How a task was scored: the entries of `cl_dist.state.manifest.SCORING` that apply."""
 
 
 class TaskScored(NamedTuple):
-    """One score of the row under way."""
+    """One score of the current row."""
 
     task: int
     """Position in the stream, from 0."""
     score: float | None
-    """None: not a finite number."""
+    """None if it is not a finite number."""
     how: How
-    """Empty where the manifest has it."""
+    """Empty if the manifest has it."""
 
 
 class ScoreFile:
-    """Appends to and reads `scores.jsonl`.
+    """Reads and appends to `scores.jsonl`.
 
     Args:
-        path: The file; it need not be there.
+        path: The file, which need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def end(self) -> int:
-        """Position after the last byte: what is appended from now on lies behind it."""
+        """Size in bytes: everything appended from now on comes after this offset."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def append_rows(self, rows: Sequence[Row]) -> tuple[int, ...]:
-        """Append whole rows, durably, and return the position of each; `ClDistError` where the disk is full."""
+        """Append complete rows, durably, and return their byte offsets. Raises `ClDistError` if the disk is full."""
         return self._append([{"row": finite(list(row))} for row in rows])
 
     def append_scores(self, scores: Sequence[TaskScored]) -> None:
-        """Append scores of the row under way, durably; as `append_rows`."""
+        """Append scores of the current row, durably. Raises `ClDistError` if the disk is full."""
         self._append(
             [
                 {"task": each.task, "score": finite(each.score), **({"how": each.how} if each.how else {})}
@@ -69,8 +69,8 @@ class ScoreFile:
         if not records:
             return ()
         is_new = not self.path.exists()
-        with telling_full_disk(self.path):
-            # A full disk or a power loss may have cut the last line off: a new one must not be glued to it.
+        with raising_disk_full(self.path):
+            # A full disk or a power loss may have cut off the last line: do not append to that.
             place = self.end() + (0 if self._ends_a_line() else 1)
             lines = [_sealed(record) for record in records]
             with self.path.open("ab") as file:
@@ -93,7 +93,7 @@ class ScoreFile:
             return file.read(1) == b"\n"
 
     def rows(self, places: Sequence[int]) -> tuple[Row, ...]:
-        """Read the rows at these positions; `BadInput` where one of them is not what was written there."""
+        """Read the rows at these byte offsets. Raises `BadInput` if one is missing or damaged."""
         if not places:
             return ()
         content = self._read()
@@ -107,7 +107,7 @@ class ScoreFile:
         return tuple(record["row"])
 
     def scores_after(self, place: int) -> Iterator[TaskScored]:
-        """The scores of single tasks from a position on; what is damaged is left out."""
+        """The scores of single tasks after a byte offset; damaged lines are skipped."""
         if self.end() <= place:
             return
         for line in self._read()[place:].splitlines():
@@ -119,16 +119,16 @@ class ScoreFile:
         try:
             return read_stored(self.path)
         except (CheckpointDamaged, StateUnusable) as error:
-            raise BadInput(f"{error}, and the run's scores are in it") from error
+            raise BadInput(f"{error}, and it holds the run's scores") from error
 
 
 def _sealed(record: dict[str, Any]) -> bytes:
-    """A record with its checksum as one line."""
+    """A record with its checksum, as one line."""
     return json.dumps({**record, "crc32": _checksum(record)}, separators=(",", ":")).encode() + b"\n"
 
 
 def _opened(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None where it was cut off or changed."""
+    """The record in a line; None if it was cut off or changed."""
     try:
         record = json.loads(line)
         expected = record.pop("crc32")

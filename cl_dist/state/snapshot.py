@@ -1,7 +1,7 @@
 """The training state of all ranks in one folder: what a run resumes from.
 
-`state.json` says where the run was; the spans (see `spans.py`) hold float32 master weights and, where wanted, AdamW's
-moments, by parameter name and position, so that another number of ranks or another ZeRO stage can read them. Random
+`state.json` has the position in the run. The spans (see `spans.py`) hold the float32 master weights and, optionally,
+AdamW's moments, by parameter name and position, so that a different number of ranks or ZeRO stage can read them. Random
 numbers and the data order are functions of the recipe and the step, and need no state.
 """
 
@@ -18,9 +18,9 @@ from cl_dist.errors import ClDistError
 from cl_dist.heartbeat import beat
 from cl_dist.sharding import Shard, ShardView
 from cl_dist.state import atomic
+from cl_dist.state.collective_failure import fail_together
 from cl_dist.state.integrity import CheckpointDamaged, StateUnusable, read_sealed, require_format, write_sealed
 from cl_dist.state.spans import Span, SpanReader, write_spans
-from cl_dist.state.together import together
 
 MASTER = "master"
 FORMAT_VERSION = 1
@@ -34,17 +34,17 @@ def save_snapshot(
     moments: bool,
     extra: Mapping[str, Mapping[str, Shard]] | None = None,
 ) -> None:
-    """Write the state of all ranks into `folder`, which appears whole or not at all (collective).
+    """Write the state of all ranks to `folder`, all or nothing (collective).
 
     Args:
-        folder: Final place; an older snapshot there is replaced after the new one is on the disk.
+        folder: Final path; an older snapshot there is replaced once the new one is on disk.
         shards: The engine's shards.
-        state: JSON values to keep beside the tensors.
-        moments: Keep AdamW's moments too (inside a task), not only the weights.
+        state: JSON values to save with the tensors.
+        moments: Save AdamW's moments too (inside a task), not only the weights.
         extra: The methods' own tensors, by quantity and parameter.
 
     Raises:
-        ClDistError: The disk is full; what was there before is intact.
+        ClDistError: The disk is full; the older snapshot is intact.
     """
     writers = 1 if shards.replicated else torch.distributed.get_world_size()
     tensors = {
@@ -56,68 +56,70 @@ def save_snapshot(
     held = {**_quantities(shards, moments), **(extra or {})}
     first = torch.distributed.get_rank() == 0
     try:
-        together(lambda: atomic.stage(folder) if first else None)
-        together(lambda: _write_own(folder, writers, held))
-        together(lambda: _seal(folder, {**state, **tensors}) if first else None)
+        fail_together(lambda: atomic.stage(folder) if first else None)
+        fail_together(lambda: _write_own(folder, writers, held))
+        fail_together(lambda: _seal(folder, {**state, **tensors}) if first else None)
     except ClDistError:
-        if first:  # half a state is of no use, and on a full disk its room is needed
+        if first:  # half a state is useless, and takes space on a full disk
             shutil.rmtree(atomic.staging(folder), ignore_errors=True)
         raise
 
 
 def _write_own(folder: Path, writers: int, held: Mapping[str, Mapping[str, Shard]]) -> None:
-    """Write this rank's spans where it is one of the `writers`."""
+    """Write this rank's spans, if it is one of the `writers`."""
     rank = torch.distributed.get_rank()
     if rank < writers:
-        write_spans(atomic.staging(folder), rank, {quantity: _spans(pieces) for quantity, pieces in held.items()})
+        spans = {
+            quantity: {name: Span(shard.start, shard.data) for name, shard in shards.items()}
+            for quantity, shards in held.items()
+        }
+        write_spans(atomic.staging(folder), rank, spans)
 
 
 def _seal(folder: Path, state: Mapping[str, Any]) -> None:
-    """Add the JSON values and put everything in its place."""
+    """Add the JSON values and publish the folder."""
     write_sealed(atomic.staging(folder) / "state.json", state)
     atomic.publish(folder)
-
-
-def _spans(held: Mapping[str, Shard]) -> dict[str, Span]:
-    return {name: Span(shard.start, shard.data) for name, shard in held.items()}
 
 
 def load_snapshot(
     folder: Path, shards: ShardView, extra: Mapping[str, Mapping[str, Shard]] | None = None
 ) -> dict[str, Any]:
-    """Fill this rank's masters from `folder` and publish the weights (collective).
+    """Load this rank's master weights from `folder` and publish the weights (collective).
 
-    Moments are filled where they were kept and are zero otherwise; the methods' own tensors (`extra`) are filled too.
-    Everything is checked before anything is filled: where a state is damaged, all ranks raise and none has changed.
+    Also loads the moments, which become zero if they were not saved, and the methods' own tensors (`extra`). Everything
+    is checked before anything is loaded: if a state is damaged, all ranks raise and none has changed.
 
     Returns:
         The JSON values that were saved.
 
     Raises:
-        CheckpointDamaged: A file is missing or not what was written.
-        StateUnusable: A file cannot be read now, or is another release's; where that shows only while the tensors are
-            filled, this process must end.
+        CheckpointDamaged: A file is missing or differs from what was written.
+        StateUnusable: A file cannot be read now, or another release wrote it. If this happens while tensors are being
+            loaded, the weights are incomplete and the process must end.
     """
-    state, reader = together(lambda: _checked(folder, shards, extra or {}))
+    state, reader = fail_together(lambda: _checked(folder, shards, extra or {}))
     if state["moments"]:
         shards.allocate_moments(state["optimizer_step"])
     else:
         shards.reset_optimizer()
     held = {**_quantities(shards, state["moments"]), **(extra or {})}
-    together(lambda: _fill(reader, held))
+    fail_together(lambda: _fill(reader, held))
     shards.publish()
     return state
 
 
 def require_intact(folder: Path) -> None:
-    """Raise `CheckpointDamaged` on all ranks where a file of a saved state is missing or not what was written
-    (collective); `StateUnusable` where one cannot be read now.
+    """Check the files of a saved state (collective).
+
+    Raises `CheckpointDamaged` on all ranks if one is missing or differs from what was written, `StateUnusable` if one
+    cannot be read now.
     """
-    together(lambda: _intact(folder))
+    fail_together(lambda: _intact(folder))
 
 
 def _intact(folder: Path) -> tuple[dict[str, Any], SpanReader]:
-    """The JSON values and the tensors of a state, whose files are what was written; the ranks share the reading."""
+    """The JSON values and a reader for the tensors, after verifying checksums; each rank reads a share of the files."""
     state = read_sealed(folder / "state.json")
     require_format(folder, state["format"], FORMAT_VERSION)
     reader = SpanReader(folder, state["writers"])
@@ -128,7 +130,7 @@ def _intact(folder: Path) -> tuple[dict[str, Any], SpanReader]:
 def _fill(reader: SpanReader, held: Mapping[str, Mapping[str, Shard]]) -> None:
     """Read this rank's tensors.
 
-    What was whole a moment ago and is not now is no damage that may be gone round: weights are half filled by then.
+    Damage that appears only now, after the check, must not lead to a fallback: half of the weights are already loaded.
     """
     try:
         for quantity, shards in held.items():
@@ -137,14 +139,14 @@ def _fill(reader: SpanReader, held: Mapping[str, Mapping[str, Shard]]) -> None:
                 beat()
     except CheckpointDamaged as error:
         raise StateUnusable(
-            f"{error}; it was whole when it was checked: nothing was deleted, --resume tries again"
+            f"{error}; it was intact when it was checked: nothing was deleted, --resume tries again"
         ) from error
 
 
 def _checked(
     folder: Path, shards: ShardView, extra: Mapping[str, Mapping[str, Shard]]
 ) -> tuple[dict[str, Any], SpanReader]:
-    """Read what is not a tensor, and make sure that the tensors are whole and all there for this rank."""
+    """Verify the files, and make sure that they contain every tensor that this rank needs."""
     state, reader = _intact(folder)
     try:
         for quantity, held in {**_quantities(shards, state["moments"]), **extra}.items():
@@ -152,14 +154,14 @@ def _checked(
                 reader.require(quantity, name, shard.start, shard.stop)
     except CheckpointDamaged as error:
         raise StateUnusable(
-            f"{error}, although no file of it is damaged: another release of cl_dist has written it, or another "
-            "recipe; nothing was deleted"
+            f"{error}, although none of its files is damaged: another release of cl_dist or another recipe wrote it; "
+            "nothing was deleted"
         ) from error
     return state, reader
 
 
 def _quantities(shards: ShardView, moments: bool) -> dict[str, dict[str, Shard]]:
-    """This rank's live masters and, where wanted, moments, by quantity and parameter."""
+    """This rank's live master weights and, if `moments`, AdamW's moments, by quantity and parameter."""
     held: dict[str, dict[str, Shard]] = {MASTER: {}}
     for name in shards.names:
         master = shards.master(name)

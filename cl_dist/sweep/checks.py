@@ -12,7 +12,7 @@ from cl_dist.state.lock import InUse, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.preflight import changed_settings
 from cl_dist.state.run_folder import RunFolder
-from cl_dist.state.stored_recipe import as_plain, stored_recipe
+from cl_dist.state.stored_files import as_plain, stored_recipe
 from cl_dist.sweep.folder import SweepFolder
 from cl_dist.sweep.grid import Cell, Grid
 from cl_dist.sweep.names import Problems

@@ -12,8 +12,7 @@ from cl_dist.methods.config import MethodConfig, Role
 from cl_dist.progress import score_notes
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
-from cl_dist.state.stored_json import read_metrics
-from cl_dist.state.stored_recipe import stored_recipe
+from cl_dist.state.stored_files import read_metrics, stored_recipe
 from cl_dist.sweep.checks import CellState, state_of
 from cl_dist.sweep.folder import SweepFolder
 

@@ -225,7 +225,8 @@ class TestRunFolder:
     def test_a_run(self, command: Command, recipe: Path) -> None:
         self.manifest(recipe.parent / "runs/mine")
         refused(
-            command("run", recipe), "runs/mine holds a run already (1 of 2 tasks done): go on with --resume, or put"
+            command("run", recipe),
+            "runs/mine holds a run already (1 of 2 tasks done): continue it with --resume, or put",
         )
 
     def test_a_run_of_another_recipe_to_resume(self, command: Command, recipe: Path) -> None:

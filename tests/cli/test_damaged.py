@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_dist.state import stored_json
+from cl_dist.state import stored_files
 from cl_dist.state.run_folder import RunFolder
 from tests.cli.conftest import Command
 from tests.report.runs import write_run
@@ -117,7 +117,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(command: Command, run: 
 
 @pytest.mark.parametrize("name", ["manifest.json", "metrics.json", "scores.jsonl"])
 def test_a_huge_file_is_not_read(command: Command, run: RunFolder, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    os.truncate(run.path / name, stored_json.MOST_BYTES + 1)
+    os.truncate(run.path / name, stored_files.MOST_BYTES + 1)
     refused(command("status", run.path), f"{name} is damaged: it has 268435457 bytes, more than such a file ever has")
 
 

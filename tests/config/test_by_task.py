@@ -18,7 +18,7 @@ from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.olora.config import OLoraConfig
 from cl_dist.methods.protocol import Method
 from cl_dist.state.preflight import changed_settings
-from cl_dist.state.stored_recipe import as_plain, stored_recipe
+from cl_dist.state.stored_files import as_plain, stored_recipe
 from cl_dist.sweep.grid import Request, build_grid
 from cl_dist.tasks.orders import resolve_order
 

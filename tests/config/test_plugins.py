@@ -11,7 +11,7 @@ import pytest
 from cl_dist.config import plugins
 from cl_dist.config.load import dump_recipe, load_recipe
 from cl_dist.config.plugins import PluginError, beside, load_class, load_offered, load_plugins, written_out
-from cl_dist.state.stored_recipe import stored_recipe
+from cl_dist.state.stored_files import stored_recipe
 from tests.plugin_memory import plugins_forgotten
 from tests.recipes import write_recipe
 

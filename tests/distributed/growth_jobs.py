@@ -12,7 +12,7 @@ from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig,
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.engine.trainer import TaskTrainer
-from cl_dist.evaluation.wrapped import evaluating
+from cl_dist.evaluation.inference import evaluating
 from cl_dist.methods.agem.config import AgemConfig
 from cl_dist.methods.agem.method import Agem
 from cl_dist.methods.composed import Composed, compose

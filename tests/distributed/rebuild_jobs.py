@@ -9,7 +9,7 @@ import torch
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
-from cl_dist.evaluation.wrapped import evaluating
+from cl_dist.evaluation.inference import evaluating
 from cl_dist.methods.composed import Composed
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.methods.migu.method import Migu

@@ -1,4 +1,4 @@
-"""What the ranks of tests/evaluation do, alone or as two; called by tests.ranks, results are JSON."""
+"""Evaluation in one process or on two ranks; called by tests.ranks, so results are JSON."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 from cl_dist.config.schema import EvalConfig, LoraConfig, ModelConfig, TrainConfig
 from cl_dist.engine.distributed import join
 from cl_dist.evaluation.evaluate import Evaluator, no_pause
+from cl_dist.evaluation.result import TaskScore
 from cl_dist.models.load import LoadedModel, load_model
 from cl_dist.models.lora import add_lora
 from cl_dist.tasks.encode import Encoder, label_names
@@ -26,12 +27,12 @@ LABELS = ("yes", "not", "may")
 
 
 def sentence(number: int) -> str:
-    """A text whose length and words differ with the number."""
+    """A text whose length and words depend on the number."""
     return " ".join(WORDS[(number * 5 + place * place) % len(WORDS)] for place in range(1 + number * 3 % 7))
 
 
 def classification(samples: int, name: str = "classify") -> Task:
-    """A task with three labels of equal length, so that none is favoured for being short."""
+    """A task with three labels of equal length, so that none has an advantage."""
     examples = tuple(Example(f"{sentence(n)}\nAnswer:", LABELS[n % 3]) for n in range(samples))
     return Task(name, "classification", examples, examples, LABELS)
 
@@ -49,7 +50,7 @@ def text(samples: int) -> Task:
 
 
 def dialogue(answers: list[str]) -> Task:
-    """One slot of a turn for each answer; turns of three slots, whose samples go to different ranks."""
+    """One slot for each answer, three per turn; a turn's samples go to different ranks."""
     examples = tuple(
         Example(f"{sentence(n)}\nContinue:", answer, slot=Slot(f"d-{n // 3}", f"service-{n % 3}"))
         for n, answer in enumerate(answers)
@@ -58,7 +59,7 @@ def dialogue(answers: list[str]) -> Task:
 
 
 def load(case: dict[str, Any], zero3_config: dict[str, Any] | None, label_count: int) -> LoadedModel:
-    """The case's model, with adapters that change its answers where the case has `lora`."""
+    """The case's model; with `lora`, it has adapters that change its answers."""
     config = ModelConfig(name_or_path=case["model"], objective=case.get("objective", "auto"))
     loaded = load_model(
         config, label_count, zero3_config=zero3_config, dtype=torch.float32, seed=SEED, cache_dir=Path("unused")
@@ -69,13 +70,13 @@ def load(case: dict[str, Any], zero3_config: dict[str, Any] | None, label_count:
     adapted = add_lora(model, LoraConfig(r=2), loaded.objective, SEED)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:  # zero at first, and not sharded before the engine is built
+            if "lora_B" in name:  # initially zero; not sharded before the engine is built
                 parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(SEED))
     return LoadedModel(adapted, loaded.tokenizer, loaded.objective)
 
 
 def tasks_of(case: dict[str, Any]) -> list[Task]:
-    """Uneven numbers of batches over two ranks, and one task with a single sample."""
+    """The case's tasks: uneven numbers of batches on two ranks, and one task with a single sample."""
     makers = {"classification": classification, "generation": generation, "text": text, "dialogue": dialogue}
     return [makers[kind](samples) for kind, samples in case["tasks"]]
 
@@ -103,7 +104,7 @@ def _scores(scorer: Evaluator, tasks: list[Task], pause: Callable[[], None] = no
 
 
 def evaluate_on_ranks(cases: list[dict[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
-    """Per case: this rank's scores before and after two training steps that leave the weights as they are."""
+    """Per case: this rank's scores before and after two training steps that do not change the weights."""
     join(timeout_seconds=120)
     return [_evaluate_engine(case) for case in cases]
 
@@ -143,3 +144,15 @@ def _settings(stage: int) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": 10_000,
         },
     }
+
+
+def built(model: str, tasks: list[Any], **case: Any) -> tuple[Evaluator, LoadedModel]:
+    """An evaluator in this process, and its model."""
+    whole = {"model": model, "tasks": tasks, **case}
+    loaded = load(whole, None, len(LABELS))
+    return evaluator(loaded, loaded.model, whole), loaded
+
+
+def score_one(evaluator: Evaluator, task: Task) -> TaskScore:
+    """The score of a pass over one task."""
+    return evaluator.evaluate([task])[0]

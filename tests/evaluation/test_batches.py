@@ -1,15 +1,13 @@
-"""Batches, their distribution over ranks and padding."""
+"""Batches and their distribution over passes and ranks."""
 
 from __future__ import annotations
 
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_dist.evaluation.batches import PASS_BATCHES, cut_batches, cut_pass, deal_batches, pad_side, plan_passes
+from cl_dist.evaluation.batches import PASS_BATCHES, cut_batches, cut_pass, deal_batches, plan_passes
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
-CPU = torch.device("cpu")
 
 
 @given(LENGTHS, st.integers(1, 9))
@@ -59,12 +57,3 @@ def test_no_rank_always_gets_the_costliest() -> None:
     assert [(batch.task, batch.indices) for batch in batches] == [(0, [0]), (1, [0]), (0, [1]), (2, [0]), (2, [1])]
     assert deal_batches(batches, 0, 2, synced=False) == [batches[0], batches[3], batches[4]]
     assert deal_batches(batches, 1, 2, synced=False) == [batches[1], batches[2]]
-
-
-def test_pad_side() -> None:
-    ids, mask = pad_side([[1, 2, 3], [4]], 9, "left", CPU)
-    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    ids, mask = pad_side([[1, 2, 3], [4]], 9, "right", CPU)
-    assert ids.tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]

@@ -1,4 +1,4 @@
-"""What is asked of lm-evaluation-harness, when, and how its results are read; whole runs are in tests/runs."""
+"""When general ability is measured, which tasks are loaded, and how results are read; tests/runs has whole runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_when_it_is_measured(after: Any, expected: set[str]) -> None:
 
 
 def results(**metrics: float) -> dict[str, Any]:
-    """Results of a task `t` as the harness writes them."""
+    """The harness's results for a task `t`."""
     entry = {"name": "t", "alias": "t", "sample_len": 4, **metrics}
     directions = {"acc": True, "acc_norm": True, "word_perplexity": False}
     return {"results": {"t": entry}, "higher_is_better": {"t": directions}, "n-samples": {"t": {"effective": 4}}}
@@ -80,7 +80,7 @@ def test_a_missing_harness_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_missing_folder_is_told_at_once(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    with pytest.raises(BadInput, match=r"eval.general.include_path: .*absent is no folder"):
+    with pytest.raises(BadInput, match=r"eval.general.include_path: .*absent is not a folder"):
         check_available(GeneralConfig(tasks=("a",), include_path=str(tmp_path / "absent")))
 
 
@@ -89,7 +89,7 @@ def test_tasks_that_cannot_be_used(tmp_path: Path) -> None:
     folder = write_harness_tasks(tmp_path / "harness")
     config = {"tasks": ("run_it",), "include_path": str(folder)}
     with pytest.raises(
-        BadInput, match=r"run_it executes code that the model has written, unprotected; .*confirm_unsafe"
+        BadInput, match=r"run_it executes code that the model has written, without a sandbox; .*confirm_unsafe"
     ):
         load_harness_tasks(GeneralConfig(**config))
     loaded = load_harness_tasks(GeneralConfig(**config, confirm_unsafe_code=True))
@@ -103,7 +103,7 @@ def test_tasks_that_cannot_be_used(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_names_that_the_harness_itself_has_or_has_not() -> None:
-    """Reads the thousands of task files that come with it."""
+    """This reads the thousands of task files that come with the harness."""
     pytest.importorskip("lm_eval")
     with pytest.raises(BadInput, match=r"lm-evaluation-harness has no task 'helaswag'"):
         load_harness_tasks(GeneralConfig(tasks=("hellaswag", "helaswag")))

@@ -1,4 +1,4 @@
-"""Label scores against a loop that runs every prompt with every label by itself, without padding."""
+"""Label scores compared with a loop over prompts and labels, without padding."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 
 def causal_oracle(model: Any, prompts: Sequence[list[int]], labels: Sequence[list[int]]) -> torch.Tensor:
-    """Scores from one plain forward for each prompt and label."""
+    """Scores from one plain forward pass per prompt and label."""
     rows = []
     for prompt in prompts:
         row = []
@@ -104,7 +104,7 @@ def test_labels_in_groups_score_the_same(logits: int, monkeypatch: pytest.Monkey
 
 
 def count_forwards(model: Any) -> list[int]:
-    """A list that grows with every forward of the model."""
+    """A list that grows with every forward pass of the model."""
     calls: list[int] = []
     model.register_forward_hook(lambda *_: calls.append(1))
     return calls
@@ -138,7 +138,7 @@ def test_padding_does_not_give_nan(attention: str, dtype: torch.dtype) -> None:
 
 
 def adapted_t5() -> Any:
-    """A T5 with adapters that change its answers, on the projections of cross-attention too."""
+    """A T5 with adapters that change its answers, also on the projections of cross-attention."""
     config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
     return get_peft_model(t5(), config).eval()
 
@@ -191,7 +191,7 @@ TOKENS = st.lists(st.integers(2, VOCABULARY - 1), min_size=1, max_size=5)
 
 @given(st.lists(TOKENS, min_size=1, max_size=4), st.lists(TOKENS, min_size=1, max_size=4))
 def test_layout(prompts: list[list[int]], labels: list[list[int]]) -> None:
-    """What predicts a label's token sees the prompt and the label up to there, in order and at the right positions."""
+    """The column that predicts a token sees the prompt and the label so far, in order, at the right positions."""
     packed = pack(prompts, labels, PAD, CPU)
     visible = visible_columns(packed)
     width = packed.input_ids.shape[1]

@@ -1,4 +1,4 @@
-"""The metrics against numbers worked out by hand, and properties that hold for any matrix."""
+"""The metrics compared with values calculated by hand, and properties that hold for any matrix."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def matrices(draw: st.DrawFn) -> list[list[float | None]]:
 
 
 def known(value: float | None) -> float:
-    """The value; fails where it is None."""
+    """The value; fails if it is None."""
     assert value is not None
     return value
 

@@ -1,4 +1,4 @@
-"""What is known about scores before training: labels that cannot be told apart, references that cannot be reached."""
+"""Remarks about scores before training: indistinguishable labels, references that cannot be generated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = ("<unk>", "<pad>", "</s>", "good", "bad", "very", ":")
 
 
 def words(lower: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer that knows a few words; all others are one and the same token to it."""
+    """A tokenizer with a few words; all others are the same unknown token."""
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = Whitespace(), decoders.WordPiece()
     if lower:
@@ -37,7 +37,7 @@ def labelled(*labels: str, **rest: Any) -> Task:
 
 
 def free(*answers: str, **rest: Any) -> Task:
-    """A task of free answers."""
+    """A task with free answers."""
     samples = [Example("question", answer) for answer in answers]
     return Task("free", "generation", [], samples, **rest)
 
@@ -45,7 +45,7 @@ def free(*answers: str, **rest: Any) -> Task:
 def look(
     *tasks: Task, tokenizer: Any = None, objective: ObjectiveName = "causal_lm", template: Any = "none", **config: Any
 ) -> tuple[Notice, ...]:
-    """The outlook of tasks."""
+    """The notices about tasks."""
     train = TrainConfig(template=template)
     encoder = Encoder(tokenizer or byte_tokenizer("decoder"), objective, train, label_names(tasks))
     return outlook(tasks, encoder, objective, EvalConfig(**config))
@@ -60,8 +60,8 @@ def test_labels_of_the_same_tokens(objective: ObjectiveName) -> None:
     task = labelled("good", "\u6b63", "\u8ca0")
     with pytest.raises(BadInput, match="labels '\u6b63' and '\u8ca0' are the same tokens to this model's tokenizer"):
         look(task, tokenizer=words(), objective=objective)
-    assert look(task, objective=objective) == ()  # bytes know every character
-    assert look(labelled("good", "\u6b63"), tokenizer=words(), objective=objective) == ()  # one unknown is no other
+    assert look(task, objective=objective) == ()  # a byte tokenizer knows every character
+    assert look(labelled("good", "\u6b63"), tokenizer=words(), objective=objective) == ()  # only one unknown label
 
 
 def test_labels_that_a_tokenizer_makes_alike_by_case() -> None:
@@ -82,7 +82,7 @@ def test_a_classifiers_labels_are_not_tokenised() -> None:
 
 def test_a_label_that_cannot_be_generated() -> None:
     with pytest.raises(
-        BadInput, match="label '\u6b63' cannot be generated: the tokenizer or the chat template makes ''"
+        BadInput, match="label '\u6b63' cannot be generated: the tokenizer or the chat template turns it into ''"
     ):
         look(labelled("good", "\u6b63"), tokenizer=words(), mode="generate")
     assert look(labelled("good", "very bad"), tokenizer=words(), mode="generate") == ()
@@ -98,7 +98,7 @@ def test_labels_that_a_template_edits() -> None:
         look(labelled("a:x", "b:x"), tokenizer=tokenizer, template="chat")
     (notice,) = look(free("so: yes", "no"), tokenizer=tokenizer, template="chat", metric="exact_match")
     assert "1 of 2 reference answers cannot be generated" in notice.text
-    assert "makes 'yes' of 'so: yes'" in notice.text
+    assert "turns 'so: yes' into 'yes'" in notice.text
 
 
 def test_labels_that_are_one_without_punctuation() -> None:
@@ -114,19 +114,19 @@ def test_labels_that_differ_in_case_alone() -> None:
     for normalise in ("none", "punctuation"):
         (notice,) = look(labelled("yes", "Yes", "no"), normalise=normalise)
         assert notice.text == (
-            "task 't': the labels 'yes' and 'Yes' differ in case alone, so the scorer counts either as the other"
+            "task 't': the labels 'yes' and 'Yes' differ only in case, so the scorer does not tell them apart"
         )
 
 
 def test_references_that_are_longer_than_what_is_generated() -> None:
     task = free("four", "eleven long", "twelve longs", "twelve longs")
-    (notice,) = look(task, max_new_tokens=12)  # a byte each, the blank before it and the end
+    (notice,) = look(task, max_new_tokens=12)  # one token per byte, the leading space and the end
     assert notice.text == (
         "task 'free': 2 of 3 reference answers take more than 12 tokens (the longest 14), and generation is cut there "
         "(eval.max_new_tokens)"
     )
     assert look(task, max_new_tokens=14) == ()
-    assert look(labelled("four", "eleven long"), max_new_tokens=3) == ()  # by likelihood nothing is generated
+    assert look(labelled("four", "eleven long"), max_new_tokens=3) == ()  # likelihood generates nothing
     assert about(look(labelled("four", "eleven long"), mode="generate", max_new_tokens=3)) == ["long_references"]
 
 
@@ -183,21 +183,21 @@ def test_an_answer_of_the_same_prompt_is_another_sample() -> None:
 def test_labels_that_differ_in_what_cannot_be_seen(hidden: str) -> None:
     (notice,) = look(labelled("yes", f"y{hidden}es", "no"))
     assert notice.text == (
-        f"task 't': the labels 'yes' and {f'y{hidden}es'!r} differ in characters that cannot be seen, and count as two"
+        f"task 't': the labels 'yes' and {f'y{hidden}es'!r} differ only in invisible characters, and count as two"
     )
     assert hidden not in notice.text
 
 
 def test_labels_that_differ_in_a_blank() -> None:
     (notice,) = look(labelled("very good", "very\u00a0good", "no"))
-    assert "differ in case or white space alone" in notice.text
+    assert "differ only in case or white space" in notice.text
 
 
 OVER = "{% for m in messages %}{{ m.content }}{{ '|' if m.role == 'user' else '[over]' }}{% endfor %}"
 
 
 def test_words_behind_an_answer_are_no_part_of_it() -> None:
-    """They are generated, so they count where `eval.max_new_tokens` ends an answer, and are cut off after that."""
+    """They are generated, so they count towards `eval.max_new_tokens`, and are removed afterwards."""
     tokenizer = byte_tokenizer("decoder")
     tokenizer.chat_template = OVER
     assert look(labelled("good", "bad"), tokenizer=tokenizer, template="chat", mode="generate") == ()

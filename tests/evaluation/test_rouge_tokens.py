@@ -1,4 +1,4 @@
-"""What ROUGE-L takes for a token."""
+"""The tokenizers of ROUGE-L."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def byte_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE tokenizer like GPT-2's, which knows a few words."""
+    """A byte-level BPE tokenizer like GPT-2's, with a few words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -82,7 +82,5 @@ def test_ascii_has_the_tokens_of_the_default(text: str) -> None:
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(
-        BadInput, match=r"xlingual needs GPT-2's tokenizer, and .* cannot be loaded; .* or give unicode"
-    ):
+    with pytest.raises(BadInput, match=r"xlingual needs GPT-2's tokenizer, and .* cannot be loaded; .* or use unicode"):
         rouge_tokenizer("xlingual", str(tmp_path / "nothing"))

@@ -40,7 +40,7 @@ DECODER: dict[str, Any] = {**WIDTHS, **TOKENS, "num_key_value_heads": 2}
 
 
 def scaled(model: Any) -> Any:
-    """The model in evaluation mode with matrices drawn wider than transformers does: small weights hide mistakes."""
+    """The model in evaluation mode, with larger weights than transformers draws: small weights hide mistakes."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,7 +58,7 @@ def llama(attention: str = "sdpa") -> Any:
 
 
 class FullLogitsLlama(LlamaForCausalLM):
-    """A Llama that, like models with code of their own, cannot be told to compute some logits only."""
+    """A Llama that, like some models with custom code, cannot compute only some of the logits."""
 
     def forward(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> Any:
         """Logits of all positions."""
@@ -66,7 +66,7 @@ class FullLogitsLlama(LlamaForCausalLM):
 
 
 def full_logits_llama() -> Any:
-    """A model whose forward knows neither `logits_to_keep` nor `use_cache`."""
+    """A model whose `forward` has neither `logits_to_keep` nor `use_cache`."""
     return scaled(FullLogitsLlama(LlamaConfig(**DECODER)))
 
 
@@ -82,7 +82,7 @@ def gpt2() -> Any:
 
 
 def bloom() -> Any:
-    """A decoder that takes no positions."""
+    """A decoder whose `forward` takes no positions."""
     return scaled(BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **TOKENS)))
 
 
@@ -118,7 +118,7 @@ def roberta(labels: int) -> Any:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words `w2`, `w3`, ..., one for each id of the tiny models' vocabulary."""
+    """A tokenizer with words `w2`, `w3`, ..., one for each id in the tiny models' vocabulary."""
     words = {"<pad>": PAD, "</s>": EOS} | {f"w{number}": number for number in range(2, VOCABULARY)}
     inner = Tokenizer(WordLevel(words))
     inner.pre_tokenizer = WhitespaceSplit()

@@ -1,19 +1,19 @@
-"""A campaign of faults: small runs, each hit by one fault at a random moment, then resumed: a Markdown table.
+"""A fault campaign: small runs, each hit by one fault at a random moment and then resumed. Prints a Markdown table.
 
 Usage:
     python -m tests.faults.campaign [--runs 156] [--only N ...] [--seed 0] [--out runs/faults]
 
-Every run is two real ranks of `cl-dist run`, forked from a process that has imported the libraries already, which ends
-the other rank when one has failed, as the launcher does. Run i of a seed is always hit by the same fault after the same
-number of events, counted by the lines of its log, and a fraction of a second. A run that the fault did not reach (it
-had ended, or nothing was saved yet that could be damaged) is started again, with an earlier moment. It passes when
+Every run is two real ranks of `cl-dist run`, forked from a process that has already imported the libraries. Like the
+launcher, that process ends the other rank when one fails. Run i of a seed is always hit by the same fault, after the
+same number of events (lines of its log) and a fraction of a second. A run that the fault missed, because it had ended
+or had not saved anything to damage, is repeated with an earlier moment. A run passes if
 
-- `--resume` ends with the weights, scores and data order of a run that nothing happened to, bit for bit; or
-- where the fault took what no copy exists of, or exchanged the data, `--resume` refuses with one sentence, the models
-  of the tasks that are done are untouched, and with the file put back `--resume` ends as above.
+- `--resume` ends with the weights, scores and data order of an undisturbed run, bit for bit; or
+- the fault destroyed the only copy of something or replaced the data, and `--resume` refuses with one sentence, leaves
+  the models of finished tasks untouched, and ends as above once the file is restored.
 
-Every run leaves a line in OUT/results.jsonl; called again, the campaign goes on where it was. Linux only. For the full
-disk it needs user namespaces (`unshare -Urm`); without them that fault is left out, and the table says so.
+Every run adds a line to OUT/results.jsonl; called again, the campaign continues where it stopped. Linux only. The
+full-disk fault needs user namespaces (`unshare -Urm`); without them it is skipped, and the table says so.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from tests.zygote import fork_rank, preload, wait_for_ranks
 
 WORLD = 2
 TIMEOUT = 300.0
-"""Seconds that a command may take on a busy machine."""
+"""Maximum seconds for a command on a busy machine."""
 HANG_SECONDS = 12.0
 POLL_SECONDS = 0.01
 PORT_ATTEMPTS = 3
 HIT_ATTEMPTS = 5
 LONGEST_DELAY = 0.4
-"""Seconds between the event that a fault waits for and the fault; longer than a step, an evaluation or a save."""
+"""Maximum seconds between the event that triggers a fault and the fault: longer than a step, evaluation or save."""
 DISK = "48m"
-"""Size of the disk that gets full."""
+"""Size of the disk that fills up."""
 INSIDE = "CL_DIST_FAULTS_NAMESPACE"
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -70,7 +70,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "zero": {"stage": 1},
     },
 }
-"""What is trained: every family of state (masks, importance and fusion, kept moments) and every way to shard it."""
+"""The runs: every kind of state (masks, importance and fusion, kept moments) and every way to shard it."""
 STEPS = 10
 COMMON: dict[str, dict[str, Any]] = {
     "stream": {
@@ -86,19 +86,19 @@ COMMON: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Outcome:
-    """What became of one run."""
+    """The result of one run."""
 
     number: int
     fault: str
     recipe: str
     events: int
-    """Lines that the log had when the fault came."""
+    """Number of lines in the log when the fault occurred."""
     verdict: str = "?"
     """`same weights`, `refused, then same weights`, or what is wrong."""
     hit: bool = False
-    """Whether the fault did something: the run was under way, and what was to be damaged was there."""
+    """Whether the fault had an effect: the run was in progress, and the file to damage existed."""
     after: str = ""
-    """The last event of the log when the fault came: what had been finished, not what was going on."""
+    """The last event in the log when the fault occurred: what had been finished, not what was in progress."""
     details: list[str] = field(default_factory=list)
     """Exit codes and last messages, in order."""
     seconds: float = 0.0
@@ -118,21 +118,21 @@ class Job:
     output: Path
 
     def signal(self, number: int, *ranks: int) -> None:
-        """Send a signal to these ranks; one that has ended is a zombie until it is waited for, and takes it."""
+        """Send a signal to these ranks. One that has ended is a zombie and keeps its pid until it is waited for."""
         for rank in ranks:
             os.kill(self.ranks[rank], number)
 
     @property
     def ended(self) -> bool:
-        """Whether no rank runs any more, whoever waits for them."""
+        """Whether all ranks have ended, even if nobody has waited for them yet."""
         return all(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z" for pid in self.ranks)
 
     def texts(self) -> list[str]:
-        """What each rank said."""
+        """Each rank's output."""
         return [file.read_text(errors="replace").strip() for file in sorted(self.output.glob("rank-*.txt"))]
 
     def last_line(self) -> str:
-        """The last thing that a rank said: the first rank's that said anything."""
+        """The last line of the first rank that printed anything."""
         return next((text.splitlines()[-1].strip()[:400] for text in self.texts() if text), "")
 
 
@@ -140,7 +140,7 @@ class Run:
     """One run folder and the commands that work on it.
 
     Args:
-        folder: Where recipe and run are; on a disk of its own for the fault that fills it.
+        folder: Where recipe and run are; on a separate disk for the fault that fills it.
         recipe: A key of `RECIPES`.
         files: Whether the data is in files beside the recipe.
     """
@@ -149,7 +149,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.run, self.file = folder, folder / "run", folder / "recipe.yaml"
         self.output = folder.with_name(f"{folder.name}-output")
-        """What the commands print; beside the folder, whose disk may be full."""
+        """The folder for the commands' output; outside the run folder, whose disk may be full."""
         self.commands = 0
         content: dict[str, Any] = {"output_dir": str(self.run)}
         for section in (COMMON, RECIPES[recipe]):
@@ -171,17 +171,17 @@ class Run:
         return Job([fork_rank(job, rank) for rank in range(WORLD)], output)
 
     def finish(self, job: Job, outcome: Outcome, what: str) -> int:
-        """Wait for the command, and note how it ended."""
+        """Wait for the command and record how it ended."""
         codes = wait_for_ranks(job.ranks, TIMEOUT)
         said = "" if codes == [0] * WORLD else f": {job.last_line()}"
         outcome.details.append(f"{what}: exit codes {codes}{said}")
         return next((code for code in codes if code != 0), 0)
 
     def resume(self, outcome: Outcome, what: str = "--resume") -> int:
-        """Go on to the end."""
+        """Resume the run to its end."""
         for _ in range(PORT_ATTEMPTS):
             code = self.finish(self.start("--resume"), outcome, what)
-            if "EADDRINUSE" not in outcome.details[-1]:  # somebody took the port; the launcher tries another one too
+            if "EADDRINUSE" not in outcome.details[-1]:  # the port was taken; try another one, as the launcher does
                 break
         return code
 
@@ -193,12 +193,12 @@ class Run:
             return []
         found = []
         for line in lines:
-            with suppress(ValueError):  # the last one may be half written
+            with suppress(ValueError):  # the last line may be incomplete
                 found.append(str(json.loads(line)["event"]))
         return found
 
     def end_state(self) -> dict[str, Any]:
-        """Checksums of every task's weights, the accuracy matrix, and which samples were learnt when."""
+        """Checksums of every task's weights, the accuracy matrix, and the data order."""
         matrix = json.loads((self.run / "metrics.json").read_text())["accuracy_matrix"]
         return {"models": self.models(), "matrix": matrix, "order": (self.run / "data_order.jsonl").read_text()}
 
@@ -208,7 +208,7 @@ class Run:
         return {str(file.relative_to(self.run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
     def manifest(self) -> dict[str, Any]:
-        """What is done; nothing before the run has begun."""
+        """Progress in the manifest; nothing before the run has started."""
         try:
             found: dict[str, Any] = json.loads((self.run / "manifest.json").read_text())
             return found
@@ -239,15 +239,15 @@ class Scene:
     random: random.Random
     outcome: Outcome
     backup: tuple[Path, bytes] | None = None
-    """A file as it was before it was damaged or exchanged."""
+    """The original of a file that was damaged or replaced."""
     pipe: tuple[int, int] | None = None
-    """What the first rank prints to, and this end of it."""
+    """The pipe that the first rank prints to."""
     refusal: int | None = None
-    """The exit code that the resume must have before the file is put back; None: whether it refuses is left to it."""
+    """The exit code that the resume must have before the file is restored; None if it may refuse or not."""
 
 
 def kill_one_rank(scene: Scene) -> bool:
-    """SIGKILL for one rank; the other one is ended soon after."""
+    """SIGKILL for one rank; the other one is stopped soon after."""
     scene.job.signal(signal.SIGKILL, scene.random.randrange(WORLD))
     return scene.run.finish(scene.job, scene.outcome, "the run") != 0
 
@@ -259,7 +259,7 @@ def kill_all(scene: Scene) -> bool:
 
 
 def stop_one_rank(scene: Scene) -> bool:
-    """SIGSTOP for one rank: nothing ends by itself, the watchdog of the other rank has to notice."""
+    """SIGSTOP for one rank: nothing ends on its own, so the watchdog of the other rank has to notice."""
     stopped = scene.random.randrange(WORLD)
     scene.job.signal(signal.SIGSTOP, stopped)
     began = time.monotonic()
@@ -277,7 +277,7 @@ def ask_to_stop(scene: Scene) -> bool:
 
 
 def problem_of_a_stop(code: int, began: bool) -> str | None:
-    """What is wrong with an exit code after SIGTERM: right are 75, and the signal's own where nothing had begun."""
+    """What is wrong with an exit code after SIGTERM: 75 is right, and the signal's own before the run had started."""
     early = (-signal.SIGTERM, 128 + signal.SIGTERM)
     if code in (0, 75) or (code in early and not began):
         return None
@@ -285,7 +285,7 @@ def problem_of_a_stop(code: int, began: bool) -> str | None:
 
 
 def truncate_newest(scene: Scene) -> bool:
-    """Everything is killed, and a file of the newest saved state loses its end."""
+    """All ranks are killed, and a file of the newest saved state is truncated."""
     file = _of_the_newest_state(scene) if kill_all(scene) else None
     if file is not None:
         os.truncate(file, scene.random.randrange(file.stat().st_size))
@@ -293,7 +293,7 @@ def truncate_newest(scene: Scene) -> bool:
 
 
 def flip_in_newest(scene: Scene) -> bool:
-    """Everything is killed, and one bit of the newest saved state is turned over."""
+    """All ranks are killed, and one bit of the newest saved state is flipped."""
     file = _of_the_newest_state(scene) if kill_all(scene) else None
     if file is not None:
         content = bytearray(file.read_bytes())
@@ -303,7 +303,7 @@ def flip_in_newest(scene: Scene) -> bool:
 
 
 def delete_a_file(scene: Scene) -> bool:
-    """Everything is killed, and a file of any saved state is gone."""
+    """All ranks are killed, and a file of some saved state is deleted."""
     if not kill_all(scene):
         return False
     run = scene.run.run
@@ -314,19 +314,19 @@ def delete_a_file(scene: Scene) -> bool:
 
 
 def start_a_second_job(scene: Scene) -> bool:
-    """A second job on the run folder; the first one goes on."""
+    """A second job starts in the run folder; the first one continues."""
     resumes = scene.random.random() < 0.5 and (scene.run.run / "manifest.json").exists()
     arguments = ("--resume",) if resumes else ()
     second = scene.run.start(*arguments)
     code = scene.run.finish(second, scene.outcome, f"second job {' '.join(arguments)}")
-    # The first one may end while the second one's ranks are still going.
+    # The first job may end while the second one is still starting.
     met = not scene.job.ended or any("is in use by" in text for text in second.texts())
     scene.run.finish(scene.job, scene.outcome, "the run")
     return _noted(scene, int(met), "the second job was not refused" if met and code == 0 else None)
 
 
 def fill_the_disk(scene: Scene) -> bool:
-    """Somebody else takes all room there is; it is free again before the resume."""
+    """Another process fills the disk; the space is free again before the resume."""
     filler = scene.run.folder / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
@@ -337,7 +337,7 @@ def fill_the_disk(scene: Scene) -> bool:
 
 
 def problem_of_a_full_disk(code: int, texts: list[str]) -> str | None:
-    """What is wrong with the end of a run whose disk was full: the sentence has to be there, on whichever rank."""
+    """What is wrong with the end of a run whose disk was full: some rank must have printed the message."""
     if code == 0:
         return None
     said = [line for text in texts for line in text.splitlines() if line.startswith("cl-dist: ")]
@@ -347,7 +347,7 @@ def problem_of_a_full_disk(code: int, texts: list[str]) -> str | None:
 
 
 def exchange_the_data(scene: Scene) -> bool:
-    """Everything is killed, and the answers of one file of the data are others."""
+    """All ranks are killed, and the answers in one data file are changed."""
     if not kill_all(scene):
         return False
     if not (scene.run.run / "manifest.json").exists():
@@ -361,7 +361,7 @@ def exchange_the_data(scene: Scene) -> bool:
 
 
 def close_the_pipe(scene: Scene) -> bool:
-    """Whoever reads what the run prints goes away (`| head`); every second time the run is asked to stop, too, as by
+    """The reader of the run's output goes away (`| head`); every second time the run is also asked to stop, as by
     Ctrl-C, which ends `tee` first.
     """
     assert scene.pipe is not None
@@ -370,7 +370,7 @@ def close_the_pipe(scene: Scene) -> bool:
 
 
 def stop_the_reader(scene: Scene) -> bool:
-    """Whoever reads what the run prints reads no more (Ctrl-S): the pipe is full."""
+    """The reader of the run's output stops reading (Ctrl-S): the pipe is full."""
     assert scene.pipe is not None
     os.set_blocking(scene.pipe[1], False)
     for size in (1 << 16, 1):
@@ -382,12 +382,12 @@ def stop_the_reader(scene: Scene) -> bool:
 
 
 def print_to_a_full_disk(scene: Scene) -> bool:
-    """What the run prints goes to a file on a full disk, from the start."""
+    """The run's output goes to a file on a full disk, from the start."""
     return _went_on(scene)
 
 
 def _went_on(scene: Scene) -> bool:
-    """Whether the run was under way; it has to come to its end, or to save where it was asked to stop."""
+    """Whether the run was in progress; it must finish, or save its state if it was asked to stop."""
     under_way, began = not scene.job.ended, bool(scene.run.events())
     asked = scene.random.random() < 0.5
     if asked:
@@ -400,7 +400,7 @@ def _went_on(scene: Scene) -> bool:
 
 
 def _noted(scene: Scene, code: int, problem: str | None) -> bool:
-    """Note a problem; 0 is the exit code of a run that the fault did not reach."""
+    """Record a problem; 0 is the exit code of a run that the fault missed."""
     if problem is not None:
         scene.outcome.verdict = problem
     return code != 0
@@ -420,7 +420,7 @@ def _of_the_newest_state(scene: Scene) -> Path | None:
 
 
 def _pick(scene: Scene, files: list[Path]) -> Path | None:
-    """A file at random, and a copy of it."""
+    """A random file, and a copy of it."""
     files = [file for file in files if file.stat().st_size > 0]
     if not files:
         scene.outcome.details.append("nothing was saved yet")
@@ -432,7 +432,7 @@ def _pick(scene: Scene, files: list[Path]) -> Path | None:
 
 
 Fault = Callable[[Scene], bool]
-"""Does its harm; returns whether the run was hit."""
+"""Causes the fault; returns whether the run was hit."""
 FAULTS: dict[str, Fault] = {
     "SIGKILL of one rank": kill_one_rank,
     "SIGKILL of everything": kill_all,
@@ -453,13 +453,13 @@ GROUPS = (tuple(FAULTS)[:9], tuple(FAULTS)[9:])
 RUNS_OF_EACH = 12
 PIPES = ("pipe closed", "reader stopped")
 OPTIONS: Mapping[str, tuple[str, ...]] = {"SIGSTOP of one rank": ("--set", f"launch.hang_seconds={HANG_SECONDS}")}
-"""Arguments of the run that is hit."""
+"""Additional arguments of the run that is hit."""
 DAMAGES = ("newest state truncated", "bit of the newest state flipped", "file of a saved state deleted")
 """Faults that need a saved state."""
 
 
 def main() -> None:
-    """Run what is left of the campaign and print its table."""
+    """Run the rest of the campaign and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=RUNS_OF_EACH * len(FAULTS))
     parser.add_argument("--only", type=int, nargs="+", help="numbers of single runs")
@@ -487,7 +487,7 @@ def main() -> None:
 
 
 def _enter_namespace() -> None:
-    """Become root of a user namespace, where small disks can be mounted; stay as one is where that is not allowed."""
+    """Become root of a user namespace, where small disks can be mounted, if that is allowed."""
     if INSIDE in os.environ:
         return
     probe = ["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", "/tmp"]
@@ -500,13 +500,13 @@ def _enter_namespace() -> None:
 
 
 def read(results: Path) -> list[Outcome]:
-    """What is on record."""
+    """The recorded outcomes."""
     lines = results.read_text().splitlines() if results.exists() else []
     return [Outcome(**json.loads(line)) for line in lines]
 
 
 def reference(folder: Path, recipe: str, files: bool = False) -> Mapping[str, Any]:
-    """The end of a run that nothing happens to, and its events."""
+    """The end of an undisturbed run, and its events."""
     run = Run(folder, recipe, files)
     if not (run.run / "metrics.json").exists():
         shutil.rmtree(run.run, ignore_errors=True)
@@ -517,7 +517,7 @@ def reference(folder: Path, recipe: str, files: bool = False) -> Mapping[str, An
 
 
 def hit(number: int, seed: int, folder: Path, references: Mapping[str, Mapping[str, Any]]) -> Outcome:
-    """One run, its fault, its resume and the verdict; again, with an earlier moment, where the fault missed it."""
+    """One run, its fault, its resume and the verdict; repeated with an earlier moment if the fault missed it."""
     chance = random.Random(f"{seed}/{number}")
     fault, recipe = what_hits(number)
     expected = references[f"{recipe}, files" if fault == "data replaced" else recipe]
@@ -533,7 +533,7 @@ def hit(number: int, seed: int, folder: Path, references: Mapping[str, Mapping[s
 
 
 def what_hits(number: int) -> tuple[str, str]:
-    """Fault and recipe of a run: the faults of a group take turns, and at each turn the next recipe is hit."""
+    """Fault and recipe of a run: the faults of a group take turns, and each turn uses the next recipe."""
     recipes = list(RECIPES)
     for group in ([fault for fault in group if fault in FAULTS] for group in GROUPS):
         if number < RUNS_OF_EACH * len(group):
@@ -543,9 +543,9 @@ def what_hits(number: int) -> tuple[str, str]:
 
 
 def moments(fault: str, events: list[str]) -> tuple[int, int]:
-    """After how many events a fault may come at the earliest and at the latest, where an undisturbed run has `events`.
+    """The earliest and latest number of events after which a fault may occur, if an undisturbed run has `events`.
 
-    Damage needs a saved state. An evaluation and the end of the run have to be still to come.
+    Damage needs a saved state. An evaluation and the end of the run must still be ahead.
     """
     return (events.index("saved") + 1 if fault in DAMAGES else 0), len(events) - 2
 
@@ -581,7 +581,7 @@ def attempt(outcome: Outcome, chance: random.Random, folder: Path, expected: Map
 
 
 def wait_for_the_moment(run: Run, job: Job, events: int, last: int, delay: float) -> None:
-    """Wait for so many events and `delay` seconds, but no longer than for `last` events or the end of the job."""
+    """Wait for `events` events and `delay` seconds, but no longer than for `last` events or the end of the job."""
     while len(run.events()) < events and not job.ended:
         time.sleep(POLL_SECONDS)
     until = time.monotonic() + delay

@@ -1,4 +1,4 @@
-"""Ways in which a stored file is damaged."""
+"""Ways to damage a stored file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def _flip(path: Path, share: float) -> None:
-    """Turn one bit of the byte that lies at `share` of the file's length over."""
+    """Flip one bit of the byte at `share` of the file's length."""
     content = bytearray(path.read_bytes())
     content[min(len(content) - 1, int(share * len(content)))] ^= 1
     path.write_bytes(content)

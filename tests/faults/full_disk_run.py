@@ -1,5 +1,5 @@
-"""Run by test_full_disk.py in a mount namespace of its own: a run whose small disk is full, its resume, and a run that
-nothing happens to."""
+"""Run by test_full_disk.py in its own mount namespace: a run on a small disk that fills up, its resume, and an
+undisturbed run."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def main(folder: Path) -> None:
     undisturbed = zygote.run(["run", str(recipe(folder / "undisturbed")), "--debug"], folder, world=2)
     zygote.close()
     shutil.copytree(disk / "run", folder / "run")
-    told: dict[str, Any] = {"full": full, "manifest": manifest, "kept": kept}
-    told |= {"resumed": resumed, "undisturbed": undisturbed}
-    (folder / "told.json").write_text(json.dumps(told))
+    result: dict[str, Any] = {"full": full, "manifest": manifest, "kept": kept}
+    result |= {"resumed": resumed, "undisturbed": undisturbed}
+    (folder / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Named moments of a run at which a rank can be killed (SIGKILL: nothing is cleaned up, as in a power loss)."""
+"""Named moments of a run at which a rank can be killed (SIGKILL, so nothing is cleaned up), and other disturbances."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from cl_dist.engine.probe import EngineProbe
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.general import GeneralEvaluator
-from cl_dist.evaluation.modes import PromptScorer
+from cl_dist.evaluation.scorers import PromptScorer
 from cl_dist.methods.kif import results
 from cl_dist.methods.kif import weights as fusing
 from cl_dist.state import atomic, data_order, ledger, snapshot, spans
-from cl_dist.state.checkpoints import Checkpoints
+from cl_dist.state.checkpoints import Checkpoints, CheckpointSchedule
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
-from cl_dist.state.schedule import CheckpointSchedule
 
 
 def arm(rank: int, moment: str, on_rank: int, count: int) -> None:
-    """Kill this process the `count`-th time that `moment` comes, if it is rank `on_rank`."""
+    """Kill this process at the `count`-th occurrence of `moment`, if it is rank `on_rank`."""
     if rank == on_rank:
         MOMENTS[moment](count)
 
@@ -40,7 +39,7 @@ def _die() -> None:
 
 
 def _kill_before(owner: Any, name: str, count: int) -> None:
-    """Replace `owner.name` by a function that dies at its `count`-th call, before doing anything."""
+    """Replace `owner.name` with a function that kills the process at its `count`-th call."""
     original, calls = getattr(owner, name), iter(range(1, 10**9))
 
     def dying(*args: Any, **kwargs: Any) -> Any:
@@ -56,7 +55,7 @@ def _before_step(count: int) -> None:
 
 
 def _half_a_tensor_file(count: int) -> None:
-    """Die with only half of a rank's tensor file on the disk."""
+    """Die with only half of a rank's tensor file on disk."""
     original, calls = spans.save_file, iter(range(1, 10**9))
 
     def dying(tensors: dict[str, Any], path: Path) -> None:
@@ -69,17 +68,17 @@ def _half_a_tensor_file(count: int) -> None:
 
 
 def _before_publishing(count: int) -> None:
-    """All files of the snapshot are written, none is in its place."""
+    """All files of the snapshot are written, but not published."""
     _kill_before(snapshot.atomic, "publish", count)
 
 
 def _before_naming(count: int) -> None:
-    """The snapshot is in its place, the manifest does not name it yet."""
+    """The snapshot is published, but not in the manifest yet."""
     _kill_before(Checkpoints, "add", count)
 
 
 def _before_a_task(count: int) -> None:
-    """The task before is evaluated and saved."""
+    """The previous task is evaluated and saved."""
     _kill_before(stream.Coordinator, "_run_task", count)
 
 
@@ -98,7 +97,7 @@ def _in_export(count: int) -> None:
 
 
 def _in_fusion(count: int) -> None:
-    """Some of a rank's masters are fused, the others are not, and none is published."""
+    """Some of a rank's master weights are fused, the others are not, and none are published."""
     _kill_before(fusing, "spread", count)
 
 
@@ -108,12 +107,12 @@ def _in_a_measurement(count: int) -> None:
 
 
 def _in_results(count: int) -> None:
-    """The units are written, their scores are not."""
+    """The units are written, but not their scores."""
     _kill_before(results, "save_file", count)
 
 
 def _between_renames(count: int) -> None:
-    """An old folder has been moved aside, the new one is not in its place yet."""
+    """The old folder has been moved aside, but the new one is not published yet."""
     original, calls = os.rename, iter(range(1, 10**9))
 
     def dying(source: Any, target: Any) -> None:
@@ -137,7 +136,7 @@ def _before_the_step_of(count: int, act: Callable[[], None]) -> None:
 
 
 def _dead_loop(count: int) -> None:
-    """Not killed: the rank computes for ever."""
+    """Not killed: the rank computes forever."""
 
     def loop_for_ever() -> None:
         while True:
@@ -147,7 +146,7 @@ def _dead_loop(count: int) -> None:
 
 
 def _extra_collective(count: int) -> None:
-    """Not killed: the rank waits in a collective operation that no other rank takes part in."""
+    """Not killed: the rank waits in a collective operation that no other rank joins."""
     _before_the_step_of(count, torch.distributed.barrier)
 
 
@@ -169,7 +168,7 @@ def _asked_to_stop_in_evaluation(count: int) -> None:
 
 
 def _full_disk(count: int) -> None:
-    """Not killed: somebody else fills the disk just before this rank writes its tensors."""
+    """Not killed: another process fills the disk just before this rank writes its tensors."""
     original, calls = spans.save_file, iter(range(1, 10**9))
 
     def filling(tensors: dict[str, Any], path: Path) -> None:
@@ -181,12 +180,12 @@ def _full_disk(count: int) -> None:
 
 
 def _full_disk_at_a_line(count: int) -> None:
-    """Not killed: the disk has no room for this rank's `count`-th line (log, data order), nor for any after it."""
+    """Not killed: the disk has no space for this rank's `count`-th line (log, data order) or any later one."""
     original, calls = atomic.append_line, iter(range(1, 10**9))
 
     def refusing(path: Path, value: Any) -> None:
         if next(calls) >= count:
-            with atomic.telling_full_disk(path):
+            with atomic.raising_disk_full(path):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(path, value)
 
@@ -195,12 +194,12 @@ def _full_disk_at_a_line(count: int) -> None:
 
 
 def _full_disk_at_the_metrics(count: int) -> None:
-    """Not killed: the disk has no room for what is written last."""
+    """Not killed: the disk has no space for the last write."""
     original = ledger.write_json
 
     def refusing(path: Path, value: Any) -> None:
         if path.name == "metrics.json":
-            with atomic.telling_full_disk(path):
+            with atomic.raising_disk_full(path):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(path, value)
 
@@ -208,14 +207,14 @@ def _full_disk_at_the_metrics(count: int) -> None:
 
 
 def fill(path: Path) -> None:
-    """Write zeros into a file until the disk has no room left."""
+    """Write zeros to a file until the disk is full."""
     with suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
 
 
 def _clock_ahead(count: int) -> None:
-    """Not killed: at its `count`-th look this rank's clock says that the minutes of the interval are over."""
+    """Not killed: at the `count`-th check, this rank's clock says that the save interval has elapsed."""
     original, calls = CheckpointSchedule.minutes_over, iter(range(1, 10**9))
 
     def ahead(self: CheckpointSchedule) -> bool:
@@ -225,7 +224,7 @@ def _clock_ahead(count: int) -> None:
 
 
 def _folder_locked(count: int) -> None:
-    """Not killed: somebody else takes the run folder's lock just before this rank does."""
+    """Not killed: another process takes the run folder's lock just before this rank does."""
     original, held = RunLock.__enter__, []
 
     def beaten(self: RunLock) -> RunLock:
@@ -237,7 +236,7 @@ def _folder_locked(count: int) -> None:
 
 
 def _failing_recovery(count: int) -> None:
-    """Not killed: the system fails while the run folder is cleared up."""
+    """Not killed: an I/O error occurs while the run folder is cleaned up."""
 
     def failing(self: RunFolder) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -246,7 +245,7 @@ def _failing_recovery(count: int) -> None:
 
 
 def _stale_manifest(count: int) -> None:
-    """Not killed: this rank's node does not see the manifest that the others see."""
+    """Not killed: this rank's node does not see the manifest yet."""
 
     def missing(path: Path) -> Manifest:
         raise BadInput(f"{path} is missing")

@@ -1,4 +1,4 @@
-"""What the campaign counts as a hit and as a right end; the campaign itself is run by hand."""
+"""What the campaign counts as a hit and as a pass; the campaign itself is run manually."""
 
 from __future__ import annotations
 

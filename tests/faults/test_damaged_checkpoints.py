@@ -1,4 +1,4 @@
-"""A damaged checkpoint is named and the state before it used: the end is that of an undisturbed run."""
+"""A damaged checkpoint is reported, and the previous state used; the run ends like an undisturbed one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Pat
     outcome = zygote.run(["run", str(recipe(folder)), "--debug"], folder, world=2)
     assert outcome.codes == [0, 0], outcome.output
     states = [path.name for path in folder.glob("run/checkpoint/*")] + list(folder.glob("run/tasks/*/state"))
-    assert states == [folder / "run" / "tasks" / "02-summer" / "state"], "what no resume needs takes room"
+    assert states == [folder / "run" / "tasks" / "02-summer" / "state"], "states that no resume needs take space"
     return folder / "run"
 
 
@@ -36,7 +36,7 @@ def killed(zygote: Zygote, folder: Path, moment: str, count: int) -> Path:
 
 @pytest.fixture(scope="module")
 def in_first_task(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Killed in the last step of the first task: the checkpoints of steps 3 and 6 are there."""
+    """Killed in the last step of the first task, with checkpoints of steps 3 and 6."""
     return killed(zygote, tmp_path_factory.mktemp("first"), "step", STEPS)
 
 
@@ -47,7 +47,7 @@ def in_second_task(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def copied(run: Path, folder: Path, damaged: Sequence[tuple[str, str]]) -> Path:
-    """A copy of a run with some files of it damaged."""
+    """A copy of a run with some of its files damaged."""
     shutil.copytree(run, folder / "run")
     for name, damage in damaged:
         DAMAGES[damage](folder / "run" / name)
@@ -59,7 +59,7 @@ def resumed(zygote: Zygote, folder: Path) -> Outcome:
 
 
 def named(run: Path) -> list[int]:
-    """Steps of the checkpoints that the manifest names."""
+    """Steps of the checkpoints in the manifest."""
     return [entry["step"] for entry in json.loads((run / "manifest.json").read_text())["checkpoints"]]
 
 
@@ -69,7 +69,7 @@ CASES = [
     ("rank-00001.json", "deleted"),
     ("rank-00001.safetensors", "middle byte flipped"),
 ]
-"""tests/state/test_damaged_snapshot.py has all files and all damages."""
+"""tests/state/test_snapshot.py has all files and all damages."""
 
 
 @pytest.mark.parametrize(("file", "damage"), CASES, ids=[" ".join(case) for case in CASES])
@@ -90,7 +90,7 @@ def test_the_checkpoint_before_is_used(
 def test_a_state_that_cannot_be_read_now_is_not_given_up(
     zygote: Zygote, undisturbed: Path, in_first_task: Path, tmp_path: Path
 ) -> None:
-    """One rank's file of the newest state answers with an error; a resume with the file back goes on from there."""
+    """One rank's file of the newest state cannot be read; once it can, a resume continues from there."""
     run = copied(in_first_task, tmp_path, [])
     file, behind = run / NEWEST / "rank-00001.safetensors", tmp_path / "behind"
     file.rename(behind)
@@ -174,7 +174,7 @@ def test_a_damaged_end_state_costs_the_steps_after_the_last_checkpoint(
 
 
 def saved_steps(run: Path) -> list[tuple[str, int]]:
-    """Task and step of every save that the log tells of."""
+    """Task and step of every save in the log."""
     records: list[dict[str, Any]] = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [(record["task"], record["step"]) for record in records if record["event"] == "saved"]
 

@@ -1,4 +1,4 @@
-"""The disk is full while a checkpoint is written: the run stops and says so, and goes on once there is room."""
+"""The disk fills up while a checkpoint is written: the run reports it and stops, and resumes once there is space."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ def test_the_run_stops_and_goes_on_once_there_is_room(tmp_path: Path) -> None:
     command = ["unshare", "-Urm", sys.executable, "-m", "tests.faults.full_disk_run", str(tmp_path)]
     job = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=300)
     assert job.returncode == 0, job.stderr
-    told = json.loads((tmp_path / "told.json").read_text())
-    codes, output = told["full"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    codes, output = result["full"]
     assert codes == [1, 1], output
     staging = f"checkpoint/.task-01-step-{2 * EVERY:06d}.tmp-staging/rank-00001.safetensors"
     for said in output:
         assert "no space left on the disk of " in said
         assert f"{staging}: nothing was replaced and the last complete state there is intact; free some space" in said
         assert "Traceback" not in said
-    assert told["kept"] == [f"task-01-step-{EVERY:06d}"], "the half-written state takes room"
-    assert told["manifest"]["status"] == "failed"
-    assert [entry["step"] for entry in told["manifest"]["checkpoints"]] == [EVERY]
-    codes, output = told["resumed"]
+    assert result["kept"] == [f"task-01-step-{EVERY:06d}"], "the incomplete state takes space"
+    assert result["manifest"]["status"] == "failed"
+    assert [entry["step"] for entry in result["manifest"]["checkpoints"]] == [EVERY]
+    codes, output = result["resumed"]
     assert codes == [0, 0], output
     assert f"resuming task spring after step {EVERY} of {STEPS}\n" in output[0]
-    codes, output = told["undisturbed"]
+    codes, output = result["undisturbed"]
     assert codes == [0, 0], output
     assert_same_end(tmp_path / "run", tmp_path / "undisturbed" / "run")
 
 
 @pytest.mark.parametrize("line", [1, 12, 22], ids=["at the start", "in a step", "in the step after a save"])
 def test_what_one_rank_cannot_write_ends_all(zygote: Zygote, tmp_path: Path, line: int) -> None:
-    """A line of the log or of the data order, which rank 0 writes by itself while the others go on."""
+    """A line of the log or the data order, which rank 0 writes alone while the other ranks continue."""
     fault = {"moment": "full disk at a line", "on_rank": 0, "count": line}
     outcome = zygote.run(["run", str(recipe(tmp_path))], tmp_path, world=2, fault=fault)
     assert outcome.codes == [1, 1], outcome.output

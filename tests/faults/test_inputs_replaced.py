@@ -1,4 +1,4 @@
-"""Data, base model or tokenizer replaced between a kill and --resume; a project that was moved in between."""
+"""Data, base model or tokenizer replaced between a kill and --resume; and a project that was moved in between."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_data(folder: Path, tag: str = "", count: int = SAMPLES) -> None:
 
 
 def write_base(folder: Path, seed: int) -> None:
-    """A tiny Llama that is drawn from a seed."""
+    """A tiny Llama with random weights."""
     import torch
 
     from cl_dist.models.export import export_model
@@ -44,7 +44,7 @@ def write_base(folder: Path, seed: int) -> None:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[None]:
-    """Put a file or a folder back at the end."""
+    """Restore a file or folder after the block."""
     kept = path.with_name(f"{path.name}.kept")
     (shutil.copytree if path.is_dir() else shutil.copy2)(path, kept)
     try:
@@ -58,7 +58,7 @@ def replaced(path: Path) -> Iterator[None]:
 
 
 def write_project(folder: Path) -> Path:
-    """Two tasks of six steps, LoRA on a model in the project's folder; the data's place is relative to the recipe's."""
+    """Two tasks of six steps, LoRA on a model in the project's folder; data paths are relative to the recipe."""
     for name in ("one", "two"):
         write_data(folder / "data" / name, name)
     write_base(folder / "base", seed=1)
@@ -74,7 +74,7 @@ def write_project(folder: Path) -> Path:
 
 
 def moved(before: Path, after: Path) -> Path:
-    """Rename the project; what the recipe writes out as an absolute path is written anew, as its user would."""
+    """Rename the project, and update the absolute paths in the recipe, as its user would."""
     before.rename(after)
     path = after / "recipe.yaml"
     path.write_text(path.read_text().replace(str(before), str(after)))
@@ -100,7 +100,7 @@ def test_a_run_goes_on_with_what_it_was_given(zygote: Zygote, tmp_path: Path) ->
         outcome = resumed(zygote, recipe)
         assert outcome.codes == [2], outcome.output
         assert message in outcome.output[0]
-        assert "put back what was there, or start anew with --fresh or another output_dir" in outcome.output[0]
+        assert "restore the old ones, or start anew with --fresh or another output_dir" in outcome.output[0]
         assert (project / "run" / "manifest.json").read_bytes() == before
 
     before = (project / "run" / "manifest.json").read_bytes()
@@ -117,7 +117,7 @@ def test_a_run_goes_on_with_what_it_was_given(zygote: Zygote, tmp_path: Path) ->
         (project / "base" / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "x"}))
         refused(f"the tokenizer changed ({project / 'base'}: tokenizer_config.json)")
 
-    # Neither the place nor what is not used matters.
+    # Neither the path nor unused files matter.
     recipe = moved(project, tmp_path / "after")
     project = tmp_path / "after"
     write_data(project / "data" / "one", "one", count=SAMPLES + 8)
@@ -127,7 +127,7 @@ def test_a_run_goes_on_with_what_it_was_given(zygote: Zygote, tmp_path: Path) ->
     manifest = Manifest.read(project / "run" / "manifest.json")
     assert (manifest.status, manifest.restarts) == ("finished", 1)
 
-    # The run folder's own copy of the recipe says where things were.
+    # The run folder's copy of the recipe has the old paths.
     project.rename(tmp_path / "again")
     project = tmp_path / "again"
     outcome = zygote.run(["eval", str(project / "run")], project / "out")
@@ -175,9 +175,9 @@ def test_a_run_of_an_earlier_release_says_that_it_is_not_compared(zygote: Zygote
     elsewhere = tmp_path / "elsewhere.yaml"
     elsewhere.write_text(yaml.safe_dump(content))
     outcome = resumed(zygote, elsewhere)
-    assert outcome.codes == [2], "its paths are all that is known of its inputs"
+    assert outcome.codes == [2], "only the paths of its inputs are known"
     assert "stream.tasks[0].path: 'data/one' in the run, './data/one' now" in outcome.output[0]
-    assert "its defaults may have been others: give the run's values with --set" in outcome.output[0]
+    assert "perhaps with other defaults: set the run's values with --set" in outcome.output[0]
     outcome = resumed(zygote, recipe)
     assert outcome.codes == [0], outcome.output
     assert "recorded no digests of its inputs: data, base model and tokenizer cannot be compared" in outcome.output[0]

@@ -1,4 +1,4 @@
-"""Killed at any moment and resumed, a run ends with the weights of an undisturbed one, bit for bit."""
+"""A run that is killed at any moment and resumed ends with the weights of an undisturbed one, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVERY = 3
 
 
 def recipe(folder: Path, **changes: dict[str, Any]) -> Path:
-    """Two tasks of eight steps, a checkpoint after every third, dropout in the adapters to make randomness matter."""
+    """Two tasks of eight steps, a checkpoint after every third, and dropout so that random numbers matter."""
     accumulation = changes.get("train", {}).get("gradient_accumulation", 1)
     sections: dict[str, dict[str, Any]] = {
         "model": {"lora": {"r": 4, "dropout": 0.1}},
@@ -35,7 +35,7 @@ def recipe(folder: Path, **changes: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folder of a run that nothing happened to."""
+    """Run folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     outcome = zygote.run(["run", str(recipe(folder)), "--debug"], folder, world=2)
     assert outcome.codes == [0, 0], outcome.output
@@ -48,7 +48,7 @@ def weights(run: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def assert_same_end(run: Path, other: Path, tasks: Sequence[str] = ("01-spring", "02-summer")) -> None:
-    """Weights of all tasks equal bit for bit, accuracy matrices equal, every sample learnt from in the same step."""
+    """Require equal weights of all tasks, bit for bit, equal accuracy matrices, and the same samples in every step."""
     ours, theirs = weights(run), weights(other)
     assert ours.keys() == theirs.keys() == set(tasks)
     for task in ours:
@@ -107,7 +107,7 @@ def test_killed_again_and_again(zygote: Zygote, undisturbed: Path, tmp_path: Pat
 def test_a_stray_newer_checkpoint_does_not_cost_the_one_that_is_named(
     zygote: Zygote, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Killed before the manifest named checkpoint 6, resumed, and asked to stop at an earlier step."""
+    """Killed before checkpoint 6 was in the manifest, resumed, and asked to stop at an earlier step."""
     path = recipe(tmp_path)
     before_naming_6 = {"moment": "naming", "on_rank": 0, "count": 2}
     zygote.run(["run", str(path)], tmp_path, world=2, fault=before_naming_6)
@@ -121,7 +121,7 @@ def test_a_stray_newer_checkpoint_does_not_cost_the_one_that_is_named(
 
 
 def evaluations(run: Path) -> list[tuple[str, str]]:
-    """Model and task of every evaluation that the log tells of."""
+    """Model and task of every evaluation in the log."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [(record["folder"], record["task"]) for record in records if record["event"] == "evaluation"]
 
@@ -139,7 +139,7 @@ def test_what_is_scored_is_not_scored_again(zygote: Zygote, undisturbed: Path, t
 
 
 def test_asked_to_stop_inside_an_evaluation(zygote: Zygote, tmp_path: Path) -> None:
-    """It stops between two batches, not after the task's last one: a job whose time is over does not wait for that."""
+    """It stops between two batches rather than after the task's last one, because the job's time is over."""
     stream = {"max_train_samples": 8, "max_eval_samples": 40}
     path = recipe(tmp_path, stream=stream, eval={"batch_size": 1, "before_training": False})
     stop = {"moment": "stop in evaluation", "on_rank": 1, "count": 2}
@@ -185,7 +185,7 @@ NAMES = ("zero0", "zero1-offload", "zero3-bf16", "zero0-bf16", "keep")
     ],
 )
 def test_at_other_stages_and_in_bfloat16(zygote: Zygote, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Bit for bit as well: fresh processes round alike in bfloat16, and the state keeps the float32 masters."""
+    """Also bit for bit: new processes round the same way in bfloat16, and the state has the float32 master weights."""
     runs = []
     for name, fault in (("undisturbed", None), ("killed", {"moment": "step", "on_rank": 1, "count": 13})):
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""Methods that change what is trained, or where a task starts, killed and resumed: the end of an undisturbed run."""
+"""Methods that change what is trained or where a task starts, killed and resumed, end like an undisturbed run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def killed(zygote: Zygote, path: Path, moment: str, count: int) -> Path:
 
 
 def resumed(zygote: Zygote, path: Path) -> str:
-    """What rank 0 told."""
+    """The output of rank 0."""
     outcome = zygote.run(["run", str(path), "--resume", "--debug"], path.parent, world=2)
     assert outcome.codes == [0, 0], "\n".join(outcome.output)
     return outcome.output[0]

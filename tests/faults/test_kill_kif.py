@@ -1,4 +1,4 @@
-"""KIF killed in fusion, in the write of its state or of its results, and resumed: the end of an undisturbed run."""
+"""KIF killed during fusion or while it writes its state or results, and resumed, ends like an undisturbed run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tensors(run: Path, pattern: str) -> dict[str, torch.Tensor]:
 
 
 def assert_same_results(run: Path, other: Path) -> None:
-    """Scores, units and unfused weights too are the same, to the last bit."""
+    """Scores, units and unfused weights are also equal, bit for bit."""
     assert_same_end(run, other)
     for pattern in ("tasks/*/unit_scores.safetensors", "tasks/*/unfused/*.safetensors"):
         ours, theirs = tensors(run, pattern), tensors(other, pattern)
@@ -101,7 +101,7 @@ LATE = {
     "importance_from_step": 2,
     "by_task": {"summer": {"tau": 0.5, "order": "first"}},
 }
-"""Two cycles of three steps; the last checkpoint before the second one's fusion lies after its first step."""
+"""Two cycles of three steps; the last checkpoint before the second fusion is after the second cycle's first step."""
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], int, int]] = {
     "zero0-bf16-row": (
@@ -155,7 +155,7 @@ def test_a_report_can_be_made_of_what_is_kept(undisturbed: Path, tmp_path: Path)
     scores = load_file(undisturbed / "tasks" / TASKS[1] / "unit_scores.safetensors")
     with (tmp_path / "report" / "fusion.csv").open() as file:
         shares = [row for row in csv.DictReader(file) if row["task"] == "summer"]
-    # The ranks of a module have the same size, and its ranks follow each other.
+    # The ranks of a module have the same size and are consecutive.
     expected = scores["share_new"].reshape(len(shares), -1)
     assert [float(row["new_mean"]) for row in shares] == pytest.approx(expected.mean(1).tolist())
     assert [float(row["new_max"]) for row in shares] == expected.amax(1).tolist()
@@ -173,7 +173,7 @@ def test_fusion_can_be_recomputed_from_what_is_kept(undisturbed: Path) -> None:
     moved = 0
     for share, slices in zip(scores["share_new"].tolist(), units.values(), strict=True):
         for entry in slices:
-            name = entry["parameter"].replace(".default", "")  # peft leaves the adapter's name out
+            name = entry["parameter"].replace(".default", "")  # peft omits the adapter's name
             box = tuple(slice(start, stop) for start, stop in entry["slices"])
             assert torch.allclose(fused[name][box], share * new[name][box] + (1 - share) * before[name][box], atol=1e-7)
             moved += int(not torch.equal(fused[name][box], new[name][box]))

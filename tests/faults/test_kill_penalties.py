@@ -1,4 +1,4 @@
-"""EWC, LwF and A-GEM, with MIGU, killed inside the second task or while measuring, and resumed: the same end."""
+"""EWC, LwF and A-GEM with MIGU, killed in the second task or while measuring, end like undisturbed runs."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_killed_and_resumed(zygote: Zygote, tmp_path: Path, name: str) -> None:
     undisturbed = recipe(tmp_path / "undisturbed", changes)
     outcome = zygote.run(["run", str(undisturbed), "--debug"], undisturbed.parent, world=2)
     assert outcome.codes == [0, 0], "\n".join(outcome.output)
-    told = [entry for entry in changes["method"] if entry in (EWC, LWF)]
-    assert all(f"{entry['name']}: " in outcome.output[0] for entry in told)
+    announced = [entry for entry in changes["method"] if entry in (EWC, LWF)]
+    assert all(f"{entry['name']}: " in outcome.output[0] for entry in announced)
     killed = recipe(tmp_path / "killed", changes)
     fault = {"moment": moment, "on_rank": 1, "count": count}
     outcome = zygote.run(["run", str(killed)], killed.parent, world=2, fault=fault)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeConfig, NllbMoeTop2Router
 
-from cl_dist.evaluation.wrapped import evaluating
+from cl_dist.evaluation.inference import evaluating
 from cl_dist.models.training_mode import evaluation_mode
 
 

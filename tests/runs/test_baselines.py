@@ -1,4 +1,4 @@
-"""The baselines of the field's tables, and what composes, through the whole system under ZeRO-2 and ZeRO-3."""
+"""The usual baselines, and every pair of methods that composes, through the whole system under ZeRO-2 and ZeRO-3."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def metrics(run: Path) -> dict[str, Any]:
 
 
 def model(run: Path, task: str) -> dict[str, torch.Tensor]:
-    """What the run has exported after a task."""
+    """The tensors that the run exported after a task."""
     (file,) = (run / "tasks" / task / "model").glob("*.safetensors")
     return load_file(file)
 
 
 def learnt(run: Path, task: str) -> list[int]:
-    """Positions of the samples that a task's steps have learnt from, in the order of the steps."""
+    """Positions of the samples that a task was trained on, in the order of the steps."""
     lines = [json.loads(line) for line in (run / "data_order.jsonl").read_text().splitlines()]
     return [sample for line in lines if line["task"] == task for sample in line["samples"]]
 
@@ -78,7 +78,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "agem": {"memory_ratio": 0.25},
     "recurrent_kif": {"inner_steps": 2, "outer_steps": 1, "replay_ratio": 0.25},
 }
-"""What lets a method matter within three steps."""
+"""Settings that make a method's effect visible within three steps."""
 FUSING = ("kif", "tasl", "recurrent_kif")
 GROWING = ("inclora", "olora")
 BOUNDS = ("per_task", "multi_task")
@@ -93,7 +93,7 @@ def entry(name: str) -> dict[str, Any]:
 
 
 def case(*names: str) -> dict[str, Any]:
-    """Sections of a recipe: with LoRA where a method wants it, in full otherwise."""
+    """Sections of a recipe: with LoRA if a method needs it, otherwise full training."""
     return {"method": [entry(name) for name in names], **(LORA if set(names) & set(GROWING) else {})}
 
 
@@ -103,7 +103,7 @@ def excluded(one: str, other: str) -> str | None:
 
 
 def combinations_of_methods() -> dict[str, dict[str, Any]]:
-    """Every method alone and every pair that composes; `sequential` does nothing in a pair."""
+    """Every method alone and every pair that composes, without `sequential`, which has no effect in a pair."""
     assert set(ORDER) == set(built_in()) - {"sequential"}
     for names, role in ((FUSING, Role.FUSES), (GROWING, Role.GROWS), (BOUNDS, Role.BOUND)):
         assert set(names) == {name for name, cls in built_in().items() if role in cls.ROLES}
@@ -124,7 +124,7 @@ FAST = ("olora+migu", "replay+kif-lora")
 
 
 def samples_of(name: str) -> list[int]:
-    """Training samples of each task: own ones, and those that a memory mixes in."""
+    """Training samples of each task: its own, and those that a memory adds."""
     if name.startswith("multi_task"):
         return [3 * SAMPLES, 0, 0]
     if name == "reservoir":
@@ -135,7 +135,7 @@ def samples_of(name: str) -> list[int]:
 
 
 def steps_of(name: str) -> list[int]:
-    """Steps of each task; Recurrent-KIF's on its memory come on top."""
+    """Steps of each task, without Recurrent-KIF's steps on its memory."""
     own = [ceil(count / BATCH) for count in samples_of(name)]
     outer = ceil(STEPS / SETTINGS["recurrent_kif"]["inner_steps"]) if "recurrent_kif" in name else 0
     return [count + outer * (task > 0) for task, count in enumerate(own)]
@@ -148,7 +148,7 @@ def plain(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_case(zygote: Zygote, folder: Path, name: str, stage: int) -> Path:
-    """AdamW's large eps does not blow rounding up."""
+    """With AdamW's large eps, rounding errors are not amplified."""
     return trained(
         zygote,
         folder,
@@ -164,7 +164,7 @@ def run_case(zygote: Zygote, folder: Path, name: str, stage: int) -> Path:
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 )
 def test_the_built_in_stream(zygote: Zygote, tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
-    """Both stages train the same weights, and a method alone others than sequential fine-tuning does."""
+    """Both stages give the same weights, and a method alone gives other weights than sequential fine-tuning."""
     runs = [run_case(zygote, tmp_path / f"zero{stage}", name, stage) for stage in (2, 3)]
     for run in runs:
         check_run(name, run)
@@ -176,10 +176,10 @@ def test_the_built_in_stream(zygote: Zygote, tmp_path: Path, request: pytest.Fix
 
 
 def check_run(name: str, run: Path) -> None:
-    """Every sample is learnt as often as it should be, every task is scored, and what is trained has moved."""
+    """Every sample is used as often as it should be, every task is scored, and trained weights have changed."""
     for task, count in zip(MIXED, samples_of(name), strict=True):
         own = [sample for sample in learnt(run, task[3:]) if sample < count or "recurrent_kif" not in name]
-        assert sorted(own) == list(range(count)), "a sample is left out or learnt twice"
+        assert sorted(own) == list(range(count)), "a sample is missing or used twice"
     assert steps(run) == steps_of(name)
     matrix = metrics(run)["accuracy_matrix"]
     assert len(matrix) == 4
@@ -191,7 +191,7 @@ def check_run(name: str, run: Path) -> None:
 
 
 def check_moves(run: Path, tasks: Sequence[str], puts_back: bool = False) -> None:
-    """Every trained tensor is finite, and another one after each task; hard fusion puts some back whole, not all."""
+    """All trained tensors are finite and change in each task; hard fusion may restore some of them, but not all."""
     before: dict[str, torch.Tensor] = {}
     for task in tasks:
         weights = model(run, task)
@@ -212,7 +212,7 @@ def assert_close_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.
 
 
 def check_growth(run: Path) -> None:
-    """Each task's export is the one before it with more ranks, which does not touch those that were there."""
+    """Each task's export adds ranks to the previous one, and leaves the old ranks unchanged."""
     before: dict[str, torch.Tensor] = {}
     for number, task in enumerate(MIXED, start=1):
         weights = model(run, task)
@@ -231,7 +231,7 @@ def check_growth(run: Path) -> None:
 
 
 def test_a_model_of_stacked_adapters_is_evaluated_as_it_was_trained(zygote: Zygote, tmp_path: Path) -> None:
-    """With a classifier's head, which stays trained; the scores of the saved model are those of the run."""
+    """With a classification head, which stays trained; the saved model has the scores of the run."""
     changes = {**METHODS["olora"], "model": {"name_or_path": "builtin:roberta-tiny", "lora": {"r": RANK}}}
     run = trained(zygote, tmp_path, **changes, stream={"max_eval_samples": 16}, train={"learning_rate": 1e-2})
     outcome = zygote.run(["eval", str(run)], tmp_path, world=2)
@@ -245,7 +245,7 @@ def test_a_model_of_stacked_adapters_is_evaluated_as_it_was_trained(zygote: Zygo
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_per_task_training_is_each_task_alone(zygote: Zygote, tmp_path: Path, stage: int) -> None:
-    """In file order, because the order of a shuffled task depends on its place."""
+    """In file order, because the shuffling of a task depends on its position."""
     same: dict[str, Any] = {"zero": {"stage": stage}, "train": {"shuffle": False, "weight_decay": 0.1}}
     bound = trained(zygote, tmp_path / "bound", method=[{"name": "per_task"}], **same)
     alone = {"tasks": [{"name": "summer", "format": "builtin"}]}

@@ -1,4 +1,4 @@
-"""2 -> 1 -> 2 ranks and ZeRO 1 -> 3 -> 2 inside a run: the weights of an undisturbed run, but for rounding.
+"""2 -> 1 -> 2 ranks and ZeRO 1 -> 3 -> 2 within a run give the weights of an undisturbed run, up to rounding.
 
 What differs: a step on one rank sums the same gradients in another order (two micro-batches on one rank in place of one
 on each of two), and pads them to other lengths. AdamW divides by the root of the second moment plus eps; an eps of 1e-3
@@ -23,7 +23,7 @@ STEPS = 6
 EVERY = 2
 EPS = 1e-3
 TOLERANCE = 1e-6
-"""The largest difference that was measured is 2.2e-7, two units in the last place of a weight near 1."""
+"""The largest difference measured is 2.2e-7, two units in the last place of a weight near 1."""
 
 MIGU = {"name": "migu", "mask": "update", "first_task": "masked"}
 KIF = {"name": "kif"}
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"lora": {"r": 3}},
     },
     "lwf-full": {"method": [{"name": "lwf", "top_k": 8}], "model": {"lora": None}},
-    # Not olora: its penalty's gradient is a sign, which rounding can turn over.
+    # Not olora: the gradient of its penalty is a sign, which rounding can flip.
     "inclora-migu-lora": {"method": [{"name": "inclora"}, MIGU], "model": {"lora": {"r": 3}}},
     "per-task-full": {"method": [{"name": "per_task"}], "model": {"lora": None}},
     "migu-kif-full": {"method": [MIGU, {**KIF, "units": "row"}], "model": {"lora": None}},
@@ -49,7 +49,7 @@ FAST = ("migu-full", "kif-lora")
 
 
 def recipe(folder: Path, stage: int, case: dict[str, Any]) -> Path:
-    """Two tasks of six steps with a global batch of eight; the learning rate moves the weights far."""
+    """Two tasks of six steps with a global batch of eight, and a large learning rate."""
     folder.mkdir(exist_ok=True)
     train = {"learning_rate": 1e-2, "eps": EPS, "schedule": "linear", "weight_decay": 0.1, **case.get("train", {})}
     sections: dict[str, Any] = {
@@ -121,7 +121,7 @@ def test_other_ranks_and_stages_end_with_the_same_weights(zygote: Zygote, tmp_pa
     ]
     assert (metrics["world_size"], metrics["zero_stage"], metrics["restarts"]) == (2, 2, 2)
     assert len(metrics["peak_memory_bytes"]) == 2
-    # No sample twice and none left out: the same samples in the same steps, in the same order.
+    # No sample is used twice or left out: the same samples in the same steps, in the same order.
     order = (undisturbed / "data_order.jsonl").read_text()
     assert len(order.splitlines()) >= 2 * STEPS
     assert (run / "data_order.jsonl").read_text() == order
@@ -142,7 +142,7 @@ def layout(task: int, step: int, ranks: int, stage: int) -> dict[str, int]:
 
 
 def test_dropout_is_told_of(zygote: Zygote, tmp_path: Path) -> None:
-    """And a run that dropout makes another one is not refused: it goes on."""
+    """A run with dropout, which then draws other random numbers, is not refused."""
     case = {"method": [{"name": "sequential"}], "model": {"lora": {"r": 3, "dropout": 0.1}}}
     stop = {"moment": "stop", "on_rank": 0, "count": 2 * STEPS - 1}
     outcome = start(zygote, tmp_path, case, 2, 2, stop)

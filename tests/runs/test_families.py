@@ -24,10 +24,10 @@ CLASSES = {
 
 
 def trained(zygote: Zygote, folder: Path, family: str, stage: int, lora: bool) -> Path:
-    """Run folder after training; fails with the ranks' output where a rank failed."""
+    """Run folder after training; fails with the ranks' output if a rank failed."""
     folder.mkdir(exist_ok=True)
     model: dict[str, Any] = {"name_or_path": f"builtin:{family}-tiny", "lora": {"r": 4} if lora else None}
-    # A large eps: AdamW would otherwise blow rounding in tiny gradients up to whole steps.
+    # A large eps, so that AdamW does not amplify rounding errors of tiny gradients.
     path = write_recipe(folder, model=model, zero={"stage": stage}, train={"eps": 1e-3})
     outcome = zygote.run(["run", str(path), "--debug"], folder, world=2)
     assert outcome.codes == [0, 0], "\n".join(outcome.output)

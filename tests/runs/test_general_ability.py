@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on the live model of a run, with task files of the test's own."""
+"""lm-evaluation-harness on the live model of a run, with the test's own task files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def runs(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 def _run(zygote: Zygote, folder: Path, stage: int, evaluation: dict[str, Any]) -> Path:
     folder.mkdir()
-    # A large eps: AdamW would otherwise blow rounding in tiny gradients up to whole steps.
+    # A large eps, so that AdamW does not amplify rounding errors of tiny gradients.
     path = write_recipe(
         folder, zero={"stage": stage}, train={"eps": 1e-3, "epochs": 6, "learning_rate": 3e-3}, eval=evaluation
     )
@@ -60,7 +60,7 @@ def _metrics(run: Path) -> dict[str, Any]:
 
 
 def _oracle(run: Path, task: str, harness: Path) -> tuple[float, float]:
-    """Accuracy on compass and exact match on heading of the model that the run saved after `task`, by hand."""
+    """Accuracy on compass and exact match on heading for the model saved after `task`, calculated by hand."""
     folder = run / "tasks" / task / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     compass = [json.loads(line) for line in (harness / "compass.jsonl").read_text().splitlines()]
@@ -115,7 +115,7 @@ def test_metrics_weigh_learning_against_forgetting(runs: dict[str, Path]) -> Non
 
 
 def test_measuring_leaves_the_run_alone(runs: dict[str, Path]) -> None:
-    """Sharded weights, hooks, random numbers: training goes on as if nothing had been measured in between."""
+    """Sharded weights, hooks, random numbers: training continues as if nothing had been measured in between."""
     with_it, without = _metrics(runs["zero3"]), _metrics(runs["without"])
     assert with_it["accuracy_matrix"] == without["accuracy_matrix"]
     assert without["general"] == []
@@ -161,6 +161,6 @@ def test_a_task_without_steps_is_measured_with_what_was_learnt(zygote: Zygote, t
 
 
 def _measured(run: Path) -> list[tuple[str, str]]:
-    """Place and task of every measurement that the log tells of."""
+    """Place and task of every measurement in the log."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [(record["after"], record["task"]) for record in records if record["event"] == "general"]

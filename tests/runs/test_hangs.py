@@ -1,4 +1,4 @@
-"""A rank that hangs, in whatever way, ends the job within a bounded time, by name and with the ranks' stacks."""
+"""A hanging rank ends the job within a bounded time, however it hangs; it is named, with the ranks' stacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.runs.test_interrupts import PATIENCE_SECONDS, assert_same, start, wai
 from tests.zygote import Outcome, Zygote
 
 HANG_SECONDS = 6
-"""Longer than a step or an evaluation batch of these tiny runs takes on a busy machine."""
+"""Longer than a step or an evaluation batch of these tiny runs on a busy machine."""
 
 
 def hanging_recipe(folder: Path, **launch: Any) -> Path:
@@ -84,7 +84,7 @@ def test_a_dead_loop(tmp_path: Path, zygote: Zygote) -> None:
 
 @pytest.mark.slow
 def test_a_collective_that_takes_too_long(tmp_path: Path, zygote: Zygote) -> None:
-    """Rank 0 waits for gradients, rank 1 at a barrier of its own; Gloo's own limit comes before the watchdog's."""
+    """Rank 0 waits for gradients, rank 1 at another barrier; Gloo's timeout comes before the watchdog's."""
     outcome = run_with(zygote, tmp_path, "extra collective", timeout_seconds=4, hang_seconds=20)
     assert 76 in outcome.codes
     assert 0 not in outcome.codes

@@ -1,4 +1,4 @@
-"""Stopped by a signal through the real launcher, a run saves its state, says so with exit code 75, and resumes."""
+"""A run that a signal stops through the real launcher saves its state, ends with exit code 75, and resumes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def slow_recipe(folder: Path) -> Path:
 
 
 def endless_recipe(folder: Path) -> Path:
-    """Never at its end while a test looks, however busy the machine is."""
+    """Long enough never to end during a test, however busy the machine is."""
     return write_recipe(folder, train={"epochs": 10_000}, method={"name": "sequential"})
 
 
@@ -53,7 +53,7 @@ def start_program(command: list[str], folder: Path) -> subprocess.Popen[str]:
 
 
 def wait_for_steps(run: Path, steps: int) -> None:
-    """Return once the log tells of so many steps."""
+    """Return once the log has this many steps."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         log = run / "log.jsonl"
@@ -98,32 +98,32 @@ def test_a_signal_to_the_launcher(tmp_path: Path, undisturbed: Path, number: sig
 
 
 def leave_a_trap(folder: Path) -> None:
-    """Let the working folder hold modules and settings that nobody has asked for."""
+    """Put modules and settings into the working folder that must be ignored."""
     for name in ("peft", "datasets", "safetensors", "runpy", "importlib"):
         (folder / f"{name}.py").write_text('raise SystemExit("code from the working folder was run")')
     (folder / ".numba_config.yaml").write_text(f"cache_dir: {folder / 'numba'}")
 
 
 def listening(process: psutil.Process) -> set[str]:
-    """The addresses that a process listens on."""
+    """Addresses that a process listens on."""
     return {entry.laddr.ip for entry in process.net_connections("tcp") if entry.status == psutil.CONN_LISTEN}
 
 
 def saved(run: Path) -> list[int]:
-    """Steps of the states that the manifest names."""
+    """Steps of the states in the manifest."""
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["status"] == "interrupted"
     return [entry["step"] for entry in manifest["checkpoints"]]
 
 
 def lost(run: Path) -> list[str]:
-    """What the log says of output that nobody got."""
+    """The log's record of lost output."""
     records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     return [record["message"].partition(" bytes of ")[2] for record in records if record["event"] == "output_lost"]
 
 
 def test_ctrl_c_ends_tee_first_and_the_state_is_saved(tmp_path: Path) -> None:
-    """A Ctrl-C reaches tee as well. What the working folder holds plays no part, and no other machine gets in."""
+    """Ctrl-C also reaches tee. The content of the working folder is ignored, and other machines cannot connect."""
     recipe = endless_recipe(tmp_path)
     leave_a_trap(tmp_path)
     line = f"{PROGRAM} run {recipe} 2>&1 | tee log; exit ${{PIPESTATUS[0]}}"
@@ -135,14 +135,14 @@ def test_ctrl_c_ends_tee_first_and_the_state_is_saved(tmp_path: Path) -> None:
     os.killpg(shell.pid, signal.SIGINT)
     assert shell.wait(timeout=PATIENCE_SECONDS) == 75
     assert len(saved(tmp_path / "run")) == 1
-    # Where no line was due any more, nothing was lost.
+    # If no further line was due, nothing was lost.
     assert set(lost(tmp_path / "run")) <= {"standard output were lost: its reader is gone"}
     assert "code from the working folder" not in (tmp_path / "log").read_text()
     assert not (tmp_path / "numba").exists()
 
 
 def test_a_reader_that_has_stopped_delays_nothing(tmp_path: Path) -> None:
-    """A pager that waits, a terminal after Ctrl-S: the pipe is full, and whoever writes to it waits."""
+    """A waiting pager, or a terminal after Ctrl-S: the pipe is full, and writing to it blocks."""
     recipe = endless_recipe(tmp_path)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

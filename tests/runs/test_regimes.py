@@ -18,7 +18,7 @@ from tests.zygote import Zygote
 
 DOMAINS = ("restaurant", "acl", "ai", "phone", "pubmed", "camera")
 SUMMARY, VERDICT = "red sun", "blue moon glow"
-"""What every sample of the generation tasks is answered with: a tiny model can learn that."""
+"""The answer to every sample of the generation tasks, so that a tiny model can learn it."""
 SUMMARIES = (SUMMARY, "sun")
 """All right answers of the one task."""
 
@@ -145,7 +145,7 @@ def test_domains_and_then_end_tasks_with_a_fresh_head(zygote: Zygote, tmp_path: 
 
     saved = first / "tasks" / "06-camera" / "model"
     (tmp_path / "second").mkdir()
-    # So small a rate changes no weight: what the second run saves is what it started from.
+    # The rate is too small to change a weight, so the second run saves what it started from.
     path = write_recipe(
         tmp_path / "second", model={"name_or_path": str(saved)}, train={"learning_rate": 1e-30, "max_steps_per_task": 2}
     )

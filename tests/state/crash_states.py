@@ -1,14 +1,14 @@
-"""What may be on a disk after a power loss, for every moment of what `recorded_disk` has recorded.
+"""The possible contents of a disk after a power loss, for every moment that `recorded_disk` has recorded.
 
-The model follows "All File Systems Are Not Created Equal" (OSDI 2014), with as few guarantees as POSIX gives:
+The model follows "All File Systems Are Not Created Equal" (OSDI 2014), with only the guarantees that POSIX gives:
 
-- A file's bytes are safe once the file has been synced. Until then it holds the old version, nothing, half of the new
-  one or zeros.
-- A name in a folder is safe once the folder has been synced. Until then each change may be on the disk or not, whatever
-  became of the others. A rename is one change.
+- A file's bytes are safe once the file has been synced. Until then it has the old version, nothing, half of the new
+  version or zeros.
+- A name in a folder is safe once the folder has been synced. Until then each change may or may not be on disk,
+  independently of the others. A rename is one change.
 
-Trying every combination would take for ever. Tried are: one change lost, one change kept, all changes from some moment
-on lost; one file not what was written, all files not what was written.
+There are too many combinations to try them all. We try: one change lost, one change kept, all changes from some moment
+on lost; one file not as written, all files not as written.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any
 from tests.state.recorded_disk import Event
 
 Tree = dict[str, str]
-"""The files below a folder: relative path and content, by name (`Contents`)."""
+"""The files in a folder: name of the content (`Contents`) by relative path."""
 Link = tuple[int, str, int | None]
 
 
 class Contents:
-    """Contents by name: the digest of what was written; or `half:SAFE:NEW` or `zeros:SAFE:NEW`, two digests, for what a
-    crash makes of new content. What was safe and only appended to stays.
+    """Contents by name: the digest of what was written; or `half:SAFE:NEW` or `zeros:SAFE:NEW`, with two digests, for
+    new content after a crash. If the new content only extends the safe one, the safe part survives.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,17 +49,17 @@ class Contents:
 
 @dataclass
 class Disk:
-    """The state of a disk while events happen: what is safe, and what is not yet."""
+    """The state of a disk during the events: what is safe, and what is not safe yet."""
 
     root: int
     safe: dict[int, dict[str, int]] = field(default_factory=dict)
-    """By folder its names."""
+    """The names in each folder."""
     pending: list[list[Link]] = field(default_factory=list)
-    """Changes of names that are not safe, in order."""
+    """Changes of names that are not safe yet, in order."""
     versions: dict[int, list[str]] = field(default_factory=dict)
-    """By file the contents that it may have: the safe one first, the newest last."""
+    """The contents that each file may have: the safe one first, the newest last."""
     writers: dict[int, int] = field(default_factory=dict)
-    """By file the machine that has written it last."""
+    """The machine that wrote each file last."""
 
     def happen(self, event: Event) -> None:
         """One event."""
@@ -92,7 +92,7 @@ class Disk:
         return self._view(frozenset(), {})
 
     def after_a_crash(self) -> Iterator[View]:
-        """What may be there when the machine comes up again."""
+        """The possible states after a reboot."""
         count = len(self.pending)
         lost = {frozenset[int](), *(frozenset(range(first, count)) for first in range(count))}
         lost |= {frozenset({one}) for one in range(count)}
@@ -138,12 +138,12 @@ class View:
         return inode
 
     def content(self, path: str) -> str | None:
-        """A file's content; None where it is not there."""
+        """A file's content; None if it does not exist."""
         inode = self.find(path)
         return None if inode is None else self.contents.get(inode)
 
     def tree(self, path: str) -> Tree:
-        """All files below a folder; none where it is not there."""
+        """All files below a folder; none if it does not exist."""
         inode = self.find(path)
         return {} if inode is None else dict(self._files(inode, ""))
 
@@ -162,14 +162,14 @@ def read_events(log: Path) -> list[Event]:
 
 @dataclass(frozen=True)
 class Crash:
-    """One possible state, and what was promised when the power went."""
+    """One possible state, and what had been promised when the power failed."""
 
     moment: int
-    """Number of the event before which it went."""
+    """Number of the event before which the power failed."""
     promised: Any
-    """The newest promise; None before the first."""
+    """The last promise; None before the first."""
     next: Any
-    """The promise that is under way."""
+    """The promise that is being made."""
     live: View
     found: View
 
@@ -195,12 +195,12 @@ def crashes(events: Sequence[Event], begin: int = 0) -> Iterator[Crash]:
 
 
 def without(events: Sequence[Event], site: str) -> list[Event]:
-    """The events as they would be without the syncs of one place in the code."""
+    """The events without the syncs of one place in the code."""
     return [event for event in events if event.get("site") != site]
 
 
 def swapped(events: Sequence[Event], site: str, forwards: bool) -> list[Event]:
-    """The events with each sync of one place in the code behind the next renames, or before those that precede it."""
+    """The events with each sync of one place in the code moved after the next renames, or before the preceding ones."""
     changed = list(events)
     for event in [event for event in events if event.get("site") == site]:
         at = next(number for number, other in enumerate(changed) if other is event)

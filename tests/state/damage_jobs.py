@@ -1,4 +1,4 @@
-"""Rank side of test_damaged_snapshot."""
+"""Rank side of test_snapshot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILES = [
 
 
 def every_damage(folder: str) -> dict[str, Any]:
-    """Damage every file of a snapshot in every way and load it, and at the end load it undamaged."""
+    """Damage every file of a snapshot in every way and try to load it; finally, load the undamaged snapshot."""
     join(timeout_seconds=120)
     engine, _ = build(stage=2)
     engine.before_task(TaskPlace(0, "t", 2))
@@ -46,7 +46,7 @@ def every_damage(folder: str) -> dict[str, Any]:
 
 
 def lacking_a_quantity(engine: TrainingEngine, good: Path) -> dict[str, Any]:
-    """Load a whole snapshot that lacks what a method of another release would want."""
+    """Load an intact snapshot that lacks a tensor that a method of another release needs."""
     name = engine.shards.names[0]
     wanted = engine.shards.master(name)
     before, message = values(engine), None
@@ -81,7 +81,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 
 def values(engine: TrainingEngine) -> list[torch.Tensor]:
-    """Copies of this rank's masters and moments."""
+    """Copies of this rank's master weights and moments."""
     copies = []
     for name in engine.shards.names:
         master = engine.shards.master(name)

@@ -1,4 +1,4 @@
-"""Run by test_atomic.py in a mount namespace of its own: every writer meets a full disk; prints what they said."""
+"""Run by test_atomic.py in its own mount namespace: calls every writer on a full disk and prints the errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by test_lock.py: takes a run's lock, says so, and holds it until its standard input ends."""
+"""Run by test_lock.py: takes a run's lock, reports it, and holds it until its standard input ends."""
 
 from __future__ import annotations
 

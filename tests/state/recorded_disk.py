@@ -1,4 +1,4 @@
-"""Records what a process does to the files below a folder, in the order in which a power loss could cut it off.
+"""Records what a process does to the files below a folder, in order.
 
 Everything is really done. Syncs and renames are noted as they happen. All else (writes, new names, deletions) is found
 by looking at the folder before each of them and at each mark, whoever did it and however: what happens between two
@@ -27,7 +27,7 @@ Event = dict[str, Any]
 made at once); `write` (`inode`, `content`); `sync` (`inode`, `site`); `mark` (`state`: promised from here on)."""
 
 PASSING = {"logs", ".lock", "log.jsonl"}
-"""What of a run may be lost: heartbeats and stacks, the lock, the log."""
+"""Files of a run that may be lost: heartbeats and stacks, the lock, the log."""
 
 
 class Recorder:
@@ -40,7 +40,7 @@ class Recorder:
 
     def __init__(self, root: Path, log: Path) -> None:
         self.machine = 0
-        """Which machine does what is recorded now: its sync helps no other machine's writes."""
+        """The machine that is being recorded: a sync makes only its own machine's writes safe."""
         self._root, self._contents = root, log.parent
         self._log = log.open("w", encoding="utf-8")
         self._names: dict[tuple[int, str], int] = {}
@@ -50,18 +50,18 @@ class Recorder:
         self._add(do="root", inode=root.stat().st_ino)
 
     def start(self) -> None:
-        """Record from here on."""
+        """Start recording."""
         os.fsync, os.rename, os.replace = self._syncing, self._renaming(os.rename), self._renaming(os.replace)
 
     def stop(self) -> None:
-        """Record no longer."""
+        """Stop recording."""
         os.fsync, os.rename, os.replace = self._fsync, self._rename, self._replace
         self._log.close()
         for descriptor in self._held.values():
             os.close(descriptor)
 
     def mark(self, state: Any) -> None:
-        """From here on `state` is promised."""
+        """Record that `state` is promised from now on."""
         self._look()
         self._add(do="mark", state=state)
 
@@ -92,7 +92,7 @@ class Recorder:
         return path.parent.stat().st_ino, path.name
 
     def _look(self) -> None:
-        """Note what has become of the folder since the last look."""
+        """Record the changes in the folder since the last call."""
         now = dict(self._entries(self._root, self._root.stat().st_ino))
         gone = self._names.keys() - now.keys()
         for place, (path, inode) in now.items():
@@ -100,7 +100,7 @@ class Recorder:
             if known != inode:
                 moved = [old for old in gone if self._names[old] == inode]
                 assert not moved, f"{path} was renamed past the recorder"
-                if inode not in self._held:  # held open: no other file gets its number while this is recorded
+                if inode not in self._held:  # held open, so that its inode number is not reused during the recording
                     self._held[inode] = os.open(path, os.O_PATH)
                 self._names[place] = inode
                 self._add(do="link", folder=place[0], name=place[1], inode=inode, is_folder=path.is_dir())
@@ -155,14 +155,14 @@ def recorded(root: Path, log: Path) -> Iterator[Recorder]:
 
 
 def known(manifest: Manifest) -> list[Any]:
-    """What a run has promised to remember."""
+    """What a run has promised to keep."""
     named = [[entry.folder, entry.task, entry.step] for entry in manifest.checkpoints]
     matrix = [list(row) for row in manifest.accuracy_matrix]
     return [manifest.status, manifest.completed, named, matrix, list(manifest.row_under_way)]
 
 
 def arm(rank: int, root: str, log: str) -> None:
-    """Record this rank to its end; whenever its ledger has written something, that is promised."""
+    """Record this rank to its end; everything that its ledger has written counts as promised."""
     recorder = Recorder(Path(root), Path(log))
     recorder.start()
 

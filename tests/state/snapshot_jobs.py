@@ -18,7 +18,7 @@ from tests.distributed.worlds import OBJECTIVES, micro_batches, odd_model, sampl
 
 
 class Marks(Method):
-    """Keeps one number per element that this rank owns: three times its position in the parameter."""
+    """Keeps one number per element on this rank: three times its position in the parameter."""
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         self.held: dict[str, Shard] = {}
@@ -44,7 +44,7 @@ def build(stage: int) -> tuple[TrainingEngine, Marks]:
 
 
 def save(folder: str, stage: int) -> dict[str, float]:
-    """Train a step, mark, save; the sums of what was saved."""
+    """Train a step, set the marks, save; return the sums of what was saved."""
     join(timeout_seconds=120)
     engine, marks = build(stage)
     engine.before_task(TaskPlace(0, "t", 1))
@@ -59,7 +59,7 @@ def save(folder: str, stage: int) -> dict[str, float]:
 
 
 def load(folder: str, stage: int) -> dict[str, float]:
-    """Load into a fresh engine of any stage; the sums, and how many marks are wrong."""
+    """Load into a fresh engine of any stage; return the sums and the number of wrong marks."""
     join(timeout_seconds=120)
     engine, marks = build(stage)
     state = load_snapshot(Path(folder), engine.shards, engine.method.tensors())

@@ -104,7 +104,7 @@ def test_recover_leaves_everything_else_alone(tmp_path: Path) -> None:
 
 @pytest.fixture
 def file_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`in use` cannot be deleted: there is no NFS here, so the call answers as NFS does for a file that is read."""
+    """Make `in use` undeletable. Without an NFS server, the call itself fails like NFS does for an open file."""
     unlink = os.unlink
 
     def refusing(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> None:
@@ -128,7 +128,7 @@ def test_a_file_in_use_keeps_nothing_from_being_replaced(tmp_path: Path) -> None
         assert not (folder / "in use").exists()
     left = sorted(entry.name for entry in tmp_path.iterdir())
     assert left[-1] == "state"
-    assert all(".tmp-discarded-" in name for name in left[:-1])  # not .replaced: it may be needed again
+    assert all(".tmp-discarded-" in name for name in left[:-1])  # not .replaced, a name that may be needed again
 
 
 @pytest.mark.usefixtures("file_in_use")
@@ -184,12 +184,12 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_other_errors_pass_through(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), atomic.telling_full_disk(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic.raising_disk_full(tmp_path):
         (tmp_path / "missing").read_text()
 
 
 def can_mount() -> bool:
-    """Whether this user may mount a small disk in a namespace of its own."""
+    """Whether this user may mount a small disk in a separate namespace."""
     command = ["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", "/tmp"]
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 

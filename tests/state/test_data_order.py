@@ -16,7 +16,7 @@ def lines(path: Path) -> list[tuple[str, int]]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """The file of a run that was killed in its second task."""
+    """The file of a run that was killed during its second task."""
     order = DataOrder(tmp_path / "data_order.jsonl", TASKS, writer=True)
     order.append(0, 1, [3, 1])
     order.append(0, 2, [0, 2], skipped=True)

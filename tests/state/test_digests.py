@@ -1,4 +1,4 @@
-"""A large file is read once for all runs, and again as soon as it is another one."""
+"""A large file is read only once for all runs, and again as soon as it changes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cl_dist.state.digests import file_digests
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
-    """Files that were read whole; a few bytes count as large, and a change of a moment ago as settled."""
+    """The files that were read completely. A few bytes count as large here, and a recent change as settled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(digests, "WORTH_REMEMBERING", 4)
+    monkeypatch.setattr(digests, "WORTH_CACHING", 4)
     monkeypatch.setattr(digests, "_SETTLED_SECONDS", -1.0)
     found: list[Path] = []
     whole = digests.file_sha256
@@ -41,7 +41,7 @@ def test_an_unchanged_file_is_read_once(read: list[Path], tmp_path: Path) -> Non
 
 
 def test_one_with_the_same_size_and_time_is_read_again(read: list[Path], tmp_path: Path) -> None:
-    """As `cp -p` or `touch -r` leave it: the time of change of the inode gives it away."""
+    """As after `cp -p` or `touch -r`: only the ctime has changed."""
     path = tmp_path / "weights.bin"
     path.write_bytes(b"12345678")
     before = path.stat()

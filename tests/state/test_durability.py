@@ -1,7 +1,7 @@
-"""After a power loss at any moment all that a run has promised is there; and each sync of the product is needed for it.
+"""After a power loss at any moment, everything that a run has promised is on disk, and every sync is needed for that.
 
-Two lives are recorded: a whole run of `cl-dist run`, and what it does not come to, since it needs several machines or a
-run that begins a task again.
+Two recordings are made: a whole run of `cl-dist run`, and single writes that it does not reach, because they take
+several machines or a task that is started again.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from tests.state.recorded_disk import Event, known, recorded
 from tests.zygote import Zygote
 
 WRAPPER = ("atomic.py", "sync")
-"""The function that asks the system; its callers are the places that count."""
+"""The function that calls fsync; its callers are the places that are tested."""
 
 
 class Life(NamedTuple):
-    """What was recorded, and what judges a crash: why it broke a promise, or nothing."""
+    """A recording, and its judge: returns which promise a crash breaks, or an empty string."""
 
     events: list[Event]
     judge: Judge
 
 
 class Judge:
-    """What both lives share.
+    """Common to both recordings.
 
     Args:
         contents: Of the recorded files.
@@ -70,7 +70,7 @@ class Judge:
         return folder
 
     def is_whole(self, state: Tree) -> bool:
-        """Whether a saved state is intact, as a run that resumes finds out."""
+        """Whether a saved state is intact, checked as a resume does."""
         key = ("whole", frozenset(state.items()))
         if key not in self._remembered:
             folder = self.written(state)
@@ -83,7 +83,7 @@ class Judge:
 
 
 class RunJudge(Judge):
-    """Of a run: what its manifest says must be so."""
+    """For a run: everything that its manifest says must be true."""
 
     def __call__(self, crash: Crash) -> str:
         live, found = crash.live, crash.found
@@ -118,7 +118,7 @@ class RunJudge(Judge):
         return manifest
 
     def _states(self, manifest: Manifest, found: View) -> Iterator[str]:
-        """States that a resume may need: those named, and the end states of the newest two tasks."""
+        """States that a resume may need: those in the manifest, and the final states of the last two tasks."""
         done = manifest.completed
         needed = [entry.folder for entry in manifest.checkpoints]
         finished = done == len(manifest.tasks)
@@ -130,7 +130,7 @@ class RunJudge(Judge):
                 yield f"{folder} is not whole"
 
     def _results(self, manifest: Manifest, found: View, live: View) -> Iterator[str]:
-        """What finished tasks have left, and which samples were learnt from when."""
+        """The results of finished tasks, and the data order."""
         for number in range(len(manifest.accuracy_matrix)):
             folder = "tasks/00-untouched" if number == 0 else _folder(manifest, number - 1)
             left, lives = (_kept(view.tree(f"run/{folder}")) for view in (found, live))
@@ -142,7 +142,7 @@ class RunJudge(Judge):
             yield f"data_order.jsonl lacks {sorted(learnt[1] - learnt[0])}"
 
     def _steps(self, content: str | None, manifest: Manifest, inside: int) -> set[tuple[int, int]]:
-        """Tasks and steps in the data order, as far as they are safe in a saved state."""
+        """Tasks and steps in the data order that a saved state covers."""
         steps = set()
         for line in self._contents.read(content or "").splitlines():
             try:
@@ -159,7 +159,7 @@ def _folder(manifest: Manifest, task: int) -> str:
 
 
 def _kept(tree: Tree) -> Tree:
-    """The files of a task that stay: not its state, nor what is still being written."""
+    """The permanent files of a task: not its state, nor unfinished files."""
     return {
         name: content
         for name, content in tree.items()
@@ -168,7 +168,7 @@ def _kept(tree: Tree) -> Tree:
 
 
 class PieceJudge(Judge):
-    """Of the pieces: a model that is replaced, a state that two machines have written, the first score and step."""
+    """For the single writes: a replaced model, a state written by two machines, the first score and step."""
 
     def __call__(self, crash: Crash) -> str:
         folder = self._recovered(crash.found)
@@ -197,7 +197,7 @@ class PieceJudge(Judge):
 
 
 def _pieces(root: Path, log: Path) -> None:
-    """Replace a model, whose first version nobody may miss; write a state on two machines; score."""
+    """Replace a model, where one of the versions must survive; write a state on two machines; score."""
     with recorded(root, log) as recorder:
         promise = {"model": 0, "state": False, "scores": 0, "learnt": 0}
         for version in (1, 2):
@@ -228,7 +228,7 @@ def _pieces(root: Path, log: Path) -> None:
 
 @pytest.fixture(scope="module")
 def lives(tmp_path_factory: pytest.TempPathFactory) -> list[Life]:
-    """A run with checkpoints and a method that leaves files of its own; and the pieces."""
+    """A run with checkpoints and a method that writes its own files; and the single writes."""
     found = []
     for name, judge in (("run", RunJudge), ("pieces", PieceJudge)):
         folder = tmp_path_factory.mktemp(name)
@@ -261,7 +261,7 @@ def _run(folder: Path, log: Path) -> None:
 
 
 def sites() -> list[str]:
-    """Every place in the product's code that syncs a file or a folder."""
+    """Every place in the product that syncs a file or a folder."""
     found = []
     for path in sorted((REPOSITORY / "cl_dist").rglob("*.py")):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -280,13 +280,13 @@ def _syncs(function: ast.expr) -> bool:
 
 SITES = sites()
 RENAMED_AFTER = [site for site in SITES if "_sync_tree: " in site or "sync(temporary)" in site]
-"""Where what is renamed next is synced."""
+"""Where something is synced that is renamed next."""
 RENAMED_BEFORE = [site for site in SITES if "replacing: sync(path.parent)" in site or "publish: " in site]
-"""Where the folder is synced in which something has just been renamed."""
+"""Where a folder is synced after a rename in it."""
 
 
 def first_violation(life: Life, events: Sequence[Event], begin: int = 0) -> str:
-    """Why a promise is broken by a crash, or nothing."""
+    """The promise that a crash breaks, or an empty string."""
     return next((f"event {c.moment}: {why}" for c in crashes(events, begin) if (why := life.judge(c))), "")
 
 
@@ -299,7 +299,7 @@ def test_a_power_loss_takes_away_nothing_that_was_promised(lives: list[Life]) ->
 
 
 def test_what_another_process_writes_is_recorded(tmp_path: Path) -> None:
-    """And a rename that the recorder can't put in its place among the syncs is an error."""
+    """A rename that the recorder cannot order relative to the syncs is an error."""
     root, log = tmp_path / "root", tmp_path / "events.jsonl"
     root.mkdir()
     with recorded(root, log) as recorder:
@@ -320,13 +320,13 @@ def test_every_sync_of_the_product_is_recorded(lives: list[Life]) -> None:
 
 
 def _first_difference(events: Sequence[Event], others: Sequence[Event]) -> int:
-    """Number of the first event that is another one; before it every crash is the same."""
+    """Number of the first event that differs; all crashes before it are the same."""
     pairs = enumerate(zip(events, others, strict=False))
     return next((number for number, (one, other) in pairs if one != other), len(events))
 
 
 def assert_a_loss(lives: list[Life], changed: Callable[[list[Event]], list[Event]]) -> None:
-    """A crash in one of the lives, so changed, breaks a promise."""
+    """With this change to the recordings, some crash breaks a promise."""
     for life in lives:
         events = changed(life.events)
         if first_violation(life, events, _first_difference(events, life.events)):

@@ -1,4 +1,4 @@
-"""Splits of the global batch on resume: which are taken, which are refused, and what is said."""
+"""Splits of the global batch on resume: which are chosen, which are refused, and the messages."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_the_global_batch_is_kept_or_the_resume_refused(size: int, accumulation:
     ("before", "recipe", "ranks", "split"),
     [
         ((4, 1, 2), (4, 1), 1, (4, 2)),
-        ((4, 2, 1), (4, 1), 2, (4, 1)),  # the recipe as it was, on the ranks of the start
-        ((4, 2, 1), (4, 1), 1, (4, 2)),  # and once more on those of the restart
+        ((4, 2, 1), (4, 1), 2, (4, 1)),  # the original recipe on the original ranks
+        ((4, 2, 1), (4, 1), 1, (4, 2)),  # and again on those of the restart
         ((6, 1, 2), (6, 1), 3, (4, 1)),
         ((4, 1, 3), (4, 1), 2, (3, 2)),
         ((4, 1, 2), (2, 1), 2, (2, 2)),  # less memory on the same ranks
@@ -129,14 +129,14 @@ def test_what_depends_on_the_split_forbids_another_one(changes: dict[str, Any], 
     with pytest.raises(BadInput) as caught:
         resumption(recipe, before, 1, FOLDER)
     assert str(caught.value) == (
-        f"--resume: with {setting} the results depend on how the global batch is split, so the run in runs/r goes on "
-        "as before only: 2 ranks, train.micro_batch_size 4, train.gradient_accumulation 1; now it would be 1 rank, "
-        "train.micro_batch_size 4, train.gradient_accumulation 2"
+        f"--resume: with {setting} the results depend on how the global batch is split, so the run in runs/r can "
+        "only resume with the same split: 2 ranks, train.micro_batch_size 4, train.gradient_accumulation 1; now it "
+        "would be 1 rank, train.micro_batch_size 4, train.gradient_accumulation 2"
     )
 
 
 def test_one_mask_per_step_is_the_same_under_both_scopes() -> None:
-    """Without accumulation before and after, the micro-batch is the step."""
+    """Without accumulation before and after, a micro-batch is a whole step."""
     recipe = make_recipe(8, method=(MiguConfig(name="migu", mask_scope="micro_batch"),))
     before = segment(make_recipe(4), 2)
     assert resumption(recipe, before, 1, FOLDER).recipe.train.gradient_accumulation == 1
@@ -149,7 +149,7 @@ def test_segments_say_who_computed_which_step() -> None:
     assert two == (first, at(0, 5, ranks=1))
     three = appended(two, at(1, 2, ranks=1, stage=3))
     assert three == (*two, at(1, 2, ranks=1, stage=3))
-    # Back to an earlier state: what was computed after it is computed again.
+    # After a fallback to an earlier state, later steps are computed again.
     assert appended(three, at(0, 7, ranks=1)) == two
     assert appended(three, at(0, 3)) == (first,)
     assert appended(three, at(0, 0, ranks=1)) == (at(0, 0, ranks=1),)

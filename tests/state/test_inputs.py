@@ -1,4 +1,4 @@
-"""What a run was given: the same samples are the same wherever and however they lie, and any other ones are not."""
+"""A run's inputs: the same content is accepted from any path and format, and different content is refused."""
 
 from __future__ import annotations
 
@@ -15,11 +15,21 @@ from pydantic import TypeAdapter
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe
 from cl_dist.errors import BadInput
-from cl_dist.state.inputs import Inputs, input_changes, plugin_changes, read_inputs, refuse_other_inputs, with_data
+from cl_dist.state.inputs import (
+    Inputs,
+    input_changes,
+    input_places,
+    moved_inputs,
+    plugin_changes,
+    read_inputs,
+    refuse_other_inputs,
+    with_data,
+)
 from cl_dist.tasks.stream import load_stream
 from cl_dist.tasks.types import Example, Task
 from tests.plugin_memory import plugins_forgotten
 from tests.recipes import write_recipe
+from tests.tasks.data import as_lines, records, write_lines
 
 SAMPLES = [Example(f"question {i}", ("yes", "no")[i % 2]) for i in range(8)]
 TASK = Task("one", "classification", SAMPLES, SAMPLES[:4], ("no", "yes"), ("data/train.jsonl", "data/test.jsonl"))
@@ -31,7 +41,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def with_last(task: Task, **change: Any) -> Task:
-    """The task with another last sample."""
+    """The task with a different last sample."""
     return replace(task, train=[*SAMPLES[:-1], replace(SAMPLES[-1], **change)])
 
 
@@ -42,7 +52,7 @@ def digest(recipe: Recipe, *tasks: Task) -> Inputs:
 
 
 class TestData:
-    """Samples as they were read."""
+    """Digests of samples."""
 
     def test_another_format_of_the_same_samples(self, recipe: Recipe, tmp_path: Path) -> None:
         records = [{"input": sample.prompt, "output": sample.answer} for sample in SAMPLES]
@@ -60,7 +70,7 @@ class TestData:
         assert found[0] == found[1]
 
     @pytest.mark.parametrize(
-        ("change", "told"),
+        ("change", "phrase"),
         [
             (
                 lambda t: replace(t, train=SAMPLES[:-1]),
@@ -76,34 +86,34 @@ class TestData:
             (lambda t: replace(t, name="two"), "task 'one' is gone; task 'two' is new"),
         ],
     )
-    def test_every_change_is_one(self, recipe: Recipe, change: Callable[[Task], Task], told: str) -> None:
+    def test_every_change_is_one(self, recipe: Recipe, change: Callable[[Task], Task], phrase: str) -> None:
         before, changed = digest(recipe, TASK), change(TASK)
         now = with_data(before, [changed])
         with pytest.raises(BadInput) as caught:
             refuse_other_inputs(before, now, [changed], Path("run"))
         message = str(caught.value)
-        assert message.startswith("--resume: the run in run was given other inputs: ")
-        assert told in message
-        assert message.endswith("; put back what was there, or start anew with --fresh or another output_dir")
+        assert message.startswith("--resume: the run in run was started with other inputs: ")
+        assert phrase in message
+        assert message.endswith("; restore the old ones, or start anew with --fresh or another output_dir")
 
     def test_where_it_lies_is_no_change(self, recipe: Recipe) -> None:
         before = digest(recipe, TASK)
         assert input_changes(before, with_data(before, [replace(TASK, origins=("elsewhere", "there"))])) == []
 
     def test_what_two_samples_share_is_not_moved_between_them(self, recipe: Recipe) -> None:
-        """Where one field ends and the next begins is a part of the digest."""
+        """The digest depends on where one field ends and the next one begins."""
         tasks = [replace(TASK, train=[Example(*pair)]) for pair in (("ab", "c"), ("a", "bc"), ("", "abc"))]
         assert len({digest(recipe, task).data["one"].train.sha256 for task in tasks}) == 3
 
     def test_many_changes_are_counted(self, recipe: Recipe) -> None:
         tasks = [replace(TASK, name=f"t{number}") for number in range(7)]
         before = digest(recipe, *tasks)
-        with pytest.raises(BadInput, match="'t3' is gone; and 3 more; put back"):
+        with pytest.raises(BadInput, match="'t3' is gone; and 3 more; restore"):
             refuse_other_inputs(before, with_data(before, []), [], Path("run"))
 
 
 class TestModel:
-    """Files of the base model and the tokenizer."""
+    """Digests of the base model and the tokenizer."""
 
     def folder(self, path: Path) -> Path:
         path.mkdir()
@@ -128,7 +138,7 @@ class TestModel:
             assert input_changes(before, self.inputs(recipe, place)) == []
 
     @pytest.mark.parametrize(
-        ("name", "content", "told"),
+        ("name", "content", "phrase"),
         [
             ("model.safetensors", "Weights", "the base model changed (PATH: model.safetensors)"),
             ("config.json", '{"hidden_size": 8}', "the base model changed (PATH: config.json)"),
@@ -143,12 +153,12 @@ class TestModel:
             ("added_tokens.json", "{}", "the tokenizer changed (PATH: added_tokens.json)"),
         ],
     )
-    def test_every_file_counts(self, recipe: Recipe, tmp_path: Path, name: str, content: str, told: str) -> None:
+    def test_every_file_counts(self, recipe: Recipe, tmp_path: Path, name: str, content: str, phrase: str) -> None:
         place = self.folder(tmp_path / "a")
         before = self.inputs(recipe, place)
         (place / name).write_text(content)
         (change,) = input_changes(before, self.inputs(recipe, place))
-        assert told.replace("PATH", str(place)) in change
+        assert phrase.replace("PATH", str(place)) in change
 
     def test_the_tokenizer_of_rouge_l(self, recipe: Recipe, tmp_path: Path) -> None:
         place, there = self.folder(tmp_path / "a"), self.folder(tmp_path / "b")
@@ -161,12 +171,12 @@ class TestModel:
         assert before.places["eval.rouge_tokenizer_path"].endswith("a")
         assert input_changes(before, scored_by(there)) == []
         (place / "merges.txt").write_text("a b")
-        told = "ROUGE-L's tokenizer changed (eval.rouge_tokenizer_path: merges.txt)"
-        assert input_changes(before, scored_by(place)) == [told]
+        phrase = "ROUGE-L's tokenizer changed (eval.rouge_tokenizer_path: merges.txt)"
+        assert input_changes(before, scored_by(place)) == [phrase]
 
     def test_its_own_code_counts_where_it_is_run(self, recipe: Recipe, tmp_path: Path) -> None:
         place = self.folder(tmp_path / "a")
-        for trusted, changes in ((False, 0), (True, 2)):  # of the model and of the tokenizer
+        for trusted, changes in ((False, 0), (True, 2)):  # for the model and for the tokenizer
             model = ModelConfig(name_or_path=str(place), trust_remote_code=trusted)
             before = digest(replace(recipe, model=model))
             (place / "modeling.py").write_text(f"trusted = {trusted}")
@@ -207,8 +217,8 @@ def test_plugins_are_digested_and_may_change(tmp_path: Path) -> None:
         assert plugin_changes(before, digest(found, TASK)) is None
         (tmp_path / "recorded.py").write_text("# Repaired.")
         now = digest(found, TASK)
-    told = "recorded.py: the source of this plugin has changed since the run was last started"
-    assert plugin_changes(before, now) == told
+    phrase = "recorded.py: the source of this plugin has changed since the run was last started"
+    assert plugin_changes(before, now) == phrase
     assert input_changes(before, now, [TASK]) == []
 
 
@@ -216,3 +226,42 @@ def test_a_manifest_of_a_release_without_plugins_is_read(recipe: Recipe) -> None
     stored = json.loads(json.dumps(dataclasses.asdict(digest(recipe, TASK))))
     del stored["plugins"]
     assert TypeAdapter(Inputs).validate_python(stored).plugins == {}
+
+
+def project(folder: Path) -> Recipe:
+    for split in ("train", "test"):
+        write_lines(folder / "data" / f"{split}.jsonl", as_lines(records("input", "output", 4)))
+    (folder / "base").mkdir()
+    (folder / "run").mkdir()
+    task = {"name": "one", "format": "jsonl", "path": "data"}
+    path = write_recipe(folder, model={"name_or_path": str(folder / "base")}, stream={"tasks": [task]})
+    return load_recipe(str(path))[0]
+
+
+def test_what_moved_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    recipe = project(tmp_path / "a")
+    places = input_places(recipe, tmp_path / "a" / "run")
+    assert moved_inputs(recipe, places, tmp_path / "a" / "run") == recipe
+    (tmp_path / "a").rename(tmp_path / "b")
+    found = moved_inputs(recipe, places, tmp_path / "b" / "run")
+    assert found.model.name_or_path == str(tmp_path / "b" / "base")
+    assert found.stream.root == str(tmp_path / "b")
+    assert found.output_dir == recipe.output_dir
+
+
+def test_what_is_still_there_is_not_looked_for_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    recipe = project(tmp_path / "a")
+    places = input_places(recipe, tmp_path / "a" / "run")
+    (tmp_path / "a" / "run").rename(tmp_path / "run")
+    assert moved_inputs(recipe, places, tmp_path / "run") == recipe
+
+
+def test_what_is_nowhere_stays_as_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    recipe = project(tmp_path / "a")
+    places = input_places(recipe, tmp_path / "a" / "run")
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "b" / "base").rmdir()
+    assert moved_inputs(recipe, places, tmp_path / "b" / "run").model == recipe.model

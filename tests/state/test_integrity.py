@@ -64,7 +64,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integrity, "_PAUSES", (0.01, 0.01))
     path = tmp_path / "state.json"
-    path.symlink_to(path)  # the system answers with ELOOP
+    path.symlink_to(path)  # fails with ELOOP
     sentence = r"state\.json cannot be read: Too many levels of symbolic links; nothing was deleted, and --resume tries"
     with pytest.raises(StateUnusable, match=sentence):
         read_sealed(path)
@@ -83,7 +83,7 @@ def test_an_error_that_passes_is_waited_for(tmp_path: Path) -> None:
 def test_another_releases_format_is_not_damage(tmp_path: Path) -> None:
     require_format(tmp_path, 1, 1)
     with pytest.raises(
-        StateUnusable, match="has format 2, of another release of cl_dist; this one reads 1; nothing was"
+        StateUnusable, match="has format 2, written by another release of cl_dist; this one reads 1; nothing"
     ):
         require_format(tmp_path, 2, 1)
 

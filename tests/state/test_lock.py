@@ -50,16 +50,16 @@ def test_a_second_run_is_refused_by_pid_and_host(tmp_path: Path) -> None:
             refuse_if_locked(tmp_path / ".lock")
 
 
-def test_the_refusal_says_what_to_do_where_the_machine_is_dead(tmp_path: Path) -> None:
+def test_the_refusal_says_what_to_do_if_the_machine_is_dead(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     with holder(path), pytest.raises(BadInput, match=rf"if its machine is dead, .* or delete {re.escape(str(path))}$"):
         refuse_if_locked(path)
 
 
 def test_a_requeued_job_waits_for_the_lock_of_a_dead_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its former self's lock is released after longer than anybody else waits."""
+    """The lock of its dead predecessor is released after more time than any other process would wait."""
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    monkeypatch.setattr(lock, "_TELL_SECONDS", 0.5)
+    monkeypatch.setattr(lock, "_NOTIFY_SECONDS", 0.5)
     said: list[str] = []
     with holder(tmp_path / ".lock") as job:
         timer = threading.Timer(2.0, job.kill)
@@ -78,14 +78,14 @@ def test_others_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
     with holder(tmp_path / ".lock"):
         began = time.monotonic()
-        with pytest.raises(BadInput):  # a command that only looks does not wait in any job
+        with pytest.raises(BadInput):  # a read-only command does not wait
             refuse_if_locked(tmp_path / ".lock", None if restarts == "1" else print)
         assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """No file system of this machine is without locks, so the answer of one is put in the place of the call."""
+    """No file system here lacks locks, so the call itself fails like on one that does."""
 
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))

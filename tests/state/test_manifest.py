@@ -39,7 +39,7 @@ ENTRY = {"task": 0, "step": 7, "folder": "checkpoint/task-01-step-000007"}
 def test_a_manifest_of_format_1_is_read(
     tmp_path: Path, old: dict[str, object] | None, new: tuple[CheckpointEntry, ...]
 ) -> None:
-    """As the first releases wrote it: one checkpoint or null, and no segments."""
+    """A manifest of the first releases: one checkpoint or null, and no segments."""
     document = {
         "tasks": ["a", "b"], "world_size": 2, "zero_stage": 3, "status": "running", "completed": 0, "checkpoint": old,
         "accuracy_matrix": [[0.5, None]], "peak_memory_bytes": [1, 2], "restarts": 1, "timings": [],
@@ -59,7 +59,10 @@ def test_a_manifest_of_format_1_is_read(
         ({"format_version": 4, "cl_dist_version": "9", "new": 1}, r"has format 4, written by cl_dist 9; .* up to 3"),
         ({"completed": 4}, "is damaged: manifest: Value error, completed is 4 of 3 tasks"),
         ({"completed": -1}, "completed is -1 of 3 tasks"),
-        ({"checkpoints": [{"task": 2, "step": 1, "folder": "x"}]}, "the checkpoint is of task 2, 0 are completed"),
+        (
+            {"checkpoints": [{"task": 2, "step": 1, "folder": "x"}]},
+            "the checkpoint belongs to task 2, but 0 are completed",
+        ),
         ({"status": "asleep"}, "is damaged: status: Input should be 'running'"),
         ({"tasks": None}, "is damaged: tasks: "),
         ({"surprise": 1}, "is damaged: surprise: "),
@@ -78,7 +81,7 @@ def test_a_bad_manifest_is_named(tmp_path: Path, change: dict[str, object], mess
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("{", "Expecting"), ("[1]", "it holds no JSON object"), ("", "Expecting")]
+    ("text", "reason"), [("{", "Expecting"), ("[1]", "it is not a JSON object"), ("", "Expecting")]
 )
 def test_what_is_no_json_object_is_damaged(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
@@ -102,7 +105,7 @@ def test_a_missing_manifest_means_no_run(tmp_path: Path) -> None:
 
 
 def test_the_newest_task_is_taken_back() -> None:
-    """What is known of it goes, also what is known of its successor; what was before it stays."""
+    """Everything about the task and its successor is removed; what came before stays."""
     rows = ((0.1, 0.2, 0.3), (0.9, 0.2, None), (0.8, 0.9, None))
     measured = ({"after": "untouched", "scores": {}}, {"after": "a", "scores": {}}, {"after": "b", "scores": {}})
     before = replace(

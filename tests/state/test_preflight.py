@@ -164,7 +164,7 @@ def test_changed_settings_of_plain_dicts() -> None:
 def test_a_path_that_leaves_the_files_below_it_no_room_is_refused(tmp_path: Path) -> None:
     deep = tmp_path.joinpath(*["a" * 100] * 36)
     with pytest.raises(
-        BadInput, match=r"^output_dir .* is a path of \d+ bytes; allowed: at most 3500, since files below"
+        BadInput, match=r"^output_dir .* is a path of \d+ bytes; allowed: at most 3500, since the files in it"
     ):
         preflight(deep, RECIPE, resume=False, fresh=False)
     assert not (tmp_path / ("a" * 100)).exists()
@@ -172,7 +172,7 @@ def test_a_path_that_leaves_the_files_below_it_no_room_is_refused(tmp_path: Path
 
 
 def test_raw_settings_of_the_shards_may_differ_on_resume_and_no_others() -> None:
-    """They say how the work is done, as the stage does, and some are for one stage only."""
+    """Like the stage, they only change how a step is executed, and some apply to one stage only."""
     none: dict[str, Any] = {"zero": {"deepspeed": {}}}
     buckets = {"zero": {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 500}}}}
     assert changed_settings(none, buckets) == changed_settings(buckets, none) == []
@@ -261,15 +261,15 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], str, str]] = [
     (
         run,
         "",
-        r"holds a run already \(1 of 2 tasks done\): go on with --resume, or put it aside with --fresh and start anew",
+        r"holds a run already \(1 of 2 tasks done\): continue it with --resume, or put it aside with --fresh and start",
     ),
     (run, "resume fresh", "--resume and --fresh exclude each other"),
     (no_run, "resume", "--resume: .*/runs/x holds no run; leave --resume out"),
     (empty, "resume", "--resume: .*/runs/x holds no run; leave --resume out"),
     (a_file, "", "output_dir .*/runs/x is a file; it must be a folder"),
     (a_file, "resume", "output_dir .*/runs/x is a file; it must be a folder"),
-    (below_a_file, "", "output_dir .*/runs/x cannot be made: Not a directory"),
-    (dangling_link, "", "output_dir .*/runs/x cannot be made: File exists"),
+    (below_a_file, "", "output_dir .*/runs/x cannot be created: Not a directory"),
+    (dangling_link, "", "output_dir .*/runs/x cannot be created: File exists"),
     (someones_folder, "", r"holds thesis\.tex but no manifest\.json, so it is not a run folder"),
     (someones_folder, "fresh", r"holds thesis\.tex but no manifest\.json, so it is not a run folder"),
     (someones_folder, "resume", r"holds thesis\.tex but no manifest\.json, so it is not a run folder"),
@@ -315,7 +315,7 @@ def test_a_run_in_use_is_refused(tmp_path: Path, flags: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="/proc, which no user may write to, is not there")
-@pytest.mark.parametrize(("path", "message"), [("/proc/self", "is not writable"), ("/proc/x/y", "cannot be made")])
+@pytest.mark.parametrize(("path", "message"), [("/proc/self", "is not writable"), ("/proc/x/y", "cannot be created")])
 def test_a_folder_that_cannot_be_written_is_refused(path: str, message: str) -> None:
     with pytest.raises(BadInput, match=f"output_dir {path} {message}: "):
         preflight(Path(path), RECIPE, resume=False, fresh=False)
@@ -323,7 +323,7 @@ def test_a_folder_that_cannot_be_written_is_refused(path: str, message: str) -> 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
 def test_an_impossible_name_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(BadInput, match="cannot be made"):
+    with pytest.raises(BadInput, match="cannot be created"):
         preflight(tmp_path / name, RECIPE, resume=False, fresh=False)
 
 

@@ -1,4 +1,4 @@
-"""The scores of a run: whatever moment it is killed at, the manifest and the scores on the disk are a state of it."""
+"""The scores of a run: after a kill at any moment, manifest and scores on disk are consistent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EMPTY = Manifest(tasks=TASKS, world_size=1, zero_stage=0)
 
 
 def finish_row(ledger: Ledger, scores: list[float], **changes: Any) -> None:
-    """Score all tasks one by one, then let the row be a part of the matrix."""
+    """Score all tasks one by one, then add the row to the matrix."""
     for task, score in enumerate(scores):
         ledger.scored(task, score)
     row = ledger.manifest.row_under_way
@@ -32,7 +32,7 @@ def finish_row(ledger: Ledger, scores: list[float], **changes: Any) -> None:
 
 
 def life(ledger: Ledger) -> None:
-    """A run that is interrupted in a row, whose second task is trained again, and that comes to its end."""
+    """A run that is interrupted within a row, trains its second task again, and finishes."""
     ledger.start("recipe")
     finish_row(ledger, [0.1, 0.2, 0.3])
     finish_row(ledger, [0.9, 0.25, 0.35])
@@ -102,7 +102,7 @@ def test_every_prefix_of_the_writes_is_a_state_of_the_run(tmp_path: Path, monkey
 
 
 def test_after_a_kill_the_row_goes_on(tmp_path: Path) -> None:
-    """With a line that was cut off: the next score is not glued to it."""
+    """The next score is not appended to a line that was cut off."""
     folder = RunFolder(tmp_path)
     ledger = Ledger(folder, EMPTY, writer=True)
     ledger.start("recipe")
@@ -118,7 +118,7 @@ def test_after_a_kill_the_row_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_score_costs_a_line(tmp_path: Path) -> None:
-    """However many tasks there are; and the manifest does not grow with the scores of a task."""
+    """For any number of tasks; and the manifest does not grow with the scores of a task."""
     names = tuple(f"task-{number}" for number in range(200))
     folder = RunFolder(tmp_path)
     ledger = Ledger(folder, replace(EMPTY, tasks=names), writer=True)
@@ -137,7 +137,7 @@ def test_a_score_costs_a_line(tmp_path: Path) -> None:
 
 
 def test_a_manifest_with_the_scores_in_it_is_read_and_they_move(tmp_path: Path) -> None:
-    """As releases up to format 2 wrote it."""
+    """A manifest of format 2."""
     path = tmp_path / "manifest.json"
     replace(EMPTY, completed=1).write(path)
     old = {"accuracy_matrix": [[0.1, None, None], [0.5, 0.25, None]], "row_under_way": [0.75, None, None]}
@@ -160,7 +160,7 @@ def damage(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (Path.unlink, r"scores\.jsonl is missing, and the run's scores are in it"),
+        (Path.unlink, r"scores\.jsonl is missing, and it holds the run's scores"),
         (damage(lambda content: content.replace(b"0.25", b"0.26")), r"scores\.jsonl is damaged: row 1 of the accuracy"),
         (damage(lambda content: content[:-4]), r"scores\.jsonl is damaged: row 1 of the accuracy matrix is not at"),
         (damage(lambda content: b"x" + content), r"scores\.jsonl is damaged: row 0"),
@@ -177,7 +177,7 @@ def test_damaged_scores_are_named(tmp_path: Path, harm: Callable[[Path], None], 
 
 
 def test_a_line_that_was_cut_off_harms_no_other(tmp_path: Path) -> None:
-    """Rows and scores that are appended right behind it are read again."""
+    """Rows and scores appended directly after it can be read."""
     file = ScoreFile(tmp_path / "scores.jsonl")
     file.append_scores([TaskScored(0, 0.5, {})])
     file.path.write_bytes(file.path.read_bytes()[:-5])

@@ -1,4 +1,6 @@
-"""A saved state goes back into any number of ranks and any ZeRO stage, with the methods' own tensors."""
+"""A saved state can be loaded by any number of ranks and any ZeRO stage, with the methods' own tensors; damage to any
+of its files is reported by all ranks before anything is loaded.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.damage import DAMAGES
 from tests.ranks import run_ranks
+from tests.state.damage_jobs import FILES
 
 JOBS = "tests.state.snapshot_jobs"
 
@@ -30,3 +34,21 @@ def test_other_ranks_and_stages_read_the_same_state(
         assert (after["here"], after["step"]) == (1, 1)
         for quantity, total in before.items():
             assert after[quantity] == pytest.approx(total, abs=1e-9), quantity
+
+
+def test_every_damage_to_every_file_is_named_on_all_ranks(tmp_path: Path) -> None:
+    ranks = run_ranks("tests.state.damage_jobs:every_damage", 2, {"folder": str(tmp_path)})
+    for rank in ranks:
+        assert rank["files"] == sorted(FILES)
+        assert [(one["file"], one["damage"]) for one in rank["attempts"]] == [(f, d) for f in FILES for d in DAMAGES]
+        for one in rank["attempts"]:
+            assert one["message"] is not None, f"{one['file']}, {one['damage']}: loaded"
+            assert f"bad/{one['file']} is " in one["message"]
+            assert "\n" not in one["message"]
+            assert one["unchanged"], f"{one['file']}, {one['damage']}: part of it was loaded"
+        assert rank["lacking"]["message"] is not None, "an intact state that lacks a quantity was loaded"
+        assert "although none of its files is damaged: another release of cl_dist" in rank["lacking"]["message"]
+        assert rank["lacking"]["unchanged"]
+        assert rank["moved"]
+        assert rank["restored"]
+    assert ranks[0]["attempts"] == ranks[1]["attempts"], "the ranks report different errors"

@@ -18,7 +18,7 @@ SIZES = st.integers(0, 40)
 
 
 def random_tensor(size: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Any bit pattern of the dtype, NaN among them."""
+    """Any bit pattern of the dtype, including NaN."""
     generator = torch.Generator().manual_seed(seed)
     if dtype == torch.bool:
         return torch.randint(0, 2, (size,), generator=generator).bool()
@@ -180,7 +180,7 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: 
     path = tmp_path / "rank-00001.safetensors"
     reader = SpanReader(tmp_path)
     path.unlink()
-    path.symlink_to(path)  # the system answers with ELOOP
+    path.symlink_to(path)  # fails with ELOOP
     for attempt in (lambda: SpanReader(tmp_path), reader.verify, lambda: reader.read("master", "w", 0, 10)):
         with pytest.raises(StateUnusable, match=r"rank-00001\.safetensors cannot be read: .*; nothing was deleted"):
             attempt()
@@ -196,7 +196,7 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     two_ranks(tmp_path)
     monkeypatch.undo()
     with pytest.raises(
-        StateUnusable, match="has format 2, of another release of cl_dist; this one reads 1; nothing was"
+        StateUnusable, match="has format 2, written by another release of cl_dist; this one reads 1; nothing"
     ):
         SpanReader(tmp_path)
 
@@ -213,5 +213,5 @@ def test_a_span_is_flat(start: int, data: torch.Tensor) -> None:
 
 
 def test_a_quantity_has_no_slash(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no '/'"):
+    with pytest.raises(ValueError, match="must not contain '/'"):
         write_spans(tmp_path, 0, {"a/b": {"w": Span(0, torch.zeros(1))}})

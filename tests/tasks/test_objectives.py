@@ -15,8 +15,8 @@ from cl_dist.config.objectives import FACTS, Family, Mode, ObjectiveFacts, Objec
 from cl_dist.config.schema import EvalConfig, TrainConfig
 from cl_dist.engine.collator import Collator
 from cl_dist.engine.objective import loss_sum
-from cl_dist.evaluation.choice import resolve_mode
-from cl_dist.evaluation.modes import LIKELIHOOD_SCORERS
+from cl_dist.evaluation.modes import resolve_mode
+from cl_dist.evaluation.scorers import LIKELIHOOD_SCORERS
 from cl_dist.models.load import AUTO_CLASSES
 from cl_dist.tasks.encode import Encoder
 from cl_dist.tasks.objectives import OBJECTIVES, Objective, predicting_positions

@@ -16,8 +16,8 @@ import pytest
 from cl_dist.config.formats import format_inputs
 from cl_dist.config.load import dump_recipe, load_recipe
 from cl_dist.errors import BadInput
-from cl_dist.state.places import input_places, moved_inputs
-from cl_dist.state.stored_recipe import as_plain, stored_recipe
+from cl_dist.state.inputs import input_places, moved_inputs
+from cl_dist.state.stored_files import as_plain, stored_recipe
 from cl_dist.tasks.formats import catalogue
 from cl_dist.tasks.formats.catalogue import builtin_formats, find_format
 from cl_dist.tasks.stream import load_stream
@@ -63,7 +63,7 @@ def test_it_is_read_and_its_settings_stand_in_the_recipe(tmp_path: Path) -> None
 def test_the_stored_recipe_is_found_from_anywhere(tmp_path: Path) -> None:
     recipe, _ = load_recipe(str(project(tmp_path / "project")))
     (tmp_path / "config.yaml").write_text(dump_recipe(recipe))
-    code = f"from cl_dist.state.stored_recipe import *; print(stored_recipe(Path({str(tmp_path / 'config.yaml')!r})))"
+    code = f"from cl_dist.state.stored_files import *; print(stored_recipe(Path({str(tmp_path / 'config.yaml')!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert "Pairs(separator=';')" in done.stdout, done.stderr
     assert stored_recipe(tmp_path / "config.yaml") == recipe

@@ -11,7 +11,7 @@ import pytest
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import StreamConfig, TaskConfig, TrainConfig
 from cl_dist.errors import BadInput
-from cl_dist.evaluation.choice import resolve_mode
+from cl_dist.evaluation.modes import resolve_mode
 from cl_dist.models.builtin import byte_tokenizer
 from cl_dist.tasks.encode import Encoder, label_names
 from cl_dist.tasks.orders import ORDERS, read_order, resolve_order

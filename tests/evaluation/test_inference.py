@@ -1,4 +1,4 @@
-"""Batched generation against transformers' own, one prompt at a time."""
+"""Padding, and batched generation compared with transformers' own, one prompt at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
-from cl_dist.evaluation.generate import generate
+from cl_dist.evaluation.inference import generate, pad_side
 from tests.evaluation.tiny import EOS, PAD, llama, t5, word_tokenizer
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30]]
@@ -37,7 +37,7 @@ def one_by_one(model: Any, tokenizer: PreTrainedTokenizerFast, first_new: int | 
 
 
 def texts_of(model: Any, tokenizer: PreTrainedTokenizerFast, new_tokens: int = NEW_TOKENS) -> list[str]:
-    """What is generated from the prompts, as text."""
+    """The text generated from the prompts."""
     found = generate(model, tokenizer, PROMPTS, PAD, new_tokens, synced=False)
     return [tokenizer.decode(each.ids, skip_special_tokens=True) for each in found]
 
@@ -127,3 +127,12 @@ def test_other_tokens_end_an_answer_too(tokenizer: PreTrainedTokenizerFast) -> N
         end = before.ids.index(stop) + 1 if stop in before.ids else len(before.ids)
         assert after.ids == before.ids[:end]
         assert after.cut == (before.cut and stop not in before.ids)
+
+
+def test_pad_side() -> None:
+    ids, mask = pad_side([[1, 2, 3], [4]], 9, "left", torch.device("cpu"))
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    ids, mask = pad_side([[1, 2, 3], [4]], 9, "right", torch.device("cpu"))
+    assert ids.tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]

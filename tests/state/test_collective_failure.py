@@ -1,4 +1,4 @@
-"""What fails on one rank fails on all."""
+"""Work that fails on one rank fails on all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tests.ranks import run_ranks
 
 
 def test_a_failure_of_one_rank_is_one_of_all() -> None:
-    first, second = run_ranks("tests.state.together_job:main", 2)
+    first, second = run_ranks("tests.state.failure_job:main", 2)
     assert first["nothing"] == [0, None]
     assert second["nothing"] == [1, None]
     assert first["expected"] == second["expected"] == [None, "CheckpointDamaged: rank 1's file is damaged"]

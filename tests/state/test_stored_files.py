@@ -1,4 +1,4 @@
-"""A run that an earlier release began goes on with the defaults that it began with."""
+"""A run of an earlier release resumes with its own defaults. tests/cli/test_damaged.py has damaged files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from cl_dist.config.load import dump_recipe, load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
 from cl_dist.state.preflight import changed_settings
-from cl_dist.state.stored_recipe import as_plain, kept_defaults, stored_recipe
+from cl_dist.state.stored_files import as_plain, kept_defaults, stored_recipe
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """What an earlier release wrote for quickstart, whose max_target_length is 8."""
+    """The config.yaml of an earlier release for quickstart, whose max_target_length is 8."""
     data = yaml.safe_load(dump_recipe(load_recipe("quickstart")[0]))
     data["model"]["attention"] = "sdpa"
     data["eval"]["max_new_tokens"] = 50

@@ -1,11 +1,13 @@
+"""When a checkpoint is due; tests/faults/test_damaged_checkpoints.py has the rest of the module."""
+
 from __future__ import annotations
 
 from cl_dist.config.schema import CheckpointConfig
-from cl_dist.state.schedule import CheckpointSchedule
+from cl_dist.state.checkpoints import CheckpointSchedule
 
 
 class Clock:
-    """Seconds that a test moves."""
+    """A clock that the test sets."""
 
     now = 1000.0
 

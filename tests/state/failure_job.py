@@ -1,4 +1,4 @@
-"""Rank side of test_together."""
+"""Rank side of test_collective_failure."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from cl_dist.errors import BadInput, ClDistError
+from cl_dist.state.collective_failure import fail_together, on_first_rank
 from cl_dist.state.integrity import CheckpointDamaged
-from cl_dist.state.together import by_first, together
 
 
 def main() -> dict[str, Any]:
@@ -22,7 +22,7 @@ def main() -> dict[str, Any]:
         return rank
 
     def by_first_only(work: Callable[[], Any]) -> Any:
-        return by_first(lambda: work() if rank == 0 else 1 / 0)
+        return on_first_rank(lambda: work() if rank == 0 else 1 / 0)
 
     full = {0: ClDistError("rank 0's disk is full"), 1: ClDistError("rank 1's disk is full")}
     return {
@@ -37,6 +37,6 @@ def main() -> dict[str, Any]:
 
 def outcome(work: Callable[[], Any]) -> list[Any]:
     try:
-        return [together(work), None]
+        return [fail_together(work), None]
     except Exception as error:
         return [None, f"{type(error).__name__}: {error}"]

@@ -1,4 +1,4 @@
-"""Whether generated answers stay within the model's positions; those of training are checked when it is loaded."""
+"""Whether generated answers fit the model's positions. Training inputs are checked when the model is loaded."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from cl_dist.evaluation.general import HarnessTasks
 
 HARNESS_NEW_TOKENS = 256
-"""What lm-evaluation-harness generates where a task's file says nothing."""
+"""Number of tokens that lm-evaluation-harness generates if a task's file does not say."""
 
 
 def check_room(model: nn.Module, encoder: Encoder, tasks: Iterable[Task], config: EvalConfig) -> None:
-    """Raise BadInput where an answer to one of `tasks`, which are all generated, could go past the last position.
+    """Raise `BadInput` if an answer to one of `tasks`, which are all generated, could exceed the last position.
 
-    A decoder's answer comes after its prompt; the last token of it is never read.
+    A decoder's answer follows its prompt; the last token of the answer is never read.
     """
     longest, name, new = longest_inputs(model), base_model(model).name_or_path, config.max_new_tokens
     if longest.target is not None and new > longest.target:
         raise BadInput(
-            f"eval.max_new_tokens: {new} is too long for {name}, whose decoder has {longest.target} positions; allowed "
-            f"is at most {longest.target}"
+            f"eval.max_new_tokens: {new} is too long for {name}, whose decoder has {longest.target} positions; "
+            f"allowed: at most {longest.target}"
         )
     if longest.source is None or base_model(model).config.is_encoder_decoder:
         return
@@ -39,18 +39,19 @@ def check_room(model: nn.Module, encoder: Encoder, tasks: Iterable[Task], config
         over = prompt + new - 1 - longest.source
         if over > 0:
             raise BadInput(
-                f"eval.max_new_tokens: {new} tokens after prompts of up to {prompt} (task {task.name!r}) go "
-                f"past the {longest.source} positions of {name}; allowed is at most {new - over}, or make "
-                f"train.max_length {over} smaller"
+                f"eval.max_new_tokens: {new} tokens after prompts of up to {prompt} (task {task.name!r}) exceed "
+                f"the {longest.source} positions of {name}; allowed: at most {new - over}, or reduce "
+                f"train.max_length by {over}"
                 if new > over
                 else f"train.max_length: the prompts of task {task.name!r} have up to {prompt} tokens, which leaves no "
-                f"room for an answer in the {longest.source} positions of {name}; make it smaller"
+                f"room for an answer in the {longest.source} positions of {name}; reduce it"
             )
 
 
 def check_general_room(model: nn.Module, tasks: HarnessTasks) -> None:
-    """Raise BadInput where a task of lm-evaluation-harness generates more than a decoder has positions for; a prompt
-    that is too long for the rest of them the harness cuts itself.
+    """Raise `BadInput` if a task of lm-evaluation-harness generates more tokens than a decoder has positions.
+
+    The harness itself truncates prompts that are too long for the remaining positions.
     """
     longest, base = longest_inputs(model).source, base_model(model)
     if longest is None or base.config.is_encoder_decoder:
@@ -64,6 +65,6 @@ def check_general_room(model: nn.Module, tasks: HarnessTasks) -> None:
             new = normalize_gen_kwargs(dict(part.config.generation_kwargs or {}), HARNESS_NEW_TOKENS)["max_gen_toks"]
             if new >= longest:
                 raise BadInput(
-                    f"eval.general.tasks: {name} generates up to {new} tokens, and {base.name_or_path} has {longest} "
+                    f"eval.general.tasks: {name} generates up to {new} tokens, but {base.name_or_path} has {longest} "
                     "positions; leave it out, or use a model with more"
                 )

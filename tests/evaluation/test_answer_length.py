@@ -1,4 +1,4 @@
-"""Generated answers stay within the model's positions, or are refused before training."""
+"""Generated answers fit the model's positions, or the recipe is refused before training."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 from cl_dist.config.schema import EvalConfig, ModelConfig, TrainConfig
 from cl_dist.errors import BadInput
+from cl_dist.evaluation.answer_length import check_general_room, check_room
 from cl_dist.evaluation.general import HarnessTasks
-from cl_dist.evaluation.generate import generate
+from cl_dist.evaluation.inference import generate
 from cl_dist.evaluation.likelihood import can_pack
-from cl_dist.evaluation.room import check_general_room, check_room
 from cl_dist.models.load import LoadedModel, load_model
 from cl_dist.tasks.encode import Encoder
 from cl_dist.tasks.types import Example, Task
@@ -43,7 +43,7 @@ def test_a_decoder_is_refused_exactly_where_generation_would_fail(name: str, tmp
         with pytest.raises((IndexError, RuntimeError)):
             generate(model, found.tokenizer, [prompt], encoder.pad_id, allowed + 1, synced=False)
     with pytest.raises(
-        BadInput, match=rf"^eval\.max_new_tokens: {allowed + 1} tokens .* allowed is at most {allowed}, or"
+        BadInput, match=rf"^eval\.max_new_tokens: {allowed + 1} tokens .* allowed: at most {allowed}, or"
     ):
         check_room(model, encoder, [LONG], EvalConfig(max_new_tokens=allowed + 1))
 
@@ -78,7 +78,7 @@ def test_a_harness_task_that_generates_past_the_last_position_is_refused(tmp_pat
     check_general_room(model, tasks("loglikelihood"))
     check_general_room(model, tasks("generate_until", max_gen_toks=POSITIONS - 1))
     for generating in (tasks("generate_until", max_gen_toks=POSITIONS), tasks("generate_until")):
-        with pytest.raises(BadInput, match=r"^eval\.general\.tasks: own generates up to \d+ tokens, and .* has 64"):
+        with pytest.raises(BadInput, match=r"^eval\.general\.tasks: own generates up to \d+ tokens, but .* has 64"):
             check_general_room(model, generating)
 
 
