@@ -110,7 +110,7 @@ def test_a_linear_layer_that_does_something_else_is_left_out(zoo: dict[str, Path
 
 
 def test_a_layer_that_is_trained_whole_gets_no_adapter(zoo: dict[str, Path]) -> None:
-    with pytest.raises(BadInput, match=r"^model\.lora\.target_modules: classifier is trained whole already"):
+    with pytest.raises(BadInput, match=r"^model\.lora\.target_modules: classifier is new and already trained in full"):
         adapted(zoo, "BERT", "classifier")
     names = [name for name, parameter in adapted(zoo, "BERT").named_parameters() if parameter.requires_grad]
     pooler = [name for name in names if ".pooler." in name]
@@ -128,7 +128,7 @@ def test_what_peft_refuses_is_one_sentence(zoo: dict[str, Path], monkeypatch: py
 def test_adapters_that_peft_would_not_find_again_are_refused(zoo: dict[str, Path]) -> None:
     """The libraries rename Laguna's shared experts on loading, in such a way that an adapter's names no longer fit."""
     with pytest.raises(
-        BadInput, match=r"peft would not load adapters on shared_experts\.down_proj, .* of laguna again"
+        BadInput, match=r"peft could not reload adapters on shared_experts\.down_proj, .* of laguna, because"
     ):
         adapted(zoo, "Laguna")
     adapted(zoo, "Laguna", "q_proj", "v_proj")
