@@ -1,4 +1,4 @@
-"""Which layers MIGU tracks, and over which tokens they run."""
+"""Which layers MIGU tracks."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_tied_head_is_refused(load: Loader, name: str, objective: str) -> None
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("layers", ["blocks", "all"])
 def test_lora_matrices_are_tracked_each_by_itself(load: Loader, name: str, layers: Literal["blocks", "all"]) -> None:
-    """The frozen layers are not, nor is the frozen copy of a classifier's head that peft keeps."""
+    """The frozen layers are not tracked, nor is the frozen copy of a classifier's head that peft keeps."""
     loaded = load(name)
     model = add_lora(loaded.model, LoraConfig(r=2), loaded.objective, SEED)
     expected = {f"base_model.model.{layer}.lora_{matrix}.default" for layer in BLOCKS[name] for matrix in "AB"}
