@@ -25,8 +25,8 @@ from cl_dist.assembly import cache_folder
 from cl_dist.benchmarks.harness import Times, rotated
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join, leave
-from cl_dist.engine.ds_config import deepspeed_config
 from cl_dist.engine.engine import TrainingEngine
+from cl_dist.engine.settings import deepspeed_config
 from cl_dist.launch.environment import rank_environment
 from cl_dist.launch.rendezvous import find_free_port
 from cl_dist.methods.composed import Composed

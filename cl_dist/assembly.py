@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run, in the order of the story: stream, model, methods, engine, evaluation."""
+"""Builds the parts of a run from its recipe: stream, model, method, engine, evaluation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from cl_dist.config.objectives import FACTS, ObjectiveName
 from cl_dist.config.schema import EvalConfig, Recipe
 from cl_dist.engine.distributed import device
-from cl_dist.engine.ds_config import deepspeed_config
 from cl_dist.engine.engine import TrainingEngine
+from cl_dist.engine.settings import deepspeed_config
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.answer_length import check_general_room, check_room
@@ -47,43 +47,48 @@ class System:
     engine: TrainingEngine
     evaluator: Evaluator
     general: GeneralEvaluator | None
-    """None where the recipe does not ask for general ability."""
+    """None if the recipe does not measure general ability."""
     notices: tuple[Notice, ...] = ()
-    """What is to be known about the tasks' scores."""
+    """Remarks on the tasks' scores, for the log."""
 
     def trainer(self, index: int) -> TaskTrainer:
-        """Return the steps of the task at position `index` of the stream."""
+        """Return the trainer for the task at position `index` of the stream."""
         samples = self.engine.training_data(index, self.samples)
         memory = self.engine.method.memory(index, self.samples)
         tasks = self.samples[: index + 1]
         return TaskTrainer(self.engine, samples, self.loaded.tokenizer, self.encoder.pad_id, index, memory, tasks)
 
     def start_messages(self) -> list[str]:
-        """Sentences for the log of a run that begins: what the adapters leave out, and what methods have to say."""
+        """Sentences to log when a run starts: the matrices without an adapter, and the method's own messages."""
         lora = self.recipe.model.lora
         left_out = without_adapter(self.engine.model) if lora and lora.target_modules == "all-linear" else None
-        told = (self.engine.method.start_message() or "").splitlines()
-        return [*([left_out] if left_out else []), *told]
+        return [*([left_out] if left_out else []), *(self.engine.method.start_message() or "").splitlines()]
 
 
 def build_system(recipe: Recipe, recipe_dir: Path) -> System:
-    """Read the data, load the model and put DeepSpeed around it (collective).
+    """Read the data, load the model and build the DeepSpeed engine around it (collective).
+
+    Whatever can be checked without the engine is checked before it is built, which is the expensive part.
 
     Raises:
-        BadInput: Data, model or method do not fit together; every sample is encoded before the engine is built.
+        BadInput: Data, model and method do not fit together.
     """
     beat("reading the data", opaque=True)
     tasks = load_stream(recipe.stream, recipe_dir)
     names = label_names(tasks)
+
     beat("loading the tasks of general ability", opaque=True)
     harness = load_harness_tasks(recipe.eval.general) if recipe.eval.general is not None else None
+
     beat("loading the model", opaque=True)
     loaded = _load(recipe, len(names))
     check_length(loaded, recipe.train.max_length, recipe.train.max_target_length)
+
     beat("tokenising the data", opaque=True)
     encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
     notices = _check_scoring(tasks, loaded.model, encoder, loaded.objective, recipe.eval)
     samples = tuple(encoder.train(task) for task in tasks)
+
     beat("building the engine", opaque=True)
     engine = TrainingEngine(loaded, recipe, compose(recipe.method))
     evaluator = _evaluator(recipe, engine.model, loaded, encoder, names, synced=recipe.zero.stage == 3)
@@ -94,10 +99,10 @@ def build_system(recipe: Recipe, recipe_dir: Path) -> System:
 def build_saved(
     recipe: Recipe, recipe_dir: Path, folder: Path
 ) -> tuple[tuple[Task, ...], Evaluator, tuple[Notice, ...]]:
-    """Load the model that a run saved in `folder`, whole on every rank, for evaluation only.
+    """Load the model that a run saved in `folder`, unsharded on every rank, for evaluation only.
 
     Raises:
-        BadInput: The data or the saved model is not usable.
+        BadInput: The data or the saved model is unusable.
     """
     tasks = load_stream(recipe.stream, recipe_dir)
     names = label_names(tasks)
@@ -146,7 +151,7 @@ def _load(recipe: Recipe, labels: int) -> LoadedModel:
 def _check_scoring(
     tasks: Sequence[Task], model: torch.nn.Module, encoder: Encoder, objective: ObjectiveName, config: EvalConfig
 ) -> tuple[Notice, ...]:
-    """What to know about the scores; BadInput for tasks that cannot be scored, or need more positions."""
+    """Return remarks on the scores; raise BadInput for tasks that cannot be scored or need too many positions."""
     notices = outlook(tasks, encoder, objective, config)
     generated = [task for task in tasks if resolve_mode(task, objective, config) == "generate"]
     if generated:
@@ -178,7 +183,7 @@ def _evaluator(
 def _general(
     recipe: Recipe, model: torch.nn.Module, loaded: LoadedModel, tasks: HarnessTasks | None
 ) -> GeneralEvaluator | None:
-    """What measures general ability; BadInput where the model cannot generate."""
+    """Build the evaluator of general ability; raise BadInput if the model cannot generate."""
     if recipe.eval.general is None or tasks is None:
         return None
     if not FACTS[loaded.objective].generates:
@@ -190,6 +195,6 @@ def _general(
 
 
 def cache_folder() -> Path:
-    """Return where converted models are kept: below XDG_CACHE_HOME, else ~/.cache."""
+    """Return the cache of converted models: below XDG_CACHE_HOME, else ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "cl_dist"

@@ -1,4 +1,4 @@
-"""Seeds as a pure function of the position in the run, so that a resumed run draws the same random numbers."""
+"""Derives seeds from the position in the run alone, so that a resumed run draws the same random numbers."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""One DeepSpeed engine, and the training step with its named moments."""
+"""The DeepSpeed engine around a model, and the training step that calls the method at its named moments."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.distributed import device, set_timeout
-from cl_dist.engine.ds_config import deepspeed_config
 from cl_dist.engine.guard import UpdateGuard, check_replicas
-from cl_dist.engine.objective import keeps_logits, loss_sum
-from cl_dist.engine.optimizer import build_adamw, learning_rate
-from cl_dist.engine.trial import told_by_trial, trial_batches
+from cl_dist.engine.settings import build_adamw, deepspeed_config, learning_rate
+from cl_dist.engine.trial import failures_as_bad_input, trial_batches
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.heartbeat import beat
 from cl_dist.methods.protocol import Method, TaskPlace
@@ -24,40 +24,49 @@ from cl_dist.seeds import derive_seed
 from cl_dist.sharding import ShardView, check_deepspeed, remove_leftovers
 from cl_dist.tasks.collate import Batch
 from cl_dist.tasks.objectives import OBJECTIVES
-from cl_dist.tasks.types import Encoded
+from cl_dist.tasks.types import IGNORE, Encoded
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-"""What DeepSpeed counts, put back after a trial."""
+"""DeepSpeed's counters, which a trial must not move."""
+
+
+def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The training loss: cross-entropy summed over all targets, float32 scalar.
+
+    Args:
+        logits: `(..., classes)`, any floating dtype.
+        labels: int64, with the leading shape of `logits`; positions labelled IGNORE do not count.
+    """
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    return cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimiser step did on this rank."""
+    """The result of one optimiser step on this rank."""
 
     loss_sum: float
-    """Loss summed over the targets of this rank's micro-batches."""
+    """Sum over all targets in this rank's micro-batches."""
     targets: int
-    """Targets in this rank's micro-batches."""
     skipped: str | None = None
-    """Why nothing was updated; None: it was."""
+    """Why the update was skipped; None if it was applied."""
 
 
 class TrainingEngine:
-    """The model under DeepSpeed, the method attached to it.
+    """A model under DeepSpeed with a method attached.
 
     Args:
         loaded: Model, tokenizer and objective.
-        recipe: The run's settings (`train` and `zero` are read).
-        method: What is to be done about forgetting.
+        recipe: The run's settings.
+        method: The method against forgetting.
 
     Raises:
-        ClDistError: The installed DeepSpeed is not one whose shards this release knows.
+        ClDistError: This release does not know how the installed DeepSpeed lays out its shards.
         BadInput: The model cannot be trained as the recipe says.
     """
 
     def __init__(self, loaded: LoadedModel, recipe: Recipe, method: Method) -> None:
-        problems = check_deepspeed()
-        if problems:
+        if problems := check_deepspeed():
             raise ClDistError("; ".join(problems))
         self.objective = loaded.objective
         self.recipe = recipe
@@ -67,7 +76,6 @@ class TrainingEngine:
     def _build(self, model: torch.nn.Module) -> None:
         import deepspeed
 
-        base = base_model(model)
         _refuse_layerdrop(model, self.recipe.zero.stage)
         switch_cache_off(model)
         self._engine, *_ = deepspeed.initialize(
@@ -77,7 +85,9 @@ class TrainingEngine:
             dist_init_required=False,
         )
         set_timeout(self.recipe.launch.timeout_seconds)
-        self._keeps_logits = keeps_logits(base) and not self.method.needs_all_logits
+        # Most models can run their output head over chosen positions only, which saves memory.
+        computes_some = "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
+        self._keeps_logits = computes_some and not self.method.needs_all_logits
         self.shards = ShardView(self._engine)
         self.shards.allocate_moments(step=0)
         self._guard = UpdateGuard(self.shards, self.recipe.train.max_skipped_steps)
@@ -89,28 +99,30 @@ class TrainingEngine:
         self._try_out()
 
     def _try_out(self) -> None:
-        """Send two tiny batches of made-up tokens through the model, the first one backward too (collective).
+        """Run two tiny batches of made-up tokens through the model: the first forward and backward, the second forward.
 
-        Finds out in the first seconds whether the model can be trained at all, and shows the method what its layers'
-        outputs are. As with `measure`, nothing that is trained changes: DeepSpeed goes through a step of its own, in
-        which the inner optimiser is paused. The random number generators and DeepSpeed's counters are put back.
+        This shows within seconds whether the model can be trained at all, and lets the method see the outputs of its
+        layers. As in `measure`, training state does not change. Collective.
 
         Raises:
-            BadInput: A pass fails, or a method cannot do with what it saw; on all ranks alike.
+            BadInput: A pass fails, or the method rejects what it saw; on all ranks alike.
         """
         first, second = (batch.to(device()) for batch in trial_batches(self.model, self.objective))
         counters = {name: getattr(self._engine, name) for name in _COUNTERS if hasattr(self._engine, name)}
         self._trying, self._idle = True, frozenset[str]()
         devices = [device()] if device().type == "cuda" else []
         try:
-            with evaluation_mode(self.model), torch.random.fork_rng(devices), told_by_trial():
+            with evaluation_mode(self.model), torch.random.fork_rng(devices), failures_as_bad_input():
+                # A whole step, since DeepSpeed reduces gradients at its end only. `_allows` pauses the inner optimiser.
                 for _ in range(self.recipe.train.gradient_accumulation):
                     self._engine.backward(loss_sum(*self._trial_forward(first)))
                     self._engine.step()
+                # Batches of two shapes leave one way to read which output belongs to which token.
                 with torch.no_grad():
                     self._trial_forward(second)
         finally:
             self._trying = False
+        # DeepSpeed has counted a step that never happened.
         for name, value in counters.items():
             setattr(self._engine, name, value)
         self.method.after_trials(self._idle)
@@ -120,7 +132,7 @@ class TrainingEngine:
         return self._forward(batch)
 
     def _without_gradient(self) -> frozenset[str]:
-        """Trainable parameters whose reduced gradient is zero on all ranks (collective)."""
+        """Names of the trainable parameters whose reduced gradient is zero on all ranks (collective)."""
         found = [self.shards.gradient(name) for name in self.shards.names]
         flags = [shard is not None and bool(shard.data.count_nonzero()) for shard in found]
         reached = torch.tensor(flags, dtype=torch.float32, device=device())
@@ -128,17 +140,16 @@ class TrainingEngine:
         return frozenset(name for name, flag in zip(self.shards.names, reached.tolist(), strict=True) if not flag)
 
     def rebuild(self) -> None:
-        """Build a new DeepSpeed engine around the same model in the same process group.
+        """Build a new DeepSpeed engine around the same model, after a change in which parameters are trainable.
 
-        For a method that changes the set of trainable parameters. The optimiser starts afresh, and in bfloat16 so do
-        the float32 masters, from the bfloat16 weights.
+        The optimiser state is reset. In bfloat16 the float32 masters are copied anew from the bfloat16 weights.
         """
         model = self.model
         self.destroy()
         self._build(model)
 
     def destroy(self) -> None:
-        """Detach the method and take DeepSpeed's hooks out of the model."""
+        """Detach the method and remove DeepSpeed's hooks from the model."""
         self.method.detach()
         self._engine.destroy()
         remove_leftovers(self.model)
@@ -149,11 +160,11 @@ class TrainingEngine:
         return self._engine.module
 
     def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
-        """The training samples of task `index`, its own first, and those that the method adds."""
+        """The training samples of task `index`: its own, followed by those that the method adds."""
         return [*tasks[index], *self.method.training_data(index, tasks)]
 
     def prepare_task(self, index: int) -> None:
-        """Let the method make the model ready for task `index`, and build the engine anew where it changes what is
+        """Let the method prepare the model for task `index`; rebuild the engine if that changes which parameters are
         trained (collective).
         """
         if self.method.prepare_task(index):
@@ -161,39 +172,45 @@ class TrainingEngine:
             self.rebuild()
 
     def before_task(self, place: TaskPlace) -> None:
-        """Let a task begin: the method gets its settings there."""
+        """Begin a task: give the method its settings for it."""
         self._place = place
         self.method.follow(place.name)
         self.method.before_task(place)
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of a step (0-based) of the task in hand, as the schedule has it."""
+        """The scheduled learning rate of a step (0-based) of the current task."""
         return learning_rate(self.recipe.train, *self._place.schedule(step))
 
     def train_step(
         self, step: int, batches: Sequence[Batch], global_targets: int, real_batches: int | None = None
     ) -> StepResult:
-        """One optimiser step over this rank's micro-batches of the global batch.
+        """Take one optimiser step over this rank's micro-batches of the global batch.
 
         Args:
             step: 0-based step of the task.
             batches: `train.gradient_accumulation` micro-batches.
             global_targets: Targets in the whole global batch, over all ranks and micro-batches.
-            real_batches: Micro-batches of the global batch that are not fillers alone; None: all.
+            real_batches: Micro-batches of the global batch with at least one sample; None: all.
 
         Raises:
-            JobFailed: The loss or the gradient's norm is not a finite number and no (further) step may be skipped, or
-                the ranks no longer hold the same weights; on all ranks alike.
+            JobFailed: The loss or the gradient norm is not finite and no further step may be skipped, or the ranks'
+                weights have diverged; on all ranks alike.
         """
-        self.method.before_step(step)
-        self.model.train()
         train = self.recipe.train
         where = f"task {self._place.name}, step {step + 1}"
+        self.method.before_step(step)
+        self.model.train()
         self._guard.begin(where)
+
+        # Dropout depends on the position in the run alone, so a resumed run repeats it without saved generator states.
         torch.manual_seed(derive_seed(train.seed, "step", self._place.index, step, torch.distributed.get_rank()))
         self.shards.set_learning_rate(self.learning_rate(step))
+
+        # The last micro-batch ends the step: DeepSpeed reduces the gradients, and `ShardView.on_boundary` runs the
+        # method's moments around the update, or skips it where `_allows` says no.
         total = sum(self._micro_step(step, batch.to(device()), global_targets, real_batches) for batch in batches)
         targets = sum(batch.targets for batch in batches)
+
         every = train.check_replicas_every
         if every is not None and (step + 1) % every == 0:
             check_replicas(self.model, where)
@@ -203,9 +220,11 @@ class TrainingEngine:
         self.method.before_forward(step, batch)
         logits, labels = self._forward(batch)
         total = loss_sum(logits, labels)
-        # Backward runs with a loss that is not finite too: the other ranks take part in its collectives.
+        # A loss that is not finite still goes backward, because the other ranks are waiting in its collectives.
         value = self._guard.note_loss(total, batch.indices)
         beat()
+
+        # The method may add a term of its own, which is scaled along with the loss.
         added = self.method.added_loss(batch, logits, labels)
         total = total if added is None else total + added
         loss = total * self._loss_scale(batch, global_targets, real_batches)
@@ -215,62 +234,62 @@ class TrainingEngine:
         return value
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward pass: logits, and the labels that they are to predict (shapes: `Method.added_loss`)."""
+        """Run the model; returns logits and the labels they predict (shapes: `Method.added_loss`)."""
         return OBJECTIVES[self.objective].forward(self._engine, batch, self._keeps_logits)
 
     def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of a micro-batch (shapes: `Method.added_loss`), without dropout and without a graph
-        (collective under stage 3).
+        """Logits and labels of a micro-batch (shapes: `Method.added_loss`), without dropout or autograd graph.
+
+        Collective under stage 3.
         """
         with evaluation_mode(self.model), torch.no_grad():
             return self._forward(batch)
 
     def measure(self, batches: Sequence[Batch], targets: int, what: str, take: Callable[[], None]) -> bool:
-        """Let `take` read the reduced gradient of some micro-batches' loss, between two steps (collective).
+        """Let `take` read the reduced gradient of the loss on some micro-batches, between two steps (collective).
 
-        Weights, moments, step count, learning rate and what methods measure stay as they are to the last bit: DeepSpeed
-        goes through a step of its own, in which the inner optimiser is paused, and no method's moment is called. The
-        model is in evaluation mode: no dropout, and the hooks of methods let the passes go by.
+        Weights, moments, step count, learning rate and the methods' own measurements stay bitwise the same: DeepSpeed
+        runs a whole step with its inner optimiser paused, and no method is called. The model is in evaluation mode, so
+        there is no dropout and the methods' hooks ignore the passes.
 
         Args:
-            batches: `train.gradient_accumulation` micro-batches of this rank, of any size.
-            targets: What the summed loss is divided by.
-            what: What is measured, for messages.
+            batches: This rank's `train.gradient_accumulation` micro-batches, of any size.
+            targets: Divisor of the summed loss.
+            what: What is being measured, for messages.
             take: Called once, where `Method.before_update` would be.
 
         Returns:
-            Whether loss and gradient of all ranks are finite; otherwise `take` is not called.
+            Whether loss and gradient are finite on all ranks; if not, `take` is not called.
 
         Raises:
-            JobFailed: They are not, and no (further) measurement may be left out (`train.max_skipped_steps`).
+            JobFailed: They are not, and no further measurement may be skipped (`train.max_skipped_steps`).
         """
         train = self.recipe.train
         pieces = train.gradient_accumulation * torch.distributed.get_world_size()
         self._measuring_guard.begin(f"task {self._place.name}, {what}")
-        # A few models drop out in a block itself, which recomputes only while it says that it trains.
+        # A few models apply dropout in the block itself, and a block that recomputes its activations stays in training
+        # mode even here.
         torch.manual_seed(derive_seed(train.seed, "measure", self._place.index, what, torch.distributed.get_rank()))
         self._take = take
         try:
             with evaluation_mode(self.model):
                 for batch in batches:
-                    self._measure_micro_batch(batch.to(device()), pieces / max(1, targets))
+                    total = loss_sum(*self._forward(batch.to(device())))
+                    self._measuring_guard.note_loss(total, batch.indices)
+                    beat()
+                    self._engine.backward(total * (pieces / max(1, targets)))
+                    self._engine.step()  # after the last micro-batch this calls `_allows`, which calls `take`
+                    beat()
         finally:
             self._take = None
         return self._measuring_guard.skipped is None
 
-    def _measure_micro_batch(self, batch: Batch, scale: float) -> None:
-        total = loss_sum(*self._forward(batch))
-        self._measuring_guard.note_loss(total, batch.indices)
-        beat()
-        self._engine.backward(total * scale)
-        self._engine.step()
-        beat()
-
     def _loss_scale(self, batch: Batch, global_targets: int, real_batches: int | None) -> float:
-        """Factor that makes the gradient of the summed loss the wanted mean.
+        """The factor that turns the gradient of the summed loss into that of the mean set by `train.loss_average`.
 
-        DeepSpeed divides by the micro-batches of a step and by the ranks. The mean over all tokens needs neither, and
-        the mean of means divides by the micro-batches that hold samples.
+        DeepSpeed divides by the number of micro-batches in a step and by the number of ranks (together `pieces`), which
+        this undoes. The mean over all tokens then divides by the targets of the global batch; the mean of means divides
+        by the targets of this micro-batch and by the number of micro-batches with samples.
         """
         pieces = self.recipe.train.gradient_accumulation * torch.distributed.get_world_size()
         if self.recipe.train.loss_average == "micro_batch":
@@ -278,7 +297,7 @@ class TrainingEngine:
         return pieces / max(1, global_targets)
 
     def _allows(self) -> bool:
-        """Whether what was just reduced is to be learnt."""
+        """Whether to apply the reduced gradient: never in a trial or a measurement, which read it here instead."""
         if self._trying:
             self._idle = self._without_gradient()
             return False
@@ -294,9 +313,11 @@ class TrainingEngine:
 
 
 def _refuse_layerdrop(model: torch.nn.Module, stage: int) -> None:
-    """Ranks that leave out other layers would wait for each other, or add up gradients of different layers."""
+    """Raises BadInput for layerdrop on several ranks: each would skip different layers, so they would wait for each
+    other or add up gradients of different layers.
+    """
     if stage > 0 and torch.distributed.get_world_size() > 1 and (dropped := layerdrop(model)):
         raise BadInput(
-            f"model.name_or_path: the model's configuration ({dropped}) leaves out layers at random while it trains, "
-            "on each rank others, which ZeRO cannot do; allowed are 0 there, zero.stage: 0 and a single rank"
+            f"model.name_or_path: the model's configuration ({dropped}) drops layers at random in training, different "
+            "ones on each rank, which ZeRO does not support; set it to 0, or use zero.stage: 0 or a single rank"
         )

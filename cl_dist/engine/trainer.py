@@ -1,21 +1,26 @@
-"""One task's optimiser steps: which samples, collated how, into the engine."""
+"""Feeds one task to the engine: samples become micro-batches, and micro-batches become optimiser steps.
+
+Methods may ask for gradients and predictions on samples of their choice, which `EngineProbe` answers between steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
 
-from cl_dist.engine.collator import Collator
+from cl_dist.config.objectives import ObjectiveName
 from cl_dist.engine.distributed import device
 from cl_dist.engine.engine import StepResult, TrainingEngine
-from cl_dist.engine.probe import Chunk, EngineProbe
+from cl_dist.heartbeat import beat
+from cl_dist.methods.protocol import Probe
 from cl_dist.seeds import derive_seed
-from cl_dist.tasks.collate import Batch, gather
-from cl_dist.tasks.plan import FILLER, BatchPlan, Cycles, InterleavedPlan
+from cl_dist.tasks.collate import Batch, as_filler, collate, gather
+from cl_dist.tasks.objectives import OBJECTIVES
+from cl_dist.tasks.plan import FILLER, BatchPlan, Cycles, InterleavedPlan, share
 from cl_dist.tasks.types import Encoded
 
 if TYPE_CHECKING:
@@ -23,18 +28,107 @@ if TYPE_CHECKING:
 
     from cl_dist.methods.protocol import Memory
 
+Chunk = tuple[int, list[int]]
+"""A micro-batch as a step number and sample numbers."""
+
+
+class Collator:
+    """Collates samples into micro-batches for one model.
+
+    Args:
+        objective: The training objective.
+        tokenizer: Supplies the mask token of a masked language model.
+        pad_id: Padding token.
+        decoder_start_id: The first token that an encoder-decoder's decoder reads.
+    """
+
+    def __init__(
+        self, objective: ObjectiveName, tokenizer: PreTrainedTokenizerBase, pad_id: int, decoder_start_id: int | None
+    ) -> None:
+        self.objective = OBJECTIVES[objective]
+        self._tokenizer, self._pad_id, self._decoder_start_id = tokenizer, pad_id, decoder_start_id
+
+    def __call__(self, samples: Sequence[Encoded], mask_seed: int) -> Batch:
+        """Collate one micro-batch; `mask_seed` decides which tokens a masked language model has to predict."""
+        batch = collate(list(samples), self.objective.name, self._pad_id, decoder_start_id=self._decoder_start_id)
+        return self.objective.pose(batch, self._tokenizer, mask_seed)
+
+    def filler(self, like: Encoded) -> Batch:
+        """The shortest possible micro-batch without targets, made of `like`'s first tokens."""
+        ids = (like.input_ids * 2)[:2]  # two, because a decoder's first token predicts the second
+        labels = self.objective.made_up_labels(ids, like.labels[:1])
+        return self([as_filler(Encoded(like.index, ids, labels))], mask_seed=0)
+
+    def targets(self, samples: Sequence[Encoded], batches: Sequence[Batch]) -> int:
+        """Targets of `samples`, which this rank's `batches` and those of the other ranks hold between them.
+
+        Every rank can count them from the samples. Only with a masked language model, whose masks are drawn per rank,
+        are they summed over the ranks (collective).
+        """
+        if not self.objective.facts.masked:
+            return sum(sample.targets for sample in samples)
+        count = torch.tensor(sum(batch.targets for batch in batches), device=device())
+        torch.distributed.all_reduce(count)
+        return int(count.item())
+
+
+class EngineProbe(Probe):
+    """A `Probe` that runs samples through the training engine.
+
+    Args:
+        engine: The run's engine.
+        collator: Collates samples into micro-batches.
+        tasks: The training samples of all tasks so far, the current task last.
+        learnt: Returns the inputs of a rank in the current task, each once, in micro-batches.
+        collate: Collates a chunk as training does.
+    """
+
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        collator: Collator,
+        tasks: Sequence[Sequence[Encoded]],
+        learnt: Callable[[int], list[Chunk]],
+        collate: Callable[[int, list[int]], Batch],
+    ) -> None:
+        self.tasks = tasks
+        self._engine, self._collator, self._learnt, self._collate = engine, collator, learnt, collate
+        self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def gradient(self, samples: Sequence[Encoded], take: Callable[[], None], *, mean: bool, what: str) -> bool:
+        """See `Probe`."""
+        # Spread the samples over the ranks, and over the micro-batches of one step. Where there are too few of them,
+        # fillers keep every rank's passes, and with them the collectives, the same.
+        pieces = self._engine.recipe.train.gradient_accumulation
+        own = share(list(range(len(samples))), self._world, self._rank)
+        chosen = [[samples[number] for number in share(own, pieces, piece)] for piece in range(pieces)]
+        seed = derive_seed(self._engine.recipe.train.seed, "mask", len(self.tasks), what)
+        batches = [self._collator(some, seed) if some else self._collator.filler(samples[0]) for some in chosen]
+        targets = self._collator.targets(samples, batches) if mean else 1
+        return self._engine.measure(batches, targets, what, take)
+
+    def responses(self, take: Callable[[Batch, torch.Tensor, torch.Tensor], None]) -> None:
+        """See `Probe`."""
+        # Sharded weights demand that all ranks run the model equally often.
+        chunks = self._learnt(self._rank)
+        rounds = max(len(self._learnt(rank)) for rank in range(self._world))
+        for step, indices in chunks + [(0, [FILLER])] * (rounds - len(chunks)):
+            batch = self._collate(step, indices).to(device())
+            take(batch, *self._engine.predict(batch))
+            beat()
+
 
 class TaskTrainer:
-    """The steps of one task; any step can be taken next, whatever was before it.
+    """The optimiser steps of one task. Each step depends on its number alone, so training can resume at any of them.
 
     Args:
         engine: The run's engine.
         samples: The task's encoded training samples.
-        tokenizer: For the mask token of a masked language model.
-        pad_id: Token that fills batches up.
+        tokenizer: Supplies the mask token of a masked language model.
+        pad_id: Padding token.
         index: Position of the task in the stream.
-        memory: Encoded samples of past tasks that are learnt in steps of their own, in between.
-        tasks: What methods may ask about: every task's own samples, up to and with this one.
+        memory: Encoded samples of past tasks, trained on in separate steps between the task's own.
+        tasks: The training samples of all tasks so far, which methods can probe.
     """
 
     def __init__(
@@ -53,16 +147,19 @@ class TaskTrainer:
         self._train = engine.recipe.train
         self._rank = torch.distributed.get_rank()
         self.cycles: Cycles | None = None
-        """How steps on own samples and on the memory alternate; None without a memory."""
+        """How steps on the task's own samples and on the memory alternate; None without a memory."""
         epochs = engine.recipe.stream.tasks[index].epochs or self._train.epochs
         own = self._batch_plan(samples, epochs, self._train.max_steps_per_task, "order")
         self._plan: BatchPlan | InterleavedPlan = own
         if memory is not None:
             self.cycles = Cycles(own.steps, memory.inner, memory.outer, memory.last, memory.scheduled)
-            self._plan = InterleavedPlan(own, self._memory_plan(memory, self.cycles), self.cycles, len(samples))
+            # The plan of the memory has as many passes over it as its steps take.
+            once = self._batch_plan(memory.samples, 1, None, "memory order")
+            passes = ceil(self.cycles.outer_steps / once.steps_per_epoch)
+            outer = self._batch_plan(memory.samples, passes, self.cycles.outer_steps, "memory order")
+            self._plan = InterleavedPlan(own, outer, self.cycles, len(samples))
             self._samples = [*samples, *memory.samples]
         self.probe = EngineProbe(engine, self._collator, tasks, self._learnt, self._collate)
-        """What methods ask about samples."""
 
     def _batch_plan(self, samples: Sequence[Encoded], epochs: int, max_steps: int | None, order: str) -> BatchPlan:
         return BatchPlan(
@@ -77,37 +174,32 @@ class TaskTrainer:
             seed=derive_seed(self._train.seed, order, self._index),
         )
 
-    def _memory_plan(self, memory: Memory, cycles: Cycles) -> BatchPlan:
-        """As many passes over the memory as its steps take."""
-        once = self._batch_plan(memory.samples, 1, None, "memory order")
-        epochs = ceil(cycles.outer_steps / once.steps_per_epoch)
-        return self._batch_plan(memory.samples, epochs, cycles.outer_steps, "memory order")
-
     @property
     def steps(self) -> int:
         """Optimiser steps of the task."""
         return self._plan.steps
 
     def tokens(self, step: int) -> int:
-        """Real tokens in a step's global batch, inputs and (with an encoder-decoder) targets."""
+        """Real tokens in the global batch of a step: inputs and, for an encoder-decoder, targets."""
         samples = [self._samples[index] for index in self._plan.step(step)]
         return sum(map(self._collator.objective.tokens, samples))
 
     def samples(self, step: int) -> list[int]:
-        """A step's global batch, as positions in the task's training data (what methods add comes last there)."""
+        """The global batch of a step, as positions in the task's training data (samples that methods add come last)."""
         return self._plan.step(step)
 
     def step(self, step: int) -> StepResult:
         """Take optimiser step `step` (0-based), together with the other ranks."""
         batches = [self._collate(step, indices) for indices in self._plan.micro_batches(step, self._rank)]
-        return self._engine.train_step(step, batches, self._global_targets(step, batches), self._real_batches(step))
+        targets = self._collator.targets([self._samples[index] for index in self._plan.step(step)], batches)
 
-    def _real_batches(self, step: int) -> int | None:
-        """Micro-batches of all ranks that hold at least one sample; None where the loss does not ask for them."""
-        if self._train.loss_average != "micro_batch":
-            return None
-        ranks = range(torch.distributed.get_world_size())
-        return sum(max(indices) >= 0 for rank in ranks for indices in self._plan.micro_batches(step, rank))
+        # A mean of the micro-batches' means must not count those that hold fillers only.
+        real_batches = None
+        if self._train.loss_average == "micro_batch":
+            ranks = range(torch.distributed.get_world_size())
+            pieces = [indices for rank in ranks for indices in self._plan.micro_batches(step, rank)]
+            real_batches = sum(max(indices) >= 0 for indices in pieces)
+        return self._engine.train_step(step, batches, targets, real_batches)
 
     def _collate(self, step: int, indices: Sequence[int]) -> Batch:
         batch = self._collator(gather(self._samples, indices), derive_seed(self._train.seed, "mask", self._index, step))
@@ -116,11 +208,11 @@ class TaskTrainer:
 
     @property
     def _masks_anew(self) -> bool:
-        """Whether a sample is another input in every step."""
+        """Whether a sample becomes a different input in every step."""
         return self._collator.objective.facts.masked
 
     def _learnt(self, rank: int) -> list[Chunk]:
-        """A rank's inputs in the whole task, each once, in micro-batches of the run's size."""
+        """The inputs of a rank in the whole task, each once, in micro-batches of the run's size."""
         steps = range(self.steps)
         pieces = [(step, piece) for step in steps for piece in self._plan.micro_batches(step, rank) if max(piece) >= 0]
         if self._masks_anew:
@@ -128,11 +220,3 @@ class TaskTrainer:
         seen = list(dict.fromkeys(index for _, piece in pieces for index in piece if index != FILLER))
         size = self._train.micro_batch_size
         return [(0, seen[start : start + size]) for start in range(0, len(seen), size)]
-
-    def _global_targets(self, step: int, batches: Sequence[Batch]) -> int:
-        """Targets of the global batch; every rank can count them from the samples, but for those that masking draws."""
-        if not self._masks_anew:
-            return sum(self._samples[index].targets for index in self._plan.step(step))
-        count = torch.tensor(sum(batch.targets for batch in batches), device=device())
-        torch.distributed.all_reduce(count)
-        return int(count.item())

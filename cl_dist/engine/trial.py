@@ -1,8 +1,8 @@
-"""Two tiny batches that go through a model before anything is trained.
+"""Two tiny batches that run through a model before training starts.
 
-Their numbers of samples, input tokens, target tokens and real tokens of either all differ, and so do the
-products of the first with the others: whatever shape a layer's output has, it can be read in one way only
-(`methods/migu/token_axes.py`). The tokens are made up, so that an engine can be tried out without data.
+No two of their sizes are equal: number of samples, padded and real input tokens, padded and real target tokens, nor the
+products of the number of samples with the others. So the shape of a layer's output leaves only one way to read it
+(`methods/migu/token_axes.py`). The tokens are made up, so an engine can be tried out without data.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from cl_dist.tasks.objectives import OBJECTIVES
 from cl_dist.tasks.types import Encoded
 
 LENGTHS = (((7, 5, 6), (4, 2, 3)), ((5, 3), (3, 2)))
-"""Input and target tokens of the samples of either batch."""
+"""For each batch, the input tokens and the target tokens of its samples."""
 
 
 def trial_batches(model: nn.Module, objective: ObjectiveName) -> list[Batch]:
-    """The batches, on the CPU, the same on every rank."""
+    """Two batches on the CPU, the same on every rank."""
     config = base_model(model).config
     text = config.get_text_config()
     draw = random.Random(0)
+
+    # Any token will do but padding and the end token, which models treat differently.
     vocabulary = int(getattr(text, "vocab_size", None) or 2)
     start = getattr(config, "decoder_start_token_id", None)
     pad = getattr(text, "pad_token_id", None)
@@ -56,10 +58,10 @@ def trial_batches(model: nn.Module, objective: ObjectiveName) -> list[Batch]:
 
 
 @contextmanager
-def told_by_trial() -> Iterator[None]:
-    """What fails on a tiny batch of made-up tokens is the model's fault: a BadInput in place of an internal error.
+def failures_as_bad_input() -> Iterator[None]:
+    """Raise BadInput in place of an internal error: what fails on a tiny batch of made-up tokens is the model's fault.
 
-    Errors of collectives, of memory and the project's own pass.
+    Errors of collectives, out-of-memory errors and the project's own errors pass through.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""What can be told about a model before anything expensive happens: reads small files only, imports no torch.
+"""Checks a model before anything expensive happens: reads only small files, and does not import torch.
 
-`check_model_config` is meant for the first seconds of a run; `models.load` repeats nothing of it and refuses what
-only the loaded configuration can show.
+`check_model_config` runs in the first seconds of a run. `models.load` builds on it, and refuses what only the loaded
+configuration can show.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TEXT_ARCHITECTURES = (
     "ForQuestionAnswering",
     "Model",
 )
-"""Endings of the class names that a text model's config.json can have under `architectures`."""
+"""Endings of the class names that a text model lists under `architectures` in config.json."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,7 +47,7 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("d_model", "d_ff", "num_layers", "num_heads", "n_embd", "n_layer", "n_head"),
 )
-"""Entries of config.json that a model is built from without a look at them."""
+"""Entries of config.json that transformers does not validate before it builds a model."""
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 # fmt: off
 WITHOUT_SDPA = frozenset((
@@ -60,15 +60,15 @@ WITHOUT_SDPA = frozenset((
     "switch_transformers", "t5gemma", "tapas", "trocr", "vaultgemma", "xglm", "xlm", "xlnet", "xlstm", "yoso",
 ))
 # fmt: on
-"""Model types for which transformers has no sdpa; a test compares them with its classes."""
+"""Model types without sdpa in transformers; a test compares them with its classes."""
 HEADER_LIMIT = 100 * 2**20
-"""Bytes; safetensors itself refuses longer headers."""
+"""In bytes; safetensors refuses longer headers."""
 
 
 def check_model_config(model: ModelConfig, label_names: Sequence[str] | None = None) -> None:
-    """Raise BadInput where `model` cannot be loaded, as far as names and small files show it.
+    """Raise BadInput if names and small files show that `model` cannot be loaded.
 
-    `label_names` are the stream's labels where they are known already. A Hugging Face id is not looked up here.
+    `label_names` are the stream's labels, if known yet. A Hugging Face id is not looked up.
     """
     name = model.name_or_path
     if name.startswith(BUILTIN_PREFIX):
@@ -77,22 +77,20 @@ def check_model_config(model: ModelConfig, label_names: Sequence[str] | None = N
         _check_folder(folder, model)
     needs_labels = model.objective != "auto" and FACTS[model.objective].needs_labels
     if needs_labels and label_names is not None and not label_names:
-        raise BadInput(
-            f"model.objective: {model.objective} needs a stream whose tasks have labels, and none of these has any"
-        )
+        raise BadInput(f"model.objective: {model.objective} needs tasks with labels, and this stream has none")
 
 
 def check_chat_template(model: ModelConfig) -> None:
-    """Raise BadInput where the files of a local model show that its tokenizer has no chat template."""
+    """Raise BadInput if a local model's files show that its tokenizer has no chat template."""
     if model.name_or_path in BUILTIN_FAMILIES or model.gguf_file is not None:
-        return  # the built-in decoder has one; a GGUF file's tokenizer must be loaded first
+        return  # the built-in decoder has one, and a GGUF file's tokenizer has to be loaded first
     folder = local_folder(model.name_or_path)
     if folder is not None and not _has_chat_template(folder):
         raise no_chat_template(model.name_or_path)
 
 
 def _has_chat_template(folder: Path) -> bool:
-    """Whether the folder has the template as a file of its own or in the tokenizer's settings."""
+    """Whether the folder has a chat template, as a separate file or in the tokenizer's settings."""
     if any((folder / name).exists() for name in TEMPLATE_FILES):
         return True
     settings = folder / "tokenizer_config.json"
@@ -100,7 +98,7 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def resolve_objective(objective: str, family: Family, name: str) -> ObjectiveName:
-    """The objective that `auto` stands for, or `objective` itself where a model of this `family` can have it."""
+    """The objective that `auto` stands for, or `objective` itself if the model `family` supports it; else BadInput."""
     allowed = objectives_of(family)
     if objective == "auto":
         return allowed[0]
@@ -114,14 +112,14 @@ def resolve_objective(objective: str, family: Family, name: str) -> ObjectiveNam
 
 
 def known_objective(model: ModelConfig) -> ObjectiveName | None:
-    """The objective that a model will be trained for, where names and small files tell; None where they do not."""
+    """The objective that a model will be trained for, if names and small files show it."""
     family = BUILTIN_FAMILIES.get(model.name_or_path) or _family_in_folder(model)
     return None if family is None else resolve_objective(model.objective, family, model.name_or_path)
 
 
 def check_positions(model: ModelConfig, train: TrainConfig) -> None:
-    """Raise BadInput where a local model's config.json shows that `train.max_length` or, in an encoder-decoder,
-    `train.max_target_length` goes past its last position.
+    """Raise BadInput if a local model's config.json shows that `train.max_length` or, for an encoder-decoder,
+    `train.max_target_length` exceeds its positions.
     """
     folder = local_folder(model.name_or_path)
     if folder is None or model.gguf_file is not None or model.name_or_path in BUILTIN_FAMILIES:
@@ -131,7 +129,7 @@ def check_positions(model: ModelConfig, train: TrainConfig) -> None:
 
 
 def refuse_long(longest: Positions, name: str, max_length: int, max_target_length: int | None) -> None:
-    """Raise BadInput for the setting that goes past the model's last position."""
+    """Raise BadInput for a setting that exceeds the model's positions."""
     if longest.source is not None and max_length > longest.source:
         raise BadInput(
             f"train.max_length: {max_length} is too long for {name}, which has {longest.source} positions; allowed is "
@@ -158,20 +156,22 @@ def _family_in_folder(model: ModelConfig) -> Family | None:
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder that `name` means, or None where it is a Hugging Face id.
+    """The folder that `name` refers to, or None for a Hugging Face id.
 
-    Raises BadInput for a name that can only be a path where no folder is there.
+    Raises BadInput for a name that can only be a path but is not a folder.
     """
-    path = Path(os.path.expanduser(name))  # unlike Path.expanduser it leaves the name of an unknown user alone
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, it accepts an unknown user
     if is_folder(path):
         refuse_special_below(path)
         return path
     refuse_special(path)
     if is_file(path):
         hint = (
-            f"its folder {path.parent} goes here and {path.name} into model.gguf_file" if is_gguf(path) else "a folder"
+            f"set it to the folder {path.parent} and model.gguf_file to {path.name}"
+            if is_gguf(path)
+            else "allowed is a folder"
         )
-        raise BadInput(f"model.name_or_path: {name} is a file, allowed is {hint}")
+        raise BadInput(f"model.name_or_path: {name} is a file; {hint}")
     if _looks_like_path(name):
         raise BadInput(
             f"model.name_or_path: there is no folder {path}; allowed are a folder in Hugging Face format, "
@@ -181,12 +181,12 @@ def local_folder(name: str) -> Path | None:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file's name says that it is in GGUF format."""
+    """Whether the file has the suffix of the GGUF format."""
     return path.suffix.lower() == ".gguf"
 
 
 def _looks_like_path(name: str) -> bool:
-    """Whether `name` cannot be a Hugging Face id, which is `name` or `owner/name`."""
+    """Whether `name` cannot be a Hugging Face id (`name` or `owner/name`)."""
     return not name.strip() or name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
 
 
@@ -198,8 +198,8 @@ def _check_builtin(model: ModelConfig) -> None:
         )
     if model.gguf_file is not None:
         raise BadInput(
-            f"model.gguf_file: {model.gguf_file} is given, but {model.name_or_path} is built in and has no files; "
-            "leave gguf_file out, or name the GGUF file's folder in model.name_or_path"
+            f"model.gguf_file: is {model.gguf_file}, but {model.name_or_path} is built in and has no files; "
+            "leave gguf_file out, or set model.name_or_path to the folder of the GGUF file"
         )
     resolve_objective(model.objective, BUILTIN_FAMILIES[model.name_or_path], model.name_or_path)
 
@@ -221,15 +221,15 @@ def _check_folder(folder: Path, model: ModelConfig) -> None:
 
 
 def _check_gguf_file(folder: Path, name: str) -> None:
-    """The file must lie in the folder itself and begin with the format's four-letter mark."""
+    """Refuse a file that is not directly in the folder, or does not begin with the bytes GGUF."""
     there = sorted(path.name for path in folder.iterdir() if is_gguf(path))
     if name not in there:
-        listed = ", ".join(there) if there else "none at all"
-        raise BadInput(f"model.gguf_file: there is no {name} in {folder}; its .gguf files: {listed}")
+        found = ", ".join(there) or "none"
+        raise BadInput(f"model.gguf_file: there is no {name} in {folder}; its .gguf files: {found}")
     with open(folder / name, "rb") as file:
         if file.read(4) != b"GGUF":
             raise BadInput(
-                f"model.gguf_file: {folder / name} is not a GGUF file (it does not begin with the mark GGUF)"
+                f"model.gguf_file: {folder / name} is not a GGUF file (it does not begin with the bytes GGUF)"
             )
 
 
@@ -248,7 +248,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_entries(config: dict[str, Any], file: Path) -> None:
-    """Refuse what is read here, or by no code that would notice, where it is of another type or out of range."""
+    """Refuse entries of the wrong type or out of range that are read here or that transformers does not validate."""
     architectures = config.get("architectures")
     if not isinstance(architectures, list | None) or not all(isinstance(name, str) for name in architectures or []):
         raise BadInput(
@@ -257,13 +257,13 @@ def _check_entries(config: dict[str, Any], file: Path) -> None:
     for name in SIZES:
         size = config.get(name)
         if isinstance(size, int) and size < 0:
-            raise BadInput(f"model.name_or_path: {name} in {file} is {size}, and no size is negative")
+            raise BadInput(f"model.name_or_path: {name} in {file} is {size}, but a size cannot be negative")
 
 
 def _instead_of_config(folder: Path) -> str:
-    """A hint from what lies in the folder."""
+    """A hint, based on what the folder contains instead."""
     if (folder / "adapter_config.json").is_file():
-        return "; it holds an adapter, and what is needed is the whole model that the adapter belongs to"
+        return "; it holds an adapter; use the model that the adapter was trained on"
     if gguf := sorted(path.name for path in folder.iterdir() if is_gguf(path)):
         return f"; to load a GGUF file set model.gguf_file to one of {', '.join(gguf)}"
     return "; expected is a model folder as written by save_pretrained"
@@ -278,20 +278,20 @@ def _check_architecture(config: dict[str, Any], folder: Path) -> None:
 
 
 def unsupported_architecture(name: str, architecture: str) -> BadInput:
-    """The error for a model that is none of the three families."""
+    """The error for a model of none of the three families."""
     return BadInput(
-        f"model.name_or_path: {name} is a {architecture}; allowed are text models that are decoders (as Llama), "
-        "encoders (as RoBERTa) or encoder-decoders (as T5)"
+        f"model.name_or_path: {name} is a {architecture}; allowed are text models: decoders (like Llama), "
+        "encoders (like RoBERTa) or encoder-decoders (like T5)"
     )
 
 
 def no_sdpa(model: ModelConfig, architecture: str) -> BadInput:
-    """The error for a model whose code has no sdpa, where the recipe insists on it."""
+    """The error for a recipe that demands sdpa of a model without it."""
     return BadInput(f"model.attention: {model.name_or_path}, a {architecture}, has no sdpa; allowed are auto and eager")
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the folder: those of the index where there is one, which must all be there."""
+    """The safetensors files of the folder. If it has an index, these are the files in it, and all must exist."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(folder.glob("model*.safetensors"))
@@ -301,15 +301,15 @@ def _weight_files(folder: Path) -> list[Path]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise BadInput(f"model.name_or_path: {index} is not a safetensors index ({error})") from error
     if missing := [name for name, found in zip(names, there, strict=True) if not found]:
-        raise BadInput(f"model.name_or_path: {index} names files that are not there: {', '.join(missing)}")
+        raise BadInput(f"model.name_or_path: {index} names files that do not exist: {', '.join(missing)}")
     return [folder / name for name in names]
 
 
 def check_safetensors(file: Path) -> None:
-    """Raise BadInput where a safetensors file is cut off or its header is damaged.
+    """Raise BadInput if a safetensors file is truncated or its header is damaged.
 
-    The layout is 8 bytes of header length (little endian), a JSON header, then the tensors; the header says where the
-    last one ends, and that must be the end of the file.
+    The file consists of the header's length (8 bytes, little endian), a JSON header, and the tensors. The header says
+    where the last tensor ends, which has to be the end of the file.
     """
     size = file.stat().st_size
     with open(file, "rb") as stream:
@@ -319,8 +319,8 @@ def check_safetensors(file: Path) -> None:
         tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         expected = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
-        raise BadInput(f"model.name_or_path: {file} is damaged, its safetensors header cannot be read") from error
+        raise BadInput(f"model.name_or_path: {file} is damaged: its safetensors header cannot be read") from error
     if expected != size:
         raise BadInput(
-            f"model.name_or_path: {file} is damaged or cut off: it has {size} bytes, its header says {expected}"
+            f"model.name_or_path: {file} is damaged or truncated: it has {size} bytes, its header says {expected}"
         )

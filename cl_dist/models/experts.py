@@ -1,9 +1,9 @@
-"""Experts whose projections show their outputs, and whose backward pass computes chosen rows of each expert alone.
+"""Exposes the outputs of each expert's projections, and restricts backward to chosen rows of each expert.
 
-transformers keeps the experts of a mixture as parameters of three dimensions and multiplies them inside one forward,
-where no hook sees what a projection puts out. `ExpertsTap` puts a forward of its own on the instance, which computes
-the same: tokens sorted by expert, each expert's rows multiplied, outputs weighted and put back in order. Where it is
-not asked to look, transformers' own forward runs, whichever implementation is chosen there.
+transformers stores the experts of a mixture as three-dimensional parameters and multiplies them inside a single
+forward, where no hook can see the output of a projection. `ExpertsTap` replaces that forward on the instance by one
+that computes the same: sort the tokens by expert, multiply each expert's share, weight the outputs and put them back in
+order. While the tap is inactive, transformers' own forward runs, whichever implementation is configured there.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from cl_dist.kernels import masked_weight_grad
 
 @dataclass(frozen=True)
 class Routed:
-    """What a projection has computed in one forward pass, S = tokens x experts per token."""
+    """The output of one projection in one forward pass; S = tokens x experts per token."""
 
     output: torch.Tensor
     """`(S, rows)`, sorted by expert."""
     per_expert: Sequence[int]
-    """How many of them belong to each expert."""
+    """Number of outputs of each expert."""
     token: torch.Tensor
-    """`(S,)` int64: each one's token, a position in the flattened tokens that came in."""
+    """`(S,)` int64: the token of each output, as a position in the flattened input."""
     experts: torch.Tensor
-    """`(S,)` int64: each one's expert, ascending."""
+    """`(S,)` int64: the expert of each output, ascending."""
     leading: torch.Size
-    """Leading shape of the tokens that came in."""
+    """Leading shape of the input."""
 
 
 Observe = Callable[[str, Routed], None]
-"""Called with the projection's name and what it has put out."""
+"""Called with a projection's name and its output."""
 
 
 class ExpertsTap:
-    """Puts the observing forward into one module of experts.
+    """Replaces the forward of one module of experts by one that can be observed.
 
     Args:
         name: The module's name, for messages.
-        module: Experts as `models.layer_kinds.is_experts` knows them.
-        observe: Called twice in each forward pass of training while `active`.
-        mask_bias: Mask the biases' gradients along with the rows that are skipped.
-        enter: Called before every forward pass with the leading shape of the tokens that come in; None: nobody asks.
+        module: Experts as recognised by `models.layer_kinds.is_experts`.
+        observe: Called twice in each training forward pass while `active`.
+        mask_bias: Mask the gradients of the biases along with the weights'.
+        enter: Called before every forward pass with the leading shape of the input.
 
     Raises:
-        BadInput: The module's forward has been replaced already.
+        BadInput: The module's forward has already been replaced.
     """
 
     def __init__(
@@ -66,28 +66,28 @@ class ExpertsTap:
     ) -> None:
         if "forward" in module.__dict__:
             raise BadInput(
-                f"method.untracked: the forward of {name} ({type(module).__name__}) has been replaced by another "
-                "library, so that its experts' outputs cannot be seen; use transformers' own"
+                f"method.untracked: another library has replaced the forward of {name} ({type(module).__name__}), "
+                "which hides the outputs of its experts; use the forward of transformers"
             )
         self.active = False
         """Whether forward passes of training are observed."""
         self.rows: dict[str, list[torch.Tensor]] | None = None
-        """While rows are skipped: by projection, each expert's `(kept,)` int64; set before each backward pass."""
+        """By projection, chosen rows of each expert, `(kept,)` int64; set before a backward pass that skips rows."""
         self.skips = False
-        """Whether backward is to compute the chosen rows alone."""
+        """Whether backward computes only the chosen rows."""
         self._name, self._observe, self._mask_bias = name, observe, mask_bias
-        self._module: Any = module  # its attributes are the experts interface's
+        self._module: Any = module  # has the attributes of the experts interface
         self._signature = inspect.signature(type(module).forward)
         module.forward = self._forward
         self._entering = None if enter is None else _on_entry(module, enter)
 
     def remove(self) -> None:
-        """Give the module its own forward back."""
+        """Restore the module's own forward."""
         self._module.__dict__.pop("forward", None)
         if self._entering is not None:
             self._entering.remove()
 
-    @torch.compiler.disable(recursive=True, reason="how many tokens an expert gets is known in the forward pass only")
+    @torch.compiler.disable(recursive=True, reason="how many tokens an expert gets is only known in the forward pass")
     def _forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         module = self._module
         if not (self.active and module.training and torch.is_grad_enabled()):
@@ -97,19 +97,21 @@ class ExpertsTap:
         return self._compute(*bound[1:4])
 
     def _compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As `grouped_mm_experts_forward` of transformers defines it.
+        """Compute what `grouped_mm_experts_forward` of transformers defines.
 
         Args:
             hidden: `(..., in)`.
-            index: `(tokens, k)`: the experts of every token.
-            weights: `(tokens, k)`: what their outputs are multiplied by.
+            index: `(tokens, k)`, the experts of each token.
+            weights: `(tokens, k)`, the factors of their outputs.
         """
         module, k = self._module, index.shape[-1]
+
+        # Sort the S = tokens x k inputs by expert, so that each expert has one contiguous run.
         flat = hidden.reshape(-1, hidden.shape[-1])
         experts, order = torch.sort(index.reshape(-1), stable=True)
         per_expert = torch.bincount(experts, minlength=module.num_experts).tolist()
         if len(per_expert) > module.num_experts:
-            raise ClDistError(f"{self._name}: a token was routed to an expert that is not there")
+            raise ClDistError(f"{self._name}: a token was routed to an expert that does not exist")
         token = order // k
 
         def project(projection: str, inputs: torch.Tensor) -> torch.Tensor:
@@ -117,6 +119,7 @@ class ExpertsTap:
             self._observe(projection, Routed(output.detach(), per_expert, token, experts, hidden.shape[:-1]))
             return output
 
+        # Run the experts: up (with its gate), activation, down.
         if module.has_gate:
             inner = module._apply_gate(project("gate_up_proj", flat[token]))
         else:
@@ -124,6 +127,8 @@ class ExpertsTap:
         outer = project("down_proj", inner)
         if getattr(module, "has_post_expert_norm", False):
             outer = module.post_expert_norm(outer)
+
+        # Weight the outputs, put them back in the tokens' order, and add up the k of each token.
         weighted = outer * weights.reshape(-1)[order].unsqueeze(-1)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
@@ -140,7 +145,7 @@ class ExpertsTap:
         return result
 
     def chosen(self, projection: str) -> list[torch.Tensor] | None:
-        """Each expert's rows for the backward pass under way; None: all of them."""
+        """The rows of each expert that the current backward pass computes; None: all of them."""
         if not self.skips:
             return None
         if self.rows is None:
@@ -149,7 +154,7 @@ class ExpertsTap:
 
     @property
     def mask_bias(self) -> bool:
-        """Whether the biases' gradients are masked along."""
+        """Whether the gradients of the biases are masked too."""
         return self._mask_bias
 
 
@@ -162,7 +167,7 @@ def _on_entry(module: nn.Module, enter: Callable[[torch.Size], None]) -> Removab
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """`Y_e = X_e W_e^T (+ b_e)` for each expert's run of sorted inputs; of dW_e the chosen rows."""
+    """`Y_e = X_e W_e^T (+ b_e)` for each expert's run of sorted inputs; backward computes the chosen rows of dW_e."""
 
     @staticmethod
     def forward(
@@ -175,7 +180,7 @@ class _GroupedLinear(torch.autograd.Function):
         tap: ExpertsTap,
         projection: str,
     ) -> torch.Tensor:
-        # The parameter itself is saved: under ZeRO-3 a view would keep the gathered weight alive.
+        # Save the parameter itself: under ZeRO-3 a view would keep the gathered weight alive.
         ctx.save_for_backward(inputs, weight)
         ctx.per_expert, ctx.transposed, ctx.tap, ctx.projection = per_expert, transposed, tap, projection
         matrices = weight if transposed else weight.transpose(1, 2)
@@ -199,7 +204,7 @@ class _GroupedLinear(torch.autograd.Function):
         start = 0
         for number, count in enumerate(ctx.per_expert):
             if not count:
-                continue
+                continue  # no token was routed here: the gradient stays zero
             here = slice(start, start + count)
             start += count
             if grad_input is not None:
@@ -224,15 +229,15 @@ def _write_gradients(
     rows: torch.Tensor | None,
     mask_bias: bool,
 ) -> None:
-    """Write one expert's gradients into zeros: of the chosen rows, or (None) of all.
+    """Write one expert's gradients into zeros.
 
     Args:
-        weight: `(rows, in)`, perhaps a transposed view; None: not asked for.
-        bias: `(rows,)`; None: not asked for.
+        weight: Gradient of the weight, `(rows, in)`, possibly a transposed view; None: not needed.
+        bias: Gradient of the bias, `(rows,)`; None: not needed.
         inputs: `(tokens, in)`.
         grad_output: `(tokens, rows)`.
-        rows: `(kept,)` int64.
-        mask_bias: Write the bias's chosen rows alone, too.
+        rows: The chosen rows, `(kept,)` int64; None: all.
+        mask_bias: Restrict the bias to the chosen rows, too.
     """
     masks_bias = bias is not None and mask_bias and rows is not None
     if weight is not None and rows is None:

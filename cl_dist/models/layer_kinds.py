@@ -1,8 +1,8 @@
-"""The kinds of linear layers that MIGU tracks, one class each.
+"""The kinds of linear layers that MIGU can track, one class each.
 
-A tracked layer is a linear map whose output can be seen in every forward pass and whose gradient can be masked by
-output rows. A kind knows which modules it is about, where their weights, rows and biases are, where the output shows,
-and how a backward pass skips rows. A new kind is a class here and an entry in `KINDS`.
+A tracked layer is a linear map whose output is visible in every forward pass and whose gradient can be masked by output
+rows. A kind recognises its modules, locates their weights, rows and biases, captures their outputs, and knows how the
+backward pass can skip rows. To add a kind, write a class here and add it to `KINDS`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from cl_dist.models.row_gradients import ChosenRows, row_skipping_conv1d, row_sk
 from cl_dist.models.structure import whole_shape
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
-"""Names of the experts' parameters; their biases are called `<name>_bias`."""
+"""Parameters of a module of experts; their biases are called `<name>_bias`."""
 
 LIKE_LINEAR = frozenset(("FalconLinear",))
-"""Classes whose own forward does the same as `nn.Linear`'s."""
+"""Subclasses of `nn.Linear` whose forward computes the same as its own."""
 
 Modules = Mapping[str, nn.Module]
-"""All modules of a model, by name."""
+"""The modules of a model by name."""
 
 
 @dataclass(frozen=True)
@@ -37,81 +37,81 @@ class TrackedLayer:
     """One layer whose output rows are measured and masked."""
 
     name: str
-    """The module's name; of experts, that of the parameter."""
+    """The module's name; for experts, the parameter's name."""
     module: nn.Module
-    """Where the output shows: the forward of this module computes it."""
+    """The module whose forward computes the output."""
     kind: LayerKind
     weight: str
-    """Name of the weight among `model.named_parameters()`."""
+    """Name of the weight in `model.named_parameters()`."""
     bias: str | None
-    """Name of a trained bias, `(rows,)` or `(experts, rows)`; None: there is none."""
+    """Name of the trained bias, `(rows,)` or `(experts, rows)`; None without one."""
     layout: RowLayout
-    """How the rows lie in the flattened weight; one matrix per expert."""
+    """Where the rows are in the flattened weight, which holds one matrix, or one per expert."""
 
     @property
     def sizes(self) -> list[int]:
-        """Rows that are ranked together: one number, or one per expert."""
+        """Numbers of rows that are ranked together: one number, or one per expert."""
         return [self.layout.rows] * self.layout.matrices
 
     @property
     def bias_layout(self) -> RowLayout:
-        """How the rows lie in the flattened bias."""
+        """Where the rows are in the flattened bias."""
         return self.layout._replace(length=1, columns=False)
 
 
 class Sink(Protocol):
-    """Where the outputs of tracked layers go."""
+    """Receives the outputs of tracked layers."""
 
     @property
     def learning(self) -> bool:
-        """Whether the forward pass under way is a trial."""
+        """Whether the current forward pass is a trial."""
 
     def wants(self, layer: TrackedLayer, module: nn.Module, leading: torch.Size | None) -> bool:
-        """Whether to record a call whose outputs have this leading shape (None: the output is not one tensor).
+        """Whether to record a call whose outputs have this leading shape (None: the output is not a tensor).
 
-        Must be asked once for each call of the layer, also where the answer is no: a trial notes the shapes.
+        Has to be asked once per call of the layer, whatever the answer: a trial notes the shapes.
         """
 
     def record(self, layer: TrackedLayer, output: torch.Tensor) -> None:
-        """Take a call's output, `(..., rows)`."""
+        """Record the output of one call, `(..., rows)`."""
 
     def record_routed(self, layer: TrackedLayer, routed: Routed) -> None:
-        """Take a call's output of a layer with one matrix per expert."""
+        """Record the output of one call of a layer with one matrix per expert."""
 
 
 class Tap(Protocol):
-    """A forward put into a module to show what is computed inside it and, if asked, to skip rows in backward."""
+    """A replacement for a module's forward that exposes intermediate outputs and can skip rows in backward."""
 
     active: bool
     """Whether forward passes of training are observed."""
     skips: bool
-    """Whether backward is to compute the chosen rows alone."""
+    """Whether backward computes only the chosen rows."""
     rows: dict[str, list[torch.Tensor]] | None
-    """By the last part of a layer's name, each matrix's chosen rows, `(kept,)` int64; None: not chosen yet."""
+    """Chosen rows of each matrix, `(kept,)` int64, by the last part of the layer name; None: not chosen yet."""
 
     def remove(self) -> None:
         """Restore the module."""
 
 
 class LayerKind:
-    """One kind of layer. What is written here suits a module with a matrix `weight`, maybe a `bias`, and one output."""
+    """One kind of layer. The defaults suit a module with a matrix `weight`, an optional `bias` and one output."""
 
     name: ClassVar[str]
     types: ClassVar[tuple[type[nn.Module], ...]] = ()
-    """Classes of modules that are of this kind."""
+    """Module classes of this kind."""
     columns: ClassVar[bool] = False
     """Whether the weight is stored as `(in, out)`, so that its rows are columns."""
     tapped: ClassVar[bool] = False
-    """Whether outputs show in a tap in the module, not in a hook on it."""
+    """Whether outputs are captured by a tap inside the module instead of a hook on it."""
     routed: ClassVar[bool] = False
-    """Whether a layer has one matrix per expert, each over the tokens that are routed to it."""
+    """Whether a layer has one matrix per expert, each applied to the tokens routed to it."""
 
     def recognises(self, name: str, module: nn.Module, modules: Modules) -> bool:
-        """Whether a module of this name holds layers of this kind."""
+        """Whether the module holds layers of this kind."""
         return isinstance(module, self.types)
 
     def layers(self, name: str, module: nn.Module) -> Iterator[TrackedLayer]:
-        """The layers in a recognised module, trained or not."""
+        """Yield the layers in a recognised module, trained or not."""
         weight = module.weight
         if isinstance(weight, nn.Parameter):
             first, second = whole_shape(weight)
@@ -121,7 +121,7 @@ class LayerKind:
             yield TrackedLayer(name, module, self, f"{name}.weight", bias, layout)
 
     def hook(self, layer: TrackedLayer, sink: Sink) -> RemovableHandle:
-        """Let the layer's outputs come to `sink` (kinds that are not tapped)."""
+        """Send the layer's outputs to `sink` (kinds without a tap)."""
 
         def record(module: nn.Module, _: Any, output: torch.Tensor) -> None:
             leading = output.shape[:-1] if isinstance(output, torch.Tensor) else None
@@ -131,26 +131,26 @@ class LayerKind:
         return layer.module.register_forward_hook(record)
 
     def tap(self, name: str, layers: Sequence[TrackedLayer], sink: Sink, mask_bias: bool) -> Tap:
-        """Let the outputs of all tracked layers of one module come to `sink` (kinds that are tapped).
+        """Send the outputs of all tracked layers of one module to `sink` (kinds with a tap).
 
         Args:
             name: The module's name.
             layers: Its tracked layers.
-            sink: Takes their outputs.
-            mask_bias: Mask the biases' gradients along with the rows that are skipped.
+            sink: Receives their outputs.
+            mask_bias: Mask the gradients of the biases along with the weights'.
         """
         raise NotImplementedError
 
     def skips(self, module: nn.Module) -> bool:
-        """Whether a backward pass of this module can be made to compute chosen rows of its weight gradient alone."""
+        """Whether this module's backward can be made to compute only chosen rows of the weight gradient."""
         return False
 
     def skipping_forward(self, module: nn.Module, chosen: ChosenRows) -> Callable[..., torch.Tensor]:
-        """The forward that does it, called as the module's own (kinds that skip rows and are not tapped)."""
+        """A forward whose backward skips rows, called like the module's own (kinds that skip rows and have no tap)."""
         raise NotImplementedError
 
     def takes_adapter(self, module: nn.Module) -> bool | None:
-        """Whether peft can put a LoRA adapter around a module; None: it is not one that peft knows of this kind."""
+        """Whether a LoRA adapter works on the module; None: peft does not know it as a layer of this kind."""
         return None
 
 
@@ -161,7 +161,7 @@ class Linear(LayerKind):
     types = (nn.Linear,)
 
     def skips(self, module: nn.Module) -> bool:
-        """Not in subclasses with a forward of their own."""
+        """Not in subclasses that override the forward."""
         return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
     def skipping_forward(self, module: nn.Module, chosen: ChosenRows) -> Callable[..., torch.Tensor]:
@@ -173,7 +173,7 @@ class Linear(LayerKind):
         return forward
 
     def takes_adapter(self, module: nn.Module) -> bool | None:
-        """Not where it computes something else, or is never called: `nn.MultiheadAttention` reads its weights."""
+        """Not if the layer computes something else, or is never called: `nn.MultiheadAttention` reads its weights."""
         if not isinstance(module, nn.Linear):
             return None
         plain = self.skips(module) or type(module).__name__ in LIKE_LINEAR
@@ -188,7 +188,7 @@ class Transposed(LayerKind):
     columns = True
 
     def skips(self, module: nn.Module) -> bool:
-        """Not in subclasses with a forward of their own."""
+        """Not in subclasses that override the forward."""
         return isinstance(module, Conv1D) and type(module).forward is Conv1D.forward
 
     def skipping_forward(self, module: nn.Module, chosen: ChosenRows) -> Callable[..., torch.Tensor]:
@@ -200,25 +200,25 @@ class Transposed(LayerKind):
         return forward
 
     def takes_adapter(self, module: nn.Module) -> bool | None:
-        """Where it computes what its type computes."""
+        """Not in subclasses that override the forward."""
         return self.skips(module) if isinstance(module, Conv1D) else None
 
 
 class Router(LayerKind):
-    """What chooses the experts: a module beside them with a weight `(experts, in)`.
+    """The router of a mixture of experts: a sibling of the experts with a weight `(experts, in)`.
 
-    It returns more than the logits, so these are computed once more.
+    Its forward returns more than the logits, so they are computed a second time.
     """
 
     name = "router"
 
     def recognises(self, name: str, module: nn.Module, modules: Modules) -> bool:
-        """One logit per expert of the experts beside it, by a weight and perhaps a bias alone."""
+        """A sibling of experts, with a weight of one row per expert and at most a bias besides."""
         experts = getattr(modules.get(name.rpartition(".")[0]), "experts", None)
         shapes = {key: whole_shape(parameter) for key, parameter in module.named_parameters(recurse=False)}
         if not isinstance(experts, nn.Module) or not is_experts(experts) or "weight" not in shapes:
             return False
-        if type(module).forward is nn.Linear.forward:  # whose output are the logits
+        if type(module).forward is nn.Linear.forward:  # a plain linear layer, whose output is the logits
             return False
         count = whole_shape(experts.down_proj)[0]  # type: ignore[arg-type]
         is_matrix = len(shapes["weight"]) == 2 and shapes["weight"][0] == count
@@ -227,7 +227,7 @@ class Router(LayerKind):
         )
 
     def hook(self, layer: TrackedLayer, sink: Sink) -> RemovableHandle:
-        """Compute the logits before the forward, because ZeRO-3 releases the weight after it. The product is small."""
+        """Compute the logits before the forward: after it, ZeRO-3 has released the weight. The product is small."""
 
         def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             hidden = inputs[0]
@@ -240,9 +240,9 @@ class Router(LayerKind):
 
 
 class Experts(LayerKind):
-    """The projections of all experts of a mixture, parameters with three dimensions.
+    """The projections of all experts of a mixture, stored as three-dimensional parameters.
 
-    Each expert's rows are ranked by themselves, over the tokens that were routed to it.
+    The rows of each expert are ranked separately, over the tokens routed to it.
     """
 
     name = "experts"
@@ -253,7 +253,7 @@ class Experts(LayerKind):
         return is_experts(module)
 
     def layers(self, name: str, module: nn.Module) -> Iterator[TrackedLayer]:
-        """One for each projection."""
+        """Yield one layer per projection."""
         for projection in PROJECTIONS:
             weight = getattr(module, projection, None)
             if not isinstance(weight, nn.Parameter):
@@ -281,37 +281,37 @@ class Experts(LayerKind):
         return ExpertsTap(name, layers[0].module, observe, mask_bias, learn)
 
     def skips(self, module: nn.Module) -> bool:
-        """The tap does it."""
+        """The tap skips them."""
         return True
 
 
 KINDS: list[LayerKind] = [Experts(), Transposed(), Router(), Linear()]
-"""A module is of the first kind that recognises it."""
+"""The first kind that recognises a module wins."""
 
 
 def layers_of(name: str, module: nn.Module, modules: Modules) -> Iterator[TrackedLayer]:
-    """The layers that a module is, whether trained or not; `modules` are all of the model, by name."""
+    """Yield the layers of a module, trained or not."""
     kind = next((kind for kind in KINDS if kind.recognises(name, module, modules)), None)
     if kind is not None:
         yield from kind.layers(name, module)
 
 
 def skipping_kind(module: nn.Module) -> LayerKind | None:
-    """The kind that has a row-skipping forward for a module; None: there is none."""
+    """The kind with a row-skipping forward for the module, if any."""
     return next((kind for kind in KINDS if not kind.tapped and kind.skips(module)), None)
 
 
 def takes_adapter(module: nn.Module) -> bool | None:
-    """Whether a LoRA adapter can be put around a module; None: peft does not take it for a linear layer."""
+    """Whether a LoRA adapter works on the module; None: peft does not know it as a linear layer."""
     answers = (kind.takes_adapter(module) for kind in KINDS)
     return next((answer for answer in answers if answer is not None), None)
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds a mixture's experts as transformers' experts interface has them.
+    """Whether a module holds the experts of a mixture in the form of transformers' experts interface.
 
-    `use_experts_implementation` puts these marks on the class and its instances; the projections are parameters of
-    three dimensions.
+    `use_experts_implementation` sets these attributes on the class and its instances; the projections are
+    three-dimensional parameters.
     """
     marks = all(hasattr(module, mark) for mark in ("is_transposed", "has_gate", "has_bias", "_apply_gate"))
     return marks and isinstance(getattr(module, "down_proj", None), nn.Parameter)

@@ -1,6 +1,6 @@
-"""Autograd functions whose backward pass computes only chosen rows of a weight's gradient.
+"""Autograd functions whose backward pass computes only chosen rows of the weight gradient.
 
-MIGU knows its rows when the forward pass is over, so the products that would only be zeroed later need never be made.
+MIGU knows which rows to keep once the forward pass is over, so there is no need to compute products only to zero them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cl_dist.kernels import masked_weight_grad
 
 @dataclass
 class ChosenRows:
-    """What one layer's backward pass asks for, read when it runs: forward does not know it yet."""
+    """The rows that one layer's backward pass computes, set between forward and backward."""
 
     name: str
     mask_bias: bool
@@ -28,16 +28,16 @@ class ChosenRows:
 def row_skipping_linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, chosen: ChosenRows
 ) -> torch.Tensor:
-    """`nn.functional.linear`, of whose weight gradient only the chosen rows are computed.
+    """`nn.functional.linear`, but backward computes only the chosen rows of the weight gradient.
 
     Args:
         input: `(..., in)`.
         weight: `(out, in)`.
         bias: `(out,)` or None.
-        chosen: Whose rows must be set before the backward pass.
+        chosen: The rows; set them before the backward pass.
 
     Raises:
-        ClDistError: In the backward pass, where they are not.
+        ClDistError: The backward pass runs before they are set.
     """
     result: torch.Tensor = _SkippingLinear.apply(*_autocast(input, weight, bias), chosen)
     return result
@@ -46,15 +46,15 @@ def row_skipping_linear(
 def row_skipping_conv1d(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, chosen: ChosenRows
 ) -> torch.Tensor:
-    """The same for transformers' `Conv1D`: `weight` is `(in, out)`, and its rows are columns."""
+    """The same for transformers' `Conv1D`, whose `weight` is `(in, out)`: its output rows are columns."""
     result: torch.Tensor = _SkippingConv1D.apply(*_autocast(input, weight, bias), chosen)
     return result
 
 
 def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Cast as autocast would inside `nn.functional.linear`; a custom function has to do it by itself.
+    """Cast as autocast does inside `nn.functional.linear`; custom autograd functions have to do it themselves.
 
-    The casts are part of the graph, so the weight's gradient comes back in the weight's own precision.
+    The casts are part of the graph, so the weight's gradient is cast back to the weight's own precision.
     """
     kind = next(tensor for tensor in tensors if tensor is not None).device.type
     if not torch.is_autocast_enabled(kind):
@@ -64,8 +64,8 @@ def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 
 def _own(output: torch.Tensor) -> torch.Tensor:
-    """The same memory, no longer marked as a view: models may change a layer's output in place (DeBERTa does), which
-    autograd forbids for views that a custom function returns.
+    """The same memory, no longer marked as a view. Models may modify a layer's output in place (DeBERTa does), which
+    autograd forbids for views returned by a custom function.
     """
     if not output._is_view():
         return output
@@ -74,7 +74,7 @@ def _own(output: torch.Tensor) -> torch.Tensor:
 
 
 class _SkippingLinear(torch.autograd.Function):
-    """`Y = X W^T (+ b)`; `dX = dY W` whole, `dW[rows] = dY[:, rows]^T X` and nothing else of dW."""
+    """`Y = X W^T (+ b)`; `dX = dY W` in full, `dW[rows] = dY[:, rows]^T X`, all other rows of dW zero."""
 
     @staticmethod
     def forward(
@@ -97,7 +97,7 @@ class _SkippingLinear(torch.autograd.Function):
 
 
 class _SkippingConv1D(torch.autograd.Function):
-    """`Y = X W + b`, W `(in, out)`; `dX = dY W^T` whole, `dW[:, rows] = X^T dY[:, rows]` and nothing else of dW."""
+    """`Y = X W + b`, W `(in, out)`; `dX = dY W^T` in full, `dW[:, rows] = X^T dY[:, rows]`, the rest of dW zero."""
 
     @staticmethod
     def forward(

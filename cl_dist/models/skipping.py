@@ -1,8 +1,8 @@
-"""Linear layers whose backward pass computes only chosen rows of the weight gradient.
+"""Makes the backward pass of linear layers compute only chosen rows of the weight gradient.
 
-The layers keep their type; each gets a `forward` of its own on the instance, which its kind supplies (`LayerKind`).
-Hooks (DeepSpeed's gather and release, PEFT's, the user's) keep working, and removing the forward restores the layer.
-Kinds that are seen through a tap skip rows there.
+The layers keep their type: each instance gets a new `forward`, supplied by its kind (`LayerKind`). Hooks (DeepSpeed's
+gather and release, PEFT's, the user's) keep working, and removing the forward restores the layer. Kinds with a tap skip
+rows in the tap instead.
 """
 
 from __future__ import annotations
@@ -20,33 +20,32 @@ from cl_dist.models.row_gradients import ChosenRows
 
 
 class RowSkipper:
-    """Puts the skipping forward into `layers`, and gives each its rows.
+    """Installs row-skipping forwards in `layers`, and sets the rows that their backward passes compute.
 
-    Between `active = True` and the backward pass `choose` must be called; a backward pass without rows is an error, not
-    a dense gradient. Inactive (the start), outside training and without gradients the layers run as they did before.
-    Activation checkpointing, autocast and ZeRO-3 work; under `torch.compile` the layers run uncompiled.
+    Once `active` is true, call `choose` before the backward pass: without chosen rows it raises an error and never
+    falls back to a dense gradient. While inactive (the default), outside training and without gradients, the layers run
+    as before. Activation checkpointing, autocast and ZeRO-3 work; under `torch.compile` the layers run uncompiled.
 
     Args:
-        layers: By name, layers whose weights are trained.
-        mask_bias: Mask the bias's gradient along; false: it is computed whole.
+        layers: Layers with trained weights, by name.
+        mask_bias: Mask the bias's gradient too; otherwise it is computed in full.
 
     Raises:
-        BadInput: A layer's forward is not one whose rows any kind can skip, so replacing it would change what the layer
-            computes.
+        BadInput: No kind can skip rows in a layer's forward, so replacing it would change what the layer computes.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], mask_bias: bool = True) -> None:
-        kinds = {name: _kind_of(name, layer) for name, layer in layers.items()}
+        kinds = {name: _kind_of(name, layer) for name, layer in layers.items()}  # before any layer is changed
         self._layers = dict(layers)
         self._switch = _Switch()
         self._rows = {name: ChosenRows(name, mask_bias) for name in layers}
         for name, layer in layers.items():
-            # On the instance: DeepSpeed and PEFT look at the type, which stays what it was.
+            # Set on the instance, because DeepSpeed and PEFT look at the type.
             layer.forward = _skipping_forward(layer, kinds[name], self._switch, self._rows[name])
 
     @property
     def active(self) -> bool:
-        """Whether forward passes of training prepare for skipping rows."""
+        """Whether training forward passes prepare a backward pass that skips rows."""
         return self._switch.active
 
     @active.setter
@@ -54,24 +53,24 @@ class RowSkipper:
         self._switch.active = value
 
     def choose(self, rows: Mapping[str, torch.Tensor]) -> None:
-        """Set the rows of every layer for the backward passes that follow: `(kept,)` int64, ascending, by name."""
+        """Set the rows of each layer, by name, for the next backward passes: `(kept,)` int64, ascending."""
         for name, chosen in self._rows.items():
             chosen.rows = rows[name]
 
     def forget(self) -> None:
-        """The backward pass is over; the next one needs rows of its own."""
+        """Discard the rows after a backward pass, so that the next one cannot use them by mistake."""
         for chosen in self._rows.values():
             chosen.rows = None
 
     def remove(self) -> None:
-        """Give every layer its own forward back."""
+        """Restore each layer's own forward."""
         for layer in self._layers.values():
             layer.__dict__.pop("forward", None)
 
 
 @dataclass
 class _Switch:
-    """One for all layers of a model."""
+    """Shared by all layers of a model."""
 
     active: bool = False
 
@@ -82,7 +81,7 @@ def _kind_of(name: str, layer: nn.Module) -> LayerKind:
         owner = getattr(layer.__dict__.get("forward", type(layer).forward), "__module__", "another library")
         raise BadInput(
             f"method.skip_rows: the forward of layer {name} ({type(layer).__name__}) has been replaced by {owner}, and "
-            "skipping rows would replace it again; allowed for this model is method.skip_rows: false"
+            "skipping rows would override it; allowed for this model is method.skip_rows: false"
         )
     return kind
 
@@ -92,7 +91,7 @@ def _skipping_forward(
 ) -> Callable[..., torch.Tensor]:
     plain, skipping = type(layer).forward, kind.skipping_forward(layer, chosen)
 
-    # Traced, backward would look for its rows while it is compiled, before they are chosen.
+    # If it were traced, backward would look up its rows at compile time, before they are chosen.
     @torch.compiler.disable(recursive=True, reason="the rows that backward computes are chosen anew in every step")
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         active = switch.active and layer.training and torch.is_grad_enabled()

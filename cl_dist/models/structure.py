@@ -1,4 +1,4 @@
-"""Which part of a model a layer belongs to: the blocks, the output head, or neither (embeddings, poolers)."""
+"""The parts of a model: transformer blocks, output head, and the rest (embeddings, poolers, towers for pictures)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def block_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Names (each ending in a dot) of the lists of transformer blocks: the outermost `nn.ModuleList`s of the model."""
+    """The lists of transformer blocks: names of the outermost `nn.ModuleList`s, each followed by a dot."""
     prefixes: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not name.startswith(tuple(prefixes)):
@@ -26,10 +26,10 @@ def block_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def head_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that make up the output head, as they appear in `model.named_modules()`.
+    """Names of the modules that make up the output head, as in `model.named_modules()`.
 
-    They are the children of the transformers model beside its body: `lm_head`, `score`, `classifier`, `cls`. The body
-    holds the embeddings, whatever it is called.
+    These are the children of the transformers model other than its body: `lm_head`, `score`, `classifier`, `cls`. The
+    body is the child with the embeddings, whatever its name.
     """
     base = base_model(model)
     prefix = next(name for name, module in model.named_modules() if module is base)
@@ -43,8 +43,8 @@ def head_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def unread_parameters(model: nn.Module) -> frozenset[str]:
-    """Names (as in `model.named_parameters()`) of what text never goes through: a multimodal model's towers and the
-    projectors behind them. Empty for a model of text alone.
+    """Names (as in `model.named_parameters()`) of parameters that text never passes through: a multimodal model's
+    towers and their projectors. Empty for a text-only model.
     """
     base = base_model(model)
     if base.config.is_encoder_decoder or base.config.get_text_config() is base.config:
@@ -62,6 +62,6 @@ def is_below(name: str, prefixes: Iterable[str]) -> bool:
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    """Shape of the whole parameter, which ZeRO-3 keeps in `ds_shape`."""
+    """Shape of the unsharded parameter, which ZeRO-3 keeps in `ds_shape`."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape

@@ -1,4 +1,4 @@
-"""Which layers of a model MIGU tracks; what it needs to know about each kind is in `models/layer_kinds.py`."""
+"""Finds the layers of a model that MIGU tracks; `models/layer_kinds.py` describes each kind."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cl_dist.models.structure import base_model, block_prefixes, head_prefixes, 
 
 
 def tracked_layers(model: nn.Module, layers: Literal["blocks", "all"]) -> dict[str, TrackedLayer]:
-    """The trainable linear layers inside the transformer blocks, with `all` those of the output head as well.
+    """The trainable linear layers inside the transformer blocks, and with `all` those of the output head too.
 
-    With LoRA the matrices A and B are such layers, each by itself, and the frozen layers beside them are not. The
-    keys are the layers' names, in model order.
+    With LoRA, the matrices A and B are tracked as two separate layers; the frozen layer they adapt is not. The keys
+    are the layers' names, in model order.
 
     Raises:
-        BadInput: There is no such layer, or one's weight belongs to another layer as well.
+        BadInput: The model has no such layer, or two layers share a weight.
     """
     prefixes = block_prefixes(model) + (head_prefixes(model) if layers == "all" else ())
     tracked = {layer.name: layer for layer in _trainable_layers(model, prefixes)}
@@ -37,15 +37,16 @@ def tracked_layers(model: nn.Module, layers: Literal["blocks", "all"]) -> dict[s
 
 
 def tracked_linears(model: nn.Module, layers: Literal["blocks", "all"]) -> dict[str, nn.Linear]:
-    """Those of `tracked_layers` that are plain linear layers, as modules."""
+    """The subset of `tracked_layers` that are `nn.Linear` modules."""
     modules = {name: layer.module for name, layer in tracked_layers(model, layers).items()}
     return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
 
 
 def row_layouts(model: nn.Module) -> dict[str, RowLayout]:
-    """The weights whose output rows are not simply the rows of a matrix, and their biases, by parameter name.
+    """Layouts of the weights whose output rows are not simply the rows of a matrix, and of their biases.
 
-    They are those that are stored transposed or hold several matrices, anywhere in the model, trained or not.
+    These are the weights stored transposed or stacked, anywhere in the model, trained or not. The keys are parameter
+    names.
     """
     layouts: dict[str, RowLayout] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -59,11 +60,10 @@ def row_layouts(model: nn.Module) -> dict[str, RowLayout]:
 
 
 def untracked_matrices(model: nn.Module, tracked: Mapping[str, TrackedLayer]) -> dict[str, str]:
-    """Trainable matrices inside the blocks that belong to no tracked layer: by parameter name, whose they are.
+    """Trainable matrices inside the blocks that belong to no tracked layer, each with the class of its module.
 
-    Norms, biases and other vectors are trained whole as
-    ever. So are embedding tables (T5's position biases lie in a block), which are no linear map: see
-    `tables_in_blocks`.
+    The keys are parameter names. Norms, biases and other vectors are left out, and so are embedding tables
+    (`tables_in_blocks`; T5 keeps its position biases inside a block): both are trained without a mask.
     """
     owned = {layer.weight for layer in tracked.values()} | {layer.bias for layer in tracked.values()}
     found = _matrices_in_blocks(model)
@@ -75,7 +75,7 @@ def untracked_matrices(model: nn.Module, tracked: Mapping[str, TrackedLayer]) ->
 
 
 def tables_in_blocks(model: nn.Module) -> list[str]:
-    """Trainable embedding tables inside the blocks, by parameter name."""
+    """Names of the trainable embedding tables inside the blocks."""
     return [name for name, module in _matrices_in_blocks(model).items() if isinstance(module, nn.Embedding)]
 
 
@@ -91,12 +91,12 @@ def is_matrix(parameter: torch.Tensor) -> bool:
 
 
 def any_block(name: str) -> str:
-    """The same layer of all blocks under one name: `layers.*.mixer.dt_proj.weight`."""
+    """Replace block numbers by a star, so that a layer has one name in all blocks: `layers.*.mixer.dt_proj.weight`."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _trainable_layers(model: nn.Module, prefixes: tuple[str, ...]) -> Iterator[TrackedLayer]:
-    """Every linear layer under each of its names, with a weight that is trained itself."""
+    """Yield every linear layer whose weight is trained, once for each of its names."""
     modules = dict(model.named_modules(remove_duplicate=False))
     trained = {id(param) for param in model.parameters() if param.requires_grad}
     for name, module in modules.items():
@@ -114,7 +114,7 @@ def _parameter(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
 
 
 def _matrices_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Trainable parameters inside the blocks with two or more dimensions, and the modules that own them."""
+    """The trainable matrices inside the blocks, by parameter name, each with the module that owns it."""
     modules, matrices = dict(model.named_modules(remove_duplicate=False)), {}
     names = set(block_parameters(model))
     for name, parameter in model.named_parameters():
@@ -124,7 +124,9 @@ def _matrices_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _refuse_shared_weights(model: nn.Module, tracked: Mapping[str, TrackedLayer]) -> None:
-    """Masking a shared weight's rows would also mask what its other owner learns, unseen by the magnitudes."""
+    """Refuse a weight that two modules share: its mask would stop the other module from learning too, although the
+    magnitudes never saw that module.
+    """
     owners: dict[int, list[str]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
@@ -136,6 +138,6 @@ def _refuse_shared_weights(model: nn.Module, tracked: Mapping[str, TrackedLayer]
             in_blocks = is_below(name, block_prefixes(model))
             allowed = "LoRA or another method" if in_blocks else "method.layers: blocks"
             raise BadInput(
-                f"method.layers: the weight of {name} is also that of {others[0]}, whose rows would be masked along; "
+                f"method.layers: {name} shares its weight with {others[0]}, whose rows would be masked too; "
                 f"allowed for this model is {allowed}"
             )

@@ -1,4 +1,4 @@
-"""The store of one machine's ranks. That nothing else listens elsewhere is in `tests/runs/test_interrupts.py`."""
+"""The store of the ranks of one machine. `tests/runs/test_interrupts.py` checks that nothing else listens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ranks import free_port
     [("127.0.0.1", True), ("127.1.2.3", True), ("localhost", True), ("::1", True), ("10.0.0.1", False),
      ("0.0.0.0", False), ("node1", False), ("", False)],
 )  # fmt: skip
-def test_which_addresses_are_this_machines_own(address: str, inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_addresses_are_loopback_addresses(address: str, inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setenv("MASTER_ADDR", address)
     assert loopback.is_loopback(address) is inside

@@ -8,17 +8,17 @@ from cl_dist.engine import stop
 from cl_dist.engine.stop import Deadline, no_limit
 
 
-def test_without_a_limit_no_end_is_near() -> None:
+def test_without_a_time_limit_the_end_is_never_near() -> None:
     assert not Deadline().is_near()
     assert not Deadline(no_limit).is_near()
 
 
-def test_before_anything_is_measured_a_share_of_the_time_is_kept() -> None:
+def test_before_any_measurement_a_share_of_the_time_is_reserved() -> None:
     assert Deadline(lambda: 100.0).needed == 2 * 10 + stop.MARGIN_SECONDS
     assert Deadline(lambda: 1e6).needed == 2 * stop.UNMEASURED_SECONDS + stop.MARGIN_SECONDS
 
 
-def test_what_is_measured_counts_and_the_slowest_most() -> None:
+def test_the_slowest_save_and_step_count() -> None:
     end = Deadline(lambda: 100.0)
     for seconds in (0.0, 0.2, 0.1):
         with end.saving():
@@ -41,7 +41,7 @@ def test_the_end_is_near_when_a_step_and_a_save_no_longer_fit() -> None:
     assert end.is_near()
 
 
-def test_a_save_that_fails_measures_nothing() -> None:
+def test_a_failed_save_is_not_measured() -> None:
     end = Deadline(lambda: 100.0)
     before = end.needed
     with pytest.raises(OSError, match="full"), end.saving():

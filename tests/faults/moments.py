@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from cl_dist.coordinator import scoring, stream
-from cl_dist.engine.probe import EngineProbe
-from cl_dist.engine.trainer import TaskTrainer
+from cl_dist.engine.trainer import EngineProbe, TaskTrainer
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.general import GeneralEvaluator
 from cl_dist.evaluation.scorers import PromptScorer

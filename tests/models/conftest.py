@@ -1,4 +1,4 @@
-"""Small models on disk, made once."""
+"""Fixtures: small models in memory and on disk, built once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Loader = Callable[..., LoadedModel]
 
 @pytest.fixture(scope="session")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
-    """`load(name, objective=..., labels=..., dtype=..., seed=..., gguf_file=...)`: a model, whole."""
+    """`load(name, objective=..., labels=..., dtype=..., seed=..., gguf_file=...)`: an unsharded model."""
     cache = tmp_path_factory.mktemp("cache")
 
     def loader(

@@ -1,4 +1,4 @@
-"""Rank side of tests/models: tests.ranks calls these functions in separate processes, and they return JSON."""
+"""What the ranks of tests/models run: tests.ranks calls these functions in separate processes, and they return JSON."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def zero3_config(dtype: str) -> dict[str, Any]:
 
 
 def load(case: dict[str, Any], cache_dir: str, zero3: bool) -> LoadedModel:
-    """The case's model, with adapters where the case has `lora`; whole or sharded."""
+    """The model of a case, with adapters if the case has `lora`; whole or sharded."""
     dtype = case.get("dtype", "float32")
     config = ModelConfig(name_or_path=case["name"], objective=case.get("objective", "auto"))
     loaded = load_model(
@@ -61,17 +61,17 @@ def load(case: dict[str, Any], cache_dir: str, zero3: bool) -> LoadedModel:
 
 
 def checksums(model: nn.Module) -> dict[str, str]:
-    """A digest of every parameter, gathered one at a time where it is sharded (collective)."""
+    """A digest of each parameter, gathered one at a time if sharded (collective)."""
     return {name: digest(tensor) for name, tensor in whole_weights(model).items()}
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of the tensor's numbers (as float32, which bfloat16 widens to exactly)."""
+    """SHA-256 of the values, as float32 (exact for bfloat16)."""
     return hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest()
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters, whole, by name."""
+    """Unsharded copies of all parameters, by name (collective)."""
     weights = {}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
@@ -80,7 +80,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def sharded(cases: list[dict[str, Any]], cache_dir: str) -> list[dict[str, Any]]:
-    """Per case: the parameters that are not sharded, all digests, and how far its steps are from dense ones."""
+    """For each case: the unsharded parameters, all digests, and the difference between its steps and dense ones."""
     join(timeout_seconds=120)
     return [_sharded_case(case, cache_dir) for case in cases]
 
@@ -104,12 +104,12 @@ def _sharded_case(case: dict[str, Any], cache_dir: str) -> dict[str, Any]:
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:
-    """Registered with ZeRO-3, with this rank's part only."""
+    """Whether ZeRO-3 manages the parameter and this rank holds only a shard."""
     return hasattr(parameter, "ds_tensor") and parameter.numel() == 0
 
 
 def _compare_steps(case: dict[str, Any], cache_dir: str, loaded: LoadedModel) -> dict[str, Any]:
-    """SGD steps by DeepSpeed and by plain PyTorch from the same weights: the largest difference and movement."""
+    """Take SGD steps with DeepSpeed and with plain PyTorch; return the largest difference and the largest change."""
     dense = load(case, cache_dir, zero3=False)
     if case.get("checkpointing"):
         enable_activation_checkpointing(loaded.model)
@@ -145,7 +145,7 @@ def _dense_step(loaded: LoadedModel) -> None:
 
 
 def _loss(model: nn.Module, loaded: LoadedModel) -> Tensor:
-    """The model's own loss on a fixed batch, the same on every rank."""
+    """The loss that the model itself computes on a fixed batch, the same on every rank."""
     inputs = loaded.tokenizer(["What is this?", "Some other text of its own."], return_tensors="pt", padding=True)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     if loaded.objective == "classification":
@@ -156,7 +156,7 @@ def _loss(model: nn.Module, loaded: LoadedModel) -> Tensor:
 
 
 def _export(loaded: LoadedModel, folder: str) -> None:
-    """Rank 0 writes what all ranks have gathered."""
+    """Gather the weights on all ranks; rank 0 writes them."""
     weights = whole_weights(loaded.model)
     if torch.distributed.get_rank() == 0:
         export_model(loaded.model, loaded.tokenizer, Path(folder), weights)
@@ -164,7 +164,7 @@ def _export(loaded: LoadedModel, folder: str) -> None:
 
 
 def convert_gguf(folder: str, gguf_file: str, cache_dir: str) -> str:
-    """The message of the error that every rank gets for a GGUF file that cannot be converted."""
+    """The error message that every rank gets for a GGUF file that cannot be converted."""
     torch.distributed.init_process_group("gloo")
     model = ModelConfig(name_or_path=folder, gguf_file=gguf_file)
     try:

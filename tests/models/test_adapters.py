@@ -1,4 +1,4 @@
-"""Adapters that are added one after the other: what is trained, where they begin, and that they export as one."""
+"""A growing number of adapters: which are trained, their initial values, and their export as one adapter."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def test_the_newest_adapter_and_the_head_are_trained(load: Loader, family: str) 
     assert trained(model) == {name.replace(".default.", ".task2.") for name in matrices} | head
     earlier = {name.replace(".default.", f".{adapter}.") for name in matrices for adapter in ("default", "task1")}
     assert set(frozen_adapters(model)) == earlier
-    assert not grow_adapters(model, 3, SEED), "nothing was to be done"
+    assert not grow_adapters(model, 3, SEED), "there was nothing to do"
 
 
-def test_adapters_begin_with_values_of_their_own_wherever_they_are_added(load: Loader) -> None:
-    """One after the other, two at once, or again after they were taken away."""
+def test_each_adapter_has_its_own_initial_values_however_it_was_added(load: Loader) -> None:
+    """One by one, two at once, or again after removal."""
     at_once, again = grown(load, "llama", 3), grown(load, "llama", 4)
     step_by_step = grown(load, "llama", 2)
     assert grow_adapters(step_by_step, 3, SEED)
@@ -84,4 +84,4 @@ def test_they_export_as_one_adapter_with_the_same_outputs(
     with torch.no_grad():
         ours, theirs, oldest = (outputs(each, objective) for each in (model, back, grown(load, family, 1)))
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
-    assert float((ours - oldest).abs().max()) > 1e-2, "the adapters do nothing"
+    assert float((ours - oldest).abs().max()) > 1e-2, "the adapters have no effect"

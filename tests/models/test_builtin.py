@@ -30,7 +30,7 @@ def test_every_text_survives_the_tokenizer(text: str) -> None:
 @pytest.mark.parametrize(
     ("family", "expected"), [("decoder", "<s>a"), ("encoder", "<s>a</s>"), ("encoder-decoder", "a</s>")]
 )
-def test_the_tokenizer_survives_its_folder(family: Family, expected: str, tmp_path: Path) -> None:
+def test_the_tokenizer_survives_saving_and_loading(family: Family, expected: str, tmp_path: Path) -> None:
     byte_tokenizer(family).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.decode(tokenizer("a")["input_ids"]) == expected
@@ -73,5 +73,5 @@ def test_long_inputs_fit(load: Loader, name: str) -> None:
     assert torch.isfinite(loaded.model(input_ids=ids, **extra).logits).all()
 
 
-def test_the_llama_head_has_a_weight_of_its_own() -> None:
+def test_the_llama_head_is_not_tied() -> None:
     assert builtin_config("builtin:llama-tiny").tie_word_embeddings is False

@@ -1,4 +1,4 @@
-"""Models that cannot be loaded are told in one sentence, before torch is imported."""
+"""A model that cannot be loaded is refused in one sentence, before torch is imported."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def add_gguf(folder: Path) -> None:
 
 BAD_FOLDERS: list[tuple[Callable[[Path], None], dict[str, str], str]] = [
     (remove("config.json"), {}, r"has no config\.json; expected is a model folder as written by save_pretrained"),
-    (turn_into_adapter, {}, r"has no config\.json; it holds an adapter, and what is needed is the whole model"),
+    (turn_into_adapter, {}, r"has no config\.json; it holds an adapter; use the model that the adapter was trained on"),
     (add_gguf, {}, r"has no config\.json; to load a GGUF file set model\.gguf_file to one of b\.gguf"),
     (write("config.json", "{"), {}, r"config\.json is not valid JSON"),
     (write("config.json", "[1]"), {}, r"config\.json must hold a JSON object, it holds a list"),
@@ -75,18 +75,22 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], dict[str, str], str]] = [
     ),
     (configure(architectures=True), {}, r"architectures in .*config\.json is true; allowed: a list of texts"),
     (configure(architectures=[5]), {}, r"architectures in .*config\.json is \[5\]; allowed: a list of texts"),
-    (configure(num_attention_heads=-1), {}, r"num_attention_heads in .*config\.json is -1, and no size is negative"),
+    (
+        configure(num_attention_heads=-1),
+        {},
+        r"num_attention_heads in .*config\.json is -1, but a size cannot be negative",
+    ),
     (configure(architectures=None, model_type=None), {}, r"names neither architectures nor model_type"),
     (remove("tokenizer.json"), {}, r"has no tokenizer; expected one of tokenizer\.json, "),
-    (cut_off, {}, r"model\.safetensors is damaged or cut off: it has \d+ bytes, its header says \d+"),
-    (damage_header, {}, r"model\.safetensors is damaged, its safetensors header cannot be read"),
-    (write("model.safetensors", ""), {}, r"model\.safetensors is damaged, its safetensors header cannot be read"),
+    (cut_off, {}, r"model\.safetensors is damaged or truncated: it has \d+ bytes, its header says \d+"),
+    (damage_header, {}, r"model\.safetensors is damaged: its safetensors header cannot be read"),
+    (write("model.safetensors", ""), {}, r"model\.safetensors is damaged: its safetensors header cannot be read"),
     (write("model.safetensors.index.json", '{"weight_map": {"a": 5}}'), {}, r"index\.json is not a safetensors index"),
     (write("model.safetensors.index.json", "{}"), {}, r"index\.json is not a safetensors index"),
     (
         write("model.safetensors.index.json", '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
         {},
-        r"names files that are not there: model-00001-of-00002\.safetensors",
+        r"names files that do not exist: model-00001-of-00002\.safetensors",
     ),
     (
         configure(is_encoder_decoder=True),
@@ -98,13 +102,13 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], dict[str, str], str]] = [
         {"attention": "sdpa"},
         r"^model\.attention: .*, a Gemma2ForCausalLM, has no sdpa; allowed are auto and eager$",
     ),
-    (configure(), {"gguf_file": "x.gguf"}, r"there is no x\.gguf in .*; its \.gguf files: none at all"),
+    (configure(), {"gguf_file": "x.gguf"}, r"there is no x\.gguf in .*; its \.gguf files: none$"),
     (add_gguf, {"gguf_file": "x.gguf"}, r"there is no x\.gguf in .*; its \.gguf files: b\.gguf"),
     (add_gguf, {"gguf_file": "../b.gguf"}, r"there is no \.\./b\.gguf in "),
     (
         write("b.gguf", "text"),
         {"gguf_file": "b.gguf"},
-        r"b\.gguf is not a GGUF file \(it does not begin with the mark GGUF\)",
+        r"b\.gguf is not a GGUF file \(it does not begin with the bytes GGUF\)",
     ),
 ]
 
@@ -129,7 +133,7 @@ BAD_NAMES: list[tuple[dict[str, str], str]] = [
     ),
     (
         {"name_or_path": "builtin:t5-tiny", "gguf_file": "a.gguf"},
-        r"model\.gguf_file: a\.gguf is given, but builtin:t5-tiny is",
+        r"model\.gguf_file: is a\.gguf, but builtin:t5-tiny is",
     ),
     (
         {"name_or_path": "builtin:t5-tiny", "objective": "masked_lm"},
@@ -147,7 +151,7 @@ BAD_NAMES: list[tuple[dict[str, str], str]] = [
     ({"name_or_path": "runs/a/model"}, r"there is no folder runs/a/model; allowed are"),
     ({"name_or_path": "~no-such-user/model"}, r"there is no folder ~no-such-user/model; allowed are"),
     ({"name_or_path": " "}, r"there is no folder  ; allowed are"),
-    ({"name_or_path": __file__}, r"test_check\.py is a file, allowed is a folder"),
+    ({"name_or_path": __file__}, r"test_check\.py is a file; allowed is a folder"),
 ]
 
 
@@ -157,10 +161,12 @@ def test_a_bad_name_is_refused(settings: dict[str, str], message: str) -> None:
         check_model_config(ModelConfig(**settings))  # type: ignore[arg-type]
 
 
-def test_a_gguf_file_as_model_is_told_how(tmp_path: Path) -> None:
+def test_a_gguf_file_as_model_gets_a_hint(tmp_path: Path) -> None:
     file = tmp_path / "a.gguf"
     file.write_bytes(b"GGUF")
-    with pytest.raises(BadInput, match=re.escape(f"its folder {tmp_path} goes here and a.gguf into model.gguf_file")):
+    with pytest.raises(
+        BadInput, match=re.escape(f"a.gguf is a file; set it to the folder {tmp_path} and model.gguf_file to a.gguf")
+    ):
         check_model_config(ModelConfig(name_or_path=str(file)))
 
 
@@ -168,7 +174,7 @@ def test_a_classifier_needs_labels() -> None:
     model = ModelConfig(name_or_path="builtin:roberta-tiny", objective="classification")
     check_model_config(model, ["a"])
     check_model_config(model)
-    with pytest.raises(BadInput, match=r"model\.objective: classification needs a stream whose tasks have labels"):
+    with pytest.raises(BadInput, match=r"^model\.objective: classification needs tasks with labels, and this"):
         check_model_config(model, [])
 
 

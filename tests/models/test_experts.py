@@ -107,5 +107,5 @@ def test_backward_without_rows_and_a_foreign_forward_are_refused() -> None:
     tap.active = tap.skips = True
     with pytest.raises(ClDistError, match=r"layer layers\.0\.experts: backward ran before the rows"):
         gradients(module)
-    with pytest.raises(BadInput, match=r"the forward of layers\.0\.experts \(MixtralExperts\) has been replaced"):
+    with pytest.raises(BadInput, match=r"library has replaced the forward of layers\.0\.experts \(MixtralExperts\)"):
         ExpertsTap("layers.0.experts", module, lambda *_: None)

@@ -1,4 +1,4 @@
-"""What other families than the built-in ones need: attention, adapters, configurations in two parts."""
+"""Model families beyond the built-in ones: attention, adapters, configurations in two parts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.zoo.families import SPECIMENS
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Some of the zoo's models on disk; not to be changed."""
+    """Some of the zoo's models on disk; read-only."""
     names = ("Gemma 2", "Gemma 3, multimodal", "Mamba", "GPT-2", "OPT", "BERT", "BART", "GPT-Neo", "Laguna")
     return {name: SPECIMENS[name].build(tmp_path_factory.mktemp("zoo")) for name in names}
 
@@ -40,7 +40,7 @@ def adapted(zoo: dict[str, Path], name: str, *targets: str, objective: str = "au
     return add_lora(base_model(found.model), lora, found.objective, SEED, found.drawn)
 
 
-def test_auto_takes_eager_where_there_is_no_sdpa_and_says_so(
+def test_auto_falls_back_to_eager_without_sdpa_and_reports_it(
     zoo: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="cl_dist"):
@@ -51,7 +51,7 @@ def test_auto_takes_eager_where_there_is_no_sdpa_and_says_so(
 
 
 @pytest.mark.parametrize("name", ["Gemma 2", "Mamba", "GPT-Neo"])
-def test_sdpa_is_refused_in_our_words_where_there_is_none(zoo: dict[str, Path], name: str) -> None:
+def test_sdpa_is_refused_in_our_words_if_the_model_has_none(zoo: dict[str, Path], name: str) -> None:
     with pytest.raises(BadInput, match=r"^model\.attention: .*, a \w+, has no sdpa; allowed are auto and eager$"):
         loaded(zoo[name], attention="sdpa")
     assert loaded(zoo[name], attention="eager").model.config._attn_implementation == "eager"
@@ -71,15 +71,15 @@ def test_the_towers_of_a_multimodal_model_are_not_trained(zoo: dict[str, Path]) 
     assert not unread_parameters(loaded(zoo["GPT-2"]).model)
 
 
-def test_a_head_is_told_from_a_body_of_another_name(zoo: dict[str, Path]) -> None:
-    """Llama 4's text model lies in `model`, although its class speaks of `language_model`."""
+def test_the_head_is_found_although_the_body_has_another_name(zoo: dict[str, Path]) -> None:
+    """Llama 4 keeps its text model in `model`, although its class names `language_model` as the prefix."""
     model = loaded(zoo["OPT"]).model
     model.base_model_prefix = "language_model"
     assert head_prefixes(model) == ("lm_head",)
     assert block_prefixes(model) == ("model.decoder.layers.",)
 
 
-def test_layers_that_adapters_would_not_reach_are_left_out_or_refused(zoo: dict[str, Path]) -> None:
+def test_layers_that_adapters_cannot_reach_are_left_out_or_refused(zoo: dict[str, Path]) -> None:
     model = adapted(zoo, "Mamba")
     assert {name.split(".lora_")[0].split(".")[-1] for name, _ in model.named_parameters() if ".lora_" in name} == {
         "in_proj"
@@ -93,8 +93,8 @@ def test_layers_that_adapters_would_not_reach_are_left_out_or_refused(zoo: dict[
         adapted(zoo, "Mamba", "dt_proj")
 
 
-def test_a_linear_layer_that_does_something_else_is_left_out(zoo: dict[str, Path]) -> None:
-    """A router is a linear layer by its class, and returns something else than a tensor."""
+def test_a_linear_layer_with_another_forward_is_left_out(zoo: dict[str, Path]) -> None:
+    """A router may subclass `nn.Linear` but return something else than its output."""
 
     class Router(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -109,8 +109,8 @@ def test_a_linear_layer_that_does_something_else_is_left_out(zoo: dict[str, Path
     assert not any(".layers.0.fc1." in name for name in names)
 
 
-def test_a_layer_that_is_trained_whole_gets_no_adapter(zoo: dict[str, Path]) -> None:
-    with pytest.raises(BadInput, match=r"^model\.lora\.target_modules: classifier is trained whole already"):
+def test_a_layer_trained_in_full_gets_no_adapter(zoo: dict[str, Path]) -> None:
+    with pytest.raises(BadInput, match=r"^model\.lora\.target_modules: classifier is new and already trained in full"):
         adapted(zoo, "BERT", "classifier")
     names = [name for name, parameter in adapted(zoo, "BERT").named_parameters() if parameter.requires_grad]
     pooler = [name for name in names if ".pooler." in name]
@@ -125,16 +125,16 @@ def test_what_peft_refuses_is_one_sentence(zoo: dict[str, Path], monkeypatch: py
         adapted(zoo, "Mamba", "out_proj")
 
 
-def test_adapters_that_peft_would_not_find_again_are_refused(zoo: dict[str, Path]) -> None:
-    """The libraries rename Laguna's shared experts on loading, in such a way that an adapter's names no longer fit."""
+def test_adapters_that_peft_could_not_reload_are_refused(zoo: dict[str, Path]) -> None:
+    """The libraries rename Laguna's shared experts on loading, after which an adapter's names no longer match."""
     with pytest.raises(
-        BadInput, match=r"peft would not load adapters on shared_experts\.down_proj, .* of laguna again"
+        BadInput, match=r"peft could not reload adapters on shared_experts\.down_proj, .* of laguna, because"
     ):
         adapted(zoo, "Laguna")
     adapted(zoo, "Laguna", "q_proj", "v_proj")
 
 
-def test_an_export_keeps_the_models_own_cache_setting(zoo: dict[str, Path], tmp_path: Path) -> None:
+def test_an_export_keeps_the_original_cache_setting(zoo: dict[str, Path], tmp_path: Path) -> None:
     for name in ("GPT-2", "Gemma 3, multimodal"):
         found = loaded(zoo[name])
         before = json.loads(found.model.config.to_json_string())
@@ -176,7 +176,7 @@ def test_lengths_beyond_the_last_position_are_refused_before_and_after_loading(
     check_length(loaded(zoo[name]), fitting.max_length, fitting.max_target_length)
 
 
-def test_a_decoder_that_does_not_know_its_first_token_is_refused(zoo: dict[str, Path], tmp_path: Path) -> None:
+def test_a_decoder_without_a_first_token_is_refused(zoo: dict[str, Path], tmp_path: Path) -> None:
     for file in zoo["BART"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))

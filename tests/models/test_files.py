@@ -1,4 +1,4 @@
-"""Of a folder's files, a model is read from those that transformers picks, in its order of preference."""
+"""A model is read from the files that transformers picks in its folder, in the same order of preference."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_weights_that_are_loaded(tmp_path: Path, there: list[str], read: lis
     assert files(tmp_path, TOKENIZER_FILES) == ["tokenizer.json"]
 
 
-def test_an_index_names_its_files_itself(tmp_path: Path) -> None:
+def test_an_index_names_its_files(tmp_path: Path) -> None:
     shards = ["weights-a.safetensors", "b[1].safetensors"]
     for name in [*shards, "c.safetensors", "model-00001-of-00002.bin"]:
         (tmp_path / name).touch()
@@ -60,7 +60,7 @@ def test_tokenizers_of_every_kind(tmp_path: Path) -> None:
     assert files(tmp_path, TOKENIZER_FILES) == sorted([*names, "additional_chat_templates/tools.jinja"])
 
 
-def test_a_gguf_file_has_all_of_it(tmp_path: Path) -> None:
+def test_a_gguf_file_holds_everything(tmp_path: Path) -> None:
     for name in ("m.gguf", "config.json", "tokenizer.json", "model.safetensors"):
         (tmp_path / name).touch()
     for patterns in (MODEL_FILES, TOKENIZER_FILES):

@@ -1,4 +1,4 @@
-"""Initial weights: a function of seed and name only."""
+"""Initial weights depend only on the seed and the parameter's name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_another_seed_gives_other_matrices(load: Loader) -> None:
 
 
 def test_the_order_and_the_other_layers_do_not_matter() -> None:
-    """A deeper model has the same first layers, and initialising a part gives what initialising the whole gives."""
+    """A deeper model has the same first layers, and a part initialised alone gets the same values as in the whole."""
     shallow = AutoModelForCausalLM.from_config(builtin_config("builtin:llama-tiny"))
     config = builtin_config("builtin:llama-tiny")
     config.num_hidden_layers = 3
@@ -84,7 +84,7 @@ def test_bfloat16_is_the_rounded_float32(load: Loader) -> None:
 
 
 def test_named_seeds_are_stable() -> None:
-    """The same on every machine and in every release: a changed value would change every run that starts anew."""
+    """The same on every machine and in every release: another value would change the results of all new runs."""
     assert named_seed(42, "lm_head.weight") == 8491267275249638506
     assert named_seed(42, "a") != named_seed(43, "a")
     assert named_seed(42, "a") != named_seed(42, "b")

@@ -1,4 +1,4 @@
-"""One class and one entry make a new kind of tracked layer; test_tracked_layers trains with it."""
+"""A new kind of tracked layer takes one class and one entry; test_tracked_layers trains with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.models.toy_kind import LowRank, LowRankKind
 
 
 class Model(nn.Module):
-    """One block with a layer of the toy kind and one of a known kind."""
+    """One block with a layer of the toy kind and one of a built-in kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Model(nn.Module):
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> LowRankKind:
-    """The toy kind, among the others."""
+    """Register the toy kind."""
     kind = LowRankKind()
     monkeypatch.setattr(layer_kinds, "KINDS", [*layer_kinds.KINDS, kind])
     return kind

@@ -1,4 +1,4 @@
-"""Folders, new heads, GGUF files, and what is refused while loading."""
+"""Loading folders, new heads and GGUF files, and what loading refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.ranks import run_ranks
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Rewrite the folder's weights."""
+    """Rewrite the weights in a folder."""
     file = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)
@@ -37,7 +37,7 @@ def change_json(file: Path, **values: object) -> None:
 
 
 def copied(source: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy for a test to damage."""
     return Path(shutil.copytree(source, tmp_path / "model"))
 
 
@@ -63,7 +63,7 @@ def test_dtype_is_the_one_asked_for(load: Loader, folders: dict[str, Path]) -> N
 
 
 def test_a_new_head_follows_from_the_seed(load: Loader, folders: dict[str, Path]) -> None:
-    """The body comes from the masked-LM checkpoint; the head is what the built-in model would get for that seed."""
+    """The body comes from the masked-LM checkpoint; the head equals that of the built-in model with the same seed."""
     torch.manual_seed(0)
     loaded = load(folders["roberta"], "classification").model
     torch.manual_seed(1)
@@ -93,7 +93,7 @@ def test_a_decoder_can_be_a_classifier(load: Loader, folders: dict[str, Path]) -
 
 
 def test_a_missing_pooler_is_no_error(load: Loader, folders: dict[str, Path], tmp_path: Path) -> None:
-    """A BERT that was trained on masked words alone has no pooler, and its classifier needs one."""
+    """A BERT trained only on masked words has no pooler, but its classifier needs one."""
     config = BertConfig(
         vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40
     )
@@ -114,8 +114,8 @@ def drop_head(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("drop", "message"),
     [
-        (drop_block, r"lack 1 tensors .*, model\.layers\.1\.mlp\.up_proj\.weight first"),
-        (drop_head, r"lm_head\.weight first"),
+        (drop_block, r"lack 1 tensors .*, the first is model\.layers\.1\.mlp\.up_proj\.weight$"),
+        (drop_head, r"the first is lm_head\.weight$"),
     ],
 )
 def test_missing_weights_are_not_drawn_at_random(
@@ -145,7 +145,7 @@ def test_an_unknown_model_type_is_refused(load: Loader, folders: dict[str, Path]
         load(folder)
 
 
-def test_code_of_its_own_needs_consent(load: Loader, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_models_own_code_needs_consent(load: Loader, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(folders["llama"], tmp_path)
     change_json(folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.Config"})
     (folder / "own.py").write_text("raise SystemExit('ran')", encoding="utf-8")
@@ -168,7 +168,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(
     loaded.tokenizer.add_tokens([f"word{i}" for i in range(3)])
     folder = copied(folders["llama"], tmp_path)
     loaded.tokenizer.save_pretrained(folder)
-    with pytest.raises(BadInput, match=r"has 264 entries, but its model has embeddings for 261 only"):
+    with pytest.raises(BadInput, match=r"has 264 entries, but its model has only 261 embeddings"):
         load(folder)
 
 
@@ -179,7 +179,7 @@ def test_a_masked_lm_needs_a_mask_token(load: Loader, folders: dict[str, Path], 
         load(folder, "masked_lm")
 
 
-def test_the_end_token_pads_where_there_is_no_other(load: Loader, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_end_token_pads_without_a_padding_token(load: Loader, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(folders["llama"], tmp_path)
     change_json(folder / "tokenizer_config.json", pad_token=None)
     tokenizer = load(folder).tokenizer
@@ -187,11 +187,11 @@ def test_the_end_token_pads_where_there_is_no_other(load: Loader, folders: dict[
 
 
 def test_a_classifier_without_labels_is_refused(load: Loader) -> None:
-    with pytest.raises(BadInput, match=r"as a classifier needs a stream whose tasks have labels"):
+    with pytest.raises(BadInput, match=r"needs tasks with labels to become a classifier"):
         load("builtin:roberta-tiny", labels=0)
 
 
-def test_a_name_that_cannot_be_found_is_told_quickly(load: Loader) -> None:
+def test_an_unknown_name_is_refused(load: Loader) -> None:
     begun = time.monotonic()
     with pytest.raises(BadInput, match=r"no such folder, and Hugging Face cannot be reached or does not have it"):
         load("nobody/has-such-a-model")
@@ -212,7 +212,7 @@ def gguf_folder(load: Loader, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_gguf_file_is_the_model_that_it_holds(load: Loader, gguf_folder: Path) -> None:
+def test_a_gguf_file_loads_as_the_model_in_it(load: Loader, gguf_folder: Path) -> None:
     expected = load("builtin:llama-tiny", seed=31)
     loaded = load(gguf_folder, gguf_file="tiny.gguf")
     ids = torch.arange(5, 40)[None]
@@ -267,7 +267,7 @@ def test_a_damaged_gguf_file_is_told_on_every_rank(gguf_folder: Path, tmp_path: 
         (
             "tokenizer_config.json",
             {"model_max_length": "8"},
-            r"model_max_length of the tokenizer of .* is \"8\", no nu",
+            r"model_max_length of the tokenizer of .* is \"8\", not a number$",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Adapters: where they are added, what they start from, what is trained."""
+"""Adapters: the layers that get one, their initial values, and what is trained."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_all_linear_is_every_layer_but_the_head(load: Loader, name: str) -> None
         assert not heads
 
 
-def test_a_head_that_peft_does_not_know_is_trained() -> None:
-    """peft looks for `classifier` and `score`; XLM's head has another name, and would be frozen as it was drawn."""
+def test_a_head_unknown_to_peft_is_trained() -> None:
+    """peft looks for `classifier` and `score`; XLM's head has another name, and would stay frozen at random values."""
     config = XLMConfig(vocab_size=30, emb_dim=16, n_layers=1, n_heads=2, num_labels=3)
     model = add_lora(XLMForSequenceClassification(config), LoraConfig(r=2), "classification", SEED)
     heads = {name for name in trained_names(model) if ".lora_" not in name}

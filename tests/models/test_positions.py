@@ -1,4 +1,4 @@
-"""How long inputs may be, by configuration and by tables. tests/zoo tries the families' own code."""
+"""The longest input, from the configuration and from position tables. tests/zoo tries the models' own code."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ CONFIGURED: list[tuple[dict[str, Any], Positions]] = [
 
 
 @pytest.mark.parametrize(("config", "expected"), CONFIGURED, ids=[str(config)[:50] for config, _ in CONFIGURED])
-def test_a_configuration_says_where_its_positions_end(config: dict[str, Any], expected: Positions) -> None:
+def test_a_configuration_gives_the_number_of_positions(config: dict[str, Any], expected: Positions) -> None:
     assert configured_positions(config) == expected
 
 
 class OwnConfig(GPT2Config):
-    """An unknown type, like that of a model that brings its own code."""
+    """An unknown model type, as in a model that brings its own code."""
 
     model_type = "own"
 
@@ -59,22 +59,22 @@ def tiny_gpt2(config: type[GPT2Config] = GPT2Config) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config(vocab_size=90, n_embd=8, n_layer=1, n_head=2, n_positions=48))
 
 
-def test_a_table_of_no_telling_name_is_told_by_its_size() -> None:
+def test_a_table_with_an_uncommon_name_is_recognised_by_its_size() -> None:
     model = tiny_gpt2(OwnConfig)
     model.transformer.where = model.transformer.wpe
     del model.transformer.wpe
     assert longest_inputs(model) == Positions(48)
-    model.transformer.where = nn.Embedding(32, 8)  # buckets of distances, say
+    model.transformer.where = nn.Embedding(32, 8)  # for example, buckets of distances
     assert longest_inputs(model) == Positions()
 
 
-def test_the_table_decides_where_it_is_smaller_than_the_configuration_says() -> None:
+def test_a_table_smaller_than_configured_decides() -> None:
     model = tiny_gpt2()
     model.transformer.wpe = nn.Embedding(40, 8)
     assert longest_inputs(model) == Positions(40)
 
 
-def test_the_halves_of_an_encoder_decoder_have_tables_of_their_own() -> None:
+def test_encoder_and_decoder_have_separate_tables() -> None:
     config = BartConfig(
         vocab_size=90, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=64,
@@ -85,8 +85,8 @@ def test_the_halves_of_an_encoder_decoder_have_tables_of_their_own() -> None:
     assert longest_inputs(model) == Positions(64, 20)
 
 
-def test_rows_that_no_position_has_a_number_for_do_not_count() -> None:
-    """Nystromformer's table has two rows more than it has positions."""
+def test_unused_rows_of_a_table_do_not_count() -> None:
+    """Nystromformer's table has two more rows than there are positions."""
     config = NystromformerConfig(
         vocab_size=90, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
         max_position_embeddings=16, segment_means_seq_len=16, num_landmarks=16, conv_kernel_size=3,

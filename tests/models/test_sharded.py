@@ -1,6 +1,6 @@
-"""ZeRO-3 on two ranks: models are sharded from the start, have the same weights as whole ones, and learn the same.
+"""ZeRO-3 on two ranks: models are sharded from the start, and have and learn the same weights as unsharded ones.
 
-The ranks are started once and go through all cases.
+The ranks are started once for all cases.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODELS = [
     ("builtin:roberta-tiny", "classification"),
     ("builtin:roberta-tiny", "masked_lm"),
 ]
-# Every model in full and with adapters, one of the two with activation checkpointing.
+# Every model, in full and with adapters; one of the two uses activation checkpointing.
 STEPPED: list[Case] = [
     {"name": name, "objective": objective, "lora": lora, "steps": True, "checkpointing": lora == (number % 2 == 0)}
     for number, (name, objective) in enumerate(MODELS)
@@ -41,15 +41,15 @@ BFLOAT16: list[Case] = [
 FOLDERS = [("llama", "causal_lm"), ("t5", "seq2seq_lm"), ("roberta", "masked_lm"), ("roberta", "classification")]
 
 
-def told(case: Case) -> str:
-    """A case's name."""
+def case_id(case: Case) -> str:
+    """A readable name for a case."""
     marks = ["lora"] * bool(case.get("lora")) + ["checkpointing"] * bool(case.get("checkpointing"))
     return "-".join([Path(case["name"]).name, case["objective"], case.get("dtype", "float32"), *marks])
 
 
 @pytest.fixture(scope="module")
 def results(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What each rank found, by the case's name."""
+    """The results of all ranks, by case name."""
     exports = tmp_path_factory.mktemp("exports")
     on_disk = [{"name": str(folders[name]), "objective": objective} for name, objective in FOLDERS]
     exported = [
@@ -61,7 +61,7 @@ def results(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         }
         for lora in (False, True)
     ]
-    names = [told(case) for case in STEPPED + BFLOAT16]
+    names = [case_id(case) for case in STEPPED + BFLOAT16]
     names += [f"folder-{name}-{objective}" for name, objective in FOLDERS] + ["export", "export-lora"]
     cases = STEPPED + BFLOAT16 + on_disk + exported
     ranks = run_ranks("tests.models.rank_jobs:sharded", 2, {"cases": cases, "cache_dir": str(exports)}, timeout=400)
@@ -71,7 +71,7 @@ def results(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def whole_digests(load: Loader, case: Case) -> dict[str, str]:
-    """The digests of the same model built whole in this process."""
+    """Digests of the same model, built unsharded in this process."""
     loaded = load(case["name"], case["objective"], dtype=getattr(torch, case.get("dtype", "float32")))
     model: torch.nn.Module = loaded.model
     if case.get("lora"):
@@ -79,18 +79,18 @@ def whole_digests(load: Loader, case: Case) -> dict[str, str]:
     return {name: digest(parameter.detach()) for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("case", STEPPED + BFLOAT16, ids=told)
-def test_sharded_weights_are_the_whole_models(results: dict[str, Any], load: Loader, case: Case) -> None:
+@pytest.mark.parametrize("case", STEPPED + BFLOAT16, ids=case_id)
+def test_sharded_weights_equal_unsharded_ones(results: dict[str, Any], load: Loader, case: Case) -> None:
     expected = whole_digests(load, case)
-    for rank in results[told(case)]:
+    for rank in results[case_id(case)]:
         assert rank["digests"] == expected
         assert rank["dtypes"] == [f"torch.{case.get('dtype', 'float32')}"]
         assert all("modules_to_save" in name for name in rank["whole"]), "the base is not sharded"
 
 
-@pytest.mark.parametrize("case", STEPPED, ids=told)
-def test_steps_are_those_of_plain_pytorch(results: dict[str, Any], case: Case) -> None:
-    for rank in results[told(case)]:
+@pytest.mark.parametrize("case", STEPPED, ids=case_id)
+def test_steps_equal_those_of_plain_pytorch(results: dict[str, Any], case: Case) -> None:
+    for rank in results[case_id(case)]:
         assert rank["whole_in_engine"] == []
         assert rank["moved"] > 1e-2
         assert rank["difference"] < 2e-6

@@ -1,4 +1,4 @@
-"""Skipping rows in backward gives the gradients of zeroing them after backward, whatever surrounds the layer."""
+"""Skipping rows in backward gives the same gradients as zeroing them afterwards, whatever surrounds the layer."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ BUILDERS = {"full": odd_model, "lora": odd_lora}
 
 
 def rows_of(layers: dict[str, nn.Linear], seed: int = 0) -> dict[str, torch.Tensor]:
-    """About a third of every layer's rows, at least one."""
+    """Choose about a third of each layer's rows, at least one."""
     draw = torch.Generator().manual_seed(seed)
     counts = {name: layer.out_features for name, layer in layers.items()}
     return {name: torch.randperm(n, generator=draw)[: 1 + n // 3].sort().values for name, n in counts.items()}
 
 
 def gradients(model: nn.Module, family: str, amp: AbstractContextManager[Any] | None = None) -> dict[str, torch.Tensor]:
-    """Gradients of one batch, by parameter name."""
+    """The gradients of one batch, by parameter name."""
     (batch,) = micro_batches(family, samples(family, 4), 4)
     model.train()
     model.zero_grad()
@@ -43,7 +43,7 @@ def gradients(model: nn.Module, family: str, amp: AbstractContextManager[Any] | 
 def masked_after_backward(
     grads: dict[str, torch.Tensor], rows: dict[str, torch.Tensor], bias: bool = True
 ) -> dict[str, torch.Tensor]:
-    """What the mask on `.grad` leaves."""
+    """The gradients with all other rows set to zero."""
     result = {name: grad.clone() for name, grad in grads.items()}
     for layer, kept in rows.items():
         for name in (f"{layer}.weight", f"{layer}.bias") if bias else (f"{layer}.weight",):
@@ -55,7 +55,7 @@ def masked_after_backward(
 
 
 def assert_same(skipped: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], epsilon: float) -> None:
-    """The same zero rows, the rest within `epsilon` of the largest element of its tensor."""
+    """Assert the same zero rows, and differences within `epsilon` times the largest element of each tensor."""
     assert skipped.keys() == expected.keys()
     for name, grad in skipped.items():
         assert grad.dtype == expected[name].dtype
@@ -66,7 +66,7 @@ def assert_same(skipped: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 
 def compare(model: nn.Module, family: str, epsilon: float = 2e-6, **amp: Any) -> None:
-    """Skipping on a copy against the mask on the model's own gradients."""
+    """Compare skipping rows with masking the gradients of a copy after backward."""
     layers = tracked_linears(model, "blocks")
     rows = rows_of(layers)
     dense = gradients(copy.deepcopy(model), family, **amp)
@@ -102,16 +102,16 @@ def test_compiled_models_work() -> None:
     rows = rows_of(layers)
     dense = gradients(copy.deepcopy(model), "llama")
     skipper = RowSkipper(layers)
-    compiled = torch.compile(model, backend="aot_eager")  # which traces the backward pass too
+    compiled = torch.compile(model, backend="aot_eager")  # traces the backward pass too
     skipper.active = True
-    for seed in (0, 1):  # another mask must not meet a graph that has the first one baked in
+    for seed in (0, 1):  # the first mask must not be baked into the graph
         rows = rows_of(layers, seed)
         skipper.choose(rows)
         grads = {name.removeprefix("_orig_mod."): grad for name, grad in gradients(compiled, "llama").items()}
         assert_same(grads, masked_after_backward(dense, rows), 2e-6)
 
 
-def test_a_compilation_that_must_not_leave_the_graph_is_refused(skipped: tuple[nn.Linear, RowSkipper]) -> None:
+def test_full_graph_compilation_is_refused(skipped: tuple[nn.Linear, RowSkipper]) -> None:
     compiled = torch.compile(nn.Sequential(skipped[0], nn.ReLU()), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="the rows that backward computes are chosen anew"):
         compiled(torch.randn(2, 3))
@@ -164,7 +164,7 @@ def test_an_input_without_gradient_and_a_frozen_bias() -> None:
 
 
 class Surroundings:
-    """A layer with hooks of others."""
+    """A layer with foreign hooks."""
 
     def __init__(self) -> None:
         self.layer, self.seen = nn.Linear(3, 2), list[str]()
@@ -184,7 +184,7 @@ def test_foreign_hooks_run_and_stay() -> None:
     assert around.seen == ["before", "after", "backward"] * 2
 
 
-def test_removed_it_leaves_no_trace() -> None:
+def test_removal_leaves_no_trace() -> None:
     layer = nn.Linear(3, 2)
     before = dict(layer.__dict__)
     RowSkipper({"l": layer}).remove()
@@ -194,7 +194,7 @@ def test_removed_it_leaves_no_trace() -> None:
 
 @pytest.fixture
 def skipped() -> tuple[nn.Linear, RowSkipper]:
-    """A layer that is about to skip rows, none of them chosen yet."""
+    """A layer set to skip rows, before any are chosen."""
     layer = nn.Linear(3, 2)
     skipper = RowSkipper({"blocks.0.up": layer})
     skipper.active = True
@@ -221,7 +221,7 @@ def inactive(layer: nn.Linear, skipper: RowSkipper) -> None:
 
 
 @pytest.mark.parametrize("state", [evaluating, inactive])
-def test_outside_masked_training_the_layer_is_a_plain_one(
+def test_outside_masked_training_the_layer_is_unchanged(
     skipped: tuple[nn.Linear, RowSkipper], state: Callable[[nn.Linear, RowSkipper], None]
 ) -> None:
     layer, skipper = skipped

@@ -1,8 +1,10 @@
-"""Checkpointing recomputes every block and keeps the gradients; dropout is found wherever a model has it."""
+"""Activation checkpointing keeps the gradients, dropout is detected, and evaluation mode leaves a model unchanged."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -18,9 +20,11 @@ from transformers import (
     RobertaConfig,
     T5Config,
 )
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeConfig, NllbMoeTop2Router
 
 from cl_dist.config.schema import BUILTIN_MODELS, LoraConfig
 from cl_dist.errors import BadInput
+from cl_dist.evaluation.inference import evaluating
 from cl_dist.models.builtin import builtin_config
 from cl_dist.models.lora import add_lora
 from cl_dist.models.structure import block_prefixes
@@ -103,3 +107,14 @@ def test_measuring_recomputes_without_dropout(load: Loader) -> None:
         assert not any(part.training for block in blocks for part in block.modules() if part is not block)
         assert not model.training
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("measuring", [evaluating, evaluation_mode])
+def test_a_router_keeps_its_capacity(measuring: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
+    config = NllbMoeConfig(d_model=8, num_experts=4, expert_capacity=64, moe_eval_capacity_token_fraction=0.5)
+    router = NllbMoeTop2Router(config)
+    with measuring(router):
+        router(torch.randn(10, 8))
+        assert router.expert_capacity == 5
+    assert router.expert_capacity == 64
+    assert router.training

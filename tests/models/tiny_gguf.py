@@ -53,7 +53,7 @@ def write_gguf(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, file
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    tokens[UNKNOWN] = "<|endoftext|>"  # transformers' unknown token, which it would add if it were missing
+    tokens[UNKNOWN] = "<|endoftext|>"  # transformers' unknown token, which it adds if missing
     tokens[-1] = tokens[SPECIAL] + tokens[SPECIAL + 1]  # readers expect one merge or more; this replaces a rare byte
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
@@ -72,7 +72,7 @@ def _renamed(name: str) -> str:
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """llama.cpp keeps the two halves of a rotary pair side by side, transformers half a head apart."""
+    """llama.cpp stores the two halves of a rotary pair side by side; transformers stores them half a head apart."""
     if not heads:
         return weight
     rows, columns = weight.shape

@@ -1,4 +1,4 @@
-"""A kind of tracked layer that cl_dist does not have: what adding one takes."""
+"""A kind of tracked layer that is not built in, to show what adding one takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cl_dist.models.row_gradients import ChosenRows, row_skipping_linear
 
 
 class LowRank(nn.Module):
-    """`Y = X D W` with a fixed D `(in, rank)` and a trained W `(rank, out)`, which is stored transposed."""
+    """`Y = X D W` with a fixed D `(in, rank)` and a trained W `(rank, out)`, stored transposed."""
 
     is_transposed = True
     down: torch.Tensor
@@ -28,7 +28,7 @@ class LowRank(nn.Module):
 
 
 class LowRankKind(LayerKind):
-    """All that MIGU needs to know about it."""
+    """Everything that MIGU needs to know about the layer."""
 
     name = "low rank"
     types = (LowRank,)

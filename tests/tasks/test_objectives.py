@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from cl_dist.config.objectives import FACTS, Family, Mode, ObjectiveFacts, ObjectiveName, TaskKind, objectives_of
 from cl_dist.config.schema import EvalConfig, TrainConfig
-from cl_dist.engine.collator import Collator
-from cl_dist.engine.objective import loss_sum
+from cl_dist.engine.engine import loss_sum
+from cl_dist.engine.trainer import Collator
 from cl_dist.evaluation.modes import resolve_mode
 from cl_dist.evaluation.scorers import LIKELIHOOD_SCORERS
 from cl_dist.models.load import AUTO_CLASSES

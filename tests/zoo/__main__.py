@@ -1,4 +1,4 @@
-"""`python -m tests.zoo`: visit the zoo and write what is found into docs/models.md."""
+"""`python -m tests.zoo`: try every model of the zoo and write the results into docs/models.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.zoo.table import BEGIN, PAGE, broken, text
 
 
 def main() -> int:
-    """Write the table; 1 where a model neither works nor is refused."""
+    """Write the table; return 1 if a model neither works nor is refused."""
     (findings,) = run_ranks("tests.zoo.jobs:tour", 1, {"names": list(SPECIMENS)}, timeout=1200)
     before, _, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n{text(findings)}", encoding="utf-8")

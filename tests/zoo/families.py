@@ -1,7 +1,7 @@
-"""The families of the zoo: for each a configuration of transformers that makes a model of two blocks.
+"""The model families of the zoo, each as a transformers configuration with two blocks.
 
-They are what published checkpoints of the family have in common that matters here: tied or untied embeddings, position
-tables, grouped heads, experts, sliding windows, recurrent layers, towers for pictures.
+The configurations cover the traits of published checkpoints that matter here: tied or untied embeddings, position
+tables, grouped heads, experts, sliding windows, recurrent layers, vision towers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cl_dist.models.builtin import BOS_ID, EOS_ID, PAD_ID, VOCABULARY_SIZE, byte
 from cl_dist.models.load import AUTO_CLASSES
 
 POSITIONS = 64
-"""Longest input of the models that have an end."""
+"""Longest input of the models with a limit."""
 
 IDS = {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
 NAMED = {
@@ -32,7 +32,7 @@ NAMED = {
     "max_position_embeddings": POSITIONS,
     **IDS,
 }
-"""What most configurations call their sizes."""
+"""Sizes, under the names that most configurations use."""
 GROUPED = {**NAMED, "num_key_value_heads": 2}
 GPT = {"vocab_size": VOCABULARY_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, **IDS}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -72,26 +72,26 @@ class Specimen:
     """One model of the zoo."""
 
     name: str
-    """Row of docs/models.md."""
+    """Its name in docs/models.md."""
     family: Family
     config: Callable[[], PreTrainedConfig]
     objective: ObjectiveName
-    """What it is trained to do."""
+    """Its training objective."""
     bare: bool = False
-    """Stored without any head."""
+    """Whether the checkpoint has no head."""
 
     @property
     def auto_class(self) -> Any:
-        """What the checkpoint is loaded with as it is."""
+        """The class that loads the checkpoint unchanged."""
         if self.bare:
             return hf.AutoModel
         return AUTO_CLASSES["masked_lm" if self.family == "encoder" else _FIRST[self.family]]
 
     def build(self, folder: Path) -> Path:
-        """Write the model, with weights of a fixed seed, and its tokenizer into `folder`, which is returned.
+        """Write the model, with weights from a fixed seed, and its tokenizer into `folder`, and return the folder.
 
-        It is written as it is published: an encoder with the head that fills masks, a decoder with the one of a
-        language model. A classifier has neither.
+        The checkpoint has the head that published ones have: an encoder that of a masked language model, a decoder that
+        of a language model. So a classifier gets a new head.
         """
         torch.manual_seed(0)
         model: PreTrainedModel = self.auto_class.from_config(self.config())
@@ -112,7 +112,7 @@ _FIRST: dict[Family, ObjectiveName] = {
 
 
 def _kept(kind: str, **settings: Any) -> Callable[[], PreTrainedConfig]:
-    """A configuration that is made when it is asked for: importing a family's file costs time."""
+    """Create the configuration on demand, because importing a model family takes time."""
     return lambda: getattr(hf, f"{kind}Config")(**settings)
 
 
@@ -285,10 +285,10 @@ _CONFIGURATIONS: dict[Family, dict[str, Callable[[], PreTrainedConfig]]] = {
 }
 
 CLASSIFIERS = ("Llama", "Qwen2", "Gemma 3, multimodal", "GPT-2", "OPT", "BLOOM")
-"""Decoders that are tried as classifiers, too."""
+"""Decoders that are also tried as classifiers."""
 
 MASKED = ("BERT", "RoBERTa", "DistilBERT", "DeBERTa v3", "ModernBERT")
-"""Encoders that are tried as masked language models, too."""
+"""Encoders that are also tried as masked language models."""
 
 
 def _specimens() -> list[Specimen]:

@@ -1,4 +1,4 @@
-"""What a rank does for the zoo: one model after the other through the real parts of a run."""
+"""What a rank runs for the zoo: it takes one model after another through the real parts of a run."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ TRAININGS = ("full, migu", "full, kif", "lora, migu", "lora, kif")
 WORKS = "works"
 REFUSED = "refused: "
 BROKEN = "broken: "
-"""How a training ends: all is well; refused with these words before the first step; anything else."""
+"""How a training ends: it works, it is refused with this message before the first step, or anything else."""
 
 ROUNDING = 1e-5
-"""The same weights may give logits that differ by this share of the largest: where a tensor lies in memory decides in
-which order some operations add up.
+"""Largest difference between logits of the same weights, relative to the largest logit: the order in which some
+operations add up depends on the alignment of tensors in memory.
 """
 
 FAR = 3 * POSITIONS
-"""An input of so many tokens is beyond any table of the zoo."""
+"""An input length in tokens that exceeds every position table of the zoo."""
 
 
 def tour(names: list[str]) -> dict[str, dict[str, Any]]:
-    """By model: how each training ended (`TRAININGS`), its attention, and how long its inputs may be, as the project
-    says and as trying it out shows.
+    """For each model: how each of the `TRAININGS` ended, its attention, and its longest inputs, both as the project
+    predicts and as experiments show.
     """
     join(timeout_seconds=120)
     quiet_libraries(torch.distributed.get_rank())
@@ -52,7 +52,7 @@ def tour(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def visit(specimen: Specimen) -> dict[str, Any]:
-    """All there is to find out about one model."""
+    """Everything about one model."""
     with tempfile.TemporaryDirectory(prefix="zoo-") as scratch:
         base = specimen.build(Path(scratch, "base"))
         found: dict[str, Any] = _positions(specimen, base)
@@ -62,21 +62,21 @@ def visit(specimen: Specimen) -> dict[str, Any]:
 
 
 def _positions(specimen: Specimen, base: Path) -> dict[str, Any]:
-    """Longest prompt and answer as the loaded model says, as config.json says, and as trying them out shows."""
+    """Longest prompt and answer according to the loaded model, to config.json, and to experiments."""
     model = specimen.auto_class.from_pretrained(base).eval()
-    told = longest_inputs(model)
+    predicted = longest_inputs(model)
     configured = configured_positions(json.loads((base / "config.json").read_text(encoding="utf-8")))
     answers = specimen.family == "encoder-decoder"
     tried = [_longest(model, answers, "prompt"), _longest(model, answers, "answer") if answers else None]
     return {
-        "told": [told.source, told.target],
+        "predicted": [predicted.source, predicted.target],
         "configured": [configured.source, configured.target],
         "tried": tried,
     }
 
 
 def _longest(model: nn.Module, answers: bool, of: str) -> int | None:
-    """The longest prompt, or answer, that the model's own code takes; None where there is no end."""
+    """The longest prompt or answer that the model's own code accepts; None if unlimited."""
 
     def takes(length: int) -> bool:
         prompt = {"input_ids": torch.full((1, length if of == "prompt" else 4), 99)}
@@ -138,7 +138,7 @@ def _recipe(specimen: Specimen, training: str, base: Path, folder: Path) -> Reci
 
 
 def _trained(specimen: Specimen, system: System, base: Path, folder: Path) -> str:
-    """Train the tasks, score them, export, and compare what plain transformers and peft load."""
+    """Train on the tasks, score them, export, and compare with what plain transformers and peft load."""
     model = system.engine.model
     before = gather_state_dict(model)
     for index in range(len(system.tasks)):
@@ -146,24 +146,24 @@ def _trained(specimen: Specimen, system: System, base: Path, folder: Path) -> st
     system.evaluator.evaluate(system.tasks)
     after = gather_state_dict(model)
     if all(torch.equal(after[name], before[name]) for name in after):
-        return f"{BROKEN}nothing was learnt"
+        return f"{BROKEN}no weight has changed"
     wanted = after if system.recipe.model.lora is None else gather_state_dict(model, in_adapter)
     export_model(model, system.loaded.tokenizer, folder, wanted)  # type: ignore[arg-type]
     inputs = _inputs(system, specimen)
     expected = _logits(model, inputs)
-    for seed in (1, 2):  # what a file lacks is drawn at random
+    for seed in (1, 2):  # a tensor missing from the files would be drawn at random, so differently each time
         torch.manual_seed(seed)
         loaded = _reloaded(specimen, system, base, folder)
         if other := _different(model, loaded):
-            return f"{BROKEN}{len(other)} tensors are loaded differently, {other[0]} first"
+            return f"{BROKEN}{len(other)} tensors differ after loading, the first is {other[0]}"
         difference = float((_logits(loaded, inputs) - expected).abs().max())
         if difference > ROUNDING * float(expected.abs().max()):
-            return f"{BROKEN}the logits of what is loaded differ by {difference:g}"
+            return f"{BROKEN}the logits of the loaded model differ by {difference:g}"
     return WORKS
 
 
 def _different(model: nn.Module, loaded: nn.Module) -> list[str]:
-    """Names of the tensors that are not, to the last bit, those of the run."""
+    """Names of the tensors that are not bitwise equal to those of the run."""
     ours = model.state_dict()
     theirs = {name: tensor for name, tensor in loaded.state_dict().items() if ".original_module." not in name}
     return [name for name, tensor in theirs.items() if name not in ours or not torch.equal(tensor, ours[name])]
@@ -181,7 +181,7 @@ def _train(system: System, index: int) -> None:
 
 
 def _inputs(system: System, specimen: Specimen) -> dict[str, Tensor]:
-    """Two texts of the stream, padded; an encoder-decoder reads the beginning of an answer, too."""
+    """Two padded texts of the stream; an encoder-decoder also reads the beginning of an answer."""
     texts = [example.prompt or example.answer for example in system.tasks[-1].evaluation[:2]]
     batch = system.loaded.tokenizer(
         texts, return_tensors="pt", padding=True, truncation=True, max_length=POSITIONS // 2
@@ -197,7 +197,7 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _reloaded(specimen: Specimen, system: System, base: Path, folder: Path) -> nn.Module:
-    """The export as others load it."""
+    """The export, loaded with plain transformers and peft."""
     auto_class = AUTO_CLASSES[specimen.objective]
     if system.recipe.model.lora is None:
         whole: nn.Module = auto_class.from_pretrained(folder, dtype=torch.float32)

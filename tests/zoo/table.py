@@ -1,4 +1,4 @@
-"""The table of docs/models.md: one row per model of the zoo, and the message of every refusal."""
+"""The table of docs/models.md: one row per model of the zoo, and the message of each refusal."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ RULE = "|" + "---|" * (4 + len(TRAININGS))
 
 
 def row(name: str, found: Mapping[str, Any]) -> str:
-    """A model's row."""
-    cells = [name, SPECIMENS[name].objective, found["attention"], _positions(found["told"])]
+    """The table row of a model."""
+    cells = [name, SPECIMENS[name].objective, found["attention"], _positions(found["predicted"])]
     return "| " + " | ".join([*cells, *(_cell(found[training]) for training in TRAININGS)]) + " |"
 
 
 def refusals(name: str, found: Mapping[str, Any]) -> list[str]:
-    """One line per training of the model that is refused."""
+    """One line for each refused training of a model."""
     return [
         f"- {name}, {training}: `{found[training].removeprefix(REFUSED)}`"
         for training in TRAININGS
@@ -43,19 +43,19 @@ def _cell(outcome: str) -> str:
 
 
 def text(findings: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page's text after `BEGIN`."""
+    """The text of the page after `BEGIN`."""
     refused = [line for name, found in findings.items() for line in refusals(name, found)]
     rows = [row(name, found) for name, found in findings.items()]
     return "\n".join(["", HEADER, RULE, *rows, "", "The messages of the refused trainings:", "", *refused, ""])
 
 
 def lines_of(name: str, page: Path = PAGE) -> list[str]:
-    """The page's lines about one model: its row, then its refusals."""
+    """The lines of the page about one model: its row, then its refusals."""
     lines = page.read_text(encoding="utf-8").splitlines()
     trainings = tuple(f"- {name}, {training}: " for training in TRAININGS)
     return [line for line in lines if line.startswith((f"| {name} | ", *trainings))]
 
 
 def broken(found: Mapping[str, Any]) -> dict[str, str]:
-    """The trainings that neither work nor are refused in time, with their outcomes."""
+    """The trainings that neither work nor are refused before the first step, with their outcomes."""
     return {training: found[training] for training in TRAININGS if found[training].startswith(BROKEN)}

@@ -11,7 +11,7 @@ MODELS = part("encoder-decoder")
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    """What became of all of them."""
+    """The outcomes of all models, by name."""
     return visit(MODELS)
 
 

@@ -1,4 +1,4 @@
-"""docs/models.md has every model of the zoo and no other."""
+"""docs/models.md lists exactly the models of the zoo."""
 
 from __future__ import annotations
 

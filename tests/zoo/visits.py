@@ -1,4 +1,4 @@
-"""What the zoo's test files share: each visits its part of the models once, in a process of its own."""
+"""Shared by the zoo's test files, each of which trains its part of the models once, in a separate process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Found = dict[str, dict[str, Any]]
 
 
 def visit(names: list[str]) -> Found:
-    """Every model trained in each way, by name."""
+    """Train each model in every way; the outcomes by model name."""
     (found,) = run_ranks("tests.zoo.jobs:tour", 1, {"names": names}, timeout=600)
     return dict(found)
 
@@ -23,12 +23,12 @@ def part(family: str) -> list[str]:
 
 
 def check_model(name: str, found: dict[str, Any]) -> None:
-    """It works or is refused before its first step, in every way, as docs/models.md says."""
+    """Assert that every training works or is refused before its first step, as docs/models.md says."""
     assert broken(found) == {}
     assert lines_of(name) == [row(name, found), *refusals(name, found)], "run python -m tests.zoo"
 
 
 def check_positions(found: dict[str, Any]) -> None:
-    """The project knows the longest input and answer before training, from config.json and from the loaded model."""
-    assert found["told"] == found["tried"]
+    """Assert that config.json and the loaded model both give the true longest input and answer."""
+    assert found["predicted"] == found["tried"]
     assert found["configured"] == found["tried"]
