@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from cl_dist.config.plugins import offered
 from tests.cli.conftest import Command
 from tests.plugin_memory import plugins_forgotten
-from tests.test_extending import NAME, recipe
+from tests.test_extending import NAME, example, recipe
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +63,28 @@ def test_it_stands_in_a_comparison(tmp_path: Path, command: Command) -> None:
     code, _, error = command("compare", path, "--methods", "projection:Gradient", "--out", out)
     assert (code, error.count("\n")) == (2, 1)
     assert error.startswith("cl-dist: error: --methods projection:Gradient: method.name: projection:Gradient: module")
+
+
+def test_an_installed_package_offers_methods(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "site"
+    example(site)
+    described = site / "drifting-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: drifting\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text(
+        f"[cl_dist.methods]\ndrift = {NAME}\nmigu = {NAME}\nlost = nowhere:Lost\n"
+    )
+    monkeypatch.syspath_prepend(site)
+    offered.cache_clear()
+    try:
+        listed = command("methods")[1]
+        assert re.search(r"^drift +Gradient projection: what points along", listed, re.MULTILINE)
+        assert "a built-in method has this name" in listed
+        assert "loading it raised ModuleNotFoundError: No module named 'nowhere'" in listed
+        code, printed, _ = command("recipe", "quickstart", "--set", "method={name: drift, strength: 0.5}")
+        assert code == 0
+        assert "strength: 0.5" in printed
+        assert command("recipe", "quickstart", "--set", "method.name=lost")[0] == 2
+        assert "threshold" in command("recipe", "quickstart", "--set", "method.name=migu")[1]
+    finally:
+        offered.cache_clear()
