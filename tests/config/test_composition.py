@@ -113,7 +113,7 @@ def test_the_page_has_the_same_pairs() -> None:
         (["method.name=per_task", "train.keep_optimizer=true"], "train.keep_optimizer: true carries AdamW's moments"),
         (
             ["method.name=inclora", "model.lora={r: 4}", "train.keep_optimizer=true"],
-            "train.keep_optimizer: true carries AdamW's moments into the next task, whose weights start anew with inc",
+            "train.keep_optimizer: true carries AdamW's moments into the next task, but with inclora that task starts",
         ),
         (
             ["method={name: replay, policy: reservoir}"],

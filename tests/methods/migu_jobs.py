@@ -11,9 +11,8 @@ from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.errors import ClDistError
 from cl_dist.methods.composed import Composed
-from cl_dist.methods.migu.agreement import Agreement
 from cl_dist.methods.migu.config import MiguConfig
-from cl_dist.methods.migu.method import Migu
+from cl_dist.methods.migu.method import Agreement, Migu
 from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.training_mode import enable_activation_checkpointing

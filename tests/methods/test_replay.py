@@ -6,7 +6,7 @@ import pytest
 
 from cl_dist.methods.replay.config import ReplayConfig
 from cl_dist.methods.replay.method import Replay, reservoir
-from cl_dist.methods.shared.past_samples import past_samples
+from cl_dist.methods.shared.samples import past_samples
 from cl_dist.tasks.types import Encoded
 
 TASKS = [[Encoded(index, [task], [task]) for index in range(count)] for task, count in enumerate((50, 7, 100))]

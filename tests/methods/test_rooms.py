@@ -22,7 +22,7 @@ FAMILIES = {"tasl": "kif", "recurrent_kif": "kif", "olora": "inclora"}
 REASONS = {
     ("cl_dist/methods/catalogue.py", "sequential"): "the method of a recipe that names none",
     (
-        "cl_dist/methods/shared/past_samples.py",
+        "cl_dist/methods/shared/samples.py",
         "replay",
     ): "the name of a stream of random numbers, which must not change",
 }

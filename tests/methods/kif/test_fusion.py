@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_dist.methods.kif.config import KifConfig
-from cl_dist.methods.kif.fusion import accumulate, adaptive_share, hard_share, important, minmax
-from cl_dist.methods.kif.scores import UnitScores
+from cl_dist.methods.kif.fusion import UnitScores, accumulate, adaptive_share, hard_share, important, minmax
 
 scores = st.lists(st.floats(0, 1e6), min_size=1, max_size=40).map(lambda values: torch.tensor(values).double())
 PAIRS = st.integers(1, 40).flatmap(
