@@ -83,14 +83,14 @@ class Ewc(Method):
         }
 
     def _owned(self, shards: dict[str, Shard]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Yield name, master weights and elements of `shards` for each parameter that this rank owns a part of."""
+        """Yield name, master weights and elements of `shards` for each parameter that this rank partly owns."""
         for name, shard in shards.items():
             master = self._shards.master(name)
             assert master is not None  # the shards were laid out along the masters
             yield name, master.data, shard.data
 
     def _measure(self, place: TaskPlace) -> dict[str, Shard]:
-        """The task's Fisher information: squared gradients of the log-likelihood of `fisher_batch` samples at a time."""
+        """The Fisher information: squared gradients of the log-likelihood, of `fisher_batch` samples at a time."""
         assert place.probe is not None
         samples = list(place.probe.tasks[place.index])
         count = min(self.config.fisher_samples or len(samples), len(samples))

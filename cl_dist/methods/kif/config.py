@@ -130,8 +130,8 @@ class KifConfig(UnitConfig):
     name: Literal["kif"]
     """Name of the method."""
     fusion: Literal["adaptive", "hard"] = "adaptive"
-    """`adaptive` (paper): shares are a softmax of the scores. `hard` (TaSL): masks; a unit that is important to one side
-    alone keeps that side's weights."""
+    """`adaptive` (paper): shares are a softmax of the scores. `hard` (TaSL): masks; a unit that is important to one
+    side alone keeps that side's weights."""
     tau: Divisor = 0.25
     """Temperature of the adaptive fusion: the smaller it is, the more the larger score dominates."""
     accumulate_new: Share = 0.3
@@ -153,7 +153,7 @@ class KifConfig(UnitConfig):
             refuse_given(self, "is not used: fusion: hard fuses by masks", *self.READ_BY["adaptive"])
 
     def for_task(self, task: str) -> KifConfig:
-        """See `VariedConfig`. In a task with the other fusion, settings that only the first one reads have defaults."""
+        """See `VariedConfig`. If the task has the other fusion, settings for the first one return to defaults."""
         values = self.by_task.get(task, {})
         if values.get("fusion", self.fusion) == self.fusion:
             return super().for_task(task)

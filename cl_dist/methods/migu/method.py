@@ -288,7 +288,7 @@ class Migu(Method):
         return RowMask(keep.to(device), chosen.sort().values.to(device))
 
     def _remember(self, masks: dict[str, list[RowMask]]) -> None:
-        """Record the step's masks. If each micro-batch has its own, record their union: rows that any of them updates."""
+        """Record the step's masks; if each micro-batch has its own, their union: rows that any of them updates."""
         keep: dict[str, torch.Tensor] = {}
         for name, layer in self._layers.items():
             of_layer = masks[name]

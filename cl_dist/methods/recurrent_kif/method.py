@@ -112,7 +112,7 @@ class RecurrentKif(UnitMethod):
         self._outer = False
 
     def score_tensors(self) -> Mapping[str, torch.Tensor]:
-        """Scores for the task (`current`) and, measured on the memory, for the past (`accumulated`); the fusion's shares.
+        """Scores for the task (`current`) and, measured on the memory, for the past (`accumulated`), and the shares.
 
         The shares are those of the two changes, not of the weights.
         """

@@ -1,4 +1,4 @@
-"""Rank side of test_migu."""
+"""Rank side of test_method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 3
 
 
 def behaviours() -> dict[str, Any]:
-    """Everything that test_migu asks about, from one start of two ranks."""
+    """Everything that test_method checks, from one start of two ranks."""
     join(timeout_seconds=120)
     return {
         "dense_first_task": _moved_rows(index=0, first_task="dense"),

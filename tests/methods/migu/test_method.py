@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 @pytest.fixture(scope="module")
 def reports() -> list[dict[str, Any]]:
     """The two ranks' observations."""
-    return run_ranks("tests.methods.migu_jobs:behaviours", 2, timeout=300)
+    return run_ranks("tests.methods.migu.jobs:behaviours", 2, timeout=300)
 
 
 def published(rows: int) -> int:
