@@ -192,8 +192,12 @@ class Migu(Method):
             self._remember(self._choose_rows())
         for name, keep in self.keep.items():
             # Skipped rows are zero already, unless a method before this one has added to them.
-            if self._skipper is None or name in self._shards.edited or name in self._not_skipped:
-                self._mask_gradient(name, keep)
+            if self._skipper is not None and name not in self._shards.edited and name not in self._not_skipped:
+                continue
+            shard = self._shards.gradient(name)
+            if shard is not None:
+                mask_rows_(shard.data, shard.start, self._layouts[name], keep.to(shard.data.device))
+                self._shards.gradient_changed(name)
         if self._freezer is not None:
             self._freezer.freeze(self.keep)
 
@@ -298,13 +302,6 @@ class Migu(Method):
                 keep[layer.bias] = whole
         self.keep = keep if self._micro_batch == 0 else {name: self.keep[name] | mask for name, mask in keep.items()}
         self._micro_batch += 1
-
-    def _mask_gradient(self, name: str, keep: torch.Tensor) -> None:
-        shard = self._shards.gradient(name)
-        if shard is None:
-            return
-        mask_rows_(shard.data, shard.start, self._layouts[name], keep.to(shard.data.device))
-        self._shards.gradient_changed(name)
 
 
 class Agreement:

@@ -53,12 +53,14 @@ def calls_of(trials: Sequence[Trial]) -> tuple[Call, ...] | str:
         shapes = [shape for shape in seen if shape is not None]
         if len(shapes) < len(seen):
             return "its output is not one tensor"
+        # Exactly one interpretation must fit both trials; the table is the last resort.
         readings = [_readings(shape, trial.masks) for shape, trial in zip(shapes, trials, strict=True)]
         possible = set.intersection(*readings)
         if not possible and _is_table(shapes, trials):
             possible = {Call("table")}
         if len(possible) != 1:
-            return f"its outputs of shape {tuple(shapes[0])} are not the batch's tokens {_sizes(trials[0].masks)}"
+            tokens = " or ".join(str(tuple(mask.shape)) for mask in trials[0].masks.values())
+            return f"its outputs of shape {tuple(shapes[0])} are not the batch's tokens {tokens}"
         calls.append(possible.pop())
     return tuple(calls)
 
@@ -92,10 +94,6 @@ def _is_table(shapes: Sequence[torch.Size], trials: Sequence[Trial]) -> bool:
         for mask in trial.masks.values()
     )
     return all(len(shape) > 1 and shape[0] == 1 for shape in shapes) and not packed
-
-
-def _sizes(masks: Mapping[str, torch.Tensor]) -> str:
-    return " or ".join(str(tuple(mask.shape)) for mask in masks.values())
 
 
 def counted(call: Call, leading: torch.Size, masks: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -74,7 +74,7 @@ def test_accumulation_weighs_the_past() -> None:
 
 @pytest.mark.parametrize("fusion", ["adaptive", "hard"])
 def test_a_stream_of_equal_scores_stays_defined(fusion: str) -> None:
-    """Never a NaN: untouched units, a single unit, a task in which nothing stands out."""
+    """No NaN for untouched units, a single unit, or a task in which no unit is more important than another."""
     for count in (1, 4):
         held = UnitScores(count, KifConfig(name="kif", fusion=fusion))  # type: ignore[arg-type]
         for index in range(3):

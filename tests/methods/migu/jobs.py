@@ -89,7 +89,7 @@ def _random() -> dict[str, Any]:
 
 
 def _evaluation() -> float:
-    """What is left in the sums after forwards in evaluation mode."""
+    """The sums after forward passes in evaluation mode."""
     engine, migu = _engine(first_task="masked")
     engine.before_task(TaskPlace(0, "t", STEPS))
     engine.model.eval()
