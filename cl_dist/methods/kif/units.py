@@ -96,7 +96,7 @@ class UnitMap:
         Args:
             shapes: Whole shapes by parameter name, in model order.
             units: What a unit is.
-            layouts: Layouts of parameters whose rows do not lie along the first axis (`models.tracked.row_layouts`).
+            layouts: Layouts of parameters whose rows are not along the first axis (`models.tracked.row_layouts`).
 
         Raises:
             BadInput: Units are ranks, and no parameters form a pair of LoRA matrices.

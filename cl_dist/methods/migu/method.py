@@ -305,7 +305,7 @@ class Migu(Method):
 
 
 class Agreement:
-    """Checks, without a collective of its own, that all ranks chose the same rows in the last step.
+    """Checks, without an extra collective, that all ranks chose the same rows in the last step.
 
     Each rank appends two numbers to a sum all-reduce that happens anyway: a fingerprint h of its masks, and h squared.
     By the Cauchy-Schwarz inequality, n * sum(h^2) = (sum h)^2 exactly if all n fingerprints are equal. Fingerprints are

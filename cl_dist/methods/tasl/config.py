@@ -1,4 +1,4 @@
-"""Settings of TaSL: KIF with other defaults, and no code of its own."""
+"""Settings of TaSL, which is KIF with other defaults."""
 
 from __future__ import annotations
 
