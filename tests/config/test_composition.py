@@ -104,7 +104,7 @@ def test_the_page_has_the_same_pairs() -> None:
     [
         (
             ["method.name=olora"],
-            "method: olora trains new LoRA adapters in every task, and there is no model.lora",
+            "method: olora trains new LoRA adapters in every task, but there is no model.lora",
         ),
         (
             ["method=[{name: replay}, {name: kif, replay_ratio: 0.02}]"],
