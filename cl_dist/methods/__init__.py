@@ -1,6 +1,6 @@
-"""Continual-learning methods: the protocol, a room for each method, and what a method of one's own needs.
+"""Continual-learning methods: the protocol, a folder for each method, and everything that a method of your own needs.
 
-Everything is imported when it is asked for: reading a recipe takes the methods' settings alone, and no torch.
+Names are imported on first use, because reading a recipe needs the methods' settings but not torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for from where it is defined."""
+    """Import a name from the module that defines it."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,7 +1,7 @@
-"""Which methods there are: built-in ones, what installed packages offer, and `module:Class` of the user's own.
+"""Finds methods: built-in ones, those that installed packages offer, and users' own, given as `module:Class`.
 
-A room, that is a package in this folder with a `config.py`, is found by itself. Its settings are imported, its method
-is not: a recipe is checked without torch. Only a class of the user's own is imported to be asked for its settings.
+Every package in this folder with a `config.py` is a built-in method. Only its settings are imported, not its code, so
+that a recipe is checked without torch. A user's own class has to be imported to get its settings.
 """
 
 from __future__ import annotations
@@ -21,55 +21,45 @@ from cl_dist.config.plugins import PluginError, load_class, load_offered, loaded
 from cl_dist.methods.config import MethodConfig
 
 GROUP = "cl_dist.methods"
-"""Entry points with which an installed package offers methods."""
+"""Entry point group in which installed packages offer methods."""
 DEFAULT = "sequential"
-"""The method of a recipe that names none."""
+"""The method of a recipe that does not name one."""
 _PACKAGE = "cl_dist.methods"
 _SETTING = "method.name"
 MethodClass = type[Any]
-"""A class that derives from `cl_dist.methods.Method`, which is of a higher layer than this catalogue."""
+"""A class that derives from `cl_dist.methods.Method`; not annotated as such, because its layer is above this one."""
 _used: dict[str, MethodClass] = {}
-"""Methods that are not built in, by the names that recipes of this process have used."""
+"""Methods from outside the package that this process has used, by the names that recipes gave them."""
 
 
 @cache
 def built_in() -> Mapping[str, type[MethodConfig]]:
     """The built-in methods' settings, by name."""
-    rooms = (
-        f"{_PACKAGE}.{entry.name}" for entry in pkgutil.iter_modules(import_module(_PACKAGE).__path__) if entry.ispkg
-    )
-    modules = [import_module(f"{room}.config") for room in rooms if _has_config(room)]
-    classes = [value for module in modules for value in vars(module).values() if _is_own(value, module.__name__)]
-    return {_names_of(cls)[0]: cls for cls in classes}
-
-
-def _has_config(room: str) -> bool:
-    return any(entry.name == "config" for entry in pkgutil.iter_modules(import_module(room).__path__))
-
-
-def _is_own(value: object, module: str) -> bool:
-    """Whether a room's `config.py` defines this as a method's settings, rather than as what several share."""
-    if not isinstance(value, type) or not issubclass(value, MethodConfig):
-        return False
-    return value.__module__ == module and len(_names_of(value)) == 1
-
-
-def _names_of(cls: type[MethodConfig]) -> tuple[str, ...]:
-    """The names that settings may have: one, or those of the methods that share them."""
-    fields = cls.__pydantic_fields__  # type: ignore[attr-defined]
-    return get_args(fields["name"].annotation)
+    found: dict[str, type[MethodConfig]] = {}
+    for entry in pkgutil.iter_modules(import_module(_PACKAGE).__path__):
+        package = f"{_PACKAGE}.{entry.name}"
+        if not entry.ispkg or all(
+            inner.name != "config" for inner in pkgutil.iter_modules(import_module(package).__path__)
+        ):
+            continue  # a module, or a package with what several methods share
+        module = import_module(f"{package}.config")
+        for value in vars(module).values():
+            # The module may also import settings, or define a base class, which lists the names of several methods.
+            own = isinstance(value, type) and issubclass(value, MethodConfig) and value.__module__ == module.__name__
+            names = get_args(value.__pydantic_fields__["name"].annotation) if own else ()
+            if len(names) == 1:
+                found[names[0]] = value
+    return found
 
 
 def known() -> Mapping[str, type[MethodConfig]]:
-    """Settings by name of every method that can be named without importing anything more: the built-in ones, and those
-    of plugins that are loaded already.
-    """
+    """Settings by name of all methods that are known without further imports: built-in ones and loaded plugins."""
     own = {**loaded_classes(_base()), **_used}
     return {**built_in(), **{name: settings_class(cls, name) for name, cls in own.items()}}
 
 
 def config_class(name: object) -> type[MethodConfig] | None:
-    """A method's settings by its name; None where there is no such method. Raises `PluginError` (see `plugins`)."""
+    """A method's settings by its name, or None if there is no such method. Raises `PluginError` (see `plugins`)."""
     if not isinstance(name, str):
         return None
     if name in built_in():
@@ -79,7 +69,7 @@ def config_class(name: object) -> type[MethodConfig] | None:
 
 
 def method_class(name: str) -> MethodClass | None:
-    """A method's class by its name; None where there is no such method. Raises `PluginError`."""
+    """A method's class by its name, or None if there is no such method. Raises `PluginError`."""
     if name in built_in():
         module, _, attribute = built_in()[name].METHOD.partition(":")
         cls: MethodClass = getattr(import_module(module), attribute)
@@ -98,7 +88,7 @@ def method_class(name: str) -> MethodClass | None:
 
 
 def settings_class(method: MethodClass, name: str) -> type[MethodConfig]:
-    """The settings that a method of the user's own declares as `Config`. Raises `PluginError` for what is none."""
+    """The settings class that a user's method declares as `Config`. Raises `PluginError` if it is not one."""
     config = method.Config
     if not (isinstance(config, type) and issubclass(config, MethodConfig) and "__pydantic_fields__" in vars(config)):
         raise PluginError(
@@ -109,7 +99,7 @@ def settings_class(method: MethodClass, name: str) -> type[MethodConfig]:
 
 
 def summaries() -> dict[str, str]:
-    """What every method is, by its name; those that installed packages offer too."""
+    """One-line summaries of all methods by name, including those that installed packages offer."""
     found = {name: _summary(cls) for name, cls in built_in().items()}
     own = {name: _summary(cls) for name, cls in {**loaded_classes(_base()), **_used}.items()}
     for name, entry in offered(GROUP).items():
@@ -121,30 +111,30 @@ def summaries() -> dict[str, str]:
 
 
 def _summary(cls: type) -> str:
-    """The first paragraph of a class's docstring, in one line."""
+    """The first paragraph of a class's docstring, as one line."""
     return " ".join((getdoc(cls) or "").partition("\n\n")[0].split())
 
 
 def default_method() -> MethodConfig:
-    """The settings of the method of a recipe that names none."""
+    """Settings of the default method."""
     return built_in()[DEFAULT](name=DEFAULT)
 
 
 def _base() -> MethodClass:
-    """`Method` itself. Its module is of a higher layer, and comes in by name as every method's does."""
+    """The class `Method`, imported by name like every method, because its layer is above this one."""
     base: MethodClass = import_module(f"{_PACKAGE}.protocol").Method
     return base
 
 
 def _read(value: Any, info: ValidationInfo) -> MethodConfig:
-    """An entry of a recipe's `method`: which settings it may have depends on its name."""
+    """Read an entry of a recipe's `method`, whose name decides which settings it has."""
     if isinstance(value, MethodConfig):
         return value
     cls = config_class(value.get("name")) if isinstance(value, Mapping) else None
     if cls is None:
         raise PydanticCustomError("unknown_method", "Input should be the settings of a method, with its name")
     reader = TypeAdapter(cls)
-    if info.mode == "json":  # a recipe's text, which is read strictly (see config.load)
+    if info.mode == "json":  # the text of a recipe, which is read strictly (see config.load)
         return reader.validate_json(json.dumps(value), strict=True)
     return reader.validate_python(value)
 

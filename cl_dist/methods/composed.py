@@ -1,39 +1,50 @@
-"""Several methods as one: every moment goes to each of them, in the order in which the recipe lists them."""
+"""Several methods as one: every moment goes to each of them, in the recipe's order."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from cl_dist.methods.catalogue import method_class
 from cl_dist.methods.config import MethodConfig
-from cl_dist.methods.protocol import Memory, Method, TaskPlace
+from cl_dist.methods.protocol import Memory, Method
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
-    from cl_dist.config.schema import TrainConfig
-    from cl_dist.sharding import Shard, ShardView
+    from cl_dist.sharding import Shard
     from cl_dist.tasks.collate import Batch
     from cl_dist.tasks.types import Encoded
 
+Arguments = ParamSpec("Arguments")
+
 
 def compose(configs: Sequence[MethodConfig]) -> Composed:
-    """The methods of a recipe."""
-    return Composed([_build(config) for config in configs])
+    """Build a recipe's methods."""
+    methods: list[Method] = []
+    for config in configs:
+        cls = method_class(config.name)
+        assert cls is not None, f"{config.name} was there when the recipe was read"
+        methods.append(cls(config))
+    return Composed(methods)
 
 
-def _build(config: MethodConfig) -> Method:
-    cls = method_class(config.name)
-    assert cls is not None, f"{config.name} was there when the recipe was read"
-    method: Method = cls(config)
-    return method
+def _pass_on(
+    moment: Callable[Concatenate[Method, Arguments], None],
+) -> Callable[Concatenate[Composed, Arguments], None]:
+    """A moment of `Composed` that calls the same moment of each method."""
+
+    @wraps(moment)
+    def call_each(self: Composed, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        for method in self.methods:
+            getattr(method, moment.__name__)(*args, **kwargs)
+
+    return call_each
 
 
 class Composed(Method):
-    """Methods that act one after the other. Which ones go together is checked with the recipe (`check_methods`).
+    """Methods that act one after the other. `check_methods` has checked with the recipe that they compose.
 
     Args:
         methods: In the order in which they act.
@@ -45,71 +56,50 @@ class Composed(Method):
         self.needs_all_logits = any(method.needs_all_logits for method in methods)
         self.keeps_unfused = any(method.keeps_unfused for method in methods)
 
-    def follow(self, task: str) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.follow(task)
+    # Most moments return nothing: each method gets them in turn.
+    follow = _pass_on(Method.follow)
+    attach = _pass_on(Method.attach)
+    before_trial = _pass_on(Method.before_trial)
+    after_trials = _pass_on(Method.after_trials)
+    detach = _pass_on(Method.detach)
+    before_task = _pass_on(Method.before_task)
+    before_step = _pass_on(Method.before_step)
+    before_forward = _pass_on(Method.before_forward)
+    before_update = _pass_on(Method.before_update)
+    after_update = _pass_on(Method.after_update)
+    update_skipped = _pass_on(Method.update_skipped)
+    after_task = _pass_on(Method.after_task)
+    write_results = _pass_on(Method.write_results)
+    before_save = _pass_on(Method.before_save)
+    tensors_loaded = _pass_on(Method.tensors_loaded)
 
-    def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.attach(model, shards, train)
-
-    def before_trial(self, token_masks: Mapping[str, torch.Tensor]) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.before_trial(token_masks)
-
-    def after_trials(self, idle: Set[str]) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.after_trials(idle)
+    # The others have an answer, made of the methods' answers.
 
     def start_message(self) -> str | None:
-        """A line for each method that has something to say."""
+        """One line from each method that has a message."""
         lines = [text for method in self.methods if (text := method.start_message())]
         return "\n".join(lines) or None
 
-    def detach(self) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.detach()
-
     def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
-        """What all methods add, one after the other."""
+        """All methods' additional samples, in order."""
         return [sample for method in self.methods for sample in method.training_data(index, tasks)]
 
     def memory(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Memory | None:
-        """That of the first method that has one."""
+        """The memory of the first method that has one."""
         memories = (method.memory(index, tasks) for method in self.methods)
         return next((memory for memory in memories if memory is not None), None)
 
     def trains(self, index: int) -> bool:
-        """Whether no method is against it."""
+        """False if any method says that the task has no steps."""
         return all(method.trains(index) for method in self.methods)
 
     def prepare_task(self, index: int) -> bool:
-        """Whether any method has changed what is trained."""
-        changed = [method.prepare_task(index) for method in self.methods]  # each prepares, whatever the others say
+        """Prepare every method; return whether any of them has changed what is trained."""
+        changed = [method.prepare_task(index) for method in self.methods]  # a list, so that no method is left out
         return any(changed)
 
-    def before_task(self, place: TaskPlace) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.before_task(place)
-
-    def before_step(self, step: int) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.before_step(step)
-
-    def before_forward(self, step: int, batch: Batch) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.before_forward(step, batch)
-
     def added_loss(self, batch: Batch, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
-        """The sum of the losses that methods add."""
+        """The sum of the methods' losses."""
         total = None
         for method in self.methods:
             added = method.added_loss(batch, logits, labels)
@@ -118,59 +108,24 @@ class Composed(Method):
         return total
 
     def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss as each method leaves it to the next."""
+        """Each method changes the loss that the one before it returned."""
         for method in self.methods:
             loss = method.before_backward(loss)
         return loss
 
-    def before_update(self) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.before_update()
-
-    def after_update(self) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.after_update()
-
-    def update_skipped(self) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.update_skipped()
-
-    def after_task(self, place: TaskPlace) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.after_task(place)
-
-    def write_results(self, folder: Path) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.write_results(folder)
-
-    def before_save(self) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.before_save()
-
     def state_dict(self) -> dict[str, Any]:
-        """`methods`: each method's state, in their order."""
+        """`methods`: each method's state, in order."""
         return {"methods": [method.state_dict() for method in self.methods]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give each method its state back."""
+        """Restore each method's own state."""
         for method, own in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(own)
 
     def tensors(self) -> dict[str, dict[str, Shard]]:
-        """All methods' tensors; quantities are numbered by the method's place: `method0.fisher`."""
+        """All methods' tensors; each quantity is prefixed with its method's position: `method0.fisher`."""
         return {
             f"method{number}.{quantity}": shards
             for number, method in enumerate(self.methods)
             for quantity, shards in method.tensors().items()
         }
-
-    def tensors_loaded(self) -> None:
-        """See `Method`."""
-        for method in self.methods:
-            method.tensors_loaded()

@@ -1,4 +1,4 @@
-"""The method protocol: named moments of a run, each of which does nothing unless a method says otherwise."""
+"""The method protocol: the moments of a run at which a method can act. By default, nothing happens at any of them."""
 
 from __future__ import annotations
 
@@ -22,45 +22,45 @@ if TYPE_CHECKING:
 
 
 class Probe(ABC):
-    """What a method may ask of the model about samples, between the steps of a task or after its last one.
+    """Measures the model on samples, between the steps of a task or after its last step.
 
-    Nothing that is trained, and nothing that another method measures, changes. The model is in evaluation mode: no
-    dropout. All ranks have to ask together.
+    A measurement changes no weights, and nothing that other methods measure. The model is in evaluation mode (no
+    dropout). Both methods are collective: all ranks must call them together.
     """
 
     tasks: Sequence[Sequence[Encoded]]
-    """Every task's own training samples, up to and with the task in hand, in the order of the stream."""
+    """Each task's own training samples in stream order, up to and including the current task."""
 
     @abstractmethod
     def gradient(self, samples: Sequence[Encoded], take: Callable[[], None], *, mean: bool, what: str) -> bool:
-        """Let `take` read the reduced gradient of the samples' loss through the `ShardView`, as in `before_update`.
+        """Compute the gradient of the loss on `samples`, and let `take` read it through the `ShardView`.
 
         Args:
             samples: The same on all ranks; at least one, at most a global batch.
-            take: Called once.
-            mean: The mean over the samples' targets; otherwise the sum.
+            take: Called once, when the gradient is reduced, as in `before_update`.
+            mean: Whether the loss is the mean over the samples' targets; otherwise it is their sum.
             what: What is measured, for messages.
 
         Returns:
-            Whether loss and gradient are finite numbers. Otherwise `take` was not called.
+            Whether loss and gradient are finite. If not, `take` has not been called.
 
         Raises:
-            JobFailed: They are not, and `train.max_skipped_steps` measurements in a row were not before.
+            JobFailed: They are not finite, and neither were the last `train.max_skipped_steps` measurements.
         """
 
     @abstractmethod
     def responses(self, take: Callable[[Batch, torch.Tensor, torch.Tensor], None]) -> None:
-        """Run the model, as it is now, over every input that this rank is going to learn in the task.
+        """Run the model with its current weights over every input that this rank will train on in the task.
 
         Args:
-            take: Called with each micro-batch, its logits and its labels, as `Method.added_loss` is, without a graph;
-                `Batch.keys` tells the inputs apart.
+            take: Called for each micro-batch with the arguments of `Method.added_loss`, but without a graph.
+                `Batch.keys` identifies the inputs.
         """
 
 
 @dataclass(frozen=True)
 class TaskPlace:
-    """Where in the stream a task stands."""
+    """The current task's place in the stream."""
 
     index: int
     """0-based position in the stream."""
@@ -68,171 +68,178 @@ class TaskPlace:
     steps: int
     """Optimiser steps of this task."""
     cycles: Cycles | None = None
-    """How steps on own samples and on those of `Method.memory` alternate; None: all are on own ones."""
+    """How steps on the task's own samples alternate with steps on `Method.memory`; None: there is no memory."""
     probe: Probe | None = None
-    """Asks about samples; None where an engine is driven without a `TaskTrainer`."""
+    """Measures the model on samples; None if an engine runs without a `TaskTrainer`."""
 
     def schedule(self, step: int) -> tuple[int, int]:
-        """Where in the learning rate's schedule a step stands, and the schedule's length."""
+        """Position of a step in the learning rate schedule, and the schedule's length."""
         return (step, self.steps) if self.cycles is None else self.cycles.schedule(step)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Samples of past tasks that are learnt in steps of their own, between those of a task."""
+    """Samples of past tasks that get steps to themselves, in cycles with the steps on the task's own samples."""
 
     samples: Sequence[Encoded]
     inner: int
-    """After so many steps on the task's own samples ..."""
+    """Steps on the task's own samples in each cycle."""
     outer: int
-    """... come so many on these."""
+    """Steps on the memory that follow them."""
     last: bool = True
-    """Whether they come after a last, shorter run of own steps too."""
+    """Whether a last cycle with fewer than `inner` own steps also has steps on the memory."""
     scheduled: bool = True
-    """Whether the learning rate's schedule counts them."""
+    """Whether the learning rate schedule counts the steps on the memory."""
 
 
 class Method:
-    """A continual-learning method; the engine calls its moments in the same order in every run.
+    """A continual-learning method. The engine calls its moments in the same order in every run.
 
-    `attach`, the trials, then for each task `training_data`, `prepare_task`, `before_task`, for each step
-    `before_step`, (`before_forward`, `added_loss`, `before_backward`) per micro-batch, `before_update`, `after_update`,
-    and finally `after_task` and `write_results`.
+    - once per engine: `attach`, then the trials (`before_trial`, `after_trials`);
+    - per task: `training_data`, `prepare_task`, `before_task`;
+    - per step: `before_step`; then, per micro-batch, `before_forward`, `added_loss`, `before_backward`; then
+      `before_update` and `after_update` (or `update_skipped`);
+    - at the end of a task: `after_task`, `write_results`.
+
+    Override the ones you need; docs/extending.md has a complete method.
 
     Args:
-        config: The recipe's entry.
+        config: The method's entry in the recipe.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    """What settings a method of the user's own has; unless it says so, none but its name."""
+    """Settings of a method outside the package; by default it has none but its name."""
 
     needs_all_logits = False
-    """Whether the output head must run over every position, not only those that predict an answer."""
+    """Whether the output head must run over all positions, rather than only those that predict an answer."""
     keeps_unfused = False
-    """Whether a task's weights as trained, before `after_task` changes them, are to be kept beside its model."""
+    """Whether to save each task's weights as trained, before `after_task` changes them, next to its model."""
 
     def __init__(self, config: Any = None) -> None:
         self.config: Any = config
-        """The recipe's entry, with the settings of the task in hand (`by_task`)."""
+        """The method's entry in the recipe, with the current task's settings (`by_task`)."""
         self._everywhere = config
 
     def follow(self, task: str) -> None:
-        """Take the settings of a task, which comes next: `before_task` follows, and nothing is laid out anew."""
+        """Switch to the settings of `task`, which is next. `before_task` follows; `attach` is not called again."""
         if isinstance(self.config, VariedConfig):
             self.config = self._everywhere.for_task(task)
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """The engine was built (or rebuilt) around `model`; its training state is seen through `shards`."""
+        """The engine has been built (or rebuilt) around `model`; `shards` gives access to its training state."""
 
     def before_trial(self, token_masks: Mapping[str, torch.Tensor]) -> None:
-        """A tiny batch is about to go through the model in evaluation mode, before anything is trained.
+        """A tiny batch is about to run through the model in evaluation mode, before any training.
 
         Args:
-            token_masks: Its real tokens, as `Batch.token_masks` has them.
+            token_masks: The batch's real tokens, in the form of `Batch.token_masks`.
         """
 
     def after_trials(self, idle: Set[str]) -> None:
-        """The trials are over. `idle` are the trainable parameters that no rank got a gradient for, by name.
+        """The trials are over.
+
+        Args:
+            idle: Names of the trainable parameters that got no gradient on any rank.
 
         Raises:
-            BadInput: What they showed rules the method out; on all ranks alike.
+            BadInput: They show that the method cannot train this model; raised on all ranks alike.
         """
 
     def start_message(self) -> str | None:
-        """One sentence for the log of a run that begins (after `attach`), or None."""
+        """One sentence for the log of a new run (after `attach`), or None."""
         return None
 
     def detach(self) -> None:
-        """The engine is about to be taken apart: remove every hook."""
+        """The engine is about to be taken apart: remove all hooks."""
 
     def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Sequence[Encoded]:
-        """Samples that task `index` is to train on beside its own, out of `tasks`, the stream's training samples.
+        """Samples that task `index` trains on in addition to its own, out of `tasks`, the stream's training samples.
 
-        A function of the recipe alone (after `attach`): it is asked again after a resume.
+        Called after `attach`. The answer must follow from the recipe alone, because a resume asks again.
         """
         return ()
 
     def memory(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Memory | None:
-        """Samples that task `index` learns in steps of their own (see `training_data`), or None."""
+        """Samples that get steps to themselves during task `index`, or None; the rules of `training_data` apply."""
         return None
 
     def trains(self, index: int) -> bool:
-        """Whether task `index` has steps of its own; where not, the task before it leaves its model and its scores."""
+        """Whether task `index` has any steps. If not, it keeps the model and the scores of the task before it."""
         return True
 
     def prepare_task(self, index: int) -> bool:
-        """Make the model ready for task `index`; return whether the set of trained parameters has changed, so that the
-        engine must be built anew (and `attach` called again).
+        """Get the model ready for task `index`; return whether the set of trained parameters has changed.
 
-        Comes before the state of this task is restored, or, where the task starts at its beginning, when the model is
-        as the task before left it. It may have been prepared for any task before, a later one too.
+        If it has, the engine is rebuilt and `attach` is called again. A resume restores the task's state after this
+        call; otherwise, the model is as the previous task left it. The model may already have been prepared for any
+        other task, even a later one.
         """
         return False
 
     def before_task(self, place: TaskPlace) -> None:
-        """A task begins, or goes on after a resume: the weights are in place."""
+        """A task begins or resumes, and the weights are in place."""
 
     def before_step(self, step: int) -> None:
-        """Optimiser step `step` (0-based in its task) is about to begin; the task's probe can be asked."""
+        """Optimiser step `step` (0-based within the task) is about to begin. The task's probe can be used here."""
 
     def before_forward(self, step: int, batch: Batch) -> None:
-        """A micro-batch of optimiser step `step` (0-based in its task) is about to go through the model in training."""
+        """A micro-batch of optimiser step `step` is about to run through the model in training."""
 
     def added_loss(self, batch: Batch, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
-        """A loss to learn beside the micro-batch's own, summed over its targets like that one, or None.
+        """A loss to add to the micro-batch's own, summed over targets like that one; None adds nothing.
 
-        The engine scales both alike, so that it becomes a mean over the targets of the global batch.
+        The engine scales both alike, so that each becomes a mean over the targets of the global batch.
 
         Args:
             batch: The micro-batch.
-            logits: `(batch, positions, classes)`, with a classifier `(batch, classes)`, with their graph. A decoder's
-                positions are those that predict an answer of any sample.
-            labels: int64 of the leading shape of `logits`: what each position is to predict, or IGNORE.
+            logits: `(batch, positions, classes)`, or `(batch, classes)` from a classifier, with their graph. A
+                decoder's positions are those that predict an answer in any of the samples.
+            labels: int64 with the leading shape of `logits`: the target at each position, or IGNORE.
         """
         return None
 
     def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return the loss to differentiate: `loss` (a scalar, already scaled), or with a penalty added."""
+        """Return the loss to differentiate: `loss` (a scalar, already scaled), perhaps with a penalty added."""
         return loss
 
     def before_update(self) -> None:
-        """Gradients are reduced; norm, clipping and optimiser come next. Once per optimiser step."""
+        """Gradients are reduced; norm, clipping and the optimiser come next. Called once per optimiser step."""
 
     def after_update(self) -> None:
-        """The optimiser has stepped and the model has its new weights."""
+        """The optimiser has stepped, and the model has its new weights."""
 
     def update_skipped(self) -> None:
-        """In place of the two moments before: loss or gradient were not finite, and the step changes nothing.
+        """Replaces `before_update` and `after_update` in a step whose loss or gradient is not finite.
 
-        What was collected for the step is to be forgotten.
+        Such a step changes nothing: discard what you have collected for it.
         """
 
     def after_task(self, place: TaskPlace) -> None:
-        """A task's last step is done; its state is not yet saved. Evaluation and export come after."""
+        """A task's last step is done, and its state is not saved yet. Evaluation and export follow."""
 
     def write_results(self, folder: Path) -> None:
-        """Write what a task leaves beside its model into its `folder`, each file whole or not at all.
+        """Write a task's results into its `folder`, next to its model; each file appears whole or not at all.
 
-        Rank 0 comes here when the task's end state is saved, and once more after a kill and a resume, with what
-        `tensors` and `state_dict` had kept.
+        Rank 0 calls this when the task's final state is saved, and again after a kill and a resume, when `tensors` and
+        `state_dict` have been restored.
         """
 
     def before_save(self) -> None:
-        """The state of this moment is about to be saved (all ranks come here): the last chance to refuse it."""
+        """The current state is about to be saved. All ranks call this: it is the last chance to refuse."""
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-serialisable state that a resume needs beyond the recipe; empty when there is none."""
+        """JSON-serialisable state that a resume needs in addition to the recipe; empty if there is none."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state that `state_dict` gave; inside a task `before_task` has been called before."""
+        """Restore what `state_dict` returned. Within a task, `before_task` has already been called."""
 
     def tensors(self) -> dict[str, dict[str, Shard]]:
         """Live tensors to save and restore, by quantity and parameter name; called after `attach`.
 
-        Each shard covers the elements that this rank owns, so that another number of ranks can read them.
+        Each shard covers the elements that this rank owns, so that any number of ranks can read them again.
         """
         return {}
 
     def tensors_loaded(self) -> None:
-        """What `tensors` gave has been filled from a saved state (all ranks come here)."""
+        """A saved state has been read into what `tensors` returned. All ranks call this."""

@@ -53,7 +53,7 @@ def test_a_method_without_settings_follows_too() -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"name": "olora", "by_task": {"coppa": {"lambda2": 1}}}, 'method.by_task: "coppa" is no task of the stream'),
+        ({"name": "olora", "by_task": {"coppa": {"lambda2": 1}}}, 'method.by_task: "coppa" is not a task of the'),
         (
             {"name": "olora", "by_task": {"copa": {"lambda3": 1}}},
             "method.by_task.copa.lambda3: unknown key; by_task",
@@ -64,8 +64,8 @@ def test_a_method_without_settings_follows_too() -> None:
         ),
         ({"name": "olora", "by_task": {"copa": {"lambda2": "1"}}}, 'copa.lambda2: "1" is not allowed'),
         ({"name": "olora", "by_task": {"copa": 3}}, "method.by_task: 3 is not a mapping of settings"),
-        ({"name": "kif", "by_task": {"copa": {"units": "row"}}}, "copa.units: is the same in all tasks of a run"),
-        ({"name": "kif", "by_task": {"copa": {"name": "tasl"}}}, "copa.name: is the same in all tasks of a run"),
+        ({"name": "kif", "by_task": {"copa": {"units": "row"}}}, "copa.units: cannot differ between the tasks"),
+        ({"name": "kif", "by_task": {"copa": {"name": "tasl"}}}, "copa.name: cannot differ between the tasks"),
         ({"name": "kif", "by_task": {"copa": {"weight_new": 0.5}}}, "by_task.copa.weight_new: 0.5 and weight_old 0.7"),
         ({"name": "replay", "by_task": {"copa": {"ratio": 0.5}}}, "method.by_task: unknown key"),
     ],
@@ -78,7 +78,7 @@ def test_what_cannot_be_is_refused_by_its_key(method: dict[str, Any], message: s
 
 def test_the_method_is_named_by_its_place_in_a_list() -> None:
     methods = [{"name": "olora"}, {"name": "migu", "by_task": {"nope": {"threshold": 0.5}}}]
-    with pytest.raises(BadInput, match=r'^method\.1\.by_task: "nope" is no task'):
+    with pytest.raises(BadInput, match=r'^method\.1\.by_task: "nope" is not a task'):
         load(f"method={methods}")
 
 

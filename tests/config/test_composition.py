@@ -104,7 +104,7 @@ def test_the_page_has_the_same_pairs() -> None:
     [
         (
             ["method.name=olora"],
-            "method: olora trains new LoRA adapters in every task, and there is no model.lora",
+            "method: olora trains new LoRA adapters in every task, but there is no model.lora",
         ),
         (
             ["method=[{name: replay}, {name: kif, replay_ratio: 0.02}]"],
@@ -113,7 +113,7 @@ def test_the_page_has_the_same_pairs() -> None:
         (["method.name=per_task", "train.keep_optimizer=true"], "train.keep_optimizer: true carries AdamW's moments"),
         (
             ["method.name=inclora", "model.lora={r: 4}", "train.keep_optimizer=true"],
-            "train.keep_optimizer: true carries AdamW's moments into the next task, whose weights start anew with inc",
+            "train.keep_optimizer: true carries AdamW's moments into the next task, but with inclora that task starts",
         ),
         (
             ["method={name: replay, policy: reservoir}"],

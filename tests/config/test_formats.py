@@ -174,7 +174,7 @@ def test_a_value_of_any_length_is_repeated_in_part() -> None:
 def test_names_of_many_tasks_make_no_endless_message() -> None:
     tasks = ", ".join(f"{{name: t{number}, format: builtin}}" for number in range(2000))
     with pytest.raises(
-        BadInput, match=r'^method\.by_task: "none" is no task of the stream.* \.\.\. .*t1999$'
+        BadInput, match=r'^method\.by_task: "none" is not a task of the stream.* \.\.\. .*t1999$'
     ) as refusal:
         load_recipe("quickstart", [f"stream.tasks=[{tasks}]", "method={name: migu, by_task: {none: {threshold: 0}}}"])
     assert len(str(refusal.value)) < 800

@@ -287,10 +287,9 @@ def flattened(value: object, prefix: str = "") -> Iterator[str]:
         for item in value:
             yield from flattened(item, prefix)
     elif isinstance(value, dict):
-        if ":" in str(value.get("name")):  # a method from outside the package, whose settings are its own
-            value = {"name": value["name"]}
-        if ":" in str(value.get("format")):  # the same of a format
-            value = {key: value[key] for key in ("name", "format", "path") if key in value}
+        for key in ("name", "format"):  # a method or format from outside the package brings its own settings
+            if ":" in str(value.get(key)):
+                value = {key: value[key]}
         for key, inner in value.items():
             yield f"{prefix}{key}"
             yield from flattened(inner, f"{prefix}{key}.")

@@ -18,8 +18,7 @@ from cl_dist.engine.trainer import EngineProbe, TaskTrainer
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.general import GeneralEvaluator
 from cl_dist.evaluation.scorers import PromptScorer
-from cl_dist.methods.kif import results
-from cl_dist.methods.kif import weights as fusing
+from cl_dist.methods.kif import fusion, unit_method
 from cl_dist.state import atomic, data_order, ledger, snapshot, spans
 from cl_dist.state.checkpoints import Checkpoints, CheckpointSchedule
 from cl_dist.state.lock import RunLock
@@ -96,8 +95,8 @@ def _in_export(count: int) -> None:
 
 
 def _in_fusion(count: int) -> None:
-    """Some of a rank's master weights are fused, the others are not, and none are published."""
-    _kill_before(fusing, "spread", count)
+    """Some of a rank's masters are fused, the others are not, and none is published."""
+    _kill_before(fusion, "spread", count)
 
 
 def _in_a_measurement(count: int) -> None:
@@ -106,8 +105,8 @@ def _in_a_measurement(count: int) -> None:
 
 
 def _in_results(count: int) -> None:
-    """The units are written, but not their scores."""
-    _kill_before(results, "save_file", count)
+    """The units are written, their scores are not."""
+    _kill_before(unit_method, "save_file", count)
 
 
 def _between_renames(count: int) -> None:

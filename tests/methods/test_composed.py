@@ -1,4 +1,4 @@
-"""Several methods as one: each of them gets every moment, in their order."""
+"""Several methods as one: each of them gets every moment, in the recipe's order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CALLS: list[str] = []
 
 
 class Noted(Method):
-    """Writes down what it is asked, and answers with what its name makes of it."""
+    """Records every call, and returns the answers that it was created with."""
 
     def __init__(self, name: str, **answers: Any) -> None:
         super().__init__()
@@ -76,14 +76,14 @@ def test_the_order_is_that_of_the_list() -> None:
     assert Composed([other, one]).before_backward(torch.tensor(1.0)).item() == 15.0
 
 
-def test_all_of_them_prepare_and_one_is_enough_to_build_the_engine_anew() -> None:
+def test_all_methods_prepare_and_one_is_enough_to_rebuild_the_engine() -> None:
     CALLS.clear()
     assert Composed([Noted("a", prepare_task=True), Noted("b", prepare_task=False)]).prepare_task(1) is True
     assert CALLS == ["a.prepare_task", "b.prepare_task"]
     assert Composed([Noted("a"), Noted("b")]).prepare_task(1) is False
 
 
-def test_answers_become_one() -> None:
+def test_answers_are_combined() -> None:
     memories = [Memory([], inner, 1) for inner in (3, 4)]
     loss = torch.tensor(0.5)
     first = Noted("a", trains=True, training_data=["x"], added_loss=None, start_message=None)
@@ -100,8 +100,8 @@ def test_answers_become_one() -> None:
     assert Composed([first]).start_message() is None
 
 
-def test_states_are_told_apart_by_their_place_in_the_list() -> None:
-    """As in the states that earlier releases have saved."""
+def test_states_are_identified_by_position() -> None:
+    """Saved states of earlier releases have this form."""
     CALLS.clear()
     composed = Composed([Noted("a"), Noted("b")])
     assert list(composed.tensors()) == ["method0.held", "method1.held"]

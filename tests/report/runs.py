@@ -10,8 +10,8 @@ import torch
 
 from cl_dist.config.load import dump_recipe, load_recipe
 from cl_dist.methods.kif.config import KifConfig
-from cl_dist.methods.kif.results import write_scores
-from cl_dist.methods.kif.scores import UnitScores
+from cl_dist.methods.kif.fusion import UnitScores
+from cl_dist.methods.kif.unit_method import write_scores
 from cl_dist.methods.kif.units import UnitMap, Units
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.manifest import Manifest

@@ -12,8 +12,8 @@ from cl_dist.methods.config import MethodConfig, settings
 
 @settings
 class AgemConfig(MethodConfig):
-    """A-GEM, averaged gradient episodic memory: what in a step's gradient points against the past samples' is taken out
-    (arXiv 1812.00420).
+    """A-GEM, averaged gradient episodic memory: removes the part of a step's gradient that opposes the gradient on past
+    samples (arXiv 1812.00420).
     """
 
     METHOD: ClassVar[str] = "cl_dist.methods.agem.method:Agem"
@@ -21,7 +21,7 @@ class AgemConfig(MethodConfig):
     name: Literal["agem"]
     """Name of the method."""
     memory_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.02
-    """Share of every past task's training samples that makes the memory, at least one of each, drawn by the seed."""
+    """Share of each past task's training samples in the memory, at least one per task, drawn with the seed."""
     memory_batch: PositiveInt | None = None
-    """Samples of the memory, drawn anew for every step, whose gradient is the reference; at most a global batch, which
-    is what null takes."""
+    """Samples drawn from the memory in each step, whose gradient is the reference; at most a global batch. null: a
+    global batch."""

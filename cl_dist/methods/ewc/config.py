@@ -25,27 +25,27 @@ class EwcConfig(VariedConfig):
     name: Literal["ewc"]
     """Name of the method."""
     weight: NonNegative = 1.0
-    """Weight lambda of the penalty, `lambda / 2 * sum F (theta - anchor)^2`, beside the mean loss per target. 1 is what
-    Bayes' rule says for tasks of equally many samples with one target each; larger ones are common."""
+    """Weight lambda of the penalty `lambda / 2 * sum F (theta - anchor)^2`, relative to the mean loss per target. 1 is
+    what Bayes' rule gives for tasks with equally many samples and one target per sample; larger values are common."""
     variant: Literal["separate", "online"] = "separate"
-    """`separate` (paper): a penalty for every past task, of which the sum is kept. `online` (Schwarz et al. 2018): one
-    penalty, whose anchor is the newest weights and whose Fisher information decays."""
+    """`separate` (paper): one penalty per past task, stored as their sum. `online` (Schwarz et al. 2018): a single
+    penalty, anchored at the latest task's weights, whose Fisher information decays."""
     gamma: Share = 0.95
-    """`online`: what is left of the past's Fisher information when a task's is added."""
+    """`online`: factor by which the past Fisher information decays when a task's is added."""
     fisher_samples: PositiveInt | None = 128
-    """Training samples of a task, drawn by the seed, that its Fisher information is measured on; null: all."""
+    """Number of a task's training samples, drawn with the seed, to measure its Fisher information on; null: all."""
     fisher_batch: PositiveInt = 1
-    """Samples whose gradients are added before they are squared. 1 is exact. More are measured at once, which takes the
-    place of the Fisher information where the samples' gradients have the mean zero; at most a global batch."""
+    """Number of samples whose gradients are summed before squaring; at most a global batch. 1 is exact. More are
+    faster, and give the same expectation if the samples' gradients have zero mean."""
 
     def __post_init__(self) -> None:
-        """Refuse a decay that nothing would read; the default passes, since a run's config.yaml spells it out."""
+        """Refuse a decay that nothing would read. The default passes, because a run's config.yaml contains it."""
         super().__post_init__()
         if self.variant == "separate":
             refuse_given(self, "has a meaning for variant online only; separate forgets nothing", "gamma")
 
     def check(self, recipe: Recipe) -> None:
-        """What is held on to must be what the next task starts from: the weights after a fusion, not before it."""
+        """Refuse an order in which the anchor would be the weights before a fusion, from which no task starts."""
         later = recipe.method[recipe.method.index(self) + 1 :]
         fusing = next((method.name for method in later if Role.FUSES in method.ROLES), None)
         if fusing is not None:

@@ -1,9 +1,9 @@
-"""EWC: weights that mattered to past tasks are held back by a quadratic penalty (Kirkpatrick et al. 2017, 1612.00796).
+"""EWC: a quadratic penalty holds back weights that mattered to past tasks (Kirkpatrick et al. 2017, arXiv 1612.00796).
 
-How much a weight mattered is the diagonal of the empirical Fisher information: the square of the gradient of one
-sample's log-likelihood, in the mean over samples. The square has to be taken sample by sample, whereas ranks hold sums
-over all of them; so one reduced gradient is measured for each sample, on one rank, while the others run a filler. That
-costs the same time on any number of ranks and gives the same numbers.
+How much a weight mattered is measured by the diagonal of the empirical Fisher information: the squared gradient of one
+sample's log-likelihood, averaged over samples. ZeRO's reduced gradients are sums over samples, and the square of a sum
+is not the sum of the squares. So each sample gets a reduced gradient to itself: one rank computes it while the others
+run a filler. This takes the same time and gives the same numbers on any number of ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cl_dist.config.schema import TrainConfig
 from cl_dist.heartbeat import beat
 from cl_dist.methods.ewc.config import EwcConfig
 from cl_dist.methods.protocol import Method, TaskPlace
-from cl_dist.methods.shared.limits import check_fits_a_step
+from cl_dist.methods.shared.samples import check_fits_a_step
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import Shard, ShardView
 
@@ -25,12 +25,12 @@ from cl_dist.sharding import Shard, ShardView
 class Ewc(Method):
     """Elastic weight consolidation: the loss plus `weight / 2 * sum F (theta - anchor)^2`.
 
-    With `separate` every past task t has a penalty of its own, with its Fisher F_t and its weights theta_t. Their sum
-    is, but for a constant, one penalty with F = sum F_t and the anchor sum F_t theta_t / F, which is what is kept.
-    `online` (Schwarz et al. 2018, arXiv 1805.06370) keeps F <- gamma F + F_t and the newest weights as the anchor.
+    `separate` has one penalty per past task t, with its Fisher information F_t and its weights theta_t. Up to a
+    constant, their sum is a single penalty with F = sum F_t and the anchor sum F_t theta_t / F, so only these two are
+    stored. `online` (Schwarz et al. 2018, arXiv 1805.06370) stores F <- gamma F + F_t, anchored at the latest weights.
 
     Args:
-        config: The recipe's `method` entry.
+        config: The method's entry in the recipe.
     """
 
     def __init__(self, config: EwcConfig) -> None:
@@ -38,13 +38,13 @@ class Ewc(Method):
         self._holds_back = False
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """Lay Fisher information and anchors, both zero, out along the masters; a rebuilt engine begins with none."""
+        """Allocate zero Fisher information and anchors along the masters, also for a rebuilt engine."""
         check_fits_a_step("fisher_batch", self.config.fisher_batch, train)
         self._shards, self._seed = shards, train.seed
         self.fisher, self.anchor = self._zeros(), self._zeros()
 
     def start_message(self) -> str:
-        """What it costs this rank in memory."""
+        """What the method costs in memory on this rank."""
         owned = sum(shard.data.numel() for shard in self.fisher.values())
         return (
             f"ewc: Fisher information and anchors take {8 * owned} bytes on this rank (8 for each of its {owned} "
@@ -52,7 +52,7 @@ class Ewc(Method):
         )
 
     def before_task(self, place: TaskPlace) -> None:
-        """The first task is free."""
+        """There is no penalty in the first task."""
         self._holds_back = place.index > 0
 
     @torch.no_grad()
@@ -68,7 +68,7 @@ class Ewc(Method):
         self._shards.own_gradients_changed()
 
     def after_task(self, place: TaskPlace) -> None:
-        """Measure the task's Fisher information and put it to that of the past, with the weights of this moment."""
+        """Measure the task's Fisher information at its final weights, and merge it into that of the past."""
         beat(f"measuring the Fisher information of task {place.name}")
         self._consolidate(self._measure(place))
 
@@ -83,14 +83,14 @@ class Ewc(Method):
         }
 
     def _owned(self, shards: dict[str, Shard]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Name, master weights and elements of `shards`, for each parameter that this rank owns a piece of."""
+        """Yield name, master weights and elements of `shards` for each parameter that this rank partly owns."""
         for name, shard in shards.items():
             master = self._shards.master(name)
             assert master is not None  # the shards were laid out along the masters
             yield name, master.data, shard.data
 
     def _measure(self, place: TaskPlace) -> dict[str, Shard]:
-        """The task's Fisher information: squares of the gradients of `fisher_batch` samples' summed log-likelihood."""
+        """The Fisher information: squared gradients of the log-likelihood, of `fisher_batch` samples at a time."""
         assert place.probe is not None
         samples = list(place.probe.tasks[place.index])
         count = min(self.config.fisher_samples or len(samples), len(samples))
@@ -114,7 +114,7 @@ class Ewc(Method):
 
     @torch.no_grad()
     def _consolidate(self, new: dict[str, Shard]) -> None:
-        """Take a task's Fisher information in, in place."""
+        """Merge a task's Fisher information into the stored one, in place."""
         for name, master, fisher in self._owned(self.fisher):
             anchor, added = self.anchor[name].data, new[name].data
             if self.config.variant == "online":
@@ -122,6 +122,7 @@ class Ewc(Method):
                 anchor.copy_(master)
             else:
                 fisher.add_(added)
-                # A weight that no task needs has no anchor, whatever stands there.
+                # The anchor a = sum F_t theta_t / F is updated as a + F_t / F (theta_t - a). Where F is 0, so is the
+                # penalty, whatever the anchor.
                 share = torch.where(fisher > 0, added / fisher, 1.0)
                 anchor.copy_(torch.lerp(anchor, master, share))

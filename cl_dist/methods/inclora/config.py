@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @settings
 class IncLoraConfig(MethodConfig):
-    """IncLoRA: new LoRA adapters for every task; those of earlier tasks are frozen and stay active."""
+    """IncLoRA: trains new LoRA adapters for every task; those of earlier tasks are frozen and stay active."""
 
     METHOD: ClassVar[str] = "cl_dist.methods.inclora.method:IncLora"
     ROLES: ClassVar[Collection[Role]] = (Role.GROWS,)
@@ -21,11 +21,11 @@ class IncLoraConfig(MethodConfig):
         Exclusion(Role.GROWS, "both train a new adapter in every task, olora with a penalty; give one of them"),
         Exclusion(
             Role.FUSES,
-            "fusion mixes an adapter's weights before and after a task, and here every task has its own",
+            "fusion mixes an adapter's weights before and after a task, but here every task has a new adapter",
         ),
         Exclusion(
             Role.ANCHORS,
-            "ewc holds back weights that past tasks have trained, and here those are frozen adapters; lwf and agem "
+            "ewc holds back weights that past tasks have trained, but here those are frozen adapters; lwf and agem "
             "compose",
         ),
     )
@@ -39,10 +39,10 @@ class IncLoraConfig(MethodConfig):
 
 
 def check_growth(config: MethodConfig, recipe: Recipe) -> None:
-    """Raise ValueError where there are no adapters to train, or moments are carried over to new ones."""
+    """Raise ValueError if the model has no adapters, or if moments are carried over to new ones."""
     if recipe.model.lora is None:
         raise ValueError(
-            f"method: {config.name} trains new LoRA adapters in every task, and there is no model.lora; give one, such "
+            f"method: {config.name} trains new LoRA adapters in every task, but there is no model.lora; give one, such "
             "as {r: 8}"
         )
     refuse_carried_moments(config, recipe)

@@ -1,4 +1,4 @@
-"""How much every element that this rank owns matters to the task, smoothed over steps, and the scores of units."""
+"""How much each element that this rank owns matters to the task, smoothed over steps, and the scores of units."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from cl_dist.methods.kif.units import CHUNK, UnitMap, add_sums_
 from cl_dist.sharding import Shard, ShardView
 
 SMALL = 1 << 16
-"""A shard of so many elements or fewer is updated together with its neighbours: adapters have hundreds of small ones,
-and one call for each takes longer than the arithmetic."""
+"""Shards of up to this many elements are updated together with their neighbours: adapters have hundreds of small ones,
+and separate calls take longer than the arithmetic."""
 
 GROUP = 1 << 20
-"""Elements that are updated together at most, for which weights and gradients are copied next to each other (8 MiB)."""
+"""Most elements that are updated together. Their weights and gradients are first copied side by side (8 MiB)."""
 
 
 class _Group(NamedTuple):
-    """Shards that are updated together, and their states."""
+    """Shards that are updated together, with their states."""
 
     names: tuple[str, ...]
     smoothed: torch.Tensor
@@ -32,20 +32,20 @@ class _Group(NamedTuple):
 class Importance:
     """Smoothed importance and uncertainty as flat tensors along this rank's master weights.
 
-    With p = w g from the float32 master weight and a gradient, I is |p|, p^2 or |p - p^2/2|;
-    smoothed = beta1 smoothed + (1 - beta1) I, then uncertainty = beta2 uncertainty + (1 - beta2) |I - smoothed|
-    (arXiv 2408.05200, 2408.09857).
+    With p = w g, from the float32 master weight w and its gradient g, the importance I of an element is |p|, p^2 or
+    |p - p^2/2|. Each step computes smoothed = beta1 smoothed + (1 - beta1) I, and then
+    uncertainty = beta2 uncertainty + (1 - beta2) |I - smoothed| (arXiv 2408.05200, 2408.09857).
 
     Args:
         shards: The engine's shards.
-        dtype: Of both tensors; arithmetic is in float32.
+        dtype: Storage type of both tensors; arithmetic is in float32.
     """
 
     def __init__(self, shards: ShardView, dtype: Literal["float32", "bfloat16"]) -> None:
         self._shards = shards
         self._dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         self.smoothed: dict[str, Shard] = {}
-        """By parameter name; parameters of which this rank owns nothing are missing."""
+        """By parameter name; parameters that this rank owns nothing of are missing."""
         self.uncertainty: dict[str, Shard] = {}
         masters = ((name, shards.master(name)) for name in shards.names)
         owned = {name: master for name, master in masters if master is not None}
@@ -53,7 +53,7 @@ class Importance:
         self._waiting: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
 
     def _lay_out(self, masters: Mapping[str, Shard]) -> _Group:
-        """Make the states of some shards, one after the other in one piece of memory."""
+        """Allocate the states of some shards, one after the other in one piece of memory."""
         sizes = [master.data.numel() for master in masters.values()]
         device = next(iter(masters.values())).data.device
         group = _Group(tuple(masters), *(torch.zeros(sum(sizes), dtype=self._dtype, device=device) for _ in range(2)))
@@ -69,29 +69,29 @@ class Importance:
 
     @property
     def bytes_per_element(self) -> int:
-        """Of both tensors together."""
+        """Bytes of both tensors together."""
         return 2 * self._dtype.itemsize
 
     def update(self, config: UnitConfig) -> None:
-        """Take in the step's reduced gradient; between reduction and clipping.
+        """Update with the step's reduced gradient, between reduction and clipping.
 
         Args:
-            config: `order`, `beta1` and `beta2` are read.
+            config: Supplies `order`, `beta1` and `beta2`.
         """
         for group in self._groups:
             self._update(group, [self._gradient(name, self._master(name)) for name in group.names], config)
 
     def update_stepped(self, gradients: Mapping[str, Shard], config: UnitConfig) -> None:
-        """Take in what the optimiser has just stepped: `SteppedGradients`' gradients and the updated weights.
+        """Update with what the optimiser has just stepped: the gradients of `SteppedGradients` and the updated weights.
 
-        A group whose parameters are stepped one after the other waits for the last of them.
+        If the optimiser steps a group's parameters one after the other, the group waits for the last of them.
         """
         for group in self._groups:
             now = {name: gradients[name].data for name in group.names if name in gradients}
             seen = {**self._waiting.pop(group.names, {}), **now}
             if len(seen) == len(group.names):
                 self._update(group, [seen[name] for name in group.names], config)
-            elif seen:  # what DeepSpeed gives back its memory for, before the others are stepped
+            elif seen:  # copies, because DeepSpeed frees these gradients before it steps the others
                 self._waiting[group.names] = {name: gradient.clone() for name, gradient in seen.items()}
 
     @torch.no_grad()
@@ -107,15 +107,15 @@ class Importance:
         )
 
     def reset(self) -> None:
-        """Start from zero."""
+        """Reset both tensors to zero."""
         for shard in (*self.smoothed.values(), *self.uncertainty.values()):
             shard.data.zero_()
 
     def unit_scores(self, units: UnitMap, device: torch.device) -> torch.Tensor:
-        """Score of every unit, `(units,)` float64 on the CPU, the same on all ranks (collective: one all-reduce).
+        """Score of each unit, `(units,)` float64 on the CPU, the same on all ranks (collective: one all-reduce).
 
-        An element's score is smoothed * uncertainty, a unit's the mean over its elements. For a unit of two slices
-        (a LoRA rank) it is the product of the two means, which is the mean of the outer product of their elements.
+        An element's score is smoothed * uncertainty, and a unit's score is the mean over its elements. For a unit of
+        two slices (a LoRA rank), it is the product of the two means: the mean of the outer product of their elements.
 
         Args:
             units: The skill units.
@@ -138,20 +138,21 @@ class Importance:
         return master
 
     def _gradient(self, name: str, master: Shard) -> torch.Tensor:
-        """The gradient of the elements of `master`, where they lie; zero where the parameter got none."""
+        """The gradient of the elements of `master`, on their device; zero if the parameter got no gradient."""
         owned = self._shards.own_gradient(name)
         return torch.zeros_like(master.data) if owned is None else owned.data.to(master.data.device)
 
     def element_scores(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """Scores of the elements that this rank owns of a parameter, in chunks: (offset, `(<= CHUNK,)` float64).
+        """Scores of this rank's elements of a parameter, in chunks: (offset, `(<= CHUNK,)` float64).
 
-        A shard may end anywhere inside a row or column of lora_A and lora_B, so units are summed from elements.
+        Units are summed element by element, because a shard can end anywhere inside a row or column of lora_A or
+        lora_B.
         """
         if name not in self.smoothed:
             return
         pieces = zip(self.smoothed[name].data.split(CHUNK), self.uncertainty[name].data.split(CHUNK), strict=True)
         for number, (importance, uncertainty) in enumerate(pieces):
-            # Float64: the product of two second-order numbers can be too small for float32.
+            # The product of two second-order numbers can be too small for float32.
             yield number * CHUNK, importance.double() * uncertainty
 
 
@@ -161,14 +162,16 @@ def slice_sums(
     values: Callable[[str], Iterator[tuple[int, torch.Tensor]]],
     device: torch.device,
 ) -> Sequence[torch.Tensor]:
-    """Sums of elements' values over every parameter's slices, `(part.count,)` float64 each on the CPU, in the order of
-    `units.parts`; the same on all ranks (collective: one all-reduce).
+    """Sum elements' values over the slices of each parameter, on all ranks alike (collective: one all-reduce).
 
     Args:
         shards: The engine's shards.
         units: How the parameters are cut.
-        values: Gives a parameter's values along this rank's master, in chunks with their offsets.
+        values: Yields a parameter's values along this rank's master, in chunks with their offsets.
         device: Where collectives run.
+
+    Returns:
+        `(part.count,)` float64 on the CPU for each parameter, in the order of `units.parts`.
     """
     flat = torch.zeros(sum(part.count for part in units.parts.values()), dtype=torch.float64)
     parts = flat.split([part.count for part in units.parts.values()])
@@ -184,9 +187,7 @@ def slice_sums(
 
 
 def _grouped(shards: Mapping[str, Shard]) -> list[list[str]]:
-    """Names of shards that are updated together: small neighbours, up to `GROUP` elements; large ones by
-    themselves.
-    """
+    """Names of shards that are updated together: small neighbours, up to `GROUP` elements; large shards stay alone."""
     groups: list[list[str]] = []
     elements = GROUP
     for name, shard in shards.items():

@@ -1,4 +1,4 @@
-"""KIF and TaSL as a method: importance before every update, fusion after every task but the first."""
+"""KIF and TaSL: importance is measured before each update, and weights are fused after each task but the first."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import torch
 
 from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.kif.config import KifConfig
+from cl_dist.methods.kif.fusion import MixedWeights, UnitScores
 from cl_dist.methods.kif.importance import Importance
-from cl_dist.methods.kif.scores import UnitScores
-from cl_dist.methods.kif.shared import UnitMethod
-from cl_dist.methods.kif.weights import MixedWeights
+from cl_dist.methods.kif.unit_method import UnitMethod
 from cl_dist.methods.protocol import TaskPlace
-from cl_dist.methods.shared.past_samples import past_samples
+from cl_dist.methods.shared.samples import past_samples
 from cl_dist.sharding import Shard, ShardView
 from cl_dist.tasks.types import Encoded
 
@@ -22,7 +21,7 @@ class Kif(UnitMethod):
     """Knowledge identification and fusion; TaSL is the same with other settings.
 
     Args:
-        config: The recipe's `method` entry.
+        config: The method's entry in the recipe.
     """
 
     def __init__(self, config: KifConfig) -> None:
@@ -31,31 +30,31 @@ class Kif(UnitMethod):
         self._step = 0
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """Lay out units, importance, scores and the previous weights."""
+        """Allocate importance, scores and a copy of the previous weights."""
         super().attach(model, shards, train)
         self.scores = UnitScores(len(self.units), self.config)
         self.fused = MixedWeights(shards)
-        """The weights that the last task ended with: what the next task's are fused with."""
+        """The last task's final weights, which the next task's weights are fused with."""
 
     def start_message(self) -> str:
-        """Units, and the memory that they cost on this rank."""
+        """The number of units, and what they cost in memory on this rank."""
         return self._memory_message(states=1, copies=1)
 
     def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
-        """The replay memory: a share of every past task's samples."""
+        """The replay memory: a share of each past task's samples."""
         return list(past_samples(tasks[:index], self.config.replay_ratio, self._seed))
 
     def before_step(self, step: int) -> None:
-        """Note which step it is."""
+        """Remember the step's number for `importance_from_step`."""
         self._step = step
 
     def _take_importance(self, importance: Importance) -> None:
-        """See `UnitMethod`; the first steps of a task may be left out."""
+        """Measure as in `UnitMethod`, but leave out a task's first steps if the recipe says so."""
         if self._step + 1 >= self.config.importance_from_step:
             super()._take_importance(importance)
 
     def after_task(self, place: TaskPlace) -> None:
-        """Score the units, fuse, and start the next task's importance from zero."""
+        """Score the units, fuse, and reset the importance for the next task."""
         self.scores.config = self.config
         self.scores.take(self.importance.unit_scores(self.units, self._device), first=place.index == 0)
         if place.index > 0:
@@ -66,7 +65,7 @@ class Kif(UnitMethod):
         self.importance.reset()
 
     def score_tensors(self) -> Mapping[str, torch.Tensor]:
-        """See `UnitScores`."""
+        """The tensors of `UnitScores`."""
         return self.scores.tensors()
 
     def tensors(self) -> dict[str, dict[str, Shard]]:

@@ -1,15 +1,15 @@
-"""Skill units as data: which slices of which parameters are scored and fused as one.
+"""Skill units as data: which slices of which parameters are scored and fused together.
 
-- `matrix` (TaSL): every trainable parameter is a unit, with LoRA each lora_A and each lora_B. A parameter
-  that holds one matrix per expert of a mixture is as many units.
-- `rank` (KIF): unit j of a LoRA module is row j of lora_A and column j of lora_B together. What is trained beside LoRA
-  (a classifier's head) forms units as under `matrix`.
-- `row`: every row of a parameter with two or more dimensions (an output feature of a linear layer, a token of an
-  embedding). What is stored transposed (GPT-2's Conv1D, GPT-OSS's experts) is cut by output feature all the same, and
-  of experts each one's rows are units.
+- `matrix` (TaSL): each trainable parameter is a unit; with LoRA, each lora_A and each lora_B. A parameter that holds
+  one matrix per expert of a mixture has one unit per expert.
+- `rank` (KIF): unit j of a LoRA module is row j of lora_A together with column j of lora_B. Other trained parameters
+  (a classifier's head) form units as under `matrix`.
+- `row`: each row of a parameter with two or more dimensions (an output feature of a linear layer, a token of an
+  embedding). Weights that are stored transposed (GPT-2's Conv1D, GPT-OSS's experts) are also cut by output feature,
+  and each expert has its own rows.
 
-Nothing that is trained is left out: biases and norm weights, which have one dimension, are a unit each per parameter
-(of experts, per expert), under `row` too. Units follow from names and shapes alone, in model order, so that they are
+Nothing that is trained is left out: a parameter with one dimension, such as a bias or norm weight, is one unit (one per
+expert, if it holds all experts'), under `row` too. Units depend only on names and shapes, in model order, so they are
 the same for any number of ranks and any ZeRO stage.
 """
 
@@ -36,18 +36,18 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Part:
-    """How one parameter is cut: along some axes into slices of one, each of which belongs to another unit; or not."""
+    """How one parameter is cut along some axes. Each slice belongs to a different unit."""
 
     first: int
-    """Unit of the first slice; the others follow."""
+    """Unit of the first slice; the next slices belong to the next units."""
     shape: tuple[int, ...]
     axes: tuple[int, ...]
-    """Axes that are cut, ascending: slices are numbered with the last one running fastest. None at all: the whole
-    parameter belongs to one unit."""
+    """Axes that are cut, ascending; in the numbering of slices the last one runs fastest. If empty, the whole parameter
+    belongs to one unit."""
 
     @property
     def count(self) -> int:
-        """Units that own a slice of the parameter."""
+        """Number of slices, hence of units that own one."""
         return math.prod(self.shape[axis] for axis in self.axes)
 
     @property
@@ -64,7 +64,7 @@ class Part:
         return whole
 
     def chunks(self, start: int, stop: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        """For the flattened elements `[start, stop)`: offsets from `start`, and `(<= CHUNK,)` int64 slice numbers."""
+        """Yield slice numbers of the flattened elements `[start, stop)`: offset from `start`, `(<= CHUNK,)` int64."""
         for position in range(start, stop, CHUNK):
             elements = torch.arange(position, min(position + CHUNK, stop), device=device)
             yield position - start, self._numbers(elements)
@@ -83,23 +83,23 @@ class UnitMap:
     """All units of a model."""
 
     names: tuple[str, ...]
-    """A unit's position is its number."""
+    """Names of the units; a unit's number is its position here."""
     parts: Mapping[str, Part]
-    """How each trainable parameter is cut, by its name."""
+    """How each trainable parameter is cut, by name."""
 
     @staticmethod
     def build(
         shapes: Mapping[str, tuple[int, ...]], units: Units, layouts: Mapping[str, RowLayout] | None = None
     ) -> UnitMap:
-        """Cut the trainable parameters, given with their whole shapes in model order, into units.
+        """Cut the trainable parameters into units.
 
         Args:
-            shapes: By parameter name.
-            units: How they are cut.
-            layouts: Of those whose rows do not lie along the first axis (see `models.tracked.row_layouts`).
+            shapes: Whole shapes by parameter name, in model order.
+            units: What a unit is.
+            layouts: Layouts of parameters whose rows are not along the first axis (`models.tracked.row_layouts`).
 
         Raises:
-            BadInput: Rank units without a pair of LoRA matrices.
+            BadInput: Units are ranks, and no parameters form a pair of LoRA matrices.
         """
         builder = _Builder(shapes, layouts or {})
         for name in shapes:
@@ -113,7 +113,7 @@ class UnitMap:
         return len(self.names)
 
     def as_json(self) -> dict[str, list[dict[str, Any]]]:
-        """Every unit's slices: unit -> [{"parameter": name, "slices": one [start, stop] per dimension}]."""
+        """Each unit's slices: unit -> [{"parameter": name, "slices": one [start, stop] per dimension}]."""
         units: dict[str, list[dict[str, Any]]] = {name: [] for name in self.names}
         for parameter, part in self.parts.items():
             for number in range(part.count):
@@ -122,13 +122,13 @@ class UnitMap:
         return units
 
     def as_text(self) -> str:
-        """`as_json` with one unit per line: there may be a million of them."""
+        """`as_json` as text with one unit per line, since there can be a million."""
         lines = (f"{json.dumps(name)}: {json.dumps(slices)}" for name, slices in self.as_json().items())
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 class _Builder:
-    """Numbers units as parameters come."""
+    """Numbers the units in the order in which parameters are added."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], layouts: Mapping[str, RowLayout]) -> None:
         self._shapes, self._layouts = shapes, layouts
@@ -137,7 +137,7 @@ class _Builder:
         self.pairs = 0
 
     def add(self, name: str, units: Units) -> None:
-        if name in self.parts:  # the second of a pair
+        if name in self.parts:  # already added, as the other half of a pair
             return
         pair = self._pair(name) if units == "rank" else None
         if pair is not None:
@@ -146,7 +146,7 @@ class _Builder:
             self._add(name, self._axes(name, rows=units == "row"))
 
     def _axes(self, name: str, rows: bool) -> tuple[int, ...]:
-        """Along which axes a parameter is cut into rows or, of experts, into matrices."""
+        """Axes along which a parameter is cut into rows; one that holds several experts is always cut by expert."""
         dimensions, layout = len(self._shapes[name]), self._layouts.get(name)
         if layout is None:
             return (0,) if rows and dimensions > 1 else ()
@@ -170,7 +170,7 @@ class _Builder:
         self.names += [f"{module}.lora.{adapter}[{rank}]" for rank in range(self._shapes[a][0])]
 
     def _pair(self, name: str) -> tuple[str, str] | None:
-        """Names of lora_A `(r, in)` and lora_B `(out, r)` where `name` is one of such a pair."""
+        """Names of lora_A `(r, in)` and lora_B `(out, r)` if `name` belongs to such a pair."""
         a, b = name.replace(LORA_B, LORA_A), name.replace(LORA_A, LORA_B)
         if a == b or a not in self._shapes or b not in self._shapes:
             return None
@@ -180,12 +180,12 @@ class _Builder:
 
 
 def add_sums_(sums: torch.Tensor, values: torch.Tensor, start: int, part: Part) -> None:
-    """Add `values`, `(numel,)`, elements from `start` on of a flattened parameter, to the sums of their slices.
+    """Add the values of consecutive elements of a flattened parameter to the sums of their slices.
 
     Args:
         sums: `(part.count,)` float64, added to in place.
-        values: Any floating dtype; added in float64.
-        start: Position of the first value.
+        values: `(numel,)`, any floating dtype; added in float64.
+        start: Position of the first element.
         part: How the parameter is cut.
     """
     if part.count == 1:
@@ -196,10 +196,10 @@ def add_sums_(sums: torch.Tensor, values: torch.Tensor, start: int, part: Part) 
 
 
 def spread(values: torch.Tensor, part: Part, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each element's own value, in chunks: (offset from `start`, `(<= CHUNK,)`) for the elements `[start, stop)`.
+    """Yield each element's value in chunks: (offset from `start`, `(<= CHUNK,)`), for the elements `[start, stop)`.
 
     Args:
-        values: `(part.count,)`: one per slice.
+        values: `(part.count,)`, one per slice.
         part: How the parameter is cut.
         start: First element.
         stop: One past the last.

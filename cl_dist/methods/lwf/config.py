@@ -10,7 +10,7 @@ from cl_dist.methods.config import VariedConfig, settings
 
 @settings
 class LwfConfig(VariedConfig):
-    """LwF, learning without forgetting: the old model's responses on the new task's samples are learnt along (arXiv
+    """LwF, learning without forgetting: also learns the old model's responses to the new task's samples (arXiv
     1606.09282).
     """
 
@@ -20,9 +20,9 @@ class LwfConfig(VariedConfig):
     name: Literal["lwf"]
     """Name of the method."""
     weight: NonNegative = 1.0
-    """Weight of the divergence from the old model beside the loss, both in the mean over targets."""
+    """Weight of the divergence from the old model, relative to the loss; both are means over targets."""
     temperature: Divisor = 2.0
-    """What both models' logits are divided by (paper: 2); the divergence is multiplied by its square."""
+    """Temperature that divides both models' logits (paper: 2); the divergence is multiplied by its square."""
     top_k: PositiveInt | None = 64
-    """How many of the old model's likeliest classes (tokens) are kept for each target; the others count as one. null:
-    all, 4 bytes each."""
+    """Number of the old model's most likely classes (tokens) to keep for each target; all others count as one class.
+    null: all classes, 4 bytes each."""

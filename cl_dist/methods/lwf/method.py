@@ -1,8 +1,8 @@
-"""LwF, learning without forgetting: what the old model answers on a new task's samples is learnt along (Li & Hoiem
-2016, arXiv 1606.09282).
+"""LwF, learning without forgetting: the model also learns the old model's responses to the new task's samples (Li &
+Hoiem 2016, arXiv 1606.09282).
 
-No past sample is needed. The answers are recorded once, before the task's first step, so that the old model need not
-stay in memory.
+This needs no past samples. The responses are recorded once, before the task's first step, so the old model does not
+have to stay in memory.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from cl_dist.tasks.types import IGNORE
 
 
 class Lwf(Method):
-    """The loss plus `weight * T^2 * KL(old || new)` at temperature T, in the mean over the same targets.
+    """The loss plus `weight * T^2 * KL(old || new)` at temperature T, both averaged over the same targets.
 
-    The paper's own term is the cross-entropy between the two, which differs from the divergence by a constant and so
-    has the same gradient; T^2 (Hinton et al. 2015, arXiv 1503.02531) keeps the gradient's size when T is changed.
+    The paper uses the cross-entropy instead, which differs from the divergence by a constant and so has the same
+    gradient. The factor T^2 (Hinton et al. 2015, arXiv 1503.02531) keeps the gradient's scale independent of T.
 
     Args:
-        config: The recipe's `method` entry.
+        config: The method's entry in the recipe.
     """
 
     def __init__(self, config: LwfConfig) -> None:
@@ -37,32 +37,32 @@ class Lwf(Method):
         self._probe: Probe | None = None
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """Make room for the weights that a task starts from: a resume inside it has to record the answers again."""
+        """Allocate memory for the weights at the start of a task, with which a resume records the responses again."""
         self._shards = shards
         self.start = KeptWeights(shards)
 
     def start_message(self) -> str:
-        """What it costs this rank in memory."""
+        """What the method costs in memory on this rank."""
         kept = "4 bytes a class" if self.config.top_k is None else f"{8 * self.config.top_k + 4} bytes"
         return (
-            f"lwf: the weights that a task starts from take {4 * self.start.elements} bytes of CPU memory on this "
-            f"rank, and the old model's responses up to {kept} for each target that it learns in a task"
+            f"lwf: the weights at the start of a task take {4 * self.start.elements} bytes of CPU memory on this "
+            f"rank, and the old model's responses up to {kept} for each target that it trains on in a task"
         )
 
     def before_task(self, place: TaskPlace) -> None:
-        """Forget the responses to the task before; the first task has no old model."""
+        """Discard the previous task's responses; the first task has no old model."""
         self._old = {}
         self._probe, self._name = (place.probe if place.index > 0 else None), place.name
 
     def before_step(self, step: int) -> None:
-        """Record the old model's responses, before this process's first step of the task."""
+        """Record the old model's responses before this process's first step of the task."""
         if self._probe is None:
             return
         beat(f"recording the old model's responses to task {self._name}")
         if step == 0:
             self.start.keep()
             self._probe.responses(self._record)
-        else:  # after a resume: the old model is the one that the task started from
+        else:  # after a resume: the old model is the one at the start of the task
             self._swap()
             self._probe.responses(self._record)
             self._swap()
@@ -80,7 +80,7 @@ class Lwf(Method):
         return self.config.weight * temperature**2 * divergence
 
     def tensors(self) -> dict[str, dict[str, Shard]]:
-        """The weights that the task started from."""
+        """The weights at the start of the task."""
         return {"start": self.start.shards}
 
     def _record(self, batch: Batch, logits: torch.Tensor, labels: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a model answers, kept in few numbers, and how far another one is from it: pure functions of tensors."""
+"""A model's responses in compact form, and the divergence of another model from them: pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -9,39 +9,43 @@ import torch
 
 
 class Responses(NamedTuple):
-    """A model's distributions over the classes at some targets, at a temperature.
+    """A model's distributions over the classes at a number of targets, at some temperature.
 
-    With all classes kept, `classes` and `rest` have no columns.
+    If all classes are kept, `classes` and `rest` have no columns.
     """
 
     log_probs: torch.Tensor
-    """`(targets, kept)` float32: of the likeliest classes, or of all, in order."""
+    """`(targets, kept)` float32: log-probabilities of the most likely classes, or of all classes in order."""
     classes: torch.Tensor
-    """`(targets, kept or 0)` int64 or int32: which classes these are."""
+    """`(targets, kept or 0)` int64 or int32: the indices of these classes."""
     rest: torch.Tensor
-    """`(targets, 1 or 0)` float32: logarithm of what all other classes have together."""
+    """`(targets, 1 or 0)` float32: logarithm of the total probability of all other classes."""
 
     def cut(self, counts: Sequence[int]) -> list[Responses]:
-        """One after the other, the responses at the first `counts[0]` targets, at the next `counts[1]`, and so on, each
-        with a memory of its own.
+        """Split into the responses at the first `counts[0]` targets, the next `counts[1]`, and so on.
+
+        The pieces are copies, so that none keeps the others alive.
         """
         pieces = zip(*(tensor.split(list(counts)) for tensor in self), strict=True)
         return [Responses(*(tensor.clone() for tensor in piece)) for piece in pieces]
 
     def to(self, device: torch.device) -> Responses:
-        """The same on `device`."""
+        """Move to `device`."""
         return Responses(*(tensor.to(device) for tensor in self))
 
 
 def join(pieces: Sequence[Responses]) -> Responses:
-    """The responses at all targets of some pieces, of which there is at least one."""
+    """Concatenate one or more pieces."""
     return Responses(*(torch.cat(tensors) for tensors in zip(*pieces, strict=True)))
 
 
 def respond(logits: torch.Tensor, temperature: float, top_k: int | None) -> Responses:
-    """The responses that `logits`, `(targets, classes)` of any floating dtype, say at a temperature.
+    """Turn logits into responses at a temperature.
 
-    Only the `top_k` likeliest classes are told apart, where that is fewer than there are; None: all.
+    Args:
+        logits: `(targets, classes)`, any floating dtype.
+        temperature: Divides the logits.
+        top_k: Number of the most likely classes to keep separately; None or a larger number than there are keeps all.
     """
     log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
     if top_k is None or top_k >= log_probs.shape[1]:
@@ -51,15 +55,15 @@ def respond(logits: torch.Tensor, temperature: float, top_k: int | None) -> Resp
 
 
 def divergence_sum(logits: torch.Tensor, old: Responses, temperature: float) -> torch.Tensor:
-    """KL(old || new), at the temperature, summed over targets: a float32 scalar.
+    """KL(old || new) at the temperature, summed over targets: a float32 scalar.
 
-    Where `old` tells only some classes apart, all others count as one class in both; the sum is then at most that over
-    all classes.
+    If `old` keeps only some classes, all others count as one class in both distributions. The result is then at most
+    the divergence over all classes.
 
     Args:
-        logits: `(targets, classes)`, any floating dtype: what the new model says.
-        old: At the same targets and the same temperature.
-        temperature: What logits are divided by.
+        logits: `(targets, classes)`, any floating dtype, from the new model.
+        old: The old model's responses at the same targets and temperature.
+        temperature: Divides the logits.
     """
     new = torch.log_softmax(logits.float() / temperature, dim=-1)
     kept = new
@@ -72,5 +76,5 @@ def divergence_sum(logits: torch.Tensor, old: Responses, temperature: float) -> 
 
 
 def _rest(log_probs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """`(targets, 1)`: logarithm of the probability of all but some classes of each target."""
+    """`(targets, 1)`: logarithm of the total probability of the classes that are not in `classes`."""
     return log_probs.scatter(1, classes, -torch.inf).logsumexp(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Output magnitudes of all tracked layers, added up while forward passes run."""
+"""Output magnitudes of all tracked layers, summed during forward passes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from cl_dist.models.experts import Routed
 from cl_dist.models.layer_kinds import Tap, TrackedLayer
 
 Plan = Mapping[str, tuple[Call, ...]]
-"""By layer, what its calls in a forward pass are."""
+"""The calls of each layer in a forward pass, by layer name."""
 
 
 class MagnitudeSums:
-    """Hooks on the tracked layers that add their row magnitudes to one flat vector.
+    """Hooks on the tracked layers that add row magnitudes to one flat vector.
 
     Args:
         model: The model that the layers belong to.
-        layers: By name, the tracked layers.
-        per_token: L1-normalise every token's output before the sum (`kernels.row_magnitude`).
-        count_padding: Count every token; otherwise those that `token_masks` marks.
-        plan: What the layers' calls are; None: every output counts, until `learnt` knows better.
-        mask_bias: For the taps.
+        layers: The tracked layers by name.
+        per_token: L1-normalise each token's output before summing (`kernels.row_magnitude`).
+        count_padding: Count all tokens, rather than only those that `token_masks` marks.
+        plan: The layers' calls; None: all outputs count until `learnt` has made a plan.
+        mask_bias: Passed to the taps.
     """
 
     def __init__(
@@ -42,19 +42,19 @@ class MagnitudeSums:
     ) -> None:
         self.layers = layers
         self.sizes = [size for layer in layers.values() for size in layer.sizes]
-        """Rows that are ranked together, in the order of `layers`: a layer's, or each expert's."""
+        """Numbers of rows that are ranked together, in the order of `layers`: one per layer, or per expert."""
         device = next(model.parameters()).device
         self.flat = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
-        """Sums of this rank since `clear`, all layers one after the other. A micro-batch's magnitudes are float32;
-        their sum in double precision does not depend on the order, hence not on how micro-batches lie on ranks."""
+        """This rank's sums since `clear`, all layers one after the other. A micro-batch's magnitudes are float32; their
+        sum in double precision does not depend on the order, and so not on which rank has which micro-batch."""
         self.tokens = torch.zeros(len(self.sizes), dtype=torch.float64, device=device)
-        """Of each expert the tokens that counted since `clear`; of other layers zero."""
+        """Tokens counted for each expert since `clear`; zero for other layers."""
         self.calls = dict.fromkeys(layers, 0)
-        """How often each layer was measured since `clear`."""
+        """Number of measurements of each layer since `clear`."""
         self.counting = False
-        """Whether forward passes of training count."""
+        """Whether training forward passes are measured."""
         self.awaited: set[str] | None = {layer.name for layer in layers.values() if not layer.kind.tapped}
-        """Layers whose forward has not run in training yet; None: nobody asks."""
+        """Layers whose forward has not run in training yet; None: no longer recorded."""
         self.plan = plan
         self._model, self._per_token, self._count_padding = model, per_token, count_padding
         self._masks: Mapping[str, torch.Tensor] = {}
@@ -67,30 +67,30 @@ class MagnitudeSums:
         groups = [layer.layout.matrices for layer in layers.values()]
         self._tokens = dict(zip(layers, self.tokens.split(groups), strict=True))
         self.taps: dict[str, Tap] = {}
-        """By name, the modules whose outputs show in a tap, such as experts."""
+        """Taps of modules such as experts, whose outputs no hook sees, by module name."""
         self._handles: list[RemovableHandle] = []
         self._watch(mask_bias)
 
     def clear(self) -> None:
-        """Start from zero."""
+        """Reset all sums to zero."""
         self.flat.zero_()
         self.tokens.zero_()
         self.calls = dict.fromkeys(self.layers, 0)
 
     def begin(self, token_masks: Mapping[str, torch.Tensor]) -> None:
-        """A forward pass of training comes next, over these real tokens: bool `(batch, length)` by kind."""
+        """A training forward pass starts now. `token_masks` marks its real tokens: bool `(batch, length)` by kind."""
         self._masks = token_masks
         self._place = dict.fromkeys(self.layers, 0)
         for tap in self.taps.values():
             tap.active = self.counting
 
     def learn(self, token_masks: Mapping[str, torch.Tensor]) -> None:
-        """The forward pass that comes next is a trial: note what every layer does with these tokens."""
+        """A trial forward pass starts now: record what each layer does with these tokens."""
         self._learning = True
         self._trials.append((token_masks, {name: [] for name in self.layers}))
 
     def learnt(self) -> dict[str, str]:
-        """The trials are over: plan how outputs are counted, and return why not by layer where they cannot be."""
+        """The trials are over: plan how to count outputs. Returns the layers that cannot be counted, with reasons."""
         self._learning = False
         found = {name: calls_of([Trial(shapes[name], masks) for masks, shapes in self._trials]) for name in self.layers}
         self._trials.clear()
@@ -98,7 +98,7 @@ class MagnitudeSums:
         return {name: reason for name, reason in found.items() if isinstance(reason, str)}
 
     def remove(self) -> None:
-        """Take the hooks off again."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         for tap in self.taps.values():
@@ -106,11 +106,11 @@ class MagnitudeSums:
 
     @property
     def learning(self) -> bool:
-        """Whether the forward pass under way is a trial."""
+        """Whether the current forward pass is a trial."""
         return self._learning
 
     def _watch(self, mask_bias: bool) -> None:
-        """Let the layers' outputs come here, in hooks or through one tap for each module."""
+        """Hook the layers, or tap the modules that need it, one tap per module."""
         tapped: dict[str, list[TrackedLayer]] = {}
         for layer in self.layers.values():
             if layer.kind.tapped:
@@ -121,8 +121,8 @@ class MagnitudeSums:
             self.taps[name] = layers[0].kind.tap(name, layers, self, mask_bias)
 
     def wants(self, layer: TrackedLayer, module: nn.Module, leading: torch.Size | None) -> bool:
-        """Whether a call's outputs are to be recorded; a trial's are not, but their shape is noted."""
-        # A forward pass inside backward recomputes activations: those tokens were counted the first time.
+        """Whether to record a call's outputs. In a trial, only their shape is recorded."""
+        # A forward pass inside backward recomputes activations; its tokens have been counted already.
         if torch._C._current_graph_task_id() != -1:
             return False
         if self._learning:
@@ -141,7 +141,7 @@ class MagnitudeSums:
             self.by_layer[layer.name].add_(magnitude)
 
     def record_routed(self, layer: TrackedLayer, routed: Routed) -> None:
-        """Add to each expert's sums those of the tokens that were routed to it."""
+        """Add the magnitudes of each expert's tokens to its sums."""
         which = self._counted(layer, routed.leading)
         if which is False:
             return
@@ -159,7 +159,7 @@ class MagnitudeSums:
             start += count
 
     def _counted(self, layer: TrackedLayer, leading: torch.Size) -> torch.Tensor | Literal[False] | None:
-        """Bool per output: those that count; None: all of them; False: the call is not one over tokens at all."""
+        """Mask of the outputs to count; None: all of them; False: the call does not run over tokens."""
         if self.plan is None:
             return None
         calls, place = self.plan[layer.name], self._place[layer.name]
@@ -167,7 +167,7 @@ class MagnitudeSums:
             raise ClDistError(f"layer {layer.name} runs more often in a forward pass than it did before training")
         self._place[layer.name] += 1
         if calls[place].form == "table":
-            # A layer that runs over tokens too is measured over those alone.
+            # A layer that also runs over tokens is measured on those alone.
             return None if all(call.form == "table" for call in calls) else False
         which = counted(calls[place], leading, self._masks, layer.name)
         return None if self._count_padding else which

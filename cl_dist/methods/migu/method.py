@@ -1,14 +1,15 @@
 """MIGU: update only the rows of each linear layer whose outputs are largest in magnitude (arXiv 2406.17245).
 
-Magnitudes are summed while forward passes run; one all-reduce makes the sums global and the top rows of every layer are
-kept. With one micro-batch a step that happens between forward and backward, and the backward pass skips the other rows
-(`models/skipping.py`). With more, the mask is known only after the last forward pass, so it is applied to this rank's
-shards of the reduced gradients; or, with `mask_scope: micro_batch`, each micro-batch is masked by the sums so far.
+Forward passes add up the magnitudes, one all-reduce sums them over the ranks, and each layer keeps its top rows. With
+one micro-batch per step, this happens between forward and backward, and the backward pass skips the other rows
+(`models/skipping.py`). With several, the mask is known only after the last forward pass, so it is applied to this
+rank's shards of the reduced gradients; or, with `mask_scope: micro_batch`, the sums so far mask each micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+import zlib
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,6 @@ from torch import nn
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.kernels import RowLayout, RowMask, kept_rows, mask_rows_, topk_row_masks
-from cl_dist.methods.migu.agreement import Agreement
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.methods.migu.magnitudes import MagnitudeSums, Plan
 from cl_dist.methods.migu.untracked import Untracked
@@ -33,35 +33,37 @@ from cl_dist.sharding import RowFreezer, ShardView
 if TYPE_CHECKING:
     from cl_dist.tasks.collate import Batch
 
+_MODULUS = 1 << 20  # fingerprints h < 2^20, h^2 < 2^40: exact sums for up to 2^13 ranks
+
 
 class Migu(Method):
     """Magnitude-based gradient updating.
 
     Args:
-        config: The recipe's `method` entry.
+        config: The method's entry in the recipe.
     """
 
     def __init__(self, config: MiguConfig) -> None:
         super().__init__(config)
         self.needs_all_logits = config.layers == "all"
         self.keep: dict[str, torch.Tensor] = {}
-        """The newest step's masks: `(rows,)` bool by name of a weight or bias, of all experts one after the other; True
-        where a row is updated."""
+        """Masks of the latest step by name of a weight or bias: `(rows,)` bool, True for rows that are updated. Experts
+        lie one after the other in one mask."""
         self._masks_this_task = False
         self._step = 0
         self._micro_batch = 0
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """Hook the tracked layers, and let them skip rows where the recipe allows it."""
+        """Hook the tracked layers, and let them skip rows if the recipe allows it."""
         self._model, self._shards, self._train, self._seed = model, shards, train, train.seed
         if dropped := layerdrop(model):
             raise BadInput(
                 f"method.name: migu measures every layer in every step, but the model's configuration ({dropped}) "
-                "leaves out layers at random while it trains; allowed is 0 there"
+                "skips layers at random during training; allowed: 0"
             )
         layers = tracked_layers(model, self.config.layers)
         self._untracked = Untracked(shards, model, untracked_matrices(model, layers))
-        # How many tokens come to an expert is chance: no trial could say what its outputs are.
+        # Routing decides how many tokens an expert gets, so no trial can show what its outputs are.
         inside = module_experts(model)
         routed = [layer for name, layer in layers.items() if name.startswith(inside)]
         if len(routed) == len(layers):
@@ -78,7 +80,7 @@ class Migu(Method):
         self._layouts = self._row_layouts()
         self._freezer = RowFreezer(self._shards, self._layouts) if config.mask == "update" else None
         whole = [layer for layer in layers.values() if not layer.kind.skips(layer.module)]
-        # Layers whose rows backward computes all: routers, and linear layers with a forward of their own.
+        # Layers whose backward computes all rows: routers, and linear layers with a custom forward.
         self._not_skipped = {name for layer in whole for name in (layer.weight, layer.bias) if name is not None}
         known_in_time = self._train.gradient_accumulation == 1 or config.mask_scope == "micro_batch"
         self._skipper = RowSkipper(self._skippable(), config.mask_bias) if config.skip_rows and known_in_time else None
@@ -87,24 +89,24 @@ class Migu(Method):
         self._mask_from_here()
 
     def _row_layouts(self) -> dict[str, RowLayout]:
-        """How the rows lie, by name of every weight and bias that is masked."""
+        """The layout of the rows of each weight and bias that is masked, by name."""
         layouts = {layer.weight: layer.layout for layer in self._layers.values()}
         if self.config.mask_bias:
             layouts |= {layer.bias: layer.bias_layout for layer in self._layers.values() if layer.bias is not None}
         return layouts
 
     def _skippable(self) -> dict[str, nn.Module]:
-        """The layers that `RowSkipper` takes; others skip in their taps or not at all.
+        """Layers for `RowSkipper`; the others skip rows in their taps, or not at all.
 
         Raises:
-            BadInput: Masks of single micro-batches are asked for, and there is a layer that cannot skip.
+            BadInput: The recipe asks for masks of single micro-batches, but some layer cannot skip rows.
         """
         if not self.config.skip_rows:
             return {}
         if self._not_skipped and self.config.mask_scope == "micro_batch" and self._train.gradient_accumulation > 1:
             raise BadInput(
                 f"method.mask_scope: micro_batch masks inside the backward pass, which {min(self._not_skipped)} does "
-                "not allow; allowed for this model is step"
+                "not allow; allowed for this model: step"
             )
         return {
             name: layer.module
@@ -113,7 +115,7 @@ class Migu(Method):
         }
 
     def detach(self) -> None:
-        """Remove the layer hooks and the optimiser hooks."""
+        """Remove the hooks from the layers and the optimiser."""
         self._sums.remove()
         if self._skipper is not None:
             self._skipper.remove()
@@ -121,11 +123,11 @@ class Migu(Method):
             self._freezer.remove()
 
     def before_trial(self, token_masks: Mapping[str, torch.Tensor]) -> None:
-        """See what the layers' outputs are."""
+        """Record the shapes of the layers' outputs."""
         self._sums.learn(token_masks)
 
     def after_trials(self, idle: Set[str]) -> None:
-        """Refuse what cannot be measured, or train it without a mask; what gets no gradient at all is not missed."""
+        """Refuse layers that cannot be measured, or train them without a mask; those without gradients do not count."""
         reasons = self._sums.learnt()
         if not reasons:
             self._untracked.check(self.config.untracked)
@@ -141,17 +143,17 @@ class Migu(Method):
         self._install(rest, plan)
 
     def start_message(self) -> str | None:
-        """Name what is trained without a mask."""
+        """The weights that are trained without a mask."""
         return self._untracked.message()
 
     def before_task(self, place: TaskPlace) -> None:
-        """The first task is trained without a mask unless the recipe asks for one."""
+        """Mask this task, unless it is the first and the recipe trains that one without a mask."""
         self._masks_this_task = place.index > 0 or self.config.first_task == "masked"
         self._task = place.index
         self._mask_from_here()
 
     def _mask_from_here(self) -> None:
-        """Count and skip, or do not, with nothing left of a step that broke off; also for an engine built in a task."""
+        """Turn counting and skipping on or off, and discard an unfinished step; also if a task's engine is rebuilt."""
         self._sums.counting = self._masks_this_task
         if self._skipper is not None:
             self._skipper.active = self._masks_this_task
@@ -162,7 +164,7 @@ class Migu(Method):
         self._micro_batch = 0
 
     def before_forward(self, step: int, batch: Batch) -> None:
-        """Remember which tokens count; rows chosen for an earlier backward pass serve no other."""
+        """Remember which tokens count, and drop the rows chosen for the previous backward pass."""
         self._step = step
         self._sums.begin(batch.token_masks)
         self._forget_rows()
@@ -182,32 +184,36 @@ class Migu(Method):
         return loss
 
     def before_update(self) -> None:
-        """Zero the gradients of the rows that are not kept, where backward has not left it at that."""
+        """Zero the gradients of the rows that are not kept, unless backward has skipped them already."""
         if not self._masks_this_task:
             self._check_ran()
             return
         if self._skipper is None:
             self._remember(self._choose_rows())
         for name, keep in self.keep.items():
-            # Rows that backward has skipped are zero already, unless a method before this one has added to them.
-            if self._skipper is None or name in self._shards.edited or name in self._not_skipped:
-                self._mask_gradient(name, keep)
+            # Skipped rows are zero already, unless a method before this one has added to them.
+            if self._skipper is not None and name not in self._shards.edited and name not in self._not_skipped:
+                continue
+            shard = self._shards.gradient(name)
+            if shard is not None:
+                mask_rows_(shard.data, shard.start, self._layouts[name], keep.to(shard.data.device))
+                self._shards.gradient_changed(name)
         if self._freezer is not None:
             self._freezer.freeze(self.keep)
 
     def before_save(self) -> None:
-        """The check of the last masks would come with the next step; before a save it comes at once."""
+        """Check now that the ranks agree on the last masks, rather than in the next step."""
         if torch.distributed.get_world_size() > 1:
             message = self._agreement.message()
             torch.distributed.all_reduce(message)
             self._agreement.check(message)
 
     def update_skipped(self) -> None:
-        """The sums of a step that is not finite are no use to the next one."""
+        """Discard the sums of the skipped step."""
         self.after_update()
 
     def after_update(self) -> None:
-        """Start the next step's sums from zero."""
+        """Reset the sums for the next step."""
         self._start_step()
         self._forget_rows()
         if self._freezer is not None:
@@ -220,7 +226,7 @@ class Migu(Method):
             tap.rows = None
 
     def _choose_rows(self) -> dict[str, list[RowMask]]:
-        """The kept rows of every layer (of experts: of each), from all ranks' sums so far in this step."""
+        """Choose the rows to keep in each layer (in each expert), from all ranks' sums so far in this step."""
         sums, tokens = self._global_sums()
         if self.config.selection == "random":
             masks = [self._random_rows(number, rows) for number, rows in enumerate(self._sums.sizes)]
@@ -230,14 +236,14 @@ class Migu(Method):
             masks = self._none_of_idle_experts(masks, tokens > 0)
         left = iter(masks)
         found = {name: [next(left) for _ in layer.sizes] for name, layer in self._layers.items()}
-        if torch.distributed.get_world_size() > 1:  # one rank agrees with itself, and a GPU need not wait for it
+        if torch.distributed.get_world_size() > 1:  # a single rank agrees with itself; its GPU need not wait
             self._agreement.remember(mask.keep for of_layer in found.values() for mask in of_layer)
         return found
 
     def _none_of_idle_experts(self, masks: list[RowMask], hit: torch.Tensor) -> list[RowMask]:
-        """An expert to which no token was routed has no magnitudes: it keeps no row, so that nothing of it moves.
+        """Keep no rows of experts that got no token, so that nothing of them moves.
 
-        Backward never asks for its rows.
+        They have no magnitudes to choose by, and backward never asks for their rows.
         """
         is_expert = [layer.kind.routed for layer in self._layers.values() for _ in layer.sizes]
         return [
@@ -246,9 +252,9 @@ class Migu(Method):
         ]
 
     def _global_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Magnitudes and experts' tokens of all ranks: the only collective.
+        """Sum magnitudes and experts' tokens over all ranks: MIGU's only collective.
 
-        It carries the check that the last masks agreed, and that every layer was measured.
+        The same message checks that the ranks agreed on the last masks and that every layer was measured.
         """
         own, calls = [self._sums.flat, self._sums.tokens], list(self._sums.calls.values())
         if torch.distributed.get_world_size() == 1:
@@ -258,25 +264,25 @@ class Migu(Method):
         message = torch.cat([*own, numbers, self._agreement.message()])
         torch.distributed.all_reduce(message)
         flat, tokens, rest = message.split([own[0].numel(), own[1].numel(), len(calls) + 2])
-        rest = rest.cpu()  # a GPU is waited for once
+        rest = rest.cpu()  # once, because the CPU waits for the GPU here
         self._agreement.check(rest[len(calls) :])
         self._check_measured(rest[: len(calls)].tolist())
         return flat, tokens
 
     def _check_ran(self) -> None:
-        """A model may take another way in training than in the trials; the first step shows it, masked or not."""
+        """Check in the first step, masked or not, that training runs the same layers as the trials did."""
         missing, self._sums.awaited = self._sums.awaited, None
         if missing:
             raise _unmeasured([name for name in self._layers if name in missing])
 
     def _check_measured(self, calls: Sequence[float]) -> None:
-        """All ranks see the same numbers."""
+        """Check that some rank measured each layer. All ranks see the same counts, so they fail together."""
         missing = [name for name, count in zip(self._layers, calls, strict=True) if count == 0]
         if missing:
             raise _unmeasured(missing)
 
     def _random_rows(self, number: int, rows: int) -> RowMask:
-        """As many rows, drawn from (seed, task, step, layer): the same on every rank and after a resume."""
+        """As many rows, drawn at random from (seed, task, step, layer): the same on all ranks and after a resume."""
         seed = derive_seed(self._seed, "random rows", self._task, self._step, number)
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(rows, generator=generator)[: kept_rows(rows, self.config.threshold)]
@@ -286,7 +292,7 @@ class Migu(Method):
         return RowMask(keep.to(device), chosen.sort().values.to(device))
 
     def _remember(self, masks: dict[str, list[RowMask]]) -> None:
-        """Keep the step's masks; of several micro-batches with masks of their own, what any of them updates."""
+        """Record the step's masks; if each micro-batch has its own, their union: rows that any of them updates."""
         keep: dict[str, torch.Tensor] = {}
         for name, layer in self._layers.items():
             of_layer = masks[name]
@@ -297,12 +303,43 @@ class Migu(Method):
         self.keep = keep if self._micro_batch == 0 else {name: self.keep[name] | mask for name, mask in keep.items()}
         self._micro_batch += 1
 
-    def _mask_gradient(self, name: str, keep: torch.Tensor) -> None:
-        shard = self._shards.gradient(name)
-        if shard is None:
-            return
-        mask_rows_(shard.data, shard.start, self._layouts[name], keep.to(shard.data.device))
-        self._shards.gradient_changed(name)
+
+class Agreement:
+    """Checks, without an extra collective, that all ranks chose the same rows in the last step.
+
+    Each rank appends two numbers to a sum all-reduce that happens anyway: a fingerprint h of its masks, and h squared.
+    By the Cauchy-Schwarz inequality, n * sum(h^2) = (sum h)^2 exactly if all n fingerprints are equal. Fingerprints are
+    integers, small enough for double precision to be exact. A disagreement is thus found one step later.
+
+    Args:
+        device: Device of the all-reduced vector.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._fingerprint = 0
+
+    def remember(self, masks: Iterable[torch.Tensor]) -> None:
+        """Compute the fingerprint of this step's masks (bool tensors, in the same order on all ranks)."""
+        joined = torch.cat([mask.reshape(-1) for mask in masks]).cpu().numpy()
+        self._fingerprint = zlib.crc32(joined.tobytes()) % _MODULUS
+
+    def message(self) -> torch.Tensor:
+        """`(2,)` float64 to include in the sum all-reduce."""
+        return torch.tensor([self._fingerprint, self._fingerprint**2], dtype=torch.float64, device=self._device)
+
+    def check(self, summed: torch.Tensor) -> None:
+        """Check the sum of all ranks' messages.
+
+        Raises:
+            ClDistError: The ranks chose different rows, so the run's weights can't be trusted.
+        """
+        total, squares = (int(value) for value in summed.tolist())
+        if torch.distributed.get_world_size() * squares != total**2:
+            raise ClDistError(
+                f"rank {torch.distributed.get_rank()}: the ranks chose different rows in the last step (their masks' "
+                "fingerprints differ); the weights have diverged, resume from the last saved state"
+            )
 
 
 def _unmeasured(missing: Sequence[str]) -> ClDistError:

@@ -1,9 +1,9 @@
 """Which of a layer's outputs belong to which token of the batch.
 
-Shapes alone do not say: with one sample of eight tokens a table of eight positions looks like the batch. So the two
-trial batches that an engine runs before its first step (`engine/trial.py`), whose numbers of samples, tokens and real
-tokens are all different, show what each call of each layer is; training then goes by the call's place in the forward
-pass and only checks the shape.
+Shapes are ambiguous: with one sample of eight tokens, a table of eight positions looks like the batch. So an engine
+first runs two trial batches whose numbers of samples, tokens and real tokens all differ (`engine/trial.py`). They show
+what each call of each layer is; training then identifies a call by its position in the forward pass and only checks
+the shape.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from cl_dist.errors import ClDistError
 
 Form = Literal["tokens", "flat", "samples", "table"]
-"""What the leading axes of an output are: the batch and the length each on an axis of its own, both on one, one vector
-per sample, or something that is not of the batch (DeBERTa runs some layers over its table of relative positions)."""
+"""What the leading axes of an output are: batch and length on separate axes, both on one axis, one vector per sample,
+or something unrelated to the batch (DeBERTa runs some layers over its table of relative positions)."""
 
 
 class Call(NamedTuple):
@@ -27,22 +27,22 @@ class Call(NamedTuple):
 
     form: Form
     kind: str = "input"
-    """Which token mask fits: "input" or "target"."""
+    """The token mask that applies: "input" or "target"."""
     axes: tuple[int, int] = (0, 1)
-    """Of `tokens`: where batch and length are. Other axes hold several vectors of one token."""
+    """For `tokens`: the axes of batch and length. Other axes hold several vectors of one token."""
 
 
 class Trial(NamedTuple):
     """What a layer did with one trial batch."""
 
     shapes: list[torch.Size | None]
-    """Leading shape of its outputs, call by call; None: the output is no tensor."""
+    """Leading shape of its output in each call; None: the output is not a tensor."""
     masks: Mapping[str, torch.Tensor]
     """The batch's real tokens, bool `(batch, length)`, by kind."""
 
 
 def calls_of(trials: Sequence[Trial]) -> tuple[Call, ...] | str:
-    """Every call that a layer makes in a forward pass, or why its outputs cannot be assigned to tokens."""
+    """Each call of a layer in a forward pass, or the reason why its outputs cannot be assigned to tokens."""
     counts = {len(trial.shapes) for trial in trials}
     if counts == {0}:
         return "its forward does not run"
@@ -53,18 +53,20 @@ def calls_of(trials: Sequence[Trial]) -> tuple[Call, ...] | str:
         shapes = [shape for shape in seen if shape is not None]
         if len(shapes) < len(seen):
             return "its output is not one tensor"
+        # Exactly one interpretation must fit both trials; the table is the last resort.
         readings = [_readings(shape, trial.masks) for shape, trial in zip(shapes, trials, strict=True)]
         possible = set.intersection(*readings)
         if not possible and _is_table(shapes, trials):
             possible = {Call("table")}
         if len(possible) != 1:
-            return f"its outputs of shape {tuple(shapes[0])} are not the batch's tokens {_sizes(trials[0].masks)}"
+            tokens = " or ".join(str(tuple(mask.shape)) for mask in trials[0].masks.values())
+            return f"its outputs of shape {tuple(shapes[0])} are not the batch's tokens {tokens}"
         calls.append(possible.pop())
     return tuple(calls)
 
 
 def _readings(leading: torch.Size, masks: Mapping[str, torch.Tensor]) -> set[Call]:
-    """All that a leading shape can be read as."""
+    """All possible interpretations of a leading shape."""
     found: set[Call] = set()
     for kind, mask in masks.items():
         batch, length = mask.shape
@@ -80,9 +82,9 @@ def _readings(leading: torch.Size, masks: Mapping[str, torch.Tensor]) -> set[Cal
 
 
 def _is_table(shapes: Sequence[torch.Size], trials: Sequence[Trial]) -> bool:
-    """Whether a call's outputs are not of the batch: the same for every batch, or of one row where it has several.
+    """Whether outputs are unrelated to the batch: the same shape for every batch, or one row for several samples.
 
-    The latter could also be the batch's real tokens, packed.
+    One row could also hold the batch's real tokens, packed; that is not a table.
     """
     if len(set(shapes)) == 1:
         return True
@@ -94,15 +96,11 @@ def _is_table(shapes: Sequence[torch.Size], trials: Sequence[Trial]) -> bool:
     return all(len(shape) > 1 and shape[0] == 1 for shape in shapes) and not packed
 
 
-def _sizes(masks: Mapping[str, torch.Tensor]) -> str:
-    return " or ".join(str(tuple(mask.shape)) for mask in masks.values())
-
-
 def counted(call: Call, leading: torch.Size, masks: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """Bool of a shape that broadcasts to `leading`: the outputs of real tokens.
+    """Mask of the outputs of real tokens, bool in a shape that broadcasts to `leading`.
 
     Raises:
-        ClDistError: The outputs of layer `name` do not have the shape that the trial has shown.
+        ClDistError: The outputs of layer `name` do not have the form that they had in the trials.
     """
     mask = masks[call.kind]
     batch, length = call.axes

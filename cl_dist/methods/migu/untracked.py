@@ -1,4 +1,4 @@
-"""What a method that masks layers would train without a mask: named, with its share, before anything is trained."""
+"""Weights that MIGU would train without a mask, reported by name and share before training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cl_dist.models.tracked import any_block, block_parameters, tables_in_blocks
 from cl_dist.sharding import ShardView
 
 SHOWN = 8
-"""Names in a message."""
+"""Most names in a message."""
 
 
 class Untracked:
@@ -22,7 +22,7 @@ class Untracked:
     Args:
         shards: The engine's shards.
         model: The model.
-        owners: By parameter name, the type of the module that it belongs to.
+        owners: Type of the module that owns the parameter, by parameter name.
     """
 
     def __init__(self, shards: ShardView, model: nn.Module, owners: Mapping[str, str]) -> None:
@@ -32,11 +32,11 @@ class Untracked:
         self._reasons = {name: f"a parameter of {owner}, not a linear layer" for name, owner in owners.items()}
 
     def add(self, reasons: Mapping[str, str]) -> None:
-        """More of them, each with the reason."""
+        """Add parameters, each with the reason why it cannot be masked."""
         self._reasons.update(reasons)
 
     def check(self, untracked: Literal["error", "dense"]) -> None:
-        """Raise BadInput where there are any and the recipe does not allow them."""
+        """Raise BadInput if there are any and the recipe does not allow them."""
         if self._reasons and untracked == "error":
             raise BadInput(
                 "method.untracked: the outputs of some trainable matrices in the blocks cannot be measured, so that "
@@ -45,7 +45,7 @@ class Untracked:
             )
 
     def message(self) -> str | None:
-        """A sentence for the log about what is trained without a mask; None: nothing is."""
+        """A sentence for the log that lists what is trained without a mask, or None."""
         parts = []
         if self._reasons:
             parts.append(f"untracked matrices in the blocks: {self._listed()}")
@@ -64,5 +64,5 @@ class Untracked:
 
 
 def _families(reasons: Mapping[str, str]) -> dict[str, str]:
-    """The same layer of all blocks once."""
+    """List a layer that occurs in every block only once."""
     return {any_block(name): reason for name, reason in reasons.items()}

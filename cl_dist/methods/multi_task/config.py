@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @settings
 class MultiTaskConfig(MethodConfig):
-    """Multi-task training, a bound: all tasks together, in the place of the first one."""
+    """Multi-task training, a bound: trains all tasks together, in place of the first one."""
 
     METHOD: ClassVar[str] = "cl_dist.methods.multi_task.method:MultiTask"
     ROLES: ClassVar[Collection[Role]] = (Role.BOUND,)
     EXCLUDES: ClassVar[Sequence[Exclusion]] = (
-        Exclusion(None, "multi_task learns all tasks at once, so that no task has a past"),
+        Exclusion(None, "multi_task learns all tasks at once, so no task has a past"),
     )
-    # It learns all tasks before the first of them is scored.
+    # All tasks have been trained before the first score is measured.
     MEANINGLESS: ClassVar[Sequence[str]] = ("forward_transfer_zero_shot",)
 
     name: Literal["multi_task"]
@@ -28,17 +28,17 @@ class MultiTaskConfig(MethodConfig):
 
     @property
     def adds_samples(self) -> bool:
-        """The first task has the samples of all."""
+        """The first task trains on the samples of all tasks."""
         return True
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse different numbers of passes over the tasks' samples, and moments that no task follows to take up."""
+        """Refuse tasks with different numbers of epochs, and carried moments, which no later task could use."""
         epochs = {task.name: task.epochs or recipe.train.epochs for task in recipe.stream.tasks}
         if len(set(epochs.values())) > 1:
-            told = ", ".join(f"{name} {count}" for name, count in epochs.items())
+            differing = ", ".join(f"{name} {count}" for name, count in epochs.items())
             raise ValueError(
-                f"stream.tasks: multi_task learns all tasks together, and their epochs differ ({told}); give all the "
-                "same number, such as by train.epochs alone"
+                f"stream.tasks: multi_task learns all tasks together, and their epochs differ ({differing}); give "
+                "all the same number, for example with train.epochs alone"
             )
         if recipe.train.keep_optimizer:
             raise ValueError("train.keep_optimizer: true is not used: multi_task trains once, and no task follows")

@@ -1,4 +1,4 @@
-"""All tasks together: a bound of the field's tables, which does not learn continually."""
+"""Multi-task training: a bound in the field's tables, which does not learn continually."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from cl_dist.tasks.types import Encoded
 
 
 class MultiTask(Method):
-    """All tasks are learnt together in the place of the first one; the others have no steps of their own."""
+    """Trains on all tasks together in place of the first one; the others have no steps."""
 
     def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
-        """The samples of all tasks behind the first."""
+        """For the first task, the samples of all others."""
         return [sample for task in tasks[1:] for sample in task] if index == 0 else []
 
     def trains(self, index: int) -> bool:
-        """In the first task everything is learnt."""
+        """True for the first task only."""
         return index == 0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @settings
 class OLoraConfig(VariedConfig):
-    """O-LoRA: IncLoRA whose new adapters are kept orthogonal to the old ones (arXiv 2310.14152)."""
+    """O-LoRA: IncLoRA with a penalty that keeps new adapters orthogonal to old ones (arXiv 2310.14152)."""
 
     METHOD: ClassVar[str] = "cl_dist.methods.olora.method:OLora"
     ROLES: ClassVar[Collection[Role]] = IncLoraConfig.ROLES
@@ -26,11 +26,11 @@ class OLoraConfig(VariedConfig):
     """Name of the method."""
     lambda1: NonNegative = 0.5
     """Weight of the penalty sum(abs(A_old A_new^T)) over all modules and old adapters (reference code: 0.5; on the long
-    benchmark 0, 0.5 or 5 by task, see `by_task`)."""
+    benchmark 0, 0.5 or 5, depending on the task: see `by_task`)."""
     lambda2: NonNegative = 0.0
-    """Weight of the sum of the norms of the new lora_A and lora_B (reference code: 0; on the long benchmark 0, 0.1
-    or 0.3 by task)."""
+    """Weight of the sum of the norms of the new lora_A and lora_B (reference code: 0; on the long benchmark 0, 0.1 or
+    0.3, depending on the task)."""
 
     def check(self, recipe: Recipe) -> None:
-        """As IncLoRA."""
+        """The same conditions as for IncLoRA."""
         check_growth(self, recipe)

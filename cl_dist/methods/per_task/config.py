@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 @settings
 class PerTaskConfig(MethodConfig):
-    """Per-task training, a bound: every task by itself, from the untouched weights."""
+    """Per-task training, a bound: trains every task separately, from the untouched weights."""
 
     METHOD: ClassVar[str] = "cl_dist.methods.per_task.method:PerTask"
     ROLES: ClassVar[Collection[Role]] = (Role.BOUND, Role.SINGLE)
     EXCLUDES: ClassVar[Sequence[Exclusion]] = (
-        Exclusion(Role.BOUND, "the one trains every task by itself, the other all tasks at once"),
+        Exclusion(Role.BOUND, "the one trains every task separately, the other all tasks at once"),
         Exclusion(None, "per_task starts every task from the untouched weights and keeps nothing"),
     )
-    # A row of its matrix is a model of one task.
+    # Each row of its accuracy matrix belongs to a model that has seen one task.
     MEANINGLESS: ClassVar[Sequence[str]] = (
         "average_performance",
         "backward_transfer",
@@ -36,5 +36,5 @@ class PerTaskConfig(MethodConfig):
     """Name of the method."""
 
     def check(self, recipe: Recipe) -> None:
-        """Every task starts from the same weights."""
+        """Refuse carried moments, because every task starts from the same weights."""
         refuse_carried_moments(self, recipe)

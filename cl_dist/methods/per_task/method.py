@@ -1,4 +1,4 @@
-"""Every task by itself: a bound of the field's tables, which does not learn continually."""
+"""Per-task training: a bound in the field's tables, which does not learn continually."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from cl_dist.sharding import ShardView
 
 
 class PerTask(Method):
-    """Every task starts from the weights that the stream starts from (single-task training)."""
+    """Every task starts from the weights at the start of the stream (single-task training)."""
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """Keep the untouched weights. They follow from the recipe, also after a resume, which is filled in later."""
+        """Copy the untouched weights, which a resume has here too: it restores the saved state later."""
         self._shards = shards
         self._untouched = KeptWeights(shards)
         self._untouched.keep()
 
     def start_message(self) -> str:
-        """The memory that they take."""
+        """What the copy costs in memory on this rank."""
         return f"per_task: the untouched weights take {4 * self._untouched.elements} bytes of CPU memory on this rank"
 
     def prepare_task(self, index: int) -> bool:
-        """Forget what earlier tasks have taught."""
+        """Go back to the untouched weights."""
         self._untouched.put_back()
         self._shards.publish()
         return False

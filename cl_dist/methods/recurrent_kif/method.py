@@ -1,4 +1,4 @@
-"""Recurrent-KIF: steps on the task and on a memory of the past alternate, and are fused after every such cycle."""
+"""Recurrent-KIF: steps on the task and on a memory of the past alternate; each such cycle ends with a fusion."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from cl_dist.config.schema import TrainConfig
-from cl_dist.methods.kif.fusion import mask_shares, minmax, shares_of
+from cl_dist.methods.kif.fusion import MixedWeights, mask_shares, minmax, shares_of
 from cl_dist.methods.kif.importance import Importance, slice_sums
-from cl_dist.methods.kif.shared import UnitMethod
-from cl_dist.methods.kif.weights import MixedWeights
+from cl_dist.methods.kif.unit_method import UnitMethod
 from cl_dist.methods.protocol import Memory, TaskPlace
 from cl_dist.methods.recurrent_kif.config import RecurrentKifConfig
 from cl_dist.methods.recurrent_kif.elements import threshold
-from cl_dist.methods.shared.past_samples import past_samples
+from cl_dist.methods.shared.samples import past_samples
 from cl_dist.sharding import Shard, ShardView
 from cl_dist.tasks.collate import Batch
 from cl_dist.tasks.types import Encoded
@@ -23,13 +22,13 @@ from cl_dist.tasks.types import Encoded
 class RecurrentKif(UnitMethod):
     """Recurrent knowledge identification and fusion (arXiv 2502.17510).
 
-    A cycle starts at weights s; its inner steps, on the task's samples, lead to i, its outer steps, on the memory, to
-    o. With a unit's shares m and n (`mask_shares` of the two importances) the next cycle starts at
-    s + m (i - s) + n (o - i). The importance of either kind of step goes on from cycle to cycle within a task, unless
-    the recipe empties it.
+    A cycle starts at weights s. Its inner steps, on the task's samples, lead to i; its outer steps, on the memory, lead
+    to o. With a unit's shares m and n (`mask_shares` of the two importances), the next cycle starts at
+    s + m (i - s) + n (o - i). Within a task, the importances of inner and outer steps carry over from cycle to cycle
+    unless the recipe resets them.
 
     Args:
-        config: The recipe's `method` entry.
+        config: The method's entry in the recipe.
     """
 
     def __init__(self, config: RecurrentKifConfig) -> None:
@@ -39,20 +38,20 @@ class RecurrentKif(UnitMethod):
         self._step, self._outer = -1, False
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """Lay out units, the importance of both kinds of steps, scores and two copies of the weights."""
+        """Allocate the importance of inner and outer steps, scores and two copies of the weights."""
         super().attach(model, shards, train)
         self.past_importance = Importance(shards, self.config.importance_dtype)
         self.start, self.turn = MixedWeights(shards), MixedWeights(shards)
-        """The weights at the start of a cycle, and where its steps on the memory began."""
+        """The weights at the start of a cycle (s), and at the start of its steps on the memory (i)."""
         names = ("current", "current_normalised", "accumulated", "accumulated_normalised", "share_new", "share_old")
         self.scores = {name: torch.zeros(len(self.units), dtype=torch.float64) for name in names}
 
     def start_message(self) -> str:
-        """Units, and the memory that they cost on this rank."""
+        """The number of units, and what they cost in memory on this rank."""
         return self._memory_message(states=2, copies=2)
 
     def memory(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Memory | None:
-        """A share of every past task's samples; the first task has none."""
+        """A share of each past task's samples; the first task has no memory."""
         samples = list(past_samples(tasks[:index], self.config.replay_ratio, self._seed))
         config = self.config
         scheduled = config.schedule_over == "all_steps"
@@ -60,12 +59,12 @@ class RecurrentKif(UnitMethod):
         return memory if samples else None
 
     def before_task(self, place: TaskPlace) -> None:
-        """Note how the task's steps alternate."""
+        """Remember how the task's steps alternate."""
         super().before_task(place)
         self._place, self._step = place, -1
 
     def before_forward(self, step: int, batch: Batch) -> None:
-        """Keep the weights where a cycle starts and where it turns to the memory."""
+        """Copy the weights when a cycle starts, and when it turns to the memory."""
         cycles = self._place.cycles
         if cycles is None or step == self._step:  # the step's later micro-batches
             return
@@ -76,11 +75,11 @@ class RecurrentKif(UnitMethod):
             self.turn.keep()
 
     def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """Weigh the loss on the memory."""
+        """Scale the loss on the memory."""
         return loss * self.config.outer_loss_weight if self._outer else loss
 
     def before_update(self) -> None:
-        """Add the penalty's gradient, then take the importance to the task or to the past."""
+        """Add the penalty's gradient, then measure the importance to the task or to the past."""
         if not self._outer:
             super().before_update()
             return
@@ -90,20 +89,18 @@ class RecurrentKif(UnitMethod):
             self._shards.set_learning_rate(self.config.outer_learning_rate)
 
     def after_update(self) -> None:
-        """Fuse at the end of a cycle; that of the task's last one is left to `after_task`."""
+        """Fuse at the end of a cycle; `after_task` does so at the end of the task."""
         super().after_update()
         cycles = self._place.cycles
         if cycles is not None and cycles.ends(self._step) and self._step + 1 < self._place.steps:
             self._fuse()
 
     def update_skipped(self) -> None:
-        """A cycle ends with its last step, whether that has updated anything or not."""
+        """A cycle ends with its last step, even if that step was skipped."""
         self.after_update()
 
     def after_task(self, place: TaskPlace) -> None:
-        """Fuse the last cycle, unless it has no steps on the memory, and start the next task's importances from
-        zero.
-        """
+        """Fuse the last cycle, unless it has no steps on the memory, and reset the importances for the next task."""
         if place.cycles is not None and place.cycles.ends(place.steps - 1):
             self._fuse()
         elif place.cycles is None or place.cycles.outer_steps == 0:
@@ -115,8 +112,9 @@ class RecurrentKif(UnitMethod):
         self._outer = False
 
     def score_tensors(self) -> Mapping[str, torch.Tensor]:
-        """`current` is the task's scores, `accumulated` the past's as the memory showed them; the shares are of the two
-        changes, not of the weights.
+        """Scores for the task (`current`) and, measured on the memory, for the past (`accumulated`), and the shares.
+
+        The shares are those of the two changes, not of the weights.
         """
         return self.scores
 
@@ -133,13 +131,13 @@ class RecurrentKif(UnitMethod):
         }
 
     def _score(self) -> None:
-        """Fill in the unit scores of both kinds of steps (collective)."""
+        """Compute the unit scores of inner and outer steps (collective)."""
         for name, importance in (("current", self.importance), ("accumulated", self.past_importance)):
             self.scores[name].copy_(importance.unit_scores(self.units, self._device))
             self.scores[f"{name}_normalised"].copy_(minmax(self.scores[name]))
 
     def _fuse(self) -> None:
-        """Replace the masters by s + m (i - s) + n (o - i) and publish them (collective)."""
+        """Replace the masters with s + m (i - s) + n (o - i) and publish them (collective)."""
         self._score()
         if self.config.masks == "units":
             self._fuse_units()
@@ -152,27 +150,28 @@ class RecurrentKif(UnitMethod):
             self.past_importance.reset()
 
     def _fuse_units(self) -> None:
-        """One pair of shares for every unit."""
+        """Fuse with one pair of shares m, n per unit."""
         new, old = mask_shares(
             self.scores["current"], self.scores["accumulated"], self.config.threshold, **self._constants()
         )
         self.scores["share_new"].copy_(new)
         self.scores["share_old"].copy_(old)
-        # In two passes, each with one number per unit and one copy: first m i + n (o - i), then + (1 - m) s.
-        self.turn.mix(self.units, old, lambda share, turn, end: share * (end - turn))
-        self._add(self.turn, new)
-        self._add(self.start, 1.0 - new)
+
+        # The masters hold o. `mix` takes one number per unit and one copy, so the sum needs three passes.
+        def add(share: torch.Tensor, weights: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+            return torch.addcmul(total, share, weights)
+
+        self.turn.mix(self.units, old, lambda share, turn, end: share * (end - turn))  # n (o - i)
+        self.turn.mix(self.units, new, add)  # + m i
+        self.start.mix(self.units, 1.0 - new, add)  # + (1 - m) s
 
     def _constants(self) -> dict[str, tuple[float, float]]:
         config = self.config
         both = (config.weight_new, config.weight_old)
         return {"both": both, "neither": (config.weight_neither, 1.0 - config.weight_neither)}
 
-    def _add(self, kept: MixedWeights, shares: torch.Tensor) -> None:
-        kept.mix(self.units, shares, lambda share, weights, sum_: torch.addcmul(sum_, share, weights))
-
     def _fuse_elements(self) -> None:
-        """One pair of shares for every element; a unit's shares are reported as the mean over its elements."""
+        """Fuse with one pair of shares m, n per element; a unit's reported shares are means over its elements."""
         cuts = [
             threshold(importance, self._shards, self.config.threshold, self._device)
             for importance in (self.importance, self.past_importance)
@@ -182,10 +181,8 @@ class RecurrentKif(UnitMethod):
         means = self._unit_means(lambda name: ((at, old) for at, _, old in self._element_shares(name, *cuts)))
         self.scores["share_old"].copy_(means)
         for name, start in self.start.shards.items():
-            master = self._shards.master(name)
-            assert master is not None  # the kept weights lie along the masters
             for at, new, old in self._element_shares(name, *cuts):
-                weights = master.data.narrow(0, at, new.numel())
+                weights = self.start.master(name).narrow(0, at, new.numel())
                 first, turn = (
                     kept.data.narrow(0, at, new.numel()).to(weights.device) for kept in (start, self.turn.shards[name])
                 )
@@ -194,13 +191,13 @@ class RecurrentKif(UnitMethod):
     def _element_shares(
         self, name: str, cut: float, past_cut: float
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Shares of the two changes in the elements that this rank owns of a parameter: (offset, new, old)."""
+        """Yield the shares of this rank's elements of a parameter: (offset, new, old)."""
         pieces = zip(self.importance.element_scores(name), self.past_importance.element_scores(name), strict=True)
         for (at, scores), (_, past) in pieces:
             yield at, *shares_of(scores > cut, past > past_cut, **self._constants())
 
     def _unit_means(self, values: Callable[[str], Iterator[tuple[int, torch.Tensor]]]) -> torch.Tensor:
-        """Mean of elements' values in every unit, `(units,)` float64 (collective)."""
+        """Mean of the elements' values in each unit, `(units,)` float64 (collective)."""
         sums = slice_sums(self._shards, self.units, values, self._device)
         total, count = (torch.zeros(len(self.units), dtype=torch.float64) for _ in range(2))
         for part, slices in zip(self.units.parts.values(), sums, strict=True):

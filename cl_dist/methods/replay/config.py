@@ -13,7 +13,7 @@ from cl_dist.methods.config import MethodConfig, Role, refuse_given, settings
 
 @settings
 class ReplayConfig(MethodConfig):
-    """Replay: samples of past tasks are mixed into every task's own."""
+    """Replay: mixes samples of past tasks into every task's own."""
 
     METHOD: ClassVar[str] = "cl_dist.methods.replay.method:Replay"
     ROLES: ClassVar[Collection[Role]] = (Role.REHEARSES,)
@@ -21,17 +21,17 @@ class ReplayConfig(MethodConfig):
     name: Literal["replay"]
     """Name of the method."""
     policy: Literal["quota", "reservoir"] = "quota"
-    """`quota`: a share of every past task's samples, so that the memory grows with the stream; `reservoir`: a uniform
-    sample of all past samples, of fixed size (Algorithm R)."""
+    """`quota`: a share of each past task's samples, so the memory grows with the stream. `reservoir`: a uniform sample
+    of all past samples, of fixed size (Algorithm R)."""
     ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.02
-    """Share of every past task's training samples that is learnt again, at least one of each (`quota`)."""
+    """`quota`: share of each past task's training samples to train on again, at least one per task."""
     memory_size: PositiveInt | None = None
-    """Samples in the memory, of all past tasks together (`reservoir`, which must be told)."""
+    """`reservoir`: number of samples in the memory, over all past tasks; required."""
 
     def __post_init__(self) -> None:
         """Refuse a reservoir without a size, and settings that only the other policy reads."""
         if self.policy == "reservoir" and self.memory_size is None:
-            raise ValueError("memory_size: missing; policy reservoir needs the number of samples that it may hold")
+            raise ValueError("memory_size: missing; policy reservoir needs the number of samples that it can hold")
         if self.policy == "quota":
             refuse_given(self, "has a meaning for policy reservoir only; policy quota takes ratio", "memory_size")
         else:

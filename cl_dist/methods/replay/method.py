@@ -1,6 +1,6 @@
-"""Replay: samples of past tasks, kept or drawn anew, are mixed into a task's own training.
+"""Replay: samples of past tasks are mixed into a task's own training data.
 
-Which ones follows from the recipe's seed and the samples alone, so nothing of the memory has to be saved.
+They depend only on the recipe's seed and the data, so the memory does not have to be saved.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import torch
 from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.protocol import Method
 from cl_dist.methods.replay.config import ReplayConfig
-from cl_dist.methods.shared.past_samples import past_samples
+from cl_dist.methods.shared.samples import past_samples
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import ShardView
 from cl_dist.tasks.types import Encoded
 
 
 class Replay(Method):
-    """Mixes a memory of past tasks into every task but the first; each epoch goes through both.
+    """Mixes a memory of past tasks into every task but the first; each epoch covers both.
 
     Args:
-        config: The recipe's `method` entry.
+        config: The method's entry in the recipe.
     """
 
     def __init__(self, config: ReplayConfig) -> None:
         super().__init__(config)
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
-        """Note the run's seed."""
+        """Remember the run's seed."""
         self._seed = train.seed
 
     def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
@@ -41,13 +41,14 @@ class Replay(Method):
 
 
 def reservoir(tasks: Sequence[Sequence[Encoded]], size: int, seed: int) -> list[Encoded]:
-    """A uniform sample of all that was seen, kept up to date while it streams by (Vitter 1985, Algorithm R).
+    """A uniform sample of a stream of samples (Vitter 1985, Algorithm R).
 
-    After one more task the memory is what going on from here would make of it: some samples have given way.
+    The memory after one more task is the one that this task's samples make of the memory before it: each of them may
+    replace an older sample.
 
     Args:
-        tasks: The past tasks' training samples, in the order of the stream.
-        size: Most samples that are kept, of all tasks together.
+        tasks: The past tasks' training samples, in stream order.
+        size: Maximum number of samples to keep, over all tasks.
         seed: The run's seed.
     """
     draw = random.Random(derive_seed(seed, "reservoir"))

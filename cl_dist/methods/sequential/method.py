@@ -1,4 +1,4 @@
-"""Plain sequential fine-tuning: nothing is done about forgetting. The lower bound of every table."""
+"""Plain sequential fine-tuning, which does nothing about forgetting: the lower bound of every table."""
 
 from __future__ import annotations
 

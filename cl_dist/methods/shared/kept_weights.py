@@ -8,7 +8,7 @@ from cl_dist.sharding import Shard, ShardView
 
 
 class KeptWeights:
-    """This rank's float32 master weights of some moment, in CPU memory: never twice on the device.
+    """This rank's float32 master weights at some moment. They stay in CPU memory, never as a second copy on the device.
 
     Args:
         shards: The engine's shards.
@@ -21,7 +21,7 @@ class KeptWeights:
             for name in shards.names
             if (master := shards.master(name)) is not None
         }
-        """By parameter name; zeros until `keep`. Parameters of which this rank owns nothing are missing."""
+        """By parameter name; zeros until `keep`. Parameters that this rank owns nothing of are missing."""
 
     @property
     def elements(self) -> int:
@@ -29,17 +29,17 @@ class KeptWeights:
         return sum(shard.data.numel() for shard in self.shards.values())
 
     def keep(self) -> None:
-        """Copy the masters as they are now."""
+        """Copy the current masters."""
         for name, kept in self.shards.items():
             kept.data.copy_(self.master(name))
 
     def put_back(self) -> None:
-        """Replace the masters by what was kept; not yet published."""
+        """Restore the kept weights into the masters, without publishing them."""
         for name, kept in self.shards.items():
             self.master(name).copy_(kept.data)
 
     def swap(self) -> None:
-        """Exchange them with the masters, bit for bit; not yet published."""
+        """Exchange the kept weights and the masters, bit for bit, without publishing them."""
         for name, kept in self.shards.items():
             master = self.master(name)
             now = master.to(kept.data.device, copy=True)

@@ -1,1 +1,1 @@
-"""TaSL, the first version of KIF (arXiv 2408.09857): its settings, since its code is KIF's."""
+"""TaSL, the first version of KIF (arXiv 2408.09857): its settings; the code is KIF's."""

@@ -1,4 +1,4 @@
-"""Settings of TaSL: KIF with other defaults, and no code of its own."""
+"""Settings of TaSL, which is KIF with other defaults."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class TaslConfig(KifConfig):
     name: Literal["tasl"]  # type: ignore[assignment]
     """Name of the method."""
     units: Literal["auto", "matrix", "rank", "row"] = "matrix"
-    """What is scored and fused as one: `matrix` (paper) is a whole parameter, with LoRA each lora_A and each lora_B;
-    `rank`, `row` and `auto` as in kif."""
+    """What is scored and fused as one unit: `matrix` (paper) is a whole parameter, with LoRA each lora_A and each
+    lora_B; `rank`, `row` and `auto` as in kif."""
     order: Literal["first", "second", "mixed"] = "first"
     """Importance of an element with weight w and gradient g: `first` (paper) is abs(w g), `second` its square, `mixed`
     abs(w g - (w g)^2 / 2)."""
     fusion: Literal["adaptive", "hard"] = "hard"
-    """`hard` (paper): masks; important units keep their side's weights; `adaptive` (KIF): shares follow a softmax of
-    the scores."""
+    """`hard` (paper): masks; a unit that is important to one side alone keeps that side's weights. `adaptive` (KIF):
+    shares are a softmax of the scores."""
     orthogonal: Literal["auto"] | NonNegative = 0.0
-    """Weight of the penalty that keeps LoRA's ranks orthogonal; 0 (paper) switches it off, `auto` is 0.1 with LoRA."""
+    """Weight of the penalty that keeps LoRA's ranks orthogonal; 0 (paper) turns it off, `auto` is 0.1 with LoRA."""

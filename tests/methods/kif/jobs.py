@@ -25,7 +25,7 @@ BATCH = 4
 
 
 def save(folder: str, stage: int, units: str) -> dict[str, Any]:
-    """A task, a step of the next one, save; then go on to that task's end."""
+    """Train a task and one step of the next, save, then finish that task."""
     engine, kif = _engine(stage, units)
     _start(engine, 0)
     for step in range(STEPS):
@@ -39,7 +39,7 @@ def save(folder: str, stage: int, units: str) -> dict[str, Any]:
 
 
 def load(folder: str, stage: int, units: str) -> dict[str, Any]:
-    """Load into a fresh engine, and go on to the end of the task."""
+    """Load into a fresh engine and finish the task."""
     engine, kif = _engine(stage, units)
     load_snapshot(Path(folder), engine.shards, engine.method.tensors())
     _start(engine, 1)
@@ -77,7 +77,7 @@ def _step(engine: TrainingEngine, task: int, step: int) -> None:
 
 
 def _state(engine: TrainingEngine, kif: Kif) -> dict[str, list[float]]:
-    """Every element of what KIF keeps along the shards, and the scores."""
+    """All elements of KIF's sharded state, and the scores."""
     kept = {q: together(kif.tensors()[q], engine.shards) for q in ("smoothed", "uncertainty", "fused")}
     flat = {q: torch.cat([t.reshape(-1) for t in tensors.values()]).tolist() for q, tensors in kept.items()}
     return flat | {name: tensor.tolist() for name, tensor in kif.scores.tensors().items()}

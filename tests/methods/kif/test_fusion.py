@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_dist.methods.kif.config import KifConfig
-from cl_dist.methods.kif.fusion import accumulate, adaptive_share, hard_share, important, minmax
-from cl_dist.methods.kif.scores import UnitScores
+from cl_dist.methods.kif.fusion import UnitScores, accumulate, adaptive_share, hard_share, important, minmax
 
 scores = st.lists(st.floats(0, 1e6), min_size=1, max_size=40).map(lambda values: torch.tensor(values).double())
 PAIRS = st.integers(1, 40).flatmap(
@@ -75,7 +74,7 @@ def test_accumulation_weighs_the_past() -> None:
 
 @pytest.mark.parametrize("fusion", ["adaptive", "hard"])
 def test_a_stream_of_equal_scores_stays_defined(fusion: str) -> None:
-    """Never a NaN: untouched units, a single unit, a task in which nothing stands out."""
+    """No NaN for untouched units, a single unit, or a task in which no unit is more important than another."""
     for count in (1, 4):
         held = UnitScores(count, KifConfig(name="kif", fusion=fusion))  # type: ignore[arg-type]
         for index in range(3):

@@ -1,4 +1,4 @@
-"""KIF's state of a task half trained goes back into any number of ranks and any ZeRO stage, and the run goes on."""
+"""KIF's state from the middle of a task loads into any number of ranks and any ZeRO stage, and training continues."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ JOBS = "tests.methods.kif.jobs"
     [("rank", (2, 2), (1, 3)), ("row", (2, 3), (2, 1)), ("matrix", (1, 0), (2, 2))],
     ids=str,
 )
-def test_other_ranks_and_stages_go_on(
+def test_other_ranks_and_stages_continue(
     tmp_path: Path, units: str, saved: tuple[int, int], loaded: tuple[int, int]
 ) -> None:
     folder = str(tmp_path / "state")

@@ -12,7 +12,7 @@ from tests.ranks import run_ranks
 @pytest.fixture(scope="module")
 def reports() -> list[dict[str, Any]]:
     """The two ranks' observations."""
-    return run_ranks("tests.methods.migu_jobs:behaviours", 2, timeout=300)
+    return run_ranks("tests.methods.migu.jobs:behaviours", 2, timeout=300)
 
 
 def published(rows: int) -> int:
@@ -73,16 +73,16 @@ def test_a_bias_follows_its_rows_unless_left_alone(reports: list[dict[str, Any]]
 def test_one_sum_over_ranks_between_forward_and_backward(reports: list[dict[str, Any]]) -> None:
     order = reports[0]["order"]
     assert order["one"] == ["forward", "sum", "backward", "update"]
-    # The boundary's callbacks were put around MIGU's own, so "update" is told before the sum of the exact mask.
+    # The callbacks wrap MIGU's own, so "update" is recorded before the sum of the exact mask.
     assert order["step"] == ["forward", "backward", "forward", "backward", "update", "sum"]
     assert order["micro_batch"] == ["forward", "sum", "backward", "forward", "sum", "backward", "update"]
 
 
-def test_taken_apart_the_model_is_as_before(reports: list[dict[str, Any]]) -> None:
+def test_a_destroyed_engine_leaves_the_model_as_before(reports: list[dict[str, Any]]) -> None:
     assert reports[0]["left_behind"] == []
 
 
-def test_ranks_that_chose_different_rows_are_told_apart(reports: list[dict[str, Any]]) -> None:
+def test_ranks_that_chose_different_rows_are_found(reports: list[dict[str, Any]]) -> None:
     for rank, report in enumerate(reports):
         same, different = report["disagreement"]
         assert same == ""

@@ -1,4 +1,4 @@
-"""Responses kept in few numbers, and the divergence from them."""
+"""Responses in compact form, and the divergence from them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_all_classes_give_the_whole_divergence(top_k: int | None) -> None:
     assert float(ours) == pytest.approx(divergence(logits(0), logits(1)), rel=1e-5)
 
 
-def test_fewer_classes_give_less_and_the_more_the_more() -> None:
+def test_the_divergence_grows_with_the_number_of_classes() -> None:
     sums = [float(divergence_sum(logits(1), respond(logits(0), T, top_k), T)) for top_k in (1, 3, 6, 10)]
     assert sums == sorted(sums)
     # With ten of eleven the rest is one class too.
@@ -54,11 +54,11 @@ def test_a_certain_model_gives_finite_numbers() -> None:
 
 
 @pytest.mark.parametrize("top_k", [None, 4])
-def test_cut_and_joined_they_are_the_same(top_k: int | None) -> None:
+def test_cut_and_joined_responses_are_the_same(top_k: int | None) -> None:
     whole = respond(logits(0), T, top_k)
     pieces = whole.cut([2, 0, 3, 1])
     assert [len(piece.log_probs) for piece in pieces] == [2, 0, 3, 1]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(join(pieces), whole, strict=True))
-    # Each has a memory of its own: none keeps the others alive.
+    # The pieces are copies: none keeps the others alive.
     assert pieces[3].log_probs.untyped_storage().nbytes() == pieces[3].log_probs.numel() * 4
     assert sum(tensor.nbytes for tensor in whole) == 6 * (4 * 11 if top_k is None else 8 * 4 + 4)

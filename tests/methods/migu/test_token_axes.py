@@ -1,4 +1,4 @@
-"""What the two trial batches say of a layer's calls, and which outputs count afterwards."""
+"""What the two trial batches reveal about a layer's calls, and which outputs count afterwards."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_trial_batches_leave_one_reading() -> None:
         ((1, 2 * L1), (1, 2 * L2), Call("table")),  # of as many positions as the batch is long
     ],
 )
-def test_what_a_call_is(first: tuple[int, ...], second: tuple[int, ...], call: Call) -> None:
+def test_the_trials_identify_each_call(first: tuple[int, ...], second: tuple[int, ...], call: Call) -> None:
     assert reading([first], [second]) == (call,)
 
 
@@ -70,7 +70,9 @@ def test_what_a_call_is(first: tuple[int, ...], second: tuple[int, ...], call: C
         ([(B1, 8)], [(B2, 8)], "are not the batch's tokens"),  # padded by the model
     ],
 )
-def test_what_cannot_be_told(first: list[tuple[int, ...]], second: list[tuple[int, ...]], reason: str) -> None:
+def test_outputs_that_fit_no_tokens_have_a_reason(
+    first: list[tuple[int, ...]], second: list[tuple[int, ...]], reason: str
+) -> None:
     assert reason in reading(first, second)
 
 
@@ -96,6 +98,8 @@ def test_which_outputs_count() -> None:
 @pytest.mark.parametrize(
     ("call", "shape"), [(Call("tokens"), (3, 2)), (Call("tokens"), (6,)), (Call("flat"), (5,)), (Call("samples"), (3,))]
 )
-def test_other_shapes_than_the_trial_s_are_an_error_by_name(call: Call, shape: tuple[int, ...]) -> None:
+def test_a_shape_that_differs_from_the_trials_is_an_error_that_names_the_layer(
+    call: Call, shape: tuple[int, ...]
+) -> None:
     with pytest.raises(ClDistError, match=r"layer fc1: outputs of shape .* do not fit a batch of \(2, 3\) tokens"):
         counted(call, torch.Size(shape), MASK, "fc1")

@@ -1,4 +1,4 @@
-"""Rank side of test_migu."""
+"""Rank side of test_method."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.errors import ClDistError
 from cl_dist.methods.composed import Composed
-from cl_dist.methods.migu.agreement import Agreement
 from cl_dist.methods.migu.config import MiguConfig
-from cl_dist.methods.migu.method import Migu
+from cl_dist.methods.migu.method import Agreement, Migu
 from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.training_mode import enable_activation_checkpointing
@@ -23,7 +22,7 @@ STEPS = 3
 
 
 def behaviours() -> dict[str, Any]:
-    """Everything that test_migu asks about, from one start of two ranks."""
+    """Everything that test_method checks, from one start of two ranks."""
     join(timeout_seconds=120)
     return {
         "dense_first_task": _moved_rows(index=0, first_task="dense"),
@@ -90,7 +89,7 @@ def _random() -> dict[str, Any]:
 
 
 def _evaluation() -> float:
-    """What is left in the sums after forwards in evaluation mode."""
+    """The sums after forward passes in evaluation mode."""
     engine, migu = _engine(first_task="masked")
     engine.before_task(TaskPlace(0, "t", STEPS))
     engine.model.eval()

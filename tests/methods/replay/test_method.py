@@ -6,7 +6,7 @@ import pytest
 
 from cl_dist.methods.replay.config import ReplayConfig
 from cl_dist.methods.replay.method import Replay, reservoir
-from cl_dist.methods.shared.past_samples import past_samples
+from cl_dist.methods.shared.samples import past_samples
 from cl_dist.tasks.types import Encoded
 
 TASKS = [[Encoded(index, [task], [task]) for index in range(count)] for task, count in enumerate((50, 7, 100))]
@@ -33,23 +33,23 @@ class TestQuota:
 
 
 class TestReservoir:
-    def test_it_holds_all_there_is_until_it_is_full(self) -> None:
+    def test_it_holds_all_samples_until_it_is_full(self) -> None:
         assert reservoir([], 10, seed=1) == []
         assert reservoir(TASKS[:2], 57, seed=1) == [*TASKS[0], *TASKS[1]]
         assert len(reservoir(TASKS, 57, seed=1)) == 57
 
-    def test_it_is_a_function_of_the_seed_and_goes_on_from_task_to_task(self) -> None:
+    def test_it_follows_from_the_seed_and_continues_from_task_to_task(self) -> None:
         early, late = reservoir(TASKS[:2], 20, seed=1), reservoir(TASKS, 20, seed=1)
         assert late == reservoir(TASKS, 20, seed=1)
         assert late != reservoir(TASKS, 20, seed=2)
         assert len(set(places(late))) == 20, "a sample twice"
-        # What has not given way to the last task's samples stands where it stood.
+        # Samples that the last task has not displaced keep their positions.
         stayed = [position for position, sample in enumerate(late) if sample.input_ids != [2]]
         assert stayed
         assert [late[position] for position in stayed] == [early[position] for position in stayed]
 
     def test_every_sample_is_kept_with_the_same_probability(self) -> None:
-        """Over many seeds each of 60 samples is in a memory of 12 one time in five, the first and the last too."""
+        """Over many seeds, each of 60 samples is in a memory of 12 one time in five, even the first and the last."""
         streams = [[Encoded(index, [task], [task]) for index in range(20)] for task in range(3)]
         seeds = 4000
         kept = Counter(place for seed in range(seeds) for place in places(reservoir(streams, 12, seed)))

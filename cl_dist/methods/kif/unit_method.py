@@ -1,0 +1,148 @@
+"""What KIF, TaSL and Recurrent-KIF share: skill units, their importance, the penalty on LoRA's ranks, score files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from cl_dist.config.schema import TrainConfig
+from cl_dist.methods.kif.config import UnitConfig
+from cl_dist.methods.kif.importance import Importance
+from cl_dist.methods.kif.units import UnitMap
+from cl_dist.methods.protocol import Method, TaskPlace
+from cl_dist.methods.shared.matrices import WholeMatrices
+from cl_dist.models.lora import LORA_A, LORA_B
+from cl_dist.models.tracked import row_layouts
+from cl_dist.sharding import Shard, ShardView, SteppedGradients
+from cl_dist.state.atomic import make_folder, replacing, write_text
+from cl_dist.state.run_folder import TaskFolder
+
+
+class UnitMethod(Method):
+    """A method that scores skill units during training.
+
+    Args:
+        config: The method's entry in the recipe.
+    """
+
+    def __init__(self, config: UnitConfig) -> None:
+        super().__init__(config)
+        self.config: UnitConfig
+        self.keeps_unfused = config.keep_unfused
+
+    def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
+        """Divide the model into units and allocate zero importance along the shards, also for a rebuilt engine."""
+        config, self._lora = self.config, any(LORA_A in name for name in shards.names)
+        self._shards, self._device, self._seed = shards, next(model.parameters()).device, train.seed
+        shapes = {name: tuple(shards.shape(name)) for name in shards.names}
+        self.units = UnitMap.build(shapes, config.units_for(self._lora), row_layouts(model))
+        self.importance = Importance(shards, config.importance_dtype)
+        self._stepped = SteppedGradients(shards, self._take_stepped) if config.importance_at == "after_update" else None
+        self._measured: Importance | None = None
+        """Receives the step's importance once the optimiser has stepped."""
+
+    def detach(self) -> None:
+        """Remove the hook from the optimiser."""
+        if self._stepped is not None:
+            self._stepped.remove()
+
+    def before_task(self, place: TaskPlace) -> None:
+        """Set up the penalty, whose weight may differ from task to task."""
+        self._orthogonality = Orthogonality(self._shards, self.config.orthogonal_for(self._lora), self._device)
+
+    def before_update(self) -> None:
+        """Add the penalty's gradient, then measure the step's importance."""
+        self._orthogonality.add_gradient()
+        self._take_importance(self.importance)
+
+    def _take_importance(self, importance: Importance) -> None:
+        """Update `importance` with this step: now, or once the optimiser has stepped."""
+        if self._stepped is None:
+            importance.update(self.config)
+        else:
+            self._measured = importance
+
+    def _take_stepped(self, gradients: Mapping[str, Shard]) -> None:
+        if self._measured is not None:
+            self._measured.update_stepped(gradients, self.config)
+
+    def after_update(self) -> None:
+        """The step's importance is complete."""
+        self._measured = None
+
+    def write_results(self, folder: Path) -> None:
+        """Write units and scores into the task's folder."""
+        write_scores(folder, self.units, self.score_tensors())
+
+    def score_tensors(self) -> Mapping[str, torch.Tensor]:
+        """The last task's scores by name, `(units,)` float64 each, live."""
+        raise NotImplementedError
+
+    def _scores_to_save(self) -> dict[str, Shard]:
+        """The scores as a part of the saved state; every rank holds all of them."""
+        return {name: Shard(0, tensor) for name, tensor in self.score_tensors().items()}
+
+    def _memory_message(self, states: int, copies: int) -> str:
+        """What this rank spends on `states` pairs of importance and deviation and on `copies` of the weights."""
+        owned, first = self.importance.elements, next(iter(self.units.names), "")
+        each = states * self.importance.bytes_per_element
+        weights = "the previous task's weights" if copies == 1 else f"{copies} copies of the weights"
+        return (
+            f"{self.config.name}: {len(self.units)} skill units ({first} is the first); importance takes "
+            f"{each * owned} bytes on this rank ({each} for each of its {owned} parameters), "
+            f"{weights} {4 * copies * owned} bytes of CPU memory"
+        )
+
+
+def write_scores(folder: Path, units: UnitMap, scores: Mapping[str, torch.Tensor]) -> None:
+    """Write units.json (see `UnitMap.as_json`) and unit_scores.safetensors (`scores`, by name), in the same order.
+
+    Anyone can recompute a task's fusion from them.
+
+    Raises:
+        ClDistError: The disk is full; older files are intact.
+    """
+    make_folder(folder)
+    write_text(TaskFolder(folder).units, units.as_text())
+    with replacing(TaskFolder(folder).unit_scores) as temporary:
+        save_file(dict(scores), temporary)
+
+
+class Orthogonality:
+    """The penalty that keeps LoRA's ranks orthogonal (KIF, arXiv 2408.05200), as a gradient added to the shards.
+
+    `strength * mean over LoRA matrices of ||A A^T - I||_F` (for lora_B `||B^T B - I||_F`), on the float32 masters.
+
+    Args:
+        shards: The engine's shards.
+        strength: The penalty's weight (lambda).
+        device: Where collectives run.
+    """
+
+    def __init__(self, shards: ShardView, strength: float, device: torch.device) -> None:
+        self._strength = strength
+        matrices = {name: LORA_A in name for name in shards.names if LORA_A in name or LORA_B in name}
+        wanted = {name: is_a for name, is_a in matrices.items() if strength > 0 and len(shards.shape(name)) == 2}
+        self._matrices = WholeMatrices(shards, wanted, device)
+
+    @torch.no_grad()
+    def add_gradient(self) -> None:
+        """Add the penalty's gradient to the reduced gradients (collective)."""
+        if not len(self._matrices):
+            return
+        gradients = {
+            (is_a, shape): _norm_gradients(matrices) if is_a else _norm_gradients(matrices.mT).mT
+            for (is_a, shape), matrices in self._matrices.gather().items()
+        }
+        self._matrices.add_gradients(gradients, self._strength / len(self._matrices))
+
+
+def _norm_gradients(matrices: torch.Tensor) -> torch.Tensor:
+    """Gradient of ||M||_F, M = A A^T - I, for each A of `(count, r, n)`: 2 M A / ||M||_F, or 0 if A is orthonormal."""
+    gram = matrices @ matrices.mT
+    gram.diagonal(dim1=1, dim2=2).sub_(1.0)
+    norm = torch.linalg.matrix_norm(gram, keepdim=True)
+    return torch.where(norm > 0, 2.0 * (gram @ matrices) / norm, 0.0)

@@ -1,0 +1,45 @@
+"""Samples beyond a task's own steps: what is drawn from past tasks, and how many can be measured at once."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from cl_dist.config.schema import TrainConfig
+from cl_dist.errors import BadInput
+from cl_dist.seeds import derive_seed
+from cl_dist.tasks.types import Encoded
+
+
+def past_samples(tasks: Sequence[Sequence[Encoded]], ratio: float, seed: int) -> Iterator[Encoded]:
+    """Draw a share of each past task's samples, at least one per task. Every later task gets the same samples.
+
+    They follow from the seed and the data alone, so nothing has to be saved.
+
+    Args:
+        tasks: The past tasks' training samples, in stream order.
+        ratio: Share in [0, 1]; 0 draws nothing.
+        seed: The run's seed; together with a task's position it determines the draw.
+    """
+    for position, samples in enumerate(tasks):
+        count = min(len(samples), math.ceil(ratio * len(samples)))
+        yield from random.Random(derive_seed(seed, "replay", position)).sample(list(samples), count)
+
+
+def global_batch(train: TrainConfig) -> int:
+    """Samples of a full optimiser step over all ranks."""
+    return train.micro_batch_size * train.gradient_accumulation * torch.distributed.get_world_size()
+
+
+def check_fits_a_step(setting: str, samples: int, train: TrainConfig) -> None:
+    """Raise BadInput if `method.<setting>` measures more samples at once than an optimiser step has memory for."""
+    largest = global_batch(train)
+    if samples > largest:
+        raise BadInput(
+            f"method.{setting}: {samples} is more than the {largest} samples of an optimiser step "
+            "(train.micro_batch_size * train.gradient_accumulation * ranks), the most that can be measured at once; "
+            f"allowed: 1 to {largest}"
+        )
