@@ -1,8 +1,8 @@
-"""A recipe's tasks as their formats see them: which settings belong to whom.
+"""Separates the settings that all tasks have from those of their formats.
 
-In a recipe the settings that all tasks have (`TaskConfig`) and those of a task's format stand side by side. Validation
-parts them: the format's own go into an instance of its class, `TaskConfig.reader`, and what a format has in `stream`
-goes into `StreamConfig.shared`. Serialisation puts them side by side again.
+A recipe writes both in one mapping. Validation separates them: a format's own settings of a task go into an instance of
+its class, `TaskConfig.reader`, and its settings for the whole stream into `StreamConfig.shared`. Serialisation joins
+them again.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from cl_dist.tasks.formats.format import Format, OwnSettings, StreamSettings, de
 Own = TypeVar("Own", bound=OwnSettings)
 
 EXPLAINED = "explained"
-"""Type of pydantic errors whose message is the whole sentence but for the setting's key (`config.problems`)."""
+"""Type of pydantic errors whose message only lacks the setting's key (which `config.problems` adds)."""
 
 
 def allowed_names() -> str:
-    """What `format` may be, in words."""
-    return f"{', '.join(format_names())}, or module:Class for one of your own"
+    """The values that `format` may have, in words."""
+    return f"{', '.join(format_names())}, or module:Class for your own"
 
 
 def summaries() -> str:
-    """What the built-in formats are, in words."""
+    """The built-in formats and what each is for, in words."""
     return f"{'; '.join(f'`{name}`: {cls.summary}' for name, cls in builtin_formats().items())}."
 
 
 def check_format(name: str, setting: str) -> str:
-    """`name`, once it is known to be a format's; a pydantic error that says what is allowed otherwise."""
+    """Return `name` if a format has it. Raises pydantic's error otherwise, which says what is allowed."""
     if find_format(name, setting) is None:
         similar = did_you_mean(name, format_names())
         raise _explained(f"{show(name)} is not allowed; allowed: {allowed_names()}{similar}")
@@ -45,15 +45,16 @@ def check_format(name: str, setting: str) -> str:
 
 
 def part(data: Any, cls: type, own: str) -> Any:
-    """What a component `cls` is made from, with all that is none of its own settings put together under the key `own`.
+    """The input of component `cls` with every setting that is not one of its fields moved into a mapping under `own`.
 
-    `data` is a mapping, or what the class was called with; anything else is returned as it is.
+    `data` is a mapping, or the arguments of a call. Anything else is returned unchanged, for validation to refuse.
     """
     given = data.kwargs if isinstance(data, ArgsKwargs) else data
     if not isinstance(given, Mapping) or (isinstance(data, ArgsKwargs) and data.args):
         return data
     names = {field.name for field in dataclasses.fields(cls)}
-    # Python's validation, which strictly takes no list for a tuple, goes on here, also where JSON was read.
+    # From here on pydantic validates Python objects, even if the recipe came from JSON, and then strictly refuses a
+    # list for a tuple.
     common = {key: tuple(value) if isinstance(value, list) else value for key, value in (given or {}).items()}
     rest = {key: common.pop(key) for key in list(common) if key not in names}
     if rest or own not in common:
@@ -64,8 +65,13 @@ def part(data: Any, cls: type, own: str) -> Any:
 def make_reader(name: str, given: Any, common: type, *, strict: bool) -> Format:
     """The format `name` with the settings of one task.
 
-    given: The settings, or an instance of the format. common: The class of the settings that all tasks have. strict:
-    They were read from JSON. Raises ValueError, or pydantic's, for settings that it does not take.
+    Args:
+        name: A known format.
+        given: The settings, or an instance of the format.
+        common: The class of the settings that all tasks have.
+        strict: Whether the settings come from JSON and are checked as strictly.
+
+    Raises ValueError, or pydantic's ValidationError, for settings that the format does not have.
     """
     cls = find_format(name, "stream.tasks[].format")
     assert cls is not None
@@ -80,9 +86,7 @@ def make_reader(name: str, given: Any, common: type, *, strict: bool) -> Format:
 def make_shared(
     classes: Mapping[str, type[Format]], given: Any, common: type, *, strict: bool
 ) -> tuple[StreamSettings, ...]:
-    """What the formats of a stream's tasks, `classes` by name, have in `stream` (arguments and errors as for
-    `make_reader`).
-    """
+    """The stream settings of the formats in `classes`, by name. Other arguments and errors are as in `make_reader`."""
     used = {name: cls.STREAM for name, cls in classes.items() if cls.STREAM is not None}
     if not isinstance(given, Mapping):
         kept = {type(each): each for each in given}
@@ -104,32 +108,31 @@ def make_shared(
 
 
 def side_by_side(common: Mapping[str, Any], own: Sequence[OwnSettings], *, in_stream: bool) -> dict[str, Any]:
-    """A task's settings, or (`in_stream`) a stream's, as JSON types: the common ones and the formats' own.
-
-    As in every release, those of built-in formats that are not used are there with their defaults.
-    """
-    unused = (cls.STREAM or StreamSettings if in_stream else cls for cls in builtin_formats().values())
-    found = {key: value for cls in unused for key, value in defaults_of(cls).items()}
+    """The settings of a task, or of a stream (`in_stream`), as JSON types: the common ones and the formats' own."""
+    # config.yaml has always contained the settings of all built-in formats; unused ones have their defaults.
+    builtin = (cls.STREAM or StreamSettings if in_stream else cls for cls in builtin_formats().values())
+    found = {key: value for cls in builtin for key, value in defaults_of(cls).items()}
     for settings in own:
         found |= TypeAdapter(type(settings)).dump_python(settings, mode="json")
     return {**common, **found}
 
 
 def describe_unread(config: Any, formats: Mapping[str, type[Format]]) -> str | None:
-    """`setting: value has a meaning for ... only` for the first general setting of the stream `config` (a dataclass)
-    that differs from its default and that none of the `formats` uses; None where each is used.
+    """A sentence about the first setting in `config`, a StreamConfig, that none of its `formats` reads.
+
+    Settings with their default value do not count. None: there is no such setting.
     """
     everything = {**dict(known_formats()), **formats}
     for field in dataclasses.fields(config):
         users = [name for name, cls in everything.items() if field.name in cls.USES]
         value = getattr(config, field.name)
         if users and value != field.default and not set(users) & set(formats):
-            return _meant_for(field.name, value, users, sorted(formats))
+            return _read_by_others(field.name, value, users, sorted(formats))
     return None
 
 
 def format_inputs() -> set[str]:
-    """The keys of formats' settings that only say where and how data is read."""
+    """Keys of the formats' settings that only say where and how data is read, so that a resumed run may change them."""
     keys = set()
     for _, cls in known_formats():
         for prefix, owner in (("stream.tasks[].", cls), ("stream.", cls.STREAM or StreamSettings)):
@@ -143,10 +146,15 @@ def _sorted_out(
     others: Sequence[tuple[str, type[OwnSettings]]],
     formats: Sequence[str],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings that one of the classes `used` has, and those that no class has.
+    """Sort the `given` settings into those of the classes `used`, and those that no class has.
 
-    A setting of one of the `others`, which are given with their format's name, is dropped where it has its default: the
-    config.yaml of earlier releases spells the settings of all formats out. Raises ValueError for any other value.
+    Args:
+        given: Settings by name.
+        used: The settings classes in use.
+        others: The classes of other formats, with the formats' names.
+        formats: Names of the formats in use, for messages.
+
+    Raises ValueError for a setting of another format.
     """
     own, unknown = {}, {}
     for key, value in given.items():
@@ -155,37 +163,31 @@ def _sorted_out(
             own[key] = value
         elif not owners:
             unknown[key] = value
+        # A default value is dropped: config.yaml has the settings of all built-in formats, used or not.
         elif value != defaults_of(owners[0][1])[key]:
-            _refuse_unread(key, value, owners, formats)
+            cls = owners[0][1]
+            if issubclass(cls, StreamSettings):  # its own check may give a better reason
+                _built(cls, {key: value}, {}, strict=False).check(formats)
+            raise ValueError(_read_by_others(key, value, [name for name, _ in owners], formats))
     return own, unknown
 
 
-def _refuse_unread(
-    key: str, value: Any, owners: Sequence[tuple[str, type[OwnSettings]]], formats: Sequence[str]
-) -> None:
-    """Raise ValueError for a setting of other formats than the ones that are used."""
-    cls = owners[0][1]
-    if issubclass(cls, StreamSettings):  # it may know a better reason
-        _built(cls, {key: value}, {}, strict=False).check(formats)
-    raise ValueError(_meant_for(key, value, [name for name, _ in owners], formats))
-
-
-def _meant_for(key: str, value: Any, owners: Sequence[str], formats: Sequence[str]) -> str:
+def _read_by_others(key: str, value: Any, owners: Sequence[str], formats: Sequence[str]) -> str:
     readers = f"format{'s' if len(owners) > 1 else ''} {listed(owners, last='and')}"
-    return f"{key}: {show(value)} has a meaning for {readers} only, not {listed(formats, last='and')}"
+    return f"{key}: {show(value)} is read by {readers} only, not by {listed(formats, last='and')}"
 
 
 def _refuse_clash(name: str, cls: type[OwnSettings], common: type) -> None:
     clash = set(defaults_of(cls)) & {field.name for field in dataclasses.fields(common)}
     if clash:
-        raise PluginError(f"format {name}: every format has a setting {min(clash)}; give its own another name")
+        raise PluginError(f"format {name}: {min(clash)} is a setting of every format; rename the format's own setting")
 
 
 def _built(cls: type[Own], own: Mapping[str, Any], unknown: Mapping[str, Any], *, strict: bool) -> Own:
-    """An instance; every setting that it does not take is reported at once."""
+    """An instance of `cls`. The error names every wrong and every unknown setting at once."""
     try:
         adapter = TypeAdapter(cls)
-        # Through JSON, for the reason that `load` has.
+        # Strict validation needs JSON here for the same reason as in `load`.
         made = adapter.validate_json(json.dumps(own), strict=True) if strict else adapter.validate_python(dict(own))
     except ValidationError as error:
         _refuse(cls, unknown, error)
@@ -195,14 +197,16 @@ def _built(cls: type[Own], own: Mapping[str, Any], unknown: Mapping[str, Any], *
 
 
 def _refuse(cls: type[OwnSettings] | None, unknown: Mapping[str, Any], error: ValidationError | None = None) -> None:
-    """Raise pydantic's error, if there is anything to raise, in a form that `config.problems` has sentences for."""
+    """Raise all problems, if there are any, as one error of pydantic that `config.problems` can put into sentences."""
     problems = [
         InitErrorDetails(type="unexpected_keyword_argument", loc=(key,), input=value) for key, value in unknown.items()
     ]
     for problem in error.errors(include_url=False) if error is not None else ():
         assert cls is not None
-        if not problem["loc"]:  # a sentence of its `__post_init__`
-            problems.append(InitErrorDetails(type=_as_custom(problem), loc=(), input=problem["input"]))
+        if not problem["loc"]:  # raised by `__post_init__`, whose sentence is complete
+            reason = str(problem.get("ctx", {}).get("error", problem["msg"]))
+            custom = PydanticCustomError("value_error", "{error}", {"error": reason})
+            problems.append(InitErrorDetails(type=custom, loc=(), input=problem["input"]))
             continue
         key = str(problem["loc"][0])
         sentence = _sentence(cls, key, problem["type"], problem["input"])
@@ -211,17 +215,12 @@ def _refuse(cls: type[OwnSettings] | None, unknown: Mapping[str, Any], error: Va
         raise ValidationError.from_exception_data("format", problems)
 
 
-def _as_custom(problem: Mapping[str, Any]) -> PydanticCustomError:
-    reason = str(problem.get("ctx", {}).get("error", problem["msg"]))
-    return PydanticCustomError("value_error", "{error}", {"error": reason})
-
-
 def _explained(sentence: str) -> PydanticCustomError:
     return PydanticCustomError(EXPLAINED, "{sentence}", {"sentence": sentence})
 
 
 def _sentence(cls: type[OwnSettings], key: str, kind: str, value: Any) -> str:
-    from cl_dist.config.fields import allowed_for, describe, info_of  # which themselves read the schema
+    from cl_dist.config.fields import allowed_for, describe, info_of  # imported late, because it imports the schema
 
     info = info_of(cls)[key]
     allowed = allowed_for(describe(info.annotation, info.metadata), value)

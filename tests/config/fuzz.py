@@ -206,8 +206,8 @@ BY_KIND = {
     "a whole number": ["1", "2", "3", "8", "100", "2147483648", "9223372036854775807", "1" + "0" * 18, "1" + "0" * 30],
     "a number": ["0.1", "0.5", "1", "20", "1e-3", "1e308", "5e-324"],
     "null": ["null"],
-    "a text": ["x", "mine", "input", "output", "builtin:llama-tiny", "builtin:t5-tiny", "'~/x'", "~no_user/x", "a/b"],
-    "a list of texts": ["[x]", "[y, n]", "[mine]", "[first]", "[q_proj, v_proj]"],
+    "a string": ["x", "mine", "input", "output", "builtin:llama-tiny", "builtin:t5-tiny", "'~/x'", "~no_user/x", "a/b"],
+    "a list of strings": ["[x]", "[y, n]", "[mine]", "[first]", "[q_proj, v_proj]"],
     "a mapping of settings": [
         "{}",
         "{r: 4}",

@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from cl_dist.config import schema
-from cl_dist.config.explain import explain
-from cl_dist.config.fields import Setting, info_of, settings_of
+from cl_dist.config.fields import Setting, explain, info_of, settings_of
 from cl_dist.config.ranges import Choices
 from cl_dist.config.schema import Recipe
 from cl_dist.methods.catalogue import built_in
@@ -39,7 +38,7 @@ def test_no_component_of_the_schema_is_left_out() -> None:
 
 def test_a_setting_of_formats_says_whose_it_is() -> None:
     assert (
-        "stream.tasks[].input_field\n    a text (default: input)\n"
+        "stream.tasks[].input_field\n    a string (default: input)\n"
         "    Formats huggingface and jsonl: Field of a record with the prompt.\n" in explain()
     )
     assert " How the data is stored. `builtin`: generated; `cl_benchmark`: O-LoRA, MIGU; `huggingface`: " in explain()
@@ -49,8 +48,8 @@ def test_a_setting_of_formats_says_whose_it_is() -> None:
 @pytest.mark.parametrize(
     ("key", "allowed", "default"),
     [
-        ("model.name_or_path", "a text", None),
-        ("model.lora.target_modules", "a list of texts, or all-linear", "all-linear"),
+        ("model.name_or_path", "a string", None),
+        ("model.lora.target_modules", "a list of strings, or all-linear", "all-linear"),
         ("train.max_steps_per_task", "a whole number, at least 1, or null", "null"),
         ("train.learning_rate", "a number, above 0", "0.0001"),
         ("train.seed", "a whole number, at least 0, below 2147483648", "42"),
@@ -60,7 +59,7 @@ def test_a_setting_of_formats_says_whose_it_is() -> None:
         ("method(tasl).threshold", "a number, at least 0, at most 100", "20.0"),
         ("method[]", "a list of mappings", "sequential"),
         ("stream.tasks[]", "a list of mappings", ""),
-        ("stream.tasks[].name", "a text, at least 1 character, at most 100 characters", None),
+        ("stream.tasks[].name", "a string, at least 1 character, at most 100 characters", None),
         ("eval", "a mapping of settings", ""),
     ],
 )

@@ -53,8 +53,8 @@ def test_what_is_no_file_is_not_opened(kind: str, tmp_path: Path, monkeypatch: p
         ("a" * 300, r"the path a{300} cannot be used: File name too long"),
         ("a/" * 3000, "cannot be used: File name too long"),
         ("loop", "the path loop cannot be used: Too many levels of symbolic links"),
-        ("a\0b", r"the path a\\0b cannot be used: it holds a character that no path can have"),
-        ("a\ud800b", r"the path a\\ud800b cannot be used: it holds a character that no path can have"),
+        ("a\0b", r"the path a\\0b cannot be used: it contains a character that no path can have"),
+        ("a\ud800b", r"the path a\\ud800b cannot be used: it contains a character that no path can have"),
     ],
 )
 def test_a_path_that_the_system_refuses(
@@ -84,7 +84,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
 def test_expand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert expand("~/data", "stream.root") == Path("/home/me/data")
-    with pytest.raises(BadInput, match=r"stream.root: ~nobody-here: no home folder of a user 'nobody-here'"):
+    with pytest.raises(BadInput, match=r"stream.root: ~nobody-here: there is no user 'nobody-here'"):
         expand("~nobody-here", "stream.root")
 
 

@@ -230,7 +230,7 @@ class TestHome:
 
     @pytest.mark.parametrize("key", KEYS)
     def test_an_unknown_user_is_refused(self, key: str, tmp_path: Path) -> None:
-        with pytest.raises(BadInput, match=f"^{key}: ~no_such_user/x: no home folder of a user 'no_such_user'"):
+        with pytest.raises(BadInput, match=f"^{key}: ~no_such_user/x: there is no user 'no_such_user'"):
             self.load(key, "~no_such_user/x", tmp_path)
 
     @pytest.mark.parametrize("key", KEYS[1:])

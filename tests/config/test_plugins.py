@@ -86,7 +86,7 @@ def test_what_is_installed_is_never_shadowed(tmp_path: Path) -> None:
         load_plugins(["yaml"])
         assert written_out(["yaml"], []) == ("yaml",)
         assert str(tmp_path) not in sys.path
-        with pytest.raises(PluginError, match=r"yaml\.py: the name yaml belongs to module yaml .*rename the file"):
+        with pytest.raises(PluginError, match=r"yaml\.py: module yaml .* already has the name yaml; rename the file"):
             load_plugins([str(path)])
 
 
@@ -111,7 +111,7 @@ def test_the_folder_comes_last_and_only_where_a_plugin_lies_in_it(tmp_path: Path
         ("broken:Mine", r"broken: importing it raised ZeroDivisionError: division by zero"),
         ("needing:Mine", r"needing: importing it raised ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("ending:Mine", r"ending: importing it raised SystemExit: 3"),
-        ("lib/none.py:Mine", r"lib/none.py: there is no such file"),
+        ("lib/none.py:Mine", r"lib/none.py: this file does not exist"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(name: str, message: str, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_the_stored_recipe_of_a_project_that_was_moved_means_the_module_that_is_
     stored = write(tmp_path / "config.yaml", dump_recipe(recipe))
     old.unlink()
     plugins._loaded.clear()
-    with pytest.raises(PluginError, match="there is no such file"):
+    with pytest.raises(PluginError, match="this file does not exist"):
         stored_recipe(stored)
     plugins._loaded["own_module"] = sys.modules["own_module"]
     assert stored_recipe(stored) == recipe
@@ -162,7 +162,7 @@ def test_the_stored_recipe_of_a_project_that_was_moved_means_the_module_that_is_
 @pytest.mark.parametrize(
     ("listed", "message"),
     [
-        ("own_module", r"plugins: \"own_module\" is not allowed; allowed: a list of texts"),
+        ("own_module", r"plugins: \"own_module\" is not allowed; allowed: a list of strings"),
         ([3], r"plugins.0: 3 is not allowed"),
         (["a-b"], r'plugins: "a-b" is not the name of a module'),
     ],

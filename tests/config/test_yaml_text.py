@@ -43,9 +43,9 @@ BROKEN = [
         "line 2: the tag tag:yaml.org,2002:python/object/apply:os.system",
     ),
     ("a: !!binary aGk=", "line 1: the tag tag:yaml.org,2002:binary is not allowed"),
-    ("1: 2", "line 1: the key 1 is not a text"),
-    ("true: 2", "line 1: the key true is not a text"),
-    ("[a]: 2", "line 1: a key is not a text"),
+    ("1: 2", "line 1: the key 1 is not a string"),
+    ("true: 2", "line 1: the key true is not a string"),
+    ("[a]: 2", "line 1: a key is not a string"),
     ("a: [1", "line 1: expected ',' or ']'"),
     ("a: 1\n\tb: 2", "line 2: found character '\\t'"),
     ("a: 1\n---\nb: 2", "line 2: but found another document"),
@@ -54,7 +54,7 @@ BROKEN = [
     ("a: !!float x", "line 1: x is not usable as a number"),
     ("a: !!bool maybe", "line 1: maybe is not usable as true or false"),
     ("a: " + "9" * 5000, "is not usable as a whole number"),
-    ("a: !!map 3", "line 1: tagged as a mapping, but it is none"),
+    ("a: !!map 3", "line 1: tagged as a mapping, but it is not one"),
     ("[" * 600, "nested too deeply"),
 ]
 
@@ -104,9 +104,9 @@ def test_of_several_merged_mappings_the_first_one_counts(text: str, value: dict[
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('a: "\\ud800"', "line 1: \\ud800 is not usable as a text"),
-        ('a: "x\\0"', "line 1: x\\0 is not usable as a text"),
-        ('"\\udfff": 1', "line 1: \\udfff is not usable as a text"),
+        ('a: "\\ud800"', "line 1: \\ud800 is not usable as a string"),
+        ('a: "x\\0"', "line 1: x\\0 is not usable as a string"),
+        ('"\\udfff": 1', "line 1: \\udfff is not usable as a string"),
         ("a: 0x" + "f" * 5000, "is not usable as a whole number"),
         ("a: {<<: 3}", "line 1: expected a mapping or list of mappings for merging"),
         ("[" * 60 + "]" * 60, "nested too deeply"),

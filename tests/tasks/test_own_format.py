@@ -73,9 +73,9 @@ def test_the_stored_recipe_is_found_from_anywhere(tmp_path: Path) -> None:
     ("task", "message"),
     [
         ({"seperator": "|"}, r"^stream\.tasks\.0\.seperator: unknown key; did you mean separator\?$"),
-        ({"separator": 3}, r"^stream\.tasks\.0\.separator: 3 is not allowed; allowed: a text \(in quotes"),
+        ({"separator": 3}, r"^stream\.tasks\.0\.separator: 3 is not allowed; allowed: a string \(in quotes"),
         ({"separator": " "}, r'^stream\.tasks\.0\.separator: " " is blank; allowed: any other text$'),
-        ({"streaming": True}, r"^stream\.tasks\.0\.streaming: true has a meaning for format huggingface only, not"),
+        ({"streaming": True}, r"^stream\.tasks\.0\.streaming: true is read by format huggingface only, not by"),
         ({"format": "pairs:Pears"}, r'tasks\[\]\.format: pairs:Pears: .*no class "Pears".* did you mean Pairs\?'),
         ({"format": "pears:Pairs"}, r'stream\.tasks\[\]\.format: no module "pears" is installed or in '),
         ({"format": "pairs:Path"}, r"pairs:Path is not a format; .* from cl_dist\.tasks\.formats\.Format"),
@@ -109,7 +109,7 @@ def test_a_setting_that_every_task_has_cannot_be_a_formats_own(tmp_path: Path) -
     (tmp_path / "clashing_pairs.py").write_text(
         CODE.replace("separator: str =", 'labels: str = ""\n    separator: str =')
     )
-    with pytest.raises(BadInput, match="clashing_pairs:Pairs: every format has a setting labels; give its own another"):
+    with pytest.raises(BadInput, match="clashing_pairs:Pairs: labels is a setting of every format; rename the"):
         load_recipe(str(path))
 
 
@@ -221,7 +221,7 @@ def test_a_new_file_is_a_new_format(tmp_path: Path) -> None:
 import sys, pathlib, cl_dist.tasks.formats as formats
 folder = pathlib.Path(sys.argv[1]); formats.__path__.append(str(folder))
 (folder / "pairs.py").write_text({CODE!r}.replace('    separator: str', '    name = "pairs"\\n    separator: str', 1))
-from cl_dist.config.explain import explain
+from cl_dist.config.fields import explain
 from cl_dist.config.schema import TaskConfig
 print(TaskConfig(name="a", format="pairs", path="x", separator=";").reader)
 print(explain())
@@ -229,4 +229,4 @@ print(explain())
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Pairs(separator=';')")
-    assert "stream.tasks[].separator\n    a text (default: |)\n    Format pairs: What stands between" in done.stdout
+    assert "stream.tasks[].separator\n    a string (default: |)\n    Format pairs: What stands between" in done.stdout

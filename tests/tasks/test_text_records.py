@@ -69,9 +69,9 @@ def test_a_saved_set_is_read_where_it_lies(tmp_path: Path) -> None:
     [
         (
             {"format": "jsonl", "streaming": True},
-            "streaming: true has a meaning for format huggingface only, not jsonl",
+            "streaming: true is read by format huggingface only, not by jsonl",
         ),
-        ({"format": "trace", "text_field": "t"}, 'text_field: "t" has a meaning for formats huggingface and jsonl'),
+        ({"format": "trace", "text_field": "t"}, 'text_field: "t" is read by formats huggingface and jsonl'),
     ],
 )
 def test_settings_that_nothing_would_read(settings: dict[str, Any], message: str) -> None:
