@@ -63,8 +63,7 @@ def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...
     from cl_dist.evaluation.rouge_tokens import rouge_tokenizer
     from cl_dist.models.check import check_chat_template, check_model_config, check_positions, known_objective
     from cl_dist.tasks.encode import check_kind
-    from cl_dist.tasks.stream import load_stream
-    from cl_dist.tasks.warmup import check_warmup
+    from cl_dist.tasks.stream import check_warmup, load_stream
 
     tasks = load_stream(recipe.stream, recipe_dir)
     with refusing("model.name_or_path"):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from cl_dist.tasks.text import compose
-from cl_dist.tasks.types import Slot
+from cl_dist.tasks.types import Slot, compose
 
 
 def slot_match(prediction: str, reference: str) -> float:

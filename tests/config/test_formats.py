@@ -79,9 +79,7 @@ def test_one_format_of_several_that_reads_it_is_enough() -> None:
 
 
 def test_a_field_beside_that_of_documents_is_refused() -> None:
-    with pytest.raises(
-        ValidationError, match='input_field: "q" is not read where text_field names a field of documents'
-    ):
+    with pytest.raises(ValidationError, match='input_field: "q" is not read if text_field is given'):
         TaskConfig(name="a", text_field="text", input_field="q")
 
 

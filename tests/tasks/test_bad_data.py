@@ -146,7 +146,7 @@ def test_no_path(tmp_path: Path) -> None:
 
 
 def test_builtin_name_and_path(tmp_path: Path) -> None:
-    refuse(tmp_path, "no built-in task of that name; there are: autumn, dawn,", format="builtin")
+    refuse(tmp_path, "no built-in task has this name; allowed: autumn, dawn,", format="builtin")
 
 
 def test_text_has_no_labels(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_huggingface_splits_and_columns(tmp_path: Path, caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     ("lines", "problem"),
     [
-        (("input,output,output", "a,b,c"), "a.csv: column 'output' is there twice"),
+        (("input,output,output", "a,b,c"), "a.csv: column 'output' occurs twice"),
         (("input,output", "a,b", "c,"), "record 1: field 'output' is empty"),
         (("input,output", "a,b", "c"), "record 1: field 'output' is empty"),
     ],
@@ -274,7 +274,7 @@ def test_messages_show_few_of_many_names(tmp_path: Path) -> None:
     ("content", "problem"),
     [
         (b"", "a.jsonl holds no samples"),
-        (b'{"input": "q", "output": "a", "z": ' + b"9" * 5000 + b"}", "a.jsonl, line 1: a number of too many digits"),
+        (b'{"input": "q", "output": "a", "z": ' + b"9" * 5000 + b"}", "a.jsonl, line 1: a number with too many digits"),
         (b'{"input": "q", "output": "a", "output": "b"}', "a.jsonl, line 1: field 'output' is given twice"),
         (b'{"input": "q", "output": 1e999}', "a.jsonl, line 1: field 'output' must be a string, not a number"),
         (b'\n{"input": "q", "output": NaN}', "a.jsonl, line 2: field 'output' must be a string, not a number"),
@@ -295,7 +295,7 @@ def test_a_number_of_too_many_digits_is_named_by_its_line(tmp_path: Path) -> Non
     write_json(tmp_path / "test/task_T5.json", GOOD)
     lines = ["[", '{"input": "q", "output": "a"},', '{"input": "q", "id": ' + "7" * 4301 + "}", "]"]
     file = write_lines(tmp_path / "train/task_T5.json", lines)
-    refuse(tmp_path, f"{file}, line 3: a number of too many digits", format="tasl", path=".")
+    refuse(tmp_path, f"{file}, line 3: a number with too many digits", format="tasl", path=".")
 
 
 def test_an_empty_json_file(tmp_path: Path) -> None:

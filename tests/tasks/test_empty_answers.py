@@ -71,7 +71,7 @@ def test_error_keep_and_skip(
         skipped = load_one(tmp_path, stream={"empty_answers": "skip"}, **given)
     assert (len(skipped.train), len(skipped.evaluation)) == (8, 8)
     assert all(example.answer for example in skipped.train)
-    assert "2 records with an empty answer are left out" in caplog.text
+    assert "skipped 2 records with an empty answer" in caplog.text
 
 
 def test_of_several_outputs_the_empty_ones_are_left_out(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_order_follows_the_growing_test_lists_not_the_folder_names(tmp_path: Pat
 def test_order_that_cannot_be_read_off(tmp_path: Path, tested: list[str]) -> None:
     write_stage(tmp_path, "a", ["a"])
     write_stage(tmp_path, "b", tested)
-    with pytest.raises(BadInput, match="the order cannot be read off"):
+    with pytest.raises(BadInput, match="the order is unclear, because stage"):
         read_order(tmp_path)
 
 

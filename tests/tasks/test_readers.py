@@ -299,7 +299,7 @@ def test_cells_of_csv_files_are_text(tmp_path: Path, texts: tuple[str, ...], pat
 
 def test_huggingface_single_file_of_another_format(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.xlsx", ["input,output"])
-    with pytest.raises(BadInput, match=r"a\.xlsx is a file of no known format \(\.csv, .*or a folder of data files"):
+    with pytest.raises(BadInput, match=r"a\.xlsx has an unknown format; .* reads a folder of data files, or .*\.csv, "):
         load_one(tmp_path, format="huggingface", path="a.xlsx")
 
 

@@ -113,7 +113,7 @@ def test_files_that_do_not_fit(tmp_path: Path, damage: Any, problem: str | None)
 
 def test_an_unknown_service_lists_those_that_are_there(tmp_path: Path) -> None:
     write_service(tmp_path)
-    with pytest.raises(BadInput, match=r"no file sgd_homes_1-train-LLM_T5.json in .*; there are services: sgd_buses_1"):
+    with pytest.raises(BadInput, match=r"no file sgd_homes_1-train-LLM_T5.json in .*; services: sgd_buses_1"):
         load(tmp_path, "sgd_homes_1")
 
 

@@ -97,7 +97,7 @@ def test_answers_that_may_have_been_meant_as_labels(
         write_lines(tmp_path / f"t/{split}.jsonl", as_lines([{"input": "q", "output": each} for each in answers]))
     with caplog.at_level(logging.WARNING):
         task = load_one(tmp_path, path="t", labels=labels)
-    assert ("taken for free text" in caplog.text) == warned
+    assert ("count as free text" in caplog.text) == warned
     assert not (warned and task.labels)
 
 
