@@ -1,4 +1,4 @@
-"""Mutated recipes and `--set` overrides for the pre-flight, and what became of each.
+"""Mutated recipes and `--set` overrides for the pre-flight, and the outcome of each.
 
 `python -m tests.config.fuzz --examples 10000` prints how many were refused, accepted and used, or neither.
 """
@@ -32,10 +32,10 @@ from cl_dist.errors import BadInput
 from cl_dist.tasks.orders import resolve_order
 
 SECONDS = 20
-"""A pre-flight of a tiny recipe that takes longer hangs."""
+"""A pre-flight of a tiny recipe that takes longer counts as hanging."""
 MEMORY = 4 * 2**30
 LONGEST_MESSAGE = 4000
-"""Characters of what a user gets to read."""
+"""Most characters of a message."""
 
 RECIPE = """\
 model: {name_or_path: builtin:llama-tiny}

@@ -71,7 +71,7 @@ def test_every_key_of_deepspeeds_typed_sections_is_in_a_table() -> None:
 
 
 @pytest.mark.parametrize("key", [key for key in ALLOWED if key.startswith("zero_optimization.")])
-def test_deepspeed_reads_every_value_that_is_allowed_as_it_is_written(key: str) -> None:
+def test_deepspeed_reads_every_allowed_value_as_written(key: str) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     stage = ALLOWED[key].stages[-1]
@@ -135,14 +135,14 @@ def test_a_setting_is_refused_at_stages_that_do_not_read_it(key: str) -> None:
         ("zzz=1", "zzz: unknown key; allowed here: data_types, zero_optimization, communication_data_type"),
     ],
 )
-def test_a_raw_setting_is_told_by_its_dotted_key(setting: str, message: str) -> None:
+def test_a_wrong_raw_setting_is_reported_with_its_dotted_key(setting: str, message: str) -> None:
     with pytest.raises(BadInput) as refusal:
         load_recipe("quickstart", [f"zero.deepspeed.{setting}"])
     assert str(refusal.value).startswith("zero.deepspeed.")
     assert message in str(refusal.value)
 
 
-def test_gradients_of_bfloat16_are_not_added_up_in_float32_at_stage_0() -> None:
+def test_bfloat16_gradients_cannot_be_summed_in_float32_at_stage_0() -> None:
     changes = ["zero.deepspeed.data_types.grad_accum_dtype=fp32", "train.dtype=bfloat16", "zero.stage=0"]
     with pytest.raises(BadInput, match=r"^zero.deepspeed.data_types.grad_accum_dtype: at stage 0 with train.dtype bf"):
         load_recipe("quickstart", changes)
@@ -186,7 +186,7 @@ zero:
 """
 
 
-def test_a_configuration_written_for_another_trainer_is_answered_in_one_round(tmp_path: Path) -> None:
+def test_one_message_reports_all_problems_of_a_pasted_configuration(tmp_path: Path) -> None:
     file = tmp_path / "pasted.yaml"
     file.write_text(f"model: {{name_or_path: a/b}}\nstream: {{order: 1}}\n{PASTED}", encoding="utf-8")
     with pytest.raises(BadInput) as refusal:
@@ -204,7 +204,7 @@ def test_a_configuration_written_for_another_trainer_is_answered_in_one_round(tm
     assert "auto is a placeholder" in lines[4]
 
 
-def test_not_more_settings_are_refused_by_name_than_anybody_reads() -> None:
+def test_a_message_names_a_limited_number_of_refused_settings() -> None:
     with pytest.raises(ValueError, match="unknown key") as refusal:
         refuse_raw_settings({f"x{number}": 1 for number in range(5000)}, 2)
     lines = str(refusal.value).splitlines()

@@ -16,7 +16,7 @@ SETTINGS = list(settings_of(Recipe))
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.key)
-def test_every_setting_says_what_it_is_and_may_be(setting: Setting) -> None:
+def test_every_setting_has_a_help_text_and_allowed_values(setting: Setting) -> None:
     assert len(setting.help) > 10
     assert setting.help.endswith((".", "`."))
     assert setting.allowed
@@ -36,7 +36,7 @@ def test_no_component_of_the_schema_is_left_out() -> None:
     assert len(SETTINGS) == common + len(of_tasks) + len(of_streams)
 
 
-def test_a_setting_of_formats_says_whose_it_is() -> None:
+def test_a_formats_setting_names_its_formats() -> None:
     assert (
         "stream.tasks[].input_field\n    a string (default: input)\n"
         "    Formats huggingface and jsonl: Field of a record that contains the prompt.\n" in explain()

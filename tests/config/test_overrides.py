@@ -58,7 +58,7 @@ def test_changing_the_method_on_a_shipped_recipe_just_works() -> None:
     assert load_recipe("standard-order1", ["method.name=sequential"])[0].method == (SequentialConfig(),)
 
 
-def test_another_kind_of_fusion_takes_the_place_of_what_it_does_not_read() -> None:
+def test_changing_the_method_drops_what_its_fusion_does_not_read() -> None:
     kif: dict[str, Any] = {"name": "kif", "tau": 0.5, "beta1": 0.9, "by_task": {"spring": {"tau": 0.1, "beta2": 0.8}}}
     left = {"name": "tasl", "beta1": 0.9, "by_task": {"spring": {"beta2": 0.8}}}
     assert changed({"method": dict(kif)}, "method.name=tasl")["method"] == [left]

@@ -114,7 +114,7 @@ def test_the_folder_comes_last_and_only_where_a_plugin_lies_in_it(tmp_path: Path
         ("lib/none.py:Mine", r"lib/none.py: this file does not exist"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(name: str, message: str, tmp_path: Path) -> None:
+def test_every_problem_of_a_plugin_is_one_sentence(name: str, message: str, tmp_path: Path) -> None:
     write(tmp_path / "own_module.py")
     write(tmp_path / "broken.py", "1 / 0")
     write(tmp_path / "needing.py", "import nowhere_at_all")
@@ -147,7 +147,7 @@ def test_a_recipe_lists_modules_and_its_dump_finds_them_from_anywhere(tmp_path: 
     assert load_recipe(str(stored))[0] == recipe
 
 
-def test_the_stored_recipe_of_a_project_that_was_moved_means_the_module_that_is_loaded(tmp_path: Path) -> None:
+def test_the_stored_recipe_of_a_moved_project_means_the_loaded_module(tmp_path: Path) -> None:
     old = write(tmp_path / "old" / "own_module.py")
     recipe, _ = load_recipe(str(write_recipe(tmp_path / "old", plugins=["own_module"])))
     stored = write(tmp_path / "config.yaml", dump_recipe(recipe))
@@ -167,7 +167,7 @@ def test_the_stored_recipe_of_a_project_that_was_moved_means_the_module_that_is_
         (["a-b"], r'plugins: "a-b" is not the name of a module'),
     ],
 )
-def test_what_is_no_list_of_modules_is_refused(listed: object, message: str, tmp_path: Path) -> None:
+def test_anything_but_a_list_of_modules_is_refused(listed: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=message):
         load_recipe(str(write_recipe(tmp_path, plugins=listed)))
 

@@ -98,7 +98,7 @@ def test_an_empty_answer_is_no_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "objective"), [("decoder", "causal_lm"), ("encoder-decoder", "seq2seq_lm")])
-def test_to_answer_nothing_is_to_end_at_once(tmp_path: Path, family: Any, objective: Any) -> None:
+def test_an_empty_answer_is_the_end_token_alone(tmp_path: Path, family: Any, objective: Any) -> None:
     given = jsonl(tmp_path / "data")
     task = load_one(tmp_path, stream={"empty_answers": "keep"}, path="data", **given)
     tokenizer = byte_tokenizer(family)

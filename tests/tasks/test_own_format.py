@@ -1,4 +1,4 @@
-"""A data format from a file outside of the package: the one that docs/extending.md shows."""
+"""A data format from a file outside the package: the one in docs/extending.md."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def project(folder: Path, **task: object) -> Path:
     return write_recipe(folder, stream={"tasks": [own, {"name": "spring", "format": "builtin"}]})
 
 
-def test_it_is_read_and_its_settings_stand_in_the_recipe(tmp_path: Path) -> None:
+def test_it_is_read_and_its_settings_are_in_the_recipe(tmp_path: Path) -> None:
     recipe, folder = load_recipe(str(project(tmp_path)))
     task, _ = load_stream(recipe.stream, folder)
     assert (len(task.train), len(task.evaluation), task.scored_on) == (32, 4, "test")
@@ -83,7 +83,7 @@ def test_the_stored_recipe_is_found_from_anywhere(tmp_path: Path) -> None:
         ({"format": "jsnl"}, r'^stream\.tasks\.0\.format: "jsnl" is not allowed; .*did you mean jsonl\?$'),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(task: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_every_problem_is_named(task: dict[str, object], message: str, tmp_path: Path) -> None:
     path = project(tmp_path, **task)
     with pytest.raises(BadInput, match=message):
         load_recipe(str(path))
@@ -113,7 +113,7 @@ def test_a_setting_that_every_task_has_cannot_be_a_formats_own(tmp_path: Path) -
         load_recipe(str(path))
 
 
-def test_a_path_of_its_own_is_looked_up_like_a_tasks_path(tmp_path: Path) -> None:
+def test_the_formats_own_path_is_looked_up_like_a_tasks_path(tmp_path: Path) -> None:
     path = project(tmp_path, format="placed_pairs:Pairs", words="words.txt")
     setting = '    PATHS = ("words",)\n    words: str | None = None\n    separator: str ='
     (tmp_path / "placed_pairs.py").write_text(CODE.replace("    separator: str =", setting))
@@ -130,7 +130,7 @@ def test_a_path_of_its_own_is_looked_up_like_a_tasks_path(tmp_path: Path) -> Non
     assert "stream.tasks[].words" in format_inputs()
 
 
-def test_what_a_resumed_run_may_read_otherwise_while_the_samples_are_the_same() -> None:
+def test_a_resumed_run_may_change_settings_that_leave_the_samples_the_same() -> None:
     assert {"stream.tasks[].input_field", "stream.tasks[].streaming", "stream.instruction_file"} <= format_inputs()
     assert "stream.name_tasks" not in format_inputs()
 
@@ -194,7 +194,7 @@ ELSEWHERE = {
 OTHER_MEANINGS = {"text": "a kind of task too", "tasl": "a method too"}
 
 
-def test_no_format_is_known_by_name_outside_of_its_module() -> None:
+def test_no_formats_name_occurs_outside_its_module() -> None:
     found, compared = set(), []
     for path in sorted(PACKAGE.rglob("*.py")):
         place = path.relative_to(PACKAGE).as_posix()

@@ -51,7 +51,7 @@ def test_a_service_is_found_whatever_its_folders_are_called(tmp_path: Path, fold
     assert task.evaluation[3].slot == Slot("1_00001-4", "buses_1-time")
 
 
-def test_a_service_is_no_classification_however_few_its_values(tmp_path: Path) -> None:
+def test_a_service_with_few_values_is_still_no_classification(tmp_path: Path) -> None:
     write_service(tmp_path)
     few = [{**record, "output": "none"} for record in samples() * 10]
     write_json(tmp_path / "SGD_single_service_train/sgd_buses_1-train-LLM_T5.json", few)
@@ -101,7 +101,7 @@ BROKEN: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("damage", "problem"), BROKEN)
-def test_files_that_do_not_fit(tmp_path: Path, damage: Any, problem: str | None) -> None:
+def test_files_that_do_not_match(tmp_path: Path, damage: Any, problem: str | None) -> None:
     write_service(tmp_path)
     damage(tmp_path)
     if problem is None:
