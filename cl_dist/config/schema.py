@@ -9,38 +9,20 @@ reported within a second.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cl_dist.config.combinations import check_combinations
 from cl_dist.config.deepspeed import refuse_raw_settings
-from cl_dist.config.formats import (
-    allowed_names,
-    check_format,
-    describe_unread,
-    make_reader,
-    make_shared,
-    part,
-    side_by_side,
-    summaries,
-)
+from cl_dist.config.formats import StreamConfig as StreamConfig
+from cl_dist.config.formats import TaskConfig as TaskConfig
 from cl_dist.config.objectives import FACTS, Family, ObjectiveName, objectives_of
 from cl_dist.config.plugins import names_class
 from cl_dist.config.ranges import (
     STRICT,
-    Choices,
     Divisor,
     Fraction,
     Minutes,
@@ -51,8 +33,6 @@ from cl_dist.config.ranges import (
     Seconds,
 )
 from cl_dist.methods.catalogue import MethodEntry, default_method
-from cl_dist.tasks.formats.catalogue import find_format
-from cl_dist.tasks.formats.format import Format, StreamSettings
 
 if TYPE_CHECKING:
     from cl_dist.config.objectives import ObjectiveFacts
@@ -63,9 +43,6 @@ BUILTIN_FAMILIES: dict[str, Family] = {
     "builtin:roberta-tiny": "encoder",
 }
 BUILTIN_MODELS = tuple(BUILTIN_FAMILIES)
-
-TASK_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
-"""A task's name becomes a folder of the run. Without separators and leading dots, it cannot leave the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -114,148 +91,6 @@ class ModelConfig:
     def known_facts(self) -> ObjectiveFacts | None:
         """The facts about `known_objective`; None if that is None."""
         return None if self.known_objective is None else FACTS[self.known_objective]
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class TaskConfig:
-    """One task of the stream."""
-
-    name: Annotated[str, Field(min_length=1, max_length=100)]
-    """Name of the task, made of letters, digits, `-`, `_` and `.`. It names a folder of the run and, in the benchmark
-    formats, the task's files."""
-    format: Annotated[str, Choices(allowed_names, summaries)] = "jsonl"
-    """How the data is stored."""
-    path: str | None = None
-    """Folder or file of the data. A relative path is looked up below `stream.root`, then below the recipe's folder.
-    Generated data has no path."""
-    labels: tuple[str, ...] | None = None
-    """The allowed answers (classification). If absent, they are read from labels.json in formats that have one;
-    otherwise they are the distinct answers of the training split if there are few of them (`stream.max_labels`). With
-    `[]` the task has no labels: the model generates text."""
-    epochs: PositiveInt | None = None
-    """Passes over this task's training samples; null: train.epochs."""
-    reader: Format = Field(default=Format(), exclude=True, kw_only=True)
-    """The format with its own settings for this task; a recipe writes them next to the common ones."""
-
-    # In a recipe, common settings and the format's own share one mapping. Validation separates them (`_part`, then
-    # `_make_reader`), serialisation joins them again; see cl_dist.config.formats.
-
-    @model_validator(mode="before")
-    @classmethod
-    def _part(cls, data: Any) -> Any:
-        return part(data, TaskConfig, "reader")
-
-    @field_validator("format")
-    @classmethod
-    def _check_format(cls, name: str) -> str:
-        return check_format(name, "stream.tasks[].format")
-
-    @field_validator("reader", mode="plain")
-    @classmethod
-    def _make_reader(cls, given: Any, info: ValidationInfo) -> Format:
-        name = info.data.get("format")
-        return Format() if name is None else make_reader(name, given, TaskConfig, strict=info.mode == "json")
-
-    @model_serializer(mode="wrap")
-    def _side_by_side(self, common: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return side_by_side(common(self), [self.reader], in_stream=False)
-
-    def __post_init__(self) -> None:
-        """Refuse unsafe names, and a path that nothing reads."""
-        if not TASK_NAME.fullmatch(self.name):
-            raise ValueError(
-                f'name: "{self.name}" cannot name a folder; allowed: letters, digits, "-", "_" and ".", no leading "."'
-            )
-        if not self.reader.HAS_PATH and self.path is not None:
-            raise ValueError(f'path: "{self.path}" is not read: format {self.format} generates its data')
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class StreamConfig:
-    """The tasks, in the order in which the model learns them."""
-
-    tasks: tuple[TaskConfig, ...] = ()
-    """The tasks in order. Leave it out if you give `order`."""
-    order: int | str | None = None
-    """Instead of `tasks`: a published order (`1` to `6`, `superni-1`, `superni-2`, `sgd-1` to `sgd-6`) or an order
-    folder of CL_Benchmark. All of its tasks are looked up in `root` and have the format `format`."""
-    format: Annotated[str, Choices(allowed_names)] = "tasl"
-    """Format of the tasks that `order` names."""
-    epochs_by_task: dict[str, PositiveInt] = Field(default_factory=dict)
-    """Epochs for individual tasks of `order`, such as {mnli: 2}; all others use train.epochs. With `tasks`, give
-    tasks[].epochs instead."""
-    root: str | None = None
-    """Folder that relative paths of tasks start from."""
-    max_train_samples: PositiveInt | None = None
-    """Use only the first N training samples of each task."""
-    max_eval_samples: PositiveInt | None = None
-    """Use only the first N evaluation samples of each task. For dialogues, the last turn is always completed."""
-    eval_split: Literal["test", "dev"] = "test"
-    """Split to evaluate on. If a task lacks it, the other one is used, and the log reports that."""
-    max_labels: PositiveInt = 50
-    """A task without stated labels counts as classification if its training answers have at most N distinct values,
-    no more than the square root of the number of answers, and each value occurs at least twice."""
-    empty_answers: Literal["error", "keep", "skip"] = "error"
-    """What to do with a record whose answer is empty. `error` names it and ends the run; `keep` trains on it, so that
-    the model learns to answer nothing (as in the public code of TaSL and KIF); `skip` leaves it out, and the log says
-    how many were skipped."""
-    shared: tuple[StreamSettings, ...] = Field(default=(), exclude=True, kw_only=True)
-    """Settings that a format of the stream has for all of its tasks; a recipe writes them next to the ones above."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _part(cls, data: Any) -> Any:
-        return part(data, StreamConfig, "shared")
-
-    @field_validator("format")
-    @classmethod
-    def _check_format(cls, name: str) -> str:
-        return check_format(name, "stream.format")
-
-    @field_validator("shared", mode="plain")
-    @classmethod
-    def _make_shared(cls, given: Any, info: ValidationInfo) -> tuple[StreamSettings, ...]:
-        if not {"tasks", "format"} <= set(info.data):
-            return ()
-        classes = _formats(info.data["tasks"], info.data["format"])
-        return make_shared(classes, given, StreamConfig, strict=info.mode == "json")
-
-    @model_serializer(mode="wrap")
-    def _side_by_side(self, common: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return side_by_side(common(self), self.shared, in_stream=True)
-
-    @property
-    def formats(self) -> dict[str, type[Format]]:
-        """The formats of the tasks, by name."""
-        return _formats(self.tasks, self.format)
-
-    def __post_init__(self) -> None:
-        """Refuse a stream without tasks, and two tasks with one name, which identifies their files and results."""
-        if bool(self.tasks) == (self.order is not None):
-            problem = "both are given" if self.tasks else "neither is given"
-            raise ValueError(f"tasks: a stream has either tasks or an order; {problem}")
-        if self.tasks and self.epochs_by_task:
-            raise ValueError("epochs_by_task: is for the tasks that an order names; give tasks[].epochs instead")
-        names = [task.name for task in self.tasks]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f'tasks: the name "{twice}" is given twice; give every task a different name')
-        formats = self.formats
-        if self.format != type(self).format and self.format not in formats:
-            raise ValueError(f"format: {self.format} is for the tasks that an order names; give tasks[].format instead")
-        for settings in self.shared:
-            settings.check(formats)
-        unread = describe_unread(self, formats)
-        if unread is not None:
-            raise ValueError(unread)
-
-
-def _formats(tasks: Sequence[TaskConfig], order_format: str) -> dict[str, type[Format]]:
-    """The formats of a stream's tasks by name; without listed tasks, the format of the order's tasks."""
-    if tasks:
-        return {task.format: type(task.reader) for task in tasks}
-    found = find_format(order_format, "stream.format")
-    return {} if found is None else {order_format: found}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
