@@ -90,7 +90,7 @@ def test_capitals_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 TEST = "SGD_single_service_test/sgd_buses_1-test"
 BROKEN: list[tuple[Any, str]] = [
     (lambda root: (root / f"{TEST}.idx").unlink(), f"no file or folder .*{TEST}.idx; .*LLM_T5.json"),
-    (lambda root: write_lines(root / f"{TEST}.idx", index()[:-1]), "has 5 lines, and .* has 6 records"),
+    (lambda root: write_lines(root / f"{TEST}.idx", index()[:-1]), "has 5 lines, but .* has 6 records"),
     (lambda root: write_lines(root / f"{TEST}.idx", [*index()[:2], "", *index()[3:]]), "idx, line 3: must be file"),
     (lambda root: write_lines(root / f"{TEST}.idx", ["a|||b"] * 6), r"idx, line 1: must be .*, not 'a\|\|\|b'"),
     (lambda root: (root / f"{TEST}-LLM_T5.json").unlink(), f"no file or folder .*{TEST}-LLM_T5.json"),
