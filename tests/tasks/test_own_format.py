@@ -186,7 +186,7 @@ def test_a_run_trains_resumes_and_is_evaluated(finished: Path, zygote: Zygote) -
 
 
 ELSEWHERE = {
-    ("config/schema.py", "jsonl"): "what a task is that names no format",
+    ("config/formats.py", "jsonl"): "what a task is that names no format",
     ("state/inputs.py", "builtin"): "the digest of a built-in model's weights",
     ("sweep/checks.py", "builtin"): "the digest of a built-in model's weights",
 }
