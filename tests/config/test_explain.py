@@ -42,7 +42,7 @@ def test_a_formats_setting_names_its_formats() -> None:
         "    Formats huggingface and jsonl: Field of a record that contains the prompt.\n" in explain()
     )
     assert " How the data is stored. `builtin`: generated; `cl_benchmark`: O-LoRA, MIGU; `huggingface`: " in explain()
-    assert "stream.name_tasks\n    true or false (default: false)\n    Format cl_benchmark: Prompts" in explain()
+    assert "stream.name_tasks\n    true or false (default: false)\n    Format cl_benchmark: Start prompts" in explain()
 
 
 @pytest.mark.parametrize(
