@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.cli.slurm import newest_job, status_lines
-from cl_dist.config.explain import explain
+from cl_dist.config.fields import explain
 from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes
 from cl_dist.config.plugins import beside, load_plugins
 from cl_dist.errors import BadInput

@@ -12,7 +12,7 @@ from typing import Any
 
 from cl_dist.cli.failures import end_now
 from cl_dist.cli.ranks import reported_by_first_rank, reported_once_per_machine, run_on_ranks
-from cl_dist.config.boundary import refusing
+from cl_dist.config.files import refusing
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import ClDistError
@@ -63,8 +63,7 @@ def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...
     from cl_dist.evaluation.rouge_tokens import rouge_tokenizer
     from cl_dist.models.check import check_chat_template, check_model_config, check_positions, known_objective
     from cl_dist.tasks.encode import check_kind
-    from cl_dist.tasks.stream import load_stream
-    from cl_dist.tasks.warmup import check_warmup
+    from cl_dist.tasks.stream import check_warmup, load_stream
 
     tasks = load_stream(recipe.stream, recipe_dir)
     with refusing("model.name_or_path"):

@@ -1,8 +1,8 @@
-"""Raw DeepSpeed settings (`zero.deepspeed`): those that work with this engine, and why every other one is refused.
+"""Raw DeepSpeed settings (`zero.deepspeed`): which ones work with this engine, and why each of the others is refused.
 
-DeepSpeed itself ignores a section that it does not know and finds a wrong value when the ranks have started. The tables
-here are compared with its own typed configuration, and every allowed setting is run, in tests/config/test_deepspeed.py
-and tests/distributed/test_exactness.py; nothing of DeepSpeed is imported here.
+DeepSpeed ignores unknown sections and detects a wrong value only after the ranks have started. So these tables check
+every setting with the recipe, without importing DeepSpeed. tests/config/test_deepspeed.py compares them with
+DeepSpeed's own configuration classes, and tests/distributed/test_exactness.py runs every allowed setting.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 from cl_dist.config.words import did_you_mean, listed, shorten, show
 
 SHARDED = (1, 2, 3)
-"""ZeRO stages at which anything is sharded at all."""
+"""ZeRO stages that shard anything."""
 UNLIMITED = 2**63 - 1
-"""DeepSpeed's own default for what is to have no limit."""
+"""DeepSpeed's default for "no limit"."""
 LARGEST_BUFFER = 10**10
-"""Elements: 40 GB in float32. A buffer of the size of `reduce_bucket_size` is made whatever the model's size is."""
+"""In elements: 40 GB in float32. DeepSpeed allocates `reduce_bucket_size` elements, whatever the size of the model."""
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """A setting that may be given."""
+    """A setting that recipes may use."""
 
     words: str
-    """The values that it may have, in words."""
+    """Its allowed values, in words."""
     fits: Callable[[Any], bool]
     stages: tuple[int, ...] = (0, 1, 2, 3)
     """Stages at which DeepSpeed reads it."""
@@ -37,7 +37,7 @@ def _truth(*stages: int) -> Allowed:
 
 
 def _count(least: int, *stages: int, most: int = UNLIMITED, multiple: int = 1) -> Allowed:
-    """A number of elements; a whole number may be written as 5e8, as DeepSpeed's own documentation does."""
+    """A number of elements. Like DeepSpeed's documentation, recipes may write 5e8 for a whole number."""
 
     def fits(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
@@ -77,24 +77,24 @@ ALLOWED: dict[str, Allowed] = {
     "zero_optimization.offload_param.device": Allowed("none, cpu", lambda value: value in ("none", "cpu"), (3,)),
     "zero_optimization.offload_param.pin_memory": _truth(3),
 }
-"""By dotted key. All of them change how the work is done; `communication_data_type` and `grad_accum_dtype` also the
-precision in which gradients are reduced and summed."""
+"""By dotted key. They change how training runs but not its result, except `communication_data_type` and
+`grad_accum_dtype`, which set the precision in which gradients are reduced and summed."""
 
-MOST_TOLD = 20
-"""Most settings that are refused by name at once."""
+MOST_SHOWN = 20
+"""Most refused settings that one message names."""
 
 SECTIONS = ("data_types", "zero_optimization", "zero_optimization.offload_param")
 
 _SAVES = "cl_dist saves and loads states itself"
 _READ_DATA = "cl_dist reads the data itself"
-_REPORTS = "DeepSpeed's own reports are silenced; log.jsonl has every step, and `cl-dist bench` measures"
-_PARALLEL = "cl_dist trains with data parallelism alone"
-_RECIPE_PRECISION = "the precision is train.dtype's"
-_OFFLOAD = "the optimiser's state is offloaded by zero.offload"
+_REPORTS = "cl_dist silences DeepSpeed's reports; log.jsonl has every step, and `cl-dist bench` measures speed"
+_PARALLEL = "cl_dist trains with data parallelism only"
+_RECIPE_PRECISION = "train.dtype sets the precision"
+_OFFLOAD = "zero.offload offloads the optimiser's state"
 _NVME = "offloading to NVMe is not supported"
-_FP16 = "it is for the range of fp16, which cl_dist does not train in"
-_QUANTISED = "it changes what is trained, and needs operators that DeepSpeed has for GPUs only"
-_OWN_OPTIMIZER = "the optimiser is cl_dist's own"
+_FP16 = "it is for fp16, which cl_dist does not train in"
+_QUANTISED = "it changes the result of training, and DeepSpeed has its operators for GPUs only"
+_OWN_OPTIMIZER = "cl_dist brings its own optimiser"
 _REMOVED = "DeepSpeed has removed it"
 
 REFUSED: dict[str, str] = {
@@ -107,7 +107,7 @@ REFUSED: dict[str, str] = {
     "checkpoint": _SAVES,
     "comet": _REPORTS,
     "comms_logger": _REPORTS,
-    "compile": "compiled graphs do without the hooks that mask gradients",
+    "compile": "compiled graphs skip the hooks that mask gradients",
     "compression_training": _REMOVED,
     "csv_monitor": _REPORTS,
     "curriculum_learning": _REMOVED,
@@ -117,14 +117,14 @@ REFUSED: dict[str, str] = {
     "data_types.param_dtype": _RECIPE_PRECISION,
     "dataloader_drop_last": _READ_DATA,
     "datastates_ckpt": _SAVES,
-    "disable_allgather": "DeepSpeed reads it nowhere",
-    "disable_python_gc": "cl_dist takes models apart between tasks and relies on it",
+    "disable_allgather": "DeepSpeed never reads it",
+    "disable_python_gc": "cl_dist rebuilds models between tasks, and garbage collection frees the old ones",
     "dump_state": _REPORTS,
     "eigenvalue": _REMOVED,
-    "elasticity": "DeepSpeed has removed it; a run resumes on other numbers of ranks without it",
+    "elasticity": "DeepSpeed has removed it; a run can resume on another number of ranks without it",
     "expert_parallel": _PARALLEL,
     "flops_profiler": _REPORTS,
-    "gradient_allreduce_op": "the loss is scaled for the mean over ranks",
+    "gradient_allreduce_op": "the loss is scaled for averaging over ranks",
     "gradient_predivide_factor": _FP16,
     "graph_harvesting": _REMOVED,
     "hybrid_engine": "cl_dist generates with the model itself",
@@ -146,19 +146,19 @@ REFUSED: dict[str, str] = {
     "timers": _REPORTS,
     "torch_autocast": _RECIPE_PRECISION,
     "use_data_before_expert_parallelism": _PARALLEL,
-    "vocabulary_size": "it changes nothing but a warning",
+    "vocabulary_size": "it only changes a warning",
     "wall_clock_breakdown": _REPORTS,
     "wandb": _REPORTS,
     "weight_quantization": "it is for inference",
     "zero_allow_untested_optimizer": _OWN_OPTIMIZER,
     "zero_force_ds_cpu_optimizer": _OWN_OPTIMIZER,
-    "zero_optimization.allgather_partitions": "DeepSpeed reads it nowhere",
-    "zero_optimization.compute_grad_norm": "clipping and the check for NaN need the gradient's norm",
+    "zero_optimization.allgather_partitions": "DeepSpeed never reads it",
+    "zero_optimization.compute_grad_norm": "clipping and the check for NaN need the gradient norm",
     "zero_optimization.cpu_offload": _OFFLOAD,
-    "zero_optimization.cpu_offload_param": "its name today is offload_param: {device: cpu}",
-    "zero_optimization.cpu_offload_use_pin_memory": "its name today is offload_param: {pin_memory: ...}",
+    "zero_optimization.cpu_offload_param": "it is now called offload_param: {device: cpu}",
+    "zero_optimization.cpu_offload_use_pin_memory": "it is now called offload_param: {pin_memory: ...}",
     "zero_optimization.elastic_checkpoint": _SAVES,
-    "zero_optimization.leaf_module": "modules that are fetched whole are DeepSpeed's own choice here",
+    "zero_optimization.leaf_module": "DeepSpeed itself chooses the modules that are fetched as a whole",
     "zero_optimization.legacy_stage1": _REMOVED,
     "zero_optimization.load_from_fp32_weights": _SAVES,
     "zero_optimization.log_trace_cache_warnings": _REPORTS,
@@ -174,15 +174,15 @@ REFUSED: dict[str, str] = {
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "cl_dist exports models itself",
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "cl_dist exports models itself",
     "zero_optimization.stage3_module_granularity_threshold": "DeepSpeed's hooks for whole modules fail in this engine",
-    "zero_optimization.zenflow": "it updates weights outside of the step that is masked",
-    "zero_optimization.zero_hpz_partition_size": "its second copy of the weights is renewed by a step alone, "
-    "and methods and a resume change weights between steps",
+    "zero_optimization.zenflow": "it updates weights outside the masked step",
+    "zero_optimization.zero_hpz_partition_size": "only a step updates its second copy of the weights, "
+    "but methods and resumes change weights between steps",
     "zero_optimization.zero_quantized_gradients": _QUANTISED,
     "zero_optimization.zero_quantized_nontrainable_weights": _QUANTISED,
     "zero_optimization.zero_quantized_weights": _QUANTISED,
     "zero_optimization.zeropp_loco_param": _REMOVED,
 }
-"""By dotted key, with the reason."""
+"""Why a setting is refused, by dotted key."""
 
 OWNED = {
     "train_batch_size": "train.micro_batch_size and train.gradient_accumulation",
@@ -196,19 +196,21 @@ OWNED = {
     "zero_optimization.stage": "zero.stage",
     "zero_optimization.offload_optimizer": "zero.offload",
 }
-"""Settings that cl_dist sets itself, and the keys of the recipe that they are set from."""
+"""Settings that cl_dist sets itself, and the recipe's keys that it takes the values from."""
 
 
 def refuse_raw_settings(settings: Mapping[str, Any], stage: int) -> None:
-    """Raise ValueError, naming the dotted keys, for raw settings that are unknown, refused, owned by the recipe, of a
-    wrong value, or not read at `stage`: a line each, so that a whole configuration can be pasted and fixed at once.
+    """Raise ValueError for raw settings that are unknown, refused, owned by the recipe, wrong, or not read at `stage`.
+
+    The message has one line per setting, with its dotted key, so that a pasted configuration can be fixed in one go.
     """
     problems = list(_problems("", settings, stage))
-    told = problems[:MOST_TOLD]
-    if len(problems) > MOST_TOLD:
-        told.append(f"deepspeed: {len(problems) - MOST_TOLD} more settings are refused")
-    if told:
-        raise ValueError("\nzero.".join(told))  # the first gets its `zero.` as every component's message does
+    shown = problems[:MOST_SHOWN]
+    if len(problems) > MOST_SHOWN:
+        shown.append(f"deepspeed: {len(problems) - MOST_SHOWN} more settings are refused")
+    if shown:
+        # config.problems puts `zero.` in front of the first line only.
+        raise ValueError("\nzero.".join(shown))
 
 
 def _problems(section: str, settings: Mapping[str, Any], stage: int) -> Iterator[str]:
@@ -226,7 +228,7 @@ def _problems(section: str, settings: Mapping[str, Any], stage: int) -> Iterator
 
 
 def _problem(key: str, value: Any, stage: int) -> str | None:
-    """What is wrong with one setting; None: nothing."""
+    """What is wrong with one setting; None if nothing is."""
     if key in OWNED:
         return f"set by cl_dist from {OWNED[key]}; remove it here"
     if key in REFUSED:
@@ -236,23 +238,20 @@ def _problem(key: str, value: Any, stage: int) -> str | None:
         return f"unknown key{_similar(key)}"
     if stage not in setting.stages:
         stages = listed(setting.stages, last="or")
-        return f"read at stage {stages} only, and zero.stage is {stage}; remove it"
+        return f"read at stage {stages} only, but zero.stage is {stage}; remove it"
     if value == "auto":
         return "auto is a placeholder that only transformers' Trainer fills in; give a value, or remove it"
     return None if setting.fits(value) else f"{show(value)} is not allowed; allowed: {setting.words}"
 
 
 def _similar(key: str) -> str:
-    """What an unknown key may have meant: a neighbour, the same name in another section, or else what is allowed."""
+    """A hint at what an unknown key may have meant, or all keys that are allowed in its section."""
     section, _, name = key.rpartition(".")
     known = [*ALLOWED, *REFUSED, *OWNED, *SECTIONS]
     neighbours = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+    # The right name in the wrong section, or without DeepSpeed's prefix, is likelier than a typo.
     elsewhere = [other for other in known if other.rpartition(".")[2].removeprefix("stage3_") == name]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
-    return did_you_mean(name, neighbours) or f"; allowed here: {', '.join(_allowed_in(section))}"
-
-
-def _allowed_in(section: str) -> list[str]:
-    """Names that may be given in a section, sub-sections among them."""
-    return [key.rpartition(".")[2] for key in (*SECTIONS, *ALLOWED) if key.rpartition(".")[0] == section]
+    allowed = [key.rpartition(".")[2] for key in (*SECTIONS, *ALLOWED) if key.rpartition(".")[0] == section]
+    return did_you_mean(name, neighbours) or f"; allowed here: {', '.join(allowed)}"

@@ -1,12 +1,13 @@
-"""What the settings are called, what they may be and what they mean, read off the dataclasses of `schema`.
+"""The name, allowed values and meaning of every setting, derived from the dataclasses of `schema`.
 
-One description serves the error messages and `cl-dist recipe --explain`, so that the two cannot disagree.
+Error messages and `cl-dist recipe --explain` use the same description, so they cannot disagree.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,21 +24,36 @@ from cl_dist.methods.catalogue import MethodEntry, known
 from cl_dist.tasks.formats.catalogue import builtin_formats
 from cl_dist.tasks.formats.format import Format, StreamSettings
 
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+_WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
 _BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
 _SIZES = {"min_length": "at least {}", "max_length": "at most {}"}
+WIDTH = 100
+"""Characters per line of the help."""
+
+
+def explain() -> str:
+    """The text of `cl-dist recipe --explain`: every setting with its values, default and meaning."""
+    return "\n\n".join(_paragraph(setting) for setting in settings_of(Recipe))
+
+
+def _paragraph(setting: Setting) -> str:
+    default = f" (default: {setting.default})" if setting.default else ""
+    if setting.default is None and setting.key != "output_dir":  # its default follows from the recipe's name
+        default = " (must be given)"
+    meaning = textwrap.fill(setting.help, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    return f"{setting.key}\n    {setting.allowed}{default}\n{meaning}"
 
 
 def info_of(cls: type) -> dict[str, FieldInfo]:
-    """Pydantic's knowledge of a component's fields, by name."""
+    """What pydantic knows about a component's fields, by name."""
     fields: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
     return fields
 
 
 def component_of(annotation: Any) -> type | None:
-    """The dataclass that a field's annotation holds, through `| None` and list wrappers; None where it holds none.
+    """The dataclass in a field's annotation, also inside `| None` or a list; None if there is none.
 
-    A method is no component: which settings it has depends on its name.
+    A method does not count as a component, because its settings depend on its name.
     """
     if annotation == MethodEntry:
         return None
@@ -51,7 +67,7 @@ def component_of(annotation: Any) -> type | None:
 def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """The values that an annotation allows, in words: `a whole number, at least 1, or null`.
 
-    Limits that no sensible value comes near (`ranges.MOST_INT`, `MOST_FLOAT`) are left out.
+    Limits far beyond any sensible value (`ranges.MOST_INT`, `MOST_FLOAT`) are left out.
     """
     origin = get_origin(annotation)
     if origin is Annotated:
@@ -68,19 +84,19 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def allowed_for(allowed: str, value: Any) -> str:
-    """What `describe` says is allowed, with what the author of this `value` may have overlooked."""
+    """The text of `describe`, plus a hint at what the author of this `value` may have missed."""
     if isinstance(value, int | float) and abs(value) > MOST_INT:
         allowed += f" (and never above {MOST_INT if 'whole' in allowed else MOST_FLOAT})"
-    unquoted = "a text" in allowed or "a list of texts" in allowed
+    unquoted = "a string" in allowed or "a list of strings" in allowed
     if unquoted and isinstance(value, bool | int | float):
-        return f"{allowed} (in quotes it is a text)"
+        return f"{allowed} (in quotes it is a string)"
     return allowed
 
 
 def _describe_plain(annotation: Any) -> str:
     if get_origin(annotation) is tuple:
         item = get_args(annotation)[0]
-        return "a list of mappings" if component_of(item) or item == MethodEntry else "a list of texts"
+        return "a list of mappings" if component_of(item) or item == MethodEntry else "a list of strings"
     if get_origin(annotation) is dict and get_origin(get_args(annotation)[1]) is Annotated:
         return f"a mapping of names, each to {describe(get_args(annotation)[1])}"
     if component_of(annotation) or get_origin(annotation) is dict:
@@ -89,43 +105,35 @@ def _describe_plain(annotation: Any) -> str:
 
 
 def _describe_limits(annotation: Any, metadata: Sequence[Any]) -> Iterator[str]:
-    """Limits in words, from annotated-types objects such as Ge(ge=1)."""
-    unit = "entry" if get_origin(annotation) is tuple else "character"
-    for limit in metadata:
+    one, several = ("entry", "entries") if get_origin(annotation) is tuple else ("character", "characters")
+    for limit in metadata:  # annotated-types objects such as Ge(ge=1)
         for name, words in _BOUNDS.items():
             if hasattr(limit, name) and getattr(limit, name) not in (MOST_INT, MOST_FLOAT):
-                yield words.format(_number(getattr(limit, name)))
+                value = getattr(limit, name)
+                yield words.format(int(value) if value == int(value) else f"{value:g}")
         for name, words in _SIZES.items():
             if hasattr(limit, name):
                 size = getattr(limit, name)
-                yield f"{words.format(size)} {_plural(unit, size)}"
-
-
-def _plural(unit: str, count: int) -> str:
-    return unit if count == 1 else f"{unit.removesuffix('y')}{'ies' if unit.endswith('y') else 's'}"
-
-
-def _number(value: float) -> str:
-    return str(int(value)) if value == int(value) else f"{value:g}"
+                yield f"{words.format(size)} {one if size == 1 else several}"
 
 
 def _flatten(metadata: Sequence[Any]) -> list[Any]:
-    """Limits out of `Field(ge=1)`, which pydantic wraps once more."""
+    # `Field(ge=1)` in an annotation is a FieldInfo, which holds the actual limits.
     return [limit for entry in metadata for limit in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a recipe, described."""
+    """The description of one setting of a recipe."""
 
     key: str
-    """Dotted key; `[]` follows a list of mappings, `method(NAME).` precedes a setting of that method."""
+    """Dotted key. `[]` marks a list of mappings; `method(NAME).` starts the key of a method's setting."""
     allowed: str
     default: str | None
-    """None where the setting must be given; "" where it is a component with settings of its own."""
+    """None if the setting must be given; "" for a component, whose settings have their own defaults."""
     help: str
     component: type | None
-    """Its settings class where it is a component."""
+    """The settings class of a component; None for a plain value."""
 
     @property
     def name(self) -> str:
@@ -134,9 +142,9 @@ class Setting:
 
 
 def settings_of(cls: type, prefix: str = "") -> Iterator[Setting]:
-    """Every setting below component `cls`, depth first, in the order of the source."""
+    """All settings of component `cls` and of the components in it, depth first, in the order of the source."""
     for name, info in info_of(cls).items():
-        if info.exclude:  # what validation makes of other settings
+        if info.exclude:  # a field that validation fills from other settings
             continue
         setting = _setting(f"{prefix}{name}", info, _help(cls, name))
         yield setting
@@ -150,7 +158,7 @@ def settings_of(cls: type, prefix: str = "") -> Iterator[Setting]:
 
 
 def _of_formats(cls: type, prefix: str) -> Iterator[Setting]:
-    """The settings that formats have of a task, or of the stream: each once, with the formats' names."""
+    """The formats' own settings of a task or of the stream. One that several formats share comes once, naming them."""
     found: dict[str, Setting] = {}
     owners: dict[str, list[str]] = {}
     classes: dict[str, type[Format]] = {**builtin_formats(), **loaded_classes(Format)}
@@ -160,12 +168,12 @@ def _of_formats(cls: type, prefix: str) -> Iterator[Setting]:
             owners.setdefault(setting.key, []).append(name)
     for key, setting in found.items():
         names = owners[key]
-        told = f"Format{'s' if len(names) > 1 else ''} {listed(names, last='and')}: "
-        yield dataclasses.replace(setting, help=f"{told}{setting.help}")
+        plural = "s" if len(names) > 1 else ""
+        yield dataclasses.replace(setting, help=f"Format{plural} {listed(names, last='and')}: {setting.help}")
 
 
 def _help(cls: type, name: str) -> str | None:
-    """The docstring under a field; one that is inherited stands in the parent's source, where pydantic left it."""
+    # Pydantic takes docstrings from the source of the class itself, so an inherited field has its text in a parent.
     fields = (info_of(base).get(name) for base in cls.__mro__ if dataclasses.is_dataclass(base))
     return next((info.description for info in fields if info is not None and info.description), None)
 
@@ -190,6 +198,6 @@ def _default(info: FieldInfo) -> str | None:
         return ""
     if info.default is PydanticUndefined:
         return None
-    if isinstance(info.default, tuple):  # texts, or the default method
+    if isinstance(info.default, tuple):  # of strings, or the default method
         return ", ".join(entry if isinstance(entry, str) else entry.name for entry in info.default)
     return info.default if isinstance(info.default, str) else json.dumps(info.default)

@@ -1,12 +1,15 @@
-"""Looking at and reading files that a user names: recipes, data, model folders.
+"""Files that a user names: recipes, data, model folders. Every way in which they are unusable becomes one sentence.
 
-Opening a named pipe waits for ever, and the system refuses some paths as such; each becomes one sentence here.
+Checks that expect a problem report it themselves: opening a named pipe blocks forever, and some paths are impossible.
+`refusing` is the safety net under them for what nobody expected.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cl_dist.config.words import shorten, show_path
@@ -18,38 +21,65 @@ _SPECIAL = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+# Subclasses of OSError that say nothing about the input: nobody reads our output, or the network is down.
+_NOT_THE_INPUT = (BrokenPipeError, ConnectionError, TimeoutError)
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn errors that only unusable input can cause into BadInput; errors of other types are bugs and pass through.
+
+    Such input is, for example, a path that is too long, a link to itself, a name that the file system cannot store, or
+    a structure that is too deep or too large. Also works as a decorator.
+
+    Args:
+        what: The input in a few words, for the message.
+    """
+    try:
+        yield
+    except _NOT_THE_INPUT:
+        raise
+    except OSError as error:
+        if error.filename is None:  # not about a path: a library that cannot be loaded, for example
+            raise
+        path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
+        raise BadInput(f"{what}: {error.strerror}: {show_path(path)}; give another path") from error
+    except UnicodeError as error:
+        raise BadInput(f"{what}: holds text that is not UTF-8") from error
+    except RecursionError as error:
+        raise BadInput(f"{what}: nested too deeply") from error
+    except (OverflowError, MemoryError) as error:
+        raise BadInput(f"{what}: too large to be read ({type(error).__name__})") from error
 
 
 def expand(written: str, setting: str) -> Path:
-    """The path that a recipe's text means, with `~` and `~user` replaced; BadInput, naming the setting, for an unknown
-    user.
-    """
+    """The path with `~` and `~user` replaced. Raises BadInput, which names the setting, for an unknown user."""
     try:
         return Path(written).expanduser()
     except RuntimeError as error:
         user, written = shorten(written.partition("/")[0]), show_path(written)
-        raise BadInput(f"{setting}: {written}: no home folder of a user {user[1:]!r} is known here") from error
+        raise BadInput(f"{setting}: {written}: there is no user {user[1:]!r} on this machine") from error
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is anything at the path."""
+    """Whether anything exists at the path. Raises BadInput for an impossible path, as all functions here do."""
     return _mode(path) is not None
 
 
 def is_folder(path: Path) -> bool:
-    """Whether the path is a folder."""
+    """Whether a folder exists at the path."""
     mode = _mode(path)
     return mode is not None and stat.S_ISDIR(mode)
 
 
 def is_file(path: Path) -> bool:
-    """Whether the path is a regular file."""
+    """Whether a regular file exists at the path."""
     mode = _mode(path)
     return mode is not None and stat.S_ISREG(mode)
 
 
 def refuse_special(path: Path) -> None:
-    """Raise BadInput for a pipe, a device or a socket, which is not read: opening it may wait for ever."""
+    """Raise BadInput for a pipe, a device or a socket: opening one may block forever."""
     mode = _mode(path)
     kind = None if mode is None else _SPECIAL.get(stat.S_IFMT(mode))
     if kind is not None:
@@ -57,8 +87,9 @@ def refuse_special(path: Path) -> None:
 
 
 def refuse_special_below(folder: Path) -> None:
-    """Raise BadInput for the first pipe, device or socket in a folder or the folders in it: for libraries that open
-    whatever they find there.
+    """Raise BadInput for the first pipe, device or socket anywhere below a folder.
+
+    Call it before a library that opens every file it finds there.
     """
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -66,7 +97,7 @@ def refuse_special_below(folder: Path) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """All of a regular file; BadInput where it cannot be read or is none."""
+    """The content of a regular file. Raises BadInput if it cannot be read or is not one."""
     refuse_special(path)
     try:
         return path.read_bytes()
@@ -75,9 +106,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _mode(path: Path) -> int | None:
-    """Type and permissions of what is at the path, None where nothing is.
+    """Type and permissions of what is at the path; None if nothing is.
 
-    Raises BadInput where the system cannot say, as for a name that is too long.
+    Raises BadInput if the system cannot say, for example because a name is too long.
     """
     try:
         return os.stat(path).st_mode
@@ -85,6 +116,6 @@ def _mode(path: Path) -> int | None:
         return None
     except OSError as error:
         raise BadInput(f"the path {show_path(path)} cannot be used: {error.strerror}") from error
-    except ValueError as error:  # a NUL byte, or half a surrogate pair
+    except ValueError as error:  # a NUL byte or a lone surrogate
         shown = show_path(path)
-        raise BadInput(f"the path {shown} cannot be used: it holds a character that no path can have") from error
+        raise BadInput(f"the path {shown} cannot be used: it contains a character that no path can have") from error

@@ -12,9 +12,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from cl_dist.config.boundary import refusing
-from cl_dist.config.files import expand, refuse_special
-from cl_dist.config.overrides import Override, apply_overrides, parse_override
+from cl_dist.config.files import expand, refuse_special, refusing
+from cl_dist.config.overrides import apply_overrides, parse_override
 from cl_dist.config.paths import resolve_paths
 from cl_dist.config.plugins import beside, load_plugins
 from cl_dist.config.problems import describe_problems
@@ -33,10 +32,15 @@ def load_recipe(
 ) -> tuple[Recipe, Path]:
     """Read, override and check a recipe; return it with the folder that its relative paths started from.
 
-    `name_or_path` is the name of a shipped recipe or a YAML file; overrides have the form `a.b.c=value`. Paths of data
-    come out absolute (see `cl_dist.config.paths`), so the recipe means the same wherever it is written to. `defaults`
-    has values by dotted key, for settings that neither the recipe nor an override gives. Raises BadInput with one line
-    per problem.
+    Args:
+        name_or_path: The name of a shipped recipe, or a YAML file.
+        overrides: Changes of the form `a.b.c=value`.
+        defaults: Values by dotted key for settings that neither the recipe nor an override gives.
+
+    Data paths in the result are absolute (see `cl_dist.config.paths`), so it means the same wherever it is stored.
+
+    Raises:
+        BadInput: The recipe is wrong; one line per problem.
     """
     with refusing("recipe"):
         return _load(name_or_path, overrides, defaults or {})
@@ -46,34 +50,31 @@ def _load(name_or_path: str, overrides: Sequence[str], defaults: Mapping[str, An
     changes = [parse_override(text) for text in overrides]
     name, data, folder = _find(name_or_path)
     if not isinstance(data, dict):
-        raise BadInput(f"{name_or_path}: a recipe is a mapping of settings (model: ..., stream: ...), this is none")
+        raise BadInput(f"{name_or_path}: a recipe is a mapping of settings (model: ..., stream: ...), but this is not")
     with beside(folder):
-        # What changes may name is known once the plugins are loaded.
-        listed = [change for change in changes if change.path[0] == "plugins"]
-        apply_overrides(data, listed)
+        # Plugins come first: they define methods and formats that the other overrides may refer to.
+        of_plugins = [change for change in changes if change.path[0] == "plugins"]
+        apply_overrides(data, of_plugins)
         load_plugins(data.get("plugins"))
-        return _finish(data, name, folder, [change for change in changes if change not in listed], defaults)
+        apply_overrides(data, [change for change in changes if change not in of_plugins])
 
+        for key, value in defaults.items():
+            component, _, setting = key.partition(".")
+            if isinstance(data.setdefault(component, {}), dict):
+                data[component].setdefault(setting, value)
+        _fill_defaults(data, name)
 
-def _finish(
-    data: dict[str, Any], name: str, folder: Path, changes: Sequence[Override], defaults: Mapping[str, Any]
-) -> tuple[Recipe, Path]:
-    apply_overrides(data, changes)
-    for key, value in defaults.items():
-        component, _, setting = key.partition(".")
-        if isinstance(data.setdefault(component, {}), dict):
-            data[component].setdefault(setting, value)
-    _fill_defaults(data, name)
-    recipe = resolve_paths(_check(data), folder, typed_root=_types_root(changes))
-    _require_unicode(recipe)
-    return recipe, folder
+        typed_root = any(change.path == ("stream", "root") for change in changes)
+        recipe = resolve_paths(_check(data), folder, typed_root=typed_root)
+        _require_unicode(recipe)
+        return recipe, folder
 
 
 @contextmanager
 def plugins_of(name_or_path: str, overrides: Sequence[str]) -> Iterator[None]:
-    """Within this context, the plugins of a recipe are loaded and classes beside it are found by their names.
+    """Within this context, a recipe's plugins are loaded, and classes next to the recipe are found by name.
 
-    What is wrong with the recipe is left to `load_recipe`. Raises `PluginError`.
+    Ignores everything else that may be wrong with the recipe; `load_recipe` reports it. Raises `PluginError`.
     """
     data: Any = {}
     folder = Path.cwd()
@@ -87,21 +88,21 @@ def plugins_of(name_or_path: str, overrides: Sequence[str]) -> Iterator[None]:
 
 
 def shipped_recipes() -> dict[str, str]:
-    """The recipes that come with the package, sorted: names, and what each is.
-
-    A file has its own name; one that differs in the task order alone has several, each with the order that it takes.
-    """
-    return {name: _summary(*found) for name, found in sorted(_shipped().items())}
-
-
-def _summary(text: str, order: str | int | None) -> str:
-    """A recipe's first line, which is a comment that says what it is."""
-    return text.partition("\n")[0].strip("# .") + (f"; order {order}" if order is not None else "")
+    """The recipes that come with the package, sorted: a one-line summary by name."""
+    summaries: dict[str, str] = {}
+    for name, (text, order) in sorted(_shipped().items()):
+        first_line = text.partition("\n")[0].strip("# .")  # a comment that says what the recipe is
+        summaries[name] = first_line if order is None else f"{first_line}; order {order}"
+    return summaries
 
 
 @cache
 def _shipped() -> dict[str, tuple[str, str | int | None]]:
-    """By name the text of a shipped recipe, and the order that replaces its table of orders; None: it has none."""
+    """Text and task order of the shipped recipes, by name.
+
+    Usually a file is one recipe, named after it, and the order is None. A file whose `order` is a mapping stands for
+    one recipe per entry: the key is the recipe's name, the value its order.
+    """
     found: dict[str, tuple[str, str | int | None]] = {}
     for file in resources.files("cl_dist.recipes").iterdir():
         if not file.name.endswith(".yaml"):
@@ -122,7 +123,7 @@ def _read_shipped(name: str) -> dict[str, Any]:
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON types, every setting spelt out."""
+    """The recipe as JSON types, with every setting in it."""
     data: dict[str, Any] = _RECIPE.dump_python(recipe, mode="json")
     return data
 
@@ -133,7 +134,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _require_unicode(recipe: Recipe) -> None:
-    """Folders may have names that are no text; config.yaml could not hold a path with one."""
+    # Names of folders are bytes. A path that is not valid UTF-8 could not be written to config.yaml.
     try:
         json.dumps(to_dict(recipe), ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -142,15 +143,15 @@ def _require_unicode(recipe: Recipe) -> None:
 
 
 def _find(name_or_path: str) -> tuple[str, Any, Path]:
-    """Name, content and folder of a recipe. A shipped recipe's relative paths start from the working directory."""
+    """Name, content and folder of a recipe. For a shipped recipe, the folder is the working directory."""
     if name_or_path in _shipped():
         return name_or_path, _read_shipped(name_or_path), Path.cwd()
     path = expand(name_or_path, "recipe")
     if path.suffix not in SUFFIXES:
         known = list(shipped_recipes())
         raise BadInput(
-            f"{shorten(name_or_path)}: no shipped recipe and no YAML file (.yaml, .yml); shipped: {', '.join(known)}"
-            f"{did_you_mean(name_or_path, known)}"
+            f"{shorten(name_or_path)}: neither a shipped recipe nor a YAML file (.yaml, .yml); shipped: "
+            f"{', '.join(known)}{did_you_mean(name_or_path, known)}"
         )
     return path.stem, parse_yaml(_read(path), name_or_path), path.absolute().parent
 
@@ -160,7 +161,9 @@ def _read(path: Path) -> str:
     try:
         size = path.stat().st_size
         if size > 4 * MAX_CHARACTERS:
-            raise BadInput(f"{path}: {size} bytes are no recipe; allowed: at most {MAX_CHARACTERS} characters")
+            raise BadInput(
+                f"{path}: {size} bytes is too large for a recipe; allowed: at most {MAX_CHARACTERS} characters"
+            )
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise BadInput(f"{show_path(path)}: the recipe cannot be read: {error.strerror}") from error
@@ -169,8 +172,9 @@ def _read(path: Path) -> str:
 
 
 def _fill_defaults(data: dict[str, Any], name: str) -> None:
-    """Defaults that depend on other settings."""
+    """Fill in the defaults that depend on other settings, as far as those have the right type."""
     data.setdefault("output_dir", f"runs/{name}")
+    # The answer may take half of max_length; generation may write as much as training's longest answer.
     train = data.get("train")
     if isinstance(train, dict) and isinstance(train.get("max_length"), int):
         train.setdefault("max_target_length", max(1, min(TrainConfig.max_target_length, train["max_length"] // 2)))
@@ -179,13 +183,10 @@ def _fill_defaults(data: dict[str, Any], name: str) -> None:
         data["eval"] = {"max_new_tokens": longest, **evaluation}
 
 
-def _types_root(changes: Sequence[Override]) -> bool:
-    return any(change.path == ("stream", "root") for change in changes)
-
-
 def _check(data: dict[str, Any]) -> Recipe:
     try:
-        # Through JSON, because only there strict means "no text for a number" and still takes a list for a tuple.
+        # From JSON, strict validation refuses "3" as a number but accepts a list as a tuple; from Python objects, it
+        # refuses both.
         return _RECIPE.validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         names = [entry.get("name") if isinstance(entry, dict) else None for entry in data["method"]]

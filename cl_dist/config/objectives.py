@@ -1,7 +1,7 @@
-"""What a model can be trained to do: the facts about each objective, one entry each. Imports no torch.
+"""What a model can be trained to do: the facts about each objective. Imports no torch.
 
-What an objective does to samples, batches and logits is a class in `tasks/objectives.py`. A new objective is an entry
-here and a class there.
+`tasks/objectives.py` has a class per objective for what it does to samples, batches and logits. A new objective needs
+an entry here and a class there.
 """
 
 from __future__ import annotations
@@ -10,57 +10,57 @@ from dataclasses import dataclass
 from typing import Literal
 
 ObjectiveName = Literal["causal_lm", "seq2seq_lm", "classification", "masked_lm"]
-"""What a recipe says, and what a run stores."""
+"""The names in recipes and run folders."""
 Family = Literal["decoder", "encoder", "encoder-decoder"]
 TaskKind = Literal["classification", "generation", "text"]
 Mode = Literal["likelihood", "generate", "perplexity"]
 """How a task is scored."""
 AnswerPlace = Literal["behind prompt", "apart", "class"]
-"""Where a sample's answer stands: in the sequence of its prompt, in a sequence of its own, or as the number of one of
-the head's outputs."""
+"""Where a sample's answer is: in the same sequence as its prompt, in a separate one, or as the number of one of the
+head's outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveFacts:
-    """What the rest of the project asks about an objective."""
+    """What the rest of the project needs to know about an objective."""
 
     families: tuple[Family, ...]
-    """The model families that can have it."""
+    """Model families that can be trained with it."""
     learns: tuple[TaskKind, ...]
-    """The kinds of task that it can learn."""
+    """Kinds of task that it can learn."""
     modes: tuple[Mode, ...]
-    """The modes that its tasks can be scored in."""
+    """Modes in which its tasks can be scored."""
     answer: AnswerPlace | None
-    """None: its samples are text without prompts and answers."""
+    """None: samples are plain text, without prompts and answers."""
     needs_tokens: tuple[Literal["eos", "mask"], ...] = ()
-    """Special tokens that the tokenizer must have besides one to pad with."""
+    """Special tokens that the tokenizer must have, besides a padding token."""
     new_head: bool = False
-    """Whether a pretrained model may lack the head, which is then drawn at random."""
+    """Whether a pretrained model may lack the head, which is then initialised at random."""
     masked: bool = False
-    """Whether what the model is asked is drawn anew for every batch."""
+    """Whether every batch masks other tokens."""
     auto_class: str
-    """transformers' class that loads such a model."""
+    """The class of transformers that loads such a model."""
     peft_task: str | None
-    """peft's `TaskType`; None: it has none."""
+    """The `TaskType` of peft; None if there is none."""
 
     @property
     def generates(self) -> bool:
-        """Whether the answer is text that the model writes."""
+        """Whether the model generates text as its answer."""
         return self.answer in ("behind prompt", "apart")
 
     @property
     def answer_in_prompt(self) -> bool:
-        """Whether prompt and answer share one sequence, and so `max_length`; chat templates need that, too."""
+        """Whether prompt and answer share one sequence, and therefore `max_length`. Chat templates need this."""
         return self.answer == "behind prompt"
 
     @property
     def answer_apart(self) -> bool:
-        """Whether a decoder reads the answer apart from the prompt."""
+        """Whether prompt and answer are separate sequences, of encoder and decoder."""
         return self.answer == "apart"
 
     @property
     def needs_labels(self) -> bool:
-        """Whether the model has a head with one output for each label of the stream."""
+        """Whether the model has a head with one output per label of the stream."""
         return self.answer == "class"
 
 
@@ -104,9 +104,9 @@ FACTS: dict[ObjectiveName, ObjectiveFacts] = {
         peft_task=None,  # the adapter's configuration names the model's class instead
     ),
 }
-"""The first objective that lists a family is what `objective: auto` means for it."""
+"""For a model family, `objective: auto` means the first objective that lists it."""
 
 
 def objectives_of(family: Family) -> tuple[ObjectiveName, ...]:
-    """What a family can be trained to do; the first is what `objective: auto` means."""
+    """The objectives that a family can be trained with; `objective: auto` means the first."""
     return tuple(name for name, facts in FACTS.items() if family in facts.families)

@@ -1,4 +1,4 @@
-"""`--set a.b.c=value`: changes to a recipe before it is checked."""
+"""`--set a.b.c=value`: changes made to a recipe before it is checked."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Override:
 
     @property
     def order(self) -> int:
-        """Methods first, then their names, then the rest: so the order of `--set method.name` and its settings is
-        free.
+        """Sort key: methods first, then their names, then the rest. So `--set method.name` may come after the method's
+        settings.
         """
         if self.path == ("method",):
             return 0
@@ -45,7 +45,7 @@ class Override:
 
 
 def parse_override(text: str) -> Override:
-    """`a.b.c=value`, the value in YAML; BadInput where it is not of that form."""
+    """Parse `a.b.c=value`, where the value is YAML. Raises BadInput for any other form."""
     if not is_text(text):
         raise BadInput(f"--set {show(text)}: not UTF-8 text")
     key, equals, value = text.partition("=")
@@ -53,47 +53,42 @@ def parse_override(text: str) -> Override:
     if not equals or not all(path):
         raise BadInput(f'--set {shorten(text)}: not of the form key=value; write for example "--set train.epochs=3"')
     if len(path) > MAX_DEPTH or len(key) > MAX_KEY:
-        raise BadInput(f"--set {shorten(key)}: no setting lies that deep, or has so long a name")
+        raise BadInput(f"--set {shorten(key)}: no setting is nested that deeply or has such a long name")
     if not value.strip():
         raise BadInput(f'--set {text}: no value; write "{key}=null" for none and "{key}=\'\'" for an empty text')
     return Override(path, parse_yaml(value, f"--set {key}"))
 
 
 def apply_overrides(recipe: dict[str, Any], overrides: Sequence[Override]) -> None:
-    """Change `recipe` in place; where a key is set twice the later one wins.
+    """Change `recipe` in place. If a key is set twice, the later one wins.
 
-    `method` may be a mapping or a list and is a list afterwards. Changing a method's name drops the settings that stood
-    in the recipe and that the new method does not have or read, so that `method.name=migu` works on any recipe. Raises
-    BadInput for a key that leads through something that is neither a mapping nor an entry of a list.
+    `method` may be a mapping or a list; afterwards it is a list. Changing a method's name drops those settings from the
+    recipe that the new method does not have or read, so that `method.name=migu` works on any recipe. Raises BadInput
+    for a key that leads into a plain value, or to a list entry that does not exist.
     """
     for override in sorted(overrides, key=lambda override: override.order):
         if override.path[0] == "method" and override.order > 0:
             _normalise_method(recipe)
             override = _indexed(override, recipe["method"])
-        before = _method_names(recipe) if override.changes_method else []
+        before = []
+        if override.changes_method:
+            before = [method.get("name") for method in recipe["method"] if isinstance(method, dict)]
         _set(recipe, override)
         if override.changes_method:
             method = recipe["method"][int(override.path[1])]
-            _drop_unknown_settings(method)
-            if method["name"] not in before:
-                _drop_unread_settings(method)
+            _drop_foreign_settings(method, renamed=method["name"] not in before)
     _normalise_method(recipe)
 
 
 def _normalise_method(recipe: dict[str, Any]) -> None:
-    """`method` as a list: absent means the default one, and one mapping is a list of one."""
+    """Make `method` a list: without it, of the default method; from a single mapping, of that one."""
     method = recipe.setdefault("method", {"name": DEFAULT})
     if not isinstance(method, list):
         recipe["method"] = [method]
 
 
-def _method_names(recipe: dict[str, Any]) -> list[Any]:
-    """Names of the methods, whatever they are."""
-    return [method.get("name") for method in recipe["method"] if isinstance(method, dict)]
-
-
 def _indexed(override: Override, methods: Any) -> Override:
-    """`method.x` as `method.0.x`, where the recipe has one method."""
+    """Turn `method.x` into `method.0.x` if the recipe has one method."""
     if not isinstance(methods, list) or _is_position(override.path[1]):
         return override
     if len(methods) != 1:
@@ -103,34 +98,34 @@ def _indexed(override: Override, methods: Any) -> Override:
 
 
 def _is_position(part: str) -> bool:
-    """Whether a part of a key counts entries of a list."""
+    """Whether a part of a key is the position of a list entry."""
     return part.isascii() and part.isdecimal() and len(part) <= MAX_POSITION_DIGITS
 
 
-def _drop_unknown_settings(method: dict[str, Any]) -> None:
+def _drop_foreign_settings(method: dict[str, Any], renamed: bool) -> None:
+    """Drop the settings of `method` that belong to the method whose name it had before.
+
+    renamed: no method of the recipe had this name before, so its settings were chosen for another one.
+    """
     cls = config_class(method["name"])
-    if cls is not None:
-        for key in set(method) - set(info_of(cls)):
-            del method[key]
-        _drop_from_tasks(method, getattr(cls, "VARIED", ()))
+    if cls is None:  # an unknown name, which validation reports
+        return
+    for key in set(method) - set(info_of(cls)):
+        del method[key]
 
-
-def _drop_unread_settings(method: dict[str, Any]) -> None:
-    """Drop what the new method has too and, with its other settings, does not read (kif's `tau` in tasl)."""
-    cls = config_class(method["name"])
-    tasks = method.get("by_task")
-    for settings in (method, *(tasks.values() if isinstance(tasks, dict) else ())):
-        if isinstance(settings, dict) and cls is not None:
-            for name in list(cls.unread({**method, **settings})):
-                settings.pop(name, None)
-
-
-def _drop_from_tasks(method: dict[str, Any], varied: Sequence[str]) -> None:
-    """Let `by_task` keep what the new method takes there."""
+    # `by_task` keeps only what the new method can vary by task.
     tasks = method.get("by_task")
     if isinstance(tasks, dict) and all(isinstance(values, dict) for values in tasks.values()):
+        varied = getattr(cls, "VARIED", ())
         kept = {task: {key: value for key, value in values.items() if key in varied} for task, values in tasks.items()}
-        method["by_task"] = {task: values for task, values in kept.items() if values}
+        tasks = method["by_task"] = {task: values for task, values in kept.items() if values}
+
+    # The new method may have a setting of the same name that it does not read, given its other settings.
+    if renamed:
+        for settings in (method, *(tasks.values() if isinstance(tasks, dict) else ())):
+            if isinstance(settings, dict):
+                for name in list(cls.unread({**method, **settings})):
+                    settings.pop(name, None)
 
 
 def _set(recipe: dict[str, Any], override: Override) -> None:
@@ -145,7 +140,7 @@ def _set(recipe: dict[str, Any], override: Override) -> None:
 
 
 def _enter(place: Any, part: str, override: Override, depth: int) -> Any:
-    """The mapping or list that `part` leads to; an absent (or null) one is made."""
+    """The mapping or list that `part` leads to. Creates a mapping if there is nothing or null."""
     if isinstance(place, list):
         inner = place[_index(place, part, override, depth)]
     else:
@@ -154,12 +149,12 @@ def _enter(place: Any, part: str, override: Override, depth: int) -> Any:
         inner = place[part]
     if not isinstance(inner, dict | list):
         where = ".".join(override.path[:depth])
-        raise BadInput(f"--set {override.key}: {where} is {show(inner)}, which has no settings")
+        raise BadInput(f"--set {override.key}: {where} is {show(inner)}, which contains no settings")
     return inner
 
 
 def _index(entries: list[Any], part: str, override: Override, depth: int) -> int:
     if not _is_position(part) or int(part) >= len(entries):
         where = ".".join(override.path[: depth - 1])
-        raise BadInput(f'--set {override.key}: "{part}" is no entry of {where}; allowed: 0 to {len(entries) - 1}')
+        raise BadInput(f'--set {override.key}: {where} has no entry "{part}"; allowed: 0 to {len(entries) - 1}')
     return int(part)

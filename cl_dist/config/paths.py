@@ -1,6 +1,4 @@
-"""Paths of data in a recipe, made absolute once: a run folder's config.yaml then means the same as the recipe it came
-from.
-"""
+"""Makes the paths in a recipe absolute, so that a run folder's config.yaml means the same as the original recipe."""
 
 from __future__ import annotations
 
@@ -17,17 +15,24 @@ from cl_dist.tasks.formats.format import Own, paths_of, with_paths
 
 
 def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Recipe:
-    """Make `stream.root` absolute, and the paths that lie beside the recipe rather than below the root; `~` is replaced
-    in all of them.
+    """Make `stream.root` absolute, and every path that is found in the recipe's folder instead of below the root.
 
-    folder: the recipe's. typed_root: `stream.root` was typed on the command line, so it starts from the working
-    directory, as everything does that is typed there. A recipe whose tasks name no path is returned as it is. Raises
-    BadInput for a path that cannot be one, and for a root that no path starts from.
+    `~` is replaced in all paths. A recipe whose tasks give no path keeps its stream unchanged.
+
+    Args:
+        recipe: The recipe as written.
+        folder: The recipe's folder.
+        typed_root: Whether `stream.root` comes from the command line and therefore starts from the working directory.
+
+    Raises:
+        BadInput: A path is impossible, or no path starts from the given root.
     """
     recipe = _resolve_rouge_tokenizer(_resolve_include_path(recipe, folder), folder)
     recipe = replace(recipe, output_dir=_at_home(recipe.output_dir, "output_dir"))
     if recipe.plugins or recipe.classes:
         recipe = replace(recipe, plugins=written_out(recipe.plugins, recipe.classes))
+
+    # Data: every path starts from the root or, if it is found only there, from the recipe's folder.
     stream = recipe.stream
     if stream.root is None and not any(_own_paths(stream)) and not any(task.path for task in stream.tasks):
         return recipe
@@ -45,38 +50,31 @@ def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Rec
     )
     shared = tuple(_resolved(settings, starts, "stream") for settings in stream.shared)
     resolved = replace(stream, root=str(root), tasks=tasks, shared=shared)
-    if not _starts_from_root(resolved):
+    # The root itself is the path of tasks that give none, and of all tasks of an order.
+    paths = [task.path or "" for task in tasks if task.reader.HAS_PATH] if tasks else [""]
+    if all(Path(path).is_absolute() for path in (*paths, *_own_paths(resolved))):
         if stream.root is not None:
             raise BadInput(f"stream.root: {stream.root} is not read: every path of the stream is found without it")
         resolved = replace(resolved, root=None)
     return replace(recipe, stream=resolved)
 
 
-def _starts_from_root(stream: StreamConfig) -> bool:
-    """Whether a path of the stream is looked up below its root."""
-    # A task without a path, and an order's tasks, have the root itself for theirs.
-    paths = [task.path or "" for task in stream.tasks if task.reader.HAS_PATH] if stream.tasks else [""]
-    return any(not Path(path).is_absolute() for path in (*paths, *_own_paths(stream)))
-
-
 def _own_paths(stream: StreamConfig) -> Iterator[str]:
-    """The paths among the settings that belong to formats."""
+    """The paths among the formats' own settings."""
     for settings in (*stream.shared, *(task.reader for task in stream.tasks)):
         yield from paths_of(settings).values()
 
 
 def _resolved(settings: Own, starts: tuple[Path | None, Path], key: str) -> Own:
-    """A format's settings with their paths as `_beside` has them."""
+    """A format's settings, each path resolved by `_beside`."""
     return with_paths(settings, {n: _beside(p, *starts, f"{key}.{n}") for n, p in paths_of(settings).items()})
 
 
 def _resolve_include_path(recipe: Recipe, folder: Path) -> Recipe:
-    """The folder of task files as an absolute path: in the recipe's folder, or where it is not there in the working
-    directory, which it was typed in then.
-    """
     general = recipe.eval.general
     if general is None or general.include_path is None:
         return recipe
+    # It starts from the recipe's folder or, if it is not there, from the working directory: it may have been typed.
     path = expand(general.include_path, "eval.general.include_path")
     with _naming("eval.general.include_path"):
         found = next((base / path for base in (folder, Path.cwd()) if is_there(base / path)), folder / path)
@@ -84,26 +82,26 @@ def _resolve_include_path(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _resolve_rouge_tokenizer(recipe: Recipe, folder: Path) -> Recipe:
-    """The tokenizer's folder as an absolute path; what is no folder is a Hugging Face id."""
     written = recipe.eval.rouge_tokenizer_path
     if written is None:
         return recipe
     path = expand(written, "eval.rouge_tokenizer_path")
     with _naming("eval.rouge_tokenizer_path"):
         found = next((base / path for base in (folder, Path.cwd()) if is_folder(base / path)), None)
-    if found is None:
+    if found is None:  # then it is a Hugging Face id
         return recipe
     return replace(recipe, eval=replace(recipe.eval, rouge_tokenizer_path=str(found.absolute())))
 
 
 def _at_home(written: str, setting: str) -> str:
-    """A path with its `~` replaced; any other as written."""
+    """The path with `~` replaced; any other path as written."""
     return str(expand(written, setting)) if written.startswith("~") else written
 
 
 def _beside(written: str | None, root: Path | None, folder: Path, setting: str) -> str | None:
-    """A path that is found in the recipe's folder and not below the root as an absolute one, any other as written but
-    for its `~`. Where there is no root as yet, none is found elsewhere in its place.
+    """The absolute path if it is found in the recipe's folder but not below the root; else as written, without `~`.
+
+    root: None if it does not exist (yet); then all paths are expected below it.
     """
     if written is None:
         return None
@@ -115,7 +113,7 @@ def _beside(written: str | None, root: Path | None, folder: Path, setting: str) 
 
 @contextmanager
 def _naming(setting: str) -> Iterator[None]:
-    """Let a message about a path begin with the setting that holds it."""
+    """Start messages about a path with the setting that contains it."""
     try:
         yield
     except BadInput as error:

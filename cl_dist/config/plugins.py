@@ -1,9 +1,9 @@
-"""Code that a recipe names: methods and data formats of your own, found by name.
+"""Imports the code that a recipe names: the user's own methods and data formats.
 
-`module:Class` names a class. Its module is an installed one, lies beside the recipe, or is listed in the recipe's
-`plugins`, by name or as the path of a `.py` file. Installed packages may also offer classes under plain names, as entry
-points. Nothing is imported unless it is named, and the recipe's folder comes last on `sys.path`: a file that happens to
-lie there never shadows anything that is installed. Imports no framework; a plugin may.
+`module:Class` names a class. Its module is installed, is next to the recipe, or is listed in the recipe's `plugins`, by
+name or as the path of a `.py` file. Installed packages may also offer classes under plain names, as entry points.
+Nothing is imported unless it is named, and the recipe's folder comes last on `sys.path`, so a file that happens to be
+there never shadows an installed module. This module imports no framework; a plugin may.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from cl_dist.errors import BadInput
 
 Class = TypeVar("Class", bound=type)
 
-_ALLOWED = "allowed: the name of a module that is installed or lies beside the recipe, or the path of a .py file"
+_ALLOWED = "allowed: the name of a module that is installed or next to the recipe, or the path of a .py file"
 _recipe_folder: ContextVar[Path | None] = ContextVar("recipe_folder", default=None)
 _loaded: dict[str, ModuleType] = {}
-"""Every module that a recipe of this process has named."""
+"""Every module that a recipe has named in this process."""
 
 
 class PluginError(BadInput):
-    """A plugin is missing, fails while it is imported, or is not what its name promises."""
+    """A plugin is missing, raises an error on import, or is not a class of the expected kind."""
 
 
 @contextmanager
 def beside(folder: Path) -> Iterator[None]:
-    """Within this context, modules are also looked for in a recipe's `folder`."""
+    """Within this context, modules are also searched for in a recipe's `folder`."""
     token = _recipe_folder.set(folder)
     try:
         yield
@@ -46,15 +46,15 @@ def beside(folder: Path) -> Iterator[None]:
 
 
 def names_class(name: object) -> bool:
-    """Whether a method's or a format's name has the form `module:Class`."""
+    """Whether the name of a method or a format has the form `module:Class`."""
     return isinstance(name, str) and ":" in name
 
 
 def load_plugins(entries: object, *, known: bool = False) -> None:
-    """Import the modules that a recipe lists in `plugins`; anything but a list of texts is left to the recipe's checks.
+    """Import the modules that a recipe lists in `plugins`; leave entries that are not strings to validation.
 
-    known: an entry whose module another recipe has named already means that one, wherever its file is now (the stored
-    recipe of a project that was moved or copied). Raises `PluginError`.
+    known: skip modules that are loaded already, even if the entry gives another path. A stored recipe does so if the
+    project has been moved or copied. Raises `PluginError`.
     """
     for entry in entries if isinstance(entries, list | tuple) else ():
         if isinstance(entry, str) and not (known and _known_name(entry) in _loaded):
@@ -65,43 +65,38 @@ def load_class(name: str, base: Class, kind: str, setting: str) -> Class:
     """The class that `module:Class` names.
 
     Args:
-        name: As the recipe has it.
-        base: What the class must derive from.
+        name: The name in the recipe.
+        base: The class that it must derive from.
         kind: "method" or "format", for messages.
-        setting: Where the name stands, for messages.
+        setting: The setting that contains the name, for messages.
 
     Raises:
-        PluginError: There is no such module or class, or it is not a `base`.
+        PluginError: The module or class does not exist, or the class does not derive from `base`.
     """
     written, _, attribute = name.partition(":")
     module = _load(written, setting)
     place = f"{setting}: {shorten(name)}"
     found = getattr(module, attribute, None) if attribute.isidentifier() else None
-    own = [key for key, value in vars(module).items() if _derives(value, base) and value.__module__ == module.__name__]
     if found is None:
+        own = _classes_of(module, base)
         has = f"; its {kind}s are {', '.join(own)}{did_you_mean(attribute, own)}" if own else f"; it has no {kind}"
         raise PluginError(f"{place}: {_where(module)} has no class {show(attribute)}{has}")
     return _checked(found, base, kind, place)
 
 
 def loaded_classes(base: Class) -> dict[str, Class]:
-    """The classes derived from `base` in the modules that recipes of this process have named, as `module:Class`."""
-    return {
-        f"{name}:{key}": value
-        for name, module in _loaded.items()
-        for key, value in vars(module).items()
-        if _derives(value, base) and value.__module__ == module.__name__
-    }
+    """Classes derived from `base` in all modules that recipes have named in this process, as `module:Class`."""
+    return {f"{name}:{key}": cls for name, module in _loaded.items() for key, cls in _classes_of(module, base).items()}
 
 
 @cache
 def offered(group: str) -> Mapping[str, EntryPoint]:
-    """What installed packages offer in an entry-point group, by name; none of it is imported."""
+    """The entry points of a group in all installed packages, by name. Imports none of them."""
     return {entry.name: entry for entry in entry_points(group=group)}
 
 
 def load_offered(entry: EntryPoint, base: Class, kind: str, setting: str, built_in: Iterable[str]) -> Class:
-    """The class behind an entry point (arguments and errors as for `load_class`); a built-in name is refused."""
+    """The class behind an entry point. Refuses one with a `built_in` name; all else is as in `load_class`."""
     package = f" of package {entry.dist.name}" if entry.dist is not None else ""
     place = f"{setting}: {entry.name} (entry point {entry.value}{package})"
     if entry.name in built_in:
@@ -109,15 +104,15 @@ def load_offered(entry: EntryPoint, base: Class, kind: str, setting: str, built_
     try:
         found = entry.load()
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{place}: loading it raised {_told(error)}") from error
+        raise PluginError(f"{place}: loading it raised {_one_line(error)}") from error
     return _checked(found, base, kind, place)
 
 
 def written_out(entries: Iterable[str], classes: Iterable[str]) -> tuple[str, ...]:
-    """A recipe's `plugins` for readers in any folder: what lies beside the recipe becomes an absolute path, and the
-    modules of `classes` (names of the form `module:Class`) that lie there are added.
+    """The `plugins` of a recipe, rewritten so that they can be found from any folder.
 
-    Call it after the entries and classes were loaded, in the same `beside`.
+    Modules next to the recipe get their absolute path; those that only `classes` (of the form `module:Class`) refer to
+    are added. Call it in the same `beside` in which the entries and classes were loaded.
     """
     found = [_absolute(entry) or entry for entry in entries]
     names = (name.partition(":")[0] for name in classes)
@@ -126,7 +121,7 @@ def written_out(entries: Iterable[str], classes: Iterable[str]) -> tuple[str, ..
 
 
 def source_files(modules: Iterable[str]) -> list[tuple[str, Path]]:
-    """The Python files of loaded modules, by name; of a module in a package, all files of that package."""
+    """Name and path of the loaded modules' Python files, sorted. A module in a package stands for the whole package."""
     files: dict[str, Path] = {}
     for name in modules:
         top = sys.modules[name.partition(".")[0]]
@@ -137,37 +132,41 @@ def source_files(modules: Iterable[str]) -> list[tuple[str, Path]]:
 
 
 def module_names(entries: Iterable[str], classes: Iterable[str]) -> list[str]:
-    """Names of the modules that a recipe's `plugins` and its names of the form `module:Class` stand for."""
+    """Names of the loaded modules that a recipe's `plugins` and its `classes` (`module:Class`) refer to."""
     names = [*map(_known_name, entries), *(name.partition(":")[0] for name in classes)]
     return [name for name in dict.fromkeys(names) if name in _loaded]
 
 
 def _load(entry: str, setting: str) -> ModuleType:
-    """Import what an entry of `plugins`, or the first half of `module:Class`, names."""
+    """Import the module that an entry of `plugins`, or the first half of `module:Class`, names."""
+    # Translate the entry into a module name, and the folder in which the module may be.
     folder = _recipe_folder.get()
     if _is_path(entry):
         path = (folder or Path.cwd()) / expand(entry, setting)
         if not is_file(path):
-            raise PluginError(f"{setting}: {shorten(entry, 300)}: there is no such file; {_ALLOWED}")
+            raise PluginError(f"{setting}: {shorten(entry, 300)}: this file does not exist; {_ALLOWED}")
         folder, name = _root_and_name(path, setting)
     else:
         path, name = None, entry
     if not all(part.isidentifier() for part in name.split(".")):
         what = f"{show(name)} is not the name of a module"
         raise PluginError(f"{setting}: {what if path is None else f'{path}: {what}; rename the file'}; {_ALLOWED}")
+
     module = _import(name, folder, setting)
+
+    # The folder comes last on sys.path, so an installed module of this name wins.
     own = getattr(module, "__file__", None)
     if path is not None and (own is None or not path.samefile(own)):
         raise PluginError(
-            f"{setting}: {path}: the name {name} belongs to {_where(module)} already; rename the file, since nothing "
-            "that is installed may be shadowed"
+            f"{setting}: {path}: {_where(module)} already has the name {name}; rename the file, because a plugin must "
+            "not shadow an installed module"
         )
     _loaded[name] = module
     return module
 
 
 def _import(name: str, folder: Path | None, setting: str) -> ModuleType:
-    """Import a module, which may lie in `folder`; the folder stays at the end of sys.path where the module does."""
+    """Import a module that is installed or in `folder`."""
     last = None if folder is None or str(folder.absolute()) in sys.path else str(folder.absolute())
     if last is not None:
         sys.path.append(last)
@@ -176,13 +175,14 @@ def _import(name: str, folder: Path | None, setting: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # something that the module imports
-            raise PluginError(f"{setting}: {name}: importing it raised {_told(error)}") from error
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # the module imports a missing one
+            raise PluginError(f"{setting}: {name}: importing it raised {_one_line(error)}") from error
         where = "" if folder is None else f" or in {folder}"
         raise PluginError(f"{setting}: no module {show(name)} is installed{where}; {_ALLOWED}") from error
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{setting}: {name}: importing it raised {_told(error)}") from error
+        raise PluginError(f"{setting}: {name}: importing it raised {_one_line(error)}") from error
     finally:
+        # A module from this folder may import its neighbours later; for any other one, the path was only a try.
         if last is not None and (module is None or _file_in(module, Path(last)) is None):
             sys.path.remove(last)
     return module
@@ -193,7 +193,7 @@ def _is_path(entry: str) -> bool:
 
 
 def _root_and_name(path: Path, setting: str) -> tuple[Path, str]:
-    """The folder to import a file from, and its name there: `a/b.py` is `a.b` where `a` has an `__init__.py`."""
+    """The folder to import a file from, and its module name: `b` for `a/b.py`, or `a.b` if `a` has an `__init__.py`."""
     path = path.absolute()
     if path.suffix != ".py":
         raise PluginError(f"{setting}: {path} is not a .py file; {_ALLOWED}")
@@ -211,7 +211,7 @@ def _known_name(entry: str) -> str:
 
 
 def _absolute(entry: str) -> str | None:
-    """The absolute path of a loaded module that lies beside the recipe or was named by its path; None: neither."""
+    """The absolute path of a loaded module that is next to the recipe or was given as a path; None for any other."""
     folder = _recipe_folder.get()
     if _is_path(entry):
         return str(((folder or Path.cwd()) / expand(entry, "plugins")).absolute())
@@ -222,7 +222,7 @@ def _absolute(entry: str) -> str | None:
 
 
 def _file_in(module: ModuleType, folder: Path) -> Path | None:
-    """The module's file where it lies in `folder` under its own name."""
+    """The module's file if it is the one that `folder` has for its name; else None."""
     place = folder.joinpath(*module.__name__.split("."))
     own = getattr(module, "__file__", None)
     candidates = (place.with_name(f"{place.name}.py"), place / "__init__.py")
@@ -243,22 +243,26 @@ def _checked(found: object, base: Class, kind: str, place: str) -> Class:
     return found  # type: ignore[return-value]
 
 
+def _classes_of(module: ModuleType, base: Class) -> dict[str, Class]:
+    """The classes derived from `base` that a module defines itself, by name."""
+    found = {key: value for key, value in vars(module).items() if _derives(value, base)}
+    return {key: value for key, value in found.items() if value.__module__ == module.__name__}
+
+
 def _derives(value: object, base: type) -> bool:
     return isinstance(value, type) and issubclass(value, base) and value is not base
 
 
 def _public(base: type) -> str:
-    """`cl_dist.methods.Method`: where people import it from."""
+    # Users import it from the package, as `cl_dist.methods.Method`.
     return f"{base.__module__.rpartition('.')[0]}.{base.__name__}"
 
 
 def _where(module: ModuleType) -> str:
-    """A module with its file, for messages."""
     own = getattr(module, "__file__", None)
     return f"module {module.__name__} ({own})" if own else f"module {module.__name__}"
 
 
-def _told(error: BaseException) -> str:
-    """An exception's type and text in one line."""
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {shorten(text, 300)}" if text else type(error).__name__

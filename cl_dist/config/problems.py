@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a recipe, told to its author: the key, the value, what is allowed."""
+"""Pydantic's errors about a recipe as sentences for its author: the key, the value, what is allowed."""
 
 from __future__ import annotations
 
@@ -20,54 +20,53 @@ from cl_dist.tasks.formats.format import defaults_of
 MOST_SHOWN = 10
 """Most problems that one message lists."""
 OWN_SETTINGS = ("reader", "shared")
-"""Fields of `TaskConfig` and `StreamConfig` with the settings of formats."""
+"""Fields of `TaskConfig` and `StreamConfig` that hold the formats' settings."""
 LONGEST = 750
-"""Characters of one problem's line; the names of a component's settings fit."""
+"""Most characters of one problem's line: enough for the names of all settings of a component."""
 
 
 def describe_problems(error: ValidationError, methods: Sequence[Any] = (None,)) -> list[str]:
-    """One sentence per setting that is wrong, in the order of the recipe.
+    """One sentence per wrong setting, in the order of the recipe.
 
-    methods: names of the recipe's methods, whatever they are.
+    methods: the `name` of each entry in the recipe's `method`, of any type since it is unchecked.
     """
     sentences: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         parts, known_parts = _key_parts(problem["loc"], methods)
         key = ".".join(map(shorten, parts))
-        if len(methods) == 1:  # its author may have written a mapping, and may leave the index out in any case
+        if len(methods) == 1:  # a single method may be written without a list, and `--set` accepts it without an index
             key = key.replace("method.0", "method", 1)
-        # A value that fits no member of a union is reported once per member; the first report says it all.
+        # If a value fits no member of a union, pydantic reports every member; the first report is enough.
         sentences.setdefault(key, _sentence(key, ".".join(known_parts), dict(problem)))
-    found = ["\n".join(map(_clip, sentence.splitlines())) for sentence in sentences.values()]
+    # Names and values can be of any length: a long line loses its middle.
+    found = [
+        "\n".join(
+            line if len(line) <= LONGEST else f"{line[: LONGEST * 2 // 3]} ... {line[-LONGEST // 3 :]}"
+            for line in sentence.splitlines()
+        )
+        for sentence in sentences.values()
+    ]
     rest = [f"and {len(found) - MOST_SHOWN} more problems"] if len(found) > MOST_SHOWN else []
     return found[:MOST_SHOWN] + rest
 
 
-def _clip(line: str) -> str:
-    """A line without its middle where names or values of any length have made it endless."""
-    return line if len(line) <= LONGEST else f"{line[: LONGEST * 2 // 3]} ... {line[-LONGEST // 3 :]}"
-
-
 def _settings() -> dict[str, Setting]:
-    """All settings by their key without list marks."""
+    """All settings by key, without list marks."""
     return _settings_with(tuple(known()))
 
 
 @cache
 def _settings_with(methods: tuple[str, ...]) -> dict[str, Setting]:
-    """All settings where there are these methods."""
+    """As `_settings`; the argument is there for the cache, since a plugin adds methods, and with them settings."""
     return {setting.key.replace("[]", ""): setting for setting in settings_of(Recipe)}
 
 
 def _key_parts(loc: Sequence[int | str], methods: Sequence[Any]) -> tuple[list[str], list[str]]:
-    """A place in pydantic's words as the parts of the key to show and of the key in `_settings`.
-
-    methods: names of the recipe's methods, whatever they are.
-    """
+    """Translate a location from pydantic into the parts of two keys: the one to show, and the one in `_settings`."""
     shown: list[str] = []
     place: list[str] = []
     for part in loc:
-        if part in OWN_SETTINGS and place[:1] == ["stream"]:  # which stand beside the common ones
+        if part in OWN_SETTINGS and place[:1] == ["stream"]:  # recipes write these settings one level higher
             continue
         if isinstance(part, int):
             shown.append(str(part))
@@ -82,7 +81,7 @@ def _key_parts(loc: Sequence[int | str], methods: Sequence[Any]) -> tuple[list[s
 
 
 def _is_plain(key: str) -> bool:
-    """Whether a key is that of a plain value, below which there is no other setting."""
+    """Whether a key belongs to a plain value, which contains no other settings."""
     setting = _settings().get(key)
     return setting is not None and setting.component is None and key != "method"
 
@@ -101,7 +100,7 @@ def _sentence(key: str, place: str, problem: Mapping[str, Any]) -> str:
         case "missing":
             setting = _settings()[place]
             return f"{key}: missing; give {setting.allowed}: {setting.help}"
-        case _ if place == "method":  # an entry of the list: which method it is could not be told
+        case _ if place == "method":  # an entry of the list without the name of a known method
             return _method_sentence(key, problem["input"])
         case "dataclass_type" | "dict_type":
             return f"{key}: {show(problem['input'])} is not a mapping of settings"
@@ -120,15 +119,17 @@ def _method_sentence(key: str, entry: Any) -> str:
 
 
 def _similar_keys(place: str) -> str:
-    """What the unknown key may have meant: one of its neighbours, the same name elsewhere, or else all neighbours."""
+    """A hint at what an unknown key may have meant, or all keys that exist in its place."""
     parent, _, name = place.rpartition(".")
+    # The likeliest slip is a typo in a neighbour's name.
     neighbours = [setting.name for key, setting in _settings().items() if key.rpartition(".")[0] == parent]
-    if parent == "stream.tasks":  # formats of the user's own have settings there too
+    if parent == "stream.tasks":  # the user's own formats have settings here too
         neighbours = list(
             dict.fromkeys([*neighbours, *(key for _, cls in known_formats() for key in defaults_of(cls))])
         )
     if suggestion := did_you_mean(name, neighbours):
         return suggestion
+    # The next likeliest is the right name in the wrong section, or one that belongs to other methods.
     elsewhere = [setting.key for setting in _settings().values() if setting.name == name]
     methods = [found[1] for key in elsewhere if (found := re.fullmatch(r"method\((.+)\)\..+", key))]
     if methods and len(methods) == len(elsewhere):

@@ -1,4 +1,4 @@
-"""Ranges that several components' settings share, how strictly all of them are checked, and what counts as given."""
+"""What the settings of all components share: ranges, strictness, and when a setting counts as given."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pydantic import ConfigDict, Field
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=False)
 
 MOST_INT = 2**31 - 1
-"""Beyond every count that makes sense, and what 32 bits hold: products of two still fit 64."""
+"""Larger than any sensible count, and still an int32, so that the product of two fits 64 bits."""
 MOST_FLOAT = 1e30
-"""Beyond every factor that makes sense; sums and squares of it fit float32, or nearly."""
+"""Larger than any sensible factor, and still finite in float32."""
 LEAST_DIVISOR = 1e-30
-"""What is divided by must not vanish in float32."""
+"""Smallest divisor: it must not underflow to 0 in float32."""
 YEAR = 365 * 24 * 3600.0
-"""Seconds: longer waits overflow the system's clocks."""
+"""In seconds. Longer waits overflow the system's clocks."""
 
 PositiveInt = Annotated[int, Field(ge=1, le=MOST_INT)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MOST_INT)]
@@ -33,14 +33,14 @@ Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 
 @dataclass(frozen=True)
 class Choices:
-    """Annotation of a text whose values are known only when they are asked for."""
+    """Annotation of a string whose allowed values are known only at run time, since plugins may add some."""
 
     describe: Callable[[], str]
-    """Lists them, for messages and help."""
+    """Lists the values, for messages and help."""
     meaning: Callable[[], str] | None = None
-    """What each of them means, where the help is to say so."""
+    """Explains each value, for the help; None: the setting's docstring is enough."""
 
 
 def is_default(component: object, name: str) -> bool:
-    """Whether a setting has its default; a run's config.yaml spells every setting out."""
+    """Whether a setting has its default value. Whether the user wrote it is unknown: config.yaml has every setting."""
     return bool(getattr(component, name) == getattr(type(component), name))

@@ -1,4 +1,4 @@
-"""How a message repeats what its reader has written."""
+"""How messages quote what the user wrote: values, paths and lists, at a readable length."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 MAX_SHOWN = 60
-"""Longest part of a value that a message repeats, in characters."""
+"""Most characters of a value that a message quotes."""
 MAX_PATH = 300
-"""The same of a path, which should be whole: longer ones are accidents."""
+"""Most characters of a path. Paths should be quoted in full; longer ones are accidents."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -20,12 +20,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as a message repeats it: JSON, cut where it is long."""
+    """A value as messages quote it: JSON, cut if it is long."""
     return shorten(json.dumps(value, ensure_ascii=not is_text(value), default=str))
 
 
 def is_text(value: Any) -> bool:
-    """Whether UTF-8 can hold a value; bytes of a command line that are not text arrive as halves of surrogate pairs."""
+    """Whether a value can be encoded in UTF-8. Undecodable bytes of a command line arrive as lone surrogates."""
     try:
         str(value).encode("utf-8")
     except UnicodeEncodeError:
@@ -34,22 +34,22 @@ def is_text(value: Any) -> bool:
 
 
 def shorten(text: str, most: int = MAX_SHOWN) -> str:
-    """A text that a message repeats, cut where it is long."""
+    """The text, cut if it is longer than `most` characters."""
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def percent(share: float) -> str:
-    """A share between 0 and 1 with two digits that count: `0.56 %`, `100 %`."""
+    """A fraction between 0 and 1 as a percentage with two significant digits: `0.56 %`, `100 %`."""
     return f"{float(f'{100 * share:.2g}'):g} %"
 
 
 def printable(text: str) -> str:
-    """A text that every terminal and file takes: NULs and halves of surrogate pairs are escaped."""
+    """The text with NULs and lone surrogates escaped, so that any terminal or file accepts it."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0")
 
 
 def show_path(path: object) -> str:
-    """A path as a message repeats it."""
+    """A path as messages quote it."""
     return shorten(printable(str(path)), MAX_PATH)
 
 
@@ -57,10 +57,10 @@ def listed(items: Iterable[object], most: int | None = None, last: str = "", sep
     """Items in one line: `a, b, c`.
 
     Args:
-        items: What is listed.
-        most: Of more items than these the first ones are named, and how many follow: `a, b and 7 more`.
-        last: The word before the last one: `a, b or c`.
-        separator: Between two. With `; `, for phrases that have commas of their own, `and 7 more` is set off too.
+        items: What to list; each item is converted to a string.
+        most: Name at most N items and count the rest: `a, b and 7 more`.
+        last: Word before the last item: `a, b or c`.
+        separator: Put between items. Use `; ` for phrases that contain commas; `and 7 more` is then set off too.
     """
     words = [str(item) for item in items]
     if most is not None and len(words) > most:

@@ -1,8 +1,8 @@
-"""YAML as recipes use it: safe, and with the scalars of YAML 1.2.
+"""YAML for recipes: safe, and with the scalars of YAML 1.2.
 
-PyYAML follows YAML 1.1, where `1e-4` is a text, `010` is eight, `no` is false and `12:30` is 750. In a recipe those are
-a learning rate, a ten, an answer and a text, which is what YAML 1.2's core schema (yaml.org/spec/1.2.2, section 10.3)
-says.
+PyYAML follows YAML 1.1, where `1e-4` is a string, `010` is 8, `no` is false and `12:30` is 750. The author of a recipe
+means a learning rate, 10, an answer and a string, as in the core schema of YAML 1.2 (yaml.org/spec/1.2.2, section
+10.3).
 """
 
 from __future__ import annotations
@@ -20,35 +20,33 @@ _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-
-
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 MAX_CHARACTERS = 2**20
-"""Longest text that is read, and longest sum of all texts in what it holds."""
+"""Longest document, and longest sum of all strings after aliases are expanded."""
 MAX_VALUES = 100_000
-"""More values than this are taken for an alias that multiplies itself."""
+"""Most values after aliases are expanded. More of them suggest a "billion laughs" attack."""
 MAX_DEPTH = 50
-"""Lists and mappings inside each other."""
+"""Deepest nesting of lists and mappings."""
 MAX_SENTENCE = 200
-"""Characters of PyYAML's message about a problem, which repeats names of any length."""
+"""Most characters of a message from PyYAML, which may quote names of any length."""
 MAX_DIGITS = 100
-"""Of a whole number; Python itself refuses to print very long ones."""
+"""Most digits of a whole number; Python itself refuses to print very long ones."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars, unique keys, and no types but those of JSON."""
+    """SafeLoader with YAML 1.2 scalars, unique keys and only the types of JSON."""
 
     merged = 0
-    """Keys that were taken over by `<<` so far."""
+    """Keys that `<<` has copied so far."""
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
-        """A mapping with text keys, each given once. Merged keys (`<<`) may be given again.
+        """A mapping with unique string keys; a key that `<<` merges in may be given again.
 
-        PyYAML's own merging multiplies nodes before anybody can count them; here finished mappings are merged.
+        PyYAML merges nodes, whose number explodes before anyone can count them; this merges finished mappings.
         """
         if not isinstance(node, yaml.MappingNode):
-            raise _problem("tagged as a mapping, but it is none", node)
+            raise _problem("tagged as a mapping, but it is not one", node)
         own: dict[Hashable, Any] = {}
         inherited: dict[Hashable, Any] = {}
         for key_node, value_node in node.value:
@@ -59,7 +57,7 @@ class _Loader(yaml.SafeLoader):
         return {**inherited, **own}
 
     def _merged(self, node: yaml.Node) -> dict[Hashable, Any]:
-        """What `<<: node` brings; of several mappings the first one that has a key counts."""
+        """The mapping that `<<: node` brings. If several mappings have a key, the first one counts."""
         sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
         result: dict[Hashable, Any] = {}
         for source in sources:
@@ -75,7 +73,7 @@ class _Loader(yaml.SafeLoader):
     def _key(self, node: yaml.Node, taken: Mapping[Hashable, Any]) -> str:
         if node.tag != "tag:yaml.org,2002:str":
             shown = f"the key {shorten(node.value)}" if isinstance(node, yaml.ScalarNode) else "a key"
-            raise _problem(f"{shown} is not a text", node)
+            raise _problem(f"{shown} is not a string", node)
         key = str(self.construct_object(node))
         if key in taken:
             raise _problem(f"the key {shorten(key)} is given twice", node)
@@ -84,7 +82,7 @@ class _Loader(yaml.SafeLoader):
 
 _MERGE = "tag:yaml.org,2002:merge"
 
-# Start empty: what PyYAML's own loaders recognise and construct is not inherited.
+# Start with empty tables instead of inheriting what PyYAML's loaders recognise and construct.
 _Loader.yaml_implicit_resolvers = {}
 _Loader.yaml_constructors = {}
 
@@ -94,9 +92,7 @@ def _problem(text: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
 
 
 def _scalar(kind: str, convert: Callable[[str], Any]) -> Callable[[_Loader, yaml.ScalarNode], Any]:
-    """A constructor that turns a scalar's text into a value with `convert`, and a ValueError into a problem with a
-    line.
-    """
+    """A constructor that converts a scalar's text. A ValueError of `convert` becomes a problem with a line number."""
 
     def construct(loader: _Loader, node: yaml.ScalarNode) -> Any:
         text = str(loader.construct_scalar(node))
@@ -109,7 +105,7 @@ def _scalar(kind: str, convert: Callable[[str], Any]) -> Callable[[_Loader, yaml
 
 
 def _to_text(text: str) -> str:
-    """Only what every file system and every terminal takes: no half of a surrogate pair, no NUL."""
+    # File systems and terminals reject NULs and lone surrogates.
     if "\0" in text or (not text.isascii() and _SURROGATE.search(text)):
         raise ValueError
     return text
@@ -151,7 +147,7 @@ for _tag, _pattern, _first in (
 
 for _tag, _constructor in (
     ("null", _scalar("null", lambda text: None)),
-    ("str", _scalar("a text: it holds half of a surrogate pair or a NUL character", _to_text)),
+    ("str", _scalar("a string: it contains a lone surrogate or a NUL character", _to_text)),
     ("bool", _scalar("true or false", _to_bool)),
     ("int", _scalar("a whole number", _to_int)),
     ("float", _scalar("a number", _to_float)),
@@ -163,15 +159,15 @@ _Loader.add_constructor(None, _refuse_tag)
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes every text which a YAML 1.1 or a YAML 1.2 reader would take for something else."""
+    """SafeDumper that quotes every string which a YAML 1.1 or YAML 1.2 reader would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write equal lists out instead of pointing at the first."""
+        """Always True: write shared lists out again instead of using aliases."""
         return True
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # Only the double-quoted style escapes Unicode's own line breaks; PyYAML folds them into spaces elsewhere.
+    # Only the double-quoted style escapes Unicode line breaks; in other styles, PyYAML folds them into spaces.
     style = '"' if re.search("[\x85\u2028\u2029]", text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -184,10 +180,10 @@ for _first_character, _resolvers in _Loader.yaml_implicit_resolvers.items():
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value that `text` holds, of JSON's types only.
+    """The value of a YAML document, made of JSON types only.
 
-    Raises BadInput, naming `source` and the line, for broken YAML, undefined or recursive anchors, doubled keys, keys
-    that are no texts, and tags that would make anything but plain data.
+    Raises BadInput, which names `source` and the line, for broken YAML, undefined or recursive anchors, duplicate keys,
+    keys that are not strings, and tags for anything but plain data.
     """
     if len(text) > MAX_CHARACTERS:
         raise BadInput(f"{source}: {len(text)} characters; allowed: at most {MAX_CHARACTERS}")
@@ -208,13 +204,13 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 class _Copy:
-    """Copies in which no two places share a list or mapping, of a limited size."""
+    """Makes copies without shared lists and mappings, up to a total size."""
 
     def __init__(self) -> None:
         self._values, self._characters = 0, 0
 
     def of(self, value: Any, depth: int = 0) -> Any:
-        """A copy; OverflowError where the copies so far are too large, RecursionError where one is too deep."""
+        """A deep copy. Raises OverflowError if all copies together are too large, RecursionError if it is too deep."""
         self._values += 1
         self._characters += len(value) if isinstance(value, str) else 0
         if self._values > MAX_VALUES or self._characters > MAX_CHARACTERS:
@@ -230,5 +226,5 @@ class _Copy:
 
 
 def render_yaml(data: Mapping[str, Any]) -> str:
-    """`data` as YAML that `parse_yaml` reads back equal, keys in their order."""
+    """`data` as YAML. `parse_yaml` reads back an equal mapping with its keys in the same order."""
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rouge_score.tokenizers import DefaultTokenizer
 
 from cl_dist.errors import BadInput
-from cl_dist.tasks.text import compose
+from cl_dist.tasks.types import compose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,8 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from cl_dist.config.schema import EvalConfig
 from cl_dist.evaluation.rouge_tokens import rouge_tokenizer
-from cl_dist.tasks.text import compose
-from cl_dist.tasks.types import Slot
+from cl_dist.tasks.types import Slot, compose
 
 Score = Callable[[str, str], float]
 """(prediction, reference) -> a score between 0 and 1."""

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 MASKED_FRACTION = 0.15
 KEPT_MASK_FRACTION = 0.8
 RANDOM_FRACTION = 0.1
-"""BERT's masking (arXiv 1810.04805): of the 15 % of tokens to predict 80 % are masked, 10 % replaced, 10 % kept."""
+"""BERT's masking (arXiv 1810.04805): 15 % of the tokens are predicted; 80 % of these are masked, 10 % replaced and 10 %
+kept."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,20 @@ class Batch:
     """One micro-batch of B samples, padded to S input tokens (and T target tokens with an encoder-decoder)."""
 
     inputs: dict[str, Tensor]
-    """What `model(**inputs)` takes, all int64: input_ids and attention_mask (B, S), decoder_input_ids (B, T)."""
+    """Arguments of `model(**inputs)`, all int64: input_ids and attention_mask (B, S), decoder_input_ids (B, T)."""
     labels: Tensor
-    """int64, IGNORE where there is no loss: (B, S), with an encoder-decoder (B, T), with a classifier (B,)."""
+    """int64, IGNORE at positions without loss: (B, S); for an encoder-decoder (B, T), for a classifier (B,)."""
     token_masks: dict[str, Tensor]
-    """bool, True at real tokens of real samples: "input" (B, S) and, with an encoder-decoder, "target" (B, T)."""
+    """bool, True at real tokens of real samples: "input" (B, S) and, for an encoder-decoder, "target" (B, T)."""
     targets: int
-    """Positions that take part in the loss."""
+    """Number of positions with loss."""
     tokens: int
     """Real tokens of real samples, inputs and targets."""
     indices: list[int]
     """Each sample's position in its split; -1 for a filler."""
     keys: list[int] = field(default_factory=list)
-    """In a task's training: a number per sample, which stands for this input among all that the task learns; -1 for a
-    filler. A masked language model's sample is another input each time that it is masked anew."""
+    """During training, a number per sample that identifies its input among all inputs of the task; -1 for a filler. For
+    a masked language model, a sample is a new input every time it is masked."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -55,23 +56,23 @@ class Batch:
 
 
 def gather(samples: Sequence[Encoded], indices: Sequence[int]) -> list[Encoded]:
-    """The samples of a micro-batch of a `BatchPlan`; each place without one repeats a sample as a filler."""
+    """The samples of a micro-batch of a `BatchPlan`. Empty places repeat one of the samples as a filler."""
     stand_in = samples[max(indices[0], 0)]
     return [samples[index] if index >= 0 else as_filler(stand_in) for index in indices]
 
 
 def as_filler(sample: Encoded) -> Encoded:
-    """The sample without targets and without an index: it is computed on but counts nowhere."""
+    """The sample without targets and index: the model computes on it, but it never counts."""
     return replace(sample, index=FILLER, labels=[IGNORE] * len(sample.labels))
 
 
 def collate(
     samples: list[Encoded], objective: ObjectiveName, pad_id: int, decoder_start_id: int | None = None
 ) -> Batch:
-    """Pad samples to the longest among them.
+    """Pad samples to the longest of them.
 
-    `decoder_start_id` is needed for seq2seq_lm alone: the decoder reads it and then the answer but for its last token.
-    A filler keeps its attention mask, since attention over nothing gives NaN, but no token mask.
+    Only seq2seq_lm needs `decoder_start_id`: the decoder reads it, and then the answer except for its last token. A
+    filler keeps its attention mask, since attention over nothing is NaN, but has an empty token mask.
     """
     work = OBJECTIVES[objective]
     real = torch.tensor([sample.index != FILLER for sample in samples])
@@ -94,7 +95,7 @@ def collate(
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
-    """Rows of ids as one int64 tensor (rows, longest row), filled up with `value`."""
+    """Rows of ids as one int64 tensor (rows, longest row), padded with `value`."""
     longest = max(map(len, rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long)
 
@@ -105,10 +106,10 @@ def length_mask(lengths: list[int]) -> Tensor:
 
 
 def mask_tokens(batch: Batch, tokenizer: PreTrainedTokenizerBase, seed: int) -> Batch:
-    """Mask a batch of masked_lm: 15 % of the candidates (labels other than IGNORE), at least one in every real sample.
+    """Mask a batch for masked_lm: 15 % of the candidates (labels other than IGNORE), at least one per real sample.
 
-    What is drawn for a sample depends on `seed` and the sample's index alone, so that any split of a global batch over
-    ranks and micro-batches masks the same tokens. Give every step its own seed.
+    The mask of a sample depends only on `seed` and the sample's index, so that a global batch is masked in the same way
+    however it is split over ranks and micro-batches. Use a different seed in every step.
     """
     input_ids, labels = batch.inputs["input_ids"].clone(), torch.full_like(batch.labels, IGNORE)
     for row, index in enumerate(batch.indices):
@@ -122,7 +123,7 @@ def mask_tokens(batch: Batch, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 
 
 def choose_places(places: Tensor, generator: torch.Generator) -> Tensor:
-    """The places, out of int64 (N,), to predict: each with 15 % probability, and the likeliest one in any case."""
+    """Choose from int64 (N,) the places to predict: each with a probability of 15 %, and always at least one."""
     if not len(places):
         return places
     scores = torch.rand(len(places), generator=generator)
@@ -130,7 +131,7 @@ def choose_places(places: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def corrupt(ids: Tensor, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> Tensor:
-    """What the model sees in place of ids (N,) that it is to predict: mask tokens, random tokens or the ids."""
+    """What the model sees instead of ids (N,) that it has to predict: mask tokens, random tokens or the ids."""
     scores = torch.rand(len(ids), generator=generator)
     replacements = torch.randint(len(tokenizer), ids.shape, generator=generator)
     replaced = torch.where(scores < KEPT_MASK_FRACTION + RANDOM_FRACTION, replacements, ids)

@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 _TEXTS_AT_ONCE = 10_000
 ANCHOR = ":"
-"""Answers are tokenised behind this text, to get the ids that they have behind a prompt."""
+"""Answers are tokenised after this text, to get the ids that they have after a prompt."""
 
 
 def label_names(tasks: Iterable[Task]) -> tuple[str, ...]:
-    """The labels of all tasks, each once, in the order in which they first appear."""
+    """The distinct labels of all tasks, in the order in which they first appear."""
     return tuple(dict.fromkeys(label for task in tasks for label in task.labels))
 
 
 def check_kind(task: Task, objective: ObjectiveName) -> None:
-    """Raise BadInput where the objective cannot learn this kind of task."""
+    """Raise BadInput if the objective cannot learn this kind of task."""
     kinds = FACTS[objective].learns
     if task.kind not in kinds:
         raise BadInput(
@@ -43,7 +43,7 @@ def check_kind(task: Task, objective: ObjectiveName) -> None:
 
 
 def cut(ids: list[int], room: int, side: Side) -> list[int]:
-    """At most `room` of the ids: without their middle, their start (`left`) or their end (`right`)."""
+    """Cut ids to at most `room` of them, by dropping their middle, their start (`left`) or their end (`right`)."""
     if len(ids) <= room:
         return ids
     kept_at_end = {"middle": room // 2, "left": room, "right": 0}[side]
@@ -51,7 +51,7 @@ def cut(ids: list[int], room: int, side: Side) -> list[int]:
 
 
 def find_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after a text, such as BOS, EOS, CLS and SEP."""
+    """The special ids that the tokenizer adds before and after a text, such as BOS, EOS, CLS and SEP."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):
@@ -61,7 +61,7 @@ def find_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], 
 
 
 class Encoder:
-    """Tokenises the samples of a stream for one model; a pure function of its arguments."""
+    """Tokenises the samples of a stream for one model. The result depends on nothing but the arguments."""
 
     def __init__(
         self,
@@ -70,10 +70,10 @@ class Encoder:
         train: TrainConfig,
         label_names: tuple[str, ...],
     ) -> None:
-        """`label_names` are the labels of the whole stream; a classifier's outputs are numbered by them.
+        """`label_names` are the labels of the whole stream, in the order of a classifier's outputs.
 
-        Raises BadInput for a tokenizer without the tokens or the chat template that objective and settings need, for a
-        `max_length` without room for a prompt, and for a label that is too long.
+        Raises BadInput if the tokenizer lacks the tokens or the chat template that objective and settings need, if
+        `max_length` has no room for a prompt, or if a label is too long.
         """
         self._tokenizer = tokenizer
         self._objective, self._facts = OBJECTIVES[objective], FACTS[objective]
@@ -93,36 +93,36 @@ class Encoder:
 
     @property
     def unanswered_cue(self) -> str:
-        """What the chat template asks with but its answered turns lack, which prompts leave out; "" for nothing."""
+        """Text that the chat template adds to a question but not to an answered turn. Prompts leave it out."""
         return "" if self._template is None else self._template.unanswered
 
     @property
     def pad_id(self) -> int:
-        """Id to pad with: the tokenizer's padding token, else its end-of-sequence token."""
+        """Id to pad with: the tokenizer's padding token, or its end-of-sequence token if it has none."""
         pad = self._tokenizer.pad_token_id
         return int(pad if pad is not None else self._tokenizer.eos_token_id)
 
     def train(self, task: Task) -> list[Encoded]:
-        """The task's training samples in file order; for text its chunks.
+        """The task's training samples in file order, or the chunks of a plain text.
 
-        With `long_answers: cut` a warning says how many answers were cut. Raises BadInput where the objective cannot
-        learn this kind of task, and otherwise for an answer that is too long, naming the sample.
+        With `long_answers: cut`, logs how many answers are cut; otherwise raises BadInput, which names the sample, for
+        an answer that is too long. Also raises BadInput if the objective cannot learn this kind of task.
         """
         check_kind(task, self._objective.name)
         if task.kind == "text":
             return self.text_chunks(task.train)
         prompts = self._tokenize_prompts([example.prompt for example in task.train])
-        self._tell_cut_answers(task)
+        self._report_cut_answers(task)
         return [
             self._sample(index, ids, example.answer, f"task {task.name!r}, training sample {index}")
             for index, (ids, example) in enumerate(zip(prompts, task.train, strict=True))
         ]
 
     def text_chunks(self, documents: Iterable[Example]) -> list[Encoded]:
-        """Documents joined and cut into chunks of at most `max_length` tokens, special tokens included.
+        """Join documents and cut them into chunks of at most `max_length` tokens, including special tokens.
 
-        Labels are the ids themselves, IGNORE at the special tokens that start or end a chunk and at a decoder's first
-        token. For `masked_lm` the labels mark what `mask_tokens` may mask.
+        The labels are the ids, with IGNORE for the special tokens that start or end a chunk and for a decoder's first
+        token. For `masked_lm`, they mark the tokens that `mask_tokens` may mask.
         """
         ends = self._objective.document_end(self._tokenizer.eos_token_id)
         tokenised = self._tokenize([document.answer for document in documents])
@@ -136,31 +136,35 @@ class Encoder:
         return [chunk for chunk in chunks if chunk.targets]
 
     def prompt_ids(self, prompt: str, answer_length: int | None = None) -> list[int]:
-        """Ids of a prompt with the tokenizer's special tokens or in its chat template, cut to `max_length`: what a
-        model that is evaluated goes on from. What the template puts before every answer is part of it.
+        """Ids of a prompt from which a model continues in evaluation, cut to `max_length`.
 
-        A decoder's prompt leaves room for an answer of `answer_length` tokens; without it, for the stream's longest
-        label, else for the longest allowed answer, but at most half of `max_length`.
+        They include the tokenizer's special tokens or its chat template, also what the template puts before every
+        answer. A decoder's prompt leaves room for an answer of `answer_length` tokens; by default, that is the stream's
+        longest label or, without labels, the longest allowed answer, at most half of `max_length`.
         """
         (ids,) = self._tokenize_prompts([prompt])
         return self._framed(ids, self._reserve if answer_length is None else answer_length) + self._lead
 
     def answer_ids(self, answer: str) -> list[int]:
-        """Ids of an answer as they follow any prompt in training, with end-of-sequence at their end; in a chat template
-        with all that it puts around the answer.
+        """Ids of an answer as they follow a prompt in training, ending with end-of-sequence.
+
+        They include everything that a chat template puts around the answer.
         """
         return self._parts(answer).ids
 
     def scored_ids(self, answer: str) -> list[int]:
-        """Ids of an answer as they follow `prompt_ids` in evaluation: nothing that the chat template adds but the one
-        token that ends the answer, without which a label would be preferred for being the start of another.
+        """Ids of an answer as they follow `prompt_ids` in evaluation.
+
+        Of what the chat template adds, only the token that ends the answer counts. Without it, a label would win just
+        because it is the start of another one.
         """
         parts = self._parts(answer)
         return [*parts.body, *parts.tail[:1]]
 
     def generated_ids(self, answer: str) -> list[int]:
-        """What a model that has learnt an answer generates behind `prompt_ids`, up to and with the token that ends
-        generation; words that the chat template puts behind an answer come before it.
+        """Ids that a model generates after `prompt_ids` if it has learnt an answer, including the token that stops it.
+
+        Words that the chat template puts after an answer come before that token.
         """
         parts = self._parts(answer)
         end = next(place for place, token in enumerate(parts.tail) if token in self.stops)
@@ -168,13 +172,11 @@ class Encoder:
 
     @property
     def stops(self) -> list[int]:
-        """Ids that end a generated answer."""
+        """Ids that stop the generation of an answer."""
         return [int(self._tokenizer.eos_token_id)] if self._template is None else self._template.stops
 
     def answer_text(self, ids: Sequence[int]) -> str:
-        """The answer that generated ids are: without special tokens, what the chat template puts behind an answer and
-        white space around it.
-        """
+        """The answer in generated ids, without special tokens, surrounding white space and the template's own words."""
         text = str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
         return (text if self._template is None else self._template.without_tail(text)).strip()
 
@@ -186,29 +188,26 @@ class Encoder:
         return self._answers[answer]
 
     def _bare_answer(self, answer: str) -> list[int]:
-        """Ids of an answer: alone as the target of an encoder-decoder, else after a space that follows a prompt."""
         if self._facts.answer_apart:
             return self._tokenize([answer])[0]
-        if not answer:  # the blank that parts it from the prompt would be all there is
+        if not answer:  # otherwise the space between prompt and answer would remain
             return []
+        # A decoder's answer follows a prompt and a space, and many tokenizers merge the space with the first word.
         anchored, anchor, spaced = self._tokenize([f"{ANCHOR} {answer}", ANCHOR, f" {answer}"])
         return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else spaced
 
     def _sample(self, index: int, prompt: list[int], answer: str, where: str) -> Encoded:
-        """One tokenised prompt put together with its answer, as the objective has it."""
         target = self._training_answer(answer, where) if self._facts.generates else [self._class_of[answer]]
         return self._objective.sample(index, self._framed(prompt, len(target)), target)
 
     def _framed(self, prompt: list[int], answer_length: int) -> list[int]:
-        """A prompt cut to what `max_length` leaves, between the special tokens; a decoder's answer counts, too."""
+        """The prompt between its special tokens, cut to fit `max_length`; for a decoder, together with its answer."""
         taken = len(self._prefix) + len(self._suffix) + (answer_length if self._facts.answer_in_prompt else 0)
         room = max(self._config.max_length - taken, 0)
         return self._prefix + cut(prompt, room, self._config.truncate) + self._suffix
 
     def _training_answer(self, answer: str, where: str) -> list[int]:
-        """Ids of a sample's answer; one that is too long is an error, or, where the settings say so, keeps its start
-        and the token that ends it.
-        """
+        """Ids of a sample's answer. If it is too long, `long_answers` decides between an error and a cut."""
         ids, room = self.answer_ids(answer), self._answer_room
         if self._config.long_answers == "error" or len(ids) <= room or room < 1:
             return self._fitting_answer(answer, where)
@@ -216,13 +215,13 @@ class Encoder:
 
     @property
     def _answer_room(self) -> int:
-        """Tokens that an answer may have; a decoder's leaves room for one of the prompt."""
+        """Most tokens of an answer. A decoder needs room for at least one token of the prompt too."""
         if not self._facts.answer_in_prompt:
             return self._config.max_target_length
         room = self._config.max_length - len(self._prefix) - len(self._suffix) - 1
         return min(self._config.max_target_length, room)
 
-    def _tell_cut_answers(self, task: Task) -> None:
+    def _report_cut_answers(self, task: Task) -> None:
         if self._config.long_answers == "error" or not self._facts.generates:
             return
         room = self._answer_room
@@ -237,14 +236,15 @@ class Encoder:
             )
 
     def _fitting_answer(self, answer: str, where: str) -> list[int]:
-        """Ids of an answer; BadInput, which says `where` it is from, if it is longer than the settings allow."""
+        """Ids of an answer. Raises BadInput, which starts with `where`, if it is longer than the settings allow."""
         ids = self.answer_ids(answer)
         limit = self._config.max_target_length
         if len(ids) > limit:
-            raise BadInput(
-                f"{where}: the answer takes {len(ids)} tokens, but train.max_target_length is {limit}{self._uncut()}"
-            )
-        # A decoder needs something of the prompt as well: it could not predict the answer's first token from nothing.
+            # The settings cut other answers that are too long, so this one must be a label.
+            cuts = self._config.long_answers == "cut"
+            hint = "; a label is never cut: lower stream.max_labels where the task is to generate text" if cuts else ""
+            raise BadInput(f"{where}: the answer takes {len(ids)} tokens, but train.max_target_length is {limit}{hint}")
+        # A decoder needs some of the prompt too: it cannot predict the answer's first token from nothing.
         needed = len(self._prefix) + len(self._suffix) + 1 + len(ids)
         if self._facts.answer_in_prompt and needed > self._config.max_length:
             raise BadInput(
@@ -253,14 +253,8 @@ class Encoder:
             )
         return ids
 
-    def _uncut(self) -> str:
-        """Why an answer is too long although the settings cut those: it is a label."""
-        if self._config.long_answers == "error":
-            return ""
-        return "; a label is never cut: lower stream.max_labels where the task is to generate text"
-
     def _chat_template(self) -> ChatTemplate | None:
-        """The tokenizer's template where the settings ask for it; BadInput where the objective has no turns."""
+        """The tokenizer's chat template, if the settings ask for it. Raises BadInput unless the model is a decoder."""
         if self._config.template == "none":
             return None
         if not self._facts.answer_in_prompt:
@@ -268,9 +262,10 @@ class Encoder:
         return ChatTemplate(self._tokenizer, self._config.date)
 
     def _tokenize_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Ids of each prompt without what is put around it."""
+        """Ids of each prompt, without special tokens or template."""
         if self._template is None:
             return self._tokenize(prompts)
+        # Tokenise prompts inside the template, since the text around them may change their first and last token.
         rendered = self._tokenize([self._template.user_turn(prompt) for prompt in prompts])
         return [
             self._template.bare(ids) or self._tokenize([prompt])[0]
@@ -287,7 +282,7 @@ class Encoder:
         return encoded
 
     def _check_tokenizer(self) -> None:
-        """BadInput where tokens that the objective needs are missing, or leave no room in `max_length`."""
+        """Raise BadInput if the tokenizer lacks tokens that the objective needs, or if they fill `max_length`."""
         for token, described in (("eos", "end-of-sequence"), ("mask", "mask")):
             if token in self._facts.needs_tokens and getattr(self._tokenizer, f"{token}_token_id") is None:
                 raise BadInput(f"the tokenizer has no {described} token, which {self._objective.name} needs")

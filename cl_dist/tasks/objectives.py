@@ -1,7 +1,7 @@
 """What each training objective does to samples, batches and logits: one class each.
 
-The facts that the rest of the project asks for are in `config/objectives.py`; a new objective is an entry there and a
-class here. Torch is not imported, so that samples can be encoded without it: tensors bring their own methods.
+The facts that the rest of the project needs are in `config/objectives.py`; a new objective needs an entry there and a
+class here. This module only calls methods of tensors, so samples can be encoded without importing torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Objective:
-    """One objective. What is written here holds for most of them; the others override it."""
+    """One objective. The methods here suit most objectives; subclasses override what differs."""
 
     def __init__(self, name: ObjectiveName) -> None:
         self.name = name
@@ -29,19 +29,19 @@ class Objective:
     # Samples
 
     def frame(self, prefix: list[int], suffix: list[int]) -> tuple[list[int], list[int]]:
-        """The special tokens around a prompt or a chunk of text, given those that the tokenizer puts around a text."""
+        """The special tokens around a prompt or a chunk, given those that the tokenizer puts around a text."""
         return prefix, suffix
 
     def document_end(self, eos_id: int) -> list[int]:
-        """What ends a document in a stream of text."""
+        """Ids that end a document within a stream of text."""
         return []
 
     def sample(self, index: int, source: list[int], target: list[int]) -> Encoded:
-        """A prompt and its answer as one sample; of a classifier `target` is the class."""
+        """A prompt and its answer as one sample. For a classifier, `target` is the class."""
         return Encoded(index, source, target)
 
     def chunk(self, index: int, prefix: list[int], ids: list[int], suffix: list[int]) -> Encoded:
-        """A chunk of text between special tokens, which are not learned."""
+        """A chunk of text between special tokens, which have no loss."""
         return Encoded(index, prefix + ids + suffix, [IGNORE] * len(prefix) + ids + [IGNORE] * len(suffix))
 
     def made_up_labels(self, tokens: list[int], answer: list[int]) -> list[int]:
@@ -49,39 +49,37 @@ class Objective:
         return [IGNORE, *tokens[1:]]
 
     def tokens(self, sample: Encoded) -> int:
-        """Tokens that a sample sends through the model."""
+        """Number of tokens that a sample sends through the model."""
         return len(sample.input_ids)
 
     # Batches
 
     def decoder_inputs(self, labels: Tensor, pad_id: int, start_id: int | None) -> dict[str, Tensor]:
-        """What the model takes besides input_ids and attention_mask; `labels` are (B, T)."""
+        """Inputs of the model besides input_ids and attention_mask; `labels` are (B, T)."""
         return {}
 
     def batch_labels(self, labels: Tensor) -> Tensor:
-        """A batch's labels from its samples' padded ones, (B, T)."""
+        """The batch's labels, from the padded labels of its samples, (B, T)."""
         return labels
 
     def pose(self, batch: Batch, tokenizer: PreTrainedTokenizerBase, seed: int) -> Batch:
-        """The batch as the model sees it, where that is drawn anew each time."""
+        """The batch as the model sees it. Overridden if that is random."""
         return batch
 
     # Logits
 
     def forward(self, run: Callable[..., Any], batch: Batch, keeps_logits: bool) -> tuple[Tensor, Tensor]:
-        """Run the model; return logits and the labels that they are to predict.
+        """Run the model; return logits and the labels that they should predict.
 
         Args:
             run: The model's forward, or the engine's.
             batch: On the model's device.
-            keeps_logits: Whether `run` can compute logits at chosen positions only (`logits_to_keep`).
+            keeps_logits: Whether `run` can compute the logits of selected positions only (`logits_to_keep`).
         """
         return run(**batch.inputs).logits, batch.labels
 
     def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of all positions, (B, T, vocabulary), and labels, (B, T), such that each predicts the one at its
-        place.
-        """
+        """Align the logits of all positions, (B, T, vocabulary), with the labels, (B, T), that they predict."""
         return logits, labels
 
 
@@ -89,7 +87,7 @@ class CausalLM(Objective):
     """A decoder continues its prompt; position t predicts the token at t + 1."""
 
     def frame(self, prefix: list[int], suffix: list[int]) -> tuple[list[int], list[int]]:
-        """An answer or the next document follows, so nothing ends the text."""
+        """No suffix, because an answer or the next document follows."""
         return prefix, []
 
     def document_end(self, eos_id: int) -> list[int]:
@@ -97,17 +95,17 @@ class CausalLM(Objective):
         return [eos_id]
 
     def sample(self, index: int, source: list[int], target: list[int]) -> Encoded:
-        """The answer follows its prompt, and only the answer is learned."""
+        """The answer follows its prompt, and only the answer has a loss."""
         return Encoded(index, source + target, [IGNORE] * len(source) + target)
 
     def chunk(self, index: int, prefix: list[int], ids: list[int], suffix: list[int]) -> Encoded:
-        """Nothing predicts the first token."""
+        """The first token has no loss, since nothing predicts it."""
         chunk = super().chunk(index, prefix, ids, suffix)
         chunk.labels[0] = IGNORE
         return chunk
 
     def forward(self, run: Callable[..., Any], batch: Batch, keeps_logits: bool) -> tuple[Tensor, Tensor]:
-        """Logits at the positions that predict a target in some sample of the batch."""
+        """Only positions that predict a target in some sample of the batch."""
         positions = predicting_positions(batch.labels)
         if keeps_logits:
             logits = run(**batch.inputs, logits_to_keep=positions).logits
@@ -128,11 +126,11 @@ class Seq2SeqLM(Objective):
         return answer
 
     def tokens(self, sample: Encoded) -> int:
-        """Those of the answer too."""
+        """Includes the answer, which the decoder reads."""
         return len(sample.input_ids) + len(sample.labels)
 
     def decoder_inputs(self, labels: Tensor, pad_id: int, start_id: int | None) -> dict[str, Tensor]:
-        """The start token, then the answer without its last token, with padding for IGNORE: (B, T)."""
+        """The start token and the answer without its last token, with padding instead of IGNORE: (B, T)."""
         if start_id is None:
             raise ValueError("seq2seq_lm needs decoder_start_id")
         shifted = labels.roll(1, dims=1)
@@ -141,14 +139,14 @@ class Seq2SeqLM(Objective):
 
 
 class Classification(Objective):
-    """A head on the last token's or a pooled state has one output for each label of the stream."""
+    """A head on the last token's or a pooled state has one output per label of the stream."""
 
     def made_up_labels(self, tokens: list[int], answer: list[int]) -> list[int]:
         """The first class, which every head has."""
         return [0]
 
     def batch_labels(self, labels: Tensor) -> Tensor:
-        """One class for each sample: (B,)."""
+        """One class per sample: (B,)."""
         return labels[:, 0]
 
 
@@ -157,7 +155,7 @@ class MaskedLM(Objective):
 
     def pose(self, batch: Batch, tokenizer: PreTrainedTokenizerBase, seed: int) -> Batch:
         """Mask some of the tokens; see `mask_tokens`."""
-        from cl_dist.tasks.collate import mask_tokens  # which imports torch
+        from cl_dist.tasks.collate import mask_tokens  # imported late, because it imports torch
 
         return mask_tokens(batch, tokenizer, seed)
 
@@ -173,8 +171,8 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
 def predicting_positions(labels: Tensor) -> Tensor:
     """Return the positions whose logits predict a target somewhere in a decoder's batch, `(kept,)` int64, never empty.
 
-    Position t predicts the label at t + 1. Answers are short and prompts long, so the output head runs over a few
-    positions instead of all.
+    Position t predicts the label at t + 1. Answers are short and prompts long, so the output head runs on a few
+    positions only.
 
     Args:
         labels: `(batch, length)` int64, not shifted.

@@ -1,4 +1,4 @@
-"""The orders in which the papers learn their tasks, and the order folders that come with CL_Benchmark."""
+"""The task orders of the papers, and the order folders that come with CL_Benchmark."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cl_dist.config.boundary import refusing
-from cl_dist.config.files import expand, is_folder
+from cl_dist.config.files import expand, is_folder, refusing
 from cl_dist.config.problems import describe_problems
 from cl_dist.config.schema import Recipe, TaskConfig
 from cl_dist.config.words import shorten
@@ -51,10 +50,9 @@ services of Schema-Guided Dialogue.
 
 
 def resolve_order(recipe: Recipe, recipe_dir: Path) -> Recipe:
-    """The recipe with the tasks that `stream.order` names spelt out; a recipe without an order as it is.
+    """Replace `stream.order` by the tasks that it names. A recipe without an order is returned unchanged.
 
-    A relative order folder starts from `recipe_dir`. Raises BadInput where there is neither such an order nor such a
-    folder.
+    A relative order folder starts from `recipe_dir`. Raises BadInput if no such order or folder exists.
     """
     if recipe.stream.order is None:
         return recipe
@@ -74,7 +72,7 @@ def _with_tasks(recipe: Recipe, recipe_dir: Path) -> Recipe:
     try:
         tasks = tuple(TaskConfig(name=n, format=stream.format, path=root, epochs=epochs.get(n)) for n in names)
         return replace(recipe, stream=replace(stream, tasks=tasks, order=None, epochs_by_task={}))
-    except ValidationError as error:  # settings that name tasks, and not these
+    except ValidationError as error:  # settings of the recipe that name tasks which this order does not have
         raise BadInput("\n".join(describe_problems(error, [each.name for each in recipe.method]))) from error
 
 
@@ -86,13 +84,13 @@ def _order_folder(recipe_dir: Path, order: str) -> Path:
 
 
 def read_order(folder: Path) -> list[str]:
-    """Data sets in the order in which a CL_Benchmark order folder learns them.
+    """The data sets of a CL_Benchmark order folder, in the order in which the model learns them.
 
-    The folder has one sub-folder a stage. `train_tasks.json` names the data set that the stage learns, and
-    `test_tasks.json` all those learnt up to then; the sub-folders' names carry no order, so it is read off how the
-    test lists grow.
+    The folder has one sub-folder per stage. `train_tasks.json` names the data set that the stage learns, and
+    `test_tasks.json` all data sets learnt so far. The names of the sub-folders show no order, but the growing test
+    lists do.
 
-    Raises BadInput where a stage learns other than one data set, or the test lists do not grow by one stage at a time.
+    Raises BadInput if a stage does not learn exactly one data set, or if the test lists do not grow stage by stage.
     """
     stages = [read_stage(path) for path in sorted(require_folder(folder).iterdir()) if path.is_dir()]
     if not stages:
@@ -102,14 +100,14 @@ def read_order(folder: Path) -> list[str]:
     for position, (name, tested) in enumerate(stages, start=1):
         if tested != set(order[:position]):
             raise BadInput(
-                f"{folder}: the order cannot be read off, since stage {name!r} tests {enumerate_names(tested)} "
-                "where each stage must test the data sets learnt so far"
+                f"{folder}: the order is unclear, because stage {name!r} tests {enumerate_names(tested)}; every stage "
+                "must test the data sets learnt so far"
             )
     return order
 
 
 def read_stage(folder: Path) -> tuple[str, set[str]]:
-    """The data set that a stage learns, and those that it tests."""
+    """The data set that a stage learns, and the ones that it tests."""
     learnt = read_task_list(folder / "train_tasks.json")
     if len(learnt) != 1:
         raise BadInput(f"{folder / 'train_tasks.json'} must name one data set, not {enumerate_names(learnt)}")
@@ -117,7 +115,7 @@ def read_stage(folder: Path) -> tuple[str, set[str]]:
 
 
 def read_task_list(path: Path) -> list[str]:
-    """The data sets that a `*_tasks.json` names, over all of its groups."""
+    """The data sets in a `*_tasks.json`, from all of its groups."""
     content = read_json_object(path, "of groups")
     for group, entries in content.items():
         if not isinstance(entries, list):
@@ -126,7 +124,7 @@ def read_task_list(path: Path) -> list[str]:
 
 
 def dataset_name(entry: Any, path: Path) -> str:
-    """Name in one entry of a task list; BadInput for an entry without one."""
+    """The name in one entry of a task list. Raises BadInput for an entry without one."""
     name = entry.get("dataset name") if isinstance(entry, dict) else None
     if not isinstance(name, str):
         raise BadInput(f"{path}: every entry must be an object with a text `dataset name`")

@@ -1,4 +1,4 @@
-"""Which samples make up which batch on which rank: pure index arithmetic, the same on every rank and after a resume."""
+"""Which samples are in which batch on which rank: pure index arithmetic, the same on every rank and after a resume."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from math import ceil
 
 FILLER = -1
-"""Index of a place in a micro-batch that no sample takes."""
+"""Index for a place in a micro-batch without a sample."""
 
 MEGABATCH = 50
-"""Global batches within which samples are sorted by length: enough to find similar ones, few enough to stay random."""
+"""Samples are sorted by length within N global batches: enough to find similar ones, few enough to stay random."""
 
 
 class BatchPlan:
     """The batches of one task's training.
 
-    A function of its arguments alone: any step can be asked for, in any order. Only the product of `micro_batch_size`,
-    `gradient_accumulation` and `ranks` decides which samples a step learns, so another split of it learns the same.
+    A pure function of its arguments, so steps can be requested in any order. Which samples a step learns depends only
+    on the product of `micro_batch_size`, `gradient_accumulation` and `ranks`, not on how it is split.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class BatchPlan:
         group_by_length: bool,
         seed: int,
     ) -> None:
-        """`lengths` are the samples' lengths in tokens; `group_by_length` has an effect only with `shuffle`.
+        """`lengths` are the samples' lengths in tokens. `group_by_length` needs `shuffle`.
 
-        Raises ValueError where there is no sample.
+        Raises ValueError without samples.
         """
         if not lengths:
             raise ValueError("a batch plan needs at least one sample")
@@ -75,23 +75,22 @@ class BatchPlan:
         return list(self._order(epoch)[start : start + self.global_batch_size])
 
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
-        """A rank's `gradient_accumulation` micro-batches of a step, each of `micro_batch_size` indices.
+        """The `gradient_accumulation` micro-batches of a rank in a step, each with `micro_batch_size` indices.
 
-        The rank has one consecutive piece of the global batch. A short batch is spread evenly over ranks and over
-        micro-batches, which are then filled up with FILLER at their end.
+        The rank gets one consecutive piece of the global batch. A short batch is spread evenly over ranks and
+        micro-batches, which are then padded with FILLER.
         """
         own = share(self.step(step), self._ranks, rank)
         pieces = [share(own, self._accumulation, number) for number in range(self._accumulation)]
         return [piece + [FILLER] * (self._micro_batch_size - len(piece)) for piece in pieces]
 
     def _order(self, epoch: int) -> Sequence[int]:
-        """All sample indices in the order of an epoch; the last epoch asked for is kept."""
+        """All sample indices in the order of an epoch. Caches the last epoch."""
         if self._cached[0] != epoch:
             self._cached = (epoch, self._draw_order(epoch))
         return self._cached[1]
 
     def _draw_order(self, epoch: int) -> Sequence[int]:
-        """The order of an epoch, drawn from seed and epoch alone."""
         if not self._shuffle:
             return range(len(self._lengths))
         rng = random.Random(f"{self._seed}/{epoch}")
@@ -100,17 +99,16 @@ class BatchPlan:
         return self._grouped(order, rng) if self._group_by_length else order
 
     def _grouped(self, order: list[int], rng: random.Random) -> list[int]:
-        """The shuffled order with similar lengths side by side; its global batches again in random order.
-
-        A short last batch stays last.
-        """
+        """The shuffled order, rearranged so that a global batch has samples of similar length."""
         size = self.global_batch_size
         mega = MEGABATCH * size
+        # Sort by length within a megabatch only: over the whole epoch, all epochs would have nearly the same batches.
         by_length = [
             index
             for start in range(0, len(order), mega)
             for index in sorted(order[start : start + mega], key=self._lengths.__getitem__, reverse=True)
         ]
+        # Shuffle the batches, so that their length does not fall step by step. A short last batch stays last.
         full = [by_length[start : start + size] for start in range(0, len(order) - size + 1, size)]
         rng.shuffle(full)
         return [index for batch in full for index in batch] + by_length[len(full) * size :]
@@ -118,18 +116,16 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Cycles:
-    """Steps on a task's own samples that alternate with steps on samples of past tasks: `inner` of the one, then
-    `outer` of the other, and again.
-    """
+    """Alternates `inner` steps on a task's own samples with `outer` steps on samples of past tasks."""
 
     own: int
     """Steps on own samples in the whole task."""
     inner: int
     outer: int
     last: bool = True
-    """Whether a last, shorter run of own steps is followed by `outer` steps too."""
+    """Whether `outer` steps also follow the last own steps if there are fewer than `inner`."""
     scheduled: bool = True
-    """Whether the learning rate's schedule counts steps on past samples."""
+    """Whether the learning-rate schedule counts steps on past samples."""
 
     @property
     def steps(self) -> int:
@@ -142,7 +138,7 @@ class Cycles:
         return self.steps - self.own
 
     def locate(self, step: int) -> tuple[bool, int]:
-        """Whether a step learns past samples, and its number among the steps of its kind."""
+        """Whether a step learns past samples, and its number among the steps of that kind."""
         cycle, position = divmod(step, self.inner + self.outer)
         inner = self._inner(cycle)
         if position < inner:
@@ -150,8 +146,9 @@ class Cycles:
         return True, cycle * self.outer + position - inner
 
     def schedule(self, step: int) -> tuple[int, int]:
-        """Where in the learning rate's schedule a step stands, and the schedule's length; a step that the schedule does
-        not count stands where the next own one does.
+        """The position of a step in the learning-rate schedule, and the schedule's length.
+
+        A step that the schedule does not count has the position of the next own step.
         """
         if self.scheduled:
             return step, self.steps
@@ -178,7 +175,7 @@ class Cycles:
 
 
 class InterleavedPlan:
-    """A plan over own samples and one over past ones, in cycles; past samples are numbered behind the own ones."""
+    """Alternates, in cycles, between a plan over own samples and one over past samples, numbered after the own ones."""
 
     def __init__(self, own: BatchPlan, past: BatchPlan, cycles: Cycles, first_past: int) -> None:
         self._own, self._past, self._cycles, self._first_past = own, past, cycles, first_past
@@ -210,7 +207,7 @@ class InterleavedPlan:
 
 
 def share(items: list[int], parts: int, number: int) -> list[int]:
-    """The `number`-th of `parts` consecutive pieces of a list; lengths differ by at most one, longer pieces first."""
+    """Piece `number` of a list cut into `parts` consecutive pieces. Lengths differ by at most one, longer first."""
     quotient, remainder = divmod(len(items), parts)
     start = number * quotient + min(number, remainder)
     return items[start : start + quotient + (number < remainder)]

@@ -1,4 +1,4 @@
-"""From a recipe's stream to checked tasks. Imports no torch, so that bad data is told within seconds."""
+"""From a recipe's stream to checked tasks. Imports no torch, so that bad data is reported within seconds."""
 
 from __future__ import annotations
 
@@ -10,22 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from cl_dist.config.files import expand, is_there
-from cl_dist.config.schema import StreamConfig, TaskConfig
+from cl_dist.config.schema import Recipe, StreamConfig, TaskConfig
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
 from cl_dist.tasks.formats.files import enumerate_names, missing
 from cl_dist.tasks.formats.format import RawTask, Source, Split
-from cl_dist.tasks.text import compose
-from cl_dist.tasks.types import Example, Kind, LabelSource, Task
+from cl_dist.tasks.types import Example, Kind, LabelSource, Task, compose
 
 logger = logging.getLogger(__name__)
 
 
 def load_stream(stream: StreamConfig, recipe_dir: Path) -> tuple[Task, ...]:
-    """Read and check all tasks, in the stream's order.
-
-    Raises BadInput, which names the task and, where there is one, the file and the record.
-    """
+    """Read and check all tasks, in the stream's order. Raises BadInput, which names task, file and record."""
     if stream.root is not None:
         root = recipe_dir / expand(stream.root, "stream.root")
         if not is_there(root):
@@ -34,7 +30,7 @@ def load_stream(stream: StreamConfig, recipe_dir: Path) -> tuple[Task, ...]:
 
 
 def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path) -> Task:
-    """Read and check one task; BadInput names it."""
+    """Read and check one task. Raises BadInput, which names the task."""
     source = Source(
         name=task.name,
         format=task.format,
@@ -56,7 +52,7 @@ def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path) -> Task:
 
 
 def build_task(task: TaskConfig, stream: StreamConfig, raw: RawTask) -> Task:
-    """Settle kind and labels from all samples, then apply the sample limits."""
+    """Determine kind and labels from all samples, then apply the sample limits."""
     for split in (raw.train, raw.evaluation):
         if not split.examples:
             raise BadInput(f"{split.origin} holds no samples")
@@ -81,7 +77,7 @@ def build_task(task: TaskConfig, stream: StreamConfig, raw: RawTask) -> Task:
 
 
 def first_samples(examples: Sequence[Example], most: int | None) -> Sequence[Example]:
-    """At most `most` of the samples, and the rest of the turns that they belong to: half a turn would be easier."""
+    """The first `most` samples, and the rest of the last turn among them: scoring half a turn would be easier."""
     if most is None or most >= len(examples):
         return examples
     turns = {example.slot.turn for example in examples[:most] if example.slot is not None}
@@ -90,10 +86,10 @@ def first_samples(examples: Sequence[Example], most: int | None) -> Sequence[Exa
 
 
 def settle_labels(task: TaskConfig, most: int, raw: RawTask) -> tuple[tuple[str, ...], LabelSource | None]:
-    """The task's labels: stated in the recipe or the data, else found in the training answers; none where it is not
-    classification. And where they were found. `most`: stream.max_labels.
+    """The task's labels and where they come from: the recipe, the data or the training answers.
 
-    Raises BadInput for a set of labels that makes no sense and for an answer that is not in it.
+    A task that is not classification has none. `most` is stream.max_labels. Raises BadInput for labels that make no
+    sense, and for an answer that is not one of them.
     """
     stated = task.labels if task.labels is not None else raw.labels
     if raw.kind in ("text", "generation"):
@@ -118,12 +114,12 @@ def settle_labels(task: TaskConfig, most: int, raw: RawTask) -> tuple[tuple[str,
 
 
 def infer_labels(examples: Sequence[Example], most: int) -> tuple[str, ...]:
-    """The distinct training answers, sorted, where they look like labels; none where they look like free text.
+    """The distinct training answers, sorted, if they look like labels; none if they look like free text.
 
-    Labels are few (2 to `most`), recur (each answer occurs at least twice: one that occurs once suggests
-    that others are still to come), and are few against the number of samples: at most its square root, so that what is
-    picked out of a long list of names or values is not taken for classes. Evaluation answers have no say: a model must
-    not know what it is going to be asked.
+    Labels are few (2 to `most`). Each occurs at least twice, because a value seen once suggests that others are still
+    to come. And they are few compared with the samples, at most the square root of their number: a sample of a long
+    list of names or values is not a set of classes. Evaluation answers are ignored, since a model must not learn from
+    what it is tested on.
     """
     counts = Counter(compose(example.answer) for example in examples)
     few = 2 <= len(counts) <= min(most, math.isqrt(len(examples)))
@@ -131,13 +127,14 @@ def infer_labels(examples: Sequence[Example], most: int) -> tuple[str, ...]:
 
 
 def warn_of_few_answers(name: str, most: int, examples: Sequence[Example]) -> None:
-    """Say so where answers that are taken for free text may have been meant as labels: few, most there twice."""
+    """Log a warning if answers that count as free text may be labels after all: they are few, and most occur twice."""
     counts = Counter(compose(example.answer) for example in examples)
     again = sum(count > 1 for count in counts.values())
     if 2 <= len(counts) <= most and 2 * again > len(counts):
         logger.warning(
-            "task %r: its %d distinct answers in %d training samples are taken for free text, not for labels (at most "
-            "the square root of the samples, each there twice); state its `labels` if they are, or `labels: []`",
+            "task %r: its %d distinct answers in %d training samples count as free text, not as labels (of which there "
+            "are at most the square root of the samples, each at least twice); if they are labels, state `labels`; if "
+            "not, `labels: []`",
             name,
             len(counts),
             len(examples),
@@ -145,7 +142,7 @@ def warn_of_few_answers(name: str, most: int, examples: Sequence[Example]) -> No
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """BadInput for fewer than two labels, an empty one or one that is there twice."""
+    """Raise BadInput for fewer than two labels, an empty one or a duplicate."""
     if len(labels) < 2:
         raise BadInput(
             f"{len(labels)} label(s) stated; a classification task needs at least two; a task that generates text "
@@ -159,7 +156,7 @@ def check_labels(labels: Sequence[str]) -> None:
 
 
 def check_answers(split: Split, labels: Sequence[str]) -> None:
-    """BadInput for the first sample whose answer is not a label."""
+    """Raise BadInput for the first sample whose answer is not a label."""
     allowed = frozenset(labels)
     for index, example in enumerate(split.examples):
         if compose(example.answer) not in allowed:
@@ -169,7 +166,32 @@ def check_answers(split: Split, labels: Sequence[str]) -> None:
 
 
 def _composed(example: Example) -> Example:
-    """The same sample, its answers spelt as the labels are."""
+    # Labels are compared in normal form C, so answers must have it too.
     if example.answer.isascii() and not example.references:
         return example
     return replace(example, answer=compose(example.answer), references=tuple(map(compose, example.references)))
+
+
+def check_warmup(recipe: Recipe, tasks: Sequence[Task], ranks: int) -> None:
+    """Raise BadInput if no task has as many optimiser steps as `train.warmup_steps`; this needs data, but no model.
+
+    Streams with plain text are not checked, because only tokenisation shows how many samples a text makes.
+    """
+    train = recipe.train
+    if train.warmup_steps == 0 or any(task.kind == "text" for task in tasks):
+        return
+    # Methods that rehearse past samples, or learn all tasks at once, add at most the samples of the other tasks.
+    everything = sum(len(task.train) for task in tasks)
+    rehearses = any(method.adds_samples for method in recipe.method)
+    batch = train.micro_batch_size * train.gradient_accumulation * ranks
+    most = 0
+    for config, task in zip(recipe.stream.tasks, tasks, strict=True):
+        samples = everything if rehearses else len(task.train)
+        steps = (config.epochs or train.epochs) * math.ceil(samples / batch)
+        steps = min(steps, train.max_steps_per_task or steps)
+        most = max(most, steps + sum(method.extra_steps(steps) for method in recipe.method))
+    if train.warmup_steps > most:
+        raise BadInput(
+            f"train.warmup_steps: {train.warmup_steps}, but the longest task has {most} optimiser steps, so that "
+            f"train.learning_rate would never be reached; allowed: at most {most}"
+        )

@@ -1,7 +1,8 @@
-"""What a task is, before and after tokenisation. Plain data."""
+"""What a task is, before and after tokenisation: plain data. And when two texts of a task count as the same."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,26 +19,27 @@ ScoredOn = Literal["test", "dev", "train"]
 
 @dataclass(frozen=True)
 class Slot:
-    """What a sample of dialogue state tracking asks for: one slot after one turn of a dialogue."""
+    """What a sample of dialogue state tracking asks for: the value of one slot after one turn of a dialogue."""
 
     turn: str
-    """The dialogue and the turn in it."""
+    """The dialogue and the number of the turn."""
     name: str
-    """The service and its slot."""
+    """The service and the slot."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One record: the prompt that the model sees and the answer that it should give (`text`: prompt empty, answer the
-    text).
+    """One record: the prompt that the model sees and the answer that it should give.
+
+    A document of plain text is an answer with an empty prompt.
     """
 
     prompt: str
     answer: str
     references: tuple[str, ...] = ()
-    """All answers that are right, where there are several; training is on `answer`, the first of them, alone."""
+    """All right answers, if there are several. Training uses only `answer`, the first of them."""
     slot: Slot | None = None
-    """Of an evaluation sample of dialogue state tracking: what it asks for."""
+    """What an evaluation sample of dialogue state tracking asks for."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,15 @@ class Task:
     train: Sequence[Example]
     evaluation: Sequence[Example]
     labels: tuple[str, ...] = ()
-    """Allowed answers of a classification task, in a fixed order; else empty."""
+    """Allowed answers of a classification task, in a fixed order; empty for other tasks."""
     origins: tuple[str, str] = ("", "")
-    """Files (or data set and split) that the training and the evaluation samples come from, for messages."""
+    """Files (or data set and split) of the training and the evaluation samples, for messages."""
     labels_from: LabelSource | None = None
-    """Where the labels were found; None where there are none."""
+    """Where the labels come from; None without labels."""
     unlisted: int = 0
-    """Evaluation samples whose answer is none of the labels, which were found in the training answers."""
+    """Number of evaluation samples whose answer is not a label; possible if labels come from the training answers."""
     scored_on: ScoredOn = "test"
-    """Which split `evaluation` is."""
+    """The split that `evaluation` is."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,21 @@ class Encoded:
     """One tokenised sample."""
 
     index: int
-    """Position in the task's split; -1 marks a filler that evens out ranks and is counted nowhere."""
+    """Position in the task's split; -1 for a filler, which evens out the ranks' batches and never counts."""
     input_ids: list[int]
     labels: list[int]
-    """causal_lm and masked_lm: as long as input_ids, IGNORE where there is no loss (not shifted). seq2seq_lm: the
-    answer.
-    classification: one number, the label's index in the stream-wide label list."""
+    """causal_lm and masked_lm: as long as input_ids, not shifted, IGNORE at positions without loss. seq2seq_lm: the
+    answer. classification: one number, the label's index among the labels of the whole stream."""
 
     @property
     def targets(self) -> int:
         """Number of positions that take part in the loss."""
         return sum(label != IGNORE for label in self.labels)
+
+
+def compose(text: str) -> str:
+    """The text in Unicode's normal form C, in which labels, answers and predictions are compared.
+
+    Depending on who wrote the file, an é is one character or two (an e and an accent). To a reader both are the same.
+    """
+    return text if text.isascii() else unicodedata.normalize("NFC", text)

@@ -1,4 +1,4 @@
-"""Mutated recipes and `--set` overrides for the pre-flight, and what became of each.
+"""Mutated recipes and `--set` overrides for the pre-flight, and the outcome of each.
 
 `python -m tests.config.fuzz --examples 10000` prints how many were refused, accepted and used, or neither.
 """
@@ -32,10 +32,10 @@ from cl_dist.errors import BadInput
 from cl_dist.tasks.orders import resolve_order
 
 SECONDS = 20
-"""A pre-flight of a tiny recipe that takes longer hangs."""
+"""A pre-flight of a tiny recipe that takes longer counts as hanging."""
 MEMORY = 4 * 2**30
 LONGEST_MESSAGE = 4000
-"""Characters of what a user gets to read."""
+"""Most characters of a message."""
 
 RECIPE = """\
 model: {name_or_path: builtin:llama-tiny}
@@ -206,8 +206,8 @@ BY_KIND = {
     "a whole number": ["1", "2", "3", "8", "100", "2147483648", "9223372036854775807", "1" + "0" * 18, "1" + "0" * 30],
     "a number": ["0.1", "0.5", "1", "20", "1e-3", "1e308", "5e-324"],
     "null": ["null"],
-    "a text": ["x", "mine", "input", "output", "builtin:llama-tiny", "builtin:t5-tiny", "'~/x'", "~no_user/x", "a/b"],
-    "a list of texts": ["[x]", "[y, n]", "[mine]", "[first]", "[q_proj, v_proj]"],
+    "a string": ["x", "mine", "input", "output", "builtin:llama-tiny", "builtin:t5-tiny", "'~/x'", "~no_user/x", "a/b"],
+    "a list of strings": ["[x]", "[y, n]", "[mine]", "[first]", "[q_proj, v_proj]"],
     "a mapping of settings": [
         "{}",
         "{r: 4}",

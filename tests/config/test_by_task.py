@@ -70,7 +70,7 @@ def test_a_method_without_settings_follows_too() -> None:
         ({"name": "replay", "by_task": {"copa": {"ratio": 0.5}}}, "method.by_task: unknown key"),
     ],
 )
-def test_what_cannot_be_is_refused_by_its_key(method: dict[str, Any], message: str) -> None:
+def test_an_impossible_setting_is_refused_with_its_key(method: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput) as error:
         load(f"method={method}")
     assert message in str(error.value)
@@ -95,7 +95,7 @@ def test_a_penalty_on_adapters_in_one_task_needs_adapters() -> None:
         ("fusion: hard, threshold: 30", "fusion: hard", ("hard", 30.0, 0.25)),
     ],
 )
-def test_a_task_may_be_fused_in_the_other_way(method: str, values: str, expected: tuple[str, float, float]) -> None:
+def test_a_task_may_use_the_other_fusion(method: str, values: str, expected: tuple[str, float, float]) -> None:
     (kif,) = load(f"method={{name: kif, {method}, by_task: {{copa: {{{values}}}}}}}").method
     assert isinstance(kif, KifConfig)
     own = kif.for_task("copa")
@@ -103,7 +103,7 @@ def test_a_task_may_be_fused_in_the_other_way(method: str, values: str, expected
     assert kif.for_task("mnli") == kif
 
 
-def test_what_the_other_fusion_does_not_read_is_refused_in_a_task() -> None:
+def test_a_task_may_not_set_what_its_fusion_does_not_read() -> None:
     with pytest.raises(BadInput, match=r"method\.by_task\.copa\.threshold: 25\.0 is not used: fusion: adaptive"):
         load("method={name: kif, fusion: hard, by_task: {copa: {fusion: adaptive, threshold: 25}}}")
 
@@ -140,7 +140,7 @@ def test_a_sweep_gives_them_to_one_row(tmp_path: Path) -> None:
     assert found == {(o, m): (OLORA if m == "olora" else {}) for o in ("order4", "order6") for m in ("olora", "plain")}
 
 
-def test_what_may_differ_is_a_setting() -> None:
+def test_every_setting_that_may_vary_by_task_exists() -> None:
     for name, cls in built_in().items():
         varied = getattr(cls, "VARIED", ())
         assert set(varied) <= set(cls.__pydantic_fields__), name  # type: ignore[attr-defined]
@@ -148,7 +148,7 @@ def test_what_may_differ_is_a_setting() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, cls in built_in().items() if issubclass(cls, VariedConfig)])
-def test_every_such_method_checks_them(name: str) -> None:
+def test_every_method_with_settings_by_task_checks_them(name: str) -> None:
     with pytest.raises(BadInput, match=r"method\.by_task\.copa\.nope: unknown key"):
         load(f"method={{name: {name}, by_task: {{copa: {{nope: 1}}}}}}")
 

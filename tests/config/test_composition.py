@@ -46,7 +46,7 @@ def load(names: Sequence[str]) -> None:
 
 
 @pytest.mark.parametrize("pair", SENSIBLE, ids="+".join)
-def test_what_makes_sense_composes_in_either_order(pair: tuple[str, str]) -> None:
+def test_compatible_methods_compose_in_either_order(pair: tuple[str, str]) -> None:
     assert excluded(*pair) is None
     load(pair)
     load(pair[::-1])
@@ -68,12 +68,12 @@ def test_what_makes_sense_composes_in_either_order(pair: tuple[str, str]) -> Non
         (("tasl", "kif"), "tasl and kif do not compose: kif, tasl and recurrent_kif all fuse weights"),
     ],
 )
-def test_what_does_not_is_refused_by_name(names: tuple[str, ...], message: str) -> None:
+def test_incompatible_methods_are_refused_by_name(names: tuple[str, ...], message: str) -> None:
     with pytest.raises(BadInput, match=f"^method: {re.escape(message)}"):
         load(names)
 
 
-def test_no_method_excludes_itself_and_what_does_nothing_goes_with_all() -> None:
+def test_no_method_excludes_itself_and_plain_ones_go_with_all() -> None:
     assert [name for name in built_in() if excluded(name, name) is not None] == []
     assert [name for name in built_in() if excluded("sequential", name) is not None] == []
 
@@ -82,7 +82,7 @@ def test_a_reason_is_the_same_in_either_order() -> None:
     assert [pair for pair in combinations(built_in(), 2) if excluded(*pair) != excluded(*pair[::-1])] == []
 
 
-def test_every_role_is_that_of_a_method() -> None:
+def test_every_role_belongs_to_a_method() -> None:
     assert {role for cls in built_in().values() for role in cls.ROLES} == set(Role)
 
 
@@ -153,7 +153,7 @@ def test_a_recipe_is_refused(changes: list[str], message: str) -> None:
         ["method.name=multi_task", "stream.tasks=[{name: a, format: builtin, epochs: 2}]"],
     ],
 )
-def test_what_a_run_writes_down_is_taken_again(changes: list[str], tmp_path: Path) -> None:
+def test_the_config_that_a_run_writes_is_accepted_again(changes: list[str], tmp_path: Path) -> None:
     """There every setting is spelt out, those that nothing reads too."""
     recipe, _ = load_recipe("quickstart", changes)
     path = tmp_path / "config.yaml"

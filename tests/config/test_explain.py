@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from cl_dist.config import schema
-from cl_dist.config.explain import explain
-from cl_dist.config.fields import Setting, info_of, settings_of
+from cl_dist.config.fields import Setting, explain, info_of, settings_of
 from cl_dist.config.ranges import Choices
 from cl_dist.config.schema import Recipe
 from cl_dist.methods.catalogue import built_in
@@ -17,7 +16,7 @@ SETTINGS = list(settings_of(Recipe))
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.key)
-def test_every_setting_says_what_it_is_and_may_be(setting: Setting) -> None:
+def test_every_setting_has_a_help_text_and_allowed_values(setting: Setting) -> None:
     assert len(setting.help) > 10
     assert setting.help.endswith((".", "`."))
     assert setting.allowed
@@ -37,20 +36,20 @@ def test_no_component_of_the_schema_is_left_out() -> None:
     assert len(SETTINGS) == common + len(of_tasks) + len(of_streams)
 
 
-def test_a_setting_of_formats_says_whose_it_is() -> None:
+def test_a_formats_setting_names_its_formats() -> None:
     assert (
-        "stream.tasks[].input_field\n    a text (default: input)\n"
-        "    Formats huggingface and jsonl: Field of a record with the prompt.\n" in explain()
+        "stream.tasks[].input_field\n    a string (default: input)\n"
+        "    Formats huggingface and jsonl: Field of a record that contains the prompt.\n" in explain()
     )
     assert " How the data is stored. `builtin`: generated; `cl_benchmark`: O-LoRA, MIGU; `huggingface`: " in explain()
-    assert "stream.name_tasks\n    true or false (default: false)\n    Format cl_benchmark: Prompts" in explain()
+    assert "stream.name_tasks\n    true or false (default: false)\n    Format cl_benchmark: Start prompts" in explain()
 
 
 @pytest.mark.parametrize(
     ("key", "allowed", "default"),
     [
-        ("model.name_or_path", "a text", None),
-        ("model.lora.target_modules", "a list of texts, or all-linear", "all-linear"),
+        ("model.name_or_path", "a string", None),
+        ("model.lora.target_modules", "a list of strings, or all-linear", "all-linear"),
         ("train.max_steps_per_task", "a whole number, at least 1, or null", "null"),
         ("train.learning_rate", "a number, above 0", "0.0001"),
         ("train.seed", "a whole number, at least 0, below 2147483648", "42"),
@@ -60,7 +59,7 @@ def test_a_setting_of_formats_says_whose_it_is() -> None:
         ("method(tasl).threshold", "a number, at least 0, at most 100", "20.0"),
         ("method[]", "a list of mappings", "sequential"),
         ("stream.tasks[]", "a list of mappings", ""),
-        ("stream.tasks[].name", "a text, at least 1 character, at most 100 characters", None),
+        ("stream.tasks[].name", "a string, at least 1 character, at most 100 characters", None),
         ("eval", "a mapping of settings", ""),
     ],
 )

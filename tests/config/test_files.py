@@ -35,7 +35,7 @@ SPECIAL: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_what_is_no_file_is_not_opened(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipes_and_devices_are_not_opened(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     SPECIAL[kind](tmp_path / "f")
     problem = f"f cannot be read: it is {kind}, and a file is needed"
@@ -53,8 +53,8 @@ def test_what_is_no_file_is_not_opened(kind: str, tmp_path: Path, monkeypatch: p
         ("a" * 300, r"the path a{300} cannot be used: File name too long"),
         ("a/" * 3000, "cannot be used: File name too long"),
         ("loop", "the path loop cannot be used: Too many levels of symbolic links"),
-        ("a\0b", r"the path a\\0b cannot be used: it holds a character that no path can have"),
-        ("a\ud800b", r"the path a\\ud800b cannot be used: it holds a character that no path can have"),
+        ("a\0b", r"the path a\\0b cannot be used: it contains a character that no path can have"),
+        ("a\ud800b", r"the path a\\ud800b cannot be used: it contains a character that no path can have"),
     ],
 )
 def test_a_path_that_the_system_refuses(
@@ -67,7 +67,7 @@ def test_a_path_that_the_system_refuses(
             look(Path(path))
 
 
-def test_what_is_not_there_is_not_there(tmp_path: Path) -> None:
+def test_missing_files_are_reported_as_missing(tmp_path: Path) -> None:
     write_lines(tmp_path / "f", ["x"])
     assert not is_there(tmp_path / "g")
     assert not is_there(tmp_path / "f" / "g")
@@ -75,7 +75,7 @@ def test_what_is_not_there_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+def test_a_file_without_read_permission(tmp_path: Path) -> None:
     write_lines(tmp_path / "f", ["x"]).chmod(0)
     with pytest.raises(BadInput, match="f cannot be read: Permission denied"):
         read_bytes(tmp_path / "f")
@@ -84,7 +84,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
 def test_expand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert expand("~/data", "stream.root") == Path("/home/me/data")
-    with pytest.raises(BadInput, match=r"stream.root: ~nobody-here: no home folder of a user 'nobody-here'"):
+    with pytest.raises(BadInput, match=r"stream.root: ~nobody-here: there is no user 'nobody-here'"):
         expand("~nobody-here", "stream.root")
 
 

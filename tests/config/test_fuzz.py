@@ -41,7 +41,7 @@ def test_what_once_broke_the_pre_flight_is_refused(change: str, folder: Path) ->
 
 
 @pytest.mark.parametrize("bomb", [MERGES, LONG_ALIASES], ids=["merged keys", "aliases of a long text"])
-def test_a_text_that_multiplies_itself_is_refused(bomb: str, folder: Path) -> None:
+def test_a_document_whose_aliases_explode_is_refused(bomb: str, folder: Path) -> None:
     outcome = judge(Mutant((bomb + RECIPE).encode()), folder)
     assert outcome.kind == "refused", outcome
     assert ("unknown key" if bomb == MERGES else "counting each use of an alias") in outcome.detail

@@ -160,14 +160,14 @@ def test_what_is_generated_is_as_long_as_what_is_learnt(
     assert load_recipe(str(tmp_path / "dumped.yaml"))[0] == recipe
 
 
-def test_a_day_is_a_text_in_yaml(tmp_path: Path) -> None:
+def test_a_date_is_a_string_in_yaml(tmp_path: Path) -> None:
     recipe, _ = load_recipe("quickstart", ["train.date=2031-01-02"])
     assert recipe.train.date == "2031-01-02"
     (tmp_path / "dumped.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(str(tmp_path / "dumped.yaml"))[0] == recipe
 
 
-def test_a_folder_with_a_tokenizer_lies_beside_the_recipe(tmp_path: Path) -> None:
+def test_a_tokenizer_folder_is_found_next_to_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for written, found in (("mine", str(tmp_path / "mine")), ("openai-community/gpt2", "openai-community/gpt2")):
         settings = {"rouge_tokenizer": "xlingual", "rouge_tokenizer_path": written}
@@ -175,13 +175,13 @@ def test_a_folder_with_a_tokenizer_lies_beside_the_recipe(tmp_path: Path) -> Non
         assert recipe.eval.rouge_tokenizer_path == found
 
 
-def test_what_is_wrong_with_a_recipe_as_a_whole_is_one_sentence() -> None:
+def test_problems_of_a_whole_recipe_are_one_sentence() -> None:
     with pytest.raises(ValidationError) as error:
         TypeAdapter(Recipe).validate_json("{")
     assert describe_problems(error.value)[0].startswith("recipe: Invalid JSON")
 
 
-def test_of_very_many_problems_the_first_ten_are_told(tmp_path: Path) -> None:
+def test_a_message_lists_the_first_ten_problems(tmp_path: Path) -> None:
     data = {**minimal(), "train": {f"x{number}{'y' * 1000}": 1 for number in range(30)}}
     with pytest.raises(BadInput) as error:
         load_recipe(write(tmp_path / "mine.yaml", data))
@@ -191,7 +191,7 @@ def test_of_very_many_problems_the_first_ten_are_told(tmp_path: Path) -> None:
     assert all(len(line) < 600 for line in lines)
 
 
-def test_numbers_and_waits_that_no_machine_takes_are_refused() -> None:
+def test_numbers_and_waits_beyond_any_machine_are_refused() -> None:
     for setting, message in {
         "train.epochs=2147483648": "at least 1 (and never above 2147483647)",
         "train.learning_rate=1e308": "above 0 (and never above 1e+30)",
@@ -230,16 +230,16 @@ class TestHome:
 
     @pytest.mark.parametrize("key", KEYS)
     def test_an_unknown_user_is_refused(self, key: str, tmp_path: Path) -> None:
-        with pytest.raises(BadInput, match=f"^{key}: ~no_such_user/x: no home folder of a user 'no_such_user'"):
+        with pytest.raises(BadInput, match=f"^{key}: ~no_such_user/x: there is no user 'no_such_user'"):
             self.load(key, "~no_such_user/x", tmp_path)
 
     @pytest.mark.parametrize("key", KEYS[1:])
-    def test_a_name_that_is_too_long_is_told_with_its_setting(self, key: str, tmp_path: Path) -> None:
+    def test_a_name_that_is_too_long_is_reported_with_its_setting(self, key: str, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=f"^{key}: the path .*aaa.* cannot be used: File name too long"):
             self.load(key, "a" * 300, tmp_path)
 
 
-def test_a_folder_whose_name_is_no_text_cannot_be_written_down(tmp_path: Path) -> None:
+def test_a_folder_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"d\xff")
     file = write(folder / "mine.yaml", {**minimal(), "stream": {"root": "data", "tasks": [{"name": "t"}]}})
     with pytest.raises(BadInput, match=r"^recipe: the path .*d\\udcff is not UTF-8 text"):

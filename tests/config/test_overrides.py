@@ -58,7 +58,7 @@ def test_changing_the_method_on_a_shipped_recipe_just_works() -> None:
     assert load_recipe("standard-order1", ["method.name=sequential"])[0].method == (SequentialConfig(),)
 
 
-def test_another_kind_of_fusion_takes_the_place_of_what_it_does_not_read() -> None:
+def test_changing_the_method_drops_what_its_fusion_does_not_read() -> None:
     kif: dict[str, Any] = {"name": "kif", "tau": 0.5, "beta1": 0.9, "by_task": {"spring": {"tau": 0.1, "beta2": 0.8}}}
     left = {"name": "tasl", "beta1": 0.9, "by_task": {"spring": {"beta2": 0.8}}}
     assert changed({"method": dict(kif)}, "method.name=tasl")["method"] == [left]
@@ -95,10 +95,10 @@ def test_one_of_several_methods_is_reached_by_its_position() -> None:
         ("a..b=3", "--set a..b=3: not of the form key=value"),
         ("train.clip=", '--set train.clip=: no value; write "train.clip=null" for none'),
         ("train.epochs=[1", "--set train.epochs, line 1: expected ',' or ']'"),
-        ("train.epochs.x=1", "--set train.epochs.x: train.epochs is 3, which has no settings"),
-        ("stream.tasks.2.name=x", '--set stream.tasks.2.name: "2" is no entry of stream.tasks; allowed: 0 to 1'),
-        ("stream.tasks.-1.name=x", '"-1" is no entry of stream.tasks'),
-        ("stream.tasks.2=x", '--set stream.tasks.2: "2" is no entry of stream.tasks; allowed: 0 to 1'),
+        ("train.epochs.x=1", "--set train.epochs.x: train.epochs is 3, which contains no settings"),
+        ("stream.tasks.2.name=x", '--set stream.tasks.2.name: stream.tasks has no entry "2"; allowed: 0 to 1'),
+        ("stream.tasks.-1.name=x", 'stream.tasks has no entry "-1"'),
+        ("stream.tasks.2=x", '--set stream.tasks.2: stream.tasks has no entry "2"; allowed: 0 to 1'),
         ("method.threshold=0.5", "the recipe has 2 methods; say which: method.0.threshold"),
     ],
 )

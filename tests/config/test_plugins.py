@@ -86,7 +86,7 @@ def test_what_is_installed_is_never_shadowed(tmp_path: Path) -> None:
         load_plugins(["yaml"])
         assert written_out(["yaml"], []) == ("yaml",)
         assert str(tmp_path) not in sys.path
-        with pytest.raises(PluginError, match=r"yaml\.py: the name yaml belongs to module yaml .*rename the file"):
+        with pytest.raises(PluginError, match=r"yaml\.py: module yaml .* already has the name yaml; rename the file"):
             load_plugins([str(path)])
 
 
@@ -111,10 +111,10 @@ def test_the_folder_comes_last_and_only_where_a_plugin_lies_in_it(tmp_path: Path
         ("broken:Mine", r"broken: importing it raised ZeroDivisionError: division by zero"),
         ("needing:Mine", r"needing: importing it raised ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("ending:Mine", r"ending: importing it raised SystemExit: 3"),
-        ("lib/none.py:Mine", r"lib/none.py: there is no such file"),
+        ("lib/none.py:Mine", r"lib/none.py: this file does not exist"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(name: str, message: str, tmp_path: Path) -> None:
+def test_every_problem_of_a_plugin_is_one_sentence(name: str, message: str, tmp_path: Path) -> None:
     write(tmp_path / "own_module.py")
     write(tmp_path / "broken.py", "1 / 0")
     write(tmp_path / "needing.py", "import nowhere_at_all")
@@ -147,13 +147,13 @@ def test_a_recipe_lists_modules_and_its_dump_finds_them_from_anywhere(tmp_path: 
     assert load_recipe(str(stored))[0] == recipe
 
 
-def test_the_stored_recipe_of_a_project_that_was_moved_means_the_module_that_is_loaded(tmp_path: Path) -> None:
+def test_the_stored_recipe_of_a_moved_project_means_the_loaded_module(tmp_path: Path) -> None:
     old = write(tmp_path / "old" / "own_module.py")
     recipe, _ = load_recipe(str(write_recipe(tmp_path / "old", plugins=["own_module"])))
     stored = write(tmp_path / "config.yaml", dump_recipe(recipe))
     old.unlink()
     plugins._loaded.clear()
-    with pytest.raises(PluginError, match="there is no such file"):
+    with pytest.raises(PluginError, match="this file does not exist"):
         stored_recipe(stored)
     plugins._loaded["own_module"] = sys.modules["own_module"]
     assert stored_recipe(stored) == recipe
@@ -162,12 +162,12 @@ def test_the_stored_recipe_of_a_project_that_was_moved_means_the_module_that_is_
 @pytest.mark.parametrize(
     ("listed", "message"),
     [
-        ("own_module", r"plugins: \"own_module\" is not allowed; allowed: a list of texts"),
+        ("own_module", r"plugins: \"own_module\" is not allowed; allowed: a list of strings"),
         ([3], r"plugins.0: 3 is not allowed"),
         (["a-b"], r'plugins: "a-b" is not the name of a module'),
     ],
 )
-def test_what_is_no_list_of_modules_is_refused(listed: object, message: str, tmp_path: Path) -> None:
+def test_anything_but_a_list_of_modules_is_refused(listed: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=message):
         load_recipe(str(write_recipe(tmp_path, plugins=listed)))
 

@@ -43,9 +43,9 @@ BROKEN = [
         "line 2: the tag tag:yaml.org,2002:python/object/apply:os.system",
     ),
     ("a: !!binary aGk=", "line 1: the tag tag:yaml.org,2002:binary is not allowed"),
-    ("1: 2", "line 1: the key 1 is not a text"),
-    ("true: 2", "line 1: the key true is not a text"),
-    ("[a]: 2", "line 1: a key is not a text"),
+    ("1: 2", "line 1: the key 1 is not a string"),
+    ("true: 2", "line 1: the key true is not a string"),
+    ("[a]: 2", "line 1: a key is not a string"),
     ("a: [1", "line 1: expected ',' or ']'"),
     ("a: 1\n\tb: 2", "line 2: found character '\\t'"),
     ("a: 1\n---\nb: 2", "line 2: but found another document"),
@@ -54,7 +54,7 @@ BROKEN = [
     ("a: !!float x", "line 1: x is not usable as a number"),
     ("a: !!bool maybe", "line 1: maybe is not usable as true or false"),
     ("a: " + "9" * 5000, "is not usable as a whole number"),
-    ("a: !!map 3", "line 1: tagged as a mapping, but it is none"),
+    ("a: !!map 3", "line 1: tagged as a mapping, but it is not one"),
     ("[" * 600, "nested too deeply"),
 ]
 
@@ -66,14 +66,14 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), BROKEN)
-def test_a_broken_text_is_refused_with_its_line(text: str, message: str) -> None:
+def test_broken_yaml_is_refused_with_its_line(text: str, message: str) -> None:
     with pytest.raises(BadInput) as error:
         parse_yaml(text, "recipe.yaml")
     assert str(error.value).startswith("recipe.yaml")
     assert message in str(error.value)
 
 
-def test_an_alias_that_multiplies_itself_is_refused() -> None:
+def test_exploding_aliases_are_refused() -> None:
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     with pytest.raises(BadInput, match="more than 100000 values"):
@@ -104,9 +104,9 @@ def test_of_several_merged_mappings_the_first_one_counts(text: str, value: dict[
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('a: "\\ud800"', "line 1: \\ud800 is not usable as a text"),
-        ('a: "x\\0"', "line 1: x\\0 is not usable as a text"),
-        ('"\\udfff": 1', "line 1: \\udfff is not usable as a text"),
+        ('a: "\\ud800"', "line 1: \\ud800 is not usable as a string"),
+        ('a: "x\\0"', "line 1: x\\0 is not usable as a string"),
+        ('"\\udfff": 1', "line 1: \\udfff is not usable as a string"),
         ("a: 0x" + "f" * 5000, "is not usable as a whole number"),
         ("a: {<<: 3}", "line 1: expected a mapping or list of mappings for merging"),
         ("[" * 60 + "]" * 60, "nested too deeply"),
@@ -115,7 +115,7 @@ def test_of_several_merged_mappings_the_first_one_counts(text: str, value: dict[
     ],
     ids=lambda text: text[:20],
 )
-def test_what_no_file_system_or_terminal_takes_is_refused(text: str, message: str) -> None:
+def test_characters_that_no_file_system_or_terminal_accepts_are_refused(text: str, message: str) -> None:
     with pytest.raises(BadInput) as error:
         parse_yaml(text, "recipe.yaml")
     assert message in str(error.value)
@@ -144,5 +144,5 @@ def test_what_is_rendered_reads_back_equal(data: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("text", ["yes", "1e-4", "12:30", "0o7", "2024-01-01", "null", "1_000"])
-def test_readers_of_either_yaml_version_see_a_rendered_text_as_text(text: str) -> None:
+def test_both_yaml_versions_read_a_rendered_string_as_a_string(text: str) -> None:
     assert yaml.safe_load(render_yaml({"key": text})) == {"key": text} == parse_yaml(render_yaml({"key": text}), "")

@@ -1,4 +1,4 @@
-"""Small data sets of every format, with one of their files damaged or replaced in one of the ways that files get."""
+"""Small data sets in every format, with one file damaged or replaced in the ways that happen in practice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LITERALS = (
     '{"input": "a"}', '""', '"  "', '"\\ud800"', '"a \\udfff b"', '"\\u0000"', '"\\u2028"', '"x"',
     "[" * 3000 + "]" * 3000, '"' + "long " * 4000 + '"',
 )  # fmt: skip
-"""What a value of a JSON file is replaced by, as it stands in the file."""
+"""Replacements for a value in a JSON file, as written there."""
 
 
 def write_cl_benchmark(root: Path) -> None:

@@ -130,12 +130,12 @@ def test_empty_folder(tmp_path: Path) -> None:
     refuse(tmp_path, "d has: nothing", format="text", path="d")
 
 
-def test_file_in_place_of_a_folder(tmp_path: Path) -> None:
+def test_file_instead_of_a_folder(tmp_path: Path) -> None:
     file = write_json(tmp_path / "a.json", GOOD)
     refuse(tmp_path, f"{file} is a file, but this format needs a folder", format="tasl", path="a.json")
 
 
-def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
+def test_folder_instead_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "train/task_T5.json").mkdir(parents=True)
     write_json(tmp_path / "test/task_T5.json", GOOD)
     refuse(tmp_path, "task_T5.json cannot be read: Is a directory", format="tasl", path=".")
@@ -146,7 +146,7 @@ def test_no_path(tmp_path: Path) -> None:
 
 
 def test_builtin_name_and_path(tmp_path: Path) -> None:
-    refuse(tmp_path, "no built-in task of that name; there are: autumn, dawn,", format="builtin")
+    refuse(tmp_path, "no built-in task has this name; allowed: autumn, dawn,", format="builtin")
 
 
 def test_text_has_no_labels(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_huggingface_splits_and_columns(tmp_path: Path, caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     ("lines", "problem"),
     [
-        (("input,output,output", "a,b,c"), "a.csv: column 'output' is there twice"),
+        (("input,output,output", "a,b,c"), "a.csv: column 'output' occurs twice"),
         (("input,output", "a,b", "c,"), "record 1: field 'output' is empty"),
         (("input,output", "a,b", "c"), "record 1: field 'output' is empty"),
     ],
@@ -234,7 +234,7 @@ def test_csv_files_with_a_column_twice_and_without_a_cell(tmp_path: Path, lines:
     refuse(tmp_path, problem, format="huggingface", path="a.csv")
 
 
-def test_dates_and_bytes_are_no_numbers(tmp_path: Path) -> None:
+def test_dates_and_bytes_are_not_numbers(tmp_path: Path) -> None:
     save_splits(
         tmp_path / "dates",
         train={"input": ["q"], "output": [datetime(2024, 1, 2)]},
@@ -274,7 +274,7 @@ def test_messages_show_few_of_many_names(tmp_path: Path) -> None:
     ("content", "problem"),
     [
         (b"", "a.jsonl holds no samples"),
-        (b'{"input": "q", "output": "a", "z": ' + b"9" * 5000 + b"}", "a.jsonl, line 1: a number of too many digits"),
+        (b'{"input": "q", "output": "a", "z": ' + b"9" * 5000 + b"}", "a.jsonl, line 1: a number with too many digits"),
         (b'{"input": "q", "output": "a", "output": "b"}', "a.jsonl, line 1: field 'output' is given twice"),
         (b'{"input": "q", "output": 1e999}', "a.jsonl, line 1: field 'output' must be a string, not a number"),
         (b'\n{"input": "q", "output": NaN}', "a.jsonl, line 2: field 'output' must be a string, not a number"),
@@ -295,7 +295,7 @@ def test_a_number_of_too_many_digits_is_named_by_its_line(tmp_path: Path) -> Non
     write_json(tmp_path / "test/task_T5.json", GOOD)
     lines = ["[", '{"input": "q", "output": "a"},', '{"input": "q", "id": ' + "7" * 4301 + "}", "]"]
     file = write_lines(tmp_path / "train/task_T5.json", lines)
-    refuse(tmp_path, f"{file}, line 3: a number of too many digits", format="tasl", path=".")
+    refuse(tmp_path, f"{file}, line 3: a number with too many digits", format="tasl", path=".")
 
 
 def test_an_empty_json_file(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_text_in_another_encoding_without_a_mark(tmp_path: Path) -> None:
     refuse(tmp_path, "a.txt, line 1: not UTF-8 text (it holds NUL bytes)", format="text", path="a.txt")
 
 
-def test_a_test_file_that_is_none_does_not_make_way_for_the_other_split(tmp_path: Path) -> None:
+def test_a_broken_test_file_is_not_replaced_by_the_other_split(tmp_path: Path) -> None:
     for split in ("train", "dev"):
         write_json(tmp_path / f"{split}/task_T5.json", GOOD)
     (tmp_path / "test/task_T5.json").mkdir(parents=True)
@@ -317,7 +317,7 @@ def test_a_test_file_that_is_none_does_not_make_way_for_the_other_split(tmp_path
 
 
 @pytest.mark.parametrize("place", ["labels.json", "instruction_config.json"])
-def test_half_a_character_beside_the_records(tmp_path: Path, place: str) -> None:
+def test_a_lone_surrogate_outside_the_records(tmp_path: Path, place: str) -> None:
     folder = cl_benchmark(tmp_path / "bench")
     content: Any = ["yes", "no \ud800"] if place == "labels.json" else {"TC": [{"instruction": "\ud800 Pick."}]}
     write_json(folder / place, content)

@@ -55,7 +55,7 @@ def test_classification_batch_has_one_label_a_sample() -> None:
 @pytest.mark.parametrize(
     ("objective", "labels"), [("causal_lm", [IGNORE, 6]), ("seq2seq_lm", [7, 8]), ("classification", [1])]
 )
-def test_filler_is_computed_on_but_counts_nowhere(objective: Any, labels: list[int]) -> None:
+def test_fillers_are_computed_but_never_count(objective: Any, labels: list[int]) -> None:
     samples = [Encoded(0, [5, 6], labels)]
     alone = collate(gather(samples, [0]), objective, PAD, 2)
     batch = collate(gather(samples, [0, FILLER]), objective, PAD, 2)

@@ -1,4 +1,4 @@
-"""Damaged data files of every format: each is refused as bad input, in one sentence, or read. Nothing else happens."""
+"""Damaged data files in every format are either read or refused as bad input in one sentence. Nothing else happens."""
 
 from __future__ import annotations
 

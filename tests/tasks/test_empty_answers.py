@@ -71,7 +71,7 @@ def test_error_keep_and_skip(
         skipped = load_one(tmp_path, stream={"empty_answers": "skip"}, **given)
     assert (len(skipped.train), len(skipped.evaluation)) == (8, 8)
     assert all(example.answer for example in skipped.train)
-    assert "2 records with an empty answer are left out" in caplog.text
+    assert "skipped 2 records with an empty answer" in caplog.text
 
 
 def test_of_several_outputs_the_empty_ones_are_left_out(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_an_empty_answer_is_no_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "objective"), [("decoder", "causal_lm"), ("encoder-decoder", "seq2seq_lm")])
-def test_to_answer_nothing_is_to_end_at_once(tmp_path: Path, family: Any, objective: Any) -> None:
+def test_an_empty_answer_is_the_end_token_alone(tmp_path: Path, family: Any, objective: Any) -> None:
     given = jsonl(tmp_path / "data")
     task = load_one(tmp_path, stream={"empty_answers": "keep"}, path="data", **given)
     tokenizer = byte_tokenizer(family)

@@ -40,7 +40,7 @@ def test_causal_sample_has_loss_on_the_answer_alone() -> None:
     assert (sample.index, sample.targets) == (0, 4)
 
 
-def test_causal_sample_drops_what_the_tokenizer_adds_behind_a_text() -> None:
+def test_causal_sample_drops_what_the_tokenizer_adds_after_a_text() -> None:
     (sample,) = make_encoder("causal_lm", characters(FRAME)).train(make_task(("Q:", "a")))
     assert sample.input_ids == [BOS, *ids("Q: a"), EOS]
 
@@ -74,7 +74,7 @@ def test_label_names_keep_first_appearance() -> None:
     ("tokenizer", "expected"),
     [(characters(), [*ids(" yes"), EOS]), (sentencepiece_like(), [len(SPECIAL) + 2, EOS])],
 )
-def test_answer_ids_are_those_behind_a_prompt(tokenizer: Any, expected: list[int]) -> None:
+def test_answer_ids_are_those_after_a_prompt(tokenizer: Any, expected: list[int]) -> None:
     encoder = make_encoder("causal_lm", tokenizer)
     assert encoder.answer_ids("yes") == expected
     together = tokenizer("question: yes" if tokenizer.vocab_size > 20 else "question yes")["input_ids"]
@@ -153,7 +153,7 @@ def test_causal_text_without_bos_drops_a_chunk_that_predicts_nothing() -> None:
     assert chunks[0].labels == [IGNORE, *ids("bc")]
 
 
-def test_masked_text_stands_between_special_tokens() -> None:
+def test_masked_text_is_between_special_tokens() -> None:
     chunks = make_encoder("masked_lm", characters(FRAME), max_length=5).train(make_task(("", "abcde"), kind="text"))
     assert [chunk.input_ids for chunk in chunks] == [[BOS, *ids("abc"), EOS], [BOS, *ids("de"), EOS]]
     assert chunks[1].labels == [IGNORE, *ids("de"), IGNORE]
@@ -200,7 +200,7 @@ def test_label_that_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("objective", ["causal_lm", "seq2seq_lm"])
-def test_long_answers_are_cut_where_asked_and_told_once_for_a_task(
+def test_long_answers_are_cut_on_request_and_logged_once_per_task(
     objective: ObjectiveName, caplog: pytest.LogCaptureFixture
 ) -> None:
     task = make_task(("q", "a"), ("q", "abcdef"), ("q", "ghijkl"))
@@ -222,7 +222,7 @@ def test_a_cut_answer_of_a_decoder_leaves_room_for_a_token_of_the_prompt() -> No
     assert sample.input_ids == [BOS, *ids("q"), *ids(" abcd"), EOS]
 
 
-def test_nothing_is_told_where_nothing_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_logged_if_nothing_is_cut(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         make_encoder("causal_lm", long_answers="cut").train(make_task(("q", "abc")))
     assert caplog.records == []

@@ -1,4 +1,4 @@
-"""The catalogue of objectives, and which logits are to predict which labels."""
+"""The catalogue of objectives, and which logits predict which labels."""
 
 from __future__ import annotations
 

@@ -37,10 +37,10 @@ def test_order_follows_the_growing_test_lists_not_the_folder_names(tmp_path: Pat
 
 
 @pytest.mark.parametrize("tested", [["a"], ["b"], ["a", "x"], ["a", "b", "c"]])
-def test_order_that_cannot_be_read_off(tmp_path: Path, tested: list[str]) -> None:
+def test_unclear_order(tmp_path: Path, tested: list[str]) -> None:
     write_stage(tmp_path, "a", ["a"])
     write_stage(tmp_path, "b", tested)
-    with pytest.raises(BadInput, match="the order cannot be read off"):
+    with pytest.raises(BadInput, match="the order is unclear, because stage"):
         read_order(tmp_path)
 
 
@@ -68,7 +68,7 @@ def test_a_published_order_becomes_tasks(tmp_path: Path) -> None:
     assert recipe.stream.order is None
 
 
-def test_an_order_folder_beside_the_recipe_becomes_tasks(tmp_path: Path) -> None:
+def test_an_order_folder_next_to_the_recipe_becomes_tasks(tmp_path: Path) -> None:
     write_stage(tmp_path / "mine", "x", ["b"], learnt=["b"])
     write_stage(tmp_path / "mine", "y", ["b", "a"], learnt=["a"])
     recipe = resolve_order(with_order("mine", format="cl_benchmark"), tmp_path)

@@ -1,4 +1,4 @@
-"""A data format from a file outside of the package: the one that docs/extending.md shows."""
+"""A data format from a file outside the package: the one in docs/extending.md."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def project(folder: Path, **task: object) -> Path:
     return write_recipe(folder, stream={"tasks": [own, {"name": "spring", "format": "builtin"}]})
 
 
-def test_it_is_read_and_its_settings_stand_in_the_recipe(tmp_path: Path) -> None:
+def test_it_is_read_and_its_settings_are_in_the_recipe(tmp_path: Path) -> None:
     recipe, folder = load_recipe(str(project(tmp_path)))
     task, _ = load_stream(recipe.stream, folder)
     assert (len(task.train), len(task.evaluation), task.scored_on) == (32, 4, "test")
@@ -73,9 +73,9 @@ def test_the_stored_recipe_is_found_from_anywhere(tmp_path: Path) -> None:
     ("task", "message"),
     [
         ({"seperator": "|"}, r"^stream\.tasks\.0\.seperator: unknown key; did you mean separator\?$"),
-        ({"separator": 3}, r"^stream\.tasks\.0\.separator: 3 is not allowed; allowed: a text \(in quotes"),
+        ({"separator": 3}, r"^stream\.tasks\.0\.separator: 3 is not allowed; allowed: a string \(in quotes"),
         ({"separator": " "}, r'^stream\.tasks\.0\.separator: " " is blank; allowed: any other text$'),
-        ({"streaming": True}, r"^stream\.tasks\.0\.streaming: true has a meaning for format huggingface only, not"),
+        ({"streaming": True}, r"^stream\.tasks\.0\.streaming: true is read by format huggingface only, not by"),
         ({"format": "pairs:Pears"}, r'tasks\[\]\.format: pairs:Pears: .*no class "Pears".* did you mean Pairs\?'),
         ({"format": "pears:Pairs"}, r'stream\.tasks\[\]\.format: no module "pears" is installed or in '),
         ({"format": "pairs:Path"}, r"pairs:Path is not a format; .* from cl_dist\.tasks\.formats\.Format"),
@@ -83,7 +83,7 @@ def test_the_stored_recipe_is_found_from_anywhere(tmp_path: Path) -> None:
         ({"format": "jsnl"}, r'^stream\.tasks\.0\.format: "jsnl" is not allowed; .*did you mean jsonl\?$'),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(task: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_every_problem_is_named(task: dict[str, object], message: str, tmp_path: Path) -> None:
     path = project(tmp_path, **task)
     with pytest.raises(BadInput, match=message):
         load_recipe(str(path))
@@ -109,11 +109,11 @@ def test_a_setting_that_every_task_has_cannot_be_a_formats_own(tmp_path: Path) -
     (tmp_path / "clashing_pairs.py").write_text(
         CODE.replace("separator: str =", 'labels: str = ""\n    separator: str =')
     )
-    with pytest.raises(BadInput, match="clashing_pairs:Pairs: every format has a setting labels; give its own another"):
+    with pytest.raises(BadInput, match="clashing_pairs:Pairs: labels is a setting of every format; rename the"):
         load_recipe(str(path))
 
 
-def test_a_path_of_its_own_is_looked_up_like_a_tasks_path(tmp_path: Path) -> None:
+def test_the_formats_own_path_is_looked_up_like_a_tasks_path(tmp_path: Path) -> None:
     path = project(tmp_path, format="placed_pairs:Pairs", words="words.txt")
     setting = '    PATHS = ("words",)\n    words: str | None = None\n    separator: str ='
     (tmp_path / "placed_pairs.py").write_text(CODE.replace("    separator: str =", setting))
@@ -130,7 +130,7 @@ def test_a_path_of_its_own_is_looked_up_like_a_tasks_path(tmp_path: Path) -> Non
     assert "stream.tasks[].words" in format_inputs()
 
 
-def test_what_a_resumed_run_may_read_otherwise_while_the_samples_are_the_same() -> None:
+def test_a_resumed_run_may_change_settings_that_leave_the_samples_the_same() -> None:
     assert {"stream.tasks[].input_field", "stream.tasks[].streaming", "stream.instruction_file"} <= format_inputs()
     assert "stream.name_tasks" not in format_inputs()
 
@@ -186,7 +186,7 @@ def test_a_run_trains_resumes_and_is_evaluated(finished: Path, zygote: Zygote) -
 
 
 ELSEWHERE = {
-    ("config/schema.py", "jsonl"): "what a task is that names no format",
+    ("config/formats.py", "jsonl"): "what a task is that names no format",
     ("state/inputs.py", "builtin"): "the digest of a built-in model's weights",
     ("sweep/checks.py", "builtin"): "the digest of a built-in model's weights",
 }
@@ -194,7 +194,7 @@ ELSEWHERE = {
 OTHER_MEANINGS = {"text": "a kind of task too", "tasl": "a method too"}
 
 
-def test_no_format_is_known_by_name_outside_of_its_module() -> None:
+def test_no_formats_name_occurs_outside_its_module() -> None:
     found, compared = set(), []
     for path in sorted(PACKAGE.rglob("*.py")):
         place = path.relative_to(PACKAGE).as_posix()
@@ -221,7 +221,7 @@ def test_a_new_file_is_a_new_format(tmp_path: Path) -> None:
 import sys, pathlib, cl_dist.tasks.formats as formats
 folder = pathlib.Path(sys.argv[1]); formats.__path__.append(str(folder))
 (folder / "pairs.py").write_text({CODE!r}.replace('    separator: str', '    name = "pairs"\\n    separator: str', 1))
-from cl_dist.config.explain import explain
+from cl_dist.config.fields import explain
 from cl_dist.config.schema import TaskConfig
 print(TaskConfig(name="a", format="pairs", path="x", separator=";").reader)
 print(explain())
@@ -229,4 +229,4 @@ print(explain())
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Pairs(separator=';')")
-    assert "stream.tasks[].separator\n    a text (default: |)\n    Format pairs: What stands between" in done.stdout
+    assert "stream.tasks[].separator\n    a string (default: |)\n    Format pairs: What stands between" in done.stdout

@@ -67,7 +67,7 @@ def test_short_batch_is_spread_evenly(arguments: dict[str, Any]) -> None:
 
 
 @given(PLANS, st.randoms(use_true_random=False))
-def test_any_order_of_asking_gives_the_same(arguments: dict[str, Any], rng: Any) -> None:
+def test_steps_can_be_requested_in_any_order(arguments: dict[str, Any], rng: Any) -> None:
     plan = BatchPlan(**arguments)
     in_order = [plan.step(step) for step in range(plan.steps)]
     steps = list(range(plan.steps))
@@ -77,14 +77,14 @@ def test_any_order_of_asking_gives_the_same(arguments: dict[str, Any], rng: Any)
 
 
 @given(PLANS, st.integers(1, 3))
-def test_the_product_alone_decides_the_global_batch(arguments: dict[str, Any], factor: int) -> None:
+def test_only_the_product_determines_the_global_batch(arguments: dict[str, Any], factor: int) -> None:
     plan = BatchPlan(**{**arguments, "gradient_accumulation": arguments["gradient_accumulation"] * factor})
     other = BatchPlan(**{**arguments, "ranks": arguments["ranks"] * factor})
     assert [plan.step(step) for step in range(plan.steps)] == [other.step(step) for step in range(other.steps)]
 
 
 @given(PLANS, st.data())
-def test_a_run_that_changes_its_split_on_the_way_learns_every_sample_in_the_same_step(
+def test_changing_the_split_during_a_run_keeps_every_sample_in_its_step(
     arguments: dict[str, Any], data: st.DataObject
 ) -> None:
     """The samples of all ranks and micro-batches, step by step, whatever splits of the global batch come and go."""
@@ -197,7 +197,7 @@ def test_a_short_last_cycle_may_go_without_past_steps(own: int, inner: int, oute
 
 
 @given(own=st.integers(1, 60), inner=st.integers(1, 9), outer=st.integers(1, 5), last=st.booleans())
-def test_a_schedule_of_own_steps_goes_on_behind_the_past_ones(own: int, inner: int, outer: int, last: bool) -> None:
+def test_a_schedule_over_own_steps_pauses_during_past_ones(own: int, inner: int, outer: int, last: bool) -> None:
     cycles = Cycles(own, inner, outer, last, scheduled=False)
     places, done = [], 0
     for step in range(cycles.steps):
@@ -211,7 +211,7 @@ def test_a_schedule_of_own_steps_goes_on_behind_the_past_ones(own: int, inner: i
     ]  # fmt: skip
 
 
-def test_interleaved_plan_numbers_past_samples_behind_the_own_ones() -> None:
+def test_interleaved_plan_numbers_past_samples_after_own_ones() -> None:
     own, past = make_plan(micro_batch_size=2, ranks=2, max_steps=3), make_plan(lengths=[1] * 3, ranks=2, epochs=2)
     plan = InterleavedPlan(own, past, Cycles(own=3, inner=2, outer=1), first_past=10)
     assert [plan.step(step) for step in range(plan.steps)] == [

@@ -37,7 +37,7 @@ def test_cl_benchmark_prompts_name_group_and_data_set_where_asked_for(tmp_path: 
     assert task.train[0].prompt == "Task:COPA\nDataset:COPA\nquestion 0\nAnswer:"
 
 
-def test_cl_benchmark_copa_sentence_stands_alone(tmp_path: Path) -> None:
+def test_cl_benchmark_copa_prompt_is_only_the_sentence(tmp_path: Path) -> None:
     cl_benchmark(tmp_path, "COPA", "COPA")
     assert load_one(tmp_path, "copa", format="cl_benchmark", path=".").train[0].prompt == "question 0\nAnswer:"
 
@@ -48,20 +48,20 @@ def test_cl_benchmark_data_set_is_found_from_root_group_and_folder(tmp_path: Pat
     assert len(load_one(tmp_path, "news", format="cl_benchmark", path=path).train) == 6
 
 
-def test_cl_benchmark_exact_name_goes_before_other_case(tmp_path: Path) -> None:
+def test_cl_benchmark_prefers_the_exact_name_over_other_case(tmp_path: Path) -> None:
     cl_benchmark(tmp_path, "TC", "News")
     write_json(cl_benchmark(tmp_path, "SC", "news") / "train.json", records("sentence", "label", 8))
     assert len(load_one(tmp_path, "news", format="cl_benchmark", path=".").train) == 8
 
 
-def test_cl_benchmark_instruction_file_beside_the_data_is_used(tmp_path: Path) -> None:
+def test_cl_benchmark_uses_the_instruction_file_near_the_data(tmp_path: Path) -> None:
     cl_benchmark(tmp_path / "bench")
     write_json(tmp_path / "bench/instruction_config.json", {"TC": [{"instruction": "Pick.\n"}], "SC": []})
     task = load_one(tmp_path, "news", format="cl_benchmark", path="bench")
     assert task.train[0].prompt.startswith("Pick.\nOption: yes, no \n")
 
 
-def test_cl_benchmark_instruction_file_of_the_recipe_goes_first(tmp_path: Path) -> None:
+def test_cl_benchmark_prefers_the_recipes_instruction_file(tmp_path: Path) -> None:
     cl_benchmark(tmp_path / "bench")
     write_json(tmp_path / "bench/instruction_config.json", {"TC": [{"instruction": "Pick.\n"}]})
     write_json(tmp_path / "mine.json", {"TC": [{"instruction": "Choose.\n"}, {"instruction": "Other.\n"}]})
@@ -103,9 +103,7 @@ def test_trace_reads_prompt_and_answer(tmp_path: Path, path: str) -> None:
     assert (len(task.train), len(task.evaluation)) == (6, 3)
 
 
-def test_dev_serves_where_there_is_no_test_and_the_log_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_dev_replaces_a_missing_test_file_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_json(tmp_path / "train/a_T5.json", records("input", "output", 6))
     write_json(tmp_path / "dev/a_T5.json", records("input", "output", 3))
     with caplog.at_level(logging.WARNING):
@@ -124,7 +122,7 @@ def test_jsonl_folder_has_five_names_for_dev(tmp_path: Path, wanted: str, count:
 
 
 @pytest.mark.parametrize(("train", "test"), [("a", "a.test"), ("a.train", "a.test"), ("train", "test")])
-def test_jsonl_file_has_its_evaluation_file_beside_it(tmp_path: Path, train: str, test: str) -> None:
+def test_jsonl_file_has_its_evaluation_file_next_to_it(tmp_path: Path, train: str, test: str) -> None:
     write_lines(tmp_path / f"{train}.jsonl", as_lines(records("input", "output", 6)))
     write_lines(tmp_path / f"{test}.jsonl", as_lines(records("input", "output", 3)))
     assert len(load_one(tmp_path, path=f"{train}.jsonl").evaluation) == 3
@@ -299,7 +297,7 @@ def test_cells_of_csv_files_are_text(tmp_path: Path, texts: tuple[str, ...], pat
 
 def test_huggingface_single_file_of_another_format(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.xlsx", ["input,output"])
-    with pytest.raises(BadInput, match=r"a\.xlsx is a file of no known format \(\.csv, .*or a folder of data files"):
+    with pytest.raises(BadInput, match=r"a\.xlsx has an unknown format; .* reads a folder of data files, or .*\.csv, "):
         load_one(tmp_path, format="huggingface", path="a.xlsx")
 
 
@@ -318,7 +316,7 @@ def test_bytes_that_other_programs_put_into_text_files_are_read(tmp_path: Path) 
     assert [example.prompt for example in task.train] == [*(record["input"] for record in made), made[0]["input"]]
 
 
-def test_numbers_beside_what_is_read_do_no_harm(tmp_path: Path) -> None:
+def test_numbers_in_fields_that_are_not_read_do_no_harm(tmp_path: Path) -> None:
     odd = [
         {**each, "id": n, "score": float("nan"), "more": {"a": [1e300]}}
         for n, each in enumerate(records("input", "output", 8))

@@ -51,7 +51,7 @@ def test_a_service_is_found_whatever_its_folders_are_called(tmp_path: Path, fold
     assert task.evaluation[3].slot == Slot("1_00001-4", "buses_1-time")
 
 
-def test_a_service_is_no_classification_however_few_its_values(tmp_path: Path) -> None:
+def test_a_service_with_few_values_is_still_no_classification(tmp_path: Path) -> None:
     write_service(tmp_path)
     few = [{**record, "output": "none"} for record in samples() * 10]
     write_json(tmp_path / "SGD_single_service_train/sgd_buses_1-train-LLM_T5.json", few)
@@ -90,7 +90,7 @@ def test_capitals_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 TEST = "SGD_single_service_test/sgd_buses_1-test"
 BROKEN: list[tuple[Any, str]] = [
     (lambda root: (root / f"{TEST}.idx").unlink(), f"no file or folder .*{TEST}.idx; .*LLM_T5.json"),
-    (lambda root: write_lines(root / f"{TEST}.idx", index()[:-1]), "has 5 lines, and .* has 6 records"),
+    (lambda root: write_lines(root / f"{TEST}.idx", index()[:-1]), "has 5 lines, but .* has 6 records"),
     (lambda root: write_lines(root / f"{TEST}.idx", [*index()[:2], "", *index()[3:]]), "idx, line 3: must be file"),
     (lambda root: write_lines(root / f"{TEST}.idx", ["a|||b"] * 6), r"idx, line 1: must be .*, not 'a\|\|\|b'"),
     (lambda root: (root / f"{TEST}-LLM_T5.json").unlink(), f"no file or folder .*{TEST}-LLM_T5.json"),
@@ -101,7 +101,7 @@ BROKEN: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("damage", "problem"), BROKEN)
-def test_files_that_do_not_fit(tmp_path: Path, damage: Any, problem: str | None) -> None:
+def test_files_that_do_not_match(tmp_path: Path, damage: Any, problem: str | None) -> None:
     write_service(tmp_path)
     damage(tmp_path)
     if problem is None:
@@ -113,7 +113,7 @@ def test_files_that_do_not_fit(tmp_path: Path, damage: Any, problem: str | None)
 
 def test_an_unknown_service_lists_those_that_are_there(tmp_path: Path) -> None:
     write_service(tmp_path)
-    with pytest.raises(BadInput, match=r"no file sgd_homes_1-train-LLM_T5.json in .*; there are services: sgd_buses_1"):
+    with pytest.raises(BadInput, match=r"no file sgd_homes_1-train-LLM_T5.json in .*; services: sgd_buses_1"):
         load(tmp_path, "sgd_homes_1")
 
 

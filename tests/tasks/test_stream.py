@@ -1,4 +1,4 @@
-"""What is common to all formats: paths, limits, kinds and labels."""
+"""What all formats have in common: paths, limits, kinds and labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_task(folder: Path, count: int = 6) -> None:
     write_lines(folder / "test.jsonl", as_lines(records("input", "output", 4, "t")))
 
 
-def test_paths_absolute_below_root_and_beside_the_recipe(tmp_path: Path) -> None:
+def test_paths_absolute_below_root_and_next_to_the_recipe(tmp_path: Path) -> None:
     write_task(tmp_path / "abs/t", 5)
     write_task(tmp_path / "recipes/data/t", 6)
     write_task(tmp_path / "recipes/t", 7)
@@ -70,7 +70,7 @@ def test_kind_follows_from_the_answers(tmp_path: Path, answers: list[str], most:
     assert task.kind == ("classification" if labels else "generation")
 
 
-def test_evaluation_answers_have_no_say_in_the_labels_and_are_counted(tmp_path: Path) -> None:
+def test_evaluation_answers_do_not_become_labels_and_are_counted(tmp_path: Path) -> None:
     write_lines(tmp_path / "t/train.jsonl", as_lines([{"input": "q", "output": a} for a in ["yes", "no"] * 4]))
     write_lines(tmp_path / "t/test.jsonl", as_lines([{"input": "q", "output": a} for a in ["yes", "maybe", "never"]]))
     task = load_one(tmp_path, path="t")
@@ -97,7 +97,7 @@ def test_answers_that_may_have_been_meant_as_labels(
         write_lines(tmp_path / f"t/{split}.jsonl", as_lines([{"input": "q", "output": each} for each in answers]))
     with caplog.at_level(logging.WARNING):
         task = load_one(tmp_path, path="t", labels=labels)
-    assert ("taken for free text" in caplog.text) == warned
+    assert ("count as free text" in caplog.text) == warned
     assert not (warned and task.labels)
 
 

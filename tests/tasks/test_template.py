@@ -64,7 +64,7 @@ def test_a_sample_is_the_conversation_with_the_loss_on_the_answer(prompt: str) -
     assert sample.labels[-len(learnt) :] == learnt
 
 
-def test_evaluation_asks_as_training_did() -> None:
+def test_evaluation_uses_the_same_prompts_as_training() -> None:
     tokenizer = chat_tokenizer()
     encode = encoder(tokenizer, labels=("yes", "no"))
     turn = [{"role": "user", "content": " Well? "}]
@@ -85,7 +85,7 @@ def test_a_prompt_that_is_too_long_is_cut_inside_its_turn() -> None:
     assert text.count("x") - text.count("y") in (0, 1)
 
 
-def test_the_end_token_is_put_behind_a_turn_without_one() -> None:
+def test_the_end_token_is_added_to_a_turn_without_one() -> None:
     tokenizer = chat_tokenizer(WITHOUT_END)
     ids = encoder(tokenizer).answer_ids("sure")
     assert tokenizer.decode(ids) == "[assistant] sure\n</s>"
@@ -177,12 +177,12 @@ def test_a_token_that_ends_a_turn_ends_an_answer() -> None:
         ("\n", "two\nlines\n", "two\nlines"),
     ],
 )
-def test_words_behind_an_answer_are_cut_off(tail: str, written: str, answer: str) -> None:
+def test_words_after_an_answer_are_cut_off(tail: str, written: str, answer: str) -> None:
     tokenizer = marking_tokenizer(turns(f"<a>{CONTENT}{tail}"))
     assert encoder(tokenizer).answer_text(tokenizer(written, add_special_tokens=False)["input_ids"]) == answer
 
 
-def test_an_answer_that_grows_together_with_what_is_before_it() -> None:
+def test_an_answer_whose_first_token_merges_with_the_text_before_it() -> None:
     """A tokenizer with the blank in its words: the blank that the template puts before an answer is the answer's."""
     tokenizer = sentencepiece_like()
     tokenizer.chat_template = "{% for m in messages %}: {{ m.content }}{% endfor %}"
@@ -243,7 +243,7 @@ class Midnight(datetime):
         return cls(2031, 1, 2)
 
 
-def test_text_is_no_conversation() -> None:
+def test_text_has_no_chat_template() -> None:
     tokenizer = chat_tokenizer()
     (chunk,) = encoder(tokenizer).train(one_sample("", "just text", kind="text"))
     assert tokenizer.decode(chunk.input_ids) == "<s>just text</s>"
@@ -263,13 +263,13 @@ def test_templates_that_cannot_be_used(tokenizer: Any, objective: ObjectiveName,
     assert message in str(raised.value)
 
 
-def test_an_assistant_that_does_not_begin_as_asked_for() -> None:
+def test_an_assistant_turn_that_does_not_begin_with_the_cue() -> None:
     with pytest.raises(BadInput, match="does not begin with what asks for it"):
         encoder(chat_tokenizer(THINKING)).answer_ids("yes")
 
 
 @pytest.mark.parametrize("cue", ["<think>\n", "<end>"])  # as DeepSeek-R1; the latter shares a letter with an answer
-def test_what_a_template_asks_with_and_does_not_answer_is_left_out(cue: str) -> None:
+def test_text_that_only_the_question_has_is_left_out(cue: str) -> None:
     lead = "<" if cue == "<end>" else ""
     tokenizer = marking_tokenizer(turns(f"<a>{lead}{CONTENT}<end>", f"<a>{cue}"), "<end>")
     encode = encoder(tokenizer, labels=("good", "bad"))

@@ -38,7 +38,7 @@ def test_huggingface_documents(tmp_path: Path, streaming: bool) -> None:
         load_one(tmp_path, format="huggingface", path="corpus", text_field="body", streaming=streaming)
 
 
-def test_a_stream_is_read_no_further_than_needed(tmp_path: Path) -> None:
+def test_a_stream_is_read_only_as_far_as_needed(tmp_path: Path) -> None:
     """The line behind the limit is broken: whoever reads it finds out."""
     write_lines(tmp_path / "set" / "train.jsonl", [*as_lines(records("input", "output", 6)), '{"input": "x"}'])
     write_lines(tmp_path / "set" / "test.jsonl", as_lines(records("input", "output", 6)))
@@ -56,7 +56,7 @@ def test_a_broken_stream_is_bad_input(tmp_path: Path) -> None:
         load_one(tmp_path, format="huggingface", path="set", streaming=True)
 
 
-def test_a_saved_set_is_read_where_it_lies(tmp_path: Path) -> None:
+def test_a_saved_data_set_is_read_in_place(tmp_path: Path) -> None:
     split = datasets.Dataset.from_list([{"text": "a b"}, {"text": "c d"}])
     datasets.DatasetDict(train=split, test=split).save_to_disk(str(tmp_path / "saved"))
     stream = {"max_train_samples": 1}
@@ -69,12 +69,12 @@ def test_a_saved_set_is_read_where_it_lies(tmp_path: Path) -> None:
     [
         (
             {"format": "jsonl", "streaming": True},
-            "streaming: true has a meaning for format huggingface only, not jsonl",
+            "streaming: true is read by format huggingface only, not by jsonl",
         ),
-        ({"format": "trace", "text_field": "t"}, 'text_field: "t" has a meaning for formats huggingface and jsonl'),
+        ({"format": "trace", "text_field": "t"}, 'text_field: "t" is read by formats huggingface and jsonl'),
     ],
 )
-def test_settings_that_nothing_would_read(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_nothing_reads(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TaskConfig(name="t", **settings)
 

@@ -1,10 +1,9 @@
-"""Generated tasks for the quickstart and for tests: small enough to learn from scratch within a minute.
+"""Generated tasks for the quickstart and for tests, small enough to be learnt from scratch within a minute.
 
-Most are classification: animals migrate, and the season decides where to. All tasks share their words, their animals
-and their four answers; only the last word, the season, tells them apart, and every season sends the animals elsewhere.
-So one model can learn all of them together, but fine-tuning on one season overwrites the others unless something
-protects them.
-`reverse` (generation) and `prose` (text) let the other kinds of task be tried.
+Most are classification: animals migrate, and the season decides where to. All of these tasks share words, animals and
+the four answers; only the last word, the season, differs, and every season sends the animals somewhere else. So a model
+can learn all of them together, but fine-tuning on one season overwrites the others unless something protects them.
+`reverse` (generation) and `prose` (plain text) are examples of the other kinds of task.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ VERBS = ("meets", "follows", "greets", "hears")
 
 
 class Builtin(Format):
-    """Tasks that are generated: the same samples every time and everywhere."""
+    """Generated tasks, with the same samples every time and on every machine."""
 
     name = "builtin"
     summary = "generated"
@@ -38,7 +37,7 @@ class Builtin(Format):
     HAS_PATH = False
 
     def read(self, source: Source) -> RawTask:
-        """Generate the task of this name."""
+        """Generate the task with this name."""
         name = source.name
         if name in SEASONS:
             draw = partial(migration, season=name, destinations=draw_destinations(name))
@@ -47,13 +46,13 @@ class Builtin(Format):
             return generate(name, reversal, "generation")
         if name == "prose":
             return generate(name, sentence, "text")
-        raise BadInput(f"no built-in task of that name; there are: {enumerate_names((*SEASONS, 'reverse', 'prose'))}")
+        raise BadInput(f"no built-in task has this name; allowed: {enumerate_names((*SEASONS, 'reverse', 'prose'))}")
 
 
 def generate(
     name: str, draw: Callable[[random.Random], Example], kind: Kind, labels: tuple[str, ...] | None = None
 ) -> RawTask:
-    """Draw distinct samples with a generator seeded by the task's name; none is in both splits."""
+    """Draw distinct samples, seeded by the task's name. The two splits have no sample in common."""
     rng = random.Random(f"builtin/{name}")
     samples: dict[Example, None] = {}
     while len(samples) < TRAIN_SAMPLES + EVAL_SAMPLES:
@@ -69,7 +68,7 @@ def as_split(examples: list[Example], origin: str) -> Split:
 
 
 def draw_destinations(season: str) -> dict[str, str]:
-    """Where each animal goes in a season: every destination equally often, in an order drawn from the season's name."""
+    """Where each animal goes in a season. Every destination is equally frequent; the season's name is the seed."""
     destinations = list(LABELS) * (len(ANIMALS) // len(LABELS))
     random.Random(f"destinations/{season}").shuffle(destinations)
     return dict(zip(ANIMALS, destinations, strict=True))

@@ -1,4 +1,4 @@
-"""Which formats there are: built-in ones, those that installed packages offer, and a recipe's own, `module:Class`."""
+"""Finds formats by name: built-in ones, those of installed packages, and the user's own, `module:Class`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ GROUP = "cl_dist.formats"
 """Entry-point group in which installed packages offer formats."""
 
 _found: dict[str, type[Format]] = {}
-"""Formats from elsewhere that recipes of this process have named."""
+"""Formats that are not built in and that a recipe has named in this process."""
 
 
 @cache
 def builtin_formats() -> dict[str, type[Format]]:
-    """The formats of this package, by name: every class in one of its modules that gives itself a name.
+    """The formats of this package, by name: every class in its modules that sets `name`.
 
-    There is no list of them that a new one could be missing from.
+    They are found rather than listed, because a list could miss a new one.
     """
     found: dict[str, type[Format]] = {}
     for entry in pkgutil.iter_modules(formats.__path__, f"{formats.__name__}."):
@@ -33,14 +33,14 @@ def builtin_formats() -> dict[str, type[Format]]:
 
 
 def format_names() -> list[str]:
-    """Names that a recipe may give without a module."""
+    """Names of the formats that need no `module:` in a recipe."""
     return list(dict.fromkeys([*builtin_formats(), *offered(GROUP)]))
 
 
 def find_format(name: str, setting: str) -> type[Format] | None:
-    """The format that a recipe calls `name` in a `setting`; None where there is none of that name.
+    """The format with this name in a recipe's `setting`; None if there is none.
 
-    Raises PluginError where the module, or what an installed package offers, cannot be used.
+    Raises PluginError if the module, or the class of an installed package, cannot be used.
     """
     builtin = builtin_formats()
     if name in _found:
@@ -53,6 +53,6 @@ def find_format(name: str, setting: str) -> type[Format] | None:
 
 
 def known_formats() -> Iterator[tuple[str, type[Format]]]:
-    """Name and class of the built-in formats, and of the others that recipes of this process have named."""
+    """Name and class of the built-in formats, and of those that a recipe has named in this process."""
     yield from builtin_formats().items()
     yield from _found.items()

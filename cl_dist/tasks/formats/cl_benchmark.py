@@ -1,6 +1,6 @@
-"""CL_Benchmark, as O-LoRA and MIGU use it: `<root>/<GROUP>/<dataset>/{train,dev,test}.json` with `labels.json` beside.
+"""CL_Benchmark, which O-LoRA and MIGU use: `<root>/<GROUP>/<dataset>/{train,dev,test}.json`, next to `labels.json`.
 
-A record is `{"sentence", "label"}`; the prompt is made of the group's instruction, the labels and the sentence.
+A record is `{"sentence", "label"}`; the prompt consists of the group's instruction, the labels and the sentence.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ PUBLISHED_INSTRUCTIONS: dict[str, str] = {
         "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence?",
     }.items()
 }
-"""The benchmark's instruction of each group."""
+"""The benchmark's instruction for each group."""
 
 BARE_GROUPS = frozenset({"COPA"})
-"""Groups whose sentences ask their question themselves: the benchmark gives them neither instruction nor options."""
+"""Groups whose sentences contain the question: the benchmark adds neither an instruction nor options."""
 
 
 class PromptSettings(StreamSettings):
-    """What the prompts of a stream's tasks are made of."""
+    """Settings of the prompts, for all tasks of a stream."""
 
     PATHS = ("instruction_file",)
     FIXED = ("name_tasks",)
 
     instruction_file: str | None = None
-    """`instruction_config.json` of a CL_Benchmark copy; absent: looked for beside the data, else the published
-    texts."""
+    """`instruction_config.json` from a copy of CL_Benchmark. If absent, it is searched for near the data; if there is
+    none, the published texts are used."""
     name_tasks: bool = False
-    """Prompts begin with two lines, `Task:` the group and `Dataset:` the data set, as in the scripts of O-LoRA and MIGU
-    (--add_task_name, --add_dataset_name). They tell the model which task it is."""
+    """Start prompts with two lines, `Task:` with the group and `Dataset:` with the data set, as the scripts of O-LoRA
+    and MIGU do (--add_task_name, --add_dataset_name). They show the model which task it is."""
 
     def check(self, formats: Collection[str]) -> None:
-        """Refuse to name the tasks of a stream some of which have prompts of their own."""
+        """Refuse `name_tasks` if some of the stream's tasks have prompts in another format."""
         if self.name_tasks and set(formats) != {ClBenchmark.name}:
-            told = ", ".join(sorted(formats))
-            raise ValueError(f"name_tasks: true is for format {ClBenchmark.name} alone, not {told}")
+            others = ", ".join(sorted(formats))
+            raise ValueError(f"name_tasks: true is for format {ClBenchmark.name} only, not {others}")
 
 
 class ClBenchmark(Format):
@@ -77,7 +77,7 @@ class ClBenchmark(Format):
     STREAM = PromptSettings
 
     def read(self, source: Source) -> RawTask:
-        """Read one data set; `path` is its folder, or the root in which the task's name is looked up."""
+        """Read one data set; `path` is its folder, or a root in which the task's name is looked up."""
         folder = find_dataset(require_folder(source.path()), source.name)
         labels = source.labels or read_labels(folder / "labels.json")
         head = prompt_head(source, folder, labels)
@@ -95,7 +95,7 @@ class ClBenchmark(Format):
 
 
 def find_dataset(path: Path, name: str) -> Path:
-    """The data set's folder: `path` itself, or the one of that name in it or in one of its groups (case aside)."""
+    """The data set's folder: `path` itself, or the folder with that name in it or in one of its groups."""
     if is_there(path / "train.json"):
         return path
     folders = [file.parent for pattern in ("*/train.json", "*/*/train.json") for file in sorted(path.glob(pattern))]
@@ -114,7 +114,7 @@ def find_dataset(path: Path, name: str) -> Path:
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
-    """The strings in `labels.json`, in its order; BadInput where it is anything but a list of strings."""
+    """The strings in `labels.json`, in order. Raises BadInput if it is anything but a list of strings."""
     labels = read_json_list(path)
     for index, label in enumerate(labels):
         if not isinstance(label, str):
@@ -124,13 +124,13 @@ def read_labels(path: Path) -> tuple[str, ...]:
 
 
 def make_prompted(record: object, head: str) -> Example:
-    """Example whose prompt is head + sentence + the cue to answer."""
+    """A sample whose prompt consists of head, sentence and the cue to answer."""
     example = make_example(record, "sentence", "label")
     return Example(prompt=f"{head}{example.prompt}\nAnswer:", answer=example.answer)
 
 
 def prompt_head(source: Source, folder: Path, labels: tuple[str, ...]) -> str:
-    """What stands before the sentence: the group's instruction and the options; nothing for a bare group.
+    """The prompt before the sentence: the group's instruction and the options, or nothing for a bare group.
 
     Raises BadInput for a group without a known instruction.
     """
@@ -148,7 +148,7 @@ def prompt_head(source: Source, folder: Path, labels: tuple[str, ...]) -> str:
 
 
 def instruction_file(source: Source, folder: Path) -> Path | None:
-    """The file that the recipe names, else the nearest one in the folders above the data set, else None."""
+    """The file that the recipe names, or the nearest one in the folders above the data set; None without either."""
     named = source.settings(PromptSettings).instruction_file
     if named is not None:
         return source.resolve(named)
@@ -157,13 +157,13 @@ def instruction_file(source: Source, folder: Path) -> Path | None:
 
 
 def read_instructions(path: Path) -> dict[str, str]:
-    """Each group's first instruction (the benchmark's `single` strategy); groups without one are left out."""
+    """The first instruction of each group (the benchmark's `single` strategy). Groups without one are left out."""
     content = read_json_object(path, "of groups")
     return {group: first_instruction(entries, group, path) for group, entries in content.items() if entries}
 
 
 def first_instruction(entries: Any, group: str, path: Path) -> str:
-    """Text of a group's first instruction; BadInput where the group is not a list of `{"instruction": text}`."""
+    """A group's first instruction. Raises BadInput if the group is not a list of `{"instruction": text}`."""
     first = entries[0] if isinstance(entries, list) else None
     text = first.get("instruction") if isinstance(first, Mapping) else None
     if not isinstance(text, str):

@@ -1,4 +1,4 @@
-"""Reading files and checking records: shared by all formats, so that every one reports problems in the same words."""
+"""Reading files and checking records: what formats share, so that all of them report problems in the same words."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from cl_dist.config.files import is_folder, is_there, read_bytes
 from cl_dist.config.words import listed, printable
 from cl_dist.errors import BadInput
-from cl_dist.tasks.formats.format import DEV_NAMES, EmptyAnswers, Split
-from cl_dist.tasks.types import Example
+from cl_dist.tasks.formats.format import DEV_NAMES, EmptyAnswers, Format, Split
+from cl_dist.tasks.types import Example, Kind
 
 LISTED = 20
-"""Most names that a message lists."""
+"""Most names that one message lists."""
 
 FOREIGN = {
     b"\x1f\x8b": "gzip: unpack it",
@@ -27,25 +28,25 @@ FOREIGN = {
     b"PAR1": "Parquet: format huggingface reads it",
     b"PK\x03\x04": "a zip file: unpack it",
 }
-"""What files begin with that are taken for text by mistake."""
+"""First bytes of files that are often mistaken for text, and what to do with such a file."""
 
 logger = logging.getLogger(__name__)
 
 
 def enumerate_names(names: Iterable[str]) -> str:
-    """Names in one line: sorted, and cut short after `LISTED` of them; "nothing" where there are none."""
-    # Half a surrogate pair, in a record's field or a file's name, would break whatever writes the message down.
+    """Names in one line, sorted, at most `LISTED` of them; "nothing" if there are none."""
+    # A lone surrogate in a field or a file name would break whatever prints or stores the message.
     return listed(sorted(map(printable, names)), LISTED) or "nothing"
 
 
 def missing(path: Path) -> BadInput:
-    """The error for a file or folder that is not there; says what its nearest existing parent holds instead."""
+    """The error for a missing file or folder. It lists what its nearest existing parent contains instead."""
     parent = next(folder for folder in path.parents if is_folder(folder))
     return BadInput(f"no file or folder {path}; {parent} has: {enumerate_names(list_folder(parent))}")
 
 
 def list_folder(folder: Path) -> list[str]:
-    """Names of what a folder holds; BadInput where it may not be read."""
+    """Names of a folder's entries. Raises BadInput if it cannot be read."""
     try:
         return os.listdir(folder)
     except OSError as error:
@@ -53,7 +54,7 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def require_folder(path: Path) -> Path:
-    """`path`, once it is known to be a folder that can be read; BadInput otherwise."""
+    """Return `path` if it is a readable folder. Raises BadInput otherwise."""
     if not is_there(path):
         raise missing(path)
     if not is_folder(path):
@@ -63,7 +64,7 @@ def require_folder(path: Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """The whole file as UTF-8 text, without a byte order mark; BadInput where it cannot be read or is no such text."""
+    """The content of a UTF-8 file without its byte order mark. Raises BadInput if it cannot be read or is not UTF-8."""
     if not is_there(path):
         raise missing(path)
     data = read_bytes(path)
@@ -79,13 +80,12 @@ def read_text(path: Path) -> str:
 
 
 class Doubled(dict[str, Any]):
-    """A JSON object in which a key is given twice, with what it was given last."""
+    """A JSON object that gives a key twice. It has the last value of each key."""
 
     keys_twice: frozenset[str]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A parsed JSON object; it says so where a key is given twice."""
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
@@ -96,9 +96,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str, path: Path, first_line: int = 1) -> Any:
-    """`json.loads` whose errors name the file and the line; `first_line` is the line where `text` starts.
+    """`json.loads` with errors that name the file and the line. `first_line` is the line where `text` starts.
 
-    An object with a key that is given twice is a `Doubled`, which `require_once` refuses where that key is read.
+    An object with a duplicate key becomes a `Doubled`; `require_once` refuses it when that key is read.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -109,25 +109,20 @@ def parse_json(text: str, path: Path, first_line: int = 1) -> Any:
         raise BadInput(f"{path}, line {line}: not valid JSON ({error.msg}, column {error.colno})") from error
     except RecursionError as error:
         raise BadInput(f"{path}, line {first_line}: JSON nested too deeply") from error
-    except ValueError as error:  # Python reads no whole number of more than 4,300 digits
-        line = first_line + text.count("\n", 0, _huge_number(text))
-        raise BadInput(f"{path}, line {line}: a number of too many digits") from error
-
-
-def _huge_number(text: str) -> int:
-    """Where the first number starts that has too many digits to be read."""
-    found = re.search(rf"\d{{{sys.get_int_max_str_digits() + 1},}}", text)
-    return 0 if found is None else found.start()
+    except ValueError as error:  # Python refuses whole numbers of more than 4,300 digits, without a position
+        huge = re.search(rf"\d{{{sys.get_int_max_str_digits() + 1},}}", text)
+        line = first_line + text.count("\n", 0, 0 if huge is None else huge.start())
+        raise BadInput(f"{path}, line {line}: a number with too many digits") from error
 
 
 def require_once(record: Mapping[str, Any], field: str) -> None:
-    """Raise BadInput where the record gives the field twice: which of the two is meant is anyone's guess."""
+    """Raise BadInput if the record gives the field twice: nobody can say which of the two is meant."""
     if isinstance(record, Doubled) and field in record.keys_twice:
         raise BadInput(f"field {field!r} is given twice")
 
 
 def read_json_list(path: Path) -> list[Any]:
-    """The JSON list in a file; BadInput where it holds something else."""
+    """The JSON list in a file. Raises BadInput if it contains anything else."""
     content = parse_json(read_text(path), path)
     if not isinstance(content, list):
         raise BadInput(f"{path} must hold a JSON list, not {json_type(content)}")
@@ -135,7 +130,7 @@ def read_json_list(path: Path) -> list[Any]:
 
 
 def read_json_object(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file, with each of its keys once; BadInput, with `what` it must hold, for anything else."""
+    """The JSON object in a file, without duplicate keys. Raises BadInput, with `what` it must hold, for others."""
     content = parse_json(read_text(path), path)
     if not isinstance(content, dict):
         raise BadInput(f"{path} must hold a JSON object {what}, not {json_type(content)}")
@@ -148,13 +143,13 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
 
 
 def json_type(value: object) -> str:
-    """JSON's name of a parsed value's type; Python's where JSON has no such values (dates and bytes in data sets)."""
+    """JSON's name for the type of a value; Python's name for types that only data sets have (dates, bytes)."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
 
 
 def text_field(record: Mapping[str, Any], field: str, may_be_empty: bool = False) -> str:
-    """The text in a record's field; BadInput where it is absent, given twice, no string, empty or not encodable."""
+    """The string in a record's field. Raises BadInput if it is missing, given twice, no string, empty or no UTF-8."""
     if field not in record:
         raise BadInput(f"no field {field!r}; the record has: {enumerate_names(map(str, record))}")
     require_once(record, field)
@@ -168,7 +163,7 @@ def text_field(record: Mapping[str, Any], field: str, may_be_empty: bool = False
 
 
 def check_encodable(value: str, what: str) -> str:
-    """`value`; BadInput where it holds half a surrogate pair, which passes JSON's escapes but not the tokenizers."""
+    """Return `value`. Raises BadInput for a lone surrogate, which JSON's escapes allow but tokenizers do not."""
     try:
         if not value.isascii():
             value.encode("utf-8")
@@ -178,8 +173,9 @@ def check_encodable(value: str, what: str) -> str:
 
 
 def make_example(record: object, input_field: str, output_field: str) -> Example:
-    """Prompt and answer of one record; the answer loses the white space around it and may be empty, which is for
-    `collect` to judge. BadInput for a broken record.
+    """Prompt and answer of one record, the answer without white space around it. Raises BadInput for a broken record.
+
+    The answer may be empty; `collect` decides what happens then.
     """
     if not isinstance(record, dict):
         raise BadInput(f"must be an object with {input_field!r} and {output_field!r}, not {json_type(record)}")
@@ -187,12 +183,12 @@ def make_example(record: object, input_field: str, output_field: str) -> Example
 
 
 def answer_field(record: Mapping[str, Any], field: str) -> str:
-    """The answer in a record's field, without the white space around it; it may be empty."""
+    """The answer in a record's field, without white space around it. It may be empty."""
     return text_field(record, field, may_be_empty=True).strip()
 
 
 def make_document(record: object, field: str) -> Example:
-    """The document in one record's text field; empty where the record's is blank. BadInput for a broken record."""
+    """The document in a record's text field, which may be empty. Raises BadInput for a broken record."""
     if not isinstance(record, dict):
         raise BadInput(f"must be an object with {field!r}, not {json_type(record)}")
     return Example(prompt="", answer=answer_field(record, field))
@@ -207,11 +203,19 @@ def collect(
     empty: EmptyAnswers = "error",
     answer_name: str = "output",
 ) -> Split:
-    """Convert numbered records into a split; a record that `convert` refuses is named by origin and number.
+    """Convert numbered records into a split. Empty documents are always skipped.
 
-    empty: what becomes of a record with a prompt and an empty answer, which is in the field `answer_name`; the log says
-    how many are skipped. Blank documents are always passed over. With `most` no more records are read once there are so
-    many samples.
+    Args:
+        origin: File, or data set and split, for messages.
+        records: Number and content of each record.
+        convert: Makes a sample of a record, or raises BadInput.
+        unit: What the numbers count, for messages.
+        most: Stop reading after N samples; None: read all records.
+        empty: What to do with a record that has a prompt but no answer; the log reports how many are skipped.
+        answer_name: Field of the answer, for messages.
+
+    Raises:
+        BadInput: `convert` refused a record; the message names origin and number.
     """
     examples: list[Example] = []
     positions: list[int] = []
@@ -233,7 +237,7 @@ def collect(
         if len(examples) == most:
             break
     if skipped:
-        logger.warning("%s: %d records with an empty answer are left out (stream.empty_answers)", origin, skipped)
+        logger.warning("%s: skipped %d records with an empty answer (stream.empty_answers)", origin, skipped)
     return Split(examples, str(origin), positions, unit)
 
 
@@ -245,9 +249,9 @@ def read_json_split(
 
 
 def choose_evaluation(wanted: str, candidates: Mapping[str, Path]) -> Path:
-    """The evaluation file: the wanted split's, else the other one's, and then the log says so.
+    """The file to evaluate on: the wanted split's or, if it is missing, the other one's, which the log reports.
 
-    `candidates` maps "test" and "dev" to their files. Raises BadInput where neither exists.
+    `candidates` maps "test" and "dev" to their files. Raises BadInput if neither exists.
     """
     if is_there(candidates[wanted]):
         return candidates[wanted]
@@ -259,9 +263,9 @@ def choose_evaluation(wanted: str, candidates: Mapping[str, Path]) -> Path:
 
 
 def split_files(path: Path, extension: str, wanted: str) -> tuple[Path, Path]:
-    """Training and evaluation file for a folder, or for a training file with its evaluation files beside it.
+    """Training and evaluation file of a folder, or of a training file whose evaluation files are next to it.
 
-    Raises BadInput where a folder has no evaluation file; a lone file is its own evaluation file.
+    A lone file serves for both. Raises BadInput if a folder has no evaluation file.
     """
     if is_folder(path):
         return path / f"train{extension}", choose_evaluation(wanted, evaluation_files(path, "", extension))
@@ -269,7 +273,7 @@ def split_files(path: Path, extension: str, wanted: str) -> tuple[Path, Path]:
 
 
 def is_lone(path: Path) -> bool:
-    """Whether a training file has no evaluation file beside it."""
+    """Whether a training file has no evaluation file next to it."""
     return not any(is_there(file) for file in files_beside(path).values())
 
 
@@ -280,18 +284,58 @@ def files_beside(path: Path) -> dict[str, Path]:
 
 
 def evaluation_files(folder: Path, stem: str, extension: str) -> dict[str, Path]:
-    """The paths where the test and the dev split would be; for dev the first of its names that exists."""
-    dev = first_existing(folder, [f"{stem}{name}{extension}" for name in DEV_NAMES])
-    return {"test": folder / f"{stem}test{extension}", "dev": dev}
-
-
-def first_existing(folder: Path, names: Iterable[str]) -> Path:
-    """The first of the files that exists in the folder, else the first name's path (for the message)."""
-    paths = [folder / name for name in names]
-    return next((path for path in paths if is_there(path)), paths[0])
+    """The paths where the test and the dev split would be. Of the names for dev, the first existing one counts."""
+    dev = [folder / f"{stem}{name}{extension}" for name in DEV_NAMES]
+    return {
+        "test": folder / f"{stem}test{extension}",
+        "dev": next((path for path in dev if is_there(path)), dev[0]),
+    }
 
 
 def match_name(name: str, available: Iterable[str]) -> list[str]:
-    """The names equal to `name`, else those that differ from it in case only."""
+    """The names equal to `name`, or if there are none, those that differ only in case."""
     names = sorted(available)
     return [other for other in names if other == name] or [n for n in names if n.lower() == name.lower()]
+
+
+class Records(Format):
+    """Base of formats that store records whose fields can have any name."""
+
+    name: ClassVar[str]
+
+    input_field: str = "input"
+    """Field of a record that contains the prompt."""
+    output_field: str = "output"
+    """Field of a record that contains the answer."""
+    text_field: str | None = None
+    """Field of a record that contains a document. The task is then plain text, for pre-training, and `input_field` and
+    `output_field` are not read."""
+
+    def __post_init__(self) -> None:
+        """Refuse a field for prompts or answers together with one for documents."""
+        for name in ("input_field", "output_field"):
+            value = getattr(self, name)
+            if self.text_field is not None and value != getattr(Records, name):
+                raise ValueError(f'{name}: "{value}" is not read if text_field is given')
+
+    @property
+    def only_documents(self) -> bool:
+        """Whether the records contain documents."""
+        return self.text_field is not None
+
+    @property
+    def kind(self) -> Kind | None:
+        """`text` for documents; None for answers, which determine the kind themselves."""
+        return "text" if self.only_documents else None
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields to read."""
+        return [self.input_field, self.output_field] if self.text_field is None else [self.text_field]
+
+    @property
+    def convert(self) -> Callable[[Any], Example]:
+        """The function that makes a sample of a record."""
+        if self.text_field is not None:
+            return partial(make_document, field=self.text_field)
+        return partial(make_example, input_field=self.input_field, output_field=self.output_field)

@@ -21,7 +21,7 @@ SPLITS: dict[str, ScoredOn] = {
     "test": "test",
     **dict.fromkeys(("dev", "eval", "validation", "valid", "val"), "dev"),
 }
-"""What formats call the splits that are evaluated on."""
+"""The names that formats give to evaluation splits."""
 DEV_NAMES = tuple(name for name, split in SPLITS.items() if split == "dev")
 
 EmptyAnswers = Literal["error", "keep", "skip"]
@@ -29,8 +29,8 @@ EmptyAnswers = Literal["error", "keep", "skip"]
 FILES = frozenset({"root", "eval_split"})
 ANSWERS = FILES | {"empty_answers"}
 INFERRED = ANSWERS | {"max_labels"}
-"""General settings of the stream that a format may use (`Format.USES`): for data in files, with answers, whose labels
-may have to be inferred from the answers.
+"""General settings of the stream that a format may use (`Format.USES`): for data in files; with answers; with labels
+that may have to be inferred from the answers.
 """
 
 Own = TypeVar("Own", bound="OwnSettings")
@@ -38,18 +38,17 @@ Own = TypeVar("Own", bound="OwnSettings")
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
 class OwnSettings:
-    """Settings that belong to one format. The fields of a subclass are its settings: annotated, with a default and a
-    docstring underneath, which is the help text.
+    """A format's own settings: the fields of a subclass, each with a type, a default and a docstring, its help text.
 
-    Subclasses become frozen dataclasses with strictly checked fields; no decorator is needed. `__post_init__` may raise
-    ValueError with a sentence that starts with the name of a setting.
+    Subclasses become frozen dataclasses with strictly checked fields, without a decorator. `__post_init__` may raise
+    ValueError; its message starts with the name of a setting.
     """
 
     PATHS: ClassVar[tuple[str, ...]] = ()
-    """Settings that hold a path, which is looked up like a task's own."""
+    """Settings that contain a path. It is looked up like the path of a task."""
     FIXED: ClassVar[tuple[str, ...]] = ()
-    """Settings that a resumed run may not change. The others only say where and how the data is read, and a digest of
-    the samples says whether they are the same."""
+    """Settings that a resumed run must not change. All others only say where and how the data is read; a digest of the
+    samples detects whether those changed."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -57,63 +56,63 @@ class OwnSettings:
 
 
 class StreamSettings(OwnSettings):
-    """Settings of one format that stand in `stream` and hold for all of its tasks (`Format.STREAM`)."""
+    """A format's settings in `stream`, which apply to all tasks with this format (`Format.STREAM`)."""
 
     def check(self, formats: Collection[str]) -> None:
-        """Raise ValueError where a setting does not go with the `formats` of the stream's tasks."""
+        """Raise ValueError if a setting does not fit the `formats` of the stream's tasks."""
 
 
 def defaults_of(cls: type[OwnSettings]) -> dict[str, Any]:
-    """The names of a format's settings and their defaults (`dataclasses.MISSING` where a setting must be given)."""
+    """Names and defaults of a format's settings (`dataclasses.MISSING` for a setting that must be given)."""
     return {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
 def paths_of(settings: OwnSettings) -> dict[str, str]:
-    """The paths that a format's settings give, by setting."""
+    """The paths in a format's settings, by the name of the setting."""
     return {name: path for name in settings.PATHS if (path := getattr(settings, name)) is not None}
 
 
 def with_paths(settings: Own, paths: Mapping[str, str | None]) -> Own:
-    """A format's settings with other paths."""
+    """The same settings with some paths replaced."""
     return dataclasses.replace(settings, **paths) if paths else settings  # type: ignore[type-var]
 
 
 class Format(OwnSettings):
-    """A way to store data. The fields of a subclass are settings of a task (`stream.tasks[]`), beside the common ones;
-    an instance is a format with the settings of one task.
+    """A way to store data. A subclass adds settings of a task (`stream.tasks[]`) as its fields; an instance holds those
+    of one task.
     """
 
     name: ClassVar[str]
-    """What recipes call it."""
+    """Its name in recipes."""
     summary: ClassVar[str] = ""
     """A few words for the help text."""
     USES: ClassVar[frozenset[str]] = INFERRED
-    """Which of the stream's general settings have a meaning for it: root, eval_split, empty_answers, max_labels."""
+    """The general settings of the stream that it reads, out of root, eval_split, empty_answers and max_labels."""
     STREAM: ClassVar[type[StreamSettings] | None] = None
-    """Settings of its own in `stream`."""
+    """The class of its settings in `stream`."""
     HAS_PATH: ClassVar[bool] = True
-    """Whether its data lies at a path; otherwise it is generated."""
+    """Whether its data has a path; otherwise the format generates it."""
     METRIC: ClassVar[str | None] = None
-    """The score that `eval.metric: auto` means for its tasks; None: it follows from the kind of task."""
+    """The metric that `eval.metric: auto` chooses for its tasks; None: it depends on the kind of task."""
 
     @property
     def only_documents(self) -> bool:
-        """Whether a task certainly consists of plain text, without prompts and answers."""
+        """Whether the task certainly consists of plain text, without prompts and answers."""
         return False
 
     def read(self, source: Source) -> RawTask:
-        """Read a task. Raises BadInput where its data is missing or broken; the caller adds the task's name."""
+        """Read a task. Raises BadInput if its data is missing or broken; the caller adds the task's name."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a task's data is, and the settings of the stream that say how it is read."""
+    """Where a task's data is, and the stream's settings for reading it."""
 
     name: str
     """Name of the task."""
     format: str
-    """Name of its format, as the recipe has it."""
+    """Name of its format in the recipe."""
     recipe_dir: Path
     path_in_recipe: str | None = None
     """`path` of the task."""
@@ -127,10 +126,7 @@ class Source:
     stream_settings: tuple[StreamSettings, ...] = ()
 
     def path(self) -> Path:
-        """The task's folder or file; `stream.root` itself where the task names none.
-
-        Raises BadInput where the recipe names neither.
-        """
+        """The task's folder or file, or `stream.root` if the task gives none. Raises BadInput if both are missing."""
         if self.path_in_recipe is not None:
             return self.resolve(self.path_in_recipe)
         if self.root is None:
@@ -138,55 +134,52 @@ class Source:
         return self._root()
 
     def resolve(self, written: str) -> Path:
-        """A path of the recipe as one to open: below `stream.root`, else below the recipe's folder, unless absolute."""
+        """Turn a path of the recipe into one to open: absolute, below `stream.root`, or in the recipe's folder."""
         path = expand(written, "path")
         below_root, beside_recipe = self._root() / path, self.recipe_dir / path
         return beside_recipe if is_there(beside_recipe) and not is_there(below_root) else below_root
 
     def _root(self) -> Path:
-        """`stream.root`, itself relative to the recipe's folder; that folder where there is no root."""
         return self.recipe_dir / expand(self.root or "", "stream.root")
 
     def settings(self, cls: type[Own]) -> Own:
-        """A format's settings in `stream`; their defaults where the recipe gives none."""
+        """The settings in `stream` of class `cls`; its defaults if the recipe gives none."""
         return next((each for each in self.stream_settings if isinstance(each, cls)), None) or cls()
 
 
 @dataclass(frozen=True)
 class Split:
-    """The samples of one split, and where each was read."""
+    """The samples of one split, and where each of them comes from."""
 
     examples: list[Example]
     origin: str
     """File (or data set and split) for messages."""
     positions: Sequence[int]
-    """Per sample its place in the origin."""
+    """The position of each sample in the origin."""
     unit: str = "record"
     """What `positions` counts: records from 0, or lines from 1."""
 
     def where(self, index: int) -> str:
-        """Place of sample `index` in words."""
+        """Where sample `index` comes from, in words."""
         return f"{self.origin}, {self.unit} {self.positions[index]}"
 
 
 @dataclass(frozen=True)
 class RawTask:
-    """A task as read, before limits are applied and its kind is settled."""
+    """A task as its format reads it: sample limits are not applied yet, and its kind may still be open."""
 
     train: Split
     evaluation: Split
     labels: tuple[str, ...] | None = None
-    """Allowed answers where the format states them."""
+    """Allowed answers, if the data states them."""
     kind: Kind | None = None
-    """Kind of the task where the format settles it; else it follows from the answers."""
+    """Kind of the task, if the format determines it; otherwise it follows from the answers."""
     evaluated: ScoredOn | None = None
-    """Which split `evaluation` is, where the reader knows better than `scored_on`."""
+    """Which split `evaluation` is, if names do not show it (see `scored_on`)."""
 
     @property
     def scored_on(self) -> ScoredOn | None:
-        """Which split the evaluation split is, by the name of its file, its folder or its data set's split; None where
-        nothing is called so.
-        """
+        """Which split `evaluation` is, judging by the name of its file, folder or split; None if they do not say."""
         if self.evaluated is not None:
             return self.evaluated
         origin = self.evaluation.origin

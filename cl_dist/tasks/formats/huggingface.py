@@ -1,8 +1,7 @@
-"""Hugging Face data sets: by name, from a folder of data files, or saved to disk; whole, or streamed up to a number of
-samples.
+"""Hugging Face data sets: by name, from data files, or saved to disk; read completely, or streamed up to a limit.
 
-`datasets` is imported only when such a task is read, since that takes longer than all other checks together. Code that
-comes with a data set is never run: the library's supported releases refuse loading scripts.
+`datasets` is imported only when such a task is read, because the import takes longer than all other checks together.
+Code that comes with a data set never runs: the supported releases of the library refuse loading scripts.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.config.files import is_file, is_folder, is_there, refuse_special, refuse_special_below
+from cl_dist.config.words import listed
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.tasks.formats.files import (
+    Records,
     collect,
     enumerate_names,
     is_lone,
@@ -28,10 +29,9 @@ from cl_dist.tasks.formats.files import (
     split_files,
 )
 from cl_dist.tasks.formats.format import DEV_NAMES, EmptyAnswers, RawTask, Source, Split
-from cl_dist.tasks.formats.records import Records
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-"""A name that may be looked up on the hub: anything else can only be a folder."""
+"""A name that may exist on the hub. Anything else can only be a path."""
 
 FILE_FORMATS = {
     ".csv": "csv",
@@ -41,11 +41,11 @@ FILE_FORMATS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-"""The library's name of the format of a single data file, by its ending."""
+"""The library's name for the format of a data file, by its suffix."""
 CSV_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 DEEP_JSON = re.compile(rb'(?:[\[{]\s*(?:"[^"]{0,99}"\s*:\s*)?){1000}')
-"""A thousand lists and objects, each the first thing in the one before."""
+"""A thousand nested lists and objects, each the first item of the one around it."""
 
 DEV_SPLITS = tuple(dict.fromkeys(("validation", *DEV_NAMES)))
 
@@ -59,8 +59,8 @@ class HuggingFace(Records):
     subset: str | None = None
     """Configuration name of a Hugging Face data set."""
     streaming: bool = False
-    """Read a Hugging Face data set record by record, no further than `stream.max_train_samples` and
-    `stream.max_eval_samples`, without downloading or converting the rest."""
+    """Read a Hugging Face data set record by record up to `stream.max_train_samples` and `stream.max_eval_samples`,
+    without downloading or converting the rest."""
 
     def read(self, source: Source) -> RawTask:
         """Read the training split and the test or validation split of a data set."""
@@ -79,7 +79,7 @@ class HuggingFace(Records):
         )
 
     def _load(self, source: Source) -> Mapping[str, Any]:
-        """The data set's splits by name; BadInput with the library's reason where it cannot be loaded."""
+        """The data set's splits by name. Raises BadInput with the library's reason if it cannot be loaded."""
         import datasets
 
         name = source.path_in_recipe or source.name
@@ -94,7 +94,7 @@ class HuggingFace(Records):
         with _as_bad_input(name):
             if is_saved(path):
                 refuse_empty_split(path)
-                # Its records are read where they lie: nothing is gained by streaming them.
+                # Its records are memory-mapped, so streaming would gain nothing.
                 dataset = datasets.load_from_disk(str(path))
             elif is_there(path) and not is_folder(path):
                 builder, files = single_file(path, source.eval_split)
@@ -111,8 +111,8 @@ class HuggingFace(Records):
         return dataset
 
     def _read_split(self, split: Any, origin: str, most: int | None, empty: EmptyAnswers) -> Split:
-        """The records of a split, with class numbers turned into their names; of a streamed one no more than `most`."""
-        # What a streamed split holds may not be known before its first record.
+        """The records of a split, with class numbers replaced by names; at most `most` of a streamed one."""
+        # The columns of a streamed split may be unknown before its first record.
         for field in self.fields if split.column_names is not None else ():
             if field not in split.column_names:
                 raise BadInput(f"{origin} has no column {field!r}; it has: {enumerate_names(split.column_names)}")
@@ -129,10 +129,10 @@ class HuggingFace(Records):
 
 
 def csv_options(paths: list[Path], read: list[str]) -> dict[str, Any]:
-    """How the library is to read files that are all CSV or TSV: every cell is text. Left to itself it makes numbers of
-    `007`, and nothing of `None` and `NA`.
+    """Options that make the library read every cell of CSV or TSV files as text; none if there are other data files.
 
-    Raises BadInput where one of the columns that are `read` is there twice.
+    By default it turns `007` into a number, and `None` and `NA` into missing values. Raises BadInput if one of the
+    columns in `read` occurs twice.
     """
     files = [path for path in paths if path.suffix in FILE_FORMATS]
     if not files or not all(path.suffix in CSV_SEPARATORS for path in files):
@@ -141,14 +141,14 @@ def csv_options(paths: list[Path], read: list[str]) -> dict[str, Any]:
     for file in files:
         header = csv_header(file)
         if doubled := [field for field in read if header.count(field) > 1]:
-            raise BadInput(f"{file}: column {doubled[0]!r} is there twice")
+            raise BadInput(f"{file}: column {doubled[0]!r} occurs twice")
         columns.update(header)
     separator = {"sep": CSV_SEPARATORS[files[0].suffix]} if len({file.suffix for file in files}) == 1 else {}
     return {"converters": dict.fromkeys(sorted(columns), str), "keep_default_na": False, **separator}
 
 
 def csv_header(file: Path) -> list[str]:
-    """The names of a file's columns; none where it cannot be read, which the library reports."""
+    """The names of a file's columns; none if it cannot be read, which the library reports."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             return next(csv.reader(opened, delimiter=CSV_SEPARATORS[file.suffix]), [])
@@ -157,20 +157,20 @@ def csv_header(file: Path) -> list[str]:
 
 
 def refuse_bare_header(file: Path) -> None:
-    """Raise BadInput for a CSV or TSV file without a record, which the library has no clear words for."""
+    """Raise BadInput for a CSV or TSV file without records, since the library's message for it is unclear."""
     if file.suffix not in CSV_SEPARATORS or not is_file(file):
         return
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             lines = [line for line, _ in zip((row for row in csv.reader(opened) if row), range(2), strict=False)]
-    except (OSError, UnicodeDecodeError, csv.Error):  # which the library reports
+    except (OSError, UnicodeDecodeError, csv.Error):  # the library reports this
         return
     if len(lines) < 2:
         raise BadInput(f"{file} {'holds no samples: there is only a header' if lines else 'is empty'}")
 
 
 def refuse_empty_split(folder: Path) -> None:
-    """Raise BadInput where a split was saved to disk without a record: the library fails on it."""
+    """Raise BadInput if a split was saved to disk without records: the library fails on it."""
     for file in sorted(folder.glob("*/state.json")):
         state = parse_json(read_text(file), file)
         if isinstance(state, dict) and state.get("_data_files") == []:
@@ -178,8 +178,8 @@ def refuse_empty_split(folder: Path) -> None:
 
 
 def refuse_deep_json(path: Path) -> None:
-    """Raise BadInput for a JSON file, or one below a folder, that is nested so deeply that the library's parser would
-    take the process down.
+    """Raise BadInput for a JSON file, at the path or below it, so deeply nested that the library's parser would crash,
+    and the process with it.
     """
     for file in [path] if not is_folder(path) else sorted(path.rglob("*.json*")):
         if file.suffix in (".json", ".jsonl") and is_file(file) and file.stat().st_size:
@@ -191,13 +191,14 @@ def refuse_deep_json(path: Path) -> None:
 
 
 def single_file(path: Path, wanted: str) -> tuple[str, dict[str, str]]:
-    """The library's name of a data file's format, and the files of the splits: the evaluation file lies beside it, as
-    for format jsonl, or the file serves as both.
+    """The library's name for a data file's format, and the file of each split.
+
+    The evaluation file is next to the training file, as in format jsonl; if there is none, one file serves for both.
     """
     if path.suffix not in FILE_FORMATS:
         raise BadInput(
-            f"{path} is a file of no known format ({', '.join(FILE_FORMATS)}); format huggingface reads one of those, "
-            "or a folder of data files"
+            f"{path} has an unknown format; format huggingface reads a folder of data files, or a file that ends in "
+            f"{listed(FILE_FORMATS, last='or')}"
         )
     train, evaluation = split_files(path, path.suffix, wanted)
     return FILE_FORMATS[path.suffix], {"train": str(train), "test": str(evaluation)}
@@ -205,17 +206,18 @@ def single_file(path: Path, wanted: str) -> tuple[str, dict[str, str]]:
 
 @contextmanager
 def _as_bad_input(name: str) -> Iterator[None]:
-    """The library reports what is wrong with a data set, its name or the network by exceptions of many unrelated
-    types; each becomes one sentence.
+    """Turn every error of the library into one sentence.
+
+    For a problem with a data set, its name or the network, it raises exceptions of many unrelated types.
     """
     try:
         yield
-    except ClDistError:  # our own, and a signal that asks to stop
+    except ClDistError:  # our own errors, and a request to stop
         raise
     except Exception as error:
-        # What it raises while it converts files says no more than that; the cause says what is wrong with them.
-        told = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
-        reason = " ".join(str(told).split()) or type(told).__name__
+        # A DatasetGenerationError only says that converting files failed; its cause says why.
+        telling = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
+        reason = " ".join(str(telling).split()) or type(telling).__name__
         raise BadInput(f"data set {name} cannot be loaded: {reason}") from error
 
 
@@ -225,7 +227,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def choose_split(dataset: Mapping[str, Any], wanted: str, name: str) -> str:
-    """Name of the split to evaluate on: the wanted one, else the other (logged); BadInput where there is neither."""
+    """The split to evaluate on: the wanted one, else the other one, which is logged. Raises BadInput without either."""
     dev = next((split for split in DEV_SPLITS if split in dataset), None)
     found = {"test": "test" if "test" in dataset else None, "dev": dev}
     chosen = found[wanted]
@@ -241,7 +243,7 @@ def choose_split(dataset: Mapping[str, Any], wanted: str, name: str) -> str:
 
 
 def named_records(split: Any, output_field: str) -> Iterator[dict[str, Any]]:
-    """The split's records; the output of a `ClassLabel` column becomes its name, an unlabelled one (-1) None."""
+    """The split's records. Class numbers in a `ClassLabel` output become names; unlabelled ones (-1) become None."""
     names = label_names(split, output_field)
     for record in split:
         if names is not None:
@@ -251,6 +253,6 @@ def named_records(split: Any, output_field: str) -> Iterator[dict[str, Any]]:
 
 
 def label_names(split: Any, output_field: str) -> tuple[str, ...] | None:
-    """Names of the classes where the output column is a `ClassLabel`, else None."""
+    """Names of the classes if the output column is a `ClassLabel`; else None."""
     names = getattr((split.features or {}).get(output_field), "names", None)
     return tuple(str(name).strip() for name in names) if names else None

@@ -1,8 +1,8 @@
-"""JSON Lines: one record a line, with the prompt and the answer, or a document, in fields that the recipe may name.
+"""JSON Lines: one record per line, with prompt and answer, or a document, in fields that the recipe may name.
 
 `path` is a folder with `train.jsonl` and `test.jsonl` or `dev.jsonl` (also `eval`, `validation`, `valid`, `val`), or
-the training file `<name>.jsonl`, whose evaluation files are `<name>.test.jsonl` and `<name>.dev.jsonl` beside it. A
-lone file serves as both.
+the training file `<name>.jsonl`, with its evaluation files `<name>.test.jsonl` and `<name>.dev.jsonl` next to it. A
+lone file serves for both.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.config.files import is_there
-from cl_dist.tasks.formats.files import collect, missing, parse_json, read_text, split_files
+from cl_dist.tasks.formats.files import Records, collect, missing, parse_json, read_text, split_files
 from cl_dist.tasks.formats.format import RawTask, Source, Split
-from cl_dist.tasks.formats.records import Records
 
 
 class JsonLines(Records):
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     name = "jsonl"
     summary = "`input`/`output` records"
@@ -37,8 +36,8 @@ class JsonLines(Records):
 
 
 def parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number (from 1) and parsed value of each line; blank ones are passed over but counted."""
-    # Not splitlines(): that would also cut at separators such as U+2028, which JSON strings may hold.
+    """Line number (from 1) and parsed value of each line. Blank lines are counted but skipped."""
+    # splitlines() would also split at separators such as U+2028, which JSON strings may contain.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield number, parse_json(line, path, first_line=number)

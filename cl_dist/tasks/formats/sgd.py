@@ -1,8 +1,8 @@
-"""Schema-Guided Dialogue as TaSL has it (arXiv 2408.09857): one task per service, one sample per slot of a turn.
+"""Schema-Guided Dialogue in TaSL's format (arXiv 2408.09857): one task per service, one sample per slot of a turn.
 
-`<root>/<folder of the split>/<service>-<split>-LLM_T5.json` is a list of `{"input", "output"}`. Beside it
-`<service>-<split>.idx` has a line for every sample, `file|||dialogue|||turn|||frame|||service|||slot`, which says what
-samples make up a turn. The folders are named as one likes (TaSL: `SGD_single_service_train`), or there are none.
+`<root>/<folder of the split>/<service>-<split>-LLM_T5.json` is a list of `{"input", "output"}`. Next to it,
+`<service>-<split>.idx` has a line per sample, `file|||dialogue|||turn|||frame|||service|||slot`, which shows what
+samples belong to the same turn. The folders can have any name (TaSL: `SGD_single_service_train`), or be left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cl_dist.tasks.types import Slot
 SUFFIX = "-LLM_T5.json"
 SEPARATOR = "|||"
 PARTS = 6
-"""Parts of a line of an index."""
+"""Number of parts in a line of an index."""
 
 
 class Sgd(Format):
@@ -40,24 +40,23 @@ class Sgd(Format):
     METRIC = "jga"
 
     def read(self, source: Source) -> RawTask:
-        """Read one service; `path` is the folder that holds the splits' folders."""
+        """Read one service; `path` is the folder that contains the splits' folders."""
         root, name = require_folder(source.path()), source.name
         train = find_file(root, "train", name)
         if train is None:
             available = [path.name.removesuffix(f"-train{SUFFIX}") for path in split_files(root, "train")]
             raise BadInput(
-                f"no file {name}-train{SUFFIX} in {root} or a folder in it; there are services: "
-                f"{enumerate_names(available)}"
+                f"no file {name}-train{SUFFIX} in {root} or a folder in it; services: {enumerate_names(available)}"
             )
         files = {split: find_file(root, split, name) or expected_file(train, split) for split in ("test", "dev")}
         evaluation = choose_evaluation(source.eval_split, files)
         convert = partial(make_example, input_field="input", output_field="output")
-        # A sample that is left out of the evaluation would change what its turn is.
+        # Skipping an evaluation sample would drop a slot from its turn and make the turn easier.
         empty = source.empty_answers
         scored = read_json_split(evaluation, convert, "error" if empty == "error" else "keep")
         capitals = sum(example.answer != example.answer.lower() for example in scored.examples)
         if capitals:
-            logger.warning("%s: %d answers have capitals, so that jga never counts them as right", evaluation, capitals)
+            logger.warning("%s: %d answers have capitals, so jga will never count them as right", evaluation, capitals)
         return RawTask(
             train=read_json_split(train, convert, empty),
             evaluation=with_slots(scored, evaluation.with_name(evaluation.name.removesuffix(SUFFIX) + ".idx")),
@@ -67,15 +66,15 @@ class Sgd(Format):
 
 
 def split_files(root: Path, split: str) -> list[Path]:
-    """The files of a split, in the root and in its folders."""
+    """The files of a split, in the root and in the folders below it."""
     pattern = f"*-{split}{SUFFIX}"
     return [*sorted(root.glob(pattern)), *sorted(root.glob(f"*/{pattern}"))]
 
 
 def find_file(root: Path, split: str, name: str) -> Path | None:
-    """A service's file of a split, named with or without `sgd_`; None where there is none.
+    """A service's file of a split, with or without `sgd_` in its name; None if it does not exist.
 
-    Raises BadInput where two folders have one.
+    Raises BadInput if two folders have one.
     """
     files = split_files(root, split)
     services = {path.name.removesuffix(f"-{split}{SUFFIX}") for path in files}
@@ -87,26 +86,26 @@ def find_file(root: Path, split: str, name: str) -> Path | None:
 
 
 def expected_file(train: Path, split: str) -> Path:
-    """Where a split's file would be, judging by the training file; for messages."""
+    """Where a split's file should be, judging by the training file; for messages."""
     folder = train.parent.with_name(train.parent.name.replace("train", split))
     return folder / train.name.replace(f"-train{SUFFIX}", f"-{split}{SUFFIX}")
 
 
 def with_slots(samples: Split, index: Path) -> Split:
-    """The samples with the slots that the index names; BadInput where it does not fit them."""
+    """The samples with the slots that the index names. Raises BadInput if the two do not match."""
     lines = read_text(index).rstrip().split("\n")
     slots = [parse_line(line.strip(), f"{index}, line {number}") for number, line in enumerate(lines, start=1)]
     if len(slots) != len(samples.examples):
         raise BadInput(
-            f"{index} has {len(slots)} lines, and {samples.origin} has {len(samples.examples)} records; every record "
-            "needs its line"
+            f"{index} has {len(slots)} lines, but {samples.origin} has {len(samples.examples)} records; every record "
+            "needs a line"
         )
     examples = [replace(example, slot=slot) for example, slot in zip(samples.examples, slots, strict=True)]
     return replace(samples, examples=examples)
 
 
 def parse_line(line: str, where: str) -> Slot:
-    """The slot that a line of an index names."""
+    """The slot in a line of an index."""
     parts = line.split(SEPARATOR)
     if len(parts) != PARTS:
         raise BadInput(f"{where}: must be file|||dialogue|||turn|||frame|||service|||slot, not {line[:80]!r}")

@@ -1,8 +1,8 @@
-"""Super-NaturalInstructions (arXiv 2204.07705) split into files: `<task folder>/{train,dev,test}.json`, each an object
-with a `Definition` and `Instances` of `{"input", "output"}`, as the continual-learning benchmarks built on it have it.
+"""Super-NaturalInstructions (arXiv 2204.07705), split into files as in the continual-learning benchmarks built on it.
 
-The task folder is named as the benchmark names its tasks (`task1572_samsum_summary`); the recipe gives that name or the
-number alone. The prompt is the benchmark's own without examples: definition, input, and the cue for the output.
+`<task folder>/{train,dev,test}.json` is an object with a `Definition` and `Instances` of `{"input", "output"}`. Folders
+have the names of the benchmark's tasks (`task1572_samsum_summary`); a recipe gives the name or just the number. The
+prompt is the benchmark's own zero-shot prompt: definition, input, and the cue for the output.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SuperNi(Format):
 
 
 def find_task(path: Path, name: str) -> Path:
-    """`path` where it holds the task's files, else the one folder of that name or number in it or in its folders."""
+    """`path` if it contains the task's files, or the only folder with that name or number in it or one level deeper."""
     if is_there(path / "train.json"):
         return path
     folders = [file.parent for pattern in ("*/train.json", "*/*/train.json") for file in sorted(path.glob(pattern))]
@@ -63,7 +63,7 @@ def find_task(path: Path, name: str) -> Path:
 
 
 def read_instances(path: Path, empty: EmptyAnswers) -> Split:
-    """All instances of a file; BadInput where it has another layout."""
+    """All instances of a file. Raises BadInput if it has another layout."""
     content = read_json_object(path, "with a 'Definition' and a list 'Instances'")
     if not isinstance(content.get("Instances"), list):
         raise BadInput(f"{path} must hold a JSON object with a 'Definition' and a list 'Instances'")
@@ -72,7 +72,7 @@ def read_instances(path: Path, empty: EmptyAnswers) -> Split:
 
 
 def prompt_head(content: Mapping[str, Any], path: Path) -> str:
-    """What stands before the input; of several definitions the first."""
+    """The prompt before the input. If there are several definitions, the first one counts."""
     definition = content.get("Definition")
     text = definition[0] if isinstance(definition, list) and definition else definition
     if not isinstance(text, str) or not text.strip():
@@ -82,9 +82,9 @@ def prompt_head(content: Mapping[str, Any], path: Path) -> str:
 
 
 def make_instance(instance: Any, head: str, strict: bool) -> Example:
-    """One instance; of several outputs that are right the first is the answer, and all are references.
+    """One instance. Of several right outputs, the first is the answer, and all of them are references.
 
-    Empty ones among them are left out, unless `strict`: then the answer is empty as soon as one of them is.
+    Empty outputs are dropped. If `strict`, a single empty one makes the whole answer empty instead.
     """
     if not isinstance(instance, dict):
         raise BadInput(f"must be an object with 'input' and 'output', not {json_type(instance)}")

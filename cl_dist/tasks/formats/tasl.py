@@ -26,7 +26,7 @@ class Tasl(Format):
     summary = "TaSL, KIF"
 
     def read(self, source: Source) -> RawTask:
-        """Read the task of this name below the root given as `path`."""
+        """Read the task with this name below the root, `path`."""
         root = require_folder(source.path())
         file_name = find_task(require_folder(root / "train"), source.name) + SUFFIX
         evaluation = choose_evaluation(source.eval_split, {s: root / s / file_name for s in ("test", "dev")})
@@ -39,9 +39,9 @@ class Tasl(Format):
 
 
 def find_task(folder: Path, name: str) -> str:
-    """The task's name as its file spells it; BadInput lists the tasks that are there.
+    """The task's name in the spelling of its file. BadInput lists the existing tasks.
 
-    A task of Super-NaturalInstructions that is named by its number is also found as `task<number>`.
+    If the name is the number of a Super-NaturalInstructions task, `task<number>` is found too.
     """
     available = [path.name.removesuffix(SUFFIX) for path in folder.glob(f"*{SUFFIX}")]
     found = match_name(name, available) or (match_name(f"task{name}", available) if name.isdecimal() else [])

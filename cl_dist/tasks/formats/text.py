@@ -1,8 +1,8 @@
-"""Plain text for (continual) pre-training: every line that is not blank is one document.
+"""Plain text for (continual) pre-training: every non-blank line is a document.
 
 `path` is a folder with `train.txt` (else every other `*.txt`, in the order of their names) and `test.txt` or
-`dev.txt`, or the training file `<name>.txt`, with `<name>.test.txt` or `<name>.dev.txt` beside it. Without an
-evaluation file the training text serves, and the log says so.
+`dev.txt`, or the training file `<name>.txt`, with `<name>.test.txt` or `<name>.dev.txt` next to it. Without an
+evaluation file, the training text is used, and the log reports that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cl_dist.tasks.types import Example
 
 
 class Text(Format):
-    """Plain text, one document a line."""
+    """Plain text, one document per line."""
 
     name = "text"
     summary = "plain text, for pre-training"
@@ -40,7 +40,7 @@ class Text(Format):
 
 
 def folder_files(folder: Path, wanted: str) -> tuple[list[Path], list[Path]]:
-    """Training and evaluation files of a folder; BadInput where it holds no text for training."""
+    """Training and evaluation files of a folder. Raises BadInput if it contains no text for training."""
     candidates = evaluation_files(folder, "", ".txt")
     others = [p for p in sorted(folder.glob("*.txt")) if p.stem not in ("test", *DEV_NAMES)]
     train = [folder / "train.txt"] if is_there(folder / "train.txt") else others
@@ -52,7 +52,7 @@ def folder_files(folder: Path, wanted: str) -> tuple[list[Path], list[Path]]:
 
 
 def read_documents(paths: list[Path]) -> Split:
-    """The documents of the files, in order; numbered by line within the whole."""
+    """The documents of the files, in order, numbered by line over all files."""
     lines = [line.strip() for path in paths for line in read_text(path).split("\n")]
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line]
     origin = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} files)"

@@ -26,7 +26,7 @@ class Trace(Format):
     summary = "TRACE"
 
     def read(self, source: Source) -> RawTask:
-        """Read one task; `path` is its folder, or the folder of all tasks in which the task's name is looked up."""
+        """Read one task; `path` is its folder, or the folder of all tasks, in which its name is looked up."""
         folder = find_task(require_folder(source.path()), source.name)
         files = {"test": folder / "test.json", "dev": folder / "eval.json"}
         convert = partial(make_example, input_field="prompt", output_field="answer")
@@ -38,7 +38,7 @@ class Trace(Format):
 
 
 def find_task(path: Path, name: str) -> Path:
-    """`path` where it holds the task's files, else its sub-folder of that name; BadInput lists the tasks there."""
+    """`path` if it contains the task's files, else its sub-folder with that name. BadInput lists the tasks."""
     if is_there(path / "train.json"):
         return path
     available = [file.parent.name for file in path.glob("*/train.json")]

@@ -1,4 +1,4 @@
-"""Settings that nothing in the same recipe reads are refused; their defaults, and what is read, are not."""
+"""Settings that contradict each other or that nothing reads are refused; settings that are read are not."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_setting_that_nothing_reads_is_refused(changes: list[str], message: st
 
 
 @pytest.mark.parametrize("changes", READ, ids=" ".join)
-def test_what_is_read_is_taken_and_so_is_what_the_run_writes_down(changes: list[str]) -> None:
+def test_settings_that_are_read_are_accepted_also_from_config_yaml(changes: list[str]) -> None:
     recipe, _ = load_recipe("quickstart", changes)
     with playground() as folder:
         (folder / "config.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
