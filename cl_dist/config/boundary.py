@@ -11,8 +11,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cl_dist.config.plugins import own_fault
 from cl_dist.config.words import show_path
-from cl_dist.errors import BadInput
+from cl_dist.errors import BadInput, ClDistError
 
 _NOT_THE_INPUTS = (BrokenPipeError, ConnectionError, TimeoutError)
 """Of OSError: nobody reads our output, or the network is down."""
@@ -25,7 +26,8 @@ def refusing(what: str) -> Iterator[None]:
     Works as a decorator too.
     """
     try:
-        yield
+        with _blaming_own_code(what):
+            yield
     except _NOT_THE_INPUTS:
         raise
     except OSError as error:
@@ -39,3 +41,17 @@ def refusing(what: str) -> Iterator[None]:
         raise BadInput(f"{what}: nested too deeply") from error
     except (OverflowError, MemoryError) as error:
         raise BadInput(f"{what}: too large to be read ({type(error).__name__})") from error
+
+
+@contextmanager
+def _blaming_own_code(what: str) -> Iterator[None]:
+    """Turn whatever a method or a format of the user's own raises into BadInput, with the line that did."""
+    try:
+        yield
+    except ClDistError:
+        raise
+    except (Exception, SystemExit) as error:
+        fault = own_fault(error)
+        if fault is None:
+            raise
+        raise BadInput(f"{what}: {fault} (run again with --debug for the traceback)") from error

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,7 +19,7 @@ from pydantic_core import ArgsKwargs, InitErrorDetails, PydanticCustomError
 from cl_dist.config.plugins import PluginError
 from cl_dist.config.words import did_you_mean, listed, show
 from cl_dist.tasks.formats.catalogue import builtin_formats, find_format, format_names, known_formats
-from cl_dist.tasks.formats.format import Format, OwnSettings, StreamSettings, defaults_of
+from cl_dist.tasks.formats.format import INFERRED, Format, OwnSettings, StreamSettings, defaults_of
 
 Own = TypeVar("Own", bound=OwnSettings)
 
@@ -38,10 +39,28 @@ def summaries() -> str:
 
 def check_format(name: str, setting: str) -> str:
     """`name`, once it is known to be a format's; a pydantic error that says what is allowed otherwise."""
-    if find_format(name, setting) is None:
+    found = find_format(name, setting)
+    if found is None:
         similar = did_you_mean(name, format_names())
         raise _explained(f"{show(name)} is not allowed; allowed: {allowed_names()}{similar}")
+    if name not in builtin_formats():
+        _check_own_format(found, f"{setting}: {name}")
     return name
+
+
+@cache
+def _check_own_format(found: Any, place: str) -> None:
+    """Raise PluginError for settings of a format of the user's own, or facts about it, that cannot be used."""
+    from cl_dist.config.fields import check_own_settings  # which itself reads the schema
+
+    stream: object = found.STREAM
+    if stream is not None and not (isinstance(stream, type) and issubclass(stream, StreamSettings)):
+        raise PluginError(f"{place}: STREAM is not allowed; allowed: a class that derives from StreamSettings")
+    if isinstance(found.USES, str) or not isinstance(found.USES, Collection) or not set(found.USES) <= INFERRED:
+        raise PluginError(f"{place}: USES is not allowed; allowed: a set of {', '.join(sorted(INFERRED))}")
+    check_own_settings(found, place, {*dir(Format), "name"})
+    if stream is not None:
+        check_own_settings(stream, f"{place}: {stream.__name__}", dir(StreamSettings))
 
 
 def part(data: Any, cls: type, own: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,6 +30,8 @@ _ALLOWED = "allowed: the name of a module that is installed or lies beside the r
 _recipe_folder: ContextVar[Path | None] = ContextVar("recipe_folder", default=None)
 _loaded: dict[str, ModuleType] = {}
 """Every module that a recipe of this process has named."""
+_own_packages: set[str] = set()
+"""Top-level names of the modules and packages that methods and formats of the user's own came from."""
 
 
 class PluginError(BadInput):
@@ -110,7 +113,21 @@ def load_offered(entry: EntryPoint, base: Class, kind: str, setting: str, built_
         found = entry.load()
     except (Exception, SystemExit) as error:
         raise PluginError(f"{place}: loading it raised {_told(error)}") from error
+    _own_packages.add(entry.module.partition(".")[0])
     return _checked(found, base, kind, place)
+
+
+def own_fault(error: BaseException) -> str | None:
+    """A sentence about an exception that was raised in, or below, code of the user's own; None: that had no part in it.
+
+    It names the innermost line of the user's code.
+    """
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in _own_packages and package != "cl_dist":
+            code = frame.f_code
+            return f"{code.co_filename}, line {line}, in {code.co_name}: your own code raised {_told(error)}"
+    return None
 
 
 def written_out(entries: Iterable[str], classes: Iterable[str]) -> tuple[str, ...]:
@@ -163,6 +180,7 @@ def _load(entry: str, setting: str) -> ModuleType:
             "that is installed may be shadowed"
         )
     _loaded[name] = module
+    _own_packages.add(name.partition(".")[0])
     return module
 
 
