@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -48,11 +47,12 @@ def check_format(name: str, setting: str) -> str:
     return name
 
 
-@cache
-def _check_own_format(found: Any, place: str) -> None:
+def _check_own_format(found: type[Format], place: str) -> None:
     """Raise PluginError for settings of a format of the user's own, or facts about it, that cannot be used."""
     from cl_dist.config.fields import check_own_settings  # which itself reads the schema
 
+    if found.read is Format.read:
+        raise PluginError(f"{place}: it has no read(self, source), which returns a RawTask")
     stream: object = found.STREAM
     if stream is not None and not (isinstance(stream, type) and issubclass(stream, StreamSettings)):
         raise PluginError(f"{place}: STREAM is not allowed; allowed: a class that derives from StreamSettings")

@@ -173,6 +173,8 @@ def _load(entry: str, setting: str) -> ModuleType:
         what = f"{show(name)} is not the name of a module"
         raise PluginError(f"{setting}: {what if path is None else f'{path}: {what}; rename the file'}; {_ALLOWED}")
     module = _import(name, folder, setting)
+    if not isinstance(module, ModuleType):
+        raise PluginError(f"{setting}: {name}: importing it left another object in its place (sys.modules)")
     own = getattr(module, "__file__", None)
     if path is not None and (own is None or not path.samefile(own)):
         raise PluginError(

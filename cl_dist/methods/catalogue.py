@@ -109,8 +109,7 @@ def settings_class(method: MethodClass, name: str) -> type[MethodConfig]:
     return config
 
 
-@cache
-def _check_settings(config: Any, place: str) -> None:
+def _check_settings(config: type[MethodConfig], place: str) -> None:
     """Raise `PluginError` for settings, or facts about the method, that nothing could do with."""
     from cl_dist.config.fields import check_own_settings  # which itself reads the methods' settings
 

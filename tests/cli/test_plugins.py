@@ -88,3 +88,40 @@ def test_an_installed_package_offers_methods(tmp_path: Path, command: Command, m
         assert "threshold" in command("recipe", "quickstart", "--set", "method.name=migu")[1]
     finally:
         offered.cache_clear()
+
+
+FAULTY = """
+from typing import Annotated
+from pydantic import Field
+from cl_dist.methods import Method, MethodConfig, settings
+
+class Faulty(Method):
+    @settings
+    class Config(MethodConfig):
+        sizes: list[int] = Field(default_factory=list)
+        strength: float = 1.0
+        HERE
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "change", "message"),
+    [
+        ("def check(self, recipe): recipe.nope", "", r"recipe: \S+faulty1\.py, line 11, in check: your own code"),
+        ("def __post_init__(self): raise SystemExit(0)", "", r"recipe: .* in __post_init__: your own code raised Sys"),
+        ("def __post_init__(self): assert False, 'sizes: odd'", "", r"method\.sizes: odd"),
+        ("", "method.sizes=[a]", r'method\.sizes\.0: "a" is not allowed; allowed: a list of whole numbers'),
+        ("rate: Annotated[float, Field(ge=0)] = -1", "", r".* faulty1:Faulty: its Config: rate: its default, -1,"),
+        ("rate: 'Nowhere' = 1", "", r".* the types of its settings cannot be read: name 'Nowhere' is not defined"),
+        ("check: int = 1", "", r".* check has a meaning of its own already; give the setting another name"),
+        ("EXCLUDES = 'replay'", "", r".* EXCLUDES is not allowed; allowed: a tuple of cl_dist\.methods\.Exclusion"),
+    ],
+)  # fmt: skip
+def test_a_fault_in_it_is_reported_as_its_own(
+    line: str, change: str, message: str, tmp_path: Path, command: Command
+) -> None:
+    path = recipe(tmp_path, "faulty1:Faulty")
+    (tmp_path / "faulty1.py").write_text(FAULTY.replace("HERE", line))
+    code, _, error = command("run", path, *(["--set", change] if change else []))
+    assert (code, error.count("\n")) == (2, 1), error
+    assert re.match(f"cl-dist: error: {message}", error)
