@@ -11,6 +11,7 @@ from cl_dist.errors import ClDistError
 from cl_dist.methods.composed import Composed
 from cl_dist.methods.protocol import Memory, Method
 from cl_dist.sharding import Shard
+from cl_dist.tasks.types import Encoded
 
 CALLS: list[str] = []
 
@@ -86,14 +87,15 @@ def test_all_of_them_prepare_and_one_is_enough_to_build_the_engine_anew() -> Non
 
 
 def test_answers_become_one() -> None:
+    x, y, z = (Encoded(index, [index], [index]) for index in range(3))
     memories = [Memory([], inner, 1) for inner in (3, 4)]
     loss = torch.tensor(0.5)
-    first = Noted("a", trains=True, training_data=["x"], added_loss=None, start_message=None)
-    second = Noted("b", trains=True, training_data=["y"], memory=memories[0], added_loss=loss, start_message=True)
-    third = Noted("c", trains=False, training_data=["z"], memory=memories[1], added_loss=loss, start_message=True)
+    first = Noted("a", trains=True, training_data=[x], added_loss=None, start_message=None)
+    second = Noted("b", trains=True, training_data=[y], memory=memories[0], added_loss=loss, start_message=True)
+    third = Noted("c", trains=False, training_data=[z], memory=memories[1], added_loss=loss, start_message=True)
     composed, nothing = Composed([first, second, third]), torch.zeros(1)
     batch: Any = None
-    assert composed.training_data(1, []) == ["x", "y", "z"]
+    assert composed.training_data(1, []) == [x, y, z]
     assert composed.memory(1, []) is memories[0]
     assert (composed.trains(1), Composed([first, second]).trains(1)) == (False, True)
     assert composed.added_loss(batch, nothing, nothing) == torch.tensor(1.0)
