@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cl_dist.config.plugins import offered
+from cl_dist.cli.failures import guarded
+from cl_dist.config.plugins import beside, load_plugins, offered
 from tests.cli.conftest import Command
 from tests.plugin_memory import plugins_forgotten
 from tests.test_extending import NAME, example, recipe
@@ -125,3 +128,16 @@ def test_a_fault_in_it_is_reported_as_its_own(
     code, _, error = command("run", path, *(["--set", change] if change else []))
     assert (code, error.count("\n")) == (2, 1), error
     assert re.match(f"cl-dist: error: {message}", error)
+
+
+@pytest.mark.parametrize("error", ["KeyError('mine')", "SystemExit(0)"])
+def test_what_it_raises_in_training_is_not_an_internal_error(
+    error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "raising1.py").write_text(f"def train(arguments):\n    raise {error}\n")
+    with beside(tmp_path):
+        load_plugins(["raising1"])
+    code = guarded(Namespace(command=sys.modules["raising1"].train, debug=False))
+    told = capsys.readouterr().err
+    assert code == 1
+    assert f"{tmp_path / 'raising1.py'}, line 2, in train: your own code raised {error.partition('(')[0]}" in told
