@@ -18,7 +18,8 @@ from cl_dist.cli.cells import CellRunner
 from cl_dist.cli.ranks import without_notices
 from cl_dist.cli.run import check_stream_and_model
 from cl_dist.cli.slurm import add_job_options, make_job, newest_job, slurm
-from cl_dist.config.files import expand, refusing
+from cl_dist.config.boundary import refusing
+from cl_dist.config.files import expand
 from cl_dist.config.load import dump_recipe, load_recipe, to_dict
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.launch.environment import find_ranks

@@ -9,6 +9,7 @@ import traceback
 from argparse import Namespace
 from contextlib import suppress
 
+from cl_dist.config.plugins import own_fault
 from cl_dist.config.words import show_path
 from cl_dist.errors import BadInput, ClDistError, Interrupted, JobFailed, RankLost
 from cl_dist.launch.child import report_failure
@@ -31,7 +32,12 @@ def guarded(arguments: Namespace) -> int:
         return _end(error.exit_code, str(error), arguments.debug, whole_job=isinstance(error, JobFailed))
     except KeyboardInterrupt:
         return _end(Interrupted.exit_code, "stopped before anything was started", arguments.debug)
-    except Exception as error:  # a bug, here or in a library
+    except (Exception, SystemExit) as error:  # a bug, here, in a library, or in a plugin
+        fault = own_fault(error)
+        if fault is not None:
+            return _end(1, f"{fault} (run again with --debug for the traceback)", arguments.debug)
+        if isinstance(error, SystemExit):
+            raise
         if isinstance(error, OSError) and error.filename is not None and error.errno in UNUSABLE_PATH:
             return _end(BadInput.exit_code, f"{show_path(error.filename)}: {error.strerror}", arguments.debug)
         summary = " ".join(str(error).split())

@@ -12,7 +12,7 @@ from typing import Any
 
 from cl_dist.cli.failures import end_now
 from cl_dist.cli.ranks import reported_by_first_rank, reported_once_per_machine, run_on_ranks
-from cl_dist.config.files import refusing
+from cl_dist.config.boundary import refusing
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import ClDistError

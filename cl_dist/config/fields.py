@@ -9,17 +9,22 @@ import dataclasses
 import json
 import textwrap
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from inspect import get_annotations
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import rebuild_dataclass
+from pydantic.errors import PydanticUndefinedAnnotation
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticSerializationError, PydanticUndefined
 
-from cl_dist.config.plugins import loaded_classes
+from cl_dist.config.plugins import PluginError, loaded_classes
 from cl_dist.config.ranges import MOST_FLOAT, MOST_INT, Choices
 from cl_dist.config.schema import Recipe, StreamConfig, TaskConfig
-from cl_dist.config.words import listed
+from cl_dist.config.words import listed, show
 from cl_dist.methods.catalogue import MethodEntry, known
 from cl_dist.tasks.formats.catalogue import builtin_formats
 from cl_dist.tasks.formats.format import Format, StreamSettings
@@ -94,14 +99,18 @@ def allowed_for(allowed: str, value: Any) -> str:
 
 
 def _describe_plain(annotation: Any) -> str:
-    if get_origin(annotation) is tuple:
+    if get_origin(annotation) in (tuple, list):
         item = get_args(annotation)[0]
-        return "a list of mappings" if component_of(item) or item == MethodEntry else "a list of strings"
+        many = {int: "whole numbers", float: "numbers", str: "strings"}.get(item, "values")
+        return "a list of mappings" if component_of(item) or item == MethodEntry else f"a list of {many}"
     if get_origin(annotation) is dict and get_origin(get_args(annotation)[1]) is Annotated:
         return f"a mapping of names, each to {describe(get_args(annotation)[1])}"
     if component_of(annotation) or get_origin(annotation) is dict:
         return "a mapping of settings"
-    return _WORDS[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return ", ".join(str(member.value) for member in annotation)
+    # What is none of our own annotations stands in a plugin's settings.
+    return _WORDS.get(annotation) or f"a value of type {getattr(annotation, '__name__', annotation)}"
 
 
 def _describe_limits(annotation: Any, metadata: Sequence[Any]) -> Iterator[str]:
@@ -120,6 +129,52 @@ def _describe_limits(annotation: Any, metadata: Sequence[Any]) -> Iterator[str]:
 def _flatten(metadata: Sequence[Any]) -> list[Any]:
     # `Field(ge=1)` in an annotation is a FieldInfo, which holds the actual limits.
     return [limit for entry in metadata for limit in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
+
+
+def check_own_settings(cls: type, place: str, reserved: Collection[str]) -> None:
+    """Check the settings that a class of the user's own declares.
+
+    Raises PluginError where a recipe could not hold them: a type that is not defined, a default that the setting itself
+    would not take, a name that is `reserved`, or a list of names (`PATHS`, `VARIED`, `FIXED`) with one that is none.
+    """
+    try:
+        rebuild_dataclass(cls)
+    except PydanticUndefinedAnnotation as error:
+        raise PluginError(f"{place}: the types of its settings cannot be read: {error.message}") from error
+    fields = info_of(cls)
+    own = [name for base in cls.__mro__ if not base.__module__.startswith("cl_dist.") for name in get_annotations(base)]
+    for name in own:
+        if name in fields and name in reserved:
+            raise PluginError(f"{place}: {name} has a meaning of its own already; give the setting another name")
+    for attribute in ("PATHS", "VARIED", "FIXED"):
+        names = getattr(cls, attribute, ())
+        if isinstance(names, str) or not set(names) <= set(fields):
+            raise PluginError(
+                f"{place}: {attribute}: {show(names)} is not allowed; allowed: a tuple of its settings' names"
+            )
+    for name, info in fields.items():
+        default = info.get_default(call_default_factory=True)
+        if default is not PydanticUndefined and not _can_be(info, default):
+            allowed = describe(info.annotation, info.metadata)
+            raise PluginError(f"{place}: {name}: its default, {show(default)}, is not allowed; allowed: {allowed}")
+    for name in getattr(cls, "PATHS", ()):
+        if not _can_be(fields[name], "a/path"):
+            raise PluginError(f"{place}: {name} is listed in PATHS, so a text must be allowed (str, or str | None)")
+
+
+def _can_be(info: FieldInfo, value: Any) -> bool:
+    """Whether a setting can be this value, and a recipe can hold it."""
+    annotated: Any = Annotated
+    parts = (info.annotation, *info.metadata)
+    kind: Any = annotated[parts] if info.metadata else info.annotation
+    config = None if dataclasses.is_dataclass(info.annotation) else ConfigDict(allow_inf_nan=False)
+    adapter: TypeAdapter[Any] = TypeAdapter(kind, config=config)
+    try:
+        adapter.validate_python(value, strict=True)
+        json.dumps(adapter.dump_python(value, mode="json"), allow_nan=False)
+    except (ValidationError, PydanticSerializationError, TypeError, ValueError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -200,4 +255,6 @@ def _default(info: FieldInfo) -> str | None:
         return None
     if isinstance(info.default, tuple):  # of strings, or the default method
         return ", ".join(entry if isinstance(entry, str) else entry.name for entry in info.default)
-    return info.default if isinstance(info.default, str) else json.dumps(info.default)
+    if component_of(info.annotation) and info.default is not None:
+        return ""
+    return info.default if isinstance(info.default, str) else json.dumps(info.default, default=str)

@@ -1,15 +1,13 @@
 """Files that a user names: recipes, data, model folders. Every way in which they are unusable becomes one sentence.
 
 Checks that expect a problem report it themselves: opening a named pipe blocks forever, and some paths are impossible.
-`refusing` is the safety net under them for what nobody expected.
+`boundary.refusing` is the safety net under them for what nobody expected.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from cl_dist.config.words import shorten, show_path
@@ -22,34 +20,6 @@ _SPECIAL = {
     stat.S_IFSOCK: "a socket",
 }
 # Subclasses of OSError that say nothing about the input: nobody reads our output, or the network is down.
-_NOT_THE_INPUT = (BrokenPipeError, ConnectionError, TimeoutError)
-
-
-@contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Turn errors that only unusable input can cause into BadInput; errors of other types are bugs and pass through.
-
-    Such input is, for example, a path that is too long, a link to itself, a name that the file system cannot store, or
-    a structure that is too deep or too large. Also works as a decorator.
-
-    Args:
-        what: The input in a few words, for the message.
-    """
-    try:
-        yield
-    except _NOT_THE_INPUT:
-        raise
-    except OSError as error:
-        if error.filename is None:  # not about a path: a library that cannot be loaded, for example
-            raise
-        path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
-        raise BadInput(f"{what}: {error.strerror}: {show_path(path)}; give another path") from error
-    except UnicodeError as error:
-        raise BadInput(f"{what}: holds text that is not UTF-8") from error
-    except RecursionError as error:
-        raise BadInput(f"{what}: nested too deeply") from error
-    except (OverflowError, MemoryError) as error:
-        raise BadInput(f"{what}: too large to be read ({type(error).__name__})") from error
 
 
 def expand(written: str, setting: str) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -30,7 +30,7 @@ from cl_dist.config.plugins import PluginError
 from cl_dist.config.ranges import STRICT, Choices, PositiveInt
 from cl_dist.config.words import did_you_mean, listed, show
 from cl_dist.tasks.formats.catalogue import builtin_formats, find_format, format_names, known_formats
-from cl_dist.tasks.formats.format import Format, OwnSettings, StreamSettings, defaults_of
+from cl_dist.tasks.formats.format import INFERRED, Format, OwnSettings, StreamSettings, defaults_of
 
 Own = TypeVar("Own", bound=OwnSettings)
 
@@ -50,10 +50,29 @@ def summaries() -> str:
 
 def check_format(name: str, setting: str) -> str:
     """Return `name` if a format has it. Raises pydantic's error otherwise, which says what is allowed."""
-    if find_format(name, setting) is None:
+    found = find_format(name, setting)
+    if found is None:
         similar = did_you_mean(name, format_names())
         raise _explained(f"{show(name)} is not allowed; allowed: {allowed_names()}{similar}")
+    if name not in builtin_formats():
+        _check_own_format(found, f"{setting}: {name}")
     return name
+
+
+def _check_own_format(found: type[Format], place: str) -> None:
+    """Raise PluginError for settings or class attributes of the user's own format that cannot be used."""
+    from cl_dist.config.fields import check_own_settings  # which itself reads the schema
+
+    if found.read is Format.read:
+        raise PluginError(f"{place}: it has no read(self, source), which returns a RawTask")
+    stream: object = found.STREAM
+    if stream is not None and not (isinstance(stream, type) and issubclass(stream, StreamSettings)):
+        raise PluginError(f"{place}: STREAM is not allowed; allowed: a class that derives from StreamSettings")
+    if isinstance(found.USES, str) or not isinstance(found.USES, Collection) or not set(found.USES) <= INFERRED:
+        raise PluginError(f"{place}: USES is not allowed; allowed: a set of {', '.join(sorted(INFERRED))}")
+    check_own_settings(found, place, {*dir(Format), "name"})
+    if stream is not None:
+        check_own_settings(stream, f"{place}: {stream.__name__}", dir(StreamSettings))
 
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")

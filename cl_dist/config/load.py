@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from cl_dist.config.files import expand, refuse_special, refusing
+from cl_dist.config.boundary import refusing
+from cl_dist.config.files import expand, refuse_special
 from cl_dist.config.overrides import apply_overrides, parse_override
 from cl_dist.config.paths import resolve_paths
 from cl_dist.config.plugins import beside, load_plugins

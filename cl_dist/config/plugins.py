@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,6 +30,8 @@ _ALLOWED = "allowed: the name of a module that is installed or next to the recip
 _recipe_folder: ContextVar[Path | None] = ContextVar("recipe_folder", default=None)
 _loaded: dict[str, ModuleType] = {}
 """Every module that a recipe has named in this process."""
+_own_packages: set[str] = set()
+"""Top-level names of the modules and packages that the user's own methods and formats come from."""
 
 
 class PluginError(BadInput):
@@ -105,7 +108,21 @@ def load_offered(entry: EntryPoint, base: Class, kind: str, setting: str, built_
         found = entry.load()
     except (Exception, SystemExit) as error:
         raise PluginError(f"{place}: loading it raised {_one_line(error)}") from error
+    _own_packages.add(entry.module.partition(".")[0])
     return _checked(found, base, kind, place)
+
+
+def own_fault(error: BaseException) -> str | None:
+    """Describe an exception that the user's own code raised or passed on, with the innermost line of that code.
+
+    Returns None if no line of the user's code is in the traceback.
+    """
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in _own_packages and package != "cl_dist":
+            code = frame.f_code
+            return f"{code.co_filename}, line {line}, in {code.co_name}: your own code raised {_one_line(error)}"
+    return None
 
 
 def written_out(entries: Iterable[str], classes: Iterable[str]) -> tuple[str, ...]:
@@ -153,6 +170,8 @@ def _load(entry: str, setting: str) -> ModuleType:
         raise PluginError(f"{setting}: {what if path is None else f'{path}: {what}; rename the file'}; {_ALLOWED}")
 
     module = _import(name, folder, setting)
+    if not isinstance(module, ModuleType):
+        raise PluginError(f"{setting}: {name}: importing it left another object in sys.modules")
 
     # The folder comes last on sys.path, so an installed module of this name wins.
     own = getattr(module, "__file__", None)
@@ -162,6 +181,7 @@ def _load(entry: str, setting: str) -> ModuleType:
             "not shadow an installed module"
         )
     _loaded[name] = module
+    _own_packages.add(name.partition(".")[0])
     return module
 
 

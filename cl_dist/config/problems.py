@@ -88,9 +88,10 @@ def _is_plain(key: str) -> bool:
 
 def _sentence(key: str, place: str, problem: Mapping[str, Any]) -> str:
     """One problem as `key: what is wrong; what is allowed`; `place` is the key in `_settings`."""
-    if not problem["loc"] and problem["type"] != "value_error":  # about the recipe as a whole
+    kind = "value_error" if problem["type"] == "assertion_error" else problem["type"]  # a plugin's `assert`
+    if not problem["loc"] and kind != "value_error":  # about the recipe as a whole
         return f"recipe: {problem['msg']}"
-    match problem["type"]:
+    match kind:
         case "value_error":  # raised by a component's __post_init__, whose message starts with the field's name
             return f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
         case _ if problem["type"] == EXPLAINED:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cl_dist.config.objectives import ObjectiveName
+from cl_dist.config.plugins import own_fault
 from cl_dist.engine.collective_errors import is_collective
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.models.structure import base_model
@@ -68,7 +69,7 @@ def failures_as_bad_input() -> Iterator[None]:
     except (ClDistError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, RuntimeError) and is_collective(error):
+        if own_fault(error) is not None or (isinstance(error, RuntimeError) and is_collective(error)):
             raise
         reason = " ".join(str(error).split())[:300]
         raise BadInput(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from importlib import import_module
 from inspect import getdoc
@@ -18,7 +18,7 @@ from pydantic import PlainValidator, SerializeAsAny, TypeAdapter, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from cl_dist.config.plugins import PluginError, load_class, load_offered, loaded_classes, names_class, offered
-from cl_dist.methods.config import MethodConfig
+from cl_dist.methods.config import Exclusion, MethodConfig, Role, VariedConfig
 
 GROUP = "cl_dist.methods"
 """Entry point group in which installed packages offer methods."""
@@ -95,7 +95,22 @@ def settings_class(method: MethodClass, name: str) -> type[MethodConfig]:
             f"{_SETTING}: {name}: its Config is not a class of settings; allowed: a class that derives from "
             "cl_dist.methods.MethodConfig and is decorated with cl_dist.methods.settings"
         )
+    _check_settings(config, f"{_SETTING}: {name}: its Config")
     return config
+
+
+def _check_settings(config: type[MethodConfig], place: str) -> None:
+    """Raise `PluginError` for settings, or facts about the method, that nothing could do with."""
+    from cl_dist.config.fields import check_own_settings  # which itself reads the methods' settings
+
+    check_own_settings(config, place, {*dir(VariedConfig), "by_task"})
+    for attribute, kind in (("ROLES", Role), ("EXCLUDES", Exclusion)):
+        entries = getattr(config, attribute)
+        if not isinstance(entries, Collection) or not all(isinstance(entry, kind) for entry in entries):
+            raise PluginError(
+                f"{place}: {attribute} is not allowed; allowed: a tuple of cl_dist.methods.{kind.__name__}, such as "
+                f"({kind.__name__}{'.ANCHORS' if kind is Role else '(...)'},)"
+            )
 
 
 def summaries() -> dict[str, str]:

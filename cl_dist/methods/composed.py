@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from cl_dist.config.words import show
+from cl_dist.errors import ClDistError
 from cl_dist.methods.catalogue import method_class
 from cl_dist.methods.config import MethodConfig
 from cl_dist.methods.protocol import Memory, Method
+from cl_dist.tasks.types import Encoded
 
 if TYPE_CHECKING:
     import torch
 
     from cl_dist.sharding import Shard
     from cl_dist.tasks.collate import Batch
-    from cl_dist.tasks.types import Encoded
 
 Arguments = ParamSpec("Arguments")
 
@@ -41,6 +44,47 @@ def _pass_on(
             getattr(method, moment.__name__)(*args, **kwargs)
 
     return call_each
+
+
+Answer = TypeVar("Answer")
+
+
+def _answered(method: Method, moment: str, answer: Answer, *kinds: type) -> Answer:
+    """What a method answered in a moment, where it is of a type that the protocol allows: a plugin may forget a
+    `return`. Raises ClDistError.
+    """
+    if not isinstance(answer, kinds):
+        allowed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ClDistError(
+            f"method {_name(method)}: its {moment} returned {show(answer)} of "
+            f"type {type(answer).__name__}; allowed: {allowed}"
+        )
+    return answer
+
+
+def _name(method: Method) -> str:
+    return str(getattr(method.config, "name", type(method).__name__))
+
+
+def _json_state(method: Method) -> dict[str, Any]:
+    """A method's state, once it is known to be JSON."""
+    state = _answered(method, "state_dict", method.state_dict(), dict)
+    try:
+        json.dumps(state, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ClDistError(f"method {_name(method)}: its state_dict cannot be kept as JSON: {error}") from error
+    return state
+
+
+def _shards_of(method: Method) -> dict[str, dict[str, Shard]]:
+    """A method's tensors, by quantity and parameter."""
+    from cl_dist.sharding import Shard  # which imports torch
+
+    found = _answered(method, "tensors", method.tensors(), dict)
+    for shards in found.values():
+        for shard in _answered(method, "tensors", shards, dict).values():
+            _answered(method, "tensors", shard, Shard)
+    return found
 
 
 class Composed(Method):
@@ -77,45 +121,57 @@ class Composed(Method):
 
     def start_message(self) -> str | None:
         """One line from each method that has a message."""
-        lines = [text for method in self.methods if (text := method.start_message())]
+        answers = [_answered(each, "start_message", each.start_message(), str, type(None)) for each in self.methods]
+        lines = [text for text in answers if text]
         return "\n".join(lines) or None
 
     def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
         """All methods' additional samples, in order."""
-        return [sample for method in self.methods for sample in method.training_data(index, tasks)]
+        return [
+            _answered(method, "training_data", sample, Encoded)
+            for method in self.methods
+            for sample in _answered(method, "training_data", method.training_data(index, tasks), Sequence)
+        ]
 
     def memory(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Memory | None:
         """The memory of the first method that has one."""
-        memories = (method.memory(index, tasks) for method in self.methods)
+        kinds = (Memory, type(None))
+        memories = (_answered(method, "memory", method.memory(index, tasks), *kinds) for method in self.methods)
         return next((memory for memory in memories if memory is not None), None)
 
     def trains(self, index: int) -> bool:
         """False if any method says that the task has no steps."""
-        return all(method.trains(index) for method in self.methods)
+        return all(_answered(method, "trains", method.trains(index), bool) for method in self.methods)
 
     def prepare_task(self, index: int) -> bool:
         """Prepare every method; return whether any of them has changed what is trained."""
-        changed = [method.prepare_task(index) for method in self.methods]  # a list, so that no method is left out
+        # A list, so that no method is left out.
+        changed = [_answered(method, "prepare_task", method.prepare_task(index), bool) for method in self.methods]
         return any(changed)
 
     def added_loss(self, batch: Batch, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
         """The sum of the methods' losses."""
+        from torch import Tensor
+
         total = None
         for method in self.methods:
             added = method.added_loss(batch, logits, labels)
+            _answered(method, "added_loss", added, Tensor, type(None))
             if added is not None:
                 total = added if total is None else total + added
         return total
 
     def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Each method changes the loss that the one before it returned."""
+        from torch import Tensor
+
         for method in self.methods:
-            loss = method.before_backward(loss)
+            loss = _answered(method, "before_backward", method.before_backward(loss), Tensor)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """`methods`: each method's state, in order."""
-        return {"methods": [method.state_dict() for method in self.methods]}
+        return {"methods": [_json_state(method) for method in self.methods]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore each method's own state."""
@@ -127,5 +183,5 @@ class Composed(Method):
         return {
             f"method{number}.{quantity}": shards
             for number, method in enumerate(self.methods)
-            for quantity, shards in method.tensors().items()
+            for quantity, shards in _shards_of(method).items()
         }

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cl_dist.config.files import refusing
+from cl_dist.config.boundary import refusing
 from cl_dist.config.formats import format_inputs
 from cl_dist.config.schema import Recipe
 from cl_dist.config.words import listed, show_path

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cl_dist.config.files import expand, refusing
+from cl_dist.config.boundary import refusing
+from cl_dist.config.files import expand
 from cl_dist.config.words import did_you_mean, shorten
 from cl_dist.errors import BadInput
 from cl_dist.methods.catalogue import config_class, known

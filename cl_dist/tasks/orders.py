@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cl_dist.config.files import expand, is_folder, refusing
+from cl_dist.config.boundary import refusing
+from cl_dist.config.files import expand, is_folder
 from cl_dist.config.problems import describe_problems
 from cl_dist.config.schema import Recipe, TaskConfig
 from cl_dist.config.words import shorten

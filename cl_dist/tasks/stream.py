@@ -8,14 +8,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from cl_dist.config.files import expand, is_there
 from cl_dist.config.schema import Recipe, StreamConfig, TaskConfig
+from cl_dist.config.words import is_text, listed, show
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
+from cl_dist.tasks.formats.catalogue import builtin_formats
 from cl_dist.tasks.formats.files import enumerate_names, missing
 from cl_dist.tasks.formats.format import RawTask, Source, Split
-from cl_dist.tasks.types import Example, Kind, LabelSource, Task, compose
+from cl_dist.tasks.types import Example, Kind, LabelSource, ScoredOn, Task, compose
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +49,49 @@ def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path) -> Task:
     )
     beat()
     try:
-        return build_task(task, stream, task.reader.read(source))
+        raw = task.reader.read(source)
+        if task.format not in builtin_formats():
+            check_answer(raw, task.format)
+        return build_task(task, stream, raw)
     except BadInput as error:
         raise BadInput(f"task {task.name!r}: {error}") from error
+
+
+def check_answer(raw: object, name: str) -> None:
+    """Raise BadInput where the `read` of a format of the user's own returned something else than a `RawTask` whose
+    samples are texts.
+    """
+    if not isinstance(raw, RawTask):
+        raise BadInput(f"format {name}: its read returned {show(raw)} of type {type(raw).__name__}; allowed: a RawTask")
+    for part, split in (("train", raw.train), ("evaluation", raw.evaluation)):
+        _check_split(split, f"format {name}: its read returned a RawTask whose {part}")
+    if raw.labels is not None and (isinstance(raw.labels, str) or not all(isinstance(x, str) for x in raw.labels)):
+        raise BadInput(f"format {name}: labels: {show(raw.labels)} is not allowed; allowed: a tuple of texts, or None")
+    for field, value, kinds in (("kind", raw.kind, Kind), ("evaluated", raw.evaluated, ScoredOn)):
+        if value is not None and value not in get_args(kinds):
+            raise BadInput(f"format {name}: {field}: {show(value)} is not allowed; allowed: {listed(get_args(kinds))}")
+
+
+def _check_split(split: object, place: str) -> None:
+    """Raise BadInput unless all of a split is what its annotations say."""
+    if not isinstance(split, Split):
+        raise BadInput(f"{place} is of type {type(split).__name__}; allowed: a Split")
+    lists = isinstance(split.examples, Sequence) and isinstance(split.positions, Sequence)
+    if not lists or len(split.positions) != len(split.examples) or not isinstance(split.origin, str):
+        raise BadInput(
+            f"{place} is not usable; allowed: lists (not generators) of examples and of their positions, of the same "
+            "length, and a text as the origin"
+        )
+    for index, example in enumerate(split.examples):
+        if not isinstance(example, Example):
+            raise BadInput(f"{split.where(index)}: {show(example)} is not an Example")
+        references = example.references if isinstance(example.references, tuple) else (None,)
+        for text in (example.prompt, example.answer, *references):
+            if not isinstance(text, str) or not is_text(text):
+                raise BadInput(
+                    f"{split.where(index)}: {show(example)} holds what is not a text; allowed: texts as prompt and "
+                    "answer, a tuple of texts as references"
+                )
 
 
 def build_task(task: TaskConfig, stream: StreamConfig, raw: RawTask) -> Task:

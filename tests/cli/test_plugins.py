@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cl_dist.config.plugins import offered
+from cl_dist.cli.failures import guarded
+from cl_dist.config.plugins import beside, load_plugins, offered
 from tests.cli.conftest import Command
 from tests.plugin_memory import plugins_forgotten
 from tests.test_extending import NAME, example, recipe
@@ -88,3 +91,53 @@ def test_an_installed_package_offers_methods(tmp_path: Path, command: Command, m
         assert "threshold" in command("recipe", "quickstart", "--set", "method.name=migu")[1]
     finally:
         offered.cache_clear()
+
+
+FAULTY = """
+from typing import Annotated
+from pydantic import Field
+from cl_dist.methods import Method, MethodConfig, settings
+
+class Faulty(Method):
+    @settings
+    class Config(MethodConfig):
+        sizes: list[int] = Field(default_factory=list)
+        strength: float = 1.0
+        HERE
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "change", "message"),
+    [
+        ("def check(self, recipe): recipe.nope", "", r"recipe: \S+faulty1\.py, line 11, in check: your own code"),
+        ("def __post_init__(self): raise SystemExit(0)", "", r"recipe: .* in __post_init__: your own code raised Sys"),
+        ("def __post_init__(self): assert False, 'sizes: odd'", "", r"method\.sizes: odd"),
+        ("", "method.sizes=[a]", r'method\.sizes\.0: "a" is not allowed; allowed: a list of whole numbers'),
+        ("rate: Annotated[float, Field(ge=0)] = -1", "", r".* faulty1:Faulty: its Config: rate: its default, -1,"),
+        ("rate: 'Nowhere' = 1", "", r".* the types of its settings cannot be read: name 'Nowhere' is not defined"),
+        ("check: int = 1", "", r".* check has a meaning of its own already; give the setting another name"),
+        ("EXCLUDES = 'replay'", "", r".* EXCLUDES is not allowed; allowed: a tuple of cl_dist\.methods\.Exclusion"),
+    ],
+)  # fmt: skip
+def test_a_fault_in_it_is_reported_as_its_own(
+    line: str, change: str, message: str, tmp_path: Path, command: Command
+) -> None:
+    path = recipe(tmp_path, "faulty1:Faulty")
+    (tmp_path / "faulty1.py").write_text(FAULTY.replace("HERE", line))
+    code, _, error = command("run", path, *(["--set", change] if change else []))
+    assert (code, error.count("\n")) == (2, 1), error
+    assert re.match(f"cl-dist: error: {message}", error)
+
+
+@pytest.mark.parametrize("error", ["KeyError('mine')", "SystemExit(0)"])
+def test_what_it_raises_in_training_is_not_an_internal_error(
+    error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "raising1.py").write_text(f"def train(arguments):\n    raise {error}\n")
+    with beside(tmp_path):
+        load_plugins(["raising1"])
+    code = guarded(Namespace(command=sys.modules["raising1"].train, debug=False))
+    told = capsys.readouterr().err
+    assert code == 1
+    assert f"{tmp_path / 'raising1.py'}, line 2, in train: your own code raised {error.partition('(')[0]}" in told

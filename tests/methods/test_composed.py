@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
+from cl_dist.errors import ClDistError
 from cl_dist.methods.composed import Composed
 from cl_dist.methods.protocol import Memory, Method
 from cl_dist.sharding import Shard
+from cl_dist.tasks.types import Encoded
 
 CALLS: list[str] = []
 
@@ -84,14 +87,15 @@ def test_all_methods_prepare_and_one_is_enough_to_rebuild_the_engine() -> None:
 
 
 def test_answers_are_combined() -> None:
+    x, y, z = (Encoded(index, [index], [index]) for index in range(3))
     memories = [Memory([], inner, 1) for inner in (3, 4)]
     loss = torch.tensor(0.5)
-    first = Noted("a", trains=True, training_data=["x"], added_loss=None, start_message=None)
-    second = Noted("b", trains=True, training_data=["y"], memory=memories[0], added_loss=loss, start_message=True)
-    third = Noted("c", trains=False, training_data=["z"], memory=memories[1], added_loss=loss, start_message=True)
+    first = Noted("a", trains=True, training_data=[x], added_loss=None, start_message=None)
+    second = Noted("b", trains=True, training_data=[y], memory=memories[0], added_loss=loss, start_message=True)
+    third = Noted("c", trains=False, training_data=[z], memory=memories[1], added_loss=loss, start_message=True)
     composed, nothing = Composed([first, second, third]), torch.zeros(1)
     batch: Any = None
-    assert composed.training_data(1, []) == ["x", "y", "z"]
+    assert composed.training_data(1, []) == [x, y, z]
     assert composed.memory(1, []) is memories[0]
     assert (composed.trains(1), Composed([first, second]).trains(1)) == (False, True)
     assert composed.added_loss(batch, nothing, nothing) == torch.tensor(1.0)
@@ -108,3 +112,26 @@ def test_states_are_identified_by_position() -> None:
     assert composed.state_dict() == {"methods": [{"of": "a"}, {"of": "b"}]}
     composed.load_state_dict({"step": 3, **composed.state_dict()})
     assert CALLS == ["a.loaded a", "b.loaded b"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "arguments", "answer", "message"),
+    [
+        ("trains", (0,), None, "its trains returned null of type NoneType; allowed: bool"),
+        ("prepare_task", (0,), None, "its prepare_task returned null .* allowed: bool"),
+        ("training_data", (0, ()), None, "its training_data returned null .* allowed: Sequence"),
+        ("training_data", (0, ()), [3], "its training_data returned 3 of type int; allowed: Encoded"),
+        ("memory", (0, ()), 3, "its memory returned 3 of type int; allowed: Memory or None"),
+        ("before_backward", (torch.zeros(()),), None, "its before_backward returned null .* allowed: Tensor"),
+        ("added_loss", (None, None, None), 3, "its added_loss returned 3 of type int; allowed: Tensor or None"),
+        ("start_message", (), 3, "its start_message returned 3 of type int; allowed: str or None"),
+        ("state_dict", (), None, "its state_dict returned null .* allowed: dict"),
+        ("state_dict", (), {"a": float("nan")}, "its state_dict cannot be kept as JSON"),
+        ("state_dict", (), {"a": torch.zeros(1)}, "its state_dict cannot be kept as JSON"),
+        ("tensors", (), {"a": {"w": torch.zeros(1)}}, "its tensors returned .* of type Tensor; allowed: Shard"),
+    ],
+)
+def test_an_answer_of_the_wrong_type_is_refused(moment: str, arguments: Any, answer: Any, message: str) -> None:
+    careless = type("Careless", (Method,), {moment: lambda self, *given: answer})
+    with pytest.raises(ClDistError, match=f"^method Careless: {message}"):
+        getattr(Composed([careless()]), moment)(*arguments)

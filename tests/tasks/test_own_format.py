@@ -104,6 +104,28 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         load_stream(recipe.stream, folder)
 
 
+READ = re.search(r"        train, evaluation = split_files.*?\n.*?\n", CODE).group()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return None", r"^task 'capitals': format odd_pairs:Pairs: its read returned null of type N"),
+        ("return RawTask([], [])", r"RawTask whose train is of type list; allowed: a Split"),
+        ("s = Split(iter('a'), 'o', [0]); return RawTask(s, s)", r"train is not usable; allowed: lists"),
+        ("s = Split([Example('q', 3)], 'o', [7]); return RawTask(s, s)", r"o, record 7: .* not a text; allowed"),
+        ("s = Split([Example('q', 'a')], 'o', [0]); return RawTask(s, s, ('a', 1))", r"labels: .* allowed: a tuple"),
+        ("s = Split([Example('q', 'a')], 'o', [0]); return RawTask(s, s, kind='x')", r'kind: "x" is not allowed'),
+    ],
+)  # fmt: skip
+def test_what_read_returns_is_checked(body: str, message: str, tmp_path: Path) -> None:
+    path = project(tmp_path, format="odd_pairs:Pairs")
+    (tmp_path / "odd_pairs.py").write_text(CODE.replace(READ, f"        {body}\n"))
+    recipe, folder = load_recipe(str(path))
+    with pytest.raises(BadInput, match=message):
+        load_stream(recipe.stream, folder)
+
+
 def test_a_setting_that_every_task_has_cannot_be_a_formats_own(tmp_path: Path) -> None:
     path = project(tmp_path, format="clashing_pairs:Pairs")
     (tmp_path / "clashing_pairs.py").write_text(
@@ -229,4 +251,4 @@ print(explain())
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Pairs(separator=';')")
-    assert "stream.tasks[].separator\n    a string (default: |)\n    Format pairs: What stands between" in done.stdout
+    assert "stream.tasks[].separator\n    a string (default: |)\n    Format pairs: Text between the quest" in done.stdout
