@@ -251,4 +251,6 @@ print(explain())
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Pairs(separator=';')")
-    assert "stream.tasks[].separator\n    a string (default: |)\n    Format pairs: Text between the quest" in done.stdout
+    assert (
+        "stream.tasks[].separator\n    a string (default: |)\n    Format pairs: Text between the quest" in done.stdout
+    )
