@@ -109,7 +109,7 @@ def _describe_plain(annotation: Any) -> str:
         return "a mapping of settings"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return ", ".join(str(member.value) for member in annotation)
-    # What is none of our own annotations stands in a plugin's settings.
+    # An annotation that is not in the table comes from a plugin's settings.
     return _WORDS.get(annotation) or f"a value of type {getattr(annotation, '__name__', annotation)}"
 
 
@@ -132,10 +132,10 @@ def _flatten(metadata: Sequence[Any]) -> list[Any]:
 
 
 def check_own_settings(cls: type, place: str, reserved: Collection[str]) -> None:
-    """Check the settings that a class of the user's own declares.
+    """Check the settings that the user's own class declares.
 
-    Raises PluginError where a recipe could not hold them: a type that is not defined, a default that the setting itself
-    would not take, a name that is `reserved`, or a list of names (`PATHS`, `VARIED`, `FIXED`) with one that is none.
+    Raises PluginError if a recipe could not hold them: an undefined type, a default that the setting itself would not
+    accept, a `reserved` name, or an entry of `PATHS`, `VARIED` or `FIXED` that is not a setting.
     """
     try:
         rebuild_dataclass(cls)
@@ -145,7 +145,7 @@ def check_own_settings(cls: type, place: str, reserved: Collection[str]) -> None
     own = [name for base in cls.__mro__ if not base.__module__.startswith("cl_dist.") for name in get_annotations(base)]
     for name in own:
         if name in fields and name in reserved:
-            raise PluginError(f"{place}: {name} has a meaning of its own already; give the setting another name")
+            raise PluginError(f"{place}: {name} already has a meaning; give the setting another name")
     for attribute in ("PATHS", "VARIED", "FIXED"):
         names = getattr(cls, attribute, ())
         if isinstance(names, str) or not set(names) <= set(fields):

@@ -50,9 +50,7 @@ Answer = TypeVar("Answer")
 
 
 def _answered(method: Method, moment: str, answer: Answer, *kinds: type) -> Answer:
-    """What a method answered in a moment, where it is of a type that the protocol allows: a plugin may forget a
-    `return`. Raises ClDistError.
-    """
+    """Return `answer`, or raise ClDistError if its type is not allowed: a plugin may forget a `return`."""
     if not isinstance(answer, kinds):
         allowed = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ClDistError(
@@ -67,12 +65,12 @@ def _name(method: Method) -> str:
 
 
 def _json_state(method: Method) -> dict[str, Any]:
-    """A method's state, once it is known to be JSON."""
+    """Return a method's state. Raises ClDistError if it is not JSON."""
     state = _answered(method, "state_dict", method.state_dict(), dict)
     try:
         json.dumps(state, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ClDistError(f"method {_name(method)}: its state_dict cannot be kept as JSON: {error}") from error
+        raise ClDistError(f"method {_name(method)}: its state_dict cannot be stored as JSON: {error}") from error
     return state
 
 

@@ -252,7 +252,7 @@ def _check_entries(config: dict[str, Any], file: Path) -> None:
     architectures = config.get("architectures")
     if not isinstance(architectures, list | None) or not all(isinstance(name, str) for name in architectures or []):
         raise BadInput(
-            f"model.name_or_path: architectures in {file} is {show(architectures)}; allowed: a list of texts"
+            f"model.name_or_path: architectures in {file} is {show(architectures)}; allowed: a list of strings"
         )
     for name in SIZES:
         size = config.get(name)

@@ -58,29 +58,29 @@ def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path) -> Task:
 
 
 def check_answer(raw: object, name: str) -> None:
-    """Raise BadInput where the `read` of a format of the user's own returned something else than a `RawTask` whose
-    samples are texts.
-    """
+    """Raise BadInput unless the `read` of the user's own format returned a `RawTask` whose samples are strings."""
     if not isinstance(raw, RawTask):
         raise BadInput(f"format {name}: its read returned {show(raw)} of type {type(raw).__name__}; allowed: a RawTask")
     for part, split in (("train", raw.train), ("evaluation", raw.evaluation)):
         _check_split(split, f"format {name}: its read returned a RawTask whose {part}")
     if raw.labels is not None and (isinstance(raw.labels, str) or not all(isinstance(x, str) for x in raw.labels)):
-        raise BadInput(f"format {name}: labels: {show(raw.labels)} is not allowed; allowed: a tuple of texts, or None")
+        raise BadInput(
+            f"format {name}: labels: {show(raw.labels)} is not allowed; allowed: a tuple of strings, or None"
+        )
     for field, value, kinds in (("kind", raw.kind, Kind), ("evaluated", raw.evaluated, ScoredOn)):
         if value is not None and value not in get_args(kinds):
             raise BadInput(f"format {name}: {field}: {show(value)} is not allowed; allowed: {listed(get_args(kinds))}")
 
 
 def _check_split(split: object, place: str) -> None:
-    """Raise BadInput unless all of a split is what its annotations say."""
+    """Raise BadInput unless everything in a split has the annotated type."""
     if not isinstance(split, Split):
         raise BadInput(f"{place} is of type {type(split).__name__}; allowed: a Split")
     lists = isinstance(split.examples, Sequence) and isinstance(split.positions, Sequence)
     if not lists or len(split.positions) != len(split.examples) or not isinstance(split.origin, str):
         raise BadInput(
             f"{place} is not usable; allowed: lists (not generators) of examples and of their positions, of the same "
-            "length, and a text as the origin"
+            "length, and a string as the origin"
         )
     for index, example in enumerate(split.examples):
         if not isinstance(example, Example):
@@ -89,8 +89,8 @@ def _check_split(split: object, place: str) -> None:
         for text in (example.prompt, example.answer, *references):
             if not isinstance(text, str) or not is_text(text):
                 raise BadInput(
-                    f"{split.where(index)}: {show(example)} holds what is not a text; allowed: texts as prompt and "
-                    "answer, a tuple of texts as references"
+                    f"{split.where(index)}: {show(example)} holds a value that is not a string; allowed: strings as "
+                    "prompt and answer, a tuple of strings as references"
                 )
 
 

@@ -116,7 +116,7 @@ class Faulty(Method):
         ("", "method.sizes=[a]", r'method\.sizes\.0: "a" is not allowed; allowed: a list of whole numbers'),
         ("rate: Annotated[float, Field(ge=0)] = -1", "", r".* faulty1:Faulty: its Config: rate: its default, -1,"),
         ("rate: 'Nowhere' = 1", "", r".* the types of its settings cannot be read: name 'Nowhere' is not defined"),
-        ("check: int = 1", "", r".* check has a meaning of its own already; give the setting another name"),
+        ("check: int = 1", "", r".* check already has a meaning; give the setting another name"),
         ("EXCLUDES = 'replay'", "", r".* EXCLUDES is not allowed; allowed: a tuple of cl_dist\.methods\.Exclusion"),
     ],
 )  # fmt: skip

@@ -126,8 +126,8 @@ def test_states_are_identified_by_position() -> None:
         ("added_loss", (None, None, None), 3, "its added_loss returned 3 of type int; allowed: Tensor or None"),
         ("start_message", (), 3, "its start_message returned 3 of type int; allowed: str or None"),
         ("state_dict", (), None, "its state_dict returned null .* allowed: dict"),
-        ("state_dict", (), {"a": float("nan")}, "its state_dict cannot be kept as JSON"),
-        ("state_dict", (), {"a": torch.zeros(1)}, "its state_dict cannot be kept as JSON"),
+        ("state_dict", (), {"a": float("nan")}, "its state_dict cannot be stored as JSON"),
+        ("state_dict", (), {"a": torch.zeros(1)}, "its state_dict cannot be stored as JSON"),
         ("tensors", (), {"a": {"w": torch.zeros(1)}}, "its tensors returned .* of type Tensor; allowed: Shard"),
     ],
 )

@@ -73,8 +73,8 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], dict[str, str], str]] = [
         {},
         r"is a ViTForImageClassification; allowed are text models",
     ),
-    (configure(architectures=True), {}, r"architectures in .*config\.json is true; allowed: a list of texts"),
-    (configure(architectures=[5]), {}, r"architectures in .*config\.json is \[5\]; allowed: a list of texts"),
+    (configure(architectures=True), {}, r"architectures in .*config\.json is true; allowed: a list of strings"),
+    (configure(architectures=[5]), {}, r"architectures in .*config\.json is \[5\]; allowed: a list of strings"),
     (
         configure(num_attention_heads=-1),
         {},

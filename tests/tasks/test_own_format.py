@@ -113,7 +113,7 @@ READ = re.search(r"        train, evaluation = split_files.*?\n.*?\n", CODE).gro
         ("return None", r"^task 'capitals': format odd_pairs:Pairs: its read returned null of type N"),
         ("return RawTask([], [])", r"RawTask whose train is of type list; allowed: a Split"),
         ("s = Split(iter('a'), 'o', [0]); return RawTask(s, s)", r"train is not usable; allowed: lists"),
-        ("s = Split([Example('q', 3)], 'o', [7]); return RawTask(s, s)", r"o, record 7: .* not a text; allowed"),
+        ("s = Split([Example('q', 3)], 'o', [7]); return RawTask(s, s)", r"o, record 7: .* not a string; allowed"),
         ("s = Split([Example('q', 'a')], 'o', [0]); return RawTask(s, s, ('a', 1))", r"labels: .* allowed: a tuple"),
         ("s = Split([Example('q', 'a')], 'o', [0]); return RawTask(s, s, kind='x')", r'kind: "x" is not allowed'),
     ],

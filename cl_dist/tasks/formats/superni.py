@@ -76,7 +76,7 @@ def prompt_head(content: Mapping[str, Any], path: Path) -> str:
     definition = content.get("Definition")
     text = definition[0] if isinstance(definition, list) and definition else definition
     if not isinstance(text, str) or not text.strip():
-        raise BadInput(f"{path}: 'Definition' must be a text or a list of texts")
+        raise BadInput(f"{path}: 'Definition' must be a string or a list of strings")
     check_encodable(text, f"{path}: 'Definition'")
     return f"Definition: {text.strip()}\n\nNow complete the following example -\nInput: "
 
