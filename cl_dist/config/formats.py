@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs, InitErrorDetails, PydanticCustomError
 
-from cl_dist.config.plugins import PluginError
+from cl_dist.config.plugins import PluginError, check_signatures
 from cl_dist.config.ranges import STRICT, Choices, PositiveInt
 from cl_dist.config.words import did_you_mean, listed, show
 from cl_dist.tasks.formats.catalogue import builtin_formats, find_format, format_names, known_formats
@@ -73,6 +73,7 @@ def _check_own_format(found: type[Format], place: str) -> None:
     check_own_settings(found, place, {*dir(Format), "name"})
     if stream is not None:
         check_own_settings(stream, f"{place}: {stream.__name__}", dir(StreamSettings))
+        check_signatures(stream, StreamSettings, f"{place}: {stream.__name__}")
 
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")

@@ -8,7 +8,9 @@ there never shadows an installed module. This module imports no framework; a plu
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -260,7 +262,25 @@ def _python_files(module: ModuleType) -> Iterator[Path]:
 def _checked(found: object, base: Class, kind: str, place: str) -> Class:
     if not _derives(found, base):
         raise PluginError(f"{place} is not a {kind}; allowed: a class that derives from {_public(base)}")
+    check_signatures(found, base, place)  # type: ignore[arg-type]
     return found  # type: ignore[return-value]
+
+
+def check_signatures(cls: type, base: type, place: str) -> None:
+    """Raise PluginError for a method that `cls` overrides and that cannot be called like the one of `base`."""
+    for name, expected in inspect.getmembers(base, inspect.isfunction):
+        own = inspect.getattr_static(cls, name)
+        generated = name.startswith("__") and (name != "__init__" or dataclasses.is_dataclass(cls))
+        if own is expected or generated or isinstance(own, staticmethod | classmethod):
+            continue
+        parameters = inspect.signature(expected).parameters.values()
+        positional = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+        keyword = {each.name: None for each in parameters if each.kind is each.KEYWORD_ONLY}
+        try:
+            inspect.signature(own).bind(*positional, **keyword)
+        except TypeError as error:
+            words = ", ".join([*(each.name for each in positional), *(f"{key}=..." for key in keyword)])
+            raise PluginError(f"{place}: its {name} cannot be called as {name}({words}): {error}") from error
 
 
 def _classes_of(module: ModuleType, base: Class) -> dict[str, Class]:

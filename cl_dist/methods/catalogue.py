@@ -17,7 +17,15 @@ from typing import Annotated, Any, get_args
 from pydantic import PlainValidator, SerializeAsAny, TypeAdapter, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from cl_dist.config.plugins import PluginError, load_class, load_offered, loaded_classes, names_class, offered
+from cl_dist.config.plugins import (
+    PluginError,
+    check_signatures,
+    load_class,
+    load_offered,
+    loaded_classes,
+    names_class,
+    offered,
+)
 from cl_dist.methods.config import Exclusion, MethodConfig, Role, VariedConfig
 
 GROUP = "cl_dist.methods"
@@ -104,6 +112,7 @@ def _check_settings(config: type[MethodConfig], place: str) -> None:
     from cl_dist.config.fields import check_own_settings  # which itself reads the methods' settings
 
     check_own_settings(config, place, {*dir(VariedConfig), "by_task"})
+    check_signatures(config, VariedConfig if issubclass(config, VariedConfig) else MethodConfig, place)
     for attribute, kind in (("ROLES", Role), ("EXCLUDES", Exclusion)):
         entries = getattr(config, attribute)
         if not isinstance(entries, Collection) or not all(isinstance(entry, kind) for entry in entries):

@@ -117,6 +117,7 @@ class Faulty(Method):
         ("rate: Annotated[float, Field(ge=0)] = -1", "", r".* faulty1:Faulty: its Config: rate: its default, -1,"),
         ("rate: 'Nowhere' = 1", "", r".* the types of its settings cannot be read: name 'Nowhere' is not defined"),
         ("check: int = 1", "", r".* check already has a meaning; give the setting another name"),
+        ("def check(self): pass", "", r".* its Config: its check cannot be called as check\(self, recipe\): too many"),
         ("EXCLUDES = 'replay'", "", r".* EXCLUDES is not allowed; allowed: a tuple of cl_dist\.methods\.Exclusion"),
     ],
 )  # fmt: skip
@@ -128,6 +129,26 @@ def test_a_fault_in_it_is_reported_as_its_own(
     code, _, error = command("run", path, *(["--set", change] if change else []))
     assert (code, error.count("\n")) == (2, 1), error
     assert re.match(f"cl-dist: error: {message}", error)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("def before_step(self): pass", "its before_step cannot be called as before_step(self, step): too many"),
+        ("def __init__(self): pass", "its __init__ cannot be called as __init__(self, config): too many"),
+        ("before_update = 3", "its before_update cannot be called as before_update(self): 3 is not a callable object"),
+        ("def before_update(self, extra=None): pass", None),
+        ("def before_step(self, *args): pass", None),
+    ],
+)
+def test_its_methods_can_be_called_like_the_protocols(
+    line: str, message: str | None, tmp_path: Path, command: Command
+) -> None:
+    path = recipe(tmp_path, "faulty2:Faulty")
+    (tmp_path / "faulty2.py").write_text(f"{FAULTY.replace('HERE', '')}\n    {line}\n")
+    code, _, error = command("recipe", path)
+    assert code == (2 if message else 0), error
+    assert (message or "") in error
 
 
 @pytest.mark.parametrize("error", ["KeyError('mine')", "SystemExit(0)"])

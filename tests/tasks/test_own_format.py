@@ -104,6 +104,13 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         load_stream(recipe.stream, folder)
 
 
+def test_read_can_be_called_like_the_protocols(tmp_path: Path) -> None:
+    path = project(tmp_path, format="short_pairs:Pairs")
+    (tmp_path / "short_pairs.py").write_text(CODE.replace("def read(self, source: Source)", "def read(self)"))
+    with pytest.raises(BadInput, match=r"Pairs: its read cannot be called as read\(self, source\): too many"):
+        load_recipe(str(path))
+
+
 READ = re.search(r"        train, evaluation = split_files.*?\n.*?\n", CODE).group()  # type: ignore[union-attr]
 
 
