@@ -159,7 +159,7 @@ def check_own_settings(cls: type, place: str, reserved: Collection[str]) -> None
             raise PluginError(f"{place}: {name}: its default, {show(default)}, is not allowed; allowed: {allowed}")
     for name in getattr(cls, "PATHS", ()):
         if not _can_be(fields[name], "a/path"):
-            raise PluginError(f"{place}: {name} is listed in PATHS, so a text must be allowed (str, or str | None)")
+            raise PluginError(f"{place}: {name} is listed in PATHS, so it must allow a string (str, or str | None)")
 
 
 def _can_be(info: FieldInfo, value: Any) -> bool:
