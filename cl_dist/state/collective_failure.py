@@ -30,18 +30,34 @@ def fail_together(work: Callable[[], Result]) -> Result:
         result = work()
     except Exception as error:
         failure = error
-    # The other ranks can only be sent errors of our own: an arbitrary exception may not survive pickling.
-    sent = failure
-    if failure is not None and not isinstance(failure, ClDistError):
-        sent = ClDistError(f"rank {torch.distributed.get_rank()} failed: {type(failure).__name__}: {failure}")
-    everyone: list[ClDistError | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, sent)
-    first = next((error for error in everyone if error is not None), None)
-    if first is None:
+    # One reduced number says whether any rank has failed, and which one first. Only then is anything else sent:
+    # gathering everyone's answer would take W messages on each of W ranks, several times per saved state.
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    failed = torch.tensor(world if failure is None else rank, device=_device())
+    torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MIN)
+    first = int(failed.item())
+    if first == world:
         return result  # type: ignore[return-value]  # nothing failed, so `work` has returned
+    sent = [_sendable(failure)]
+    torch.distributed.broadcast_object_list(sent, src=first)
     if failure is not None and not isinstance(failure, ClDistError):
         raise failure
-    raise first from failure
+    error = sent[0]
+    assert error is not None  # the rank that sent it has failed
+    raise error from failure
+
+
+def _device() -> torch.device:
+    """Where collectives take tensors from: NCCL only from a GPU, Gloo from memory."""
+    nccl = torch.distributed.get_backend() == torch.distributed.Backend.NCCL
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def _sendable(failure: Exception | None) -> ClDistError | None:
+    """The failure as an error of our own: an arbitrary exception may not survive pickling."""
+    if failure is None or isinstance(failure, ClDistError):
+        return failure
+    return ClDistError(f"rank {torch.distributed.get_rank()} failed: {type(failure).__name__}: {failure}")
 
 
 def on_first_rank(work: Callable[[], Result]) -> Result:

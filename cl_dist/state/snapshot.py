@@ -18,9 +18,9 @@ from cl_dist.errors import ClDistError
 from cl_dist.heartbeat import beat
 from cl_dist.sharding import Shard, ShardView
 from cl_dist.state import atomic
-from cl_dist.state.collective_failure import fail_together
+from cl_dist.state.collective_failure import fail_together, on_first_rank
 from cl_dist.state.integrity import CheckpointDamaged, StateUnusable, read_sealed, require_format, write_sealed
-from cl_dist.state.spans import Span, SpanReader, write_spans
+from cl_dist.state.spans import Part, Span, SpanIndex, SpanReader, verified_share, write_spans
 
 MASTER = "master"
 FORMAT_VERSION = 1
@@ -98,7 +98,11 @@ def load_snapshot(
         StateUnusable: A file cannot be read now, or another release wrote it. If this happens while tensors are being
             loaded, the weights are incomplete and the process must end.
     """
-    state, reader = fail_together(lambda: _checked(folder, shards, extra or {}))
+    state, parts = _intact(folder)
+    # Each rank has read its share of the indexes: rank 0 puts them together and tells everyone where everything is.
+    reader = SpanReader(folder, index=_exchanged(SpanIndex.of(parts)))
+    held = {**_quantities(shards, state["moments"]), **(extra or {})}
+    fail_together(lambda: _require(reader, held))
     if state["moments"]:
         shards.allocate_moments(state["optimizer_step"])
     else:
@@ -115,16 +119,31 @@ def require_intact(folder: Path) -> None:
     Raises `CheckpointDamaged` on all ranks if one is missing or differs from what was written, `StateUnusable` if one
     cannot be read now.
     """
-    fail_together(lambda: _intact(folder))
+    _intact(folder)
 
 
-def _intact(folder: Path) -> tuple[dict[str, Any], SpanReader]:
-    """The JSON values and a reader for the tensors, after verifying checksums; each rank reads a share of the files."""
-    state = read_sealed(folder / "state.json")
+def _intact(folder: Path) -> tuple[dict[str, Any], list[Part]]:
+    """The JSON values, read by one rank, and this rank's share of the indexes, once all ranks have verified theirs."""
+    state = on_first_rank(lambda: _read_state(folder))
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return state, fail_together(lambda: verified_share(folder, state["writers"], rank, world))
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = read_sealed(folder / "state.json")
     require_format(folder, state["format"], FORMAT_VERSION)
-    reader = SpanReader(folder, state["writers"])
-    reader.verify(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    return state, reader
+    return state
+
+
+def _exchanged(own: SpanIndex) -> SpanIndex:
+    """The index of everything that the ranks have read (collective)."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    every: list[Any] = [None] * world
+    torch.distributed.gather_object(own, every if rank == 0 else None)
+    shared: list[Any] = [SpanIndex.merged(every) if rank == 0 else None]
+    torch.distributed.broadcast_object_list(shared)
+    whole: SpanIndex = shared[0]
+    return whole
 
 
 def _fill(reader: SpanReader, held: Mapping[str, Mapping[str, Shard]]) -> None:
@@ -143,21 +162,17 @@ def _fill(reader: SpanReader, held: Mapping[str, Mapping[str, Shard]]) -> None:
         ) from error
 
 
-def _checked(
-    folder: Path, shards: ShardView, extra: Mapping[str, Mapping[str, Shard]]
-) -> tuple[dict[str, Any], SpanReader]:
-    """Verify the files, and make sure that they contain every tensor that this rank needs."""
-    state, reader = _intact(folder)
+def _require(reader: SpanReader, held: Mapping[str, Mapping[str, Shard]]) -> None:
+    """Make sure that every tensor that this rank needs is stored."""
     try:
-        for quantity, held in {**_quantities(shards, state["moments"]), **extra}.items():
-            for name, shard in held.items():
+        for quantity, shards in held.items():
+            for name, shard in shards.items():
                 reader.require(quantity, name, shard.start, shard.stop)
     except CheckpointDamaged as error:
         raise StateUnusable(
             f"{error}, although none of its files is damaged: another release of cl_dist or another recipe wrote it; "
             "nothing was deleted"
         ) from error
-    return state, reader
 
 
 def _quantities(shards: ShardView, moments: bool) -> dict[str, dict[str, Shard]]:
