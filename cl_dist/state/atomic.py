@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -143,18 +144,60 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_line(path: Path, value: Any) -> None:
     """Append `value` to `path` as one line of JSON, after ending a line that a kill may have cut off."""
-    line = json.dumps(finite(value), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    with raising_disk_full(path), path.open("ab") as file:
-        file.write(line if _ends_with_newline(path) else b"\n" + line)
+    LineFile(path).append(value)
 
 
-def _ends_with_newline(path: Path) -> bool:
-    """Whether a file is empty or ends with a newline."""
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return True
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+class LineFile:
+    """A file of JSON lines that stays open: a line takes two system calls, and opens nothing.
+
+    Another process may rename or delete the file (log rotation), truncate it, or append to it: each line goes to the
+    file that has the name at that moment, and begins a line of its own.
+
+    Args:
+        path: The file. It is opened, and created if needed, when the first line is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+        self._identity: tuple[int, int] | None = None
+        """Device and inode of the open file."""
+        self._end = 0
+        """Size of the file after the last line; -1: that line was cut off."""
+
+    def append(self, value: Any) -> None:
+        """Append `value` as one line. Raises `DiskFull` if the disk is full, and other OSErrors."""
+        line = json.dumps(finite(value), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        with raising_disk_full(self._path):
+            descriptor, size = self._current()
+            # Unless the file is as this process has left it, its last line may be cut off.
+            if size not in (0, self._end) and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            self._end = -1
+            written = 0
+            while written < len(line):  # a disk that fills up takes a part of it first
+                written += os.write(descriptor, line[written:])
+            self._end = size + written
+
+    def _current(self) -> tuple[int, int]:
+        """Descriptor and size of the file that has the name now."""
+        try:
+            found = os.stat(self._path)
+        except FileNotFoundError:
+            found = None
+        if self._descriptor is None or found is None or (found.st_dev, found.st_ino) != self._identity:
+            self.close()
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            self._close = weakref.finalize(self, os.close, self._descriptor)
+            found, self._end = os.fstat(self._descriptor), 0
+            self._identity = (found.st_dev, found.st_ino)
+        return self._descriptor, found.st_size
+
+    def close(self) -> None:
+        """Close the file; the next line opens it again."""
+        if self._descriptor is not None:
+            self._close()
+            self._descriptor = None
 
 
 def staging(folder: Path) -> Path:

@@ -42,9 +42,8 @@ def fail_together(work: Callable[[], Result]) -> Result:
     torch.distributed.broadcast_object_list(sent, src=first)
     if failure is not None and not isinstance(failure, ClDistError):
         raise failure
-    error = sent[0]
-    assert error is not None  # the rank that sent it has failed
-    raise error from failure
+    assert sent[0] is not None  # the rank that sent it has failed
+    raise sent[0] from failure
 
 
 def _device() -> torch.device:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cl_dist.state.atomic import append_line, sync
+from cl_dist.state.atomic import LineFile, sync
 
 
 class DataOrder:
@@ -28,12 +28,13 @@ class DataOrder:
 
     def __init__(self, path: Path, tasks: Sequence[str], writer: bool) -> None:
         self._path, self._tasks, self._writer = path, tasks, writer
+        self._lines = LineFile(path)
 
     def append(self, task: int, step: int, samples: Sequence[int], skipped: bool = False) -> None:
         """Append step `step` (from 1) of task `task` (from 0). Raises `ClDistError` if the disk is full."""
         if self._writer:
             line = {"task": self._tasks[task], "step": step, "samples": list(samples)}
-            append_line(self._path, {**line, "skipped": True} if skipped else line)
+            self._lines.append({**line, "skipped": True} if skipped else line)
 
     def rewind(self, task: int, step: int) -> None:
         """Remove everything after the first `step` steps of task `task`, which are about to be trained (again)."""

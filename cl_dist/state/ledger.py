@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cl_dist.errors import ClDistError
-from cl_dist.state.atomic import write_json, write_text
+from cl_dist.state.atomic import LineFile, write_json, write_text
 from cl_dist.state.collective_failure import fail_together
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
@@ -28,6 +28,7 @@ class Ledger:
 
     def __init__(self, folder: RunFolder, manifest: Manifest, writer: bool) -> None:
         self.folder, self.manifest, self.writer = folder, manifest, writer
+        self._log = LineFile(folder.log)
         self._failure: ClDistError | None = None
 
     def start(self, recipe_text: str) -> None:
@@ -101,7 +102,7 @@ class Ledger:
 
     def log(self, **record: Any) -> None:
         """Append one line to log.jsonl."""
-        self.append(lambda: self.folder.append_log(record))
+        self.append(lambda: self._log.append(record))
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json (collective)."""

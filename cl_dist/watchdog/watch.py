@@ -1,8 +1,8 @@
 """The watchdog of one rank: one thread decides, another one reads and writes files, which may hang.
 
-A rank whose own last mark is old looks at the other ranks. The job is ended only if no rank has made progress for
-`hang_seconds`: a rank that exports the model while the others wait for it keeps them all alive. The first rank that
-notices leaves a note, and every rank that reads the note writes its stacks and ends.
+Of the ranks whose own last mark is old, one looks at all other ranks (`Lookout`). The job is ended only if no rank has
+made progress for `hang_seconds`: a rank that exports the model while the others wait for it keeps them all alive. The
+rank that notices leaves a note, and every rank that reads the note writes its stacks and ends.
 
 A library that loads a model or builds the engine makes no marks. Meanwhile processor use counts as progress: a little
 by the main thread, which uses none while it waits, or a lot by all other threads together, since some of those poll or
@@ -23,6 +23,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from cl_dist.heartbeat import last_beat
 from cl_dist.watchdog.peers import Limits, Lookout, Pulse, PulseFiles, Sighting, describe
@@ -43,9 +44,21 @@ BACKSTOP_SECONDS = 30.0
 """A job that is being ended may take this long to write its messages and stacks; a hanging file system must not keep it
 alive."""
 NOTE = ".hang.json"
+CLAIMS = 3
+"""Ranks that give up look at the others one after the other, at most this many. All give up at nearly the same time."""
+CLAIM_CHECKS = 8
+"""Checks until a rank that gives up no longer waits for the note of another one."""
 
 End = Callable[[str, bool], None]
 """Ends the process at once; called with the message, and whether this rank is the one to print it."""
+
+
+class Note(NamedTuple):
+    """Why the job is ended."""
+
+    rank: int
+    """The rank that has left the note."""
+    message: str
 
 
 class Stacks:
@@ -125,8 +138,10 @@ class Watchdog:
         self._used = (0.0, 0.0)
         """Processor time of the main thread, and of all threads but that and the watchdog's, at the last check."""
         self._pulse = Pulse(0, 0.0, self._beat.phase, waiting=False)
-        self._note: str | None = None
-        """Message of the rank that ends the job."""
+        self._gave_up = False
+        """Whether this rank has waited in vain, and is about to end."""
+        self._note: Note | None = None
+        """What the rank that ends the job has left."""
 
     @staticmethod
     def prepare(folder: Path) -> None:
@@ -138,6 +153,9 @@ class Watchdog:
         """Start watching."""
         self.stacks.__enter__()
         if self.watches:
+            if self.rank == 0:
+                with suppress(OSError):  # room for the signature, in case the disk is full when it is needed
+                    self._files.sign(None)
             for thread in self._threads:
                 thread.start()
         return self
@@ -167,21 +185,33 @@ class Watchdog:
         self.stacks.write(reason, traceback)
         if not self.watches:
             return self._sentence(reason)
-        # Look twice: a pulse that has not changed in between belongs to a rank that is stopped or gone.
+        self._gave_up = True
+        message = self._sentence(self._with_blame(reason))
+        # From here on, this thread ends the process, and the watch must not.
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(BACKSTOP_SECONDS)
+        note, _ = self._leave_note(message)
+        with suppress(OSError):
+            self._wait_for_stacks(note.rank)
+        return note.message
+
+    def _with_blame(self, reason: str) -> str:
+        """The reason with the rank that blocks the job. Only one rank looks: its note ends those that wait here."""
+        for number in range(CLAIMS):
+            if self._files.claim(number):
+                return f"{reason}; {self._look_twice()}"
+            time.sleep(CLAIM_CHECKS * self._interval)
+        return reason
+
+    def _look_twice(self) -> str:
+        """Name the rank that blocks the job. One whose pulse is the same at both looks is stopped or gone."""
         lookout, limits = Lookout(self._files, self.rank), replace(self._limits, silence=2.5 * self._interval)
         lookout.look(self._awake)
         time.sleep(4 * self._interval)
         lookout.look(self._awake)
         own = Sighting(replace(self._pulse, waiting=True), 0.0)  # this rank was waiting until it gave up
-        sightings = {self.rank: own, **lookout.sightings(self._awake)}
-        # From here on, this thread ends the process, and the watch must not.
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join(BACKSTOP_SECONDS)
-        message, _ = self._leave_note(self._sentence(f"{reason}; {describe(sightings, limits)}"))
-        with suppress(OSError):
-            self._wait_for_stacks()
-        return message
+        return describe({self.rank: own, **lookout.sightings()}, limits)
 
     def _watch(self) -> None:
         """The deciding thread: check this rank's progress until the end."""
@@ -206,18 +236,19 @@ class Watchdog:
             age = 0.0
         self._used = (main, others)
         self._awake, self._checked, self._beat = self._awake + passed, now, beat
-        self._pulse = Pulse(self._pulse.number + 1, age, beat.phase, _in_collective())
+        self._pulse = Pulse(self._pulse.number + 1, age, beat.phase, self._gave_up or _in_collective())
 
     def _judge(self) -> None:
         """This rank makes no progress: end the job if no other rank does either."""
         if self._awake - self._exchanged > self._limits.silence:
             # The files cannot be used, so nothing is known about the others.
             own = f"rank {self.rank} has made no progress for {self._pulse.age:.0f} s while {self._pulse.phase}"
-            self._end_process(self._hang(f"{own}, and {self.folder} {self._trouble}"), speaks=True)
-            return
-        sightings = {self.rank: Sighting(self._pulse, 0.0), **self._lookout.sightings(self._awake)}
-        if all(self._limits.is_stuck(seen) for seen in sightings.values()):
-            self._end_process(*self._leave_note(self._hang(describe(sightings, self._limits))))
+            message = self._hang(f"{own}, and {self.folder} {self._trouble}")
+            self._end_process(Note(self.rank, message), speaks=True, readable=False)
+        elif self._lookout.on_duty:
+            sightings = {self.rank: Sighting(self._pulse, 0.0), **self._lookout.sightings()}
+            if all(self._limits.is_stuck(seen) for seen in sightings.values()):
+                self._end_process(*self._leave_note(self._hang(describe(sightings, self._limits))))
 
     def _hang(self, what: str) -> str:
         return self._sentence(f"no progress for {self._limits.hang:g} s (launch.hang_seconds): {what}")
@@ -226,60 +257,77 @@ class Watchdog:
         return f"{what}; stacks are in {self.folder}, continue from the last saved state with --resume"
 
     def _exchange(self) -> None:
-        """The thread for files: publish this rank's pulse, and read the others' while this rank makes no progress."""
+        """The thread for files: publish this rank's pulse, and while it makes no progress, take part in reading all."""
         while not self._stopping.wait(self._interval):
             try:
                 self._files.write(self.rank, self._pulse)
                 self._note = self._read_note()
+                if self._pulse.age > self._limits.hang / 4:
+                    self._lookout.check(self._awake, self._interval)
+                else:
+                    self._lookout.rest()
             except OSError as error:
                 self._trouble = f"cannot be used: {error.strerror}"
                 continue
-            if self._pulse.age > self._limits.hang / 4:
-                self._lookout.look(self._awake)
-            else:
-                self._lookout.forget()
             self._exchanged = self._awake
 
-    def _read_note(self) -> str | None:
+    def _read_note(self) -> Note | None:
         try:
-            return str(json.loads((self.folder / NOTE).read_text(encoding="utf-8"))["message"])
-        except (FileNotFoundError, ValueError):  # there is none, or it is being written
+            return Note(**json.loads((self.folder / NOTE).read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):  # there is none, or it is being written
             return None
 
-    def _leave_note(self, message: str) -> tuple[str, bool]:
-        """Ask all ranks to end. Returns `message` and True, or the message of a rank that was faster and False."""
+    def _leave_note(self, message: str) -> tuple[Note, bool]:
+        """Ask all ranks to end. Returns this rank's note and True, or that of a rank that was faster and False."""
+        note = Note(self.rank, message)
         try:
             with (self.folder / NOTE).open("x", encoding="utf-8") as file:
-                json.dump({"rank": self.rank, "message": message}, file)
+                json.dump(note._asdict(), file)
         except FileExistsError:
-            return self._read_note() or message, False
+            return self._read_note() or note, False
         except OSError:  # this rank has to print the message all the same
             pass
-        return message, True
+        return note, True
 
-    def _end_process(self, message: str, speaks: bool) -> None:
-        """Write this rank's stacks, give the others time to write theirs, and end."""
-        backstop = threading.Timer(BACKSTOP_SECONDS, self._end, (message, speaks))
+    def _end_process(self, note: Note, speaks: bool, readable: bool = True) -> None:
+        """Write this rank's stacks, give the others time to write theirs, and end.
+
+        Args:
+            note: Why the job is ended, and by which rank.
+            speaks: Whether this rank prints the message.
+            readable: Whether the other ranks' files can be read.
+        """
+        backstop = threading.Timer(BACKSTOP_SECONDS, self._end, (note.message, speaks))
         backstop.daemon = True
         backstop.start()
         with suppress(OSError):
-            self.stacks.write(message)
-            self._wait_for_stacks()
-        self._end(message, speaks)
+            self.stacks.write(note.message)
+            self._wait_for_stacks(note.rank if readable else None)
+        self._end(note.message, speaks)
 
-    def _wait_for_stacks(self) -> None:
-        """Announce that this rank has written its stacks, and wait for all ranks that can still write theirs.
+    def _wait_for_stacks(self, author: int | None) -> None:
+        """Wait for all ranks that can still write their stacks: the first rank that ends takes the others down.
 
-        The first rank that ends takes the others down, hence the wait.
+        The author of the note waits until all other ranks have announced theirs, and then announces its own, for which
+        the others wait. If the files cannot be read (None), they all just wait.
         """
+        deadline = time.monotonic() + 2 * self._interval + 1.0
+        missing = {rank for rank in range(self._files.world) if rank != self.rank} if author == self.rank else {author}
+        if author != self.rank:
+            self._announce_stacks()
+        while missing and time.monotonic() < deadline:
+            missing = {rank for rank in missing if rank is None or not self._has_announced(rank)}
+            time.sleep(min(self._interval, 0.1))
+        if author == self.rank:
+            self._announce_stacks()
+
+    def _announce_stacks(self) -> None:
         self._pulse = replace(self._pulse, stacks_written=True)
         self._files.write(self.rank, self._pulse)
-        deadline = time.monotonic() + 2 * self._interval + 1.0
-        while time.monotonic() < deadline:
-            pulses = (self._files.read(rank) for rank in range(self._files.world))
-            if all(pulse is not None and pulse.stacks_written for pulse in pulses):
-                return
-            time.sleep(min(self._interval, 0.1))
+
+    def _has_announced(self, rank: int) -> bool:
+        pulse = self._files.read(rank)
+        return pulse is not None and pulse.stacks_written
 
 
 def _processor_time(thread: threading.Thread) -> float:

@@ -19,7 +19,8 @@ from cl_dist.errors import BadInput
 from cl_dist.evaluation.general import GeneralEvaluator
 from cl_dist.evaluation.scorers import PromptScorer
 from cl_dist.methods.kif import fusion, unit_method
-from cl_dist.state import atomic, data_order, ledger, snapshot, spans
+from cl_dist.state import atomic, ledger, snapshot, spans
+from cl_dist.state.atomic import LineFile
 from cl_dist.state.checkpoints import Checkpoints, CheckpointSchedule
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import Manifest
@@ -179,16 +180,15 @@ def _full_disk(count: int) -> None:
 
 def _full_disk_at_a_line(count: int) -> None:
     """Not killed: the disk has no space for this rank's `count`-th line (log, data order) or any later one."""
-    original, calls = atomic.append_line, iter(range(1, 10**9))
+    original, calls = LineFile.append, iter(range(1, 10**9))
 
-    def refusing(path: Path, value: Any) -> None:
+    def refusing(self: LineFile, value: Any) -> None:
         if next(calls) >= count:
-            with atomic.raising_disk_full(path):
+            with atomic.raising_disk_full(self._path):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(path, value)
+        original(self, value)
 
-    atomic.append_line = refusing
-    data_order.append_line = refusing
+    LineFile.append = refusing  # type: ignore[method-assign]
 
 
 def _full_disk_at_the_metrics(count: int) -> None:

@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import pytest
 
 from cl_dist.errors import ClDistError
 from cl_dist.state import atomic
+from tests.opens import opened
 from tests.state.publish_job import FILES
 
 KILLS = 12
@@ -46,6 +49,61 @@ def test_lines_are_appended_and_a_torn_line_harms_no_other(tmp_path: Path) -> No
     assert json.loads(first) == {"step": 1}
     assert torn == '{"step": 2, "lo'
     assert json.loads(last) == {"step": 3, "loss": None}
+
+
+def test_a_line_opens_no_file(tmp_path: Path) -> None:
+    file = atomic.LineFile(tmp_path / "log.jsonl")
+    with opened(tmp_path) as files:
+        for step in range(100):
+            file.append({"step": step})
+    assert files == ["log.jsonl"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == list(range(100))
+
+
+@pytest.mark.parametrize("change", ["renamed", "deleted", "replaced", "truncated", "cut off", "appended to"])
+def test_a_line_goes_to_the_file_that_has_the_name(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "log.jsonl"
+    file = atomic.LineFile(path)
+    file.append({"step": 1})
+    file.append({"step": 2})
+    if change == "renamed":
+        path.rename(tmp_path / "log.jsonl.1")
+    elif change == "deleted":
+        path.unlink()
+    elif change == "replaced":
+        (tmp_path / "other").write_text('{"st')
+        (tmp_path / "other").rename(path)
+    elif change == "truncated":
+        os.truncate(path, len('{"step": 1}\n'))
+    elif change == "cut off":
+        os.truncate(path, len('{"step": 1}\n{"st'))
+    else:
+        atomic.append_line(path, {"step": 9})
+    file.append({"step": 3})
+    kept = {
+        "truncated": ['{"step": 1}'],
+        "replaced": ['{"st'],
+        "cut off": ['{"step": 1}', '{"st'],
+        "appended to": ['{"step": 1}', '{"step": 2}', '{"step": 9}'],
+    }
+    assert path.read_text().splitlines() == [*kept.get(change, []), '{"step": 3}']
+
+
+def test_a_line_that_a_full_disk_cut_off_harms_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    file = atomic.LineFile(path)
+    file.append({"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # the file may grow by five bytes; then the system refuses with an error, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            file.append({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    file.append({"step": 3})
+    assert path.read_text().splitlines() == ['{"step": 1}', '{"ste', '{"step": 3}']
 
 
 def publish_text(folder: Path, text: str) -> None:
