@@ -109,10 +109,11 @@ class EngineProbe(Probe):
 
     def responses(self, take: Callable[[Batch, torch.Tensor, torch.Tensor], None]) -> None:
         """See `Probe`."""
-        # Sharded weights demand that all ranks run the model equally often.
         chunks = self._learnt(self._rank)
-        rounds = max(len(self._learnt(rank)) for rank in range(self._world))
-        for step, indices in chunks + [(0, [FILLER])] * (rounds - len(chunks)):
+        # Sharded weights demand that all ranks run the model equally often.
+        rounds = torch.tensor(len(chunks), device=device())
+        torch.distributed.all_reduce(rounds, torch.distributed.ReduceOp.MAX)
+        for step, indices in chunks + [(0, [FILLER])] * (int(rounds.item()) - len(chunks)):
             batch = self._collate(step, indices).to(device())
             take(batch, *self._engine.predict(batch))
             beat()
@@ -196,9 +197,7 @@ class TaskTrainer:
         # A mean of the micro-batches' means must not count those that hold fillers only.
         real_batches = None
         if self._train.loss_average == "micro_batch":
-            ranks = range(torch.distributed.get_world_size())
-            pieces = [indices for rank in ranks for indices in self._plan.micro_batches(step, rank)]
-            real_batches = sum(max(indices) >= 0 for indices in pieces)
+            real_batches = self._plan.filled(step)
         return self._engine.train_step(step, batches, targets, real_batches)
 
     def _collate(self, step: int, indices: Sequence[int]) -> Batch:

@@ -228,12 +228,19 @@ def stage(folder: Path) -> Path:
     return temporary
 
 
-def publish(folder: Path) -> None:
-    """Replace `folder` with its staging folder. One rank calls this after all ranks have written."""
+def publish(folder: Path, synced: bool = False) -> None:
+    """Replace `folder` with its staging folder. One rank calls this after all ranks have written.
+
+    Args:
+        folder: The final path.
+        synced: Whether the staging folder and all its files are on disk already. Otherwise this process flushes them,
+            one after the other.
+    """
     temporary, replaced = staging(folder), folder.with_name(f".{folder.name}.replaced")
     with raising_disk_full(folder):
         # Everything is on disk before the first rename.
-        _sync_tree(temporary)
+        if not synced:
+            _sync_tree(temporary)
         # Move the old version aside. The name may be taken, if an older version could not be deleted last time.
         if replaced.exists():
             _discard(replaced)

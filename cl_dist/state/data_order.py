@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cl_dist.state.atomic import LineFile, sync
+
+_BLOCK = 1 << 20
+"""Bytes that are read at once."""
 
 
 class DataOrder:
@@ -40,12 +43,8 @@ class DataOrder:
         """Remove everything after the first `step` steps of task `task`, which are about to be trained (again)."""
         if not self._writer or not self._path.exists():
             return
-        kept = 0
         with self._path.open("rb") as file:
-            for line in file:
-                if not self._counts(line, task, step):
-                    break
-                kept += len(line)
+            kept = next((end for end, line in _from_the_end(file) if self._counts(line, task, step)), 0)
         os.truncate(self._path, kept)
 
     def sync(self) -> None:
@@ -62,3 +61,23 @@ class DataOrder:
             return line.endswith(b"\n") and (position, record["step"]) <= (task, step)
         except (ValueError, KeyError, TypeError):  # a kill cut it off
             return False
+
+
+def _from_the_end(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, last one first, each with the position after it.
+
+    A resume takes back a few steps, and need not read those of a long run before them.
+    """
+    position, rest = file.seek(0, os.SEEK_END), b""
+    end = position
+    while position > 0:
+        start = max(0, position - _BLOCK)
+        file.seek(start)
+        rest = file.read(position - start) + rest
+        position = start
+        lines = rest.splitlines(keepends=True)
+        # The first line in what was read may have begun before it.
+        rest = b"" if position == 0 else lines.pop(0)
+        for line in reversed(lines):
+            yield end, line
+            end -= len(line)

@@ -79,7 +79,9 @@ def _write_own(folder: Path, writers: int, held: Mapping[str, Mapping[str, Shard
 def _seal(folder: Path, state: Mapping[str, Any]) -> None:
     """Add the JSON values and publish the folder."""
     write_sealed(atomic.staging(folder) / "state.json", state)
-    atomic.publish(folder)
+    # Each rank has flushed its own files, and the folder was flushed with the last of them. To do so again for all
+    # would take this rank longer the more ranks there are, while they wait.
+    atomic.publish(folder, synced=True)
 
 
 def load_snapshot(

@@ -84,6 +84,11 @@ class BatchPlan:
         pieces = [share(own, self._accumulation, number) for number in range(self._accumulation)]
         return [piece + [FILLER] * (self._micro_batch_size - len(piece)) for piece in pieces]
 
+    def filled(self, step: int) -> int:
+        """The number of micro-batches of a step, over all ranks, that hold at least one sample."""
+        each, more = divmod(len(self.step(step)), self._ranks)
+        return more * min(each + 1, self._accumulation) + (self._ranks - more) * min(each, self._accumulation)
+
     def _order(self, epoch: int) -> Sequence[int]:
         """All sample indices in the order of an epoch. Caches the last epoch."""
         if self._cached[0] != epoch:
@@ -196,6 +201,11 @@ class InterleavedPlan:
         if not past:
             return self._own.micro_batches(number, rank)
         return [self._shifted(indices) for indices in self._past.micro_batches(number, rank)]
+
+    def filled(self, step: int) -> int:
+        """As `BatchPlan.filled`."""
+        past, number = self._locate(step)
+        return (self._past if past else self._own).filled(number)
 
     def _locate(self, step: int) -> tuple[bool, int]:
         if not 0 <= step < self.steps:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cl_dist.state import data_order
 from cl_dist.state.data_order import DataOrder
 
 TASKS = ("spring", "summer")
@@ -45,6 +46,24 @@ def test_a_line_that_a_kill_cut_off_goes_with_all_after_it(path: Path) -> None:
     order.rewind(1, 3)
     order.append(1, 3, [3])
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("step", [0, 1, 49, 50])
+def test_taking_back_reads_only_what_it_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, step: int
+) -> None:
+    monkeypatch.setattr(data_order, "_BLOCK", block)
+    order = DataOrder(tmp_path / "data_order.jsonl", TASKS, writer=True)
+    for number in range(1, 51):
+        order.append(0, number, range(number))
+    content = (tmp_path / "data_order.jsonl").read_bytes()
+    with (tmp_path / "data_order.jsonl").open("r+b") as file:
+        file.write(b"?")  # what is kept is not looked at
+    order.rewind(0, step)
+    lines = content.splitlines(keepends=True)
+    left = (tmp_path / "data_order.jsonl").read_bytes()
+    assert left == (b"?" + content[1:])[: sum(map(len, lines[:step]))] if step > 1 else left == b""
 
 
 def test_only_the_writer_writes(path: Path) -> None:

@@ -211,7 +211,7 @@ def _pieces(root: Path, log: Path) -> None:
             recorder.machine = machine
             write_spans(staging, machine, {"master": {"w": Span(8 * machine, torch.arange(8.0))}})
         write_sealed(staging / "state.json", {"writers": 2})
-        atomic.publish(root / "state")
+        atomic.publish(root / "state", synced=True)
         promise["state"] = True
         recorder.mark(promise)
         order = DataOrder(root / "data_order.jsonl", ["spring"], writer=True)

@@ -50,6 +50,7 @@ def test_ranks_have_equal_shapes_and_together_the_global_batch(arguments: dict[s
     for step in range(plan.steps):
         ranks = [plan.micro_batches(step, rank) for rank in range(arguments["ranks"])]
         assert all(len(micro_batches) == arguments["gradient_accumulation"] for micro_batches in ranks)
+        assert plan.filled(step) == sum(max(piece) >= 0 for micro_batches in ranks for piece in micro_batches)
         assert {len(micro) for rank in ranks for micro in rank} == {arguments["micro_batch_size"]}
         assert [i for rank in ranks for micro in rank for i in micro if i != FILLER] == plan.step(step)
 
@@ -219,5 +220,6 @@ def test_interleaved_plan_numbers_past_samples_after_own_ones() -> None:
     ]  # fmt: skip
     assert plan.micro_batches(2, rank=1) == [[12, FILLER, FILLER, FILLER]]
     assert plan.micro_batches(3, rank=0) == own.micro_batches(2, rank=0)
+    assert [plan.filled(2), plan.filled(3)] == [past.filled(0), own.filled(2)]
     with pytest.raises(IndexError):
         plan.step(plan.steps)

@@ -1,16 +1,20 @@
 #!/usr/bin/env python3
-r"""What one rank does on resume, for states that 1 to 1,024 ranks have written: seconds, bytes and files opened.
+r"""What grows with the number of ranks besides training: the resume of one rank, and the watchdog's files.
 
 Usage:
-    python benchmarks/resume_ranks.py [--ranks 1 4 16 64 256 1024] [--csv FILE] [--keep FOLDER]
+    python benchmarks/growth_ranks.py [--ranks 1 4 16 64 256 1024] [--csv FILE] [--keep FOLDER]
+    python benchmarks/growth_ranks.py --draw FILE.csv FILE.png
 
-The states are simulated by one process: those of a run of Llama-2-7B under ZeRO-3 with KIF, where every rank holds a
-piece of each of the 291 parameters in six quantities. The spans are as many as in a real state, and as long by name,
-but hold two elements each. As many ranks resume as have written.
+Resume: seconds, bytes and files opened on one rank. The states are simulated by one process: those of a run of
+Llama-2-7B under ZeRO-3 with KIF, where every rank holds a piece of each of the 291 parameters in six quantities. The
+spans are as many as in a real state, and have its names, but hold two elements each. As many ranks resume as have
+written. In the way "all", each rank reads the index of every rank. In the way "share", each rank reads its share of the
+indexes; rank 0 merges what all have read, and sends it to everyone. The line is that of rank 0, which has most to do.
+What the network takes is left out; `exchanged` has the bytes that rank 0 receives, and sends to one rank. The lines
+"before" in the stored results come from the code before each rank read only its share, on the same states.
 
-Two ways are measured. "all": each rank reads the index of every rank. "share": each rank reads its share of the
-indexes, rank 0 merges what all have read, and sends it to everyone. The line is that of rank 0, which has most to do.
-What the network takes is left out; `exchanged` has the bytes that rank 0 receives and sends to one rank.
+Watchdog: the files that all ranks together open in one check while all wait, once one of them is on duty. In the way
+"before", each rank read the pulses of all others: its number is computed.
 """
 
 from __future__ import annotations
@@ -21,13 +25,15 @@ import pickle
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cl_dist.report.drawing import BLUE, ORANGE, draw
 from cl_dist.state.spans import Span, SpanIndex, SpanReader, verified_share, write_spans
+from cl_dist.watchdog.peers import Lookout, Pulse, PulseFiles
 
 QUANTITIES = ("master", "exp_avg", "exp_avg_sq", "smoothed", "uncertainty", "fused")
 ELEMENTS = 2
@@ -41,7 +47,7 @@ NAMES = (
     "lm_head.weight",
 )
 """The parameters of Llama-2-7B."""
-COLUMNS = ("ranks", "way", "seconds", "index_files", "files_opened", "bytes_read", "exchanged")
+COLUMNS = ("what", "ranks", "way", "seconds", "index_files", "files_opened", "bytes_read", "exchanged")
 
 Row = dict[str, Any]
 
@@ -110,7 +116,7 @@ def measure(folder: Path, ranks: int, usage: Usage) -> Iterator[Row]:
         reader.verify(0, ranks)
         read_own(reader, 0)
 
-    yield {"ranks": ranks, "way": "all", **usage.of(all_indexes, folder), "exchanged": 0}
+    yield {"what": "resume", "ranks": ranks, "way": "all", **usage.of(all_indexes, folder), "exchanged": 0}
     # What the other ranks do at the same time is prepared outside of the measurement.
     others = [pickle.dumps(SpanIndex.of(verified_share(folder, ranks, rank, ranks))) for rank in range(1, ranks)]
     sent = [0]
@@ -123,7 +129,48 @@ def measure(folder: Path, ranks: int, usage: Usage) -> Iterator[Row]:
         read_own(SpanReader(folder, index=pickle.loads(message)), 0)  # noqa: S301
 
     row = usage.of(share, folder)
-    yield {"ranks": ranks, "way": "share", **row, "exchanged": sum(map(len, others)) + sent[0]}
+    yield {"what": "resume", "ranks": ranks, "way": "share", **row, "exchanged": sum(map(len, others)) + sent[0]}
+
+
+def watch(folder: Path, ranks: int, usage: Usage) -> Iterator[Row]:
+    """The files that a check of the watchdogs opens."""
+    files = PulseFiles(folder, ranks)
+    lookouts = [Lookout(files, rank) for rank in range(ranks)]
+
+    def check() -> None:
+        for rank, lookout in enumerate(lookouts):
+            files.write(rank, Pulse(1, 600.0, "waiting", waiting=True))
+            lookout.check(0.0, 60.0)
+
+    while sum(lookout.on_duty for lookout in lookouts) != 1:
+        check()
+    found = usage.of(check, folder)
+    yield {"what": "watchdog", "ranks": ranks, "way": "before", "files_opened": ranks + ranks * (ranks - 1)}
+    yield {"what": "watchdog", "ranks": ranks, "way": "one on duty", "files_opened": found["files_opened"]}
+
+
+def draw_rows(rows: Sequence[Row]) -> bytes:
+    """The picture: seconds of a resume, its bytes, and the watchdog's files, each against the ranks."""
+    panels = (
+        ("resume", "seconds", "seconds of rank 0 on resume"),
+        ("resume", "bytes_read", "bytes that rank 0 reads on resume"),
+        ("watchdog", "files_opened", "files opened in a check, all ranks"),
+    )
+    colours = {"before": ORANGE, "share": BLUE, "one on duty": BLUE}
+    labels = {"before": "before: every rank reads all", "share": "each reads its share", "one on duty": "one reads all"}
+
+    def paint(figure: Any) -> None:
+        for axes, (what, column, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            for way, colour in colours.items():
+                found = [row for row in rows if (row["what"], row["way"]) == (what, way)]
+                if found:
+                    places = [int(row["ranks"]) for row in found], [float(row[column]) for row in found]
+                    axes.plot(*places, marker="o", color=colour, label=labels[way])
+            axes.set(xscale="log", yscale="log", xlabel="ranks", title=title)
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.legend(frameon=False, fontsize=8)
+
+    return draw((12.0, 3.6), paint)
 
 
 def main() -> None:
@@ -132,7 +179,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024])
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--keep", type=Path, help="folder for the states, which are used again if they are there")
+    parser.add_argument("--draw", type=Path, nargs=2, metavar=("CSV", "PNG"), help="only draw what was measured")
     options = parser.parse_args()
+    if options.draw is not None:
+        with options.draw[0].open(newline="", encoding="utf-8") as file:
+            options.draw[1].write_bytes(draw_rows(list(csv.DictReader(file))))
+        return
     usage, rows = Usage(), []
     with tempfile.TemporaryDirectory() as temporary:
         for ranks in options.ranks:
@@ -140,7 +192,9 @@ def main() -> None:
             if not folder.exists():
                 folder.mkdir(parents=True)
                 write_state(folder, ranks)
-            for row in measure(folder, ranks, usage):
+            pulses = Path(temporary) / f"{ranks}-pulses"
+            pulses.mkdir()
+            for row in (*measure(folder, ranks, usage), *watch(pulses, ranks, usage)):
                 rows.append(row)
                 print(row, flush=True)
     if options.csv is not None:
