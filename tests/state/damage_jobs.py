@@ -15,6 +15,7 @@ from cl_dist.state.integrity import CheckpointDamaged, StateUnusable
 from cl_dist.state.snapshot import load_snapshot, save_snapshot
 from tests.distributed.worlds import micro_batches, samples
 from tests.faults.damage import DAMAGES
+from tests.opens import opened
 from tests.state.snapshot_jobs import build
 
 FILES = [
@@ -39,10 +40,19 @@ def every_damage(folder: str) -> dict[str, Any]:
     moved = not same(saved, values(engine))
     attempts = [attempt(engine, good, Path(folder, "bad"), name, damage) for name in FILES for damage in DAMAGES]
     lacking = lacking_a_quantity(engine, good)
-    load_snapshot(good, engine.shards, engine.method.tensors())
+    with opened(good) as read:
+        load_snapshot(good, engine.shards, engine.method.tensors())
     files = sorted(path.name for path in good.iterdir())
     restored = same(saved, values(engine))
-    return {"attempts": attempts, "moved": moved, "restored": restored, "files": files, "lacking": lacking}
+    indexes = [name for name in read if name.endswith(".json")]
+    return {
+        "attempts": attempts,
+        "moved": moved,
+        "restored": restored,
+        "files": files,
+        "lacking": lacking,
+        "indexes": indexes,
+    }
 
 
 def lacking_a_quantity(engine: TrainingEngine, good: Path) -> dict[str, Any]:

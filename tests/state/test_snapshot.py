@@ -52,3 +52,4 @@ def test_every_damage_to_every_file_is_named_on_all_ranks(tmp_path: Path) -> Non
         assert rank["moved"]
         assert rank["restored"]
     assert ranks[0]["attempts"] == ranks[1]["attempts"], "the ranks report different errors"
+    assert [rank["indexes"] for rank in ranks] == [["state.json", "rank-00000.json"], ["rank-00001.json"]]

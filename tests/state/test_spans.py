@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from cl_dist.errors import ClDistError
 from cl_dist.state import integrity
 from cl_dist.state.integrity import CheckpointDamaged, StateUnusable
-from cl_dist.state.spans import Span, SpanReader, write_spans
+from cl_dist.state.spans import Span, SpanIndex, SpanReader, verified_share, write_spans
+from tests.opens import opened
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
 SIZES = st.integers(0, 40)
@@ -50,12 +51,47 @@ def test_any_split_reads_back_under_any_other_split(
         own = {name: spans[rank] for name, spans in written.items() if rank < len(spans)}
         write_spans(folder, rank, {"master": {n: Span(a, dense[n][a:b]) for n, (a, b) in own.items()}})
 
-    reader = SpanReader(folder, ranks)
-    reader.verify()
-    assert reader.parameters("master") == sorted(dense)
-    for name, tensor in dense.items():
-        for start, stop in data.draw(cuts(tensor.numel())):
-            assert same_bits(reader.read("master", name, start, stop), tensor[start:stop])
+    whole = SpanReader(folder, ranks)
+    whole.verify()
+    world = data.draw(st.integers(1, 8))
+    for reader in (whole, SpanReader(folder, index=exchanged(folder, ranks, world))):
+        assert reader.parameters("master") == sorted(dense)
+        for name, tensor in dense.items():
+            for start, stop in data.draw(cuts(tensor.numel())):
+                assert same_bits(reader.read("master", name, start, stop), tensor[start:stop])
+
+
+def exchanged(folder: Path, writers: int, world: int) -> SpanIndex:
+    """What `world` ranks know after each of them has read its share of the indexes."""
+    shares = [SpanIndex.of(verified_share(folder, writers, rank, world)) for rank in range(world)]
+    return SpanIndex.merged(shares)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 24, 200])
+def test_a_rank_opens_as_few_files_as_it_needs(tmp_path: Path, ranks: int) -> None:
+    """As many ranks read as have written: each opens its own two files, the second one to verify and to read it."""
+    values = torch.arange(2.0 * ranks)
+    for rank in range(ranks):
+        write_spans(tmp_path, rank, {"master": {"w": Span(2 * rank, values[2 * rank : 2 * rank + 2])}})
+    index = exchanged(tmp_path, ranks, ranks)
+    rank = ranks // 2
+    with opened(tmp_path) as files:
+        verified_share(tmp_path, ranks, rank, ranks)
+        found = SpanReader(tmp_path, index=index).read("master", "w", 2 * rank, 2 * rank + 2)
+    assert found.tolist() == [2 * rank, 2 * rank + 1]
+    name = f"rank-{rank:05d}"
+    assert files == [f"{name}.json", f"{name}.safetensors", f"{name}.safetensors"]
+
+
+@pytest.mark.parametrize(("world", "rank", "read"), [(2, 1, [1, 3]), (3, 0, [0, 3]), (8, 6, [])])
+def test_other_ranks_share_the_files(tmp_path: Path, world: int, rank: int, read: list[int]) -> None:
+    for writer in range(5):
+        write_spans(tmp_path, writer, {"master": {"w": Span(writer, torch.zeros(1))}})
+    assert [part.writer for part in verified_share(tmp_path, 4, rank, world)] == read
+    flip_byte(tmp_path / "rank-00003.safetensors", -1)
+    if 3 in read:
+        with pytest.raises(CheckpointDamaged, match="rank-00003"):
+            verified_share(tmp_path, 4, rank, world)
 
 
 def two_ranks(folder: Path) -> None:
