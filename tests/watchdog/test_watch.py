@@ -160,6 +160,24 @@ def test_a_rank_that_gives_up_makes_the_others_write_their_stacks(ranks: Ranks) 
     assert "a traceback" in ranks.stack(0)
 
 
+@pytest.mark.parametrize("left_behind", [False, True], ids=["together", "after one that has died"])
+def test_of_the_ranks_that_give_up_one_looks_at_the_others(ranks: Ranks, left_behind: bool) -> None:
+    """The note of that rank ends the others; if it has died after its claim, another rank looks."""
+    if left_behind:
+        ranks.folder.mkdir()
+        (ranks.folder / ".heartbeat-claim0").touch()
+    gives_up = "time.sleep(0.5)\nprint(dog.give_up(f'rank {rank} waited', 'a traceback'), flush=True)"
+    ranks.start(gives_up, gives_up, "dead_loop()", hang=6)
+    ends = [ranks.end(rank) for rank in range(3)]
+    assert sorted(code for code, _ in ends) == [0, 9, 9]
+    assert ends[2] == (9, "(silent)\n")
+    said = next(output for code, output in ends if code == 0)
+    assert "rank 2 has made no progress for" in said
+    assert "while looping, and the others wait for it" in said
+    claims = sorted(path.name for path in ranks.folder.glob(".heartbeat-claim*"))
+    assert claims == [".heartbeat-claim0", ".heartbeat-claim1"][: 1 + left_behind]
+
+
 def test_a_crash_in_c_leaves_stacks(ranks: Ranks) -> None:
     """As torch does when an NCCL operation takes too long."""
     ranks.start("def deep():\n    os.abort()\ndeep()")
