@@ -163,7 +163,7 @@ class LineFile:
         self._identity: tuple[int, int] | None = None
         """Device and inode of the open file."""
         self._end = 0
-        """Size of the file after the last line; -1: that line was cut off."""
+        """Size of the file after the last complete line."""
 
     def append(self, value: Any) -> None:
         """Append `value` as one line. Raises `DiskFull` if the disk is full, and other OSErrors."""
@@ -173,7 +173,6 @@ class LineFile:
             # Unless the file is as this process has left it, its last line may be cut off.
             if size not in (0, self._end) and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line
-            self._end = -1
             written = 0
             while written < len(line):  # a disk that fills up takes a part of it first
                 written += os.write(descriptor, line[written:])

@@ -199,6 +199,8 @@ class Watchdog:
     def _with_blame(self, reason: str) -> str:
         """The reason with the rank that blocks the job. Only one rank looks: its note ends those that wait here."""
         for number in range(CLAIMS):
+            if self._note is not None:
+                break
             if self._files.claim(number):
                 return f"{reason}; {self._look_twice()}"
             time.sleep(CLAIM_CHECKS * self._interval)

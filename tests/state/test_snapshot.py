@@ -4,10 +4,14 @@ of its files is reported by all ranks before anything is loaded.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from cl_dist.state.integrity import read_sealed, write_sealed
+from cl_dist.state.spans import Span, SpanReader, write_spans
 from tests.faults.damage import DAMAGES
 from tests.ranks import run_ranks
 from tests.state.damage_jobs import FILES
@@ -32,6 +36,28 @@ def test_other_ranks_and_stages_read_the_same_state(
     for after in run_ranks(f"{JOBS}:load", loaded[0], {"folder": folder, "stage": loaded[1]}):
         assert after["wrong"] == 0
         assert (after["here"], after["step"]) == (1, 1)
+        for quantity, total in before.items():
+            assert after[quantity] == pytest.approx(total, abs=1e-9), quantity
+
+
+@pytest.mark.slow
+def test_two_ranks_read_the_files_of_256(tmp_path: Path) -> None:
+    """A state of one rank, cut into pieces as 256 ranks at stage 3 would write it."""
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    before = run_ranks(f"{JOBS}:save", 1, {"folder": str(whole), "stage": 1})[0]
+    reader, pieces_of = SpanReader(whole, 1), 256
+    pieces.mkdir()
+    shards = [defaultdict[str, dict[str, Span]](dict) for _ in range(pieces_of)]
+    for quantity in ("master", "exp_avg", "exp_avg_sq", "marks"):
+        for name in reader.parameters(quantity):
+            size = int(reader.require(quantity, name, 0, 0).reach[-1])
+            for rank, (start, stop) in enumerate(pairwise(size * rank // pieces_of for rank in range(pieces_of + 1))):
+                shards[rank][quantity][name] = Span(start, reader.read(quantity, name, start, stop))
+    for rank, spans in enumerate(shards):
+        write_spans(pieces, rank, spans)
+    write_sealed(pieces / "state.json", {**read_sealed(whole / "state.json"), "writers": pieces_of})
+    for after in run_ranks(f"{JOBS}:load", 2, {"folder": str(pieces), "stage": 3}):
+        assert after["wrong"] == 0
         for quantity, total in before.items():
             assert after[quantity] == pytest.approx(total, abs=1e-9), quantity
 
