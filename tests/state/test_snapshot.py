@@ -48,7 +48,7 @@ def test_two_ranks_read_the_files_of_256(tmp_path: Path) -> None:
     reader, pieces_of = SpanReader(whole, 1), 256
     pieces.mkdir()
     shards = [defaultdict[str, dict[str, Span]](dict) for _ in range(pieces_of)]
-    for quantity in ("master", "exp_avg", "exp_avg_sq", "marks"):
+    for quantity in ("master", "exp_avg", "exp_avg_sq", "method0.marks"):
         for name in reader.parameters(quantity):
             size = int(reader.require(quantity, name, 0, 0).reach[-1])
             for rank, (start, stop) in enumerate(pairwise(size * rank // pieces_of for rank in range(pieces_of + 1))):

@@ -67,7 +67,7 @@ def exchanged(folder: Path, writers: int, world: int) -> SpanIndex:
     return SpanIndex.merged(shares)
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 24, 200])
+@pytest.mark.parametrize("ranks", [1, 3, 64])
 def test_a_rank_opens_as_few_files_as_it_needs(tmp_path: Path, ranks: int) -> None:
     """As many ranks read as have written: each opens its own two files, the second one to verify and to read it."""
     values = torch.arange(2.0 * ranks)
