@@ -55,16 +55,10 @@ def build_adamw(model: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW
     The learning rate starts at zero, because DeepSpeed's stage 0 in bfloat16 takes a step on zero gradients while it
     initialises, and that step would decay the weights. Every training step sets its own rate.
     """
-    decayed: list[torch.nn.Parameter] = []
-    rest: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            # Under stage 3 `shape` is that of an empty placeholder, and `ds_shape` that of the whole parameter.
-            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-            (decayed if is_matrix and not name.endswith(".bias") else rest).append(parameter)
+    decayed, rest = optimizer_groups(model)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": train.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": list(decayed.values()), "weight_decay": train.weight_decay},
+        {"params": list(rest.values()), "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -73,6 +67,20 @@ def build_adamw(model: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW
         eps=train.eps,
         fused=True,
     )
+
+
+def optimizer_groups(
+    model: torch.nn.Module,
+) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:
+    """The trainable parameters by name, in model order: those with weight decay (matrices), and the rest."""
+    decayed: dict[str, torch.nn.Parameter] = {}
+    rest: dict[str, torch.nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Under stage 3 `shape` is that of an empty placeholder, and `ds_shape` that of the whole parameter.
+            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+            (decayed if is_matrix and not name.endswith(".bias") else rest)[name] = parameter
+    return decayed, rest
 
 
 def learning_rate(train: TrainConfig, step: int, total: int) -> float:
