@@ -102,6 +102,7 @@ def matrix(world: int) -> list[Case]:
             Case(stage, world, checkpointing=True),
         ]
     cases += [Case(stage, world, offload=True) for stage in (1, 2, 3)]
+    cases += [Case(2, world, None, method) for method in ("ewc", "lwf", "recurrent_kif")]
     return [*cases, Case(3, world, 8, checkpointing=True), Case(3, world, defaults=True)]
 
 
