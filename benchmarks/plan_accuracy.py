@@ -413,13 +413,13 @@ def _serve(task: Namespace) -> None:
     """Run one rank; the first rank writes the results."""
     rank, _ = join(TIMEOUT_SECONDS)
     quiet_libraries(rank)
-    found = [_most(measure(Case(**case), task.hidden, task.tokens)) for case in task.cases]
+    found = [most(measure(Case(**case), task.hidden, task.tokens)) for case in task.cases]
     if rank == 0:
         Path(task.result).write_text(json.dumps(found), encoding="utf-8")
     leave()
 
 
-def _most(own: dict[str, Any]) -> dict[str, Any]:
+def most(own: dict[str, Any]) -> dict[str, Any]:
     """Each number of the rank that has most (collective); the collectives are the same on all ranks."""
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, own)
