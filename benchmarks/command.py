@@ -15,6 +15,8 @@ from cl_dist.errors import BadInput, ClDistError
 COMMON = ("hidden", "tokens", "threshold", "runs", "dtype", "threads", "device", "csv")
 """Options of every benchmark, so that a script can pass the same options to all of them."""
 DEFAULTS: dict[str, Any] = {"runs": 9, "dtype": "float32"}
+SHORTEST_PLANNED = 40
+"""Tokens of a sample in `plan-accuracy`."""
 RANK_DTYPES = ("float32", "bfloat16")
 """The dtypes that a recipe allows."""
 JSON_NOTE = """\
@@ -35,6 +37,8 @@ class Benchmark:
     description: str
     options: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    """Common options that have no effect; the help says so."""
     check: Callable[[Namespace], None] = lambda options: None
     """Raises BadInput for options that contradict each other."""
 
@@ -47,7 +51,7 @@ class Benchmark:
         """Add the benchmark's options and texts to a parser."""
         parser.formatter_class = RawDescriptionHelpFormatter
         parser.description, parser.epilog = self.description, JSON_NOTE
-        without_effect = {"tokens", "threshold"}.difference(self.options)
+        without_effect = {"tokens", "threshold"}.difference(self.options).union(self.ignored)
         add_options(parser, self._names(), self._defaults(), without_effect)
 
     def run(self, arguments: Namespace) -> str:
@@ -97,6 +101,15 @@ def _check_importance(options: Namespace) -> None:
         raise BadInput("--elements: --hidden already sets the size; give only one of the two")
 
 
+def _check_plan_accuracy(options: Namespace) -> None:
+    for hidden in options.hidden:
+        if hidden % 8:
+            raise BadInput(f"--hidden {hidden}: not a multiple of 8, which four attention heads need")
+    for tokens in options.tokens:
+        if tokens < SHORTEST_PLANNED:
+            raise BadInput(f"--tokens {tokens}: too few for a prompt and an answer; give at least {SHORTEST_PLANNED}")
+
+
 _LAYER_OPTIONS = ("hidden", "shapes", "tokens")
 _MODELS = f"Models for --shapes: {', '.join(MODELS)}."
 
@@ -114,7 +127,7 @@ BENCHMARKS = {
             "masked_over_reference and reference_over_dense are null.",
             (*_LAYER_OPTIONS, "threshold", "layers", "intermediate", "lora", "processes", "zero_stage", "memory"),
             {"hidden": (1024,), "tokens": (512,), "threshold": 0.7, "memory": "yes"},
-            _check_step,
+            check=_check_step,
         ),
         Benchmark(
             "magnitude",
@@ -150,7 +163,18 @@ BENCHMARKS = {
             "Memory is what each of them allocates. The size is --elements (default 16Mi), or N x N with --hidden N.",
             ("elements", "order"),
             {"order": "mixed"},
-            _check_importance,
+            check=_check_importance,
+        ),
+        Benchmark(
+            "plan-accuracy",
+            "what `cl-dist plan` predicts against what training does",
+            "Trains a small Llama with random weights on CPU ranks in forty settings (every ZeRO stage, full and\n"
+            "LoRA, sequential, MIGU and KIF), and compares the predicted bytes of every component, of the peak of a\n"
+            "step, and of the collectives with what is counted. Without --processes, on one rank and on two.",
+            ("hidden", "tokens", "processes", "zero_stage"),
+            {"hidden": (256,), "tokens": (256,)},
+            ("runs", "dtype", "threads", "device"),
+            _check_plan_accuracy,
         ),
     )
 }  # fmt: skip

@@ -13,19 +13,23 @@ CPU_BUCKET_ELEMENTS = 20_000_000
 """DeepSpeed's default buckets hold 5e8 elements: two gigabytes, too much for a small machine."""
 
 
-def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, gpu: bool | None = None) -> dict[str, Any]:
     """Return DeepSpeed's configuration, with the raw settings of `zero.deepspeed` merged in last.
 
     They cannot contradict the recipe: its validation refuses raw settings that the recipe itself determines.
+
+    Args:
+        recipe: The run's settings.
+        gpu: Whether the ranks train on GPUs; None: as on this machine.
     """
-    train = recipe.train
+    train, gpu = recipe.train, torch.cuda.is_available() if gpu is None else gpu
     zero: dict[str, Any] = {"stage": recipe.zero.stage}
-    if not torch.cuda.is_available():
+    if not gpu:
         zero["reduce_bucket_size"] = CPU_BUCKET_ELEMENTS
         zero["allgather_bucket_size"] = CPU_BUCKET_ELEMENTS
         zero["overlap_comm"] = False  # which needs a GPU's streams
     if recipe.zero.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation,
@@ -55,16 +59,10 @@ def build_adamw(model: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW
     The learning rate starts at zero, because DeepSpeed's stage 0 in bfloat16 takes a step on zero gradients while it
     initialises, and that step would decay the weights. Every training step sets its own rate.
     """
-    decayed: list[torch.nn.Parameter] = []
-    rest: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            # Under stage 3 `shape` is that of an empty placeholder, and `ds_shape` that of the whole parameter.
-            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-            (decayed if is_matrix and not name.endswith(".bias") else rest).append(parameter)
+    decayed, rest = optimizer_groups(model)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": train.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": list(decayed.values()), "weight_decay": train.weight_decay},
+        {"params": list(rest.values()), "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -73,6 +71,20 @@ def build_adamw(model: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW
         eps=train.eps,
         fused=True,
     )
+
+
+def optimizer_groups(
+    model: torch.nn.Module,
+) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:
+    """The trainable parameters by name, in model order: those with weight decay (matrices), and the rest."""
+    decayed: dict[str, torch.nn.Parameter] = {}
+    rest: dict[str, torch.nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Under stage 3 `shape` is that of an empty placeholder, and `ds_shape` that of the whole parameter.
+            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+            (decayed if is_matrix and not name.endswith(".bias") else rest)[name] = parameter
+    return decayed, rest
 
 
 def learning_rate(train: TrainConfig, step: int, total: int) -> float:

@@ -12,6 +12,8 @@ oracle):
   `param._hp_grad`;
 - stage 3: every parameter is cut into equal pieces and padded at the end; `grad_position` finds a piece in the flat
   sub-groups.
+
+`maps.py` computes the same pieces without an engine.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 from typing_extensions import override
+
+from cl_dist.sharding.maps import even_share, owned_piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -310,13 +314,11 @@ class Partitioned(Layout):
 
     def _owned(self, param: torch.nn.Parameter) -> tuple[int, int]:
         """(start, elements) of this rank's piece, without the padding at the parameter's end."""
-        piece = param.partition_numel()  # type: ignore[attr-defined]
-        start = piece * self.zero._get_param_partition_rank(param)
-        return start, max(0, min(piece, param.ds_numel - start))  # type: ignore[attr-defined]
+        rank = self.zero._get_param_partition_rank(param)
+        return owned_piece(param.ds_numel, param.partition_numel(), rank)  # type: ignore[attr-defined]
 
 
 def _piece(param: torch.nn.Parameter, rank: int) -> Shard:
     """View a rank's even share, possibly empty, of a parameter that every rank holds whole."""
-    count, world = param.numel(), torch.distributed.get_world_size()
-    start, stop = (count * number // world for number in (rank, rank + 1))
+    start, stop = even_share(param.numel(), rank, torch.distributed.get_world_size())
     return Shard(start, param.detach().view(-1).narrow(0, start, stop - start))

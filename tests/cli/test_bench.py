@@ -47,7 +47,7 @@ def run_json(command: Command, *arguments: str) -> dict[str, Any]:
     return document
 
 
-@pytest.mark.parametrize("name", list(BENCHMARKS))
+@pytest.mark.parametrize("name", list(SIZES))
 def test_every_benchmark_in_json_and_csv(command: Command, name: str) -> None:
     document = run_json(command, name, *SIZES[name], *QUICK, "--csv", "a.csv")
     assert document["benchmark"] == name
@@ -65,7 +65,7 @@ def test_every_benchmark_in_json_and_csv(command: Command, name: str) -> None:
     assert float(line[f"{RATIOS[name][0]}.median"]) == size[RATIOS[name][0]]["median"]
 
 
-@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "step"])
+@pytest.mark.parametrize("name", [name for name in SIZES if name != "step"])
 def test_several_sizes_have_a_line_each(command: Command, name: str) -> None:
     code, output, _ = command("bench", name, "--hidden", "16", "32", *QUICK, "--tokens", "8", "--threshold", "0.5")
     assert code == 0
@@ -74,6 +74,18 @@ def test_several_sizes_have_a_line_each(command: Command, name: str) -> None:
     assert len({line.count("|") for line in table}) == 1
     assert table[2].split()[1] in ("16", "256")
     assert table[3].split()[1] in ("32", "1024")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--hidden", "30"), "--hidden 30: not a multiple of 8, which four attention heads need"),
+        (("--tokens", "39"), "--tokens 39: too few for a prompt and an answer; give at least 40"),
+    ],
+)
+def test_sizes_that_plan_accuracy_cannot_train(command: Command, arguments: tuple[str, str], message: str) -> None:
+    code, _, error = command("bench", "plan-accuracy", *arguments)
+    assert (code, error) == (2, f"error: {message}\n")
 
 
 def test_keys_of_the_first_size_are_at_the_top_level(command: Command) -> None:

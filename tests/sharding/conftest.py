@@ -26,7 +26,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def every_layout() -> list[dict[str, Any]]:
-    """Per rank, what `tests.sharding.jobs` reports by name of a layout, and as `refused` the message for one."""
+    """Per rank, what `tests.sharding.jobs` reports by name of a layout, as `refused` the message for one, and as `maps`
+    the pieces of `map_jobs`."""
     return run_ranks("tests.sharding.jobs:run", 2, {"layouts": LAYOUTS}, timeout=300)
 
 

@@ -20,6 +20,7 @@ from cl_dist.sharding import (
     replica_checksums,
     whole_parameters,
 )
+from tests.sharding import map_jobs
 
 CLIP, RATE = 0.05, 0.1
 ROWS = "body.0.weight"
@@ -41,10 +42,11 @@ class Tiny(torch.nn.Module):
         return ((self.body(self.frozen(x)) * self.scale) ** 2).mean()
 
 
-def run(layouts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def run(layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """By name of a layout, what this rank saw of it."""
     join(timeout_seconds=120)
-    return {name: Look(**settings).report() for name, settings in layouts.items()} | {"refused": _refused()}
+    reports: dict[str, Any] = {name: Look(**settings).report() for name, settings in layouts.items()}
+    return {**reports, "refused": _refused(), "maps": map_jobs.look()}
 
 
 class Look:

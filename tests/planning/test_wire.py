@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cl_dist.methods.cost import Collective
+from cl_dist.methods.kif.config import KifConfig
+from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.planning.wire import on_the_link, plan_wire
+from tests.planning.models import planned
+
+
+def test_a_ring_passes_on_every_piece_but_one() -> None:
+    assert Collective("all_reduce", 400, "x").on_the_link(4) == 600
+    assert Collective("all_gather", 400, "x").on_the_link(4) == 300
+    assert Collective("reduce_scatter", 400, "x").on_the_link(4) == 300
+    assert on_the_link([Collective("broadcast", 400, "x"), Collective("reduce", 400, "x")], 2) == 400
+
+
+def test_nothing_leaves_a_single_rank() -> None:
+    assert plan_wire(*planned(1, 2)).step_bytes == 0
+
+
+def test_gradients_and_weights_of_stages_0_to_2() -> None:
+    found = {stage: plan_wire(*planned(2, stage, dtype="bfloat16")).step for stage in (0, 1, 2)}
+    _, shape = planned()
+    gradients = Collective("all_reduce", 2 * shape.numel, "gradients")
+    assert found[0] == (gradients,)
+    assert [each[0] for each in (found[1], found[2])] == [gradients] * 2
+    for stage in (1, 2):
+        assert found[stage][1].kind == "all_gather"
+        assert 2 * shape.numel <= found[stage][1].bytes < 2 * shape.numel + 20
+
+
+def test_stage_2_reduces_every_micro_batch() -> None:
+    once, thrice = (plan_wire(*planned(2, 2, gradient_accumulation=count)).step for count in (1, 3))
+    assert thrice[0].bytes == 3 * once[0].bytes
+    assert thrice[1] == once[1]
+
+
+def test_stage_3_gathers_once_what_it_keeps_and_twice_what_it_releases() -> None:
+    keep = {"stage3_param_persistence_threshold": 0}
+    release = {**keep, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    kept, released = (plan_wire(*planned(2, 3, zero=zero)).step for zero in (keep, release))
+    _, shape = planned()
+    assert kept[0].bytes == shape.nbytes
+    # The output head ends the forward pass and begins the backward pass.
+    head = shape.trainable["lm_head.weight"].nbytes
+    assert 2 * shape.nbytes - head <= released[0].bytes <= 2 * shape.nbytes
+    assert kept[1] == released[1] == Collective("reduce_scatter", shape.nbytes, "gradients")
+
+
+def test_what_the_methods_add_is_named_apart() -> None:
+    setup, shape = planned(2, 2, lora=3)
+    plain = plan_wire(setup, shape)
+    assert plain.methods_step == plain.methods_task == ()
+    methods = (MiguConfig(name="migu"), KifConfig(name="kif"))
+    wire = plan_wire(replace(setup, recipe=replace(setup.recipe, method=methods)), shape)
+    assert wire.step == plain.step
+    magnitudes, penalty = wire.methods_step
+    layers = sum("lora_" in name for name in shape.trainable)
+    rows = sum(each.shape[0] for each in shape.trainable.values())
+    assert magnitudes == Collective("all_reduce", 8 * (rows + 2 * layers + 2), "MIGU's magnitudes")
+    assert penalty.bytes == sum(each.nbytes for each in shape.trainable.values())
+    assert {each.what for each in wire.methods_task} == {"scores of units", "changed weights"}
