@@ -78,7 +78,7 @@ def test_pieces_cover_every_element_once(stage: int, ranks: int) -> None:
         )
         assert covers_once(shards)
         assert "empty" not in shards.numels
-        assert 0 <= shards.padding
+        assert shards.padding >= 0
         assert ranks * sum(shards.flat_numels) == sum(shards.numels.values()) + shards.padding
 
 
