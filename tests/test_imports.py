@@ -35,7 +35,7 @@ LAYERS = [
     {"config", "kernels", "launch", "progress", "watchdog"},
     {"sharding", "models", "tasks"},
     {"engine", "methods", "evaluation", "state"},
-    {"coordinator", "assembly", "report", "sweep"},
+    {"coordinator", "assembly", "planning", "report", "sweep"},
     {"benchmarks"},
     {"cli", "__main__"},
 ]

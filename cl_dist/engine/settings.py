@@ -13,19 +13,23 @@ CPU_BUCKET_ELEMENTS = 20_000_000
 """DeepSpeed's default buckets hold 5e8 elements: two gigabytes, too much for a small machine."""
 
 
-def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, gpu: bool | None = None) -> dict[str, Any]:
     """Return DeepSpeed's configuration, with the raw settings of `zero.deepspeed` merged in last.
 
     They cannot contradict the recipe: its validation refuses raw settings that the recipe itself determines.
+
+    Args:
+        recipe: The run's settings.
+        gpu: Whether the ranks train on GPUs; None: as on this machine.
     """
-    train = recipe.train
+    train, gpu = recipe.train, torch.cuda.is_available() if gpu is None else gpu
     zero: dict[str, Any] = {"stage": recipe.zero.stage}
-    if not torch.cuda.is_available():
+    if not gpu:
         zero["reduce_bucket_size"] = CPU_BUCKET_ELEMENTS
         zero["allgather_bucket_size"] = CPU_BUCKET_ELEMENTS
         zero["overlap_comm"] = False  # which needs a GPU's streams
     if recipe.zero.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation,

@@ -11,12 +11,14 @@ from cl_dist.config.words import show
 from cl_dist.errors import ClDistError
 from cl_dist.methods.catalogue import method_class
 from cl_dist.methods.config import MethodConfig
+from cl_dist.methods.cost import Cost
 from cl_dist.methods.protocol import Memory, Method
 from cl_dist.tasks.types import Encoded
 
 if TYPE_CHECKING:
     import torch
 
+    from cl_dist.methods.cost import RankShare
     from cl_dist.sharding import Shard
     from cl_dist.tasks.collate import Batch
 
@@ -116,6 +118,10 @@ class Composed(Method):
     tensors_loaded = _pass_on(Method.tensors_loaded)
 
     # The others have an answer, made of the methods' answers.
+
+    def cost(self, share: RankShare) -> Cost:
+        """What all methods add together."""
+        return Cost.total(_answered(method, "cost", method.cost(share), Cost) for method in self.methods)
 
     def start_message(self) -> str | None:
         """One line from each method that has a message."""

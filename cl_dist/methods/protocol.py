@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cl_dist.methods.config import MethodConfig, VariedConfig
+from cl_dist.methods.cost import Cost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence, Set
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from cl_dist.config.schema import TrainConfig
+    from cl_dist.methods.cost import RankShare
     from cl_dist.sharding import Shard, ShardView
     from cl_dist.tasks.collate import Batch
     from cl_dist.tasks.plan import Cycles
@@ -124,6 +126,10 @@ class Method:
         """Switch to the settings of `task`, which is next. `before_task` follows; `attach` is not called again."""
         if isinstance(self.config, VariedConfig):
             self.config = self._everywhere.for_task(task)
+
+    def cost(self, share: RankShare) -> Cost:
+        """What the method adds on a rank, for `cl-dist plan`. Called instead of `attach`: no engine, no weights."""
+        return Cost()
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """The engine has been built (or rebuilt) around `model`; `shards` gives access to its training state."""

@@ -95,10 +95,7 @@ def load_model(
     check_model_config(model)
     with _quiet(), _failures_as_bad_input(model):
         folder = _source(model, cache_dir)
-        if folder is None:
-            config = builtin_config(model.name_or_path)
-        else:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        config = _configuration(model, folder)
         tokenizer = _tokenizer(model, folder, config)
     if chat:
         ChatTemplate(tokenizer)
@@ -111,18 +108,50 @@ def load_model(
         _set_first_token(built, model.name_or_path)
     if model.attention == "auto" and (chosen := built.config._attn_implementation) != "sdpa":
         logger.warning("model.attention: %s has no sdpa, so auto uses %s", type(built).__name__, chosen)
-    run_every_expert(built)
-
-    # A tower for pictures learns nothing from text.
-    unread = unread_parameters(built)
-    for name, parameter in built.named_parameters():
-        if name in unread:
-            parameter.requires_grad_(False)
+    _prepare(built)
 
     # Whatever is exported later must not point to a cache or a temporary folder.
     built.name_or_path = built.config._name_or_path = model.name_or_path
     tokenizer.name_or_path = model.name_or_path
     return LoadedModel(built, tokenizer, objective, drawn)
+
+
+def model_on_meta(
+    model: ModelConfig, label_count: int, dtype: torch.dtype, cache_dir: Path, config: PreTrainedConfig | None = None
+) -> tuple[PreTrainedModel, ObjectiveName]:
+    """The model of `load_model` on the meta device, without numbers, and its objective. Reads no weights or tokenizer.
+
+    Args:
+        model: The recipe's model settings.
+        label_count: Number of classes of a classifier.
+        dtype: Precision of the parameters.
+        cache_dir: Where a GGUF file is converted to, once.
+        config: The model's configuration; None: read the one that `model` names.
+
+    Raises:
+        BadInput: The configuration is missing or unusable.
+    """
+    with _quiet(), _failures_as_bad_input(model):
+        if config is None:
+            config = _configuration(model, _source(model, cache_dir))
+        objective = resolve_objective(model.objective, family_of(config, model.name_or_path), model.name_or_path)
+        if FACTS[objective].needs_labels:
+            config.num_labels = label_count
+        with torch.device("meta"):
+            built = AUTO_CLASSES[objective].from_config(config, dtype=dtype, attn_implementation=_attention(model))
+    _prepare(built)
+    built.name_or_path = built.config._name_or_path = model.name_or_path
+    return built, objective
+
+
+def _prepare(built: PreTrainedModel) -> None:
+    """What every model gets, wherever its weights come from."""
+    run_every_expert(built)
+    # A tower for pictures learns nothing from text.
+    unread = unread_parameters(built)
+    for name, parameter in built.named_parameters():
+        if name in unread:
+            parameter.requires_grad_(False)
 
 
 def check_length(loaded: LoadedModel, max_length: int, max_target_length: int | None = None) -> None:
@@ -154,6 +183,17 @@ def _source(model: ModelConfig, cache_dir: Path) -> str | None:
     folder = local_folder(model.name_or_path)
     source = model.name_or_path if folder is None else str(folder)
     return source if model.gguf_file is None else str(converted_gguf(source, model.gguf_file, cache_dir))
+
+
+def _configuration(model: ModelConfig, source: str | None) -> PreTrainedConfig:
+    if source is None:
+        return builtin_config(model.name_or_path)
+    return AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+
+
+def _attention(model: ModelConfig) -> str | None:
+    """The attention implementation to ask transformers for; None: sdpa if the family has it, else eager."""
+    return None if model.attention == "auto" else model.attention
 
 
 def _tokenizer(model: ModelConfig, source: str | None, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
@@ -237,8 +277,7 @@ def _build(
     model_class = auto_class._model_mapping.get(type(config), None)
     if model.attention == "sdpa" and model_class is not None and not model_class._supports_sdpa:
         raise no_sdpa(model, model_class.__name__)
-    attention = None if model.attention == "auto" else model.attention  # None: sdpa if supported, else eager
-
+    attention = _attention(model)
     if source is None:
         built = auto_class.from_config(config, dtype=dtype, attn_implementation=attention)
         initialise_(built, seed)

@@ -1,0 +1,122 @@
+"""What a method adds to a run, in bytes: memory, saved state, and collectives. `Method.cost` answers in these terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cl_dist.config.schema import TrainConfig
+
+Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "broadcast"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Calls of one collective on every rank.
+
+    `bytes` is what the calls work on, by the usual convention (nccl-tests, doc/PERFORMANCE.md): the whole tensor of an
+    all-reduce or a broadcast, the input of a reduce-scatter, and the output of an all-gather.
+    """
+
+    kind: Kind
+    bytes: int
+    """Over all calls."""
+    what: str
+    """What is communicated, in a few words."""
+    calls: int = 1
+
+    def on_the_link(self, world: int) -> int:
+        """Bytes that each rank sends with a ring of `world` ranks, optimal for large tensors.
+
+        An all-reduce is a reduce-scatter followed by an all-gather, each of which passes on every piece but one
+        (Patarasuk and Yuan 2009, doi 10.1016/j.jpdc.2008.09.002). In a broadcast around a ring, every rank but the last
+        passes on the whole tensor.
+        """
+        passes = 2 if self.kind == "all_reduce" else 1
+        return passes * self.bytes * (world - 1) // world
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """What a rank has of a model that is trained in a given set-up: all that a method needs to know about its cost."""
+
+    model: nn.Module
+    """The model on the meta device, with its adapters; shapes only."""
+    train: TrainConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    """Whole shapes of the trainable parameters, in model order."""
+    owned: Mapping[str, int]
+    """Elements of each trainable parameter whose float32 master this rank owns; absent if none."""
+    gradients: Mapping[str, int]
+    """Elements of each reduced gradient that this rank holds when the optimiser steps; absent if none."""
+    gradient_bytes: int
+    """Bytes of an element of the reduced gradient."""
+    world: int
+    """Number of ranks."""
+    replicated: bool
+    """Whether every rank owns everything (stage 0)."""
+    masters_on_host: bool
+    """Whether masters and moments are offloaded."""
+    tasks: int
+    """Number of tasks of the stream; 0 if not known."""
+
+    @property
+    def elements(self) -> int:
+        """Elements of all masters that this rank owns."""
+        return sum(self.owned.values())
+
+    def all_reduce(self, bytes: int, what: str, calls: int = 1) -> Collective:
+        """An all-reduce over all ranks."""
+        return Collective("all_reduce", bytes, what, calls)
+
+    def sum_over_ranks(self, bytes: int, what: str) -> Collective:
+        """What `ShardView.sum_over_ranks` does."""
+        return Collective("broadcast" if self.replicated else "all_reduce", bytes, what)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method adds on one rank, by component. Memory that is held throughout a task, unless stated otherwise."""
+
+    device: Mapping[str, int] = field(default_factory=dict)
+    """Bytes next to the model."""
+    host: Mapping[str, int] = field(default_factory=dict)
+    """Bytes in CPU memory."""
+    saved: int = 0
+    """Bytes of tensors that this rank writes into a checkpoint."""
+    step: tuple[Collective, ...] = ()
+    """Collectives of one optimiser step."""
+    task: tuple[Collective, ...] = ()
+    """Collectives at the end of a task."""
+
+    @staticmethod
+    def beside_masters(share: RankShare, saved: int = 0, **parts: int) -> Cost:
+        """Memory that lies where the masters lie."""
+        where = "host" if share.masters_on_host else "device"
+        return Cost(**{where: {name.replace("_", " "): size for name, size in parts.items()}}, saved=saved)  # type: ignore[arg-type]
+
+    @staticmethod
+    def total(costs: Iterable[Cost]) -> Cost:
+        """The sum of several methods' costs."""
+        whole = Cost()
+        for cost in costs:
+            whole = whole + cost
+        return whole
+
+    def __add__(self, other: Cost) -> Cost:
+        """Both together; equal names of components are added up."""
+        return Cost(
+            device=_merged(self.device, other.device),
+            host=_merged(self.host, other.host),
+            saved=self.saved + other.saved,
+            step=self.step + other.step,
+            task=self.task + other.task,
+        )
+
+
+def _merged(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in dict.fromkeys((*one, *other))}

@@ -1,0 +1,81 @@
+"""Where and how a planned run trains: its recipe, and the ranks that it will have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from cl_dist.config.schema import Recipe
+from cl_dist.engine.settings import deepspeed_config
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A recipe on a number of ranks. Everything else follows from the recipe."""
+
+    recipe: Recipe
+    nodes: int = 1
+    ranks_per_node: int = 1
+    device: Literal["cpu", "cuda"] = "cuda"
+    """What a rank trains on."""
+    length: int | None = None
+    """Tokens of the longest micro-batch; None: `train.max_length`, the worst case."""
+    answer: int | None = None
+    """Positions of a micro-batch whose logits a decoder needs; None: as many as answers of `train.max_target_length`
+    at a different place in every sample of the micro-batch, the worst case. Target tokens of an encoder-decoder."""
+    labels: int = 2
+    """Classes of a classifier."""
+    samples: int | None = None
+    """Training samples of the whole stream, for the size of the tokenised data; None: not known."""
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per sample of the longest micro-batch."""
+        return self.length or self.recipe.train.max_length
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage."""
+        return self.recipe.zero.stage
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight that the model computes with."""
+        return 2 if self.recipe.train.dtype == "bfloat16" else 4
+
+    @property
+    def deepspeed(self) -> dict[str, Any]:
+        """DeepSpeed's configuration on that device."""
+        return deepspeed_config(self.recipe, gpu=self.device == "cuda")
+
+    def varied(
+        self,
+        *,
+        stage: Literal[0, 1, 2, 3] | None = None,
+        micro_batch: int | None = None,
+        accumulation: int | None = None,
+        offload: bool | None = None,
+        checkpointing: bool | None = None,
+    ) -> Setup:
+        """The same run with other settings. Raw DeepSpeed settings that the new stage does not read are dropped."""
+        train, zero = self.recipe.train, self.recipe.zero
+        new_train = replace(
+            train,
+            micro_batch_size=train.micro_batch_size if micro_batch is None else micro_batch,
+            gradient_accumulation=train.gradient_accumulation if accumulation is None else accumulation,
+            activation_checkpointing=train.activation_checkpointing if checkpointing is None else checkpointing,
+        )
+        new_stage = zero.stage if stage is None else stage
+        raw = zero.deepspeed if new_stage == zero.stage else {}
+        new_zero = replace(
+            zero,
+            stage=new_stage,
+            offload=(zero.offload if offload is None else offload) and new_stage > 0,
+            deepspeed=raw,
+        )
+        return replace(self, recipe=replace(self.recipe, train=new_train, zero=new_zero))
