@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -13,6 +14,7 @@ from cl_dist.methods.kif.config import UnitConfig
 from cl_dist.methods.kif.importance import Importance
 from cl_dist.methods.kif.units import UnitMap
 from cl_dist.methods.protocol import Method, TaskPlace
+from cl_dist.methods.rehearsal import Rehearsal, Rehearsed
 from cl_dist.methods.shared.matrices import WholeMatrices
 from cl_dist.models.lora import LORA_A, LORA_B
 from cl_dist.models.tracked import row_layouts
@@ -32,6 +34,32 @@ class UnitMethod(Method):
         super().__init__(config)
         self.config: UnitConfig
         self.keeps_unfused = config.keep_unfused
+
+    def rehearse(self, rehearsal: Rehearsal) -> Rehearsed:
+        """Cut the trained parameters into units, and find the units at both ends of every rank's pieces."""
+        config, lora = self.config, any(LORA_A in name for name in rehearsal.shapes)
+        units = UnitMap.build(rehearsal.shapes, config.units_for(lora), row_layouts(rehearsal.model))
+        ends = 0
+        for name, part in units.parts.items():
+            pieces = rehearsal.pieces(name)
+            elements = np.array([place for piece in pieces for place in (piece.start, piece.stop - 1)])
+            ends += len(elements)
+            # The unit of an element, by its coordinates in the parameter rather than by strides.
+            places = np.unravel_index(elements, part.shape)
+            sizes = [part.shape[axis] for axis in part.axes]
+            wanted = (
+                np.ravel_multi_index([places[axis] for axis in part.axes], sizes) if sizes else np.zeros_like(elements)
+            )
+            if (part.numbers(torch.from_numpy(elements)).numpy() != wanted).any():
+                return Rehearsed(problems=(f"{config.name}: the ranks' pieces of {name} are assigned to wrong units",))
+        slices = [part.elements for part in units.parts.values()]
+        return Rehearsed(
+            notes=(
+                f"{config.name}: {len(units)} skill units of {min(slices)} to {max(slices)} elements a slice; fusion "
+                f"finds the right unit at all {ends} ends of the ranks' pieces; a rank fuses at most "
+                f"{max(sum(piece.numel for piece in owned.values()) for _, owned in rehearsal.ranks())} elements",
+            )
+        )
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Divide the model into units and allocate zero importance along the shards, also for a rebuilt engine."""
