@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cl_dist.config.schema import Recipe, TrainConfig
+from cl_dist.engine.device import uses_gpu
 
 CPU_BUCKET_ELEMENTS = 20_000_000
 """DeepSpeed's default buckets hold 5e8 elements: two gigabytes, too much for a small machine."""
@@ -20,12 +21,12 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     """
     train = recipe.train
     zero: dict[str, Any] = {"stage": recipe.zero.stage}
-    if not torch.cuda.is_available():
+    if not uses_gpu():
         zero["reduce_bucket_size"] = CPU_BUCKET_ELEMENTS
         zero["allgather_bucket_size"] = CPU_BUCKET_ELEMENTS
         zero["overlap_comm"] = False  # which needs a GPU's streams
     if recipe.zero.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": uses_gpu()}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation,
