@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cl_dist.config.schema import Recipe
-from cl_dist.engine.distributed import device, set_timeout
+from cl_dist.engine.device import device
+from cl_dist.engine.distributed import set_timeout
 from cl_dist.engine.guard import UpdateGuard, check_replicas
 from cl_dist.engine.settings import build_adamw, deepspeed_config, learning_rate
 from cl_dist.engine.trial import failures_as_bad_input, trial_batches
