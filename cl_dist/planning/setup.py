@@ -8,6 +8,9 @@ from typing import Any, Literal
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.settings import deepspeed_config
 
+DEFAULT_BUCKET = 5 * 10**8
+"""DeepSpeed's, in elements."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -52,6 +55,11 @@ class Setup:
     def deepspeed(self) -> dict[str, Any]:
         """DeepSpeed's configuration on that device."""
         return deepspeed_config(self.recipe, gpu=self.device == "cuda")
+
+    @property
+    def bucket(self) -> int:
+        """Elements of the bucket in which gradients are reduced."""
+        return int(self.deepspeed["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET))
 
     def varied(
         self,

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from cl_dist.config.objectives import ObjectiveName
 from cl_dist.config.schema import Recipe
-from cl_dist.engine.settings import adamw_groups
+from cl_dist.engine.settings import optimizer_groups
 from cl_dist.models.load import model_on_meta
 from cl_dist.models.lora import add_lora
 from cl_dist.models.structure import base_model
@@ -105,6 +105,6 @@ def describe_model(
         for name, each in model.named_parameters()
     )
     by_name = {each.name: each for each in parameters}
-    groups = tuple(tuple(by_name[name] for name in group) for group in adamw_groups(model) if group)
+    groups = tuple(tuple(by_name[name] for name in group) for group in optimizer_groups(model) if group)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     return ModelShape(model, objective, parameters, groups, buffers)

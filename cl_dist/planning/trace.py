@@ -1,0 +1,329 @@
+"""Runs micro-batches of the real model on the meta device and records what they would allocate, without any numbers.
+
+Every tensor that an operation creates counts from its creation until it is freed, as with an allocator that wastes
+nothing: activations that autograd saves, temporary tensors of forward and backward, logits and loss. Korthikanti et al.
+(arXiv 2205.05198) derive such numbers by hand for one architecture: 34 s b h + 5 a s^2 b bytes for a layer in 16 bits.
+Here they follow from the code that runs: any architecture, adapters, any attention, checkpointing. What a kernel
+allocates inside one operation is not seen.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from cl_dist.engine.engine import loss_sum
+from cl_dist.models.structure import base_model
+from cl_dist.planning.setup import Setup
+from cl_dist.planning.shape import ModelShape
+from cl_dist.sharding.gathers import GatherSchedule
+from cl_dist.tasks.collate import Batch, collate
+from cl_dist.tasks.objectives import OBJECTIVES
+from cl_dist.tasks.types import IGNORE, Encoded
+
+META = torch.device("meta")
+ACTIVATIONS, GRADIENTS, GATHERED, REDUCTION = "activations", "gradients", "gathered weights", "reduction"
+
+
+class Ledger:
+    """Bytes that are held, by kind, and the moment at which they were most."""
+
+    def __init__(self) -> None:
+        self.held: Counter[str] = Counter()
+        self.peak: Mapping[str, int] = {}
+        """What was held at the peak."""
+        self._most = -1
+
+    def add(self, kind: str, size: int) -> None:
+        """Hold more, or less if `size` is negative."""
+        self.held[kind] += size
+        total = sum(self.held.values())
+        if total > self._most:
+            self._most, self.peak = total, dict(self.held)
+
+    def briefly(self, kind: str, size: int) -> None:
+        """Hold something for the duration of one operation."""
+        self.add(kind, size)
+        self.add(kind, -size)
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self._most = -1
+        self.add(ACTIVATIONS, 0)
+
+
+class Storages(TorchDispatchMode):
+    """Enters the memory of every new tensor into a ledger.
+
+    Args:
+        ledger: Gets the bytes.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+        self._kinds: dict[int, str] = {}
+        self._refs: dict[int, Any] = {}
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Do not count this tensor's memory, because it is counted elsewhere."""
+        self._refs[tensor.untyped_storage()._cdata] = None
+
+    def call_it(self, tensor: torch.Tensor, kind: str) -> None:
+        """Count this tensor's memory as another kind from now on."""
+        storage = tensor.untyped_storage()
+        if self._refs.get(storage._cdata) is not None:
+            self._ledger.held[self._kinds[storage._cdata]] -= storage.nbytes()
+            self._kinds[storage._cdata] = kind
+            self._ledger.add(kind, storage.nbytes())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in tree_iter(result):
+            if isinstance(each, torch.Tensor):
+                self._note(each.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._refs:
+            self._kinds[key] = ACTIVATIONS
+            self._refs[key] = weakref.ref(storage, partial(self._freed, key, storage.nbytes()))
+            self._ledger.add(ACTIVATIONS, storage.nbytes())
+
+    def _freed(self, key: int, size: int, _: Any) -> None:
+        self._ledger.add(self._kinds.pop(key), -size)
+        del self._refs[key]
+
+
+class Undecided(TorchFunctionMode):
+    """Conditions on numbers, which meta tensors do not have, are false: masks are built as for a batch with padding."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            return False
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fused_attention(device: str) -> Iterator[None]:
+    """Inside the block, attention saves what the fused kernels of `device` save, not what the fallback for meta tensors
+    would: a probability for each pair of tokens.
+    """
+    functional: Any = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = partial(_attention, device)
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+
+
+def _attention(
+    device: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What `scaled_dot_product_attention` does: a bool mask is converted in every call, then a fused kernel runs."""
+    if enable_gqa:
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.empty_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask, -math.inf)
+    if device == "cpu":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out: torch.Tensor = flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        return out
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    result: torch.Tensor = efficient(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+    return result
+
+
+class Reducer:
+    """What becomes of a gradient once it is complete. This one keeps it until the step is over (stages 0 and 1)."""
+
+    def __init__(self, ledger: Ledger, storages: Storages) -> None:
+        self.ledger, self._storages = ledger, storages
+
+    def take(self, param: nn.Parameter) -> None:
+        """A parameter's gradient is complete."""
+        assert param.grad is not None
+        self._storages.call_it(param.grad, GRADIENTS)
+
+    def finish(self) -> None:
+        """The micro-batch's backward pass is over."""
+
+
+class BucketReducer(Reducer):
+    """Stages 2 and 3: gradients are copied into a bucket, which is reduced when it is full.
+
+    `reduce_independent_p_g_buckets_and_remove_grads` in DeepSpeed's stage_1_and_2.py and stage3.py. A gradient larger than
+    the bucket stays where it is until the next reduction.
+
+    Args:
+        ledger: Gets the bytes.
+        storages: Knows the gradients' memory.
+        bucket: Elements that the bucket holds.
+        copy_bytes: Bytes per element that a reduction copies its bucket to (0: it does not).
+        reduced: Called after each reduction, with the parameters.
+    """
+
+    def __init__(self, ledger: Ledger, storages: Storages, bucket: int, copy_bytes: int, reduced: Callable[[], None]):
+        super().__init__(ledger, storages)
+        self._bucket, self._copy_bytes, self._reduced = bucket, copy_bytes, reduced
+        self._pending: list[nn.Parameter] = []
+        self._elements = 0
+
+    def take(self, param: nn.Parameter) -> None:
+        """Copy it into the bucket, after reducing a full one."""
+        if self._pending and self._elements + param.numel() > self._bucket:
+            self.finish()
+        self._pending.append(param)
+        self._elements += param.numel()
+        if param.numel() > self._bucket:
+            super().take(param)
+        else:
+            param.grad = None
+
+    def finish(self) -> None:
+        """Reduce what is in the bucket."""
+        if self._pending:
+            copies = len(self._pending) > 1
+            self.ledger.briefly(REDUCTION, self._elements * self._copy_bytes if copies else 0)
+            self._reduced()
+        for param in self._pending:
+            param.grad = None
+        self._pending, self._elements = [], 0
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """What forward and backward passes of an optimiser step allocate on one rank, and what they gather."""
+
+    peak: Mapping[str, int]
+    """Bytes by kind at the moment of the peak, in addition to weights and states: activations (with temporary tensors,
+    logits and loss), gradients that are not reduced yet, gathered weights."""
+    saved: int
+    """Bytes of activations held at the end of a forward pass."""
+    fetched: int
+    """Bytes of weights gathered in a whole step (stage 3), outputs of the all-gathers."""
+    fetches: int
+    """Number of those all-gathers."""
+
+
+def trace_step(setup: Setup, shape: ModelShape) -> StepTrace:
+    """Run the micro-batches of a step on the meta device.
+
+    From the second micro-batch on, all are alike, so at most two run. Stage 3 needs two steps before that, in which
+    DeepSpeed learns the order of the modules.
+    """
+    batch = longest_batch(setup, shape)
+    micro_batches = min(2, setup.recipe.train.gradient_accumulation)
+    ledger = Ledger()
+    storages = Storages(ledger)
+    for tensor in (*shape.model.parameters(), *shape.model.buffers()):
+        storages.ignore(tensor)
+    schedule = None
+    if setup.stage == 3 and setup.world > 1:
+        zero = setup.deepspeed["zero_optimization"]
+        schedule = GatherSchedule(shape.model, setup.world, zero, partial(ledger.add, GATHERED))
+    fetched: list[tuple[int, int]] = []
+    saved = 0
+    was_training = shape.model.training
+    shape.model.train()
+    with schedule.installed() if schedule else nullcontext(), _gradients_go_to(setup, shape, ledger, storages) as end:
+        for _ in range(1 if schedule is None else 3):
+            fetched.clear()
+            ledger.restart()
+            for _ in range(micro_batches):
+                if schedule:
+                    schedule.gathers.clear()
+                saved = max(saved, _micro_batch(setup, shape, batch, storages, ledger))
+                end()
+                if schedule:
+                    schedule.end_micro_batch()
+                    fetched.append((schedule.gathers.fetched, schedule.gathers.calls))
+            for param in shape.model.parameters():
+                param.grad = None
+            if schedule:
+                schedule.end_step()
+    shape.model.train(was_training)
+    first, *others = fetched or [(0, 0)]
+    rest = setup.recipe.train.gradient_accumulation - 1
+    total = [one + rest * (others[0][part] if others else 0) for part, one in enumerate(first)]
+    return StepTrace(ledger.peak, saved, *total)
+
+
+def longest_batch(setup: Setup, shape: ModelShape) -> Batch:
+    """A micro-batch of made-up tokens, as long as the recipe allows, on the CPU; the last sample is one token shorter."""
+    facts = OBJECTIVES[shape.objective].facts
+    length, size = setup.tokens, setup.recipe.train.micro_batch_size
+    if facts.answer_apart:
+        answer = setup.answer or setup.recipe.train.max_target_length
+        samples = [Encoded(number, [1] * length, [1] * answer) for number in range(size)]
+    elif facts.needs_labels:
+        samples = [Encoded(number, [1] * length, [0]) for number in range(size)]
+    else:
+        answer = setup.answer or (length - 1 if facts.masked else size * setup.recipe.train.max_target_length)
+        labels = [IGNORE] * max(1, length - answer) + [1] * min(answer, length - 1)
+        samples = [Encoded(number, [1] * length, labels) for number in range(size)]
+    return collate(samples, shape.objective, pad_id=0, decoder_start_id=0)
+
+
+def _micro_batch(setup: Setup, shape: ModelShape, batch: Batch, storages: Storages, ledger: Ledger) -> int:
+    """Forward and backward, with the names alive that the engine's step keeps alive; returns the bytes saved between."""
+    import inspect
+
+    def run(**inputs: Any) -> Any:
+        return shape.model(**tree_map_only(torch.Tensor, lambda tensor: tensor.to(META), inputs))
+
+    keeps = "logits_to_keep" in inspect.signature(base_model(shape.model).forward).parameters
+    with fused_attention(setup.device), storages:
+        with Undecided():
+            logits, labels = OBJECTIVES[shape.objective].forward(run, batch, keeps)
+        total = loss_sum(logits, labels.to(META))
+        saved = ledger.held[ACTIVATIONS]
+        torch.autograd.backward(total)
+    return saved
+
+
+@contextmanager
+def _gradients_go_to(
+    setup: Setup, shape: ModelShape, ledger: Ledger, storages: Storages
+) -> Iterator[Callable[[], None]]:
+    """Inside the block, complete gradients go where the stage reduces them; yields what ends a micro-batch."""
+    reducer = Reducer(ledger, storages)
+    if setup.stage >= 2:
+        bucket = int(setup.bucket)
+        reducer = BucketReducer(ledger, storages, bucket, setup.itemsize, lambda: None)
+    handles = [
+        param.register_post_accumulate_grad_hook(reducer.take) for param in shape.model.parameters() if param.requires_grad
+    ]
+    try:
+        yield reducer.finish
+    finally:
+        for handle in handles:
+            handle.remove()
