@@ -60,10 +60,10 @@ def build_adamw(model: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW
     The learning rate starts at zero, because DeepSpeed's stage 0 in bfloat16 takes a step on zero gradients while it
     initialises, and that step would decay the weights. Every training step sets its own rate.
     """
-    decayed, rest = (list(group.values()) for group in adamw_groups(model))
+    decayed, rest = optimizer_groups(model)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": train.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": list(decayed.values()), "weight_decay": train.weight_decay},
+        {"params": list(rest.values()), "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -74,8 +74,10 @@ def build_adamw(model: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW
     )
 
 
-def adamw_groups(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:
-    """The trainable parameters by name: those with weight decay, and the others."""
+def optimizer_groups(
+    model: torch.nn.Module,
+) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.nn.Parameter]]:
+    """The trainable parameters by name, in model order: those with weight decay (matrices), and the rest."""
     decayed: dict[str, torch.nn.Parameter] = {}
     rest: dict[str, torch.nn.Parameter] = {}
     for name, parameter in model.named_parameters():

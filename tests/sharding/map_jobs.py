@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cl_dist.config.schema import LoraConfig, TrainConfig
 from cl_dist.engine.distributed import join
-from cl_dist.engine.settings import adamw_groups, build_adamw
+from cl_dist.engine.settings import optimizer_groups, build_adamw
 from cl_dist.models.builtin import builtin_config
 from cl_dist.models.lora import add_lora
 from cl_dist.sharding import ShardView
@@ -77,7 +77,7 @@ def _places(
         "bf16": {"enabled": dtype == "bfloat16"},
         **({"data_types": {"grad_accum_dtype": sums}} if sums else {}),
     }
-    groups = [{name: param.numel() for name, param in group.items()} for group in adamw_groups(module)]
+    groups = [{name: param.numel() for name, param in group.items()} for group in optimizer_groups(module)]
     optimizer = build_adamw(module, TrainConfig())
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     view = ShardView(engine)
