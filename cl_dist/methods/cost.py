@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
     from cl_dist.config.schema import TrainConfig
 
-Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "broadcast"]
+Kind = Literal["all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Collective:
     """Calls of one collective on every rank.
 
     `bytes` is what the calls work on, by the usual convention (nccl-tests, doc/PERFORMANCE.md): the whole tensor of an
-    all-reduce or a broadcast, the input of a reduce-scatter, and the output of an all-gather.
+    all-reduce, a reduce or a broadcast, the input of a reduce-scatter, and the output of an all-gather.
     """
 
     kind: Kind
@@ -33,8 +34,8 @@ class Collective:
         """Bytes that each rank sends with a ring of `world` ranks, optimal for large tensors.
 
         An all-reduce is a reduce-scatter followed by an all-gather, each of which passes on every piece but one
-        (Patarasuk and Yuan 2009, doi 10.1016/j.jpdc.2008.09.002). In a broadcast around a ring, every rank but the last
-        passes on the whole tensor.
+        (Patarasuk and Yuan 2009, doi 10.1016/j.jpdc.2008.09.002). In a reduction to one rank or a broadcast from one,
+        every rank but one passes on the whole tensor; this is the mean.
         """
         passes = 2 if self.kind == "all_reduce" else 1
         return passes * self.bytes * (world - 1) // world
@@ -51,18 +52,23 @@ class RankShare:
     """Whole shapes of the trainable parameters, in model order."""
     owned: Mapping[str, int]
     """Elements of each trainable parameter whose float32 master this rank owns; absent if none."""
-    gradients: Mapping[str, int]
-    """Elements of each reduced gradient that this rank holds when the optimiser steps; absent if none."""
     gradient_bytes: int
     """Bytes of an element of the reduced gradient."""
+    itemsize: int
+    """Bytes of an element of a weight."""
     world: int
     """Number of ranks."""
-    replicated: bool
-    """Whether every rank owns everything (stage 0)."""
+    stage: int
+    """ZeRO stage."""
     masters_on_host: bool
     """Whether masters and moments are offloaded."""
     tasks: int
     """Number of tasks of the stream; 0 if not known."""
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank owns everything."""
+        return self.stage == 0
 
     @property
     def elements(self) -> int:
@@ -77,6 +83,14 @@ class RankShare:
         """What `ShardView.sum_over_ranks` does."""
         return Collective("broadcast" if self.replicated else "all_reduce", bytes, what)
 
+    def publish(self) -> tuple[Collective, ...]:
+        """What `ShardView.publish` does: stages 1 and 2 gather all trained weights; stage 3 gathers only small ones,
+        which are left out here.
+        """
+        elements = sum(math.prod(shape) for shape in self.shapes.values())
+        whole = Collective("all_gather", elements * self.itemsize, "changed weights")
+        return (whole,) if self.stage in (1, 2) else ()
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -86,8 +100,12 @@ class Cost:
     """Bytes next to the model."""
     host: Mapping[str, int] = field(default_factory=dict)
     """Bytes in CPU memory."""
+    stepping: Mapping[str, int] = field(default_factory=dict)
+    """Bytes beside the masters, only while the optimiser steps."""
     saved: int = 0
     """Bytes of tensors that this rank writes into a checkpoint."""
+    passes: int = 0
+    """Further forward and backward passes in every step, which communicate as the step's own do."""
     step: tuple[Collective, ...] = ()
     """Collectives of one optimiser step."""
     task: tuple[Collective, ...] = ()
@@ -100,10 +118,9 @@ class Cost:
     """By name of a weight: the share of its gradient's product that backward does not compute."""
 
     @staticmethod
-    def beside_masters(share: RankShare, saved: int = 0, **parts: int) -> Cost:
-        """Memory that lies where the masters lie."""
-        where = "host" if share.masters_on_host else "device"
-        return Cost(**{where: {name.replace("_", " "): size for name, size in parts.items()}}, saved=saved)  # type: ignore[arg-type]
+    def beside_masters(share: RankShare, parts: Mapping[str, int]) -> Cost:
+        """Memory that lies where the masters lie, by component."""
+        return Cost(host=parts) if share.masters_on_host else Cost(device=parts)
 
     @staticmethod
     def total(costs: Iterable[Cost]) -> Cost:
@@ -118,7 +135,9 @@ class Cost:
         return Cost(
             device=_merged(self.device, other.device),
             host=_merged(self.host, other.host),
+            stepping=_merged(self.stepping, other.stepping),
             saved=self.saved + other.saved,
+            passes=self.passes + other.passes,
             step=self.step + other.step,
             task=self.task + other.task,
             traffic=self.traffic + other.traffic,

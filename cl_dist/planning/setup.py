@@ -57,6 +57,25 @@ class Setup:
         return deepspeed_config(self.recipe, gpu=self.device == "cuda")
 
     @property
+    def gradient_itemsize(self) -> int:
+        """Bytes of an element of the accumulated, reduced gradient."""
+        wanted = self.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+        return 4 if wanted == "fp32" else self.itemsize
+
+    @property
+    def communication_itemsize(self) -> int:
+        """Bytes of an element of the gradient on the network."""
+        sizes = {"fp32": 4, "bf16": 2}
+        return sizes.get(self.deepspeed.get("communication_data_type", ""), self.itemsize)
+
+    @property
+    def whole_float32_gradients(self) -> bool:
+        """Whether DeepSpeed uses `BF16_Optimizer`, which keeps whole float32 gradients on every rank: at stage 1 in
+        bfloat16 with float32 accumulation, without offload (`_do_optimizer_sanity_check` in engine.py).
+        """
+        return self.stage == 1 and self.gradient_itemsize > self.itemsize and not self.recipe.zero.offload
+
+    @property
     def bucket(self) -> int:
         """Elements of the bucket in which gradients are reduced."""
         return int(self.deepspeed["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET))

@@ -9,10 +9,11 @@ allocates inside one operation is not seen.
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from cl_dist.engine.engine import loss_sum
 from cl_dist.models.structure import base_model
+from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
 from cl_dist.sharding.gathers import GatherSchedule
@@ -35,6 +37,7 @@ from cl_dist.tasks.types import IGNORE, Encoded
 
 META = torch.device("meta")
 ACTIVATIONS, GRADIENTS, GATHERED, REDUCTION = "activations", "gradients", "gathered weights", "reduction"
+BUFFERS = "communication buffers"
 
 
 class Ledger:
@@ -163,60 +166,98 @@ def _attention(
 
 
 class Reducer:
-    """What becomes of a gradient once it is complete. This one keeps it until the step is over (stages 0 and 1)."""
+    """What becomes of a gradient once it is complete. This one keeps it until the step is over (stages 0 and 1).
 
-    def __init__(self, ledger: Ledger, storages: Storages) -> None:
-        self.ledger, self._storages = ledger, storages
+    Args:
+        ledger: Gets the bytes.
+        storages: Knows the gradients' memory.
+        buffers: Bytes of the bucket that DeepSpeed allocates at the first gradient (`setup_buckets`) and releases after
+            backward.
+    """
+
+    def __init__(self, ledger: Ledger, storages: Storages, buffers: int) -> None:
+        self.ledger, self._storages, self._buffers = ledger, storages, buffers
+        self._open = False
 
     def take(self, param: nn.Parameter) -> None:
         """A parameter's gradient is complete."""
+        if not self._open:
+            self._open = True
+            self.ledger.add(BUFFERS, self._buffers)
+        self._handle(param)
+
+    def end_micro_batch(self) -> None:
+        """The micro-batch's backward pass is over."""
+        if self._open:
+            self._open = False
+            self.ledger.add(BUFFERS, -self._buffers)
+
+    def end_step(self) -> None:
+        """The optimiser has stepped."""
+
+    def _handle(self, param: nn.Parameter) -> None:
         assert param.grad is not None
         self._storages.call_it(param.grad, GRADIENTS)
-
-    def finish(self) -> None:
-        """The micro-batch's backward pass is over."""
 
 
 class BucketReducer(Reducer):
     """Stages 2 and 3: gradients are copied into a bucket, which is reduced when it is full.
 
-    `reduce_independent_p_g_buckets_and_remove_grads` in DeepSpeed's stage_1_and_2.py and stage3.py. A gradient larger than
-    the bucket stays where it is until the next reduction.
+    `reduce_independent_p_g_buckets_and_remove_grads` in DeepSpeed's stage_1_and_2.py and stage3.py. A gradient larger
+    than the bucket stays where it is until the next reduction.
 
     Args:
         ledger: Gets the bytes.
         storages: Knows the gradients' memory.
+        buffers: See `Reducer`.
         bucket: Elements that the bucket holds.
-        copy_bytes: Bytes per element that a reduction copies its bucket to (0: it does not).
-        reduced: Called after each reduction, with the parameters.
+        copied: Bytes per element that a reduction copies its bucket to.
+        kept: Bytes that every micro-batch's first reduction allocates for what this rank keeps. They are added to those
+            of the micro-batch before, and released.
     """
 
-    def __init__(self, ledger: Ledger, storages: Storages, bucket: int, copy_bytes: int, reduced: Callable[[], None]):
-        super().__init__(ledger, storages)
-        self._bucket, self._copy_bytes, self._reduced = bucket, copy_bytes, reduced
+    def __init__(
+        self, ledger: Ledger, storages: Storages, buffers: int, *, bucket: int, copied: int, kept: int
+    ) -> None:
+        super().__init__(ledger, storages, buffers)
+        self._bucket, self._copied, self._kept = bucket, copied, kept
         self._pending: list[nn.Parameter] = []
         self._elements = 0
+        self._reduced = self._accumulated = False
 
-    def take(self, param: nn.Parameter) -> None:
-        """Copy it into the bucket, after reducing a full one."""
+    def _handle(self, param: nn.Parameter) -> None:
         if self._pending and self._elements + param.numel() > self._bucket:
-            self.finish()
+            self._reduce()
         self._pending.append(param)
         self._elements += param.numel()
         if param.numel() > self._bucket:
-            super().take(param)
+            super()._handle(param)
         else:
             param.grad = None
 
-    def finish(self) -> None:
-        """Reduce what is in the bucket."""
-        if self._pending:
-            copies = len(self._pending) > 1
-            self.ledger.briefly(REDUCTION, self._elements * self._copy_bytes if copies else 0)
-            self._reduced()
+    def _reduce(self) -> None:
+        self.ledger.briefly(REDUCTION, self._elements * self._copied if len(self._pending) > 1 else 0)
+        if not self._reduced:
+            self._reduced = True
+            self.ledger.add(GRADIENTS, self._kept)
         for param in self._pending:
             param.grad = None
         self._pending, self._elements = [], 0
+
+    def end_micro_batch(self) -> None:
+        """Reduce what is left in the bucket."""
+        if self._pending:
+            self._reduce()
+        if self._reduced and self._accumulated:
+            self.ledger.add(GRADIENTS, -self._kept)
+        self._accumulated, self._reduced = self._accumulated or self._reduced, False
+        super().end_micro_batch()
+
+    def end_step(self) -> None:
+        """Release what this rank kept."""
+        if self._accumulated:
+            self.ledger.add(GRADIENTS, -self._kept)
+        self._accumulated = False
 
 
 @dataclass(frozen=True)
@@ -254,7 +295,8 @@ def trace_step(setup: Setup, shape: ModelShape) -> StepTrace:
     saved = 0
     was_training = shape.model.training
     shape.model.train()
-    with schedule.installed() if schedule else nullcontext(), _gradients_go_to(setup, shape, ledger, storages) as end:
+    reducer = _reducer(setup, shape, ledger, storages)
+    with schedule.installed() if schedule else nullcontext(), _gradients_go_to(reducer, shape.model):
         for _ in range(1 if schedule is None else 3):
             fetched.clear()
             ledger.restart()
@@ -262,12 +304,13 @@ def trace_step(setup: Setup, shape: ModelShape) -> StepTrace:
                 if schedule:
                     schedule.gathers.clear()
                 saved = max(saved, _micro_batch(setup, shape, batch, storages, ledger))
-                end()
+                reducer.end_micro_batch()
                 if schedule:
                     schedule.end_micro_batch()
                     fetched.append((schedule.gathers.fetched, schedule.gathers.calls))
             for param in shape.model.parameters():
                 param.grad = None
+            reducer.end_step()
             if schedule:
                 schedule.end_step()
     shape.model.train(was_training)
@@ -278,7 +321,7 @@ def trace_step(setup: Setup, shape: ModelShape) -> StepTrace:
 
 
 def longest_batch(setup: Setup, shape: ModelShape) -> Batch:
-    """A micro-batch of made-up tokens, as long as the recipe allows, on the CPU; the last sample is one token shorter."""
+    """A micro-batch of made-up tokens, as long as the recipe allows, on the CPU."""
     facts = OBJECTIVES[shape.objective].facts
     length, size = setup.tokens, setup.recipe.train.micro_batch_size
     if facts.answer_apart:
@@ -294,8 +337,9 @@ def longest_batch(setup: Setup, shape: ModelShape) -> Batch:
 
 
 def _micro_batch(setup: Setup, shape: ModelShape, batch: Batch, storages: Storages, ledger: Ledger) -> int:
-    """Forward and backward, with the names alive that the engine's step keeps alive; returns the bytes saved between."""
-    import inspect
+    """Forward and backward, with those tensors alive that the engine's step keeps alive; returns the bytes held between
+    the two.
+    """
 
     def run(**inputs: Any) -> Any:
         return shape.model(**tree_map_only(torch.Tensor, lambda tensor: tensor.to(META), inputs))
@@ -310,20 +354,28 @@ def _micro_batch(setup: Setup, shape: ModelShape, batch: Batch, storages: Storag
     return saved
 
 
+def _reducer(setup: Setup, shape: ModelShape, ledger: Ledger, storages: Storages) -> Reducer:
+    """What the stage does with gradients. Stages 1 and 2 allocate their buckets anew for each backward pass."""
+    rank = RankView(setup, shape)
+    copies = 2 if rank.zero.get("overlap_comm", False) else 1
+    dtype = setup.gradient_itemsize if setup.stage == 1 else setup.itemsize
+    buffers = setup.bucket * dtype * copies if setup.stage in (1, 2) and not setup.whole_float32_gradients else 0
+    if setup.stage < 2:
+        return Reducer(ledger, storages, buffers)
+    converted = setup.communication_itemsize if setup.communication_itemsize != setup.itemsize else 0
+    kept = 0 if setup.stage == 3 else rank.step_gradients
+    copied = setup.itemsize + converted
+    return BucketReducer(ledger, storages, buffers, bucket=setup.bucket, copied=copied, kept=kept)
+
+
 @contextmanager
-def _gradients_go_to(
-    setup: Setup, shape: ModelShape, ledger: Ledger, storages: Storages
-) -> Iterator[Callable[[], None]]:
-    """Inside the block, complete gradients go where the stage reduces them; yields what ends a micro-batch."""
-    reducer = Reducer(ledger, storages)
-    if setup.stage >= 2:
-        bucket = int(setup.bucket)
-        reducer = BucketReducer(ledger, storages, bucket, setup.itemsize, lambda: None)
+def _gradients_go_to(reducer: Reducer, model: nn.Module) -> Iterator[None]:
+    """Inside the block, complete gradients go to the reducer."""
     handles = [
-        param.register_post_accumulate_grad_hook(reducer.take) for param in shape.model.parameters() if param.requires_grad
+        param.register_post_accumulate_grad_hook(reducer.take) for param in model.parameters() if param.requires_grad
     ]
     try:
-        yield reducer.finish
+        yield
     finally:
         for handle in handles:
             handle.remove()

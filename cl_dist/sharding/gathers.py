@@ -184,7 +184,7 @@ _MARKS = ("is_external_param", "nvme_swapper", "partition_numel", "all_gather_co
 
 @contextmanager
 def _without_ranks() -> Iterator[None]:
-    """Inside the block, DeepSpeed's schedule neither prints nor compares itself with other ranks, since there are none."""
+    """Inside the block, DeepSpeed's schedule neither prints nor compares itself with other ranks: there are none."""
     from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
     names = ("print_rank_0", "assert_ints_same_as_other_ranks")

@@ -13,6 +13,7 @@ import torch
 
 from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.agem.config import AgemConfig
+from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.protocol import Method, Probe, TaskPlace
 from cl_dist.methods.shared.samples import check_fits_a_step, global_batch, past_samples
 from cl_dist.seeds import derive_seed
@@ -37,6 +38,12 @@ class Agem(Method):
         self._memory: Sequence[Encoded] = ()
         self._probe: Probe | None = None
         self._reference: dict[str, torch.Tensor] = {}
+
+    def cost(self, share: RankShare) -> Cost:
+        """A second gradient of what this rank owns. From the second task on, every step also has the collectives of the
+        reference's forward and backward pass, which are those of the step itself.
+        """
+        return Cost(device={"agem's reference": share.gradient_bytes * share.elements}, passes=1)
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Check that the reference samples fit into a step."""

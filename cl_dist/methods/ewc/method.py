@@ -15,6 +15,7 @@ import torch
 
 from cl_dist.config.schema import TrainConfig
 from cl_dist.heartbeat import beat
+from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.ewc.config import EwcConfig
 from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.methods.shared.samples import check_fits_a_step
@@ -36,6 +37,11 @@ class Ewc(Method):
     def __init__(self, config: EwcConfig) -> None:
         super().__init__(config)
         self._holds_back = False
+
+    def cost(self, share: RankShare) -> Cost:
+        """Fisher information and anchors in float32, and a task's own information while it is measured at its end."""
+        kept = 8 * share.elements
+        return Cost.beside_masters(share, {"ewc's information and anchors": kept}) + Cost(saved=kept)
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Allocate zero Fisher information and anchors along the masters, also for a rebuilt engine."""

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from peft import PeftModel
 
 from cl_dist.config.schema import TrainConfig
+from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.protocol import Method
-from cl_dist.models.lora import frozen_adapters, grow_adapters
+from cl_dist.models.lora import LORA_A, LORA_B, frozen_adapters, grow_adapters
 from cl_dist.sharding import Shard, ShardView
 
 
 class IncLora(Method):
     """One adapter per task, with their outputs summed. Only the newest is trained (and a classifier's head)."""
+
+    def cost(self, share: RankShare) -> Cost:
+        """At the last task, the frozen adapters of all earlier ones, sharded at stage 3. Each rank saves an even share."""
+        shapes = [shape for name, shape in share.shapes.items() if LORA_A in name or LORA_B in name]
+        adapters = sum(math.prod(shape) for shape in shapes)
+        frozen = max(0, share.tasks - 1) * adapters * share.itemsize
+        even = frozen if share.replicated else frozen // share.world
+        return Cost(device={"earlier adapters": even if share.stage == 3 else frozen}, saved=even)
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Remember the model, which gets more adapters over time."""

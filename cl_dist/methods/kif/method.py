@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from cl_dist.config.schema import TrainConfig
+from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.kif.fusion import MixedWeights, UnitScores
 from cl_dist.methods.kif.importance import Importance
@@ -28,6 +29,10 @@ class Kif(UnitMethod):
         super().__init__(config)
         self.config: KifConfig
         self._step = 0
+
+    def cost(self, share: RankShare) -> Cost:
+        """One pair of states, one copy of the weights, five numbers per unit (`UnitScores`)."""
+        return self._cost(share, states=1, copies=1, scores=5)
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Allocate importance, scores and a copy of the previous weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from cl_dist.config.schema import TrainConfig
+from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.kif.config import UnitConfig
 from cl_dist.methods.kif.importance import Importance
 from cl_dist.methods.kif.units import UnitMap
@@ -71,6 +73,30 @@ class UnitMethod(Method):
         self._stepped = SteppedGradients(shards, self._take_stepped) if config.importance_at == "after_update" else None
         self._measured: Importance | None = None
         """Receives the step's importance once the optimiser has stepped."""
+
+    def _cost(self, share: RankShare, *, states: int, copies: int, scores: int, fusions: int = 1) -> Cost:
+        """Cost of `states` pairs of importance and deviation, `copies` of the weights and `scores` numbers per unit.
+
+        Every step, LoRA's matrices are summed over the ranks for the penalty. A fusion sums the scores of each pair and
+        gathers the fused weights.
+        """
+        is_lora = any(LORA_A in name for name in share.shapes)
+        units = UnitMap.build(share.shapes, self.config.units_for(is_lora), row_layouts(share.model))
+        itemsize = 2 if self.config.importance_dtype == "bfloat16" else 4
+        importance = states * 2 * itemsize * share.elements
+        kept = copies * 4 * share.elements
+        penalised = 0
+        if self.config.orthogonal_for(is_lora) > 0 and not share.replicated:
+            matrices = (shape for name, shape in share.shapes.items() if LORA_A in name or LORA_B in name)
+            penalised = sum(4 * math.prod(shape) for shape in matrices)
+        slices = 8 * sum(part.count for part in units.parts.values())
+        found = Cost(
+            host={f"{self.config.name}'s kept weights": kept, f"{self.config.name}'s scores": 8 * scores * len(units)},
+            saved=importance + kept,
+            step=(share.all_reduce(penalised, "LoRA's matrices for the penalty"),) if penalised else (),
+            task=(*[share.sum_over_ranks(slices, "scores of units")] * states, *share.publish()) * fusions,
+        )
+        return found + Cost.beside_masters(share, {f"{self.config.name}'s importance": importance})
 
     def detach(self) -> None:
         """Remove the hook from the optimiser."""

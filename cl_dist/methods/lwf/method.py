@@ -11,6 +11,7 @@ import torch
 
 from cl_dist.config.schema import TrainConfig
 from cl_dist.heartbeat import beat
+from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.lwf.config import LwfConfig
 from cl_dist.methods.lwf.responses import Responses, divergence_sum, join, respond
 from cl_dist.methods.protocol import Method, Probe, TaskPlace
@@ -35,6 +36,11 @@ class Lwf(Method):
         super().__init__(config)
         self._old: dict[int, Responses] = {}
         self._probe: Probe | None = None
+
+    def cost(self, share: RankShare) -> Cost:
+        """A copy of the weights. The old model's responses come on top, which depend on the data (`start_message`)."""
+        kept = 4 * share.elements
+        return Cost(host={"lwf's kept weights": kept}, saved=kept)
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Allocate memory for the weights at the start of a task, with which a resume records the responses again."""

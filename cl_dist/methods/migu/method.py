@@ -19,6 +19,7 @@ from torch import nn
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.kernels import RowLayout, RowMask, kept_rows, mask_rows_, topk_row_masks
+from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.methods.migu.magnitudes import MagnitudeSums, Plan
 from cl_dist.methods.migu.untracked import Untracked
@@ -35,6 +36,7 @@ from cl_dist.sharding import RowFreezer, ShardView
 if TYPE_CHECKING:
     from cl_dist.tasks.collate import Batch
 
+_FLOAT64 = _INT64 = 8  # bytes
 _MODULUS = 1 << 20  # fingerprints h < 2^20, h^2 < 2^40: exact sums for up to 2^13 ranks
 
 
@@ -54,6 +56,26 @@ class Migu(Method):
         self._masks_this_task = False
         self._step = 0
         self._micro_batch = 0
+
+    def cost(self, share: RankShare) -> Cost:
+        """Sums of magnitudes, the chosen rows and their mask; one all-reduce of the sums, and of what checks them.
+
+        With `mask: update`, the dropped rows of masters and moments are copied while the optimiser steps.
+        """
+        layers = tracked_layers(share.model, self.config.layers)
+        sizes = [size for layer in layers.values() for size in layer.sizes]
+        rows, kept = sum(sizes), sum(kept_rows(size, self.config.threshold) for size in sizes)
+        message = _FLOAT64 * (rows + len(sizes) + len(layers) + 2)
+        times = share.train.gradient_accumulation if self.config.mask_scope == "micro_batch" else 1
+        frozen: dict[str, int] = {}
+        if self.config.mask == "update":
+            owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
+            frozen = {"MIGU's frozen rows": 3 * 4 * round(owned * (1 - kept / rows))}
+        return Cost(
+            device={"MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)), "MIGU's masks": rows + _INT64 * kept},
+            stepping=frozen,
+            step=(share.all_reduce(message * times, "MIGU's magnitudes", times),),
+        )
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Hook the tracked layers, and let them skip rows if the recipe allows it."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 
+from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.inclora.method import IncLora
 from cl_dist.methods.olora.config import OLoraConfig
 from cl_dist.methods.protocol import TaskPlace
@@ -24,6 +26,15 @@ class OLora(IncLora):
     def __init__(self, config: OLoraConfig) -> None:
         super().__init__(config)
         self.config: OLoraConfig
+
+    def cost(self, share: RankShare) -> Cost:
+        """In addition to IncLoRA's, every earlier lora_A whole on each rank; per step, the new matrices are summed."""
+        sizes = {name: math.prod(shape) for name, shape in share.shapes.items() if LORA_A in name or LORA_B in name}
+        of_a = sum(size for name, size in sizes.items() if LORA_A in name)
+        summed = 4 * (sum(sizes.values()) if self.config.lambda2 > 0 else of_a)
+        past = max(0, share.tasks - 1) * of_a * share.itemsize
+        step = () if share.replicated else (share.all_reduce(summed, "new adapters for the penalty"),)
+        return super().cost(share) + Cost(device={"earlier lora_A for the penalty": past}, step=step)
 
     def before_task(self, place: TaskPlace) -> None:
         """Set up the penalty, now that the new adapter and the old ones are in place."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from cl_dist.config.schema import TrainConfig
+from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.kif.fusion import MixedWeights, mask_shares, minmax, shares_of
 from cl_dist.methods.kif.importance import Importance, slice_sums
 from cl_dist.methods.kif.unit_method import UnitMethod
@@ -36,6 +37,10 @@ class RecurrentKif(UnitMethod):
         self.config: RecurrentKifConfig
         self._place = TaskPlace(0, "", 0)
         self._step, self._outer = -1, False
+
+    def cost(self, share: RankShare) -> Cost:
+        """Two pairs of states, two copies of the weights, six numbers per unit; the collectives of one fusion."""
+        return self._cost(share, states=2, copies=2, scores=6)
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Allocate the importance of inner and outer steps, scores and two copies of the weights."""
