@@ -33,6 +33,8 @@ class Efficiency:
     """Of PCIe, with pinned memory."""
     host: float = 0.5
     """Of the host's memory bandwidth, in an optimiser on the CPU."""
+    overlap: float = 0.8
+    """Of communication that DeepSpeed overlaps with arithmetic: the share that really hides."""
     latency: float = 30e-6
     """Seconds that every collective takes in addition."""
     usable_memory: float = 0.92

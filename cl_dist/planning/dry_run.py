@@ -23,9 +23,10 @@ from cl_dist.methods.composed import compose
 from cl_dist.methods.rehearsal import Rehearsal
 from cl_dist.models.structure import base_model
 from cl_dist.models.training_mode import evaluation_mode
+from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
-from cl_dist.sharding.maps import PARAMETER_ALIGNMENT_BYTES, SUB_GROUP_SIZE, ShardMap
+from cl_dist.sharding.maps import ShardMap
 
 STAGES = (0, 1, 2, 3)
 QUANTITIES = 3
@@ -50,20 +51,9 @@ class DryRun:
         return not self.problems
 
 
-def planned_shards(setup: Setup, shape: ModelShape, stage: int | None = None) -> ShardMap:
+def planned_shards(setup: Setup, shape: ModelShape, stage: Any = None) -> ShardMap:
     """The pieces of all ranks, at the recipe's stage or another."""
-    zero = setup.deepspeed["zero_optimization"]
-    sums = setup.deepspeed.get("data_types", {}).get("grad_accum_dtype")
-    stage = setup.stage if stage is None else stage
-    # Stage 1 in bfloat16 with float32 sums has another optimiser (BF16_Optimizer), which ignores the alignment.
-    aligned = zero.get("parameter_alignment", False) and not (stage == 1 and setup.itemsize == 2 and sums == "fp32")
-    return ShardMap(
-        [{each.name: each.numel for each in group} for group in shape.groups],
-        stage,
-        setup.world,
-        parameter_alignment=PARAMETER_ALIGNMENT_BYTES // setup.itemsize if aligned else 1,
-        sub_group_size=int(zero.get("sub_group_size", SUB_GROUP_SIZE)),
-    )
+    return RankView(setup if stage is None else setup.varied(stage=stage), shape).map
 
 
 def dry_run(setup: Setup, shape: ModelShape, samples: Mapping[str, int] | None = None) -> DryRun:
@@ -197,7 +187,7 @@ def _check_buckets(setup: Setup, shape: ModelShape, found: DryRun) -> None:
     """Parameters that do not fit into a bucket are reduced by themselves."""
     if setup.stage == 0:
         return
-    size = int(setup.deepspeed["zero_optimization"].get("reduce_bucket_size", 5e8))
+    size = setup.bucket
     large = {name: each.numel for name, each in shape.trainable.items() if each.numel > size}
     if large:
         name, numel = max(large.items(), key=lambda item: item[1])

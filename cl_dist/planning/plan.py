@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from cl_dist.errors import BadInput
-from cl_dist.methods.cost import Collective
 from cl_dist.planning.devices import EFFICIENCY, Device
-from cl_dist.planning.dry_run import planned_shards
-from cl_dist.planning.memory import Memory, method_cost, plan_memory
+from cl_dist.planning.memory import Memory, plan_memory
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
 from cl_dist.planning.step_time import Arithmetic, StepTime, predict_step, with_length
 from cl_dist.planning.stream_time import StreamSize, StreamTime, predict_stream
-from cl_dist.planning.wire import Wire, plan_wire
+from cl_dist.planning.trace import StepTrace, trace_step
+from cl_dist.planning.wire import Wire, on_the_link, plan_wire
 
 GIB = 2**30
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 """Samples per rank and forward pass that are considered, beside the recipe's own."""
 STAGES = (0, 1, 2, 3)
+ALIKE = 1.03
+"""Times that differ by less are taken for equal."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Of one saved state, over all ranks."""
-        return sum(self.memory.disk.values())
+        return self.memory.checkpoint
 
     @cached_property
     def obstacles(self) -> tuple[str, ...]:
@@ -77,8 +78,7 @@ class Plan:
 
     def wire_bytes(self) -> int:
         """Bytes that each rank sends in a step."""
-        world = self.setup.world
-        return sum(each.on_the_link(world) for each in (*self.wire.step, *self.wire.methods_step))
+        return on_the_link((*self.wire.step, *self.wire.methods_step), self.setup.world)
 
     def settings(self) -> dict[str, Any]:
         """What distinguishes it from other plans."""
@@ -114,48 +114,52 @@ class Planner:
         self.setup, self.shape, self.device, self.stream = setup, shape, device, stream
         self._describe = describe
         self._shapes = {setup.recipe.train.activation_checkpointing: shape}
+        self._traces: dict[tuple[int, int, int, bool], StepTrace] = {}
 
-    def plan(self, setup: Setup) -> Plan:
-        """The plan of one set-up."""
+    def plan(self, setup: Setup, trace: StepTrace | None = None) -> Plan:
+        """The plan of one set-up; `trace`: what its step allocates, if that is known approximately."""
         shape = self._shape_for(setup)
-        return self._plan(setup, shape, plan_memory(setup, shape), plan_wire(setup, shape))
-
-    def _plan(self, setup: Setup, shape: ModelShape, memory: Memory, wire: Wire) -> Plan:
-        cost = method_cost(setup, shape)
+        trace = self._traced(setup) if trace is None else trace
+        memory, wire = plan_memory(setup, shape, trace), plan_wire(setup, shape, trace)
         arithmetic = Arithmetic(shape)
-        owned = sum(planned_shards(setup, shape).flat_numels)
 
         def step_of(length: float, answer: float) -> StepTime:
-            return predict_step(with_length(setup, length, answer), shape, self.device, wire, cost, owned, arithmetic)
+            return predict_step(with_length(setup, shape, length, answer), shape, self.device, wire, arithmetic)
 
         if isinstance(self.stream, str):
-            return Plan(
-                setup, self.device, memory, wire, predict_step(setup, shape, self.device, wire, cost, owned, arithmetic)
-            )
-        saved = sum(memory.disk.values())
+            return Plan(setup, self.device, memory, wire, predict_step(setup, shape, self.device, wire, arithmetic))
+        stream = predict_stream(setup, self.stream, step_of, self.device, arithmetic, memory.checkpoint)
         time = step_of(self.stream.length, self.stream.answer)
-        stream = predict_stream(setup, self.stream, step_of, self.device, arithmetic, saved)
         return Plan(setup, self.device, memory, wire, time, stream)
 
     def alternatives(self) -> list[Plan]:
-        """For every stage, offload and checkpointing: the fastest micro-batch that fits, else the smallest one. Those
-        that fit come first, and the fastest of them before the others. The global batch stays the recipe's.
+        """For every stage, offload and checkpointing: the best micro-batch. Those that fit come first, the recommended
+        one before the others. The global batch stays the recipe's.
         """
         chosen = [
-            min(plans, key=_preference)
+            preferred(plans)
             for stage in STAGES
             for offload in ((False, True) if stage else (False,))
             for checkpointing in (False, True)
             if (plans := list(self._micro_batches(stage, offload, checkpointing)))
         ]
-        return sorted(chosen, key=_preference)
+        ordered = sorted(chosen, key=_rank)
+        while ordered:
+            best = preferred(ordered)
+            if not best.fits:
+                break
+            # What is recommended is worked out exactly.
+            exact = self.plan(best.setup)
+            ordered[ordered.index(best)] = exact
+            if exact.fits:
+                return [exact, *(each for each in sorted(ordered, key=_rank) if each is not exact)]
+        return sorted(ordered, key=_rank)
 
     def _micro_batches(self, stage: Any, offload: bool, checkpointing: bool) -> Iterator[Plan]:
         """Plans that differ in the micro-batch.
 
-        Memory and communication are worked out for the smallest and the largest one. Memory is linear in the
-        micro-batch at every moment of a step, so its peak is convex, and what lies between is at most what a straight
-        line says. Communication is linear in the number of micro-batches.
+        Only the smallest and the largest micro-batch are traced. Memory is linear in the micro-batch at every moment of
+        a step, so its peak is convex, and what lies between is at most what a straight line says.
         """
         train = self.setup.recipe.train
         per_rank = train.micro_batch_size * train.gradient_accumulation
@@ -171,18 +175,35 @@ class Planner:
                 )
                 for size in sizes
             ]
-            shape = self._shape_for(setups[0])
+            self._shape_for(setups[0])
         except (BadInput, ValueError):  # settings that exclude each other, or a model without checkpointing
             return
-        few, often = plan_memory(setups[0], shape), plan_wire(setups[0], shape)
-        many, seldom = few, often
-        if len(setups) > 1:
-            many, seldom = plan_memory(setups[-1], shape), plan_wire(setups[-1], shape)
+        small, large = self._traced(setups[0]), None
+        if len(sizes) > 1:
+            large = self._traced(setups[-1]) if stage < 3 else self._like_stage_2(setups, small)
         for size, setup in zip(sizes, setups, strict=True):
-            memory = _between(few, many, _place(size, sizes[0], sizes[-1]))
-            steps = setup.recipe.train.gradient_accumulation
-            wire = _wire_between(often, seldom, _place(steps, per_rank // sizes[0], per_rank // sizes[-1]))
-            yield self._plan(setup, shape, memory, wire)
+            trace = small if large is None else _between(small, large, (size - sizes[0]) / (sizes[-1] - sizes[0]))
+            times = setup.recipe.train.gradient_accumulation * sizes[0] / per_rank
+            trace = replace(trace, fetched=round(small.fetched * times), fetches=round(small.fetches * times))
+            yield self.plan(setup, trace)
+
+    def _like_stage_2(self, setups: Sequence[Setup], small: StepTrace) -> StepTrace:
+        """The trace of the largest micro-batch at stage 3, which takes many times as long as at stage 2: activations
+        grow by as much, and the gathered weights do not.
+        """
+        ends = [self._traced(each.varied(stage=2, offload=False)).peak for each in (setups[0], setups[-1])]
+        growth = {kind: max(0, size - ends[0].get(kind, 0)) for kind, size in ends[1].items()}
+        return replace(
+            small, peak={kind: small.peak.get(kind, 0) + growth.get(kind, 0) for kind in {**small.peak, **growth}}
+        )
+
+    def _traced(self, setup: Setup) -> StepTrace:
+        train = setup.recipe.train
+        kind = max(1, setup.stage)  # the first two treat gradients alike, wherever the optimiser's state is
+        key = (kind, train.micro_batch_size, train.gradient_accumulation, train.activation_checkpointing)
+        if key not in self._traces:
+            self._traces[key] = trace_step(setup, self._shape_for(setup))
+        return self._traces[key]
 
     def _shape_for(self, setup: Setup) -> ModelShape:
         key = setup.recipe.train.activation_checkpointing
@@ -191,45 +212,27 @@ class Planner:
         return self._shapes[key]
 
 
-def _preference(plan: Plan) -> tuple[bool, float, int, int]:
-    """Smaller is better: what fits, then what is faster; what does not fit, by how little memory it needs."""
-    size = plan.setup.recipe.train.micro_batch_size
-    if plan.fits:
-        return False, plan.time.seconds, plan.device_bytes, size
-    return True, float(plan.device_bytes), plan.host_bytes, size
+def preferred(plans: Sequence[Plan]) -> Plan:
+    """The fastest plan that fits. Among those that are as fast within what a prediction can tell, the one that sends
+    least, and then the one that needs least memory. If none fits, the one that needs least memory.
+    """
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        return min(plans, key=_rank)
+    limit = ALIKE * min(plan.time.seconds for plan in fitting)
+    alike = [plan for plan in fitting if plan.time.seconds <= limit]
+    return min(alike, key=lambda plan: (plan.setup.recipe.zero.offload, plan.wire_bytes(), plan.device_bytes))
 
 
-def _place(value: int, first: int, last: int) -> float:
-    """Where a value lies between two others: 0 at the first, 1 at the last."""
-    return 0.0 if first == last else (value - first) / (last - first)
+def _rank(plan: Plan) -> tuple[bool, float]:
+    """Smaller is better: what fits, by its time; what does not, by how much memory it needs."""
+    return not plan.fits, plan.time.seconds if plan.fits else float(plan.device_bytes)
 
 
-def _between(low: Memory, high: Memory, place: float) -> Memory:
-    def mixed(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-        names = dict.fromkeys((*one, *other))
-        return {name: round((1 - place) * one.get(name, 0) + place * other.get(name, 0)) for name in names}
-
-    return Memory(mixed(low.device, high.device), mixed(low.host, high.host), mixed(low.disk, high.disk))
-
-
-def _wire_between(often: Wire, seldom: Wire, place: float) -> Wire:
-    def mixed(one: tuple[Collective, ...], other: tuple[Collective, ...]) -> tuple[Collective, ...]:
-        if len(one) != len(other):
-            return one if place < 0.5 else other
-        return tuple(
-            replace(
-                a,
-                bytes=round((1 - place) * a.bytes + place * b.bytes),
-                calls=round((1 - place) * a.calls + place * b.calls),
-            )
-            for a, b in zip(one, other, strict=True)
-        )
-
-    return Wire(
-        mixed(often.step, seldom.step),
-        mixed(often.methods_step, seldom.methods_step),
-        mixed(often.methods_task, seldom.methods_task),
-    )
+def _between(small: StepTrace, large: StepTrace, place: float) -> StepTrace:
+    kinds = {**small.peak, **large.peak}
+    mixed = {kind: (1 - place) * small.peak.get(kind, 0) + place * large.peak.get(kind, 0) for kind in kinds}
+    return replace(small, peak={kind: round(size) for kind, size in mixed.items()})
 
 
 def gib(size: float) -> str:

@@ -19,9 +19,11 @@ from functools import cached_property
 
 from torch import nn
 
+from cl_dist.config.objectives import FACTS
 from cl_dist.methods.cost import Collective, Cost
 from cl_dist.models.structure import base_model, head_prefixes, is_below
 from cl_dist.planning.devices import EFFICIENCY, Device
+from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
 from cl_dist.planning.wire import Wire
@@ -114,12 +116,13 @@ class Arithmetic:
 
 def _tokens(setup: Setup, place: str) -> int:
     """Tokens of a micro-batch that run through a product."""
-    micro = setup.recipe.train.micro_batch_size
+    micro, longest = setup.recipe.train.micro_batch_size, setup.recipe.train.max_target_length
     if place == "input":
         return micro * setup.tokens
-    answer = setup.answer or setup.recipe.train.max_target_length
+    if place == "target":
+        return micro * (setup.answer or longest)
     # A decoder's head runs over each position that predicts an answer of any sample, for every sample.
-    return micro * answer if place == "target" else micro * min(setup.tokens, micro * answer)
+    return micro * min(setup.tokens, setup.answer or micro * longest)
 
 
 def _products(shape: ModelShape) -> Iterator[Product]:
@@ -145,9 +148,7 @@ def _products(shape: ModelShape) -> Iterator[Product]:
             yield Product(full, numel, parameter.requires_grad, place)
 
 
-def predict_step(
-    setup: Setup, shape: ModelShape, device: Device, wire: Wire, cost: Cost, owned: int, arithmetic: Arithmetic
-) -> StepTime:
+def predict_step(setup: Setup, shape: ModelShape, device: Device, wire: Wire, arithmetic: Arithmetic) -> StepTime:
     """The time of one optimiser step.
 
     Args:
@@ -155,41 +156,38 @@ def predict_step(
         shape: Its model.
         device: What each rank trains on.
         wire: The step's collectives.
-        cost: What the methods add.
-        owned: Elements whose master weight the busiest rank owns.
         arithmetic: The model's products.
 
     Raises:
         BadInput: The device lacks the recipe's precision.
     """
-    train, share = setup.recipe.train, _ranks_on_device(setup, device)
+    train, share, rank = setup.recipe.train, _ranks_on_device(setup, device), RankView(setup, shape)
+    cost = rank.methods
     peak = device.peak(train.dtype, getattr(train, "tf32", False)) * EFFICIENCY.arithmetic / share
     memory = device.bandwidth * EFFICIENCY.memory / share
-    micro_batches = train.gradient_accumulation
+    micro_batches, passes = train.gradient_accumulation, train.gradient_accumulation * (1 + cost.passes)
 
     # Each pass reads the weights once; with few tokens that takes longer than the arithmetic.
     forward = max(arithmetic.forward_flop(setup) / peak, shape.nbytes / memory)
     backward = max(arithmetic.backward_flop(setup, cost) / peak, 2 * shape.nbytes / memory)
     recomputed = forward if train.activation_checkpointing else 0.0
     tokens = train.micro_batch_size * setup.tokens
-    methods = cost.token_traffic * tokens / memory
 
     low = LOW_PRECISION_BYTES if setup.itemsize < 4 else 0
-    traffic = (ADAMW_BYTES + low) * owned + cost.traffic
+    traffic = (ADAMW_BYTES + low) * rank.owned + cost.traffic
     transfers = 0.0
     if setup.recipe.zero.offload and device.kind == "cuda":
         optimizer = traffic / (device.host_bandwidth * EFFICIENCY.host / setup.ranks_per_node)
-        transfers = 2 * owned * setup.itemsize / (device.pcie * EFFICIENCY.pcie)
+        transfers = 2 * rank.owned * setup.itemsize / (device.pcie * EFFICIENCY.pcie)
     else:
         optimizer = traffic / memory
 
-    work = micro_batches * (forward + backward + recomputed)
-    hidden, exposed = _communication(setup, device, wire, work)
+    hidden, exposed = _communication(setup, device, wire, passes * (forward + backward + recomputed))
     return StepTime(
-        forward=micro_batches * forward,
-        backward=micro_batches * backward,
-        recomputed=micro_batches * recomputed,
-        methods=micro_batches * methods,
+        forward=passes * forward,
+        backward=passes * backward,
+        recomputed=passes * recomputed,
+        methods=micro_batches * cost.token_traffic * tokens / memory,
         optimizer=optimizer,
         communication=exposed,
         hidden=hidden,
@@ -216,7 +214,7 @@ def _communication(setup: Setup, device: Device, wire: Wire, work: float) -> tup
             hides += seconds
         else:
             waits += seconds
-    hidden = min(hides, work)
+    hidden = min(hides * EFFICIENCY.overlap, work)
     return hidden, waits + hides - hidden
 
 
@@ -229,11 +227,11 @@ def collective_seconds(collective: Collective, setup: Setup, device: Device) -> 
     return sent / (slowest * EFFICIENCY.link) + collective.calls * EFFICIENCY.latency
 
 
-def with_length(setup: Setup, length: float, answer: float) -> Setup:
+def with_length(setup: Setup, shape: ModelShape, length: float, answer: float) -> Setup:
     """The same run with samples of another length, in tokens."""
     train = setup.recipe.train
-    return replace(
-        setup,
-        length=max(1, min(train.max_length, round(length))),
-        answer=max(1, min(train.max_target_length, round(answer))),
-    )
+    tokens = max(2, min(train.max_length, round(length)))
+    target = max(1, min(train.max_target_length, round(answer)))
+    if not FACTS[shape.objective].answer_apart:  # positions at which any sample of the micro-batch has an answer
+        target = min(tokens - 1, target * train.micro_batch_size)
+    return replace(setup, length=tokens, answer=target)

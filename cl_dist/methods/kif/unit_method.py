@@ -95,6 +95,8 @@ class UnitMethod(Method):
             saved=importance + kept,
             step=(share.all_reduce(penalised, "LoRA's matrices for the penalty"),) if penalised else (),
             task=(*[share.sum_over_ranks(slices, "scores of units")] * states, *share.publish()) * fusions,
+            # A step reads weight and gradient, and reads and writes one pair of states.
+            traffic=(8 + 2 * 2 * itemsize) * share.elements,
         )
         return found + Cost.beside_masters(share, {f"{self.config.name}'s importance": importance})
 

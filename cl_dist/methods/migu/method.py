@@ -60,7 +60,8 @@ class Migu(Method):
     def cost(self, share: RankShare) -> Cost:
         """Sums of magnitudes, the chosen rows and their mask; one all-reduce of the sums, and of what checks them.
 
-        With `mask: update`, the dropped rows of masters and moments are copied while the optimiser steps.
+        With `mask: update`, the dropped rows of masters and moments are copied while the optimiser steps, and back.
+        Magnitudes read every output once. Backward skips the dropped rows where the mask is known in time.
         """
         layers = tracked_layers(share.model, self.config.layers)
         sizes = [size for layer in layers.values() for size in layer.sizes]
@@ -75,7 +76,25 @@ class Migu(Method):
             device={"MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)), "MIGU's masks": rows + _INT64 * kept},
             stepping=frozen,
             step=(share.all_reduce(message * times, "MIGU's magnitudes", times),),
+            traffic=4 * sum(frozen.values()),
+            token_traffic=rows * share.itemsize,
+            skipped=self._skipped_shares(layers, share.train),
         )
+
+    def _skipped_shares(self, layers: Mapping[str, TrackedLayer], train: TrainConfig) -> dict[str, float]:
+        """The share of each weight's gradient that backward does not compute."""
+        if not self._skips_rows(train):
+            return {}
+        return {
+            layer.weight: 1 - kept_rows(layer.layout.rows, self.config.threshold) / layer.layout.rows
+            for layer in layers.values()
+            if layer.kind.skips(layer.module)
+        }
+
+    def _skips_rows(self, train: TrainConfig) -> bool:
+        """Whether the rows are known before backward, which can then skip the others."""
+        known_in_time = train.gradient_accumulation == 1 or self.config.mask_scope == "micro_batch"
+        return self.config.skip_rows and known_in_time
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Hook the tracked layers, and let them skip rows if the recipe allows it."""
@@ -148,8 +167,8 @@ class Migu(Method):
         self._layouts = self._row_layouts()
         self._freezer = RowFreezer(self._shards, self._layouts) if config.mask == "update" else None
         self._note_not_skipped()
-        known_in_time = self._train.gradient_accumulation == 1 or config.mask_scope == "micro_batch"
-        self._skipper = RowSkipper(self._skippable(), config.mask_bias) if config.skip_rows and known_in_time else None
+        skips = self._skips_rows(self._train)
+        self._skipper = RowSkipper(self._skippable(), config.mask_bias) if skips else None
         for tap in self._sums.taps.values():
             tap.skips = self._skipper is not None
         self._mask_from_here()
