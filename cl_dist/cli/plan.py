@@ -73,7 +73,9 @@ def plan(arguments: Namespace) -> int:
     target = None if arguments.write is None else _new_file(arguments.write)
     recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes)
     recipe = resolve_order(recipe, recipe_dir)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: a plan never asks the network
+    # Before transformers and DeepSpeed are imported: a plan never asks the network, nor for this machine's devices.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
     from cl_dist.planning import report
     from cl_dist.planning.dry_run import dry_run

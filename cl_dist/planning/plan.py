@@ -158,8 +158,8 @@ class Planner:
     def _micro_batches(self, stage: Any, offload: bool, checkpointing: bool) -> Iterator[Plan]:
         """Plans that differ in the micro-batch.
 
-        Only the smallest and the largest micro-batch are traced. Memory is linear in the micro-batch at every moment of
-        a step, so its peak is convex, and what lies between is at most what a straight line says.
+        Only the smallest and the largest micro-batch are traced. What lies between is estimated by a straight line: at
+        every moment of a step memory is linear in the micro-batch, but for the logits of short answers.
         """
         train = self.setup.recipe.train
         per_rank = train.micro_batch_size * train.gradient_accumulation
@@ -192,10 +192,8 @@ class Planner:
         grow by as much, and the gathered weights do not.
         """
         ends = [self._traced(each.varied(stage=2, offload=False)).peak for each in (setups[0], setups[-1])]
-        growth = {kind: max(0, size - ends[0].get(kind, 0)) for kind, size in ends[1].items()}
-        return replace(
-            small, peak={kind: small.peak.get(kind, 0) + growth.get(kind, 0) for kind in {**small.peak, **growth}}
-        )
+        grown = {kind: small.peak.get(kind, 0) + max(0, ends[1][kind] - ends[0].get(kind, 0)) for kind in ends[1]}
+        return replace(small, peak={**small.peak, **grown})
 
     def _traced(self, setup: Setup) -> StepTrace:
         train = setup.recipe.train

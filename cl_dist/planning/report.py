@@ -152,7 +152,7 @@ def _time(planner: Planner, own: Plan, columns: int) -> Iterator[str]:
     save = own.checkpoint_bytes / EFFICIENCY.storage
     yield from _entry("checkpoint", f"{gib(own.checkpoint_bytes)} GiB in all, {save:.3g} s (predicted)", columns)
     if own.stream is None:
-        text = f"not known, because the data is not here ({stream}); give --samples N"
+        text = f"not known, because the data is not here ({stream.partition(';')[0]}); give --samples N"
     else:
         assert not isinstance(stream, str)
         times = own.stream
@@ -218,7 +218,8 @@ def _assumptions() -> str:
     each = EFFICIENCY
     return (
         f"a step reaches {each.arithmetic:.0%} of the device's matrix peak, {each.memory:.0%} of its memory bandwidth, "
-        f"{each.link:.0%} of its links and {each.pcie:.0%} of PCIe; {each.latency * 1e6:.0f} µs a collective; "
+        f"{each.link:.0%} of its links and {each.pcie:.0%} of PCIe; {each.overlap:.0%} of the communication that "
+        f"DeepSpeed overlaps hides behind arithmetic; {each.latency * 1e6:.0f} µs a collective; "
         f"{each.storage / 1e9:g} GB/s to storage; a run can use {each.usable_memory:.0%} of the device's memory; "
         f"{CHARACTERS_PER_TOKEN:g} characters a token; nothing here was measured on the device"
     )

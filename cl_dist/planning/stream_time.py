@@ -127,7 +127,7 @@ def _assumed(recipe: Recipe, samples: int) -> StreamSize:
         for task in recipe.stream.tasks
     )
     scored = f"{evaluation} to score (stream.max_eval_samples)" if evaluation else "evaluation is not counted"
-    words = f"--samples {samples} for each of {len(sizes)} tasks, of train.max_length tokens; {scored}"
+    words = f"--samples {samples} for each task ({len(sizes)}), of train.max_length tokens; {scored}"
     return StreamSize(sizes, words, measured=False)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cl_dist.config.schema import LoraConfig, TrainConfig
 from cl_dist.engine.distributed import join
-from cl_dist.engine.settings import optimizer_groups, build_adamw
+from cl_dist.engine.settings import build_adamw, optimizer_groups
 from cl_dist.models.builtin import builtin_config
 from cl_dist.models.lora import add_lora
 from cl_dist.sharding import ShardView
