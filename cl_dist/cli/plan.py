@@ -15,6 +15,7 @@ from cl_dist.config.files import expand
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
+from cl_dist.planning.devices import Device, find_device
 from cl_dist.state.atomic import advising, write_text
 from cl_dist.tasks.orders import resolve_order
 
@@ -73,6 +74,8 @@ def plan(arguments: Namespace) -> int:
     target = None if arguments.write is None else _new_file(arguments.write)
     recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes)
     recipe = resolve_order(recipe, recipe_dir)
+    device = find_device(arguments.device)
+    device.peak(recipe.train.dtype)  # refuses a precision that the device does not have
     # Before transformers and DeepSpeed are imported: a plan never asks the network, nor for this machine's devices.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -82,7 +85,7 @@ def plan(arguments: Namespace) -> int:
     from cl_dist.planning.stream_time import counts
 
     name = Path(arguments.recipe).stem
-    planner = _planner(arguments, recipe, recipe_dir)
+    planner = _planner(arguments, recipe, recipe_dir, device)
     found = dry_run(planner.setup, planner.shape, counts(planner.stream)) if arguments.dry_run else None
     own, others = planner.plan(planner.setup), planner.alternatives()
     best = next((each for each in others if each.fits), None)
@@ -124,17 +127,14 @@ def _new_file(name: str) -> Path:
     return path
 
 
-def _planner(arguments: Namespace, recipe: Recipe, recipe_dir: Path) -> Planner:
+def _planner(arguments: Namespace, recipe: Recipe, recipe_dir: Path, device: Device) -> Planner:
     from cl_dist.assembly import cache_folder
     from cl_dist.models.published import known_config
-    from cl_dist.planning.devices import find_device
     from cl_dist.planning.plan import Planner
     from cl_dist.planning.setup import Setup
     from cl_dist.planning.shape import describe_model
     from cl_dist.planning.stream_time import read_tasks, size_of
 
-    device = find_device(arguments.device)
-    device.peak(recipe.train.dtype)  # refuses a precision that the device does not have
     tasks = read_tasks(recipe, recipe_dir)
     labels = {label for task in tasks for label in task.labels} if not isinstance(tasks, str) else ()
     setup = Setup(recipe, arguments.nodes, arguments.gpus_per_node, device.kind, labels=len(labels) or 2)

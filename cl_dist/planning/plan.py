@@ -10,6 +10,7 @@ from typing import Any
 from cl_dist.errors import BadInput
 from cl_dist.planning.devices import EFFICIENCY, Device
 from cl_dist.planning.memory import Memory, plan_memory
+from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
 from cl_dist.planning.step_time import Arithmetic, StepTime, predict_step, with_length
@@ -115,20 +116,21 @@ class Planner:
         self._describe = describe
         self._shapes = {setup.recipe.train.activation_checkpointing: shape}
         self._traces: dict[tuple[int, int, int, bool], StepTrace] = {}
+        self._arithmetic: dict[int, Arithmetic] = {}
 
     def plan(self, setup: Setup, trace: StepTrace | None = None) -> Plan:
         """The plan of one set-up; `trace`: what its step allocates, if that is known approximately."""
         shape = self._shape_for(setup)
         trace = self._traced(setup) if trace is None else trace
         memory, wire = plan_memory(setup, shape, trace), plan_wire(setup, shape, trace)
-        arithmetic = Arithmetic(shape)
+        rank, arithmetic = RankView(setup, shape), self._arithmetic.setdefault(id(shape), Arithmetic(shape))
 
         def step_of(length: float, answer: float) -> StepTime:
-            return predict_step(with_length(setup, shape, length, answer), shape, self.device, wire, arithmetic)
+            return predict_step(with_length(setup, shape, length, answer), self.device, wire, rank, arithmetic)
 
         if isinstance(self.stream, str):
-            return Plan(setup, self.device, memory, wire, predict_step(setup, shape, self.device, wire, arithmetic))
-        stream = predict_stream(setup, self.stream, step_of, self.device, arithmetic, memory.checkpoint)
+            return Plan(setup, self.device, memory, wire, predict_step(setup, self.device, wire, rank, arithmetic))
+        stream = predict_stream(setup, self.stream, step_of, self.device, arithmetic, memory)
         time = step_of(self.stream.length, self.stream.answer)
         return Plan(setup, self.device, memory, wire, time, stream)
 

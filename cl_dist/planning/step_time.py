@@ -148,21 +148,21 @@ def _products(shape: ModelShape) -> Iterator[Product]:
             yield Product(full, numel, parameter.requires_grad, place)
 
 
-def predict_step(setup: Setup, shape: ModelShape, device: Device, wire: Wire, arithmetic: Arithmetic) -> StepTime:
+def predict_step(setup: Setup, device: Device, wire: Wire, rank: RankView, arithmetic: Arithmetic) -> StepTime:
     """The time of one optimiser step.
 
     Args:
-        setup: The recipe and its ranks.
-        shape: Its model.
+        setup: The recipe and its ranks, perhaps with samples of another length than `rank`'s.
         device: What each rank trains on.
         wire: The step's collectives.
+        rank: What a rank owns, and what the methods add.
         arithmetic: The model's products.
 
     Raises:
         BadInput: The device lacks the recipe's precision.
     """
-    train, share, rank = setup.recipe.train, _ranks_on_device(setup, device), RankView(setup, shape)
-    cost = rank.methods
+    train, share = setup.recipe.train, _ranks_on_device(setup, device)
+    shape, cost = arithmetic.shape, rank.methods
     peak = device.peak(train.dtype, getattr(train, "tf32", False)) * EFFICIENCY.arithmetic / share
     memory = device.bandwidth * EFFICIENCY.memory / share
     micro_batches, passes = train.gradient_accumulation, train.gradient_accumulation * (1 + cost.passes)

@@ -14,16 +14,20 @@ from pathlib import Path
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.modes import resolve_mode
+from cl_dist.methods.cost import Collective
 from cl_dist.models.structure import base_model
 from cl_dist.planning.devices import EFFICIENCY, Device
+from cl_dist.planning.memory import Memory
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
-from cl_dist.planning.step_time import Arithmetic, StepTime
+from cl_dist.planning.step_time import Arithmetic, StepTime, collective_seconds
 from cl_dist.tasks.stream import load_stream
 from cl_dist.tasks.types import Task
 
 CHARACTERS_PER_TOKEN = 4.0
 """Assumed of English text (OpenAI's help pages give the same rule of thumb)."""
+GATHERED_SHARE = 0.5
+"""Of the memory that is free: stage 3 generates with whole weights if they take no more."""
 LABEL_TOKENS = 4
 """Assumed tokens of a label."""
 
@@ -162,7 +166,7 @@ def predict_stream(
     step_of: Callable[[float, float], StepTime],
     device: Device,
     arithmetic: Arithmetic,
-    checkpoint_bytes: int,
+    memory: Memory,
 ) -> StreamTime:
     """The time of the whole stream.
 
@@ -172,7 +176,7 @@ def predict_stream(
         step_of: The time of a step on samples of a given length and answer, in tokens.
         device: What each rank trains on.
         arithmetic: The model's products.
-        checkpoint_bytes: Of one saved state.
+        memory: Of the rank that needs most.
     """
     recipe, train = setup.recipe, setup.recipe.train
     batch = train.micro_batch_size * train.gradient_accumulation * setup.world
@@ -186,15 +190,20 @@ def predict_stream(
         saves += 1 + (steps // recipe.checkpoint.every_steps if recipe.checkpoint.every_steps else 0)
 
     # One row of the matrix before training and one after each task; a row has all tasks, or those seen so far.
-    each = [_evaluation_seconds(setup, task, device, arithmetic) for task in stream.tasks]
+    spare = GATHERED_SHARE * (EFFICIENCY.usable_memory * device.memory - sum(memory.held.values()))
+    each = [_evaluation_seconds(setup, task, device, arithmetic, spare) for task in stream.tasks]
     rows = range(1, len(each) + 1)
     scored = sum(sum(each[:row] if recipe.eval.tasks == "seen" else each) for row in rows)
     scored += sum(each) if recipe.eval.before_training else 0.0
-    return StreamTime(training, scored, saves * checkpoint_bytes / EFFICIENCY.storage, total)
+    return StreamTime(training, scored, saves * memory.checkpoint / EFFICIENCY.storage, total)
 
 
-def _evaluation_seconds(setup: Setup, task: TaskSize, device: Device, arithmetic: Arithmetic) -> float:
-    """Scoring a task once: prompts and labels, or prompts and one pass over the weights per generated token."""
+def _evaluation_seconds(setup: Setup, task: TaskSize, device: Device, arithmetic: Arithmetic, spare: float) -> float:
+    """Scoring a task once: prompts and labels, or prompts and one pass over the weights per generated token.
+
+    Under stage 3, the weights come from the other ranks: once if they take at most `spare` bytes, otherwise for every
+    forward pass.
+    """
     evaluation, ranks = setup.recipe.eval, setup.world
     share = setup.ranks_per_node if device.kind == "cpu" else 1
     peak = device.peak(setup.recipe.train.dtype) * EFFICIENCY.arithmetic / share
@@ -205,15 +214,19 @@ def _evaluation_seconds(setup: Setup, task: TaskSize, device: Device, arithmetic
     prompt = max(flop / peak, read)
     if not task.generates:
         return batches * prompt * (1 + task.labels * LABEL_TOKENS / max(1.0, task.length))
-    # Under stage 3, every token needs all weights from the other ranks.
-    gather = arithmetic.shape.nbytes * (ranks - 1) / ranks if setup.stage == 3 and ranks > 1 else 0.0
-    link = device.link if setup.nodes == 1 else min(device.link, device.network)
-    token = max(read, gather / (link * EFFICIENCY.link))
-    return batches * (prompt + evaluation.max_new_tokens * token)
+    passes = batches * evaluation.max_new_tokens
+    gather = _gather_seconds(setup, device, arithmetic.shape.nbytes)
+    gathers = min(1, passes) if arithmetic.shape.nbytes <= spare else passes
+    return batches * prompt + passes * read + gathers * gather
+
+
+def _gather_seconds(setup: Setup, device: Device, size: int) -> float:
+    """Seconds to gather all weights of a sharded model."""
+    if setup.stage < 3:
+        return 0.0
+    return collective_seconds(Collective("all_gather", size, "weights"), setup, device)
 
 
 def counts(stream: StreamSize | str) -> Mapping[str, int] | None:
-    """Training samples by task, if they are those of the data."""
-    if isinstance(stream, str) or not stream.measured:
-        return None
-    return {task.name: task.train for task in stream.tasks}
+    """Training samples by task; None if they are not known."""
+    return None if isinstance(stream, str) else {task.name: task.train for task in stream.tasks}

@@ -12,9 +12,10 @@ from cl_dist.engine.engine import loss_sum
 from cl_dist.errors import BadInput
 from cl_dist.methods.cost import Collective, Cost
 from cl_dist.planning.devices import EFFICIENCY, NAMES, find_device
+from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
-from cl_dist.planning.step_time import Arithmetic, collective_seconds, predict_step, with_length
+from cl_dist.planning.step_time import Arithmetic, StepTime, collective_seconds, predict_step, with_length
 from cl_dist.planning.wire import Wire, plan_wire
 from tests.planning.conftest import LORA, Planned
 
@@ -78,7 +79,9 @@ def test_masks_that_come_in_time_save_arithmetic(planned: Planned) -> None:
             f"train.micro_batch_size={8 // accumulation}",
         )
         setup, shape = planned(*changes)
-        time = predict_step(fast(setup), shape, find_device("cpu"), Wire((), (), ()), Arithmetic(shape))
+        time = predict_step(
+            fast(setup), find_device("cpu"), Wire((), (), ()), RankView(setup, shape), Arithmetic(shape)
+        )
         backward[accumulation] = time.backward
     assert backward[1] < 0.85 * backward[2]
 
@@ -90,7 +93,7 @@ def fast(setup: Setup) -> Setup:
 
 def test_a_step_is_the_sum_of_its_parts(planned: Planned) -> None:
     setup, shape = planned("zero.stage=3", nodes=2, ranks=8)
-    time = predict_step(setup, shape, find_device("h100"), plan_wire(setup, shape), Arithmetic(shape))
+    time = predict_step(setup, find_device("h100"), plan_wire(setup, shape), RankView(setup, shape), Arithmetic(shape))
     parts = (
         time.forward,
         time.backward,
@@ -107,11 +110,11 @@ def test_a_step_is_the_sum_of_its_parts(planned: Planned) -> None:
 
 
 def test_recomputing_and_offload_cost_time(planned: Planned) -> None:
-    device, wire = find_device("a100-80"), Wire((), (), ())
-    plain, offloaded, recomputed = (
-        predict_step(*planned(*changes), device, wire, Arithmetic(planned(*changes)[1]))
-        for changes in ((), ("zero.offload=true",), ("train.activation_checkpointing=true",))
-    )
+    def step(*changes: str) -> StepTime:
+        setup, shape = planned(*changes)
+        return predict_step(setup, find_device("a100-80"), Wire((), (), ()), RankView(setup, shape), Arithmetic(shape))
+
+    plain, offloaded, recomputed = step(), step("zero.offload=true"), step("train.activation_checkpointing=true")
     assert recomputed.recomputed == recomputed.forward == plain.forward
     assert offloaded.transfers > 0
     assert offloaded.optimizer > plain.optimizer

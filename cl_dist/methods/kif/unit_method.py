@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.kif.config import UnitConfig
 from cl_dist.methods.kif.importance import Importance
-from cl_dist.methods.kif.units import UnitMap
+from cl_dist.methods.kif.units import UnitMap, Units
 from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.methods.rehearsal import Rehearsal, Rehearsed
 from cl_dist.methods.shared.matrices import WholeMatrices
@@ -40,7 +41,7 @@ class UnitMethod(Method):
     def rehearse(self, rehearsal: Rehearsal) -> Rehearsed:
         """Cut the trained parameters into units, and find the units at both ends of every rank's pieces."""
         config, lora = self.config, any(LORA_A in name for name in rehearsal.shapes)
-        units = UnitMap.build(rehearsal.shapes, config.units_for(lora), row_layouts(rehearsal.model))
+        units = _units_of(rehearsal.model, rehearsal.shapes, config.units_for(lora))
         ends = 0
         for name, part in units.parts.items():
             pieces = rehearsal.pieces(name)
@@ -81,7 +82,7 @@ class UnitMethod(Method):
         gathers the fused weights.
         """
         is_lora = any(LORA_A in name for name in share.shapes)
-        units = UnitMap.build(share.shapes, self.config.units_for(is_lora), row_layouts(share.model))
+        units = _units_of(share.model, share.shapes, self.config.units_for(is_lora))
         itemsize = 2 if self.config.importance_dtype == "bfloat16" else 4
         importance = states * 2 * itemsize * share.elements
         kept = copies * 4 * share.elements
@@ -151,6 +152,17 @@ class UnitMethod(Method):
             f"{each * owned} bytes on this rank ({each} for each of its {owned} parameters), "
             f"{weights} {4 * copies * owned} bytes of CPU memory"
         )
+
+
+_UNITS: WeakKeyDictionary[torch.nn.Module, dict[Units, UnitMap]] = WeakKeyDictionary()
+
+
+def _units_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], units: Units) -> UnitMap:
+    """The units of a planned model. A plan asks for them many times, and there can be a million."""
+    known = _UNITS.setdefault(model, {})
+    if units not in known:
+        known[units] = UnitMap.build(shapes, units, row_layouts(model))
+    return known[units]
 
 
 def write_scores(folder: Path, units: UnitMap, scores: Mapping[str, torch.Tensor]) -> None:
