@@ -36,7 +36,9 @@ class Efficiency:
     overlap: float = 0.8
     """Of communication that DeepSpeed overlaps with arithmetic: the share that really hides."""
     latency: float = 30e-6
-    """Seconds that every collective takes in addition."""
+    """Seconds that every collective takes in addition, however few ranks there are."""
+    hop: float = 2e-6
+    """Seconds from one rank to the next."""
     usable_memory: float = 0.92
     """Share of the device's memory that a run can use; the rest is CUDA's context, NCCL and fragmentation."""
     usable_host: float = 0.9

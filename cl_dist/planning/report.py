@@ -151,10 +151,10 @@ def _time(planner: Planner, own: Plan, columns: int) -> Iterator[str]:
     yield from _entry("network", f"{_network(own)}", columns)
     save = own.checkpoint_bytes / EFFICIENCY.storage
     yield from _entry("checkpoint", f"{gib(own.checkpoint_bytes)} GiB in all, {save:.3g} s (predicted)", columns)
-    if own.stream is None:
-        text = f"not known, because the data is not here ({stream.partition(';')[0]}); give --samples N"
+    if isinstance(stream, str) or own.stream is None:
+        why = str(stream).partition(";")[0]
+        text = f"not known, because the data is not here ({why}); give --samples N"
     else:
-        assert not isinstance(stream, str)
         times = own.stream
         text = (
             f"{times.hours:.2f} h (predicted): {times.steps} steps {times.training / 3600:.2f} h, evaluation "
@@ -219,7 +219,7 @@ def _assumptions() -> str:
     return (
         f"a step reaches {each.arithmetic:.0%} of the device's matrix peak, {each.memory:.0%} of its memory bandwidth, "
         f"{each.link:.0%} of its links and {each.pcie:.0%} of PCIe; {each.overlap:.0%} of the communication that "
-        f"DeepSpeed overlaps hides behind arithmetic; {each.latency * 1e6:.0f} µs a collective; "
+        f"DeepSpeed overlaps hides behind arithmetic; {each.latency * 1e6:.0f} µs a collective and {each.hop * 1e6:.0f} µs a hop; "
         f"{each.storage / 1e9:g} GB/s to storage; a run can use {each.usable_memory:.0%} of the device's memory; "
         f"{CHARACTERS_PER_TOKEN:g} characters a token; nothing here was measured on the device"
     )

@@ -8,11 +8,14 @@
 - AdamW reads master, gradient and both moments and writes all but the gradient: 28 bytes an element. Low precision adds
   the gradient's conversion (2 read, 4 written) and the copy of the master (2).
 - A collective takes the bytes that a ring puts on each link (`Collective.on_the_link`) over the slowest link of the
-  ring. Between nodes that is the node's whole network, since NCCL runs one ring over each adapter.
+  ring. Between nodes that is the node's whole network, since NCCL runs one ring over each adapter. A message takes time
+  for each hop: as many as there are other ranks in a ring, fewer in the trees that NCCL uses for all-reduces of few
+  bytes (Sanders et al. 2009, doi 10.1016/j.parco.2009.09.001).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -91,9 +94,9 @@ class Arithmetic:
     def attention_width(self) -> int:
         """Sum over all layers of the features of queries, for attention's own products."""
         config = base_model(self.shape.model).config.get_text_config()
-        width = int(getattr(config, "hidden_size", None) or getattr(config, "d_model", 0))
+        width = int(getattr(config, "hidden_size", 0) or getattr(config, "d_model", 0))
         heads, each = getattr(config, "num_attention_heads", None), getattr(config, "head_dim", None)
-        layers = int(getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", 0))
+        layers = int(getattr(config, "num_hidden_layers", 0) or getattr(config, "num_layers", 0))
         return layers * (heads * each if heads and each else width)
 
     def forward_flop(self, setup: Setup) -> float:
@@ -224,7 +227,10 @@ def collective_seconds(collective: Collective, setup: Setup, device: Device) -> 
         return 0.0
     slowest = device.link if setup.nodes == 1 else min(device.link, device.network)
     sent = collective.on_the_link(setup.world)
-    return sent / (slowest * EFFICIENCY.link) + collective.calls * EFFICIENCY.latency
+    # A piece passes all ranks of a ring; an all-reduce of few bytes goes up and down a tree instead.
+    hops = 2 * math.ceil(math.log2(setup.world)) if collective.kind == "all_reduce" else setup.world - 1
+    delay = EFFICIENCY.latency + hops * EFFICIENCY.hop
+    return sent / (slowest * EFFICIENCY.link) + collective.calls * delay
 
 
 def with_length(setup: Setup, shape: ModelShape, length: float, answer: float) -> Setup:

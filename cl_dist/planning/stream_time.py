@@ -139,11 +139,11 @@ def _size(task: Task, recipe: Recipe, shape: ModelShape) -> TaskSize:
     train = recipe.train
     mode = resolve_mode(task, shape.objective, recipe.eval)
     if task.kind == "text":  # documents are joined and cut into blocks
-        blocks = [
+        own, scored = (
             math.ceil(sum(len(each.answer) for each in split) / CHARACTERS_PER_TOKEN / train.max_length)
             for split in (task.train, task.evaluation)
-        ]
-        return TaskSize(task.name, *blocks, train.max_length, train.max_length, generates=False)
+        )
+        return TaskSize(task.name, own, scored, train.max_length, train.max_length, generates=False)
     prompts = [len(example.prompt) / CHARACTERS_PER_TOKEN for example in task.train]
     answers = [min(len(example.answer) / CHARACTERS_PER_TOKEN + 1, train.max_target_length) for example in task.train]
     apart = bool(getattr(base_model(shape.model).config, "is_encoder_decoder", False))

@@ -120,12 +120,18 @@ def test_recomputing_and_offload_cost_time(planned: Planned) -> None:
 
 
 def test_a_ring_is_as_fast_as_its_slowest_link(planned: Planned) -> None:
-    collective = Collective("all_reduce", 8 * 10**9, "gradients")
-    device = find_device("a10g")
+    device, each = find_device("a10g"), EFFICIENCY
+    collective = Collective("all_gather", 8 * 10**9, "weights", calls=3)
     inside, across = (collective_seconds(collective, planned(nodes=n, ranks=8)[0], device) for n in (1, 2))
-    assert inside == pytest.approx(2 * 8e9 * 7 / 8 / (device.link * EFFICIENCY.link) + EFFICIENCY.latency)
-    assert across == pytest.approx(2 * 8e9 * 15 / 16 / (device.network * EFFICIENCY.link) + EFFICIENCY.latency)
+    assert inside == pytest.approx(8e9 * 7 / 8 / (device.link * each.link) + 3 * (each.latency + 7 * each.hop))
+    assert across == pytest.approx(8e9 * 15 / 16 / (device.network * each.link) + 3 * (each.latency + 15 * each.hop))
     assert collective_seconds(collective, planned(ranks=1)[0], device) == 0.0
+
+
+def test_an_all_reduce_sends_twice_as_much_over_a_tree(planned: Planned) -> None:
+    device, each = find_device("h100"), EFFICIENCY
+    seconds = collective_seconds(Collective("all_reduce", 8 * 10**9, "gradients"), planned(ranks=8)[0], device)
+    assert seconds == pytest.approx(2 * 8e9 * 7 / 8 / (device.link * each.link) + each.latency + 6 * each.hop)
 
 
 def test_lengths_stay_within_the_recipe(planned: Planned) -> None:

@@ -160,7 +160,7 @@ class Migu(Method):
 
     def _install(self, layers: Mapping[str, TrackedLayer], plan: Plan | None) -> None:
         config = self.config
-        self._layers = layers
+        self._layers = dict(layers)
         per_token = config.magnitude == "per_token"
         self._sums = MagnitudeSums(self._model, layers, per_token, config.count_padding, plan, config.mask_bias)
         self._agreement = Agreement(self._sums.flat.device)
