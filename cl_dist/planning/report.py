@@ -219,9 +219,10 @@ def _assumptions() -> str:
     return (
         f"a step reaches {each.arithmetic:.0%} of the device's matrix peak, {each.memory:.0%} of its memory bandwidth, "
         f"{each.link:.0%} of its links and {each.pcie:.0%} of PCIe; {each.overlap:.0%} of the communication that "
-        f"DeepSpeed overlaps hides behind arithmetic; {each.latency * 1e6:.0f} µs a collective and {each.hop * 1e6:.0f} µs a hop; "
-        f"{each.storage / 1e9:g} GB/s to storage; a run can use {each.usable_memory:.0%} of the device's memory; "
-        f"{CHARACTERS_PER_TOKEN:g} characters a token; nothing here was measured on the device"
+        f"DeepSpeed overlaps hides behind arithmetic; a collective takes {each.latency * 1e6:.0f} µs more, and "
+        f"{each.hop * 1e6:.0f} µs a hop; {each.storage / 1e9:g} GB/s to storage; a run can use "
+        f"{each.usable_memory:.0%} of the device's memory; {CHARACTERS_PER_TOKEN:g} characters a token; nothing here "
+        "was measured on the device"
     )
 
 
