@@ -143,4 +143,5 @@ def _planner(arguments: Namespace, recipe: Recipe, recipe_dir: Path, device: Dev
     stream = size_of(recipe, shape, tasks, arguments.samples)
     if not isinstance(stream, str):
         setup = replace(setup, samples=stream.train)
-    return Planner(setup, shape, device, stream, partial(describe_model, cache_dir=cache, config=config))
+    describe = partial(describe_model, cache_dir=cache, config=config)
+    return Planner(setup, shape, device, stream, describe, published=config is not None)

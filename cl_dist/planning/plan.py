@@ -102,6 +102,7 @@ class Planner:
         device: What each rank trains on.
         stream: The size of the stream, or why it is not known.
         describe: The model of another recipe (`shape.describe_model`, given the configuration).
+        published: Whether the model's shape is the published one, because the model is not here.
     """
 
     def __init__(
@@ -111,8 +112,11 @@ class Planner:
         device: Device,
         stream: StreamSize | str,
         describe: Callable[..., ModelShape],
+        *,
+        published: bool = False,
     ) -> None:
         self.setup, self.shape, self.device, self.stream = setup, shape, device, stream
+        self.published = published
         self._describe = describe
         self._shapes = {setup.recipe.train.activation_checkpointing: shape}
         self._traces: dict[tuple[int, int, int, bool], StepTrace] = {}

@@ -41,6 +41,7 @@ def as_json(
         "alternatives": [_short(plan) for plan in others],
         "recommended": None if best is None else _short(best),
         "device": planner.device.name,
+        "published_shape": planner.published,
         "nodes": setup.nodes,
         "ranks": setup.world,
         "data": planner.stream if isinstance(planner.stream, str) else planner.stream.basis,
@@ -107,7 +108,8 @@ def _what(planner: Planner, own: Plan, name: str, columns: int) -> Iterator[str]
     trained = sum(each.numel for each in shape.trainable.values())
     whole = f"{shape.numel / 1e9:.2f} billion parameters, {trained / shape.numel:.1%} of them trained"
     methods = ", ".join(method.name for method in setup.recipe.method)
-    yield from _entry("recipe", f"{name}: {setup.recipe.model.name_or_path}, {whole}; method {methods}", columns)
+    model = setup.recipe.model.name_or_path + " (not here: its published shape)" * planner.published
+    yield from _entry("recipe", f"{name}: {model}, {whole}; method {methods}", columns)
     batch = train.micro_batch_size * train.gradient_accumulation * setup.world
     where = f"{setup.nodes} x {setup.ranks_per_node} {planner.device.title}"
     yield from _entry(
