@@ -35,6 +35,8 @@ class Efficiency:
     """Of the host's memory bandwidth, in an optimiser on the CPU."""
     overlap: float = 0.8
     """Of communication that DeepSpeed overlaps with arithmetic: the share that really hides."""
+    launch: float = 6e-6
+    """Seconds that the CPU takes to launch an operation on a GPU; with few tokens, longer than the operation itself."""
     latency: float = 30e-6
     """Seconds that every collective takes in addition, however few ranks there are."""
     hop: float = 2e-6

@@ -217,15 +217,21 @@ class Planner:
 
 
 def preferred(plans: Sequence[Plan]) -> Plan:
-    """The fastest plan that fits. Among those that are as fast within what a prediction can tell, the one that sends
-    least, and then the one that needs least memory. If none fits, the one that needs least memory.
+    """The fastest plan that fits. Among those that are as fast within what a prediction can tell: without offload, then
+    the one that sends least, in the fewest micro-batches, and with least memory. If none fits, the one that needs least
+    memory.
     """
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         return min(plans, key=_rank)
     limit = ALIKE * min(plan.time.seconds for plan in fitting)
     alike = [plan for plan in fitting if plan.time.seconds <= limit]
-    return min(alike, key=lambda plan: (plan.setup.recipe.zero.offload, plan.wire_bytes(), plan.device_bytes))
+    return min(alike, key=_simplicity)
+
+
+def _simplicity(plan: Plan) -> tuple[bool, int, int, int]:
+    recipe = plan.setup.recipe
+    return recipe.zero.offload, plan.wire_bytes(), recipe.train.gradient_accumulation, plan.device_bytes
 
 
 def _rank(plan: Plan) -> tuple[bool, float]:

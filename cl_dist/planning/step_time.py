@@ -31,6 +31,9 @@ from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
 from cl_dist.planning.wire import Wire
 
+OPERATIONS_PER_PRODUCT = 5
+"""Launched forward for each product, with the norms, rotations, activations and sums around it (a block of Llama has 7
+products and about 35 operations in PyTorch's eager mode); twice as many backward."""
 ADAMW_BYTES = 28
 LOW_PRECISION_BYTES = 8
 
@@ -170,9 +173,10 @@ def predict_step(setup: Setup, device: Device, wire: Wire, rank: RankView, arith
     memory = device.bandwidth * EFFICIENCY.memory / share
     micro_batches, passes = train.gradient_accumulation, train.gradient_accumulation * (1 + cost.passes)
 
-    # Each pass reads the weights once; with few tokens that takes longer than the arithmetic.
-    forward = max(arithmetic.forward_flop(setup) / peak, shape.nbytes / memory)
-    backward = max(arithmetic.backward_flop(setup, cost) / peak, 2 * shape.nbytes / memory)
+    # Each pass reads the weights, and launches its operations; with few tokens that takes longer than the arithmetic.
+    launches = len(arithmetic.products) * OPERATIONS_PER_PRODUCT * EFFICIENCY.launch
+    forward = max(arithmetic.forward_flop(setup) / peak, shape.nbytes / memory, launches)
+    backward = max(arithmetic.backward_flop(setup, cost) / peak, 2 * shape.nbytes / memory, 2 * launches)
     recomputed = forward if train.activation_checkpointing else 0.0
     tokens = train.micro_batch_size * setup.tokens
 
