@@ -152,6 +152,15 @@ BENCHMARKS = {
             {"order": "mixed"},
             _check_importance,
         ),
+        Benchmark(
+            "plan-accuracy",
+            "what `cl-dist plan` predicts against what training does",
+            "Trains a small Llama with random weights on CPU ranks in forty settings (every ZeRO stage, full and\n"
+            "LoRA, sequential, MIGU and KIF), and compares the predicted bytes of every component, of the peak of a\n"
+            "step, and of the collectives with what is counted. Without --processes, on one rank and on two.",
+            ("hidden", "tokens", "processes", "zero_stage"),
+            {"hidden": (256,), "tokens": (256,)},
+        ),
     )
 }  # fmt: skip
 

@@ -115,11 +115,10 @@ def _weights(rank: RankView, held: Counter[str], host: Counter[str]) -> None:
 def _optimiser(rank: RankView, where: Counter[str]) -> None:
     """Float32 masters and AdamW's two moments, of what this rank owns.
 
-    In float32, the weights themselves are the masters at stage 0 and, unless they are offloaded, at stage 3
-    (`_create_fp32_partitions` in stage3.py); stages 1 and 2 clone their part.
+    In float32, the weights themselves are the masters at stage 0. The other stages clone their part: stage 3 compares
+    a device with its name (`_create_fp32_partitions`), so its own attempt to share them never succeeds.
     """
-    setup = rank.setup
-    shared = setup.itemsize == FLOAT32 and (setup.stage == 0 or (setup.stage == 3 and not setup.recipe.zero.offload))
+    shared = rank.setup.stage == 0 and rank.setup.itemsize == FLOAT32
     where["master"] += 0 if shared else FLOAT32 * rank.owned
     where["moments"] += 2 * FLOAT32 * rank.owned
 
@@ -128,13 +127,17 @@ def _gradient_buffers(rank: RankView, held: Counter[str], host: Counter[str]) ->
     """What holds gradients from step to step.
 
     Stage 3 has a flat buffer of its pieces and a bucket (`_setup_for_real_optimizer`). With offload, the masters have
-    float32 gradients (`initialize_optimizer_states`), and stages 1 and 2 stage the largest parameter on both sides and
-    a low-precision copy of the masters on the CPU.
+    float32 gradients in addition (`initialize_optimizer_states`), and stages 1 and 2 stage the largest parameter on
+    both sides and a low-precision copy of the masters on the CPU.
     """
     setup, size = rank.setup, rank.setup.itemsize
     offload = setup.recipe.zero.offload
     if setup.stage == 3:
-        (host if offload else held)["gradients"] += rank.owned * setup.gradient_itemsize
+        buffer = rank.owned * setup.gradient_itemsize
+        if offload:
+            host["communication buffers"] += buffer
+        else:
+            held["gradients"] += buffer
         held["communication buffers"] += setup.bucket * setup.communication_itemsize
     if setup.whole_float32_gradients:
         held["gradients"] += FLOAT32 * rank.owned * setup.world
@@ -145,7 +148,7 @@ def _gradient_buffers(rank: RankView, held: Counter[str], host: Counter[str]) ->
         host["communication buffers"] += (largest + rank.owned) * size
         held["communication buffers"] += largest * size
         if setup.recipe.train.gradient_accumulation > 1:  # `async_accumulate_grad_in_cpu_via_gpu`
-            host["gradients"] += rank.touched * size
+            host["communication buffers"] += rank.touched * size
 
 
 def _phases(rank: RankView, trace: StepTrace) -> Iterator[tuple[str, Counter[str]]]:

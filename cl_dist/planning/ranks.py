@@ -24,7 +24,7 @@ class RankView:
     Args:
         setup: The run.
         shape: Its model.
-        rank: The rank; the first one has most of everything at stage 3, and no less than others elsewhere.
+        rank: The rank. The first one has no padding at the end of what it owns, so it has most.
     """
 
     setup: Setup
@@ -62,10 +62,20 @@ class RankView:
 
     @cached_property
     def touched(self) -> int:
-        """Elements of all parameters, whole, that this rank owns a part of: DeepSpeed keeps their gradients whole until
-        the step (`copy_grads_in_partition` in stage_1_and_2.py).
+        """Elements of all parameters, whole, that a rank owns a part of at stages 1 and 2; of the rank with most.
+
+        DeepSpeed keeps their gradients whole until the step (`copy_grads_in_partition` in stage_1_and_2.py), so that
+        with many ranks each of them holds the whole gradient of an embedding that it owns a sliver of.
         """
-        return sum(self.shape.trainable[name].numel for name in self.map.owned(self.rank))
+        totals = [0] * self.setup.world
+        for group, piece in zip(self.map.flat_groups, self.map.flat_numels, strict=True):
+            start = 0
+            for name, size in group.items():
+                numel = self.map.numels[name]
+                for rank in range(start // piece, (start + numel - 1) // piece + 1):
+                    totals[rank] += numel
+                start += size
+        return max(totals)
 
     @property
     def step_gradients(self) -> int:

@@ -9,6 +9,7 @@ parameters whose gathers only count bytes.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
 from cl_dist.sharding.maps import padded_piece
@@ -90,6 +92,8 @@ class GatherSchedule:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Inside the block, forward and backward passes of the model gather."""
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed prints that it found none
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, _init_external_params
         from deepspeed.runtime.zero.partitioned_param_coordinator import (
@@ -132,7 +136,7 @@ class GatherSchedule:
         """The optimiser steps: everything is released, and what is persistent is gathered again."""
         self._offload.partition_all_parameters()
         for param in self._persistent:
-            param.ds_status = self._status.AVAILABLE
+            param.ds_status = self._status.AVAILABLE  # type: ignore[attr-defined]
 
     def _mark(self, number: int, param: Any) -> None:
         """Give a parameter what the coordinator asks of it."""

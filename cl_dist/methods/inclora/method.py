@@ -18,7 +18,7 @@ class IncLora(Method):
     """One adapter per task, with their outputs summed. Only the newest is trained (and a classifier's head)."""
 
     def cost(self, share: RankShare) -> Cost:
-        """At the last task, the frozen adapters of all earlier ones, sharded at stage 3. A rank saves an even share."""
+        """The frozen adapters of earlier tasks, at the last one; sharded at stage 3. Each rank saves an even share."""
         shapes = [shape for name, shape in share.shapes.items() if LORA_A in name or LORA_B in name]
         adapters = sum(math.prod(shape) for shape in shapes)
         frozen = max(0, share.tasks - 1) * adapters * share.itemsize

@@ -73,7 +73,7 @@ class Migu(Method):
             owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
             frozen = {"MIGU's frozen rows": 3 * 4 * round(owned * (1 - kept / rows))}
         return Cost(
-            device={"MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)), "MIGU's masks": rows + _INT64 * kept},
+            device={"MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)), "MIGU's masks": rows + _INT64 * rows},
             stepping=frozen,
             step=(share.all_reduce(message * times, "MIGU's magnitudes", times),),
             traffic=4 * sum(frozen.values()),
