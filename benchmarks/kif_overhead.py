@@ -54,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     if "RANK" not in os.environ:
         os.environ.update(rank_environment(os.environ, 0, 1, find_free_port()))
-    rank, world = join(1800)
+    rank, world, *_ = join(1800)
     engines = {name: build(options, methods) for name, methods in METHODS.items()}
     times = measure(options, engines)
     if rank == 0:

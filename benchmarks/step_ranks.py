@@ -20,7 +20,8 @@ import torch
 from cl_dist.benchmarks.harness import Contestant, Times, race
 from cl_dist.benchmarks.training import StepSize, build_model, token_ids
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
-from cl_dist.engine.distributed import device, join, leave, quiet_libraries
+from cl_dist.engine.device import device
+from cl_dist.engine.distributed import join, leave, quiet_libraries
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.errors import ClDistError
 from cl_dist.launch.child import die_with_launcher, python_command, report_failure
@@ -142,7 +143,7 @@ def _batch(size: StepSize) -> Batch:
 
 def _serve(task: Namespace) -> None:
     """Run one rank; the first rank writes the result."""
-    rank, _ = join(TIMEOUT_SECONDS)
+    rank = join(TIMEOUT_SECONDS).rank
     quiet_libraries(rank)
     trainer = Trainer(StepSize(**task.size), task.stage)
     contestants = {way: trainer.contestant(index) for index, way in enumerate(WAYS)}

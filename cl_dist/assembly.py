@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cl_dist.config.objectives import FACTS, ObjectiveName
 from cl_dist.config.schema import EvalConfig, Recipe
-from cl_dist.engine.distributed import device
+from cl_dist.engine.device import device
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.engine.settings import deepspeed_config
 from cl_dist.engine.trainer import TaskTrainer

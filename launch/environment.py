@@ -17,11 +17,10 @@ from pathlib import Path
 
 from cl_dist.errors import BadInput
 from cl_dist.launch.rendezvous import DEFAULT_ADDRESS, derived_port, expand_nodes, interface_of, interface_towards
+from cl_dist.machine import DEVICE_FILES
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"
-DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""One of these exists if a CUDA or ROCm driver is loaded (the last one in WSL)."""
 
 
 @dataclass(frozen=True)

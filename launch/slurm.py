@@ -16,6 +16,7 @@ from importlib import resources
 from cl_dist.errors import BadInput
 from cl_dist.launch.child import BOOTSTRAP
 from cl_dist.launch.local import MOST_RANKS
+from cl_dist.machine import DeviceSetting
 
 DEFAULT_RESTARTS = 20
 MOST_RANKS_OF_A_JOB = 1_000_000
@@ -150,6 +151,11 @@ class SlurmJob:
     def ranks_on_node(self) -> int:
         """Ranks on each node."""
         return self.ranks_per_node or max(1, self.gpus)
+
+    @property
+    def device(self) -> DeviceSetting:
+        """`launch.device` of the ranks: they insist on the GPUs that the job asks for."""
+        return "cuda" if self.gpus else "cpu"
 
     @property
     def ranks(self) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.cli.cells import CellRunner
-from cl_dist.cli.ranks import without_notices
+from cl_dist.cli.ranks import number_of_ranks, with_ranks, without_notices
 from cl_dist.cli.run import check_stream_and_model
 from cl_dist.cli.slurm import add_job_options, make_job, newest_job, slurm
 from cl_dist.config.boundary import refusing
@@ -122,7 +122,7 @@ def _compare(arguments: Namespace) -> int:
         refresh()
     else:
         for cell in grid.cells:
-            check_processes(cell.recipe.launch.processes)
+            check_processes(number_of_ranks(cell.recipe))
         _run(sweep, grid, refresh, arguments)
     return 0
 
@@ -137,12 +137,16 @@ def _request(arguments: Namespace) -> Request:
         changes=arguments.changes,
         method_changes=arguments.method_changes,
     )
-    if not arguments.submit:
-        return request
-    # The job's number of ranks determines a cell's global batch, so it belongs in the recipe.
+    # The number of ranks determines a cell's global batch, so it belongs in the recipe.
     base, _ = load_recipe(request.recipe, request.changes)
-    ranks = make_job(arguments, base).ranks
-    return replace(request, changes=[*request.changes, f"launch.processes={ranks}"])
+    if arguments.submit:
+        job = make_job(arguments, base)
+        given = [f"launch.processes={job.ranks}", f"launch.device={job.device}"]
+    elif base.launch.processes == "auto":
+        given = [f"launch.processes={with_ranks(base).launch.processes}"]
+    else:
+        return request
+    return replace(request, changes=[*request.changes, *given])
 
 
 def _check_data_and_models(cells: Sequence[Cell]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from cl_dist import __version__
 from cl_dist.launch.environment import find_ranks
+from cl_dist.machine import cpu_device
 from cl_dist.sharding.check import check_deepspeed
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "safetensors", "triton", "mpi4py")
@@ -77,12 +78,17 @@ def _compiler() -> Finding:
 
 
 def _devices() -> Finding:
+    """What ranks would compute on. A GPU that exists and cannot be used is a problem; a machine without one is not."""
     try:
-        import torch
+        from cl_dist.engine.device import find_usable_gpus
     except ImportError as error:
         return Finding("devices", f"torch cannot be imported: {error}", is_problem=True)
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return Finding("devices", ", ".join(names) or f"no GPU; {len(os.sched_getaffinity(0))} CPU cores")
+    gpus = find_usable_gpus()
+    if gpus.problem is None:
+        return Finding("devices", "; ".join(gpu.describe() for gpu in gpus.devices))
+    if gpus.present:
+        return Finding("devices", gpus.problem, is_problem=True)
+    return Finding("devices", f"no GPU; {cpu_device().describe()}")
 
 
 def _free_space(name: str, folder: Path, low: int) -> Finding:

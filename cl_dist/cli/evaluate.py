@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cl_dist.cli.ranks import reported_once_per_machine, run_on_ranks
+from cl_dist.cli.ranks import number_of_ranks, reported_once_per_machine, run_on_ranks, with_ranks
 from cl_dist.cli.run import check_stream_and_model
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
@@ -35,10 +35,11 @@ def evaluate(arguments: Namespace) -> int:
         manifest = Manifest.read(folder.manifest)
         index = _find_task(manifest, arguments.task, folder)
         recipe, recipe_dir = load_recipe(str(folder.config), arguments.changes)
+        recipe = with_ranks(recipe)
     recipe = _where_it_is_now(recipe, manifest, folder)
     check = partial(_check, recipe, recipe_dir, manifest.inputs, folder.task(index, manifest.tasks[index]).model)
     work = partial(_evaluate, recipe, recipe_dir, index)
-    return run_on_ranks(arguments, recipe.launch.processes, check, work, recipe.launch.hang_seconds)
+    return run_on_ranks(arguments, number_of_ranks(recipe), check, work, recipe.launch.hang_seconds)
 
 
 def _find_task(manifest: Manifest, name: str | None, folder: RunFolder) -> int:

@@ -9,19 +9,45 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 
 from cl_dist.cli.failures import SIGNALLED, print_failure
+from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput, ClDistError, Interrupted
 from cl_dist.launch.child import PROGRAM, is_launched, python_command, terminal
 from cl_dist.launch.environment import Ranks, export_ranks, find_ranks
 from cl_dist.launch.local import check_processes, launch
 from cl_dist.launch.mpi import ask_mpi
+from cl_dist.machine import check_device, count_ranks
 from cl_dist.output import drain_output, lost_output
 from cl_dist.progress import Reporter, make_reporter
 from cl_dist.stop_requests import heeded
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def with_ranks(recipe: Recipe) -> Recipe:
+    """The recipe with the number of ranks in place of `launch.processes: auto`.
+
+    Raises BadInput if this process is to start ranks on GPUs that cannot be used (`launch.device: cuda`).
+    """
+    ranks, launch_settings = find_ranks(os.environ), recipe.launch
+    if ranks is None:
+        check_device(launch_settings.device, os.environ)
+    if launch_settings.processes != "auto":
+        return recipe
+    number = count_ranks(launch_settings.device, os.environ) if ranks is None else ranks.world_size
+    return replace(recipe, launch=replace(launch_settings, processes=number))
+
+
+def number_of_ranks(recipe: Recipe) -> int:
+    """How many ranks train together: those of another launcher, or those that `launch.processes` asks for."""
+    ranks, processes = find_ranks(os.environ), recipe.launch.processes
+    if ranks is not None:
+        return ranks.world_size
+    assert processes != "auto", "`with_ranks` comes first"
+    return processes
 
 
 def run_on_ranks(

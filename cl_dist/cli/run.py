@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.cli.failures import end_now
-from cl_dist.cli.ranks import reported_by_first_rank, reported_once_per_machine, run_on_ranks
+from cl_dist.cli.ranks import (
+    number_of_ranks,
+    reported_by_first_rank,
+    reported_once_per_machine,
+    run_on_ranks,
+    with_ranks,
+)
 from cl_dist.config.boundary import refusing
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import ClDistError
-from cl_dist.launch.environment import find_ranks
 from cl_dist.launch.scheduler import TimeLeft
 from cl_dist.progress import Reporter
 from cl_dist.state.run_folder import RunFolder
@@ -41,11 +46,12 @@ def run(arguments: Namespace) -> int:
         if arguments.resume:  # with the defaults of the release that started the run
             kept = kept_defaults(RunFolder(Path(recipe.output_dir)).config)
             recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes, kept)
+        recipe = with_ranks(recipe)
     recipe = resolve_order(recipe, recipe_dir)
     check = partial(_check, recipe, recipe_dir, arguments.resume, arguments.fresh)
     work = partial(_train, recipe, recipe_dir, arguments.resume)
     note = partial(_note_lost_output, RunFolder(Path(recipe.output_dir)))
-    return run_on_ranks(arguments, recipe.launch.processes, check, work, recipe.launch.hang_seconds, note)
+    return run_on_ranks(arguments, number_of_ranks(recipe), check, work, recipe.launch.hang_seconds, note)
 
 
 def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]:
@@ -75,8 +81,7 @@ def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...
         rouge_tokenizer("xlingual", recipe.eval.rouge_tokenizer_path)
     if recipe.eval.general is not None:
         check_available(recipe.eval.general)
-    ranks = find_ranks(os.environ)
-    check_warmup(recipe, tasks, recipe.launch.processes if ranks is None else ranks.world_size)
+    check_warmup(recipe, tasks, number_of_ranks(recipe))
     objective = known_objective(recipe.model)
     if objective is None:  # known only after loading the model
         return tasks
@@ -93,8 +98,6 @@ def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: b
     tasks = check_stream_and_model(recipe, recipe_dir)
     if first:
         output_dir = Path(recipe.output_dir)
-        ranks = find_ranks(os.environ)
-        world_size = recipe.launch.processes if ranks is None else ranks.world_size
         notify = partial(print, file=sys.stderr, flush=True)
         inputs = partial(read_inputs, recipe, tasks)
         preflight(
@@ -102,7 +105,7 @@ def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: b
             recipe,
             resume=resume,
             fresh=fresh,
-            world_size=world_size,
+            world_size=number_of_ranks(recipe),
             notify=notify,
             tasks=tasks,
             inputs=inputs,

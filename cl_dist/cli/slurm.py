@@ -20,6 +20,7 @@ from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
 from cl_dist.launch.scheduler import JobState, job_state, require_sbatch, submit
 from cl_dist.launch.slurm import DEFAULT_RESTARTS, LOG, SlurmJob, captured_environment, job_name, quote
+from cl_dist.machine import DeviceSetting
 from cl_dist.state.atomic import make_folder, write_json, write_text
 from cl_dist.state.preflight import preflight, put_back, set_aside
 from cl_dist.state.run_folder import RunFolder, SlurmRecord
@@ -92,8 +93,9 @@ def slurm(arguments: Namespace) -> int:
     recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes)
     recipe = resolve_order(recipe, recipe_dir)
     job = make_job(arguments, recipe)
-    # The job's layout, not the recipe, determines the number of ranks.
-    recipe = replace(recipe, launch=replace(recipe.launch, processes=job.ranks), output_dir=job.run_folder)
+    # The job's layout, not the recipe, determines the number of ranks and their device.
+    launch = replace(recipe.launch, processes=job.ranks, device=job.device)
+    recipe = replace(recipe, launch=launch, output_dir=job.run_folder)
     check_stream_and_model(recipe, recipe_dir)
     if not arguments.submit:
         if arguments.fresh and arguments.resume:
@@ -128,9 +130,23 @@ def make_job(arguments: Namespace, recipe: Recipe) -> SlurmJob:
         arguments=(),
         environment=captured_environment(os.environ, sys.executable),
     )
+    _check_device(recipe.launch.device, job)
     # Only now is the number of ranks known, which the command line needs.
-    changes = [*arguments.changes, f"launch.processes={job.ranks}"]
+    changes = [*arguments.changes, f"launch.processes={job.ranks}", f"launch.device={job.device}"]
     return replace(job, arguments=("run", arguments.recipe, *(word for text in changes for word in ("--set", text))))
+
+
+def _check_device(setting: DeviceSetting, job: SlurmJob) -> None:
+    """Raise BadInput if the recipe asks for another device than the job; `auto` is what the job has."""
+    if setting == "cuda" and not job.gpus:
+        raise BadInput(
+            "launch.device: cuda, but the job asks Slurm for no GPUs; give --gpus-per-node, or --set launch.device=cpu"
+        )
+    if setting == "cpu" and job.gpus:
+        raise BadInput(
+            f"--gpus-per-node: {job.gpus_per_node}, but launch.device is cpu; leave --gpus-per-node out, or --set "
+            "launch.device=cuda"
+        )
 
 
 def _script(job: SlurmJob, arguments: Namespace) -> str:

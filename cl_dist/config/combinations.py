@@ -85,7 +85,8 @@ def _general(recipe: Recipe) -> Iterator[str]:
 
 
 def _precision_and_batch(recipe: Recipe) -> Iterator[str]:
-    train, zero, ranks = recipe.train, recipe.zero, recipe.launch.processes
+    train, zero = recipe.train, recipe.zero
+    ranks = 1 if recipe.launch.processes == "auto" else recipe.launch.processes  # checked again once it is known
     if zero.stage == 0 and train.dtype == "bfloat16" and "grad_accum_dtype" in zero.deepspeed.get("data_types", {}):
         yield (
             "zero.deepspeed.data_types.grad_accum_dtype: at stage 0 with train.dtype bfloat16, DeepSpeed always sums "

@@ -199,9 +199,13 @@ class ZeroConfig:
 class LaunchConfig:
     """How `cl-dist run` starts its ranks."""
 
-    processes: Annotated[int, Field(ge=1, le=1_000_000)] = 1
-    """Ranks to start on this machine. Ignored under torchrun, deepspeed, mpirun and srun, which start the ranks
-    themselves."""
+    processes: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = 1
+    """Ranks to start on this machine; `auto` is one per GPU, or one on a machine without. Ignored under torchrun,
+    deepspeed, mpirun and srun, which start the ranks themselves."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """What the ranks compute on. `auto` is a GPU each if this machine's GPUs can be used, else the CPU, with a warning
+    if there is a GPU after all. `cuda` insists on GPUs: without one that can be used, the run ends before anything is
+    read. `cpu` leaves GPUs unused."""
     timeout_seconds: Seconds = 1800.0
     """A collective operation that takes longer ends the run. It must exceed the longest time that ranks wait for one of
     them, such as rank 0 writing the exported model or a rank writing its part of a state."""

@@ -12,7 +12,7 @@ from cl_dist.assembly import System, build_system
 from cl_dist.config.schema import Recipe
 from cl_dist.coordinator.stream import Coordinator, finish
 from cl_dist.engine.collective_errors import reporting_lost_ranks
-from cl_dist.engine.distributed import join, quiet_libraries
+from cl_dist.engine.distributed import Joined, join, quiet_libraries
 from cl_dist.engine.stop import Deadline, SecondsLeft, no_limit
 from cl_dist.errors import BadInput, Interrupted
 from cl_dist.heartbeat import beat
@@ -57,8 +57,10 @@ def run(
         JobFailed: Training failed.
         Interrupted: A signal asked the run to stop, or its time is nearly over; its state is saved.
     """
-    rank, world = join(recipe.launch.timeout_seconds)
+    joined = join(recipe.launch.timeout_seconds, recipe.launch.device)
+    rank, world = joined.rank, joined.world
     quiet_libraries(rank)
+    _report_device(joined, reporter)
     folder = RunFolder(Path(recipe.output_dir))
     with ExitStack() as stack:
         timeout = recipe.launch.timeout_seconds
@@ -68,7 +70,7 @@ def run(
         watchdog = stack.enter_context(Watchdog(folder.logs, rank, world, recipe.launch.hang_seconds, end))
         stack.enter_context(reporting_lost_ranks(rank, timeout, watchdog.give_up))
         with reported_once():
-            manifest, resumed = on_first_rank(lambda: _starting_point(folder, recipe, world, resume))
+            manifest, resumed = on_first_rank(lambda: _starting_point(folder, recipe, joined, resume))
         ledger = Ledger(folder, manifest, writer=rank == 0)
         if manifest.status == "finished":  # only its metrics may be missing
             reporter.message("this run is already finished; nothing is left to do")
@@ -95,8 +97,16 @@ def _claim(folder: RunFolder, stack: ExitStack, reporter: Reporter) -> None:
         raise BadInput(f"the run folder {folder.path} cannot be used: {error}") from error
 
 
-def _starting_point(folder: RunFolder, recipe: Recipe, world: int, resume: bool) -> tuple[Manifest, Resumption]:
+def _report_device(joined: Joined, reporter: Reporter) -> None:
+    """Print what the run computes on, and a warning if it leaves GPUs unused."""
+    reporter.message(joined.describe())
+    if (warning := joined.warning()) is not None:
+        reporter.message(warning)
+
+
+def _starting_point(folder: RunFolder, recipe: Recipe, joined: Joined, resume: bool) -> tuple[Manifest, Resumption]:
     """Read or create the manifest, and adapt the recipe to these ranks; runs on one rank."""
+    world, device = joined.world, joined.to_dict()
     resumed = Resumption(recipe, note=None, new_split=False)
     if resume and folder.manifest.exists():
         manifest = Manifest.read(folder.manifest)
@@ -107,11 +117,13 @@ def _starting_point(folder: RunFolder, recipe: Recipe, world: int, resume: bool)
     else:
         names = tuple(task.name for task in recipe.stream.tasks)
         first = segment(recipe, world)
-        manifest = Manifest(tasks=names, world_size=world, zero_stage=recipe.zero.stage, segments=(first,))
+        manifest = Manifest(
+            tasks=names, world_size=world, zero_stage=recipe.zero.stage, segments=(first,), device=device
+        )
     if not resume or manifest.status == "finished":
         return manifest, resumed
     manifest = dataclasses.replace(manifest, status="running", restarts=manifest.restarts + 1)
-    return dataclasses.replace(manifest, world_size=world, zero_stage=recipe.zero.stage), resumed
+    return dataclasses.replace(manifest, world_size=world, zero_stage=recipe.zero.stage, device=device), resumed
 
 
 def _report_changes(resumed: Resumption, note: str, system: System, reporter: Reporter) -> None:

@@ -121,8 +121,11 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
         BadInput: The saved model or the data cannot be used.
         ClDistError: All scores were computed and reported, but could not be written.
     """
-    rank, _ = join(recipe.launch.timeout_seconds)
+    joined = join(recipe.launch.timeout_seconds, recipe.launch.device)
+    rank = joined.rank
     quiet_libraries(rank)
+    if (warning := joined.warning()) is not None:
+        reporter.message(warning)
     folder = RunFolder(Path(recipe.output_dir)).task(task_index, recipe.stream.tasks[task_index].name)
     store = _Store(folder, reporter) if rank == 0 else None
     tasks, evaluator, notices = build_saved(recipe, recipe_dir, folder.model)

@@ -56,6 +56,7 @@ class Coordinator:
         """Train the tasks that are not trained yet; return the metrics."""
         self.ledger.start(dump_recipe(self.recipe))
         self._state.forget_strays()
+        self.ledger.log(event="device", ranks=torch.distributed.get_world_size(), **(self.ledger.manifest.device or {}))
         self.reporter.run_started([task.name for task in self.tasks], torch.distributed.get_world_size())
         # All notices about the scores go to the log, warnings also to the screen.
         for notice in self.system.notices:
@@ -254,6 +255,7 @@ def run_metrics(manifest: Manifest) -> dict[str, Any]:
         "step_seconds": seconds / max(steps, 1),
         "peak_memory_bytes": list(manifest.peak_memory_bytes),
         "timings": [dict(entry) for entry in manifest.timings],
+        "device": manifest.device,
         "world_size": manifest.world_size,
         "zero_stage": manifest.zero_stage,
         "segments": [dataclasses.asdict(entry) for entry in manifest.segments],

@@ -1,4 +1,4 @@
-"""A rank's life in the process group: quiet the libraries, join, find the device, measure memory, leave."""
+"""A rank's life in the process group: quiet the libraries, join, measure memory, leave."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import os
 import resource
 import warnings
 from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 
 from cl_dist.engine.collective_errors import reporting_lost_ranks
+from cl_dist.engine.device import agree_on_devices, choose_device, device, uses_gpu
 from cl_dist.engine.loopback import init_method
-from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
+from cl_dist.machine import Device, DeviceSetting
 
 
 def quiet_libraries(rank: int) -> None:
@@ -33,52 +35,74 @@ def quiet_libraries(rank: int) -> None:
     warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)
 
 
-def join(timeout_seconds: float) -> tuple[int, int]:
+class Joined(NamedTuple):
+    """A rank's place in the process group, and what it computes on."""
+
+    rank: int
+    world: int
+    device: Device
+    """On rank 0 the devices of all ranks in one record."""
+    notice: str | None = None
+    """Why GPUs that exist are not used; None if they are, or if nobody asked for them."""
+
+    def describe(self) -> str:
+        """The run's first line: how many ranks there are, and on what."""
+        ranks = "1 rank" if self.world == 1 else f"{self.world} ranks"
+        kind = "on the CPU" if self.device.kind == "cpu" else "on a GPU each" if self.world > 1 else "on a GPU"
+        return f"{ranks} {kind}: {self.device.describe()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the run computes on, for metrics.json; `count` is the number of GPUs."""
+        count = {} if self.device.kind == "cpu" else {"count": self.world}
+        return {**self.device.to_dict(), **count}
+
+    def warning(self) -> str | None:
+        """What to print loudly if a GPU is not used that could have been meant."""
+        if self.notice is None:
+            return None
+        return (
+            f"WARNING: training on the CPU, although this machine has a GPU: {self.notice}. launch.device=cuda would "
+            "stop here, launch.device=cpu says that this is intended"
+        )
+
+
+def join(timeout_seconds: float, device_setting: DeviceSetting = "auto") -> Joined:
     """Initialise torch.distributed through DeepSpeed from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
     Args:
         timeout_seconds: A collective that takes longer ends the run.
-
-    Returns:
-        (rank, world size).
+        device_setting: `launch.device`.
 
     Raises:
-        BadInput: There are more ranks on this machine than GPUs.
+        BadInput: The ranks cannot compute on what `launch.device` says, or not all on the same kind of device, or
+            there are more ranks on this machine than GPUs.
         RankLost: Not all ranks arrive in time.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choice = choose_device(device_setting)
     import deepspeed
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(_own_gpu())
     # DeepSpeed would compile a shared-memory collective that only its inference uses: two minutes on a cold start. It
     # looks up no other entry of this table. Replace the table instead of editing it: DeepSpeed fills it on first access
     # by running compilers, whose messages ("cannot find -laio") would open every run.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     beat(f"meeting at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
     rank = int(os.environ.get("RANK", "0"))
+    found = [choice.device]
+
+    def agree(store: Any, rank: int, world: int, timeout: timedelta) -> None:
+        found[0] = agree_on_devices(store, rank, world, choice, timeout)
+
     with reporting_lost_ranks(rank, timeout_seconds, lambda reason, _: reason):
         deepspeed.init_distributed(
-            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-            init_method=init_method(),
+            dist_backend="nccl" if uses_gpu() else "gloo",
+            init_method=init_method(agree),
             rank=rank,
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
             timeout=timedelta(seconds=timeout_seconds),
             auto_mpi_discovery=False,
             verbose=False,
         )
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _own_gpu() -> int:
-    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if rank >= gpus:
-        raise BadInput(
-            f"launch.processes: rank {rank} of this machine has no GPU to itself, there are {gpus}; use at most {gpus} "
-            "ranks, or any number on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
-        )
-    return rank
+    return Joined(torch.distributed.get_rank(), torch.distributed.get_world_size(), found[0], choice.notice)
 
 
 def set_timeout(timeout_seconds: float) -> None:
@@ -93,14 +117,9 @@ def set_timeout(timeout_seconds: float) -> None:
         distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
-def device() -> torch.device:
-    """Return the device that this rank computes on."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def peak_memory_per_rank() -> list[int]:
     """Return each rank's peak memory in bytes: allocated on its GPU, or resident in RAM without one (collective)."""
-    if torch.cuda.is_available():
+    if uses_gpu():
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

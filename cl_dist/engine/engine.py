@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cl_dist.config.schema import Recipe
-from cl_dist.engine.distributed import device, set_timeout
+from cl_dist.engine.device import device
+from cl_dist.engine.distributed import set_timeout
 from cl_dist.engine.guard import UpdateGuard, check_replicas
 from cl_dist.engine.settings import build_adamw, deepspeed_config, learning_rate
 from cl_dist.engine.trial import failures_as_bad_input, trial_batches
@@ -76,7 +77,7 @@ class TrainingEngine:
     def _build(self, model: torch.nn.Module) -> None:
         import deepspeed
 
-        _refuse_layerdrop(model, self.recipe.zero.stage)
+        refuse_layerdrop(model, self.recipe.zero.stage, torch.distributed.get_world_size())
         switch_cache_off(model)
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -312,11 +313,11 @@ class TrainingEngine:
             self.method.update_skipped()
 
 
-def _refuse_layerdrop(model: torch.nn.Module, stage: int) -> None:
+def refuse_layerdrop(model: torch.nn.Module, stage: int, ranks: int) -> None:
     """Raises BadInput for layerdrop on several ranks: each would skip different layers, so they would wait for each
     other or add up gradients of different layers.
     """
-    if stage > 0 and torch.distributed.get_world_size() > 1 and (dropped := layerdrop(model)):
+    if stage > 0 and ranks > 1 and (dropped := layerdrop(model)):
         raise BadInput(
             f"model.name_or_path: the model's configuration ({dropped}) drops layers at random in training, different "
             "ones on each rank, which ZeRO does not support; set it to 0, or use zero.stage: 0 or a single rank"

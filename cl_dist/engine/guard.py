@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cl_dist.config.words import listed
-from cl_dist.engine.distributed import device
+from cl_dist.engine.device import device
 from cl_dist.errors import JobFailed
 from cl_dist.sharding import ShardView, replica_checksums
 

@@ -1,4 +1,4 @@
-"""Rendezvous for the ranks of one machine: a store that listens on the loopback interface only.
+"""Where the ranks meet: a store, which on one machine listens on the loopback interface only.
 
 torch's own rendezvous (`env://`) listens on all interfaces, whatever address it is given, and admits anyone who can
 reach it. But it accepts a socket that is already listening, and that socket decides who can connect.
@@ -8,33 +8,59 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from ipaddress import ip_address
 from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import register_rendezvous_handler
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from cl_dist.errors import ClDistError
 
-SCHEME = "cl-dist-loopback"
+SCHEME = "cl-dist"
 LOOPBACK = "127.0.0.1"
 _BACKLOG = 4096
 
+Agree = Callable[[Any, int, int, timedelta], None]
 
-def init_method() -> str:
-    """Choose torch's `init_method`: this module's on one machine, `env://` across machines.
 
-    Under torchrun it is `env://` too, since torchrun serves the store itself (on all interfaces).
+_agree: Agree
+
+
+def init_method(agree: Agree) -> str:
+    """Register how the ranks meet, and return it as torch's `init_method`.
+
+    Args:
+        agree: Called on every rank with the store, rank, world size and timeout, before anything else uses the store.
     """
-    served_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if served_by_launcher or not is_loopback(os.environ.get("MASTER_ADDR", "")):
-        return "env://"
+    global _agree
+    _agree = agree
     with suppress(RuntimeError):  # already registered
         register_rendezvous_handler(SCHEME, _meet)
     return f"{SCHEME}://"
+
+
+def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Any, int, int]]:
+    """Implement torch's rendezvous protocol: yield store, rank and world size."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if serves_loopback():
+        store = _loopback_store(rank, world, timeout)
+    else:
+        store = next(rendezvous("env://", rank, world, timeout=timeout))[0]
+    _agree(store, rank, world, timeout)
+    yield store, rank, world
+    # torch asks again after losing a rank, which none of our launchers replaces.
+    raise RuntimeError("the ranks meet once")
+
+
+def serves_loopback() -> bool:
+    """Whether the store is this module's: on one machine, except under torchrun, which serves one itself (on all
+    interfaces). Otherwise it is that of torch's `env://`.
+    """
+    served_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return not served_by_launcher and is_loopback(os.environ.get("MASTER_ADDR", ""))
 
 
 def is_loopback(address: str) -> bool:
@@ -47,16 +73,11 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Any, int, int]]:
-    """Implement torch's rendezvous protocol: yield store, rank and world size."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def _loopback_store(rank: int, world: int, timeout: timedelta) -> TCPStore:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     address = LOOPBACK if address == "localhost" else address
     listener = _listen(address, port) if rank == 0 else None
-    store = TCPStore(address, port, world, is_master=rank == 0, timeout=timeout, master_listen_fd=listener)
-    yield store, rank, world
-    # torch asks again after losing a rank, which none of our launchers replaces.
-    raise RuntimeError("the ranks meet once")
+    return TCPStore(address, port, world, is_master=rank == 0, timeout=timeout, master_listen_fd=listener)
 
 
 def _listen(address: str, port: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cl_dist.config.schema import Recipe, TrainConfig
+from cl_dist.engine.device import uses_gpu
 
 CPU_BUCKET_ELEMENTS = 20_000_000
 """DeepSpeed's default buckets hold 5e8 elements: two gigabytes, too much for a small machine."""
@@ -22,7 +23,7 @@ def deepspeed_config(recipe: Recipe, gpu: bool | None = None) -> dict[str, Any]:
         recipe: The run's settings.
         gpu: Whether the ranks train on GPUs; None: as on this machine.
     """
-    train, gpu = recipe.train, torch.cuda.is_available() if gpu is None else gpu
+    train, gpu = recipe.train, uses_gpu() if gpu is None else gpu
     zero: dict[str, Any] = {"stage": recipe.zero.stage}
     if not gpu:
         zero["reduce_bucket_size"] = CPU_BUCKET_ELEMENTS

@@ -11,7 +11,7 @@ from types import FrameType
 
 import torch
 
-from cl_dist.engine.distributed import device
+from cl_dist.engine.device import device
 from cl_dist.stop_requests import StopRequests, heeded
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

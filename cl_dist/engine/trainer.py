@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cl_dist.config.objectives import ObjectiveName
-from cl_dist.engine.distributed import device
+from cl_dist.engine.device import device
 from cl_dist.engine.engine import StepResult, TrainingEngine
 from cl_dist.heartbeat import beat
 from cl_dist.methods.protocol import Probe

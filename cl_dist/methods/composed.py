@@ -13,12 +13,14 @@ from cl_dist.methods.catalogue import method_class
 from cl_dist.methods.config import MethodConfig
 from cl_dist.methods.cost import Cost
 from cl_dist.methods.protocol import Memory, Method
+from cl_dist.methods.rehearsal import Rehearsed
 from cl_dist.tasks.types import Encoded
 
 if TYPE_CHECKING:
     import torch
 
     from cl_dist.methods.cost import RankShare
+    from cl_dist.methods.rehearsal import Rehearsal
     from cl_dist.sharding import Shard
     from cl_dist.tasks.collate import Batch
 
@@ -122,6 +124,13 @@ class Composed(Method):
     def cost(self, share: RankShare) -> Cost:
         """What all methods add together."""
         return Cost.total(_answered(method, "cost", method.cost(share), Cost) for method in self.methods)
+
+    def rehearse(self, rehearsal: Rehearsal) -> Rehearsed:
+        """What all methods find."""
+        found = Rehearsed()
+        for method in self.methods:
+            found += _answered(method, "rehearse", method.rehearse(rehearsal), Rehearsed)
+        return found
 
     def start_message(self) -> str | None:
         """One line from each method that has a message."""

@@ -110,6 +110,12 @@ class Cost:
     """Collectives of one optimiser step."""
     task: tuple[Collective, ...] = ()
     """Collectives at the end of a task."""
+    traffic: int = 0
+    """Bytes read and written in an optimiser step, where the masters lie."""
+    token_traffic: int = 0
+    """Bytes read and written on the device for each token of a forward pass."""
+    skipped: Mapping[str, float] = field(default_factory=dict)
+    """By name of a weight: the share of its gradient's product that backward does not compute."""
 
     @staticmethod
     def beside_masters(share: RankShare, parts: Mapping[str, int]) -> Cost:
@@ -134,6 +140,9 @@ class Cost:
             passes=self.passes + other.passes,
             step=self.step + other.step,
             task=self.task + other.task,
+            traffic=self.traffic + other.traffic,
+            token_traffic=self.token_traffic + other.token_traffic,
+            skipped={**self.skipped, **other.skipped},
         )
 
 

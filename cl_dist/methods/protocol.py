@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cl_dist.methods.config import MethodConfig, VariedConfig
 from cl_dist.methods.cost import Cost
+from cl_dist.methods.rehearsal import Rehearsed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence, Set
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from cl_dist.config.schema import TrainConfig
     from cl_dist.methods.cost import RankShare
+    from cl_dist.methods.rehearsal import Rehearsal
     from cl_dist.sharding import Shard, ShardView
     from cl_dist.tasks.collate import Batch
     from cl_dist.tasks.plan import Cycles
@@ -130,6 +132,15 @@ class Method:
     def cost(self, share: RankShare) -> Cost:
         """What the method adds on a rank, for `cl-dist plan`. Called instead of `attach`: no engine, no weights."""
         return Cost()
+
+    def rehearse(self, rehearsal: Rehearsal) -> Rehearsed:
+        """Go through the method's index arithmetic on all ranks' planned shards, for `cl-dist plan --dry-run`. Called
+        instead of `attach`.
+
+        Raises:
+            BadInput: The method cannot train this model, as in `attach` and `after_trials`.
+        """
+        return Rehearsed()
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """The engine has been built (or rebuilt) around `model`; `shards` gives access to its training state."""

@@ -124,7 +124,7 @@ def check_positions(model: ModelConfig, train: TrainConfig) -> None:
     folder = local_folder(model.name_or_path)
     if folder is None or model.gguf_file is not None or model.name_or_path in BUILTIN_FAMILIES:
         return
-    longest = configured_positions(_read_config(folder))
+    longest = configured_positions(read_config(folder))
     refuse_long(longest, model.name_or_path, train.max_length, train.max_target_length)
 
 
@@ -146,7 +146,7 @@ def _family_in_folder(model: ModelConfig) -> Family | None:
     folder = local_folder(model.name_or_path)
     if folder is None or model.gguf_file is not None:
         return None
-    config = _read_config(folder)
+    config = read_config(folder)
     names = [str(name) for name in config.get("architectures") or []]
     if config.get("is_encoder_decoder"):
         return "encoder-decoder"
@@ -208,7 +208,7 @@ def _check_folder(folder: Path, model: ModelConfig) -> None:
     if model.gguf_file is not None:
         _check_gguf_file(folder, model.gguf_file)
         return
-    config = _read_config(folder)
+    config = read_config(folder)
     _check_architecture(config, folder)
     if config.get("is_encoder_decoder"):
         resolve_objective(model.objective, "encoder-decoder", str(folder))
@@ -233,7 +233,8 @@ def _check_gguf_file(folder: Path, name: str) -> None:
             )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a model folder's config.json. Raises BadInput if it is missing or unusable."""
     file = folder / "config.json"
     if not file.is_file():
         raise BadInput(f"model.name_or_path: {folder} has no config.json{_instead_of_config(folder)}")

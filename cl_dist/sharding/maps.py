@@ -3,13 +3,13 @@
 `layouts.py` views the same pieces in a live engine. The arithmetic is that of deepspeed 0.19.8:
 
 - stage 0: every rank owns everything;
-- stages 1 and 2 (`stage_1_and_2.py`, `flatten_dense_tensors_aligned`, `get_data_parallel_partitions`): the parameters of
-  an optimiser group lie one after the other in one flat tensor, which is padded at its end to a multiple of
+- stages 1 and 2 (`stage_1_and_2.py`: `flatten_dense_tensors_aligned`, `get_data_parallel_partitions`): the parameters
+  of an optimiser group lie one after the other in one flat tensor, which is padded at its end to a multiple of
   2 x ranks and cut into one piece per rank. With `parameter_alignment`, each parameter but the last is padded to 16
   bytes;
-- stage 3 (`partition_parameters.py`, `_partition_param`): each parameter is padded to a multiple of the ranks and cut by
-  itself. The pieces of a group lie one after the other in sub-groups: a sub-group is full once it has
-  `sub_group_size` elements (`stage3.py`, `_create_fp16_sub_groups`).
+- stage 3 (`partition_parameters.py`: `_partition_param`): each parameter is padded to a multiple of the ranks and cut
+  by itself. The pieces of a group lie one after the other in sub-groups: a sub-group is full once it has
+  `sub_group_size` elements (`stage3.py`: `_create_fp16_sub_groups`).
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from cl_dist.state.integrity import CheckpointDamaged
 from cl_dist.state.scores import How, Row, ScoreFile, TaskScored
 from cl_dist.state.stored_files import first_problem, read_object
 
-FORMAT_VERSION = 3
-"""2: a list of checkpoints instead of one, and segments. 3: scores in a separate file, and inputs."""
+FORMAT_VERSION = 4
+"""2: a list of checkpoints instead of one, and segments. 3: scores in a separate file, and inputs. 4: the device."""
 
 NOTHING_SCORED: dict[str, Any] = {"row_under_way": (), "general_under_way": {}}
 """The fields of a manifest whose current model has not been evaluated yet."""
@@ -124,6 +124,8 @@ class Manifest:
     """Peak memory of each rank over all restarts; one entry per rank of the largest start."""
     restarts: int = 0
     """Number of times the run was resumed."""
+    device: dict[str, Any] | None = None
+    """What the last start computed on (`engine.distributed.Joined.to_dict`); None if an older release recorded none."""
     timings: tuple[dict[str, int | float], ...] = ()
     """Seconds by name (such as "train", "evaluate"), one entry per completed task."""
     format_version: int = FORMAT_VERSION
@@ -292,8 +294,8 @@ _ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 
 
 def _upgraded(document: dict[str, Any], version: Any) -> dict[str, Any]:
-    """Convert format 1, which had at most one checkpoint, and 2, which had the scores inline, to the current format."""
-    if version not in (1, 2):
+    """Convert format 1, which had at most one checkpoint, 2, which had the scores inline, and 3 to the current one."""
+    if version not in (1, 2, 3):
         return document
     document = {**document, "format_version": FORMAT_VERSION}
     if version == 1:

@@ -167,4 +167,6 @@ def _differences(
 
 
 def _global_batch(recipe: Recipe) -> int:
-    return recipe.train.micro_batch_size * recipe.train.gradient_accumulation * recipe.launch.processes
+    ranks = recipe.launch.processes
+    assert ranks != "auto", "the command replaces it by this machine's number"
+    return recipe.train.micro_batch_size * recipe.train.gradient_accumulation * ranks

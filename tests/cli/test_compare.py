@@ -181,7 +181,7 @@ def test_submits_a_job_for_every_unfinished_run(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path)
-    grid = make_grid(tmp_path, changes=["launch.processes=4"])
+    grid = make_grid(tmp_path, changes=["launch.processes=4", "launch.device=cpu"])
     finish(grid.cells[0], matrix(1, 1, 1))
     program = tmp_path / "bin" / "sbatch"
     program.parent.mkdir()

@@ -32,6 +32,7 @@ def test_prints_a_script_and_changes_nothing(command: Command, tmp_path: Path) -
     assert "#SBATCH --job-name=recipe\n#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in script
     assert values(script, "run_folder", "working_folder") == [str(tmp_path / "run"), str(tmp_path)]
     words = ["run", str(recipe), "--set", "train.seed=7", "--set", "launch.processes=2"]
+    words += ["--set", "launch.device=cpu"]
     assert values(script, "arguments[@]") == words
 
 
@@ -42,7 +43,7 @@ def test_the_printed_command_names_the_same_recipe(command: Command, tmp_path: P
     script = command("slurm", write_recipe(odd), "--set", text, "--gpus-per-node", "2")[1]
     _, name, *words = values(script, "arguments[@]")
     recipe, _ = load_recipe(name, words[1::2])
-    assert recipe.launch.processes == 2
+    assert (recipe.launch.processes, recipe.launch.device) == (2, "cuda")
     assert recipe.output_dir == str(odd / "run") == values(script, "run_folder")[0]
     assert values(script, "python")[0].endswith("python") or "python3" in values(script, "python")[0]
 
@@ -56,6 +57,8 @@ def test_the_printed_command_names_the_same_recipe(command: Command, tmp_path: P
         (["--set", "model.name_or_path=/nowhere"], "/nowhere"),
         (["--set", "stream.tasks.0.format=tasl", "--set", "stream.tasks.0.path=/nowhere"], "/nowhere"),
         (["--sbatch", "wrap=reboot"], "--sbatch: wrap cannot be set"),
+        (["--set", "launch.device=cuda"], "launch.device: cuda, but the job asks Slurm for no GPUs; give --gpus-per"),
+        (["--set", "launch.device=cpu", "--gpus-per-node", "a100:4"], "--gpus-per-node: a100:4, but launch.device is"),
     ],
 )
 def test_bad_input_is_one_sentence(command: Command, tmp_path: Path, arguments: list[str], message: str) -> None:

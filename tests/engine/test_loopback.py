@@ -21,9 +21,9 @@ def test_which_addresses_are_loopback_addresses(address: str, inside: bool, monk
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setenv("MASTER_ADDR", address)
     assert loopback.is_loopback(address) is inside
-    assert (loopback.init_method() == "env://") is not inside
+    assert loopback.serves_loopback() is inside
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    assert loopback.init_method() == "env://"
+    assert not loopback.serves_loopback()
 
 
 def test_only_the_loopback_listens_and_a_taken_port_is_named() -> None:

@@ -10,6 +10,7 @@ import torch
 from cl_dist.errors import ClDistError
 from cl_dist.methods.composed import Composed
 from cl_dist.methods.protocol import Memory, Method
+from cl_dist.methods.rehearsal import Rehearsed
 from cl_dist.sharding import Shard
 from cl_dist.tasks.types import Encoded
 
@@ -135,3 +136,12 @@ def test_an_answer_of_the_wrong_type_is_refused(moment: str, arguments: Any, ans
     careless = type("Careless", (Method,), {moment: lambda self, *given: answer})
     with pytest.raises(ClDistError, match=f"^method Careless: {message}"):
         getattr(Composed([careless()]), moment)(*arguments)
+
+
+def test_what_the_methods_find_in_a_dry_run_is_put_together() -> None:
+    class Rehearsing(Noted):
+        def rehearse(self, rehearsal: Any) -> Rehearsed:
+            return Rehearsed(notes=(f"{self.name} notes",), problems=(f"{self.name} fails",))
+
+    found = Composed([Rehearsing("a"), Noted("b"), Rehearsing("c")]).rehearse(None)  # type: ignore[arg-type]
+    assert found == Rehearsed(("a notes", "c notes"), ("a fails", "c fails"))

@@ -49,14 +49,23 @@ def test_a_manifest_of_format_1_is_read(
     manifest = Manifest.read(tmp_path / "manifest.json")
     assert (manifest.checkpoints, manifest.segments, manifest.restarts) == (new, (), 1)
     manifest.write(tmp_path / "manifest.json")
-    assert json.loads((tmp_path / "manifest.json").read_text())["format_version"] == 3
+    assert json.loads((tmp_path / "manifest.json").read_text())["format_version"] == 4
     assert Manifest.read(tmp_path / "manifest.json") == manifest
+
+
+def test_a_manifest_of_format_3_has_no_device(tmp_path: Path) -> None:
+    Manifest(tasks=("a",), world_size=2, zero_stage=1, device={"kind": "cpu"}).write(tmp_path / "manifest.json")
+    document = json.loads((tmp_path / "manifest.json").read_text())
+    del document["device"]
+    (tmp_path / "manifest.json").write_text(json.dumps({**document, "format_version": 3}))
+    manifest = Manifest.read(tmp_path / "manifest.json")
+    assert (manifest.device, manifest.format_version) == (None, 4)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 4, "cl_dist_version": "9", "new": 1}, r"has format 4, written by cl_dist 9; .* up to 3"),
+        ({"format_version": 5, "cl_dist_version": "9", "new": 1}, r"has format 5, written by cl_dist 9; .* up to 4"),
         ({"completed": 4}, "is damaged: manifest: Value error, completed is 4 of 3 tasks"),
         ({"completed": -1}, "completed is -1 of 3 tasks"),
         (

@@ -39,9 +39,14 @@ class Ewc(Method):
         self._holds_back = False
 
     def cost(self, share: RankShare) -> Cost:
-        """Fisher information and anchors in float32, and a task's own information while it is measured at its end."""
+        """Fisher information and anchors in float32, and a task's own information while it is measured at its end.
+
+        A step reads both, weight and gradient, and writes the gradient.
+        """
         kept = 8 * share.elements
-        return Cost.beside_masters(share, {"ewc's information and anchors": kept}) + Cost(saved=kept)
+        return Cost.beside_masters(share, {"ewc's information and anchors": kept}) + Cost(
+            saved=kept, traffic=20 * share.elements
+        )
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Allocate zero Fisher information and anchors along the masters, also for a rebuilt engine."""

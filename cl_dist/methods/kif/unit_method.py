@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -13,8 +15,9 @@ from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.kif.config import UnitConfig
 from cl_dist.methods.kif.importance import Importance
-from cl_dist.methods.kif.units import UnitMap
+from cl_dist.methods.kif.units import UnitMap, Units
 from cl_dist.methods.protocol import Method, TaskPlace
+from cl_dist.methods.rehearsal import Rehearsal, Rehearsed
 from cl_dist.methods.shared.matrices import WholeMatrices
 from cl_dist.models.lora import LORA_A, LORA_B
 from cl_dist.models.tracked import row_layouts
@@ -35,6 +38,32 @@ class UnitMethod(Method):
         self.config: UnitConfig
         self.keeps_unfused = config.keep_unfused
 
+    def rehearse(self, rehearsal: Rehearsal) -> Rehearsed:
+        """Cut the trained parameters into units, and find the units at both ends of every rank's pieces."""
+        config, lora = self.config, any(LORA_A in name for name in rehearsal.shapes)
+        units = _units_of(rehearsal.model, rehearsal.shapes, config.units_for(lora))
+        ends = 0
+        for name, part in units.parts.items():
+            pieces = rehearsal.pieces(name)
+            elements = np.array([place for piece in pieces for place in (piece.start, piece.stop - 1)])
+            ends += len(elements)
+            # The unit of an element, by its coordinates in the parameter rather than by strides.
+            places = np.unravel_index(elements, part.shape)
+            sizes = [part.shape[axis] for axis in part.axes]
+            wanted = (
+                np.ravel_multi_index([places[axis] for axis in part.axes], sizes) if sizes else np.zeros_like(elements)
+            )
+            if (part.numbers(torch.from_numpy(elements)).numpy() != wanted).any():
+                return Rehearsed(problems=(f"{config.name}: the ranks' pieces of {name} are assigned to wrong units",))
+        slices = [part.elements for part in units.parts.values()]
+        return Rehearsed(
+            notes=(
+                f"{config.name}: {len(units)} skill units of {min(slices)} to {max(slices)} elements a slice; fusion "
+                f"finds the right unit at all {ends} ends of the ranks' pieces; a rank fuses at most "
+                f"{max(sum(piece.numel for piece in owned.values()) for _, owned in rehearsal.ranks())} elements",
+            )
+        )
+
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Divide the model into units and allocate zero importance along the shards, also for a rebuilt engine."""
         config, self._lora = self.config, any(LORA_A in name for name in shards.names)
@@ -53,7 +82,7 @@ class UnitMethod(Method):
         gathers the fused weights.
         """
         is_lora = any(LORA_A in name for name in share.shapes)
-        units = UnitMap.build(share.shapes, self.config.units_for(is_lora), row_layouts(share.model))
+        units = _units_of(share.model, share.shapes, self.config.units_for(is_lora))
         itemsize = 2 if self.config.importance_dtype == "bfloat16" else 4
         importance = states * 2 * itemsize * share.elements
         kept = copies * 4 * share.elements
@@ -67,6 +96,8 @@ class UnitMethod(Method):
             saved=importance + kept,
             step=(share.all_reduce(penalised, "LoRA's matrices for the penalty"),) if penalised else (),
             task=(*[share.sum_over_ranks(slices, "scores of units")] * states, *share.publish()) * fusions,
+            # A step reads weight and gradient, and reads and writes one pair of states.
+            traffic=(8 + 2 * 2 * itemsize) * share.elements,
         )
         return found + Cost.beside_masters(share, {f"{self.config.name}'s importance": importance})
 
@@ -121,6 +152,17 @@ class UnitMethod(Method):
             f"{each * owned} bytes on this rank ({each} for each of its {owned} parameters), "
             f"{weights} {4 * copies * owned} bytes of CPU memory"
         )
+
+
+_UNITS: WeakKeyDictionary[torch.nn.Module, dict[Units, UnitMap]] = WeakKeyDictionary()
+
+
+def _units_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], units: Units) -> UnitMap:
+    """The units of a planned model. A plan asks for them many times, and there can be a million."""
+    known = _UNITS.setdefault(model, {})
+    if units not in known:
+        known[units] = UnitMap.build(shapes, units, row_layouts(model))
+    return known[units]
 
 
 def write_scores(folder: Path, units: UnitMap, scores: Mapping[str, torch.Tensor]) -> None:

@@ -67,9 +67,10 @@ class Part:
         """Yield slice numbers of the flattened elements `[start, stop)`: offset from `start`, `(<= CHUNK,)` int64."""
         for position in range(start, stop, CHUNK):
             elements = torch.arange(position, min(position + CHUNK, stop), device=device)
-            yield position - start, self._numbers(elements)
+            yield position - start, self.numbers(elements)
 
-    def _numbers(self, elements: torch.Tensor) -> torch.Tensor:
+    def numbers(self, elements: torch.Tensor) -> torch.Tensor:
+        """Slice numbers of elements of the flattened parameter, int64 in their shape."""
         numbers = torch.zeros_like(elements)
         for axis in self.axes:
             stride, size = math.prod(self.shape[axis + 1 :]), self.shape[axis]

@@ -9,9 +9,10 @@ rank's shards of the reduced gradients; or, with `mask_scope: micro_batch`, the 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +24,7 @@ from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.methods.migu.magnitudes import MagnitudeSums, Plan
 from cl_dist.methods.migu.untracked import Untracked
 from cl_dist.methods.protocol import Method, TaskPlace
+from cl_dist.methods.rehearsal import Rehearsal, Rehearsed
 from cl_dist.models.every_expert import module_experts
 from cl_dist.models.layer_kinds import TrackedLayer
 from cl_dist.models.skipping import RowSkipper
@@ -58,7 +60,8 @@ class Migu(Method):
     def cost(self, share: RankShare) -> Cost:
         """Sums of magnitudes, the chosen rows and their mask; one all-reduce of the sums, and of what checks them.
 
-        With `mask: update`, the dropped rows of masters and moments are copied while the optimiser steps.
+        With `mask: update`, the dropped rows of masters and moments are copied while the optimiser steps, and back.
+        Magnitudes read every output once. Backward skips the dropped rows where the mask is known in time.
         """
         layers = tracked_layers(share.model, self.config.layers)
         sizes = [size for layer in layers.values() for size in layer.sizes]
@@ -73,42 +76,107 @@ class Migu(Method):
             device={"MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)), "MIGU's masks": rows + _INT64 * rows},
             stepping=frozen,
             step=(share.all_reduce(message * times, "MIGU's magnitudes", times),),
+            traffic=4 * sum(frozen.values()),
+            token_traffic=rows * share.itemsize,
+            skipped=self._skipped_shares(layers, share.train),
         )
+
+    def _skipped_shares(self, layers: Mapping[str, TrackedLayer], train: TrainConfig) -> dict[str, float]:
+        """The share of each weight's gradient that backward does not compute."""
+        if not self._skips_rows(train):
+            return {}
+        return {
+            layer.weight: 1 - kept_rows(layer.layout.rows, self.config.threshold) / layer.layout.rows
+            for layer in layers.values()
+            if layer.kind.skips(layer.module)
+        }
+
+    def _skips_rows(self, train: TrainConfig) -> bool:
+        """Whether the rows are known before backward, which can then skip the others."""
+        known_in_time = train.gradient_accumulation == 1 or self.config.mask_scope == "micro_batch"
+        return self.config.skip_rows and known_in_time
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Hook the tracked layers, and let them skip rows if the recipe allows it."""
         self._model, self._shards, self._train, self._seed = model, shards, train, train.seed
+        layers = self._find_layers(model, shards.numel)
+        self._install(layers, plan=None)
+
+    def _find_layers(self, model: nn.Module, numel: Callable[[str], int]) -> dict[str, TrackedLayer]:
+        """The layers to track; `self._untracked` has the others. Raises BadInput if there are none."""
         if dropped := layerdrop(model):
             raise BadInput(
                 f"method.name: migu measures every layer in every step, but the model's configuration ({dropped}) "
                 "skips layers at random during training; allowed: 0"
             )
         layers = tracked_layers(model, self.config.layers)
-        self._untracked = Untracked(shards, model, untracked_matrices(model, layers))
+        self._untracked = Untracked(numel, model, untracked_matrices(model, layers))
         # Routing decides how many tokens an expert gets, so no trial can show what its outputs are.
         inside = module_experts(model)
         routed = [layer for name, layer in layers.items() if name.startswith(inside)]
         if len(routed) == len(layers):
             raise BadInput("method.layers: the outputs of none of this model's linear layers can be measured")
         self._untracked.add({layer.weight: "it runs over the tokens that are routed to it" for layer in routed})
-        self._install({name: layer for name, layer in layers.items() if layer not in routed}, plan=None)
+        return {name: layer for name, layer in layers.items() if layer not in routed}
+
+    def rehearse(self, rehearsal: Rehearsal) -> Rehearsed:
+        """Find and try out the layers, and cut the rows of every rank's pieces."""
+        self._train = rehearsal.train
+        numels = rehearsal.shards.numels
+        self._layers = self._find_layers(rehearsal.model, numels.__getitem__)
+        self._note_not_skipped()
+        self._skippable()
+        config = self.config
+        sums = MagnitudeSums(rehearsal.model, self._layers, mask_bias=config.mask_bias)
+        obstacle = rehearsal.try_out(sums.learn)
+        reasons = {} if obstacle else sums.learnt()
+        sums.remove()
+        self._untracked.add({self._layers[name].weight: reason for name, reason in reasons.items()})
+        self._untracked.check(config.untracked)
+
+        # Every rank masks its piece by segments of rows; together they have to hold each row's elements once.
+        layouts = {name: layout for name, layout in self._row_layouts().items() if name in numels}
+        segments = 0
+        for name, layout in layouts.items():
+            held = np.zeros(layout.total + 1, dtype=np.int64)
+            for piece in rehearsal.pieces(name):
+                for segment in layout.segments(piece.start, piece.numel):
+                    held[segment.row] += segment.width
+                    held[segment.row + segment.rows] -= segment.width
+                    segments += 1
+            if (np.cumsum(held)[:-1] != layout.length).any():
+                return Rehearsed(problems=(f"migu: the ranks' pieces of {name} do not make up its rows",))
+        found = (
+            f"migu: {len(self._layers)} tracked layers, {sum(map(_rows, self._layers.values()))} rows; masks cut the "
+        )
+        notes = [f"{found}ranks' pieces into {segments} runs of rows, which hold every element of every row once"]
+        notes += [text] if (text := self._untracked.message()) else []
+        if obstacle:
+            notes.append(
+                f"migu: not checked here: which outputs are tokens, because the model does not run without numbers "
+                f"({obstacle}); the two tiny batches at the start of a run check it"
+            )
+        return Rehearsed(tuple(notes))
 
     def _install(self, layers: Mapping[str, TrackedLayer], plan: Plan | None) -> None:
         config = self.config
-        self._layers = layers
+        self._layers = dict(layers)
         per_token = config.magnitude == "per_token"
         self._sums = MagnitudeSums(self._model, layers, per_token, config.count_padding, plan, config.mask_bias)
         self._agreement = Agreement(self._sums.flat.device)
         self._layouts = self._row_layouts()
         self._freezer = RowFreezer(self._shards, self._layouts) if config.mask == "update" else None
-        whole = [layer for layer in layers.values() if not layer.kind.skips(layer.module)]
-        # Layers whose backward computes all rows: routers, and linear layers with a custom forward.
-        self._not_skipped = {name for layer in whole for name in (layer.weight, layer.bias) if name is not None}
-        known_in_time = self._train.gradient_accumulation == 1 or config.mask_scope == "micro_batch"
-        self._skipper = RowSkipper(self._skippable(), config.mask_bias) if config.skip_rows and known_in_time else None
+        self._note_not_skipped()
+        skips = self._skips_rows(self._train)
+        self._skipper = RowSkipper(self._skippable(), config.mask_bias) if skips else None
         for tap in self._sums.taps.values():
             tap.skips = self._skipper is not None
         self._mask_from_here()
+
+    def _note_not_skipped(self) -> None:
+        """Note the layers whose backward computes all rows: routers, and linear layers with a custom forward."""
+        whole = [layer for layer in self._layers.values() if not layer.kind.skips(layer.module)]
+        self._not_skipped = {name for layer in whole for name in (layer.weight, layer.bias) if name is not None}
 
     def _row_layouts(self) -> dict[str, RowLayout]:
         """The layout of the rows of each weight and bias that is masked, by name."""
@@ -362,6 +430,10 @@ class Agreement:
                 f"rank {torch.distributed.get_rank()}: the ranks chose different rows in the last step (their masks' "
                 "fingerprints differ); the weights have diverged, resume from the last saved state"
             )
+
+
+def _rows(layer: TrackedLayer) -> int:
+    return layer.layout.total
 
 
 def _unmeasured(missing: Sequence[str]) -> ClDistError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from torch import nn
@@ -10,7 +10,6 @@ from torch import nn
 from cl_dist.config.words import listed, percent
 from cl_dist.errors import BadInput
 from cl_dist.models.tracked import any_block, block_parameters, tables_in_blocks
-from cl_dist.sharding import ShardView
 
 SHOWN = 8
 """Most names in a message."""
@@ -20,14 +19,14 @@ class Untracked:
     """Trainable matrices inside the blocks that cannot be masked.
 
     Args:
-        shards: The engine's shards.
+        numel: Elements of a trainable parameter, by its name.
         model: The model.
         owners: Type of the module that owns the parameter, by parameter name.
     """
 
-    def __init__(self, shards: ShardView, model: nn.Module, owners: Mapping[str, str]) -> None:
-        self._shards = shards
-        self._in_blocks = sum(shards.numel(name) for name in block_parameters(model))
+    def __init__(self, numel: Callable[[str], int], model: nn.Module, owners: Mapping[str, str]) -> None:
+        self._numel = numel
+        self._in_blocks = sum(numel(name) for name in block_parameters(model))
         self._tables = tables_in_blocks(model)
         self._reasons = {name: f"a parameter of {owner}, not a linear layer" for name, owner in owners.items()}
 
@@ -59,7 +58,7 @@ class Untracked:
         return f"{listed(families, SHOWN)}: {self._share(self._reasons)}"
 
     def _share(self, names: Mapping[str, str] | list[str]) -> str:
-        share = sum(self._shards.numel(name) for name in names) / max(1, self._in_blocks)
+        share = sum(self._numel(name) for name in names) / max(1, self._in_blocks)
         return f"{percent(share)} of the trainable parameters in the blocks"
 
 
