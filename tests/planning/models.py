@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import LoraConfig, Recipe, ZeroConfig
+from cl_dist.methods.sequential.config import SequentialConfig
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape, describe_model
 
@@ -41,7 +42,7 @@ def planned(
         model=replace(quick.model, name_or_path="a Llama", lora=LoraConfig(r=lora) if lora else None),
         train=replace(quick.train, **settings),
         zero=ZeroConfig(stage=stage, deepspeed=raw),  # type: ignore[arg-type]
-        method=(type(quick.method[0])(name=quick.method[0].name),),
+        method=(SequentialConfig(),),
     )
     setup = Setup(recipe, 1, world, device)  # type: ignore[arg-type]
     return setup, describe_model(recipe, Path("unused"), config or llama())
