@@ -124,7 +124,7 @@ class TokenCache:
                 seen = os.fstat(lock.fileno()).st_mtime_ns
                 if seen != signs:
                     signs, since = seen, time.monotonic()
-                    beat()
+                    beat("waiting for another process to tokenise the data")
                 if time.monotonic() - since > _STALLED_SECONDS:
                     self._say(f"{self.folder}: the process that tokenises makes no progress")
                     yield False
