@@ -138,7 +138,7 @@ def _engine(task: argparse.Namespace) -> tuple[Any, Any, int]:
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10_000},
     }
     engine = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(trained, lr=0.0), config=settings)[0]
-    return engine, byte_tokenizer("llama"), vocabulary
+    return engine, byte_tokenizer("decoder"), vocabulary
 
 
 if __name__ == "__main__":

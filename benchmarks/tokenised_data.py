@@ -105,7 +105,7 @@ def word_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(WordLevel({"</s>": 0} | {f"w{number}": number + 1 for number in range(VOCABULARY)}, "</s>"))
-    inner.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]  # its type lacks a setter
+    inner.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="</s>")
 
 

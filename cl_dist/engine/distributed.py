@@ -117,7 +117,7 @@ def free_memory() -> int:
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", torch.distributed.get_world_size()))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.distributed.get_world_size())
     return min(_available_memory(), _left_in_container()) // ranks
 
 

@@ -65,7 +65,7 @@ def _one(stage: int, dtype: str) -> dict[str, Any]:
 def _whole(engine: TrainingEngine) -> dict[str, bool]:
     """Whether the engine holds its weights whole, by `eval.gather_weights`, and if there is no room on rank 1."""
     found, recipe = {}, engine.recipe
-    for policy in ("auto", "always", "never"):
+    for policy in ("auto", "always", "never") if recipe.zero.stage == 3 else ():
         engine.recipe = replace(recipe, eval=EvalConfig(gather_weights=policy))  # type: ignore[arg-type]
         with engine.whole() as whole:
             found[policy] = whole

@@ -22,5 +22,5 @@ def test_rebuilt_with_a_frozen_block(dtype: str) -> None:
         assert result["weights"] == pytest.approx(report["0"]["weights"], abs=bound), f"stage {stage}"
         # A rank without room keeps all of them from gathering; a rebuilt engine gathers like any other.
         policies = {"auto": True, "always": True, "never": False, "no room on rank 1": False}
-        assert result["whole"] == (policies if stage == "3" else dict.fromkeys(policies, False)), f"stage {stage}"
+        assert result["whole"] == (policies if stage == "3" else {"no room on rank 1": False}), f"stage {stage}"
         assert other[stage]["whole"] == result["whole"]

@@ -95,5 +95,5 @@ def test_a_long_answer_of_the_last_task_is_refused_before_training(zygote: Zygot
     path = write_recipe(tmp_path, stream={"tasks": tasks}, train={"max_length": 128, "max_target_length": 32})
     outcome = zygote.run(["run", str(path)], tmp_path, world=2)
     assert outcome.codes == [2, 2], "\n".join(outcome.output)
-    assert "task 'long', training sample 5: the answer takes 182 tokens" in "".join(outcome.output)
+    assert "task 'long', training sample 5: the answer takes 181 tokens" in "".join(outcome.output)
     assert not list((tmp_path / "run").glob("tasks/*"))
