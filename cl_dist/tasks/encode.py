@@ -27,7 +27,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 ENCODING = 1
-"""Version of what this module makes of a sample. Raise it with every change of the ids, so that no cache is stale."""
+"""Version of what this module, `template` and `objectives` make of a sample. Raise it with every change of the ids, so
+that no cache is stale."""
 _AT_ONCE = 2_000
 """Samples that are tokenised together: enough to keep a fast tokenizer busy, few enough for short-lived lists."""
 ANCHOR = ":"

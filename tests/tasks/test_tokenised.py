@@ -11,6 +11,7 @@ import pytest
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput
 from cl_dist.methods.shared.samples import past_samples
+from cl_dist.state.digests import text_digest
 from cl_dist.tasks import encode
 from cl_dist.tasks.encode import Encoder
 from cl_dist.tasks.samples import Table, pack
@@ -164,3 +165,23 @@ def test_checks_find_what_training_would_refuse() -> None:
             make(characters("$A")).check(task)
     make().check(TASK)
     make().check(TEXT)
+
+
+def test_other_ids_need_another_version_of_the_encoding() -> None:
+    """If this fails, ids have changed: raise `ENCODING`, or caches of earlier releases are stale; then adapt it."""
+    tokenizer, found = characters("<s> $A </s>"), []
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    labelled = replace(TASK, kind="classification")
+    for objective, task, settings in (
+        ("causal_lm", TASK, {}),
+        ("causal_lm", TEXT, {"max_length": 4, "max_target_length": 2}),
+        ("causal_lm", TASK, {"truncate": "left", "max_length": 9, "long_answers": "cut"}),
+        ("causal_lm", TASK, {"template": "chat", "max_length": 60, "max_target_length": 20}),
+        ("seq2seq_lm", TASK, {"max_length": 6}),
+        ("classification", labelled, {"labels": ("a", "b")}),
+        ("masked_lm", TEXT, {"max_length": 5}),
+    ):
+        encoder = make(tokenizer, objective, **settings)
+        prompts = list(encoder.each_prompt(task)) if task.kind != "text" else []
+        found += [[sample.input_ids, sample.labels] for sample in (*encoder.train(task), *prompts)]
+    assert (encode.ENCODING, len(found), text_digest(found)[:16]) == (1, 130, "d54a6a1aef72415f")
