@@ -21,8 +21,8 @@ from typing import ClassVar
 
 import torch
 
-from cl_dist.assembly import cache_folder
 from cl_dist.benchmarks.harness import Times, rotated
+from cl_dist.config.files import cache_folder
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join, leave
 from cl_dist.engine.engine import TrainingEngine

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from cl_dist.assembly import cache_folder
+from cl_dist.config.files import cache_folder
 from cl_dist.config.schema import EvalConfig, ModelConfig, StreamConfig, TaskConfig, TrainConfig
 from cl_dist.evaluation.batches import cut_batches
 from cl_dist.evaluation.inference import evaluating
@@ -40,6 +40,7 @@ from cl_dist.models.lora import load_adapter
 from cl_dist.models.structure import base_model
 from cl_dist.tasks.encode import Encoder, label_names
 from cl_dist.tasks.stream import load_stream
+from cl_dist.tasks.tokenised import TokenisedData
 from cl_dist.tasks.types import Task
 
 MODES: tuple[Mode, ...] = ("likelihood", "generate")
@@ -104,7 +105,7 @@ def load(options: argparse.Namespace, tasks: Sequence[Task]) -> Subject:
     train = TrainConfig(max_length=options.length, max_target_length=min(50, options.length // 2))
     encoder = Encoder(loaded.tokenizer, loaded.objective, train, names)
     adapted = load_adapter(base_model(loaded.model), options.adapter) if options.adapter else loaded.model
-    return Subject(adapted, loaded.tokenizer, loaded.objective, encoder, names, synced=False)
+    return Subject(adapted, loaded.tokenizer, loaded.objective, TokenisedData(encoder), names, synced=False)
 
 
 def pairs(

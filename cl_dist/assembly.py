@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from cl_dist.config.files import cache_folder
 from cl_dist.config.objectives import FACTS, ObjectiveName
 from cl_dist.config.schema import EvalConfig, Recipe
 from cl_dist.engine.device import device
@@ -19,7 +20,7 @@ from cl_dist.engine.settings import deepspeed_config
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.answer_length import check_general_room, check_room
-from cl_dist.evaluation.evaluate import Evaluator
+from cl_dist.evaluation.evaluate import Evaluator, stay_sharded
 from cl_dist.evaluation.general import GeneralEvaluator, HarnessTasks, load_harness_tasks
 from cl_dist.evaluation.modes import resolve_mode
 from cl_dist.evaluation.outlook import Notice, outlook
@@ -29,9 +30,12 @@ from cl_dist.models.load import LoadedModel, check_length, load_model
 from cl_dist.models.lora import add_lora, load_adapter, without_adapter
 from cl_dist.models.structure import base_model
 from cl_dist.models.training_mode import enable_activation_checkpointing
+from cl_dist.state.collective_failure import on_first_rank
+from cl_dist.state.token_cache import TokenCache
 from cl_dist.tasks.encode import Encoder, label_names
 from cl_dist.tasks.stream import load_stream
-from cl_dist.tasks.types import Encoded, Task
+from cl_dist.tasks.tokenised import TokenisedData
+from cl_dist.tasks.types import Task
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,7 @@ class System:
     recipe: Recipe
     tasks: tuple[Task, ...]
     loaded: LoadedModel
-    encoder: Encoder
-    samples: tuple[list[Encoded], ...]
-    """Each task's encoded training samples."""
+    data: TokenisedData
     engine: TrainingEngine
     evaluator: Evaluator
     general: GeneralEvaluator | None
@@ -53,10 +55,12 @@ class System:
 
     def trainer(self, index: int) -> TaskTrainer:
         """Return the trainer for the task at position `index` of the stream."""
-        samples = self.engine.training_data(index, self.samples)
-        memory = self.engine.method.memory(index, self.samples)
-        tasks = self.samples[: index + 1]
-        return TaskTrainer(self.engine, samples, self.loaded.tokenizer, self.encoder.pad_id, index, memory, tasks)
+        beat("tokenising the data", opaque=True)
+        stream = self.data.stream(self.tasks)
+        samples = self.engine.training_data(index, stream)
+        memory = self.engine.method.memory(index, stream)
+        tokenizer, pad_id = self.loaded.tokenizer, self.data.encoder.pad_id
+        return TaskTrainer(self.engine, samples, tokenizer, pad_id, index, memory, stream[: index + 1])
 
     def start_messages(self) -> list[str]:
         """Sentences to log when a run starts: the matrices without an adapter, and the method's own messages."""
@@ -84,16 +88,15 @@ def build_system(recipe: Recipe, recipe_dir: Path) -> System:
     loaded = _load(recipe, len(names))
     check_length(loaded, recipe.train.max_length, recipe.train.max_target_length)
 
-    beat("tokenising the data", opaque=True)
-    encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
-    notices = _check_scoring(tasks, loaded.model, encoder, loaded.objective, recipe.eval)
-    samples = tuple(encoder.train(task) for task in tasks)
+    beat("checking the data", opaque=True)
+    data = _tokenised(recipe, loaded, names)
+    notices = _check_data(tasks, loaded.model, data, loaded.objective, recipe.eval, trained=True)
 
     beat("building the engine", opaque=True)
     engine = TrainingEngine(loaded, recipe, compose(recipe.method))
-    evaluator = _evaluator(recipe, engine.model, loaded, encoder, names, synced=recipe.zero.stage == 3)
+    evaluator = _evaluator(recipe, engine.model, loaded, data, names, recipe.zero.stage == 3, engine.whole)
     general = _general(recipe, engine.model, loaded, harness)
-    return System(recipe, tasks, loaded, encoder, samples, engine, evaluator, general, notices)
+    return System(recipe, tasks, loaded, data, engine, evaluator, general, notices)
 
 
 def build_saved(
@@ -121,9 +124,9 @@ def build_saved(
     model: torch.nn.Module = loaded.model
     if source.lora is not None:
         model = load_adapter(base_model(loaded.model), folder)
-    encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
-    notices = _check_scoring(tasks, model, encoder, loaded.objective, recipe.eval)
-    return tasks, _evaluator(recipe, model.to(device()), loaded, encoder, names, synced=False), notices
+    data = _tokenised(recipe, loaded, names)
+    notices = _check_data(tasks, model, data, loaded.objective, recipe.eval, trained=False)
+    return tasks, _evaluator(recipe, model.to(device()), loaded, data, names), notices
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
@@ -148,35 +151,59 @@ def _load(recipe: Recipe, labels: int) -> LoadedModel:
     return replace(loaded, model=model)
 
 
-def _check_scoring(
-    tasks: Sequence[Task], model: torch.nn.Module, encoder: Encoder, objective: ObjectiveName, config: EvalConfig
+def _tokenised(recipe: Recipe, loaded: LoadedModel, names: tuple[str, ...]) -> TokenisedData:
+    encoder = Encoder(loaded.tokenizer, loaded.objective, recipe.train, names)
+    return TokenisedData(encoder, TokenCache(cache_folder() / "tokens"))
+
+
+def _check_data(
+    tasks: Sequence[Task],
+    model: torch.nn.Module,
+    data: TokenisedData,
+    objective: ObjectiveName,
+    config: EvalConfig,
+    trained: bool,
 ) -> tuple[Notice, ...]:
-    """Return remarks on the scores; raise BadInput for tasks that cannot be scored or need too many positions."""
-    notices = outlook(tasks, encoder, objective, config)
-    generated = [task for task in tasks if resolve_mode(task, objective, config) == "generate"]
-    if generated:
-        check_room(model, encoder, generated, config)
-    return notices
+    """Check the data, as far as that takes a tokenizer, and return remarks on the scores (collective).
+
+    Rank 0 checks for all. A task is tokenised when its turn comes, but what is wrong with it must show now.
+
+    Raises:
+        BadInput: A task cannot be scored, needs too many positions or, if `trained`, has answers that are too long.
+    """
+
+    def check() -> tuple[Notice, ...]:
+        notices = outlook(tasks, data.encoder, objective, config)
+        generated = [task for task in tasks if resolve_mode(task, objective, config) == "generate"]
+        if generated:
+            check_room(model, data, generated, config)
+        for task in tasks if trained else ():
+            data.encoder.check(task)
+        return notices
+
+    return on_first_rank(check)
 
 
 def _evaluator(
     recipe: Recipe,
     model: torch.nn.Module,
     loaded: LoadedModel,
-    encoder: Encoder,
+    data: TokenisedData,
     names: tuple[str, ...],
-    synced: bool,
+    synced: bool = False,
+    whole: Callable[[], AbstractContextManager[bool]] = stay_sharded,
 ) -> Evaluator:
     return Evaluator(
         model=model,
         tokenizer=loaded.tokenizer,
         objective=loaded.objective,
-        encoder=encoder,
+        data=data,
         label_names=names,
         config=recipe.eval,
         rank=torch.distributed.get_rank(),
         world=torch.distributed.get_world_size(),
         synced=synced,
+        whole=whole,
     )
 
 
@@ -192,9 +219,3 @@ def _general(
     synced = recipe.zero.stage == 3
     config, size = recipe.eval.general, recipe.eval.batch_size
     return GeneralEvaluator(model, loaded.tokenizer, tasks, config, size, synced, recipe.train.date)
-
-
-def cache_folder() -> Path:
-    """Return the cache of converted models: below XDG_CACHE_HOME, else ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "cl_dist"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from importlib import metadata
@@ -24,6 +26,11 @@ if not any(device.exists() for device in GPU_DEVICES):
 # does not see one that is there.
 if not any(device.exists() for device in GPU_DEVICES) or metadata.version("torch").endswith("+cpu"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Caches of tokenised data, digests and converted models do not outlive the session, whose code may be new.
+if "CL_DIST_CACHE" not in os.environ:
+    os.environ["CL_DIST_CACHE"] = tempfile.mkdtemp(prefix="cl_dist-cache-")
+    atexit.register(shutil.rmtree, os.environ["CL_DIST_CACHE"], ignore_errors=True)
 
 # Nothing is left in the repository, and a test does not depend on what an earlier run has found.
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "cl_dist-hypothesis"))

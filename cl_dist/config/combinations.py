@@ -122,6 +122,8 @@ def _unread_in_evaluation(recipe: Recipe) -> Iterator[str]:
             f"eval.max_new_tokens: {evaluation.max_new_tokens} is not used: eval.mode {evaluation.mode} generates "
             "no text"
         )
+    if recipe.zero.stage != 3 and not is_default(evaluation, "gather_weights"):
+        yield f"eval.gather_weights: {evaluation.gather_weights} is not used: only zero.stage 3 shards the weights"
     # If all formats bring the same metric, `auto` means that one, and settings of exact match and ROUGE have no effect.
     metrics = {cls.METRIC for cls in stream.formats.values()}
     metric = metrics.pop() if len(metrics) == 1 else None

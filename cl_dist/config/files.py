@@ -22,6 +22,15 @@ _SPECIAL = {
 # Subclasses of OSError that say nothing about the input: nobody reads our output, or the network is down.
 
 
+def cache_folder() -> Path:
+    """What runs on this machine share and can make again: `$CL_DIST_CACHE`, else `cl_dist` below `$XDG_CACHE_HOME`
+    (`~/.cache`).
+    """
+    if own := os.environ.get("CL_DIST_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cl_dist"
+
+
 def expand(written: str, setting: str) -> Path:
     """The path with `~` and `~user` replaced. Raises BadInput, which names the setting, for an unknown user."""
     try:

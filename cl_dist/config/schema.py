@@ -275,6 +275,10 @@ class EvalConfig:
     """Samples per rank and forward pass."""
     max_new_tokens: PositiveInt = 50
     """Longest generated answer in tokens. If a recipe does not give it, it is train.max_target_length."""
+    gather_weights: Literal["auto", "always", "never"] = "auto"
+    """ZeRO-3 only: whether generation holds all weights whole on every rank, and not just a layer at a time, which is
+    gathered anew for every token. `auto` does so if they take at most half of the memory that is free on every rank.
+    The answers are the same."""
     general: GeneralConfig | None = None
     """General ability, measured with lm-evaluation-harness in addition to the stream's own tasks."""
 

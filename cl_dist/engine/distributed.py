@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import sys
 import warnings
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -127,6 +129,30 @@ def peak_memory_per_rank() -> list[int]:
     everyone = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(everyone, own)
     return [int(value) for value in everyone]
+
+
+def free_memory() -> int:
+    """Bytes that this rank may still allocate: on its GPU, or without one its share of the machine's memory."""
+    if uses_gpu():
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.distributed.get_world_size())
+    return min(_available_memory(), _left_in_container()) // ranks
+
+
+def _available_memory() -> int:
+    """Linux's estimate of what processes can allocate without swapping, in bytes."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes below the memory limit of this process's container; no limit is a very large number."""
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:  # no container, or control groups of version 1
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(0, int(limit) - int(used))
 
 
 def leave() -> None:

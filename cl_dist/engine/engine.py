@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.device import device
-from cl_dist.engine.distributed import set_timeout
+from cl_dist.engine.distributed import free_memory, set_timeout
 from cl_dist.engine.guard import UpdateGuard, check_replicas
 from cl_dist.engine.settings import build_adamw, deepspeed_config, learning_rate
 from cl_dist.engine.trial import failures_as_bad_input, trial_batches
@@ -22,11 +23,14 @@ from cl_dist.models.load import LoadedModel
 from cl_dist.models.structure import base_model
 from cl_dist.models.training_mode import evaluation_mode, layerdrop, switch_cache_off
 from cl_dist.seeds import derive_seed
-from cl_dist.sharding import ShardView, check_deepspeed, remove_leftovers
+from cl_dist.sharding import ShardView, check_deepspeed, gathered, remove_leftovers, sharded_bytes
 from cl_dist.tasks.collate import Batch
 from cl_dist.tasks.objectives import OBJECTIVES
+from cl_dist.tasks.samples import Samples, join
 from cl_dist.tasks.types import IGNORE, Encoded
 
+GATHERED_SHARE = 0.5
+"""Share of the free memory that whole weights may take; the rest is for keys and values, logits and activations."""
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """DeepSpeed's counters, which a trial must not move."""
 
@@ -160,9 +164,9 @@ class TrainingEngine:
         """The module that DeepSpeed runs; under stage 3 its parameters are sharded."""
         return self._engine.module
 
-    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
+    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Samples:
         """The training samples of task `index`: its own, followed by those that the method adds."""
-        return [*tasks[index], *self.method.training_data(index, tasks)]
+        return join([tasks[index], self.method.training_data(index, tasks)])
 
     def prepare_task(self, index: int) -> None:
         """Let the method prepare the model for task `index`; rebuild the engine if that changes which parameters are
@@ -245,6 +249,27 @@ class TrainingEngine:
         """
         with evaluation_mode(self.model), torch.no_grad():
             return self._forward(batch)
+
+    @contextmanager
+    def whole(self) -> Iterator[bool]:
+        """Hold the weights whole inside the block, if stage 3 shards them and they fit (collective).
+
+        Yields whether they are: then a forward pass inside needs no other rank. `eval.gather_weights` decides.
+        """
+        policy = self.recipe.eval.gather_weights
+        if self.recipe.zero.stage != 3 or policy == "never" or (policy == "auto" and not self._fits_whole()):
+            yield False
+            return
+        beat("gathering the weights")
+        with gathered(self._engine):
+            yield True
+
+    def _fits_whole(self) -> bool:
+        """Whether the missing weights take at most `GATHERED_SHARE` of the free memory on every rank (collective)."""
+        spare = GATHERED_SHARE * free_memory() - sharded_bytes(self.model)
+        least = torch.tensor(spare, dtype=torch.float64, device=device())
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        return least.item() >= 0
 
     def measure(self, batches: Sequence[Batch], targets: int, what: str, take: Callable[[], None]) -> bool:
         """Let `take` read the reduced gradient of the loss on some micro-batches, between two steps (collective).

@@ -21,6 +21,7 @@ from cl_dist.seeds import derive_seed
 from cl_dist.tasks.collate import Batch, as_filler, collate, gather
 from cl_dist.tasks.objectives import OBJECTIVES
 from cl_dist.tasks.plan import FILLER, BatchPlan, Cycles, InterleavedPlan, share
+from cl_dist.tasks.samples import Samples, as_samples, join
 from cl_dist.tasks.types import Encoded
 
 if TYPE_CHECKING:
@@ -59,14 +60,14 @@ class Collator:
         labels = self.objective.made_up_labels(ids, like.labels[:1])
         return self([as_filler(Encoded(like.index, ids, labels))], mask_seed=0)
 
-    def targets(self, samples: Sequence[Encoded], batches: Sequence[Batch]) -> int:
-        """Targets of `samples`, which this rank's `batches` and those of the other ranks hold between them.
+    def targets(self, all_targets: int, batches: Sequence[Batch]) -> int:
+        """Targets of samples that this rank's `batches` and those of the other ranks hold between them.
 
-        Every rank can count them from the samples. Only with a masked language model, whose masks are drawn per rank,
-        are they summed over the ranks (collective).
+        Every rank knows the samples' own `all_targets`. Only with a masked language model, whose masks are drawn per
+        rank, are the batches' targets summed over the ranks (collective).
         """
         if not self.objective.facts.masked:
-            return sum(sample.targets for sample in samples)
+            return all_targets
         count = torch.tensor(sum(batch.targets for batch in batches), device=device())
         torch.distributed.all_reduce(count)
         return int(count.item())
@@ -104,7 +105,7 @@ class EngineProbe(Probe):
         chosen = [[samples[number] for number in share(own, pieces, piece)] for piece in range(pieces)]
         seed = derive_seed(self._engine.recipe.train.seed, "mask", len(self.tasks), what)
         batches = [self._collator(some, seed) if some else self._collator.filler(samples[0]) for some in chosen]
-        targets = self._collator.targets(samples, batches) if mean else 1
+        targets = self._collator.targets(sum(sample.targets for sample in samples), batches) if mean else 1
         return self._engine.measure(batches, targets, what, take)
 
     def responses(self, take: Callable[[Batch, torch.Tensor, torch.Tensor], None]) -> None:
@@ -142,7 +143,7 @@ class TaskTrainer:
         memory: Memory | None = None,
         tasks: Sequence[Sequence[Encoded]] = (),
     ) -> None:
-        self._engine, self._samples, self._index = engine, samples, index
+        self._engine, self._samples, self._index = engine, as_samples(samples), index
         decoder_start = getattr(engine.model.config, "decoder_start_token_id", None)
         self._collator = Collator(engine.objective, tokenizer, pad_id, decoder_start)
         self._train = engine.recipe.train
@@ -150,21 +151,22 @@ class TaskTrainer:
         self.cycles: Cycles | None = None
         """How steps on the task's own samples and on the memory alternate; None without a memory."""
         epochs = engine.recipe.stream.tasks[index].epochs or self._train.epochs
-        own = self._batch_plan(samples, epochs, self._train.max_steps_per_task, "order")
+        own = self._batch_plan(self._samples, epochs, self._train.max_steps_per_task, "order")
         self._plan: BatchPlan | InterleavedPlan = own
         if memory is not None:
             self.cycles = Cycles(own.steps, memory.inner, memory.outer, memory.last, memory.scheduled)
             # The plan of the memory has as many passes over it as its steps take.
-            once = self._batch_plan(memory.samples, 1, None, "memory order")
+            past = as_samples(memory.samples)
+            once = self._batch_plan(past, 1, None, "memory order")
             passes = ceil(self.cycles.outer_steps / once.steps_per_epoch)
-            outer = self._batch_plan(memory.samples, passes, self.cycles.outer_steps, "memory order")
-            self._plan = InterleavedPlan(own, outer, self.cycles, len(samples))
-            self._samples = [*samples, *memory.samples]
+            outer = self._batch_plan(past, passes, self.cycles.outer_steps, "memory order")
+            self._plan = InterleavedPlan(own, outer, self.cycles, len(self._samples))
+            self._samples = join([self._samples, past])
         self.probe = EngineProbe(engine, self._collator, tasks, self._learnt, self._collate)
 
-    def _batch_plan(self, samples: Sequence[Encoded], epochs: int, max_steps: int | None, order: str) -> BatchPlan:
+    def _batch_plan(self, samples: Samples, epochs: int, max_steps: int | None, order: str) -> BatchPlan:
         return BatchPlan(
-            lengths=[len(sample.input_ids) for sample in samples],
+            lengths=samples.lengths.tolist(),
             micro_batch_size=self._train.micro_batch_size,
             gradient_accumulation=self._train.gradient_accumulation,
             ranks=torch.distributed.get_world_size(),
@@ -182,8 +184,9 @@ class TaskTrainer:
 
     def tokens(self, step: int) -> int:
         """Real tokens in the global batch of a step: inputs and, for an encoder-decoder, targets."""
-        samples = [self._samples[index] for index in self._plan.step(step)]
-        return sum(map(self._collator.objective.tokens, samples))
+        chosen, samples = self._plan.step(step), self._samples
+        inputs, labels = int(samples.lengths[chosen].sum()), int(samples.label_lengths[chosen].sum())
+        return self._collator.objective.tokens(inputs, labels)
 
     def samples(self, step: int) -> list[int]:
         """The global batch of a step, as positions in the task's training data (samples that methods add come last)."""
@@ -192,7 +195,7 @@ class TaskTrainer:
     def step(self, step: int) -> StepResult:
         """Take optimiser step `step` (0-based), together with the other ranks."""
         batches = [self._collate(step, indices) for indices in self._plan.micro_batches(step, self._rank)]
-        targets = self._collator.targets([self._samples[index] for index in self._plan.step(step)], batches)
+        targets = self._collator.targets(int(self._samples.targets[self._plan.step(step)].sum()), batches)
 
         # A mean of the micro-batches' means must not count those that hold fillers only.
         real_batches = None

@@ -11,7 +11,7 @@ from cl_dist.config.schema import EvalConfig
 from cl_dist.errors import BadInput
 from cl_dist.models.positions import longest_inputs
 from cl_dist.models.structure import base_model
-from cl_dist.tasks.encode import Encoder
+from cl_dist.tasks.tokenised import TokenisedData
 from cl_dist.tasks.types import Task
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ HARNESS_NEW_TOKENS = 256
 """Number of tokens that lm-evaluation-harness generates if a task's file does not say."""
 
 
-def check_room(model: nn.Module, encoder: Encoder, tasks: Iterable[Task], config: EvalConfig) -> None:
+def check_room(model: nn.Module, data: TokenisedData, tasks: Iterable[Task], config: EvalConfig) -> None:
     """Raise `BadInput` if an answer to one of `tasks`, which are all generated, could exceed the last position.
 
     A decoder's answer follows its prompt; the last token of the answer is never read.
@@ -34,8 +34,11 @@ def check_room(model: nn.Module, encoder: Encoder, tasks: Iterable[Task], config
         )
     if longest.source is None or base_model(model).config.is_encoder_decoder:
         return
+    # Most models have room for the longest prompt that there can be: then no prompt has to be tokenised now.
+    if data.encoder.longest_prompt + new - 1 <= longest.source:
+        return
     for task in tasks:
-        prompt = max((len(encoder.prompt_ids(example.prompt)) for example in task.evaluation), default=0)
+        prompt = int(data.prompts(task).lengths.max(initial=0))
         over = prompt + new - 1 - longest.source
         if over > 0:
             raise BadInput(

@@ -6,6 +6,8 @@ Several small tasks share a pass, because a task with fewer batches than ranks w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import chain
 
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from cl_dist.evaluation.inference import evaluating
 from cl_dist.evaluation.modes import resolve_mode
 from cl_dist.evaluation.result import Prediction, TaskScore
 from cl_dist.evaluation.scorers import Scorer, Subject, make_scorer
-from cl_dist.tasks.encode import Encoder
+from cl_dist.tasks.tokenised import TokenisedData
 from cl_dist.tasks.types import Task
 
 PAUSE_BATCHES = 8
@@ -30,11 +32,17 @@ def no_pause() -> None:
     """Do nothing between batches."""
 
 
+def stay_sharded() -> AbstractContextManager[bool]:
+    """Leave the weights as they are."""
+    return nullcontext(False)
+
+
 class Evaluator:
     """Scores tasks; all ranks call it with the same tasks in the same order.
 
     `model` is the module inside the engine and `objective` the resolved one. `synced` says that the weights are sharded
-    over the ranks (ZeRO-3), so that all must run the same forward passes.
+    over the ranks (ZeRO-3), so that all must run the same forward passes, unless `whole` is a context (collective) that
+    holds them whole and yields True. Generation asks for it: every token is a forward pass.
     """
 
     def __init__(
@@ -42,16 +50,18 @@ class Evaluator:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         objective: ObjectiveName,
-        encoder: Encoder,
+        data: TokenisedData,
         label_names: tuple[str, ...],
         config: EvalConfig,
         rank: int,
         world: int,
         synced: bool,
+        whole: Callable[[], AbstractContextManager[bool]] = stay_sharded,
     ) -> None:
-        self._subject = Subject(model, tokenizer, objective, encoder, label_names, synced)
+        self._subject = Subject(model, tokenizer, objective, data, label_names, synced)
         self._config = config
         self._rank, self._world = rank, world
+        self._whole = whole
 
     def passes(self, tasks: Sequence[Task]) -> list[Sequence[Task]]:
         """Group the tasks, in order, into passes for `evaluate`."""
@@ -71,11 +81,11 @@ class Evaluator:
         raises on all of them ends the evaluation.
         """
         modes = [resolve_mode(task, self._subject.objective, self._config) for task in tasks]
-        with evaluating(self._subject.model):
-            scorers = [
-                make_scorer(mode, self._subject, task, self._config) for mode, task in zip(modes, tasks, strict=True)
-            ]
-            gathered = self._gather(self._score_own(scorers, pause))
+        wanted = self._subject.synced and "generate" in modes
+        with evaluating(self._subject.model), self._whole() if wanted else stay_sharded() as whole:
+            subject = replace(self._subject, synced=self._subject.synced and not whole)
+            scorers = [make_scorer(mode, subject, task, self._config) for mode, task in zip(modes, tasks, strict=True)]
+            gathered = self._gather(self._score_own(scorers, pause, subject.synced))
         scores = []
         for task, mode, scorer, found in zip(tasks, modes, scorers, gathered, strict=True):
             score, extras = scorer.total(found)
@@ -83,11 +93,11 @@ class Evaluator:
             scores.append(TaskScore(task.name, mode, scorer.metric, score, len(found), kept, extras))
         return scores
 
-    def _score_own(self, scorers: Sequence[Scorer], pause: Callable[[], None]) -> list[list[Prediction]]:
+    def _score_own(self, scorers: Sequence[Scorer], pause: Callable[[], None], synced: bool) -> list[list[Prediction]]:
         """This rank's share of each task's predictions."""
         batches = cut_pass([scorer.lengths for scorer in scorers], [scorer.batch_size for scorer in scorers])
         own: list[list[Prediction]] = [[] for _ in scorers]
-        dealt = deal_batches(batches, self._rank, self._world, self._subject.synced)
+        dealt = deal_batches(batches, self._rank, self._world, synced)
         for start in range(0, rounds(batches, self._world), PAUSE_BATCHES):
             pause()
             for batch in dealt[start : start + PAUSE_BATCHES]:

@@ -167,7 +167,7 @@ def _of_labels(task: Task, compared: Comparison) -> Iterator[Notice]:
 
 def _of_length(task: Task, encoder: Encoder, config: EvalConfig) -> Iterator[Notice]:
     """Notice about references that are longer than any generated answer."""
-    lengths = [len(encoder.generated_ids(reference)) for reference in _references(task)]
+    lengths = [len(ids) for ids in encoder.each_generated(_references(task))]
     longer = sum(length > config.max_new_tokens for length in lengths)
     if longer:
         yield Notice(
@@ -182,8 +182,8 @@ def _of_losses(task: Task, encoder: Encoder, compared: Comparison) -> Iterator[N
     """Notice about references that the tokenizer, or a chat template that edits answers, cannot reproduce."""
     lost: list[tuple[str, str]] = []
     references = _references(task)
-    for reference in references:
-        written = encoder.answer_text(encoder.generated_ids(reference))
+    for reference, ids in zip(references, encoder.each_generated(references), strict=True):
+        written = encoder.answer_text(ids)
         same = normalise(written) == normalise(reference)
         if not same and compared.score(written, reference) < compared.score(reference, reference):
             lost.append((reference, written))

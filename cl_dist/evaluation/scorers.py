@@ -23,6 +23,7 @@ from cl_dist.models.structure import base_model
 from cl_dist.tasks.collate import Batch, collate
 from cl_dist.tasks.encode import Encoder
 from cl_dist.tasks.objectives import OBJECTIVES
+from cl_dist.tasks.tokenised import TokenisedData
 from cl_dist.tasks.types import IGNORE, Encoded, Slot, Task
 
 MASK_SEED = 0
@@ -31,18 +32,23 @@ MASK_SEED = 0
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under evaluation, with its tokenizer and encoder."""
+    """The model under evaluation, with its tokenizer and the tasks' tokenised data."""
 
     model: nn.Module
     """The module inside the engine; its weights may be sharded (ZeRO-3)."""
     tokenizer: PreTrainedTokenizerBase
     objective: ObjectiveName
     """The resolved objective."""
-    encoder: Encoder
+    data: TokenisedData
     label_names: tuple[str, ...]
     """All labels of the stream, in the order of the classification head's outputs."""
     synced: bool
     """Whether all ranks must run the same forward passes (ZeRO-3)."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """The stream's encoder."""
+        return self.data.encoder
 
 
 class Total(NamedTuple):
@@ -102,12 +108,14 @@ class PromptScorer:
         self.metric = resolve_metric(task, "generate", config)
         self.comparison = comparison(self.metric, config)
         self.batch_size = config.batch_size
-        self.prompts = [_prompt(subject.encoder, task, index) for index in range(len(task.evaluation))]
-        self.lengths = [len(prompt) for prompt in self.prompts]
+        self.prompts = subject.data.prompts(task)
+        self.lengths = self.prompts.lengths.tolist()
+        if 0 in self.lengths:
+            raise BadInput(f"task {task.name!r}: evaluation sample {self.lengths.index(0)} has an empty prompt")
 
     def score(self, indices: Sequence[int]) -> list[Prediction]:
         """Compare the model's answers with the references."""
-        answers = self.answer([self.prompts[index] for index in indices])
+        answers = self.answer([self.prompts[index].input_ids for index in indices])
         return [self._prediction(index, answer) for index, answer in zip(indices, answers, strict=True)]
 
     def total(self, predictions: Sequence[Prediction]) -> Total:
@@ -160,10 +168,13 @@ class LikelihoodScorer(PromptScorer):
 class HeadLikelihood(LikelihoodScorer):
     """Scores labels by the outputs of a classification head."""
 
+    def __init__(self, subject: Subject, task: Task, config: EvalConfig) -> None:
+        super().__init__(subject, task, config)
+        self._label_ids = [subject.label_names.index(label) for label in task.labels]
+
     def scores(self, prompts: Sequence[list[int]]) -> torch.Tensor:
         """See `likelihood.head_scores`."""
-        label_ids = [self.subject.label_names.index(label) for label in self.task.labels]
-        return likelihood.head_scores(self.subject.model, prompts, label_ids, self.subject.encoder.pad_id)
+        return likelihood.head_scores(self.subject.model, prompts, self._label_ids, self.subject.encoder.pad_id)
 
 
 class DecoderLikelihood(LikelihoodScorer):
@@ -189,7 +200,7 @@ class ContinuationLikelihood(LikelihoodScorer):
         columns = max(self.lengths) + sum(len(label) for label in self._labels)
         model, pad_id = subject.model, subject.encoder.pad_id
         self._packed = likelihood.can_pack(model, columns) and likelihood.packing_agrees(
-            model, self.prompts[0], self._labels[:2], pad_id
+            model, self.prompts[0].input_ids, self._labels[:2], pad_id
         )
 
     def scores(self, prompts: Sequence[list[int]]) -> torch.Tensor:
@@ -242,10 +253,10 @@ class PerplexityScorer:
 
     def __init__(self, subject: Subject, task: Task, config: EvalConfig) -> None:
         self._subject = subject
-        self._chunks = subject.encoder.text_chunks(task.evaluation)
+        self._chunks = subject.data.chunks(task)
         if not self._chunks:
             raise BadInput(f"task {task.name!r}: the evaluation text is too short to predict any token")
-        self.lengths = [len(chunk.input_ids) for chunk in self._chunks]
+        self.lengths = self._chunks.lengths.tolist()
         vocabulary = base_model(subject.model).config.get_text_config().vocab_size
         self.batch_size = max(1, min(config.batch_size, likelihood.MAX_LOGITS // (max(self.lengths) * vocabulary)))
 
@@ -288,11 +299,3 @@ def perplexity(log_likelihood: float) -> float:
         return math.exp(-log_likelihood)
     except OverflowError:
         return math.inf
-
-
-def _prompt(encoder: Encoder, task: Task, index: int) -> list[int]:
-    """The encoded prompt of an evaluation sample. Raises `BadInput` if it is empty."""
-    ids = encoder.prompt_ids(task.evaluation[index].prompt)
-    if not ids:
-        raise BadInput(f"task {task.name!r}: evaluation sample {index} has an empty prompt")
-    return ids

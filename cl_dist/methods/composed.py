@@ -138,13 +138,17 @@ class Composed(Method):
         lines = [text for text in answers if text]
         return "\n".join(lines) or None
 
-    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
+    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Sequence[Encoded]:
         """All methods' additional samples, in order."""
-        return [
-            _answered(method, "training_data", sample, Encoded)
-            for method in self.methods
-            for sample in _answered(method, "training_data", method.training_data(index, tasks), Sequence)
-        ]
+        from cl_dist.tasks.samples import Samples, join  # imported late, because it imports NumPy
+
+        parts = []
+        for method in self.methods:
+            part = _answered(method, "training_data", method.training_data(index, tasks), Sequence)
+            for sample in () if isinstance(part, Samples) else part:
+                _answered(method, "training_data", sample, Encoded)
+            parts.append(part)
+        return join(parts)
 
     def memory(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Memory | None:
         """The memory of the first method that has one."""

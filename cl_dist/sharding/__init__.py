@@ -10,7 +10,14 @@ from cl_dist.sharding.check import DEEPSPEED_VERSION, check_deepspeed
 if TYPE_CHECKING:
     from cl_dist.sharding.inner_step import RowFreezer, SteppedGradients
     from cl_dist.sharding.layouts import Shard
-    from cl_dist.sharding.model import gather_state_dict, remove_leftovers, replica_checksums, whole_parameters
+    from cl_dist.sharding.model import (
+        gather_state_dict,
+        gathered,
+        remove_leftovers,
+        replica_checksums,
+        sharded_bytes,
+        whole_parameters,
+    )
     from cl_dist.sharding.view import ShardView
 
 __all__ = [
@@ -21,13 +28,17 @@ __all__ = [
     "SteppedGradients",
     "check_deepspeed",
     "gather_state_dict",
+    "gathered",
     "remove_leftovers",
     "replica_checksums",
+    "sharded_bytes",
     "whole_parameters",
 ]
 
 _HOMES = {
     "gather_state_dict": "model",
+    "gathered": "model",
+    "sharded_bytes": "model",
     "remove_leftovers": "model",
     "replica_checksums": "model",
     "whole_parameters": "model",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -10,6 +12,8 @@ from cl_dist.heartbeat import beat
 
 _CHUNK = 1 << 22
 """Elements whose checksum is computed at a time, which bounds the temporary int64 tensors."""
+_GATHERED_TOGETHER = 1 << 26
+"""Elements that are gathered in one collective, which bounds its buffers."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HOOKS = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
 """Attributes that stage 3 sets on every module."""
@@ -57,6 +61,74 @@ def whole_parameters(model: torch.nn.Module, names: Iterable[str]) -> Iterator[t
         param = model.get_parameter(name)
         with GatheredParameters([param]):
             yield param.detach()
+
+
+def sharded_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the weights that this rank does not hold whole now: what `gathered` would need."""
+    return sum(param.ds_numel * param.element_size() for param in _sharded(model))
+
+
+def _sharded(model: torch.nn.Module) -> list[Any]:
+    return [param for param in model.parameters() if getattr(param, "ds_status", None) is not None and not _here(param)]
+
+
+def _here(param: Any) -> bool:
+    return bool(param.ds_status.name == "AVAILABLE")
+
+
+@contextmanager
+def gathered(engine: Any) -> Iterator[None]:
+    """Hold all weights of a stage 3 engine whole on every rank inside the block (collective at its start).
+
+    Forward passes inside then need no other rank, so ranks may run different numbers of them. Afterwards every
+    parameter is as sharded as before, and the optimiser's state has not been touched.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    offload = engine.optimizer.parameter_offload
+    # An earlier pass may have prefetched weights that it did not need in the end; wait for them and release them.
+    offload.get_param_coordinator()._clean_inflight_param_registry()
+    with ExitStack() as stack:
+        for group in _groups(_sharded(engine.module)):
+            stack.enter_context(GatheredParameters(group))
+            beat()
+        stack.enter_context(_without_hooks(offload))
+        yield
+
+
+def _groups(params: Iterable[Any]) -> Iterator[list[Any]]:
+    """Parameters in order, as many at a time as fit into a buffer."""
+    group: list[Any] = []
+    for param in params:
+        if group and sum(each.ds_numel for each in group) + param.ds_numel > _GATHERED_TOGETHER:
+            yield group
+            group = []
+        group.append(param)
+    if group:
+        yield group
+
+
+@contextmanager
+def _without_hooks(offload: Any) -> Iterator[None]:
+    """Take stage 3's own hooks out of the modules: they gather before a layer runs, and release after it.
+
+    All hooks are back in their old order afterwards; other hooks work throughout.
+    """
+    handles = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
+    owners = {id(hooks): hooks for handle in handles if (hooks := handle.hooks_dict_ref()) is not None}
+    before = {key: dict(hooks) for key, hooks in owners.items()}
+    own = {handle.id for handle in handles}
+    for hooks in owners.values():
+        for number in own.intersection(hooks):
+            del hooks[number]
+    try:
+        yield
+    finally:
+        for key, hooks in owners.items():
+            now = dict(hooks)
+            hooks.clear()
+            hooks.update({number: hook for number, hook in before[key].items() if number in own or number in now})
+            hooks.update(now)
 
 
 def replica_checksums(model: torch.nn.Module) -> tuple[list[str], torch.Tensor]:

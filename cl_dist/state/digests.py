@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cl_dist.config.files import cache_folder
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
 from cl_dist.state.atomic import write_json
@@ -68,7 +69,7 @@ def _json_digest(path: Path) -> str:
 def _cached_digest(path: Path) -> str:
     """The digest of a large file: from the cache if the file has not changed since, else computed and cached."""
     before = _state(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cl_dist" / "digests"
+    cache = cache_folder() / "digests"
     entry = cache / f"{text_digest(before)[:32]}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         stored = json.loads(entry.read_text(encoding="utf-8"))

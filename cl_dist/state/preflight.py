@@ -30,6 +30,7 @@ FREE_SETTINGS = (
     "output_dir",
     "checkpoint",
     "eval.batch_size",
+    "eval.gather_weights",
     "zero.stage",
     "zero.offload",
     "zero.deepspeed.zero_optimization",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cl_dist.config.objectives import FACTS, ObjectiveName
 from cl_dist.config.schema import TrainConfig
@@ -12,6 +14,7 @@ from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
 from cl_dist.tasks.objectives import OBJECTIVES
+from cl_dist.tasks.samples import Samples, pack, whole
 from cl_dist.tasks.template import AnswerParts, ChatTemplate
 from cl_dist.tasks.types import Encoded, Example, Task
 
@@ -19,10 +22,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Side = Literal["middle", "left", "right"]
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_TEXTS_AT_ONCE = 10_000
+ENCODING = 1
+"""Version of what this module, `template` and `objectives` make of a sample. Raise it with every change of the ids, so
+that no cache is stale."""
+_AT_ONCE = 2_000
+"""Samples that are tokenised together: enough to keep a fast tokenizer busy, few enough for short-lived lists."""
 ANCHOR = ":"
 """Answers are tokenised after this text, to get the ids that they have after a prompt."""
 
@@ -79,7 +87,7 @@ class Encoder:
         self._objective, self._facts = OBJECTIVES[objective], FACTS[objective]
         self._config = train
         self._class_of = {name: number for number, name in enumerate(label_names)}
-        self._answers: dict[str, AnswerParts] = {}
+        self._labels: dict[str, AnswerParts] = {}
         self._prefix, self._suffix = self._objective.frame(*find_special_tokens(tokenizer))
         self._around_text = (self._prefix, self._suffix)
         self._template = self._chat_template()
@@ -88,8 +96,31 @@ class Encoder:
             self._prefix, self._suffix = self._template.head, self._template.cue
             self._lead = self._template.lead
         self._check_tokenizer()
-        lengths = [len(self._fitting_answer(name, f"label {name!r}")) for name in label_names if self._facts.generates]
-        self._reserve = max(lengths, default=min(train.max_target_length, train.max_length // 2))
+        self._reserve = min(train.max_target_length, train.max_length // 2)
+        if label_names and self._facts.generates:
+            parts = self._answer_parts(label_names)
+            self._reserve = max(len(self._fitting_answer(parts[each].ids, f"label {each!r}")) for each in label_names)
+
+    def identity(self) -> dict[str, Any] | None:
+        """Everything but the texts that decides the ids, as a JSON value.
+
+        None if the tokenizer does not show everything that it is made of: then nobody can say whether ids are stale.
+        """
+        tokenizer = _tokenizer_identity(self._tokenizer)
+        if tokenizer is None:
+            return None
+        config = self._config
+        return {
+            "encoding": ENCODING,
+            "tokenizer": tokenizer,
+            "objective": self._objective.name,
+            "lengths": [config.max_length, config.max_target_length, self._reserve],
+            "cuts": [config.truncate, config.long_answers],
+            "around": [self._prefix, self._suffix, self._lead, *self._around_text],
+            "template": None if self._template is None else self._template.identity,
+            "classes": None if self._facts.generates else list(self._class_of),
+            "libraries": {name: version(name) for name in ("transformers", "tokenizers")},
+        }
 
     @property
     def unanswered_cue(self) -> str:
@@ -102,38 +133,91 @@ class Encoder:
         pad = self._tokenizer.pad_token_id
         return int(pad if pad is not None else self._tokenizer.eos_token_id)
 
-    def train(self, task: Task) -> list[Encoded]:
-        """The task's training samples in file order, or the chunks of a plain text.
+    def check(self, task: Task) -> None:
+        """Raise BadInput for training data that `train` would refuse, without tokenising the prompts.
 
-        With `long_answers: cut`, logs how many answers are cut; otherwise raises BadInput, which names the sample, for
-        an answer that is too long. Also raises BadInput if the objective cannot learn this kind of task.
+        With `long_answers: cut`, logs how many answers will be cut.
         """
         check_kind(task, self._objective.name)
         if task.kind == "text":
-            return self.text_chunks(task.train)
-        prompts = self._tokenize_prompts([example.prompt for example in task.train])
-        self._report_cut_answers(task)
-        return [
-            self._sample(index, ids, example.answer, f"task {task.name!r}, training sample {index}")
-            for index, (ids, example) in enumerate(zip(prompts, task.train, strict=True))
-        ]
+            if next(self.each_chunk(task.train), None) is None:
+                raise BadInput(f"task {task.name!r}: the training text is too short to predict any token")
+            return
+        if not self._facts.generates:
+            return
+        cuts = 0
+        for first, some in _pieces(task.train):
+            answers = self._answers_to(some)
+            for index, example in enumerate(some, first):
+                ids = answers[example.answer].ids
+                cuts += len(ids) > self._answer_room
+                self._training_answer(ids, _place(task, index))
+        if cuts and self._config.long_answers == "cut":
+            logger.warning(
+                "task %r: %d of %d training answers are cut to %d tokens (train.long_answers)",
+                task.name,
+                cuts,
+                len(task.train),
+                self._answer_room,
+            )
 
-    def text_chunks(self, documents: Iterable[Example]) -> list[Encoded]:
+    def train(self, task: Task) -> Samples:
+        """The task's training samples in file order, or the chunks of a plain text.
+
+        Raises BadInput, which names the sample, for an answer that is too long (unless `long_answers: cut`), or if the
+        objective cannot learn this kind of task.
+        """
+        return whole(pack(self.each_training_sample(task)))
+
+    def each_training_sample(self, task: Task) -> Iterator[Encoded]:
+        """The samples of `train`, one by one."""
+        check_kind(task, self._objective.name)
+        if task.kind == "text":
+            yield from self.each_chunk(task.train)
+            return
+        for first, some in _pieces(task.train):
+            prompts = self._tokenize_prompts([example.prompt for example in some])
+            answers = self._answers_to(some) if self._facts.generates else {}
+            for index, (prompt, example) in enumerate(zip(prompts, some, strict=True), first):
+                if self._facts.generates:
+                    target = self._training_answer(answers[example.answer].ids, _place(task, index))
+                else:
+                    target = [self._class_of[example.answer]]
+                yield self._objective.sample(index, self._framed(prompt, len(target)), target)
+
+    def text_chunks(self, documents: Sequence[Example]) -> Samples:
+        """The chunks of `each_chunk`."""
+        return whole(pack(self.each_chunk(documents)))
+
+    def each_chunk(self, documents: Sequence[Example]) -> Iterator[Encoded]:
         """Join documents and cut them into chunks of at most `max_length` tokens, including special tokens.
 
         The labels are the ids, with IGNORE for the special tokens that start or end a chunk and for a decoder's first
-        token. For `masked_lm`, they mark the tokens that `mask_tokens` may mask.
+        token. For `masked_lm`, they mark the tokens that `mask_tokens` may mask. Chunks without labels are left out.
         """
         ends = self._objective.document_end(self._tokenizer.eos_token_id)
-        tokenised = self._tokenize([document.answer for document in documents])
-        stream = [token for ids in tokenised for token in (*ids, *ends)]
-        room = self._config.max_length - sum(map(len, self._around_text))
         prefix, suffix = self._around_text
-        chunks = [
-            self._objective.chunk(number, prefix, stream[start : start + room], suffix)
-            for number, start in enumerate(range(0, len(stream), room))
-        ]
-        return [chunk for chunk in chunks if chunk.targets]
+        room = self._config.max_length - len(prefix) - len(suffix)
+        number, stream = 0, list[int]()
+        for first, some in _pieces(documents):
+            for ids in self._tokenize([document.answer for document in some]):
+                stream += [*ids, *ends]
+            # The rest of the stream goes on with the next documents; the last chunk of all may be short.
+            last = first + len(some) == len(documents)
+            usable = len(stream) if last else len(stream) - len(stream) % room
+            for start in range(0, usable, room):
+                chunk = self._objective.chunk(number, prefix, stream[start : min(start + room, usable)], suffix)
+                number += 1
+                if chunk.targets:
+                    yield chunk
+            stream = stream[usable:]
+
+    def each_prompt(self, task: Task) -> Iterator[Encoded]:
+        """`prompt_ids` of the task's evaluation samples, as samples without labels."""
+        for first, some in _pieces(task.evaluation):
+            prompts = self._tokenize_prompts([example.prompt for example in some])
+            for index, prompt in enumerate(prompts, first):
+                yield Encoded(index, self._framed(prompt, self._reserve) + self._lead, [])
 
     def prompt_ids(self, prompt: str, answer_length: int | None = None) -> list[int]:
         """Ids of a prompt from which a model continues in evaluation, cut to `max_length`.
@@ -144,6 +228,12 @@ class Encoder:
         """
         (ids,) = self._tokenize_prompts([prompt])
         return self._framed(ids, self._reserve if answer_length is None else answer_length) + self._lead
+
+    @property
+    def longest_prompt(self) -> int:
+        """Most ids that `prompt_ids` returns for any prompt."""
+        taken = self._reserve if self._facts.answer_in_prompt else 0
+        return max(self._config.max_length - taken, len(self._prefix) + len(self._suffix)) + len(self._lead)
 
     def answer_ids(self, answer: str) -> list[int]:
         """Ids of an answer as they follow a prompt in training, ending with end-of-sequence.
@@ -166,7 +256,15 @@ class Encoder:
 
         Words that the chat template puts after an answer come before that token.
         """
-        parts = self._parts(answer)
+        return self._generated(self._parts(answer))
+
+    def each_generated(self, answers: Sequence[str]) -> Iterator[list[int]]:
+        """`generated_ids` of each answer, tokenised together."""
+        for _, some in _pieces(answers):
+            found = self._answer_parts(some)
+            yield from (self._generated(found[answer]) for answer in some)
+
+    def _generated(self, parts: AnswerParts) -> list[int]:
         end = next(place for place, token in enumerate(parts.tail) if token in self.stops)
         return [*parts.body, *parts.tail[: end + 1]]
 
@@ -181,24 +279,41 @@ class Encoder:
         return (text if self._template is None else self._template.without_tail(text)).strip()
 
     def _parts(self, answer: str) -> AnswerParts:
-        if answer not in self._answers and self._template is not None:
-            self._answers[answer] = self._template.answer(answer)
-        elif answer not in self._answers:
-            self._answers[answer] = AnswerParts([], self._bare_answer(answer), [int(self._tokenizer.eos_token_id)])
-        return self._answers[answer]
+        return self._answer_parts([answer])[answer]
 
-    def _bare_answer(self, answer: str) -> list[int]:
+    def _answers_to(self, examples: Sequence[Example]) -> dict[str, AnswerParts]:
+        return self._answer_parts(list(dict.fromkeys(example.answer for example in examples)))
+
+    def _answer_parts(self, answers: Sequence[str]) -> dict[str, AnswerParts]:
+        """The parts of each answer. Only those of labels are kept, because they are few and asked for often."""
+        known = {answer: self._labels[answer] for answer in answers if answer in self._labels}
+        new = [answer for answer in answers if answer not in known]
+        if not new:
+            return known
+        if self._template is not None:
+            parts = self._template.answers(new)
+        else:
+            end = int(self._tokenizer.eos_token_id)
+            parts = [AnswerParts([], ids, [end]) for ids in self._bare_answers(new)]
+        found = dict(zip(new, parts, strict=True))
+        self._labels.update((answer, each) for answer, each in found.items() if answer in self._class_of)
+        return {**known, **found}
+
+    def _bare_answers(self, answers: Sequence[str]) -> list[list[int]]:
         if self._facts.answer_apart:
-            return self._tokenize([answer])[0]
-        if not answer:  # otherwise the space between prompt and answer would remain
-            return []
+            return self._tokenize(answers)
         # A decoder's answer follows a prompt and a space, and many tokenizers merge the space with the first word.
-        anchored, anchor, spaced = self._tokenize([f"{ANCHOR} {answer}", ANCHOR, f" {answer}"])
-        return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else spaced
-
-    def _sample(self, index: int, prompt: list[int], answer: str, where: str) -> Encoded:
-        target = self._training_answer(answer, where) if self._facts.generates else [self._class_of[answer]]
-        return self._objective.sample(index, self._framed(prompt, len(target)), target)
+        anchored = self._tokenize([f"{ANCHOR} {answer}" for answer in answers])
+        (anchor,) = self._tokenize([ANCHOR])
+        bare: list[list[int]] = []
+        for answer, ids in zip(answers, anchored, strict=True):
+            if not answer:  # otherwise the space between prompt and answer would remain
+                bare.append([])
+            elif ids[: len(anchor)] == anchor:
+                bare.append(ids[len(anchor) :])
+            else:
+                bare += self._tokenize([f" {answer}"])
+        return bare
 
     def _framed(self, prompt: list[int], answer_length: int) -> list[int]:
         """The prompt between its special tokens, cut to fit `max_length`; for a decoder, together with its answer."""
@@ -206,11 +321,11 @@ class Encoder:
         room = max(self._config.max_length - taken, 0)
         return self._prefix + cut(prompt, room, self._config.truncate) + self._suffix
 
-    def _training_answer(self, answer: str, where: str) -> list[int]:
-        """Ids of a sample's answer. If it is too long, `long_answers` decides between an error and a cut."""
-        ids, room = self.answer_ids(answer), self._answer_room
+    def _training_answer(self, ids: list[int], where: str) -> list[int]:
+        """The ids of a sample's answer. If they are too many, `long_answers` decides between an error and a cut."""
+        room = self._answer_room
         if self._config.long_answers == "error" or len(ids) <= room or room < 1:
-            return self._fitting_answer(answer, where)
+            return self._fitting_answer(ids, where)
         return [*ids[: room - 1], ids[-1]]
 
     @property
@@ -221,23 +336,8 @@ class Encoder:
         room = self._config.max_length - len(self._prefix) - len(self._suffix) - 1
         return min(self._config.max_target_length, room)
 
-    def _report_cut_answers(self, task: Task) -> None:
-        if self._config.long_answers == "error" or not self._facts.generates:
-            return
-        room = self._answer_room
-        count = sum(len(self.answer_ids(example.answer)) > room for example in task.train)
-        if count:
-            logger.warning(
-                "task %r: %d of %d training answers are cut to %d tokens (train.long_answers)",
-                task.name,
-                count,
-                len(task.train),
-                room,
-            )
-
-    def _fitting_answer(self, answer: str, where: str) -> list[int]:
-        """Ids of an answer. Raises BadInput, which starts with `where`, if it is longer than the settings allow."""
-        ids = self.answer_ids(answer)
+    def _fitting_answer(self, ids: list[int], where: str) -> list[int]:
+        """The ids of an answer. Raises BadInput, which starts with `where`, if the settings do not allow so many."""
         limit = self._config.max_target_length
         if len(ids) > limit:
             # The settings cut other answers that are too long, so this one must be a label.
@@ -275,9 +375,8 @@ class Encoder:
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text without special tokens."""
         encoded: list[list[int]] = []
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            some = list(texts[start : start + _TEXTS_AT_ONCE])
-            encoded += self._tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+        for _, some in _pieces(texts):
+            encoded += self._tokenizer(list(some), add_special_tokens=False, verbose=False)["input_ids"]
             beat()
         return encoded
 
@@ -294,3 +393,27 @@ class Encoder:
                 f"train.max_length is {self._config.max_length}, but with the tokenizer's special tokens it must be at "
                 f"least {needed}"
             )
+
+
+def _pieces(items: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
+    """Consecutive pieces of a sequence, each with the place where it starts."""
+    for start in range(0, len(items), _AT_ONCE):
+        yield start, items[start : start + _AT_ONCE]
+
+
+def _place(task: Task, index: int) -> str:
+    return f"task {task.name!r}, training sample {index}"
+
+
+def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
+    """A tokenizer's content, whatever files it came from; None for one that runs Python code, which may do anything."""
+    kind = type(tokenizer)
+    if not tokenizer.is_fast or not kind.__module__.startswith("transformers."):
+        return None
+    try:
+        backend = str(tokenizer.backend_tokenizer.to_str())
+    except Exception:  # the Rust library raises it for components that are written in Python
+        return None
+    # Names and paths say where the tokenizer was, not what it is.
+    settings = {key: value for key, value in tokenizer.init_kwargs.items() if "file" not in key and "path" not in key}
+    return [kind.__qualname__, backend, json.dumps(settings, sort_keys=True, default=repr)]

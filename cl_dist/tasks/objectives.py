@@ -48,9 +48,9 @@ class Objective:
         """Labels for a sample made of arbitrary tokens and an arbitrary answer, as in a trial or a filler."""
         return [IGNORE, *tokens[1:]]
 
-    def tokens(self, sample: Encoded) -> int:
-        """Number of tokens that a sample sends through the model."""
-        return len(sample.input_ids)
+    def tokens(self, inputs: int, labels: int) -> int:
+        """Number of tokens that samples with so many input tokens and labels send through the model."""
+        return inputs
 
     # Batches
 
@@ -125,9 +125,9 @@ class Seq2SeqLM(Objective):
         """The answer's tokens."""
         return answer
 
-    def tokens(self, sample: Encoded) -> int:
-        """Includes the answer, which the decoder reads."""
-        return len(sample.input_ids) + len(sample.labels)
+    def tokens(self, inputs: int, labels: int) -> int:
+        """Includes the answers, which the decoder reads."""
+        return inputs + labels
 
     def decoder_inputs(self, labels: Tensor, pad_id: int, start_id: int | None) -> dict[str, Tensor]:
         """The start token and the answer without its last token, with padding instead of IGNORE: (B, T)."""

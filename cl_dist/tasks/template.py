@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cl_dist.config.schema import TrainConfig
@@ -99,6 +100,7 @@ class ChatTemplate:
         self.cue = _common_end([ids[len(self.head) :] for ids in probes])
         """Ids after every prompt, including the start of the assistant's turn."""
         self._asked = self.user_turn(PROBES[0])
+        self._asked_ids = self._ids(self._asked)
         self._lead_text, self.lead, self._tail = self._find_frame()
 
     def _find_template(self) -> str:
@@ -136,12 +138,22 @@ class ChatTemplate:
         whole = ids[: len(self.head)] == self.head and ids[end:] == self.cue
         return ids[len(self.head) : end] if whole else []
 
-    def answer(self, answer: str) -> AnswerParts:
-        """Ids of the assistant's turn after the cue, including the end-of-sequence token, which ends generation. It is
-        added if the template has none there.
+    @property
+    def identity(self) -> str:
+        """The template's text, with its clock stopped; together with the tokenizer it decides every rendering."""
+        return f"jinja2 {version('jinja2')}\n{self._template}"
+
+    def answers(self, answers: Sequence[str]) -> list[AnswerParts]:
+        """For each answer, the ids of the assistant's turn after the cue, including the end-of-sequence token, which
+        ends generation. It is added if the template has none there.
         """
-        text = self._answer_text(answer)
-        ids = self._ids_behind(self._asked, text)
+        texts = [self._answer_text(answer) for answer in answers]
+        wholes = self._tokenizer([self._asked + text for text in texts], add_special_tokens=False, verbose=False)
+        rows = zip(texts, wholes["input_ids"], strict=True)
+        return [self._parts(text, self._behind_asked(ids, text)) for text, ids in rows]
+
+    def _parts(self, text: str, ids: list[int]) -> AnswerParts:
+        """An answer's parts, given its text and ids behind the question."""
         lead = self.lead if text.startswith(self._lead_text) else []
         # If the tokenizer merges the lead's last token with the answer's first one, tokenise the answer by itself.
         rest = ids[len(lead) :] if ids[: len(lead)] == lead else self._ids(text[len(self._lead_text) :])
@@ -170,10 +182,10 @@ class ChatTemplate:
         """What the template puts before every answer, as text and as ids, and the ids after every answer."""
         texts = [self._answer_text(probe) for probe in ANSWER_PROBES]
         before, behind = "".join(_common_start(texts)), "".join(_common_end(texts))
-        rows = [self._ids_behind(self._asked, text) for text in texts]
+        rows = [self._behind_asked(self._ids(self._asked + text), text) for text in texts]
         # If the vocabulary lacks the probes, they share the unknown token. So the common ids are limited to those of
         # the common text.
-        lead = _common_start([self._ids_behind(self._asked, before), *rows])
+        lead = _common_start([self._behind_asked(self._ids(self._asked + before), before), *rows])
         tail = _common_end([row[len(lead) :] for row in rows])
         return before, lead, self._ended(tail[len(tail) - min(len(tail), len(self._ids(behind))) :])
 
@@ -181,9 +193,9 @@ class ChatTemplate:
         answered = self._render([{"role": "user", "content": PROBES[0]}, {"role": "assistant", "content": answer}])
         return answered[len(self._asked) :]
 
-    def _ids_behind(self, before: str, text: str) -> list[int]:
-        """Ids of a text that follows `before`."""
-        start, whole = self._ids(before), self._ids(before + text)
+    def _behind_asked(self, whole: list[int], text: str) -> list[int]:
+        """Ids of a text that follows the question, given those of both together."""
+        start = self._asked_ids
         return whole[len(start) :] if whole[: len(start)] == start else self._ids(text)
 
     def _ended(self, ids: list[int]) -> list[int]:

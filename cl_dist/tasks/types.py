@@ -76,7 +76,7 @@ class Encoded:
     @property
     def targets(self) -> int:
         """Number of positions that take part in the loss."""
-        return sum(label != IGNORE for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE)
 
 
 def compose(text: str) -> str:

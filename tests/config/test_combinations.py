@@ -23,6 +23,7 @@ UNREAD = [
         "train.warmup_steps: 7 is more than max_steps_per_task 4 and the 2 steps that the method adds, so that "
         "learning_rate would never be reached; allowed: at most 6",
     ),
+    (["zero.stage=2", "eval.gather_weights=never"], "eval.gather_weights: never is not used: only zero.stage 3 shards"),
     ([TEXTS, "train.truncate=left"], "train.truncate: left is not used: all tasks are plain text, without prompts"),
     ([TEXTS, "train.long_answers=cut"], "train.long_answers: cut is not used: all tasks are plain text, without"),
     ([TEXTS, "train.template=chat"], "train.template: chat is not used: all tasks are plain text, without turns"),

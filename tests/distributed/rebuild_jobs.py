@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
+from cl_dist.config.schema import EvalConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
+from cl_dist.engine import engine as engine_module
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.evaluation.inference import evaluating
@@ -54,9 +56,28 @@ def _one(stage: int, dtype: str) -> dict[str, Any]:
         "tracked": len(migu.keep),
         "dropped": sum(int((~keep).sum()) for keep in migu.keep.values()),
         "weights": {n: tensor.double().sum().item() for n, tensor in after.items()},
+        "whole": _whole(engine),
     }
     engine.destroy()
     return report
+
+
+def _whole(engine: TrainingEngine) -> dict[str, bool]:
+    """Whether the engine holds its weights whole, by `eval.gather_weights`, and if there is no room on rank 1."""
+    found, recipe = {}, engine.recipe
+    for policy in ("auto", "always", "never") if recipe.zero.stage == 3 else ():
+        engine.recipe = replace(recipe, eval=EvalConfig(gather_weights=policy))  # type: ignore[arg-type]
+        with engine.whole() as whole:
+            found[policy] = whole
+    engine.recipe = recipe
+    share = engine_module.GATHERED_SHARE
+    try:
+        engine_module.GATHERED_SHARE = -1.0 if torch.distributed.get_rank() == 1 else share
+        with engine.whole() as whole:
+            found["no room on rank 1"] = whole
+    finally:
+        engine_module.GATHERED_SHARE = share
+    return found
 
 
 def _look(engine: TrainingEngine) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from torch import nn
 
 from cl_dist.config.schema import EvalConfig, LoraConfig, ModelConfig, TrainConfig
 from cl_dist.engine.distributed import join
-from cl_dist.evaluation.evaluate import Evaluator, no_pause
+from cl_dist.evaluation.evaluate import Evaluator, no_pause, stay_sharded
 from cl_dist.evaluation.result import TaskScore
 from cl_dist.models.load import LoadedModel, load_model
 from cl_dist.models.lora import add_lora
+from cl_dist.models.structure import base_model
+from cl_dist.sharding import gathered, sharded_bytes
 from cl_dist.tasks.encode import Encoder, label_names
+from cl_dist.tasks.tokenised import TokenisedData
 from cl_dist.tasks.types import Example, Slot, Task
 
 SEED = 3
@@ -82,14 +86,21 @@ def tasks_of(case: dict[str, Any]) -> list[Task]:
 
 
 def evaluator(
-    loaded: LoadedModel, model: nn.Module, case: dict[str, Any], rank: int = 0, world: int = 1, synced: bool = False
+    loaded: LoadedModel,
+    model: nn.Module,
+    case: dict[str, Any],
+    rank: int = 0,
+    world: int = 1,
+    synced: bool = False,
+    whole: Callable[[], AbstractContextManager[bool]] = stay_sharded,
 ) -> Evaluator:
     """An evaluator of the case's tasks, with batches of three unless the case says otherwise."""
     names = label_names(tasks_of(case))
     encoder = Encoder(loaded.tokenizer, loaded.objective, TrainConfig(max_length=48, max_target_length=16), names)
     chosen = {key: case[key] for key in ("mode", "metric") if key in case}
+    data = TokenisedData(encoder)
     config = EvalConfig(batch_size=case.get("batch_size", 3), max_new_tokens=6, **chosen)
-    return Evaluator(model, loaded.tokenizer, loaded.objective, encoder, names, config, rank, world, synced)
+    return Evaluator(model, loaded.tokenizer, loaded.objective, data, names, config, rank, world, synced, whole)
 
 
 def evaluate_alone(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -103,24 +114,64 @@ def _scores(scorer: Evaluator, tasks: list[Task], pause: Callable[[], None] = no
     return [asdict(score) for each in scorer.passes(tasks) for score in scorer.evaluate(each, pause)]
 
 
-def evaluate_on_ranks(cases: list[dict[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
-    """Per case: this rank's scores before and after two training steps that do not change the weights."""
+def evaluate_on_ranks(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per case: this rank's scores before and after two training steps that do not change the weights.
+
+    Where stage 3 generates, also the scores with gathered weights in between, and what that leaves behind.
+    """
     join(timeout_seconds=120)
     return [_evaluate_engine(case) for case in cases]
 
 
-def _evaluate_engine(case: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _evaluate_engine(case: dict[str, Any]) -> dict[str, Any]:
     config = _settings(case["stage"])
     loaded = load(case, config if case["stage"] == 3 else None, len(label_names(tasks_of(case))))
     trained = [parameter for parameter in loaded.model.parameters() if parameter.requires_grad]
     engine = deepspeed.initialize(model=loaded.model, optimizer=torch.optim.SGD(trained, lr=0.0), config=config)[0]
     scorer = evaluator(loaded, engine.module, case, dist.get_rank(), dist.get_world_size(), case["stage"] == 3)
     before = _scores(scorer, tasks_of(case), pause=dist.barrier)
+    gathered = _gathered_scores(engine, loaded, case) if case.get("gather") else None
     for _ in range(2):
         _step(engine, loaded)
     after = _scores(scorer, tasks_of(case))
     engine.destroy()
-    return {"before": before, "after": after}
+    return {"before": before, "after": after, "gathered": gathered}
+
+
+def _gathered_scores(engine: deepspeed.DeepSpeedEngine, loaded: LoadedModel, case: dict[str, Any]) -> dict[str, Any]:
+    """Scores, forward passes of this rank with sharded and with gathered weights, and whether a trace remains."""
+    model, passes = engine.module, [0, 0]
+    inside = False
+
+    @contextmanager
+    def whole() -> Iterator[bool]:
+        nonlocal inside
+        with gathered(engine):
+            assert sharded_bytes(model) == 0
+            inside = True
+            yield True
+            inside = False
+
+    def count(*_: Any) -> None:
+        passes[inside] += 1
+
+    counter = base_model(model).register_forward_hook(count)
+    sharded, hooks = sharded_bytes(model), _hooks(model)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for make in (stay_sharded, whole):
+        scores = _scores(evaluator(loaded, model, case, rank, world, True, make), tasks_of(case))
+    restored = sharded_bytes(model) == sharded > 0 and _hooks(model) == hooks
+    counter.remove()
+    return {"scores": scores, "passes": passes, "restored": restored}
+
+
+def _hooks(model: nn.Module) -> list[Any]:
+    """All forward hooks of all modules, in order."""
+    return [
+        list(hooks.items())
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+    ]
 
 
 def _step(engine: deepspeed.DeepSpeedEngine, loaded: LoadedModel) -> None:

@@ -16,6 +16,7 @@ from cl_dist.evaluation.inference import generate
 from cl_dist.evaluation.likelihood import can_pack
 from cl_dist.models.load import LoadedModel, load_model
 from cl_dist.tasks.encode import Encoder
+from cl_dist.tasks.tokenised import TokenisedData
 from cl_dist.tasks.types import Example, Task
 from tests.zoo.families import POSITIONS, SPECIMENS
 
@@ -35,7 +36,7 @@ def test_a_decoder_is_refused_exactly_where_generation_would_fail(name: str, tmp
     encoder = Encoder(found.tokenizer, found.objective, TRAIN, ())
     prompt = encoder.prompt_ids(LONG.evaluation[0].prompt)
     allowed = POSITIONS - len(prompt) + 1
-    check_room(model, encoder, [LONG], EvalConfig(max_new_tokens=allowed))
+    check_room(model, TokenisedData(encoder), [LONG], EvalConfig(max_new_tokens=allowed))
     end = found.tokenizer.eos_token_id
     with torch.no_grad():  # so that no answer ends early
         model.get_input_embeddings().weight[end] = 0.0
@@ -45,26 +46,26 @@ def test_a_decoder_is_refused_exactly_where_generation_would_fail(name: str, tmp
     with pytest.raises(
         BadInput, match=rf"^eval\.max_new_tokens: {allowed + 1} tokens .* allowed: at most {allowed}, or"
     ):
-        check_room(model, encoder, [LONG], EvalConfig(max_new_tokens=allowed + 1))
+        check_room(model, TokenisedData(encoder), [LONG], EvalConfig(max_new_tokens=allowed + 1))
 
 
 def test_prompts_that_are_short_are_not_refused(tmp_path: Path) -> None:
     found = load("GPT-2", tmp_path)
-    encoder = Encoder(found.tokenizer, found.objective, TRAIN, ())
+    data = TokenisedData(Encoder(found.tokenizer, found.objective, TRAIN, ()))
     short = Task("short", "generation", (), (Example("word", "yes"),))
-    check_room(found.model, encoder, [short], EvalConfig(max_new_tokens=50))
+    check_room(found.model, data, [short], EvalConfig(max_new_tokens=50))
     with pytest.raises(BadInput, match=r"task 'long'"):
-        check_room(found.model, encoder, [short, LONG], EvalConfig(max_new_tokens=50))
+        check_room(found.model, data, [short, LONG], EvalConfig(max_new_tokens=50))
 
 
 @pytest.mark.parametrize(("name", "longest"), [("BART", POSITIONS), ("T5", None)])
 def test_an_encoder_decoder_needs_room_for_the_answer_alone(name: str, longest: int | None, tmp_path: Path) -> None:
     found = load(name, tmp_path)
-    encoder = Encoder(found.tokenizer, found.objective, TRAIN, ())
-    check_room(found.model, encoder, [LONG], EvalConfig(max_new_tokens=longest or 1000))
+    data = TokenisedData(Encoder(found.tokenizer, found.objective, TRAIN, ()))
+    check_room(found.model, data, [LONG], EvalConfig(max_new_tokens=longest or 1000))
     if longest is not None:
         with pytest.raises(BadInput, match=rf"^eval\.max_new_tokens: {longest + 1} .* at most {longest}$"):
-            check_room(found.model, encoder, [LONG], EvalConfig(max_new_tokens=longest + 1))
+            check_room(found.model, data, [LONG], EvalConfig(max_new_tokens=longest + 1))
 
 
 def test_a_harness_task_that_generates_past_the_last_position_is_refused(tmp_path: Path) -> None:

@@ -88,13 +88,14 @@ def test_passes(world: int, synced: bool, expected: list[int]) -> None:
 
 KINDS = [["classification", 7], ["classification", 1], ["generation", 7]]
 CASES: list[dict[str, Any]] = [
-    *[{"model": LLAMA, "tasks": [*KINDS, ["text", 20]], "stage": stage} for stage in (2, 3)],
-    {"model": LLAMA, "tasks": KINDS, "stage": 3, "lora": True},
+    {"model": LLAMA, "tasks": [*KINDS, ["text", 20]], "stage": 2},
+    {"model": LLAMA, "tasks": [*KINDS, ["text", 20]], "stage": 3, "gather": True},
+    {"model": LLAMA, "tasks": KINDS, "stage": 3, "lora": True, "gather": True},
     # Three batches, from two tasks, on each rank; with one pass per task a rank would be idle three times.
     {"model": LLAMA, "tasks": KINDS, "stage": 2},
     # One rank has nine batches and pauses before the last one, the other has eight.
     {"model": LLAMA, "tasks": [["classification", 17]], "stage": 2, "batch_size": 1},
-    {"model": T5, "tasks": KINDS, "stage": 3},
+    {"model": T5, "tasks": KINDS, "stage": 3, "gather": True},
     {"model": T5, "tasks": KINDS, "stage": 3, "lora": True, "batch_size": 1},
     {"model": LLAMA, "tasks": [["dialogue", ["?"] * 9]], "stage": 2, "metric": "jga"},
     {"model": ROBERTA, "tasks": KINDS[:2], "stage": 3},
@@ -165,3 +166,18 @@ def test_two_ranks_score_like_one_process(
                 close(prediction, wanted)
             close(found, {name: value for name, value in expected.items() if name != "predictions"})
             assert second[moment][task] == {**first[moment][task], "predictions": []}
+
+
+@pytest.mark.parametrize("number", [number for number, case in enumerate(CASES) if case.get("gather")])
+def test_gathered_weights_generate_the_same_and_leave_no_trace(
+    two_ranks: list[list[dict[str, Any]]], number: int
+) -> None:
+    """The scores after it, which come from an engine that has trained since, are compared above."""
+    ranks = [rank[number] for rank in two_ranks]
+    for rank in ranks:
+        assert rank["gathered"]["scores"] == rank["before"]
+        assert rank["gathered"]["restored"]
+    # Sharded ranks run as many passes as the one with most to do. Now each stops after its own answers.
+    sharded, whole = zip(*(rank["gathered"]["passes"] for rank in ranks), strict=True)
+    assert sharded[0] == sharded[1]
+    assert 0 < min(whole) < max(whole) <= sharded[0]

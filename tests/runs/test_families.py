@@ -83,3 +83,17 @@ def test_answers_past_the_last_position_are_refused_before_training(zygote: Zygo
     assert outcome.codes == [2], "\n".join(outcome.output)
     assert f"eval.max_new_tokens: {POSITIONS} tokens after prompts of up to" in outcome.output[0]
     assert not list((tmp_path / "run").glob("tasks/*"))
+
+
+def test_a_long_answer_of_the_last_task_is_refused_before_training(zygote: Zygote, tmp_path: Path) -> None:
+    """Although the task is tokenised only when its turn comes."""
+    for name, answer in (("short", "fine"), ("long", "so " * 60)):
+        records = [{"input": f"Question {number}?", "output": answer if number == 5 else "yes"} for number in range(9)]
+        for split in ("", ".test"):
+            (tmp_path / f"{name}{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    tasks = [{"name": name, "format": "jsonl", "path": f"{name}.jsonl", "labels": []} for name in ("short", "long")]
+    path = write_recipe(tmp_path, stream={"tasks": tasks}, train={"max_length": 128, "max_target_length": 32})
+    outcome = zygote.run(["run", str(path)], tmp_path, world=2)
+    assert outcome.codes == [2, 2], "\n".join(outcome.output)
+    assert "task 'long', training sample 5: the answer takes 181 tokens" in "".join(outcome.output)
+    assert not list((tmp_path / "run").glob("tasks/*"))

@@ -16,7 +16,7 @@ from cl_dist.state.digests import file_digests
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """The files that were read completely. A few bytes count as large here, and a recent change as settled."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CL_DIST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(digests, "WORTH_CACHING", 4)
     monkeypatch.setattr(digests, "_SETTLED_SECONDS", -1.0)
     found: list[Path] = []

@@ -190,8 +190,10 @@ def test_objective_that_does_not_fit_the_task(objective: ObjectiveName, kind: Ki
     ],
 )
 def test_answer_that_does_not_fit(settings: dict[str, Any], problem: str) -> None:
-    with pytest.raises(BadInput, match=problem):
-        make_encoder("causal_lm", **settings).train(make_task(("q", "a"), ("q", "abc")))
+    encoder, task = make_encoder("causal_lm", **settings), make_task(("q", "a"), ("q", "abc"))
+    for look in (encoder.check, encoder.train):
+        with pytest.raises(BadInput, match=problem):
+            look(task)
 
 
 def test_label_that_does_not_fit() -> None:
@@ -205,7 +207,9 @@ def test_long_answers_are_cut_on_request_and_logged_once_per_task(
 ) -> None:
     task = make_task(("q", "a"), ("q", "abcdef"), ("q", "ghijkl"))
     with caplog.at_level(logging.WARNING):
-        whole, one, two = make_encoder(objective, max_target_length=4, long_answers="cut").train(task)
+        encoder = make_encoder(objective, max_target_length=4, long_answers="cut")
+        encoder.check(task)
+        whole, one, two = encoder.train(task)
     answers = [[label for label in sample.labels if label != IGNORE] for sample in (whole, one, two)]
     space = " " if objective == "causal_lm" else ""
     expected = ["a", "ab" if space else "abc", "gh" if space else "ghi"]
@@ -224,7 +228,7 @@ def test_a_cut_answer_of_a_decoder_leaves_room_for_a_token_of_the_prompt() -> No
 
 def test_nothing_is_logged_if_nothing_is_cut(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        make_encoder("causal_lm", long_answers="cut").train(make_task(("q", "abc")))
+        make_encoder("causal_lm", long_answers="cut").check(make_task(("q", "abc")))
     assert caplog.records == []
 
 

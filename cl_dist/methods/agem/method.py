@@ -57,7 +57,7 @@ class Agem(Method):
         """Draw the memory: a share of each past task's samples, the same ones in every later task."""
         self._task, self._probe = place.index, place.probe
         past = place.probe.tasks[: place.index] if place.probe is not None else ()
-        self._memory = list(past_samples(past, self.config.memory_ratio, self._seed))
+        self._memory = past_samples(past, self.config.memory_ratio, self._seed)
 
     def before_step(self, step: int) -> None:
         """Measure the reference gradient on samples drawn for this step."""

@@ -103,12 +103,12 @@ class Ewc(Method):
     def _measure(self, place: TaskPlace) -> dict[str, Shard]:
         """The Fisher information: squared gradients of the log-likelihood, of `fisher_batch` samples at a time."""
         assert place.probe is not None
-        samples = list(place.probe.tasks[place.index])
+        samples = place.probe.tasks[place.index]
         count = min(self.config.fisher_samples or len(samples), len(samples))
-        drawn = random.Random(derive_seed(self._seed, "fisher", place.index)).sample(samples, count)
+        drawn = random.Random(derive_seed(self._seed, "fisher", place.index)).sample(range(len(samples)), count)
         fisher, size, measured = self._zeros(), self.config.fisher_batch, 0
         for start in range(0, count, size):
-            some = drawn[start : start + size]
+            some = [samples[number] for number in drawn[start : start + size]]
             what = f"the Fisher information of training sample {', '.join(str(sample.index) for sample in some)}"
             if place.probe.gradient(some, lambda: self._add_squares(fisher), mean=False, what=what):
                 measured += len(some)

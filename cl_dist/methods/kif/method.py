@@ -15,6 +15,7 @@ from cl_dist.methods.kif.unit_method import UnitMethod
 from cl_dist.methods.protocol import TaskPlace
 from cl_dist.methods.shared.samples import past_samples
 from cl_dist.sharding import Shard, ShardView
+from cl_dist.tasks.samples import Samples
 from cl_dist.tasks.types import Encoded
 
 
@@ -45,9 +46,9 @@ class Kif(UnitMethod):
         """The number of units, and what they cost in memory on this rank."""
         return self._memory_message(states=1, copies=1)
 
-    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
+    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Samples:
         """The replay memory: a share of each past task's samples."""
-        return list(past_samples(tasks[:index], self.config.replay_ratio, self._seed))
+        return past_samples(tasks[:index], self.config.replay_ratio, self._seed)
 
     def before_step(self, step: int) -> None:
         """Remember the step's number for `importance_from_step`."""

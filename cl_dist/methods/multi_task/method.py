@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cl_dist.methods.protocol import Method
+from cl_dist.tasks.samples import Samples, join
 from cl_dist.tasks.types import Encoded
 
 
 class MultiTask(Method):
     """Trains on all tasks together in place of the first one; the others have no steps."""
 
-    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
+    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Samples:
         """For the first task, the samples of all others."""
-        return [sample for task in tasks[1:] for sample in task] if index == 0 else []
+        return join(tasks[1:] if index == 0 else [])
 
     def trains(self, index: int) -> bool:
         """True for the first task only."""

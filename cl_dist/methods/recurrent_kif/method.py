@@ -57,7 +57,7 @@ class RecurrentKif(UnitMethod):
 
     def memory(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Memory | None:
         """A share of each past task's samples; the first task has no memory."""
-        samples = list(past_samples(tasks[:index], self.config.replay_ratio, self._seed))
+        samples = past_samples(tasks[:index], self.config.replay_ratio, self._seed)
         config = self.config
         scheduled = config.schedule_over == "all_steps"
         memory = Memory(samples, config.inner_steps, config.outer_steps, config.fuse_last_cycle, scheduled)

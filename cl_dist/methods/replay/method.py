@@ -16,6 +16,7 @@ from cl_dist.methods.replay.config import ReplayConfig
 from cl_dist.methods.shared.samples import past_samples
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import ShardView
+from cl_dist.tasks.samples import Samples, join
 from cl_dist.tasks.types import Encoded
 
 
@@ -33,14 +34,14 @@ class Replay(Method):
         """Remember the run's seed."""
         self._seed = train.seed
 
-    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> list[Encoded]:
+    def training_data(self, index: int, tasks: Sequence[Sequence[Encoded]]) -> Samples:
         """The memory as it is when the task begins."""
         if self.config.memory_size is not None:
             return reservoir(tasks[:index], self.config.memory_size, self._seed)
-        return list(past_samples(tasks[:index], self.config.ratio, self._seed))
+        return past_samples(tasks[:index], self.config.ratio, self._seed)
 
 
-def reservoir(tasks: Sequence[Sequence[Encoded]], size: int, seed: int) -> list[Encoded]:
+def reservoir(tasks: Sequence[Sequence[Encoded]], size: int, seed: int) -> Samples:
     """A uniform sample of a stream of samples (Vitter 1985, Algorithm R).
 
     The memory after one more task is the one that this task's samples make of the memory before it: each of them may
@@ -52,10 +53,11 @@ def reservoir(tasks: Sequence[Sequence[Encoded]], size: int, seed: int) -> list[
         seed: The run's seed.
     """
     draw = random.Random(derive_seed(seed, "reservoir"))
-    memory: list[Encoded] = []
-    for seen, sample in enumerate(sample for samples in tasks for sample in samples):
+    stream = join(tasks)
+    memory: list[int] = []
+    for seen in range(len(stream)):
         if len(memory) < size:
-            memory.append(sample)
+            memory.append(seen)
         elif (place := draw.randrange(seen + 1)) < size:
-            memory[place] = sample
-    return memory
+            memory[place] = seen
+    return stream.pick(memory)

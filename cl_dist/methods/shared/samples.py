@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput
 from cl_dist.seeds import derive_seed
+from cl_dist.tasks.samples import Samples, as_samples, join
 from cl_dist.tasks.types import Encoded
 
 
-def past_samples(tasks: Sequence[Sequence[Encoded]], ratio: float, seed: int) -> Iterator[Encoded]:
+def past_samples(tasks: Sequence[Sequence[Encoded]], ratio: float, seed: int) -> Samples:
     """Draw a share of each past task's samples, at least one per task. Every later task gets the same samples.
 
     They follow from the seed and the data alone, so nothing has to be saved.
@@ -24,9 +25,13 @@ def past_samples(tasks: Sequence[Sequence[Encoded]], ratio: float, seed: int) ->
         ratio: Share in [0, 1]; 0 draws nothing.
         seed: The run's seed; together with a task's position it determines the draw.
     """
-    for position, samples in enumerate(tasks):
+    drawn = []
+    for position in range(len(tasks) if ratio > 0 else 0):  # a task that is not looked up is not tokenised
+        samples = as_samples(tasks[position])
         count = min(len(samples), math.ceil(ratio * len(samples)))
-        yield from random.Random(derive_seed(seed, "replay", position)).sample(list(samples), count)
+        draw = random.Random(derive_seed(seed, "replay", position))
+        drawn.append(samples.pick(draw.sample(range(len(samples)), count)))
+    return join(drawn)
 
 
 def global_batch(train: TrainConfig) -> int:
