@@ -23,9 +23,10 @@ from cl_dist.models.load import LoadedModel
 from cl_dist.tasks.collate import Batch, collate
 from cl_dist.tasks.types import Encoded
 
-METHODS: dict[str, tuple[MethodConfig, ...]] = {
+METHODS: dict[str, tuple[MethodConfig, ...]] = {  # "unskipped" is what MIGU adds without what it saves
     "dense": (),
     "migu": (MiguConfig(name="migu"),),
+    "unskipped": (MiguConfig(name="migu", skip_rows=False),),
     "kif": (KifConfig(name="kif"),),
 }
 MANY_STEPS = 1_000_000

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from cl_dist.benchmarks.engine_steps import METHODS, EngineStep, race_methods
+from cl_dist.benchmarks.engine_steps import EngineStep, race_methods
 from cl_dist.benchmarks.gpu.measuring import Record
 from cl_dist.benchmarks.gpu.profile import profiled, waits
 from cl_dist.benchmarks.shapes import MODELS
 from cl_dist.benchmarks.training import StepSize
 
 THRESHOLD = 0.7
+METHODS = ("dense", "migu", "kif")
 SHARE = 0.8
 BYTES_PER_WEIGHT = 2 + 4 + 12 + 2
 """Weights, gradients, AdamW's masters and moments, and what reductions and copies take; KIF adds `KIF_BYTES`."""
@@ -47,7 +48,7 @@ def _size(record: Record, device: torch.device, lora: int | None) -> StepSize:
 
 
 def _race(record: Record, size: StepSize, stage: int) -> dict[str, Any]:
-    times = race_methods(size, stage, record.size(7, 2))
+    times = race_methods(size, stage, record.size(7, 2), METHODS)
     return {
         "stage": stage,
         "layers": size.layers,

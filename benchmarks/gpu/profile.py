@@ -22,7 +22,7 @@ def profiled(step: Callable[[], object], device: torch.device) -> dict[str, Any]
 
     Returns:
         `host_seconds` until the step is complete, `operators` that PyTorch dispatched, nested ones
-        included, and, on a GPU, `kernels`,
+        included, and, on a GPU, `kernels` (copies too),
         `launches`, `host_waits`, `busy_seconds` and `idle_seconds` of the GPU between its first and last kernel, and
         `slowest_kernels` with the seconds of all their runs.
     """

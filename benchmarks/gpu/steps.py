@@ -73,6 +73,8 @@ def _measure(record: Record, device: torch.device, name: str, size: StepSize) ->
 
 def _race(record: Record, device: torch.device, size: StepSize, ways: Mapping[str, Way]) -> dict[str, Any]:
     contestants = {name: way.contestant() for name, way in ways.items()}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     times = race(contestants, record.size(9, 2), clock_for(device))
     work = operations(ways["dense"].model, size)
     return {
@@ -90,11 +92,16 @@ def _race(record: Record, device: torch.device, size: StepSize, ways: Mapping[st
 def _with(
     ways: Callable[[], Mapping[str, Way]], name: str, examine: Callable[[Callable[[], object]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Examine one step of a way; installing and removing it is part of no step, but each needs a fresh start."""
+    """Examine one step of a way, which starts without gradients, as after an optimiser's step."""
     way = ways()[name]
     way.prepare()
+
+    def step() -> None:
+        way.model.zero_grad(set_to_none=True)
+        way.step()
+
     try:
-        found = examine(way.step)
+        found = examine(step)
         synchronize(way.ids.device)
         return found
     finally:
