@@ -10,7 +10,6 @@ import torch
 
 from cl_dist import kernels
 from cl_dist.benchmarks.gpu.measuring import Record
-from cl_dist.benchmarks.gpu.operations import own_ways
 from cl_dist.kernels import reference
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -93,7 +92,7 @@ def _ways(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int]) 
     wanted = reference.masked_weight_grad(x.double(), dy.double(), kept)[0]
     each = {
         name: compared(lambda way=way: [way(x, dy, kept)], [wanted], ALLOWED[dtype])  # type: ignore[misc]
-        for name, way in own_ways(x, dy).items()
+        for name, way in kernels.weight_grad_ways(x).items()
     }
     return {
         "ways": each,

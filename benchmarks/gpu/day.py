@@ -13,10 +13,11 @@ import signal
 import subprocess
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from cl_dist.benchmarks.gpu import measuring
@@ -72,7 +73,7 @@ def run(options: Namespace) -> int:
 
     Raises:
         BadInput: An option cannot be used, there is no GPU with `--device cuda`, or the folder belongs to another one.
-        Interrupted: Ctrl-C; what was measured stays.
+        Interrupted: Ctrl-C or a signal that asks to end; what was measured stays.
     """
     chosen, minutes, say = _chosen(options.parts), _minutes(options.minutes), partial(print, flush=True)
     if options.device not in DEVICES:
@@ -86,16 +87,39 @@ def run(options: Namespace) -> int:
     end = time.monotonic() + 60 * minutes
     say(f"{len(chosen)} parts, at most {minutes:g} minutes, into {folder}")
     try:
-        for part in chosen:
-            _part(part, folder, options, limits[part.name], end, say)
+        with _like_ctrl_c(signal.SIGTERM, signal.SIGHUP):
+            for part in chosen:
+                _part(part, folder, options, limits[part.name], end, say)
+                _summary(folder)
     except KeyboardInterrupt:
+        say(f"\n{_summary(folder)}")
         raise Interrupted(f"what was measured is in {folder}; the same command continues") from None
-    finally:
-        days = {name: found for name in PARTS if (found := measuring.read_part(folder / f"{name}.json")) is not None}
-        if days:
-            measuring.replace_json(folder / SUMMARY, overview(days))
-            say("\n" + tables(days))
+    say(f"\n{_summary(folder)}")
     return 0
+
+
+def _summary(folder: Path) -> str:
+    """Write summary.json; returns the tables."""
+    day = {name: found for name in PARTS if (found := measuring.read_part(folder / f"{name}.json")) is not None}
+    measuring.replace_json(folder / SUMMARY, overview(day))
+    return tables(day)
+
+
+@contextmanager
+def _like_ctrl_c(*numbers: signal.Signals) -> Iterator[None]:
+    """Treat these signals like Ctrl-C: a time limit around the command, a connection that is lost."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    # One that is ignored, by nohup for example, stays ignored.
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _chosen(words: str | None) -> list[Part]:
@@ -133,7 +157,7 @@ def _part(part: Part, folder: Path, options: Namespace, limit: float, end: float
     try:
         _attempts(part, path, options, began + limit)
     except KeyboardInterrupt:
-        _settle(path, INTERRUPTED, "stopped by Ctrl-C")
+        _settle(path, INTERRUPTED, "stopped by a signal")
         raise
     found = measuring.read_part(path) or {}
     _settle(path, found.get("status", FAILED), found.get("reason"), seconds=round(time.monotonic() - began, 1))

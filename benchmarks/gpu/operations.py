@@ -22,20 +22,14 @@ Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 """Computes the masked weight gradient from the input, the output's gradient and the kept rows."""
 
 
-def ways_to(x: torch.Tensor, dy: torch.Tensor) -> dict[str, Way]:
+def ways_to(x: torch.Tensor) -> dict[str, Way]:
     """Every way to the weight gradient by name: the dense product, the kernel's choice, and what it chooses from."""
     return {
         DENSE: lambda x, dy, rows: dy.t() @ x,
         "masked_weight_grad": kernels.masked_weight_grad,
         "gather, product, scatter": gathered,
-        **own_ways(x, dy),
+        **kernels.weight_grad_ways(x),
     }
-
-
-def own_ways(x: torch.Tensor, dy: torch.Tensor) -> dict[str, Way]:
-    """The ways among which `masked_weight_grad` chooses for these tensors; none if it has only one."""
-    ways: dict[str, Way] = getattr(kernels, "weight_grad_ways", lambda x, dy: {})(x, dy)
-    return ways
 
 
 def weight_grads(record: Record, device: torch.device) -> None:
@@ -55,7 +49,7 @@ def _weight_grad(record: Record, device: torch.device, layer: Layer, tokens: int
     rows = torch.randperm(layer.outputs, device=device)[:kept].sort().values
     failed: dict[str, str] = {}
     contestants: dict[str, Contestant] = {}
-    for name, way in ways_to(x, dy).items():
+    for name, way in ways_to(x).items():
         try:
             way(x, dy, rows)
         except (RuntimeError, ValueError) as error:  # a way that this device or shape does not have
@@ -70,6 +64,7 @@ def _weight_grad(record: Record, device: torch.device, layer: Layer, tokens: int
         "rows": layer.outputs,
         "inputs": layer.inputs,
         "kept_rows": kept,
+        "chosen": kernels.weight_grad_way(x, kept),
         "dtype": str(dtype),
         "seconds": {name: times.spread(name).as_dict() for name in contestants},
         "over_dense": {name: times.ratio(name, DENSE).as_dict() for name in contestants},

@@ -21,10 +21,9 @@ def profiled(step: Callable[[], object], device: torch.device) -> dict[str, Any]
     """Run `step` once under the profiler, after a warm-up; counts are null on a CPU.
 
     Returns:
-        `host_seconds` until the step is complete, `operators` that PyTorch dispatched, nested ones
-        included, and, on a GPU, `kernels` (copies too),
-        `launches`, `host_waits`, `busy_seconds` and `idle_seconds` of the GPU between its first and last kernel, and
-        `slowest_kernels` with the seconds of all their runs.
+        `host_seconds` until the step is complete, `operators` that PyTorch dispatched, nested ones included, and, on a
+        GPU, `kernels` (copies too), `launches`, `host_waits`, `busy_seconds` and `idle_seconds` of the GPU between its
+        first and last kernel, and `slowest_kernels` with the seconds of all their runs.
     """
     on_gpu = device.type == "cuda"
     step()

@@ -68,7 +68,7 @@ def test_a_faulty_measurement_costs_only_itself(faulty: None, command: Command, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["Ctrl-C", "limit", "kill"])
+@pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM", "limit", "kill"])
 def test_what_was_measured_stays(tmp_path: Path, end: str) -> None:
     """However the day ends, everything measured is there, and nothing that the part started lives on."""
     minutes = "0.2" if end == "limit" else "9"
@@ -84,15 +84,15 @@ def test_what_was_measured_stays(tmp_path: Path, end: str) -> None:
         assert process.poll() is None
         time.sleep(0.05)
     if end != "limit":
-        process.send_signal(signal.SIGINT if end == "Ctrl-C" else signal.SIGKILL)
-    assert process.wait(60) == {"Ctrl-C": 75, "limit": 0, "kill": -signal.SIGKILL}[end]
+        process.send_signal({"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "kill": signal.SIGKILL}[end])
+    assert process.wait(60) == {"Ctrl-C": 75, "SIGTERM": 75, "limit": 0, "kill": -signal.SIGKILL}[end]
     found = part_of(out, "endless")
     assert found["measurements"]["first"]["value"] == 1
     assert set(found["measurements"]) == {"first"}
     if end == "kill":
         assert found["status"] == "running"
     else:
-        assert found["status"] == {"Ctrl-C": "interrupted", "limit": "out of time"}[end]
+        assert found["status"] == ("out of time" if end == "limit" else "interrupted")
         assert part_of(out, "summary")["parts"]["endless"]["status"] == found["status"]
         _await_end(int(sleeper.read_text()))
 

@@ -90,14 +90,17 @@ def test_ways_race_and_the_fastest_is_named(day: dict[str, Any]) -> None:
     assert first["failed_ways"] == {}
     table = next(rows for title, rows in overview(day)["findings"].items() if title.startswith("Ways"))
     over = first["over_dense"]
-    assert table[0]["fastest"] == min(set(over) - {"dense"}, key=lambda name: over[name]["median"])
+    assert table[0]["chosen"] == "torch"
+    assert table[0]["fastest"] == min(
+        set(over) - {"dense", "masked_weight_grad"}, key=lambda name: over[name]["median"]
+    )
 
 
 def test_a_way_that_the_device_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(x: torch.Tensor, dy: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         raise ValueError("no descriptors here")
 
-    monkeypatch.setattr(operations, "own_ways", lambda x, dy: {"persistent": refuse})
+    monkeypatch.setattr(kernels, "weight_grad_ways", lambda x: {"persistent": refuse})
     record = record_of(tmp_path, "weight-grad")
     operations.weight_grads(record, CPU)
     (first, *_) = record.content["measurements"].values()
