@@ -39,9 +39,9 @@ def entries(options: Namespace, device: torch.device) -> Iterator[Entry]:
 
 def _entry(layer: Layer, tokens: int, options: Namespace, device: torch.device) -> Entry:
     dtype = getattr(torch, options.dtype)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, layer.inputs, generator=generator).to(device, dtype)
-    weight = torch.randn(layer.outputs, layer.inputs, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(tokens, layer.inputs, generator=generator, device=device).to(dtype)
+    weight = torch.randn(layer.outputs, layer.inputs, generator=generator, device=device).to(dtype)
     y = nn.functional.linear(x, weight)
     moved = y.numel() * y.element_size()
     best, best_moved = limits.reading(moved, device)

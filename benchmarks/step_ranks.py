@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 
+from cl_dist.benchmarks.engine_steps import MANY_STEPS, TIMEOUT_SECONDS, batch_of, build_engine
 from cl_dist.benchmarks.harness import Contestant, Times, race
-from cl_dist.benchmarks.training import StepSize, build_model, token_ids
-from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
+from cl_dist.benchmarks.training import StepSize
 from cl_dist.engine.device import device
 from cl_dist.engine.distributed import join, leave, quiet_libraries
-from cl_dist.engine.engine import TrainingEngine
 from cl_dist.errors import ClDistError
 from cl_dist.launch.child import die_with_launcher, python_command, report_failure
 from cl_dist.launch.local import launch
@@ -30,17 +29,11 @@ from cl_dist.methods.composed import Composed
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.methods.migu.method import Migu
 from cl_dist.methods.protocol import TaskPlace
-from cl_dist.models.load import LoadedModel
 from cl_dist.process_end import end_with
-from cl_dist.tasks.collate import Batch, collate
-from cl_dist.tasks.types import Encoded
 
 DEFAULT_STAGE = 2
 WAYS = ("dense", "masked")
 """MIGU's mode in the first and in the second task of a stream."""
-MANY_STEPS = 1_000_000
-"""Length of the learning rate schedule."""
-TIMEOUT_SECONDS = 600.0
 
 
 def race_on_ranks(size: StepSize, stage: int, options: Namespace) -> tuple[Times, int]:
@@ -112,17 +105,9 @@ class Trainer:
     """
 
     def __init__(self, size: StepSize, stage: int) -> None:
-        recipe = Recipe(
-            model=ModelConfig(name_or_path="unused"),
-            stream=StreamConfig(tasks=(TaskConfig(name="unused", format="builtin"),)),
-            train=TrainConfig(micro_batch_size=1, dtype=size.dtype),  # type: ignore[arg-type]  # checked with the options
-            zero=ZeroConfig(stage=stage),  # type: ignore[arg-type]
-            output_dir="unused",
-        )
         self.method = Timed(MiguConfig(name="migu", threshold=size.threshold))
-        loaded = LoadedModel(build_model(size, torch.device("cpu")), None, "causal_lm")  # type: ignore[arg-type]
-        self._engine = TrainingEngine(loaded, recipe, Composed([self.method]))
-        self._batch = _batch(size)
+        self._engine = build_engine(size, stage, Composed([self.method]))
+        self._batch = batch_of(size, seed=torch.distributed.get_rank())
         self._step = 0
 
     def contestant(self, index: int) -> Contestant:
@@ -134,11 +119,6 @@ class Trainer:
         world = torch.distributed.get_world_size()
         self._engine.train_step(self._step, [self._batch], self._batch.targets * world)
         self._step += 1
-
-
-def _batch(size: StepSize) -> Batch:
-    ids = token_ids(size, seed=torch.distributed.get_rank())[0].tolist()
-    return collate([Encoded(0, ids, ids)], "causal_lm", pad_id=0, decoder_start_id=0)
 
 
 def _serve(task: Namespace) -> None:

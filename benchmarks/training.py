@@ -12,11 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cl_dist.benchmarks.harness import Contestant
 from cl_dist.benchmarks.shapes import VOCABULARY
-from cl_dist.config.schema import LoraConfig
-from cl_dist.kernels import kept_rows, topk_row_masks
+from cl_dist.kernels import importance_update_, kept_rows, topk_row_masks
 from cl_dist.kernels.rows import RowMask
 from cl_dist.methods.migu.magnitudes import MagnitudeSums
-from cl_dist.models.lora import add_lora
 from cl_dist.models.skipping import RowSkipper
 from cl_dist.models.tracked import tracked_layers, tracked_linears
 
@@ -52,10 +50,14 @@ def build_model(size: StepSize, device: torch.device) -> nn.Module:
         max_position_embeddings=size.tokens,
         use_cache=False,
     )
-    model: Any = LlamaForCausalLM(config)
+    with device:  # drawing billions of random weights takes minutes on a CPU
+        model: Any = LlamaForCausalLM(config).to(getattr(torch, size.dtype))
     model.name_or_path = "random weights"  # peft warns about an empty one
-    model = model.to(device, getattr(torch, size.dtype))
     if size.lora is not None:
+        # Imported here, because plain steps need neither peft's nor the recipes' packages.
+        from cl_dist.config.schema import LoraConfig
+        from cl_dist.models.lora import add_lora
+
         model = add_lora(model, LoraConfig(r=size.lora, alpha=2.0 * size.lora, dropout=0.0), "causal_lm", seed=0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -168,6 +170,28 @@ class Reference(Way):
             self._sums[name] = self._sums[name] + summed if name in self._sums else summed
 
         return record
+
+
+class Important(Way):
+    """KIF's share of a plain step: after backward, one update of both importance states of every trained parameter."""
+
+    def __init__(self, model: nn.Module, ids: torch.Tensor, threshold: float) -> None:
+        super().__init__(model, ids, threshold)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._states: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def install(self) -> None:
+        """Set up the states in float32, before the first step."""
+        if not self._states:
+            flat = [parameter.detach().flatten() for parameter in self._trained]
+            self._states = [tuple(torch.zeros_like(one, dtype=torch.float32) for _ in range(2)) for one in flat]  # type: ignore[misc]
+
+    def step(self) -> None:
+        """Measure after backward."""
+        self.loss().backward()
+        for parameter, states in zip(self._trained, self._states, strict=True):
+            if parameter.grad is not None:
+                importance_update_(parameter.detach().flatten(), parameter.grad.flatten(), *states)
 
 
 WAYS: dict[str, type[Way]] = {"dense": Way, "masked": Masked, "reference": Reference}

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from cl_dist.benchmarks.command import BENCHMARKS, Benchmark
+from cl_dist.benchmarks.gpu import day
 
 _DESCRIPTION = """\
 Measure the cost of the operations and of the training step on this machine, compared with plain training, with a plain
@@ -28,6 +29,10 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         own = benchmarks.add_parser(benchmark.name, parents=[common], help=benchmark.summary)
         benchmark.add_to(own)
         own.set_defaults(command=partial(_bench, benchmark))
+    gpu = benchmarks.add_parser("gpu", parents=[common], help="everything that only a GPU can show, in one command")
+    gpu.formatter_class = RawDescriptionHelpFormatter
+    day.add_options(gpu)
+    gpu.set_defaults(command=day.run, works=lambda parsed: not parsed.list)
 
 
 def _bench(benchmark: Benchmark, arguments: Namespace) -> int:

@@ -1,6 +1,6 @@
 """The cost of many tasks outside of training: the pictures of the report, and the bytes written for scores.
 
-    python -m cl_dist.benchmarks.growth 10 100 500
+    python -m cl_dist.benchmarks.growth.scores 10 100 500
 
 Every picture is drawn from random scores. The bytes are those of the last task's row: each score is added to the
 current row and then the row to the matrix, as in a run, in a temporary folder.
