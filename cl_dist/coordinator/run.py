@@ -13,6 +13,7 @@ from cl_dist.config.schema import Recipe
 from cl_dist.coordinator.stream import Coordinator, finish
 from cl_dist.engine.collective_errors import reporting_lost_ranks
 from cl_dist.engine.distributed import Joined, join, quiet_libraries
+from cl_dist.engine.memory_errors import reporting_exhausted_memory
 from cl_dist.engine.stop import Deadline, SecondsLeft, no_limit
 from cl_dist.errors import BadInput, Interrupted
 from cl_dist.heartbeat import beat
@@ -69,6 +70,7 @@ def run(
             fail_together(lambda: _claim(folder, stack, reporter) if rank == 0 else None)
         watchdog = stack.enter_context(Watchdog(folder.logs, rank, world, recipe.launch.hang_seconds, end))
         stack.enter_context(reporting_lost_ranks(rank, timeout, watchdog.give_up))
+        stack.enter_context(reporting_exhausted_memory(rank, world, recipe))
         with reported_once():
             manifest, resumed = on_first_rank(lambda: _starting_point(folder, recipe, joined, resume))
         ledger = Ledger(folder, manifest, writer=rank == 0)
