@@ -2,7 +2,7 @@
 
 from cl_dist.kernels.apply_row_mask import apply_row_mask_, mask_rows_
 from cl_dist.kernels.importance_update import importance_update_
-from cl_dist.kernels.masked_weight_grad import masked_weight_grad
+from cl_dist.kernels.masked_weight_grad import masked_weight_grad, weight_grad_way, weight_grad_ways
 from cl_dist.kernels.row_magnitude import row_magnitude
 from cl_dist.kernels.rows import RowLayout, RowMask, RowSegment, row_segments
 from cl_dist.kernels.topk_row_mask import kept_rows, topk_row_mask, topk_row_masks
@@ -20,4 +20,6 @@ __all__ = [
     "row_segments",
     "topk_row_mask",
     "topk_row_masks",
+    "weight_grad_way",
+    "weight_grad_ways",
 ]

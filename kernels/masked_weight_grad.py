@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import threading
 from contextlib import suppress
 
 import torch
 
-from cl_dist.kernels.backend import Launch, blocks, jit, path_of, power_of_two, tl
+from cl_dist.kernels import weight_grad_on_gpu as gpu
+from cl_dist.kernels.backend import path_of
 
 GATHER_COST = 64
 """Gathering one column of `grad_output` costs as much as multiplying it with this many input features (two cores,
@@ -31,10 +31,6 @@ ALWAYS_LAZY_BYTES = 32 << 20
 """From this size on, the C library's allocator takes new pages from the system every time (the upper bound of glibc's
 adaptive limit), so that mapping them ourselves costs nothing extra. Below it the allocator reuses memory, and new pages
 pay only if a row fills a page: with several rows per page, the kept ones touch nearly all pages."""
-
-GATHERED_FEATURES = 512
-"""Up to this many input features, a GPU reads the kept columns of `grad_output` in place. A wider product reads each of
-them more than four times, so they are first copied next to each other, which makes the loads wide and asynchronous."""
 
 
 @torch.no_grad()
@@ -72,8 +68,34 @@ def masked_weight_grad(
     _check(input, grad_output, rows, weight_grad, bias_grad, bias)
     tokens = math.prod(input.shape[:-1])
     x_TI, dy_TO = input.reshape(tokens, input.shape[-1]), grad_output.reshape(tokens, grad_output.shape[-1])
-    on_gpu = path_of(input) == "triton" and input.dtype != torch.float64
-    return (_on_gpu if on_gpu else _in_torch)(x_TI, dy_TO, rows, weight_grad, bias_grad, bias)
+    compute = _on_gpu if _has_gpu_kernels(input) else _in_torch
+    return compute(x_TI, dy_TO, rows, weight_grad, bias_grad, bias)
+
+
+def weight_grad_ways(input: torch.Tensor) -> dict[str, gpu.Way]:
+    """Return every way to compute a new weight gradient from this input on its device, by name.
+
+    `masked_weight_grad` takes the one that `weight_grad_way` names; benchmarks and tests compare them.
+
+    Args:
+        input: `(tokens, in_features)`, floating.
+
+    Returns:
+        Functions of input, grad_output `(tokens, out_features)` and rows (at least one) that return the gradient.
+    """
+    if not _has_gpu_kernels(input):
+        return {"torch": lambda x_TI, dy_TO, rows: _in_torch(x_TI, dy_TO, rows, None, None, False)[0]}
+    persistent = gpu.can_describe(input) and (not input.is_cuda or gpu.has_descriptors(input.device))
+    return {name: way for name, way in gpu.WAYS.items() if persistent or name != "persistent"}
+
+
+def weight_grad_way(input: torch.Tensor, kept: int) -> str:
+    """Name the way that `masked_weight_grad` takes to a new gradient with this many kept rows."""
+    return gpu.way_for(input, kept) if _has_gpu_kernels(input) else "torch"
+
+
+def _has_gpu_kernels(tensor: torch.Tensor) -> bool:
+    return path_of(tensor) == "triton" and tensor.dtype != torch.float64
 
 
 def _check(
@@ -217,184 +239,14 @@ def _on_gpu(
     bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     out_features, in_features = dy_TO.shape[1], x_TI.shape[1]
-    new_weight, new_bias = weight_grad is None, bias and bias_grad is None
-    if weight_grad is None:
+    if bias:
+        new = bias_grad is None
+        bias_grad = x_TI.new_zeros(out_features) if bias_grad is None else bias_grad
+        gpu.add_bias(dy_TO, rows, bias_grad, accumulate=not new)
+    if weight_grad is not None:
+        gpu.add_to(weight_grad, x_TI, dy_TO, rows)
+    elif rows.numel() == 0 or in_features == 0:
         weight_grad = x_TI.new_zeros(out_features, in_features)
-    if new_bias:
-        bias_grad = x_TI.new_zeros(out_features)
-    if rows.numel() == 0:
-        return weight_grad, bias_grad
-    gather = in_features <= GATHERED_FEATURES
-    if bias_grad is not None:
-        _bias_launch(dy_TO, rows, bias_grad, not new_bias).run()
-    dy = dy_TO if gather else _kept_columns(dy_TO, rows)
-    _weight_launch(x_TI, dy, rows, weight_grad, not new_weight, gather).run()
+    else:
+        weight_grad = gpu.WAYS[gpu.way_for(x_TI, rows.numel())](x_TI, dy_TO, rows)
     return weight_grad, bias_grad
-
-
-def _kept_columns(dy_TO: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Copy the kept columns, padded with repeats so that every token begins at a multiple of 16 elements."""
-    return dy_TO.index_select(1, torch.cat((rows, rows[:1].expand(-rows.numel() % 16))))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Return how to multiply float32: exactly, or in TF32 if the user allows that for PyTorch's own products."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
-
-
-def _interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, whose `tl.dot` misreads bfloat16 as integers."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _tile(kept: int, in_features: int, dtype: torch.dtype, gather: bool) -> dict[str, int]:
-    """Choose the tile of the product, without autotuning: what gets compiled depends only on sizes and dtype.
-
-    Products of 128 x 128 with three stages take 96 KiB of shared memory on sm_90, and the 64 KiB that gfx942 has. Exact
-    float32 has no matrix instruction, so its tile must fit in registers. Gathered columns pass through registers one by
-    one, which limits their tile likewise.
-    """
-    exact = dtype == torch.float32 and _precision(dtype) == "ieee"
-    most, tokens = (64, 16) if exact else (128, 32 if dtype == torch.float32 or gather else 64)
-    # tl.dot requires at least 16 in every dimension.
-    return {
-        "BLOCK_R": min(most, max(16, power_of_two(kept))),
-        "BLOCK_I": min(most, max(16, power_of_two(in_features))),
-        "BLOCK_T": tokens,
-    }
-
-
-def _weight_launch(
-    x_TI: torch.Tensor,
-    dy: torch.Tensor,
-    rows: torch.Tensor,
-    weight_grad: torch.Tensor,
-    accumulate: bool,
-    gather: bool,
-) -> Launch:
-    """Launch one program per tile of kept rows and input features. Each loops over all tokens, so none share a sum."""
-    kept, in_features = rows.numel(), x_TI.shape[1]
-    tile = _tile(kept, in_features, x_TI.dtype, gather)
-    arguments = {
-        "x": x_TI,
-        "dy": dy,
-        "rows": rows,
-        "weight_grad": weight_grad,
-        "tokens": x_TI.shape[0],
-        "in_features": in_features,
-        "kept": kept,
-        "columns": kept if gather else dy.shape[1],
-        "x_stride_t": x_TI.stride(0),
-        "x_stride_i": x_TI.stride(1),
-        "dy_stride_t": dy.stride(0),
-        "dy_stride_o": dy.stride(1),
-        "grad_stride_o": weight_grad.stride(0),
-        "grad_stride_i": weight_grad.stride(1),
-        "ACCUMULATE": accumulate,
-        "GATHER": gather,
-        "PRECISION": _precision(x_TI.dtype),
-        "WIDEN": x_TI.dtype == torch.bfloat16 and _interpreted(),
-        **tile,
-    }
-    large = tile["BLOCK_R"] * tile["BLOCK_I"] > 64 * 64
-    grid = (blocks(kept, tile["BLOCK_R"]), blocks(in_features, tile["BLOCK_I"]))
-    return Launch(_weight_kernel, grid, arguments, num_warps=8 if large else 4, num_stages=3)
-
-
-def _bias_launch(dy_TO: torch.Tensor, rows: torch.Tensor, bias_grad: torch.Tensor, accumulate: bool) -> Launch:
-    arguments = {
-        "dy": dy_TO,
-        "rows": rows,
-        "bias_grad": bias_grad,
-        "tokens": dy_TO.shape[0],
-        "kept": rows.numel(),
-        "dy_stride_t": dy_TO.stride(0),
-        "dy_stride_o": dy_TO.stride(1),
-        "grad_stride": bias_grad.stride(0),
-        "ACCUMULATE": accumulate,
-        "BLOCK_R": 32,
-        "BLOCK_T": 64,
-    }
-    return Launch(_bias_kernel, (blocks(rows.numel(), 32),), arguments, num_warps=4)
-
-
-@jit
-def _weight_kernel(
-    x: tl.tensor,
-    dy: tl.tensor,
-    rows: tl.tensor,
-    weight_grad: tl.tensor,
-    tokens: tl.tensor,
-    in_features: tl.tensor,
-    kept: tl.tensor,
-    columns: tl.tensor,
-    x_stride_t: tl.tensor,
-    x_stride_i: tl.tensor,
-    dy_stride_t: tl.tensor,
-    dy_stride_o: tl.tensor,
-    grad_stride_o: tl.tensor,
-    grad_stride_i: tl.tensor,
-    ACCUMULATE: tl.constexpr,
-    GATHER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-) -> None:
-    """Compute `weight_grad[rows[r], i] (+)= sum over t of dy[t, rows[r]] * x[t, i]`, or `dy[t, r]` without GATHER."""
-    r_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    i_I = tl.program_id(1).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
-    row_R = tl.load(rows + r_R, mask=r_R < kept, other=0)
-    column_R = row_R if GATHER else r_R
-    sums_RI = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
-    for start in range(0, tokens, BLOCK_T):
-        t_T = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        dy_RT = tl.load(
-            dy + column_R[:, None] * dy_stride_o + t_T[None, :] * dy_stride_t,
-            mask=(r_R < columns)[:, None] & (t_T < tokens)[None, :],
-            other=0.0,
-        )
-        x_TI = tl.load(
-            x + t_T[:, None] * x_stride_t + i_I[None, :] * x_stride_i,
-            mask=(t_T < tokens)[:, None] & (i_I < in_features)[None, :],
-            other=0.0,
-        )
-        if WIDEN:
-            dy_RT, x_TI = dy_RT.to(tl.float32), x_TI.to(tl.float32)
-        sums_RI = tl.dot(dy_RT, x_TI, sums_RI, input_precision=PRECISION)
-    here_RI = weight_grad + row_R[:, None] * grad_stride_o + i_I[None, :] * grad_stride_i
-    inside_RI = (r_R < kept)[:, None] & (i_I < in_features)[None, :]
-    if ACCUMULATE:
-        sums_RI += tl.load(here_RI, mask=inside_RI, other=0.0).to(tl.float32)
-    tl.store(here_RI, sums_RI.to(weight_grad.dtype.element_ty), mask=inside_RI)
-
-
-@jit
-def _bias_kernel(
-    dy: tl.tensor,
-    rows: tl.tensor,
-    bias_grad: tl.tensor,
-    tokens: tl.tensor,
-    kept: tl.tensor,
-    dy_stride_t: tl.tensor,
-    dy_stride_o: tl.tensor,
-    grad_stride: tl.tensor,
-    ACCUMULATE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-) -> None:
-    """Compute `bias_grad[rows[r]] (+)= sum over t of dy[t, rows[r]]`."""
-    r_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_R = tl.load(rows + r_R, mask=r_R < kept, other=0)
-    sums_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for start in range(0, tokens, BLOCK_T):
-        t_T = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        inside_TR = (t_T < tokens)[:, None] & (r_R < kept)[None, :]
-        here_TR = dy + t_T[:, None] * dy_stride_t + row_R[None, :] * dy_stride_o
-        sums_TR += tl.load(here_TR, mask=inside_TR, other=0.0).to(tl.float32)
-    sums_R = tl.sum(sums_TR, axis=0)
-    here_R = bias_grad + row_R * grad_stride
-    if ACCUMULATE:
-        sums_R += tl.load(here_R, mask=r_R < kept, other=0.0).to(tl.float32)
-    tl.store(here_R, sums_R.to(bias_grad.dtype.element_ty), mask=r_R < kept)

@@ -7,7 +7,6 @@ must not run under TRITON_INTERPRET=1, under which kernels cannot be compiled.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import multiprocessing
 import re
@@ -156,7 +155,7 @@ def _resident_waves(registers: int, shared: int, threads: int) -> int:
 
 def compile_all() -> list[Compiled]:
     """Compile every case for every target, on all cores."""
-    cases, targets = zip(*itertools.product(CASES, TARGETS), strict=True)
+    cases, targets = zip(*((case, target) for case in CASES for target in case.targets), strict=True)
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(compile_case, cases, targets))
 

@@ -35,6 +35,8 @@ class Case:
     """Resident warps of 32 threads per NVIDIA multiprocessor that registers and shared memory allow (of 64)."""
     waves: int = 32
     """Resident waves of 64 threads per AMD compute unit (of 32)."""
+    targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+    """GPUs that this launch runs on."""
     long: bool = True
     """Addresses are computed from the program's number in 64 bits, for tensors of more than 2^31 elements."""
 
@@ -75,22 +77,42 @@ def _zero(dtype: torch.dtype, start: int, row_length: int) -> Launch:
 def _product(
     dtype: torch.dtype, out_features: int, in_features: int, kept: int, into: bool = False, tf32: bool = False
 ) -> Launch:
-    operation, integer = module("masked_weight_grad"), {"dtype": torch.int64}
+    operation, integer = module("weight_grad_on_gpu"), {"dtype": torch.int64}
     gather = in_features <= operation.GATHERED_FEATURES
     dy = meta(4096, out_features if gather else -(-kept // 16) * 16, dtype=dtype)
     grad, settings = meta(out_features, in_features, dtype=dtype), torch.backends.cuda.matmul
     before, settings.allow_tf32 = settings.allow_tf32, tf32
     try:
-        return operation._weight_launch(
+        return operation._tile_launch(
             meta(4096, in_features, dtype=dtype), dy, meta(kept, **integer), grad, into, gather
         )
     finally:
         settings.allow_tf32 = before
 
 
+def _copied(dtype: torch.dtype, kept: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    columns, integer = -(-kept // 16) * 16, {"dtype": torch.int32}
+    return meta(4096, columns, dtype=dtype), meta(11008, **integer), meta(kept, dtype=torch.int64)
+
+
+def _copy(dtype: torch.dtype) -> Launch:
+    copy, places, rows = _copied(dtype, 3303)
+    return module("weight_grad_on_gpu")._copy_launch(meta(4096, 11008, dtype=dtype), rows, copy, places)
+
+
+def _spread(dtype: torch.dtype) -> Launch:
+    places, grad = meta(11008, dtype=torch.int32), meta(11008, 4096, dtype=dtype)
+    return module("weight_grad_on_gpu")._spread_launch(meta(3303, 4096, dtype=dtype), places, grad)
+
+
+def _persistent(dtype: torch.dtype) -> Launch:
+    x, grad = meta(4096, 4096, dtype=dtype), meta(11008, 4096, dtype=dtype)
+    return module("weight_grad_on_gpu")._persistent_launch(x, *_copied(dtype, 3303), grad)
+
+
 def _bias(dtype: torch.dtype) -> Launch:
     rows, grad = meta(1229, dtype=torch.int64), meta(4096, dtype=dtype)
-    return module("masked_weight_grad")._bias_launch(meta(4096, 4096, dtype=dtype), rows, grad, False)
+    return module("weight_grad_on_gpu")._bias_launch(meta(4096, 4096, dtype=dtype), rows, grad, False)
 
 
 def _importance(dtype: torch.dtype, numel: int = 1 << 24, order: int = 3) -> Launch:
@@ -153,6 +175,17 @@ CASES = [
     ),
     Case("masked_weight_grad, lora_A, bf16", partial(_product, BF16, 8, 4096, 3), wide="", waves=4),
     Case("masked_weight_grad, lora_B, bf16", partial(_product, BF16, 4096, 8, 1229), wide="", warps=8, waves=24),
+    # The places of the rows are stored one by one.
+    Case("masked_weight_grad, copy, bf16", partial(_copy, BF16), wide="store", narrow=1, warps=32),
+    Case("masked_weight_grad, spread, bf16", partial(_spread, BF16), wide="store", warps=32),
+    Case(
+        "masked_weight_grad, persistent, 11008 × 4096 bf16",
+        partial(_persistent, BF16),
+        wide="store",
+        warps=8,
+        targets=("sm_90", "sm_100"),
+        long=False,
+    ),
     Case("masked_weight_grad, bias, bf16", partial(_bias, BF16), wide="", warps=32, waves=32),
     Case("importance_update_, fp32", partial(_importance, FP32), warps=40, waves=32),
     Case("importance_update_, first order, fp32", partial(_importance, FP32, order=1), warps=40, waves=32),

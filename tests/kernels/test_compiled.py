@@ -14,10 +14,13 @@ from cl_dist.kernels import backend
 from tests.kernels.launches import CASES, Case
 from tests.ranks import REPOSITORY
 
-TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 pytestmark = pytest.mark.skipif(backend.triton is None, reason="Triton is not installed")
-each = pytest.mark.parametrize("target", TARGETS)
-cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def each(cases: list[Case]) -> pytest.MarkDecorator:
+    """Run a test for every case on every GPU that it runs on."""
+    pairs = [pytest.param(case, target, id=f"{case.name}-{target}") for case in cases for target in case.targets]
+    return pytest.mark.parametrize(("case", "target"), pairs)
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +35,12 @@ def compiled() -> dict[tuple[str, str], dict[str, Any]]:
     return {(result["kernel"], result["target"]): result for result in json.loads(run.stdout)}
 
 
-@each
-@cases
+@each(CASES)
 def test_no_register_is_spilled(compiled: dict[tuple[str, str], dict[str, Any]], case: Case, target: str) -> None:
     assert compiled[case.name, target]["spills"] == 0
 
 
-@each
-@pytest.mark.parametrize("case", [case for case in CASES if case.wide], ids=lambda case: case.name)
+@each([case for case in CASES if case.wide])
 def test_streams_move_16_bytes_at_a_time(
     compiled: dict[tuple[str, str], dict[str, Any]], case: Case, target: str
 ) -> None:
@@ -49,8 +50,7 @@ def test_streams_move_16_bytes_at_a_time(
     assert narrow <= case.narrow, result
 
 
-@each
-@cases
+@each(CASES)
 def test_the_stated_occupancy_is_reached(
     compiled: dict[tuple[str, str], dict[str, Any]], case: Case, target: str
 ) -> None:

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cl_dist.kernels import masked_weight_grad, reference
+from cl_dist.kernels import masked_weight_grad, reference, weight_grad_way, weight_grad_ways
 
 MODULE = sys.modules["cl_dist.kernels.masked_weight_grad"]
+GPU = sys.modules["cl_dist.kernels.weight_grad_on_gpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN, INF = float("nan"), float("inf")
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -174,6 +175,134 @@ def test_rows_at_which_offsets_pass_32_bits(triton_path: torch.device) -> None:
     x[:, :], dy[:, :] = torch.arange(8.0), torch.arange(4.0).unsqueeze(1)
     masked_weight_grad(x, dy[:, :4], torch.tensor([0, 3]), grad)
     assert grad.tolist() == [[6.0 * i for i in range(8)], [0.0] * 8, [0.0] * 8, [6.0 * i for i in range(8)]]
+
+
+def all_ways(x: torch.Tensor, dy: torch.Tensor, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Compute with every way into memory that holds NaN, compare with float64 (see `check`), and repeat."""
+    exact = reference.masked_weight_grad(x.double(), dy.double(), rows)[0]
+    size = reference.masked_weight_grad(x.abs().double(), dy.abs().double(), rows)[0]
+    bound = len(x) * 2**-24 * size + torch.finfo(x.dtype).eps * exact.abs()
+    results = {}
+    for name, way in weight_grad_ways(x).items():
+        results[name] = way(x, dy, rows)
+        assert results[name].dtype == x.dtype
+        assert ((results[name].double() - exact).abs() <= bound).all(), name
+        assert torch.equal(way(x, dy, rows), results[name]), name
+    return results
+
+
+@pytest.fixture
+def dirty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not written shows."""
+    new = torch.Tensor.new_empty
+
+    def filled(*arguments: object, **settings: object) -> torch.Tensor:
+        tensor = new(*arguments, **settings)
+        return tensor.fill_(NAN if tensor.is_floating_point() else 2**20)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize(
+    ("tokens", "out_features", "in_features"), [(1, 1, 8), (1, 9, 136), (70, 300, 40), (130, 33, 264)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_way_on_a_gpu(
+    triton_path: torch.device,
+    dirty_memory: None,
+    dtype: torch.dtype,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    share: float,
+) -> None:
+    torch.manual_seed(4)
+    x = torch.randn(tokens, in_features, device=triton_path).to(dtype)
+    dy = torch.randn(tokens, out_features, device=triton_path).to(dtype)
+    results = all_ways(x, dy, kept(out_features, share).to(triton_path))
+    assert results.keys() == {"gathered", "tiles", "vendor", "persistent"}
+
+
+@pytest.mark.parametrize("rows", [[0], [6], [0, 1, 2], [4, 5, 6], [0, 6]])
+def test_every_way_with_rows_at_the_ends(triton_path: torch.device, dirty_memory: None, rows: list[int]) -> None:
+    x, dy = (torch.randn(9, features, device=triton_path).bfloat16() for features in (16, 7))
+    all_ways(x, dy, torch.tensor(rows, device=triton_path))
+
+
+def test_a_persistent_program_with_several_tiles(
+    triton_path: torch.device, dirty_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GPU, "multiprocessors", lambda _: 2)
+    x, dy = (torch.randn(70, features, device=triton_path).bfloat16() for features in (264, 300))
+    few, many = (all_ways(x, dy, kept(300, share).to(triton_path))["persistent"] for share in (0.3, 0.9))
+    assert few.shape == many.shape
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.float(),
+        lambda x: x[:, 1:],
+        lambda x: x[:, :12],
+        lambda x: x.t().contiguous().t(),
+        lambda x: x[:1].expand(x.shape),
+        lambda x: x[:0],
+    ],
+    ids=["float32", "begins unaligned", "aligned", "transposed", "one token for all", "no token"],
+)
+def test_what_descriptors_cannot_read_goes_another_way(
+    triton_path: torch.device, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    x = change(torch.randn(64, 24, device=triton_path).bfloat16())
+    dy = torch.randn(len(x), 10, device=triton_path).to(x.dtype)
+    ways = all_ways(x, dy, kept(10).to(triton_path))
+    assert ("persistent" in ways) == (x.shape == (64, 12))
+    if "persistent" not in ways:
+        with pytest.raises(ValueError, match="tensor descriptors cannot read"):
+            GPU.WAYS["persistent"](x, dy, kept(10).to(triton_path))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "in_features", "kept_rows", "tma", "way"),
+    [
+        (4096, 512, 1229, True, "gathered"),
+        (4096, 11008, 1229, True, "persistent"),  # 430 tiles on 132 multiprocessors: 4 rounds, 0.81 full
+        (4096, 4096, 3303, True, "persistent"),  # 416 tiles: 0.79
+        (4096, 4096, 1229, True, "vendor"),  # 160 tiles in two rounds: 0.61
+        (4096, 4096, 3303, False, "vendor"),
+        (512, 4096, 3303, False, "tiles"),
+    ],
+)
+def test_the_rule_that_chooses_a_way(
+    triton_path: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    in_features: int,
+    kept_rows: int,
+    tma: bool,
+    way: str,
+) -> None:
+    monkeypatch.setattr(GPU, "has_descriptors", lambda _: tma)
+    monkeypatch.setattr(GPU, "multiprocessors", lambda _: 132)
+    x = torch.empty(tokens, in_features, dtype=torch.bfloat16)
+    assert weight_grad_way(x, kept_rows) == way
+
+
+@pytest.mark.parametrize("way", ["gathered", "tiles", "vendor", "persistent"])
+def test_the_operation_goes_the_chosen_way(
+    triton_path: torch.device, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(GPU, "way_for", lambda *_: way)
+    x, dy = (torch.randn(5, features, device=triton_path).bfloat16() for features in (16, 7))
+    rows = torch.tensor([1, 4], device=triton_path)
+    assert torch.equal(masked_weight_grad(x, dy, rows)[0], GPU.WAYS[way](x, dy, rows))
+
+
+def test_a_cpu_has_one_way() -> None:
+    x, dy, rows = torch.randn(5, 16), torch.randn(5, 7), torch.tensor([1, 4])
+    assert weight_grad_way(x, 2) == "torch"
+    assert torch.equal(all_ways(x, dy, rows)["torch"], masked_weight_grad(x, dy, rows)[0])
 
 
 class _Linear(torch.autograd.Function):
