@@ -146,6 +146,9 @@ class TrainConfig:
     does. With bfloat16 training, `float32` loses nothing in these sums. It needs zero.stage 1, 2 or 3, and takes 4 more
     bytes per parameter that a rank holds gradients of (at stage 1 without offload: of every parameter), and twice the
     traffic of the reduction."""
+    tf32: bool = False
+    """Multiply float32 matrices on GPUs in TF32, which keeps 10 bits of a factor's 23: several times faster on NVIDIA
+    GPUs since Ampere, about as precise as float16. No effect on bfloat16 products and on CPUs."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     """Seed of everything random: sample order, dropout, initial adapters, random masks."""
     shuffle: bool = True

@@ -12,6 +12,7 @@ from typing import Any
 from cl_dist.assembly import System, build_saved
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.collective_errors import reporting_lost_ranks
+from cl_dist.engine.device import set_matmul_precision
 from cl_dist.engine.distributed import join, leave, quiet_libraries
 from cl_dist.engine.memory_errors import reporting_exhausted_memory
 from cl_dist.errors import ClDistError
@@ -124,6 +125,7 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
         ClDistError: All scores were computed and reported, but could not be written.
     """
     joined = join(recipe.launch.timeout_seconds, recipe.launch.device)
+    set_matmul_precision(recipe.train.tf32)
     quiet_libraries(joined.rank)
     if (warning := joined.warning()) is not None:
         reporter.message(warning)
