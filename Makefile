@@ -4,7 +4,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+# GPU=1 installs PyTorch's build for NVIDIA's GPUs from PyPI, with the versions of requirements-gpu.lock (docs/gpu.md).
+GPU ?=
+GPU_INDEX ?= https://pypi.org/simple
+INSTALLED := $(VENV)/.installed$(if $(GPU),-gpu)
 CODE := cl_dist kernels launch tests benchmarks tools setup.py
 # One worker per file, because the tests of a file share the ranks that it starts. Three workers keep two cores busy: two
 # would leave a quarter of the time idle while ranks start or wait for each other.
@@ -49,9 +52,14 @@ clean:  ## Remove the set-up, caches and build products, but not runs
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(wildcard $(CODE)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): requirements.lock requirements-triton.lock setup.py
+$(INSTALLED): requirements.lock requirements-triton.lock requirements-gpu.lock setup.py
 	@sh tools/check_machine.sh $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
+ifneq ($(GPU),)
+	$(BIN)/python -m pip install --quiet --index-url $(GPU_INDEX) --requirement requirements-gpu.lock
+	@$(BIN)/python -c "import torch, sys; torch.version.cuda or sys.exit('cl_dist cannot be set up for GPUs: torch \
+	in $(VENV) is a build for CPUs; remove $(VENV) and repeat')"
+endif
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip show --quiet triton 2>/dev/null || \
 	    $(BIN)/python -m pip install --quiet --requirement requirements-triton.lock

@@ -44,7 +44,7 @@ setup(
     extras_require={
         "general": ["lm_eval>=0.4.13,<0.5"],
         "mpi": ["mpi4py>=4.1"],
-        "triton": ["triton>=3.7; platform_system == 'Linux'"],
+        "triton": ["triton>=3.6; platform_system == 'Linux'"],
         "dev": [
             "hypothesis>=6.168",
             "mypy>=2.4",

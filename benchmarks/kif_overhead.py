@@ -24,6 +24,7 @@ import torch
 from cl_dist.benchmarks.harness import Times, rotated
 from cl_dist.config.files import cache_folder
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
+from cl_dist.engine.device import uses_gpu
 from cl_dist.engine.distributed import join, leave
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.engine.settings import deepspeed_config
@@ -141,7 +142,7 @@ def measure(options: argparse.Namespace, engines: dict[str, TrainingEngine]) -> 
 
 def synchronize() -> None:
     """Wait until the GPU, if there is one, has finished all work."""
-    if torch.cuda.is_available():
+    if uses_gpu():
         torch.cuda.synchronize()
 
 

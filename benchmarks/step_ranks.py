@@ -20,7 +20,7 @@ import torch
 from cl_dist.benchmarks.engine_steps import MANY_STEPS, TIMEOUT_SECONDS, batch_of, build_engine
 from cl_dist.benchmarks.harness import Contestant, Times, race
 from cl_dist.benchmarks.training import StepSize
-from cl_dist.engine.device import device
+from cl_dist.engine.device import device, uses_gpu
 from cl_dist.engine.distributed import join, leave, quiet_libraries
 from cl_dist.errors import ClDistError
 from cl_dist.launch.child import die_with_launcher, python_command, report_failure
@@ -69,7 +69,7 @@ class Timed(Migu):
     def before_update(self) -> None:
         """Record the time at which the optimiser starts."""
         super().before_update()
-        if torch.cuda.is_available():
+        if uses_gpu():
             torch.cuda.synchronize()
         self.done = time.perf_counter()
 

@@ -61,6 +61,18 @@ def path_of(tensor: torch.Tensor) -> Literal["triton", "cpu", "torch"]:
     return "triton" if tensor.device.type == "cuda" and triton is not None else "torch"
 
 
+def allows_tf32() -> bool:
+    """Whether PyTorch multiplies float32 matrices on GPUs in TF32, however that was set.
+
+    Once the newer of its two interfaces (`fp32_precision`, since 2.9) was used, reading the older one raises an error.
+    The newer one can always be read, and follows the older one.
+    """
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return bool(matmul.fp32_precision == "tf32")
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def power_of_two(number: int) -> int:
     """Round up to a power of two, as Triton's block sizes must be."""
     return 1 << max(number - 1, 0).bit_length()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from cl_dist.kernels.backend import Launch, blocks, jit, power_of_two, tl
+from cl_dist.kernels.backend import Launch, allows_tf32, blocks, jit, power_of_two, tl
 
 GATHERED_FEATURES = 512
 """Up to this many input features, a GPU reads the kept columns of `grad_output` in place. A wider product reads each of
@@ -145,7 +145,7 @@ def kept_columns(dy_TO: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor,
 
 def _precision(dtype: torch.dtype) -> str:
     """Return how to multiply float32: exactly, or in TF32 if the user allows that for PyTorch's own products."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
 def _interpreted() -> bool:

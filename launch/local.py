@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TextIO
 
+from cl_dist.collective_texts import is_collective, meaning, nccl_detail
 from cl_dist.errors import BadInput
 from cl_dist.launch import child
 from cl_dist.launch.child import Failure
@@ -39,6 +40,8 @@ MOST_RANKS = 1024
 READ_BYTES = 1 << 16
 KEPT_LINES = 100
 """Lines of output kept for each rank other than the first; enough for a traceback through the libraries."""
+KEPT_READS = 20
+"""Pieces of the first rank's output kept, of at most READ_BYTES."""
 SHOWN_LINES = 20
 """How many of these lines are shown if a rank ended without a message."""
 SUSPENDED_FACTOR, SUSPENDED_SECONDS = 1.5, 15.0
@@ -68,6 +71,9 @@ class _Rank:
     process: subprocess.Popen[bytes]
     failure_file: Path
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
+    """The last lines of its output, unless the launcher has printed them."""
+    printed: deque[bytes] = field(default_factory=lambda: deque(maxlen=KEPT_READS))
+    """The last pieces of the output that the launcher has printed, which a library that aborts explains itself in."""
     readers: list[threading.Thread] = field(default_factory=list)
     ended: float | None = None
     """Seconds since the epoch."""
@@ -102,6 +108,11 @@ class _Rank:
             stopped = os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
             self.suspended = 0.0 if stopped is None else self.suspended + passed
         return self.suspended
+
+    @property
+    def last_output(self) -> str:
+        """The end of its output."""
+        return "\n".join([b"".join(self.printed).decode("utf-8", "replace"), *self.lines])
 
     @property
     def failed(self) -> bool:
@@ -222,8 +233,11 @@ class _Launch:
         rank = _Rank(index, process, failure_file)
         for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
             if pipe is not None:
-                target, argument = (_keep_lines, rank.lines) if index > 0 else (_print_all, stream)
-                rank.readers.append(threading.Thread(target=target, args=(pipe, argument), daemon=True))
+                if index > 0:
+                    reader = threading.Thread(target=_keep_lines, args=(pipe, rank.lines), daemon=True)
+                else:
+                    reader = threading.Thread(target=_print_all, args=(pipe, stream, rank.printed), daemon=True)
+                rank.readers.append(reader)
                 rank.readers[-1].start()
         return rank
 
@@ -346,11 +360,12 @@ def _terminal_for(index: int, environment: dict[str, str]) -> Iterator[tuple[int
         os.close(descriptor)
 
 
-def _print_all(pipe: IO[bytes], stream: TextIO) -> None:
-    """Print the first rank's output until it ends."""
+def _print_all(pipe: IO[bytes], stream: TextIO, printed: deque[bytes]) -> None:
+    """Print the first rank's output until it ends, and keep the last pieces."""
     with pipe:
         while data := os.read(pipe.fileno(), READ_BYTES):
             pass_on(data, stream)
+            printed.append(data)
 
 
 def _keep_lines(pipe: IO[bytes], lines: deque[str]) -> None:
@@ -381,8 +396,21 @@ def _describe_end(rank: _Rank) -> str:
     if rank.given_up:
         return f"was stopped (SIGSTOP) for {rank.suspended:.0f} s (launch.hang_seconds) and has been killed"
     if code == -signal.SIGABRT:
-        return (
-            "was killed by SIGABRT: a library gave up, torch for example when an NCCL operation takes longer than "
-            "launch.timeout_seconds; the rank's stacks are in logs/ of the run folder"
-        )
+        return _describe_abort(rank.last_output)
     return f"was killed by {signal.Signals(-code).name}"
+
+
+def _describe_abort(output: str) -> str:
+    """What a rank that a library has aborted was up against: NCCL's watchdog in torch says it on standard error."""
+    stacks = "the rank's stacks are in logs/ of the run folder"
+    found, detail = meaning(output) if is_collective(output) else None, nccl_detail(output)
+    if found == "lost":
+        lost = "lost another rank, which has ended or cannot be reached, and was ended by torch (SIGABRT)"
+        return f"{lost}{f': {detail}' if detail else ''}; {stacks}, continue from the last saved state with --resume"
+    if found == "timed out":
+        waited = "waited longer than launch.timeout_seconds for the others, and was ended by torch (SIGABRT)"
+        return f"{waited}{f': {detail}' if detail else ''}; {stacks}, continue from the last saved state with --resume"
+    return (
+        "was killed by SIGABRT: a library gave up, torch for example when an NCCL operation takes longer than "
+        f"launch.timeout_seconds; {stacks}"
+    )

@@ -29,7 +29,18 @@ FINER = {
 """Parts of a package that lie below the rest of it: what a recipe may say about data follows from the formats."""
 
 LAYERS = [
-    {"", "errors", "heartbeat", "machine", "output", "process_end", "recipes", "seeds", "stop_requests"},
+    {
+        "",
+        "collective_texts",
+        "errors",
+        "heartbeat",
+        "machine",
+        "output",
+        "process_end",
+        "recipes",
+        "seeds",
+        "stop_requests",
+    },
     {"basics"},
     {"formats"},
     {"config", "kernels", "launch", "progress", "watchdog"},
@@ -121,7 +132,10 @@ def test_neighbours_do_not_import_each_other_in_a_circle() -> None:
 
 @pytest.mark.parametrize(
     ("source", "allowed"),
-    [("kernels", {"errors"}), ("launch", {"", "errors", "basics", "config", "machine", "output", "stop_requests"})],
+    [
+        ("kernels", {"errors"}),
+        ("launch", {"", "collective_texts", "errors", "basics", "config", "machine", "output", "stop_requests"}),
+    ],
 )
 def test_kernels_and_launch_stand_by_themselves(source: str, allowed: set[str]) -> None:
     assert {where for target, where in component_graph()[source].items() if target not in allowed} == set()

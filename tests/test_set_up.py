@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from cl_dist.machine import OLDEST_DRIVERS
 from tests.test_imports import SOURCES
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +23,7 @@ COMMANDS = ["sh", "make", "cat", "env", "rm", "touch"]
 
 def make(tmp_path: Path, commands: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """`make install` in a copy of the set-up files, on a machine that has just the given commands."""
-    for name in ("Makefile", "setup.py", "requirements.lock", "requirements-triton.lock"):
+    for name in ("Makefile", "setup.py", "requirements.lock", "requirements-triton.lock", "requirements-gpu.lock"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
     (tmp_path / "bin").mkdir()
@@ -119,6 +121,47 @@ def test_the_lock_names_no_registry_and_pins_everything() -> None:
     pin = re.compile(r'[a-z0-9-]+==[\w.!]+(; python_version (<|>=) "3\.\d+")?')
     assert [line for line in lines if not pin.fullmatch(line) and not line.startswith("#")] == []
     assert "torch==2.13.0" in lines
+
+
+def gpu_pins() -> dict[str, str]:
+    """The versions in the lock for GPUs, as the newest supported Python gets them."""
+    lines = (ROOT / "requirements-gpu.lock").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {pin.name: next(iter(pin.specifier)).version for pin in pins if "<" not in str(pin.marker)}
+
+
+def test_the_lock_for_gpus_belongs_to_the_same_pytorch() -> None:
+    pins = gpu_pins()
+    assert f"torch=={pins['torch']}" in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    assert {"triton", "cuda-toolkit", "nvidia-nccl-cu13", "nvidia-cudnn-cu13"} <= pins.keys()
+    assert declared()["triton"].specifier.contains(pins["triton"])
+    least = OLDEST_DRIVERS[int(pins["cuda-toolkit"].partition(".")[0])]
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert f"| {pins['torch'].rpartition('.')[0]} (the locked one) | 13.0 | {least} or later |" in page
+
+
+def test_the_lock_for_gpus_is_made_of_what_only_that_build_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("make_lock", ROOT / "tools" / "make_lock.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make_lock = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_lock)
+    found = [("torch", "2.13.0"), ("Jinja2", "3.1.6"), ("nvidia_cublas", "13.1.1.3"), ("triton", "3.7.1")]
+    report = {"install": [{"metadata": {"name": name, "version": version}} for name, version in found]}
+    monkeypatch.setattr(make_lock, "_report", lambda *_: report)
+    assert make_lock.resolve_gpu("python3") == {"torch": "2.13.0", "nvidia-cublas": "13.1.1.3", "triton": "3.7.1"}
+    monkeypatch.setattr(make_lock, "_report", lambda *_: {"install": report["install"][:2]})
+    with pytest.raises(SystemExit, match=r"serves no build of torch==2\.13\.0 for GPUs"):
+        make_lock.resolve_gpu("python3")
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_make_installs_the_lock_for_gpus_if_asked(gpu: bool) -> None:
+    command = ["make", "--dry-run", "--always-make", "install", *(["GPU=1"] if gpu else [])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ("--requirement requirements-gpu.lock" in done.stdout) is gpu
+    assert "--requirement requirements.lock" in done.stdout
+    assert f"touch .venv/.installed{'-gpu' * gpu}\n" in done.stdout
 
 
 def test_this_environment_is_the_locked_one() -> None:

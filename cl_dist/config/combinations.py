@@ -85,13 +85,9 @@ def _general(recipe: Recipe) -> Iterator[str]:
 
 
 def _precision_and_batch(recipe: Recipe) -> Iterator[str]:
-    train, zero = recipe.train, recipe.zero
+    train = recipe.train
     ranks = 1 if recipe.launch.processes == "auto" else recipe.launch.processes  # checked again once it is known
-    if zero.stage == 0 and train.dtype == "bfloat16" and "grad_accum_dtype" in zero.deepspeed.get("data_types", {}):
-        yield (
-            "zero.deepspeed.data_types.grad_accum_dtype: at stage 0 with train.dtype bfloat16, DeepSpeed always sums "
-            "gradients in bfloat16; remove it, or give zero.stage 1, 2 or 3"
-        )
+    yield from _gradient_precision(recipe)
     # Each factor is in range by itself, but their product must fit the index arithmetic too.
     batch = train.micro_batch_size * train.gradient_accumulation * ranks
     if batch > MOST_INT:
@@ -100,6 +96,24 @@ def _precision_and_batch(recipe: Recipe) -> Iterator[str]:
             f"{train.gradient_accumulation} and {ranks} ranks, makes a global batch of {batch}; allowed: at most "
             f"{MOST_INT}"
         )
+
+
+def _gradient_precision(recipe: Recipe) -> Iterator[str]:
+    train, raw = recipe.train, recipe.zero.deepspeed
+    at_stage_0 = "at stage 0 with train.dtype bfloat16, DeepSpeed always sums gradients in bfloat16"
+    unsupported = recipe.zero.stage == 0 and train.dtype == "bfloat16"
+    if unsupported and "grad_accum_dtype" in raw.get("data_types", {}):
+        yield (f"zero.deepspeed.data_types.grad_accum_dtype: {at_stage_0}; remove it, or give zero.stage 1, 2 or 3")
+    if train.grad_dtype is None:
+        return
+    if unsupported and train.grad_dtype == "float32":
+        yield f"train.grad_dtype: {at_stage_0}; give zero.stage 1, 2 or 3 (on one rank too), or bfloat16"
+    if train.dtype == "float32" and train.grad_dtype == "bfloat16":
+        yield "train.grad_dtype: bfloat16 needs train.dtype bfloat16: float32 gradients are summed in float32"
+    given = ["communication_data_type"] if "communication_data_type" in raw else []
+    given += ["data_types.grad_accum_dtype"] if "grad_accum_dtype" in raw.get("data_types", {}) else []
+    if given:
+        yield f"zero.deepspeed.{given[0]}: set by train.grad_dtype, which is {train.grad_dtype}; give only one of them"
 
 
 def _unread_in_training(recipe: Recipe) -> Iterator[str]:

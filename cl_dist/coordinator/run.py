@@ -12,7 +12,9 @@ from cl_dist.assembly import System, build_system
 from cl_dist.config.schema import Recipe
 from cl_dist.coordinator.stream import Coordinator, finish
 from cl_dist.engine.collective_errors import reporting_lost_ranks
+from cl_dist.engine.device import set_matmul_precision
 from cl_dist.engine.distributed import Joined, join, quiet_libraries
+from cl_dist.engine.memory_errors import reporting_exhausted_memory
 from cl_dist.engine.stop import Deadline, SecondsLeft, no_limit
 from cl_dist.errors import BadInput, Interrupted
 from cl_dist.heartbeat import beat
@@ -58,6 +60,7 @@ def run(
         Interrupted: A signal asked the run to stop, or its time is nearly over; its state is saved.
     """
     joined = join(recipe.launch.timeout_seconds, recipe.launch.device)
+    set_matmul_precision(recipe.train.tf32)
     rank, world = joined.rank, joined.world
     quiet_libraries(rank)
     _report_device(joined, reporter)
@@ -69,6 +72,7 @@ def run(
             fail_together(lambda: _claim(folder, stack, reporter) if rank == 0 else None)
         watchdog = stack.enter_context(Watchdog(folder.logs, rank, world, recipe.launch.hang_seconds, end))
         stack.enter_context(reporting_lost_ranks(rank, timeout, watchdog.give_up))
+        stack.enter_context(reporting_exhausted_memory(rank, world, recipe))
         with reported_once():
             manifest, resumed = on_first_rank(lambda: _starting_point(folder, recipe, joined, resume))
         ledger = Ledger(folder, manifest, writer=rank == 0)

@@ -11,7 +11,10 @@ from typing import Any
 
 from cl_dist.assembly import System, build_saved
 from cl_dist.config.schema import Recipe
+from cl_dist.engine.collective_errors import reporting_lost_ranks
+from cl_dist.engine.device import set_matmul_precision
 from cl_dist.engine.distributed import join, leave, quiet_libraries
+from cl_dist.engine.memory_errors import reporting_exhausted_memory
 from cl_dist.errors import ClDistError
 from cl_dist.evaluation.general import is_due
 from cl_dist.evaluation.result import CUT_GENERATIONS, TaskScore, write_predictions
@@ -122,18 +125,26 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
         ClDistError: All scores were computed and reported, but could not be written.
     """
     joined = join(recipe.launch.timeout_seconds, recipe.launch.device)
-    rank = joined.rank
-    quiet_libraries(rank)
+    set_matmul_precision(recipe.train.tf32)
+    quiet_libraries(joined.rank)
     if (warning := joined.warning()) is not None:
         reporter.message(warning)
+    lost_ranks = reporting_lost_ranks(joined.rank, recipe.launch.timeout_seconds, lambda reason, _: reason)
+    with lost_ranks, reporting_exhausted_memory(joined.rank, joined.world, recipe):
+        return _evaluate(recipe, recipe_dir, task_index, joined.rank, reporter)
+
+
+def _evaluate(recipe: Recipe, recipe_dir: Path, task_index: int, rank: int, reporter: Reporter) -> dict[str, float]:
     folder = RunFolder(Path(recipe.output_dir)).task(task_index, recipe.stream.tasks[task_index].name)
     store = _Store(folder, reporter) if rank == 0 else None
+    beat("loading the saved model")
     tasks, evaluator, notices = build_saved(recipe, recipe_dir, folder.model)
     for notice in notices:
         if notice.on_screen:
             reporter.message(notice.text)
     split = {task.name: task.scored_on for task in tasks}
     scores: dict[str, float] = {}
+    beat(f"evaluating the model after task {folder.path.name}")
     for result in chain.from_iterable(map(evaluator.evaluate, evaluator.passes(tasks))):
         scores[result.task] = result.score
         reporter.message(

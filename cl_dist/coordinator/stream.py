@@ -155,15 +155,18 @@ class Coordinator:
             beat(f"training task {place.name}, step {step + 1}")
             began = time.monotonic()
             result = trainer.step(step)
-            seconds = time.monotonic() - began
-            self.deadline.stepped(seconds)
+            self.deadline.stepped(time.monotonic() - began)
             skipped = spent.skipped + self._note_samples(place, step, trainer.samples(step), result.skipped)
-            spent = Spent(spent.train_seconds + seconds, step + 1, spent.tokens + trainer.tokens(step), skipped)
             # One small all-reduce: does any rank want to stop, is the interval over on any rank, did rank 0 fail to
             # write its log? Loss and targets ride along.
             stop, (loss, targets, minutes_over, unwritten) = self._stop.agreed_with(
                 result.loss_sum, result.targets, self._schedule.minutes_over(), self.ledger.failed
             )
+            # A GPU still works on the update when the host has come this far. Reading that all-reduce waits for it, so
+            # the clock stops here, without a synchronisation of its own.
+            seconds = time.monotonic() - began
+            self.deadline.stepped(seconds)
+            spent = Spent(spent.train_seconds + seconds, step + 1, spent.tokens + trainer.tokens(step), skipped)
             if unwritten:
                 self.ledger.settle()
             loss /= max(1.0, targets)

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 import torch
 
-from cl_dist.errors import RankLost
+from cl_dist import collective_texts
+from cl_dist.collective_texts import meaning, nccl_detail
+from cl_dist.errors import ClDistError, RankLost
 from cl_dist.heartbeat import last_beat
 
-# These errors carry no code: only their wording separates a lost rank from a timeout, in Gloo, NCCL and the rendezvous.
-_TIMED_OUT = ("timed out", "timeout")
-"""Compared in lower case."""
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed")
+_BROKEN_GPU = ("uncorrectable ecc error", "uncorrectable nvlink error", "gpu is lost", "device is lost")
+"""CUDA's errors of a device that has failed, in lower case. (Other errors of CUDA come from programs.)"""
 
 GiveUp = Callable[[str, str], str]
 """Called with the reason and the traceback; returns the sentence to fail with."""
@@ -22,28 +22,45 @@ GiveUp = Callable[[str, str], str]
 
 @contextmanager
 def reporting_lost_ranks(rank: int, timeout_seconds: float, give_up: GiveUp) -> Iterator[None]:
-    """Turn collective errors inside the block into a `RankLost` that names rank and phase.
+    """Turn collective errors, and those of a GPU that has failed, into a `RankLost` that names rank and phase.
 
     Args:
         rank: This process's rank.
         timeout_seconds: The process group's timeout, for the message.
         give_up: Called on a timeout: the other ranks are still there and can report where they hang.
+
+    Raises:
+        ClDistError: NCCL's buffers do not fit into /dev/shm, which a restart would not change.
     """
     try:
         yield
     except RuntimeError as error:
-        if not is_collective(error):
-            raise
         text, phase = str(error), last_beat().phase
-        if any(sign in text for sign in _LOST):
-            lost = f"rank {rank} lost another rank, which has ended or cannot be reached, while {phase}"
-            raise RankLost(f"{lost}; continue from the last saved state with --resume") from error
-        if not any(sign in text.lower() for sign in _TIMED_OUT):
+        if is_broken_gpu(error):
+            failed = f"rank {rank} lost its GPU while {phase}: {text.splitlines()[0]}"
+            raise RankLost(f"{failed}; continue from the last saved state with --resume") from error
+        what = meaning(text) if is_collective(error) else None
+        if what is None:
             raise
+        detail = f" ({found})" if (found := nccl_detail(text)) is not None else ""
+        if what == "lost":
+            lost = f"rank {rank} lost another rank, which has ended or cannot be reached, while {phase}{detail}"
+            raise RankLost(f"{lost}; continue from the last saved state with --resume") from error
+        if what == "shared memory":
+            raise ClDistError(
+                f"rank {rank}: NCCL's buffers do not fit into /dev/shm while {phase}{detail}: enlarge it (docker run "
+                "--shm-size=16g or --ipc=host), or set NCCL_SHM_DISABLE=1"
+            ) from error
         waited = f"rank {rank} waited longer than {timeout_seconds:g} s (launch.timeout_seconds) for the others"
-        raise RankLost(give_up(f"{waited} while {phase}", traceback.format_exc())) from error
+        raise RankLost(give_up(f"{waited} while {phase}{detail}", traceback.format_exc())) from error
 
 
 def is_collective(error: RuntimeError) -> bool:
-    """Whether torch.distributed raised it. Gloo's errors have no class, but their text names its source files."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+    """Whether torch.distributed raised it."""
+    return isinstance(error, torch.distributed.DistError) or collective_texts.is_collective(str(error))
+
+
+def is_broken_gpu(error: RuntimeError) -> bool:
+    """Whether a GPU has failed, so that the same program would run on another one."""
+    text = str(error).lower()
+    return "cuda" in text and any(sign in text for sign in _BROKEN_GPU)

@@ -70,6 +70,15 @@ def choose_device(setting: DeviceSetting) -> Choice:
     return Choice(cpu_device(), gpus.problem if gpus.present else None)
 
 
+def set_matmul_precision(tf32: bool) -> None:
+    """Apply `train.tf32`: whether GPUs multiply float32 matrices in TF32.
+
+    PyTorch has two interfaces for this. After this older setter both can be read, also where torch.compile reads the
+    older one; after the newer setter (`fp32_precision`) it fails there.
+    """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
 def find_usable_gpus(own: int | None = None) -> Gpus:
     """This machine's GPUs, after torch has been asked too, which may know a problem that the driver does not.
 

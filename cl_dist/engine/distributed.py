@@ -54,9 +54,10 @@ class Joined(NamedTuple):
         return f"{ranks} {kind}: {self.device.describe()}"
 
     def to_dict(self) -> dict[str, Any]:
-        """What the run computes on, for metrics.json; `count` is the number of GPUs."""
-        count = {} if self.device.kind == "cpu" else {"count": self.world}
-        return {**self.device.to_dict(), **count}
+        """What the run computes on, for metrics.json; `count` is the number of GPUs, `notice` why there are none."""
+        facts = self.device.to_dict()
+        facts |= {} if self.device.kind == "cpu" else {"count": self.world}
+        return facts | ({} if self.notice is None else {"notice": self.notice})
 
     def warning(self) -> str | None:
         """What to print loudly if a GPU is not used that could have been meant."""

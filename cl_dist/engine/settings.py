@@ -42,6 +42,10 @@ def deepspeed_config(recipe: Recipe, gpu: bool | None = None) -> dict[str, Any]:
         "bf16": {"enabled": train.dtype == "bfloat16"},
         "steps_per_print": None,
     }
+    if train.dtype == "bfloat16" and train.grad_dtype == "float32":
+        # One is about the sum over micro-batches, the other about the sum over ranks.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
     return _merged(config, recipe.zero.deepspeed)
 
 

@@ -11,12 +11,12 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from cl_dist.config.objectives import ObjectiveName
 from cl_dist.config.plugins import own_fault
-from cl_dist.engine.collective_errors import is_collective
+from cl_dist.engine.collective_errors import is_broken_gpu, is_collective
+from cl_dist.engine.memory_errors import where_exhausted
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.models.structure import base_model
 from cl_dist.tasks.collate import Batch, collate
@@ -62,14 +62,16 @@ def trial_batches(model: nn.Module, objective: ObjectiveName) -> list[Batch]:
 def failures_as_bad_input() -> Iterator[None]:
     """Raise BadInput in place of an internal error: what fails on a tiny batch of made-up tokens is the model's fault.
 
-    Errors of collectives, out-of-memory errors and the project's own errors pass through.
+    Errors of collectives and of broken GPUs, out-of-memory errors and the project's own errors pass through.
     """
     try:
         yield
-    except (ClDistError, torch.OutOfMemoryError, MemoryError):
+    except ClDistError:
         raise
     except Exception as error:
-        if own_fault(error) is not None or (isinstance(error, RuntimeError) and is_collective(error)):
+        if own_fault(error) is not None or where_exhausted(error) is not None:
+            raise
+        if isinstance(error, RuntimeError) and (is_collective(error) or is_broken_gpu(error)):
             raise
         reason = " ".join(str(error).split())[:300]
         raise BadInput(

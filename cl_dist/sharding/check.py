@@ -21,6 +21,7 @@ _ATTRIBUTES = {
         "_hp_mapping",
         "def update_lp_params",
         "def get_param_id",
+        "def _wait_for_offload_copies",
     ),
     "runtime/zero/stage3.py": (
         "fp32_partitioned_groups_flat",

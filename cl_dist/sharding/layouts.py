@@ -86,6 +86,9 @@ class Layout(ABC):
     def publish(self) -> None:
         """Copy the masters into the weights that the model computes with, on all ranks (collective)."""
 
+    def await_gradients(self) -> None:  # noqa: B027 - most gradients are on the device that computes them
+        """Wait until the reduced gradients are where `gradient` looks. Call before reading any, in every step."""
+
     def gradient_changed(self, param: torch.nn.Parameter) -> None:  # noqa: B027 - most layouts cache nothing
         """Refresh what DeepSpeed has cached about an edited gradient (norms, under offload)."""
 
@@ -191,6 +194,13 @@ class FlatGroups(Layout):
         return Shard(mapping.lp_fragment_address.start, fragment.view(-1))
 
     @override
+    def await_gradients(self) -> None:
+        # Under offload the GPU is still copying them into pinned memory. DeepSpeed itself waits in its step only.
+        # (Under stage 3 it waits in the function that `Partitioned.gradient` calls.)
+        if self.zero.cpu_offload:
+            self.zero._wait_for_offload_copies()
+
+    @override
     def gradient_changed(self, param: torch.nn.Parameter) -> None:
         # Under offload DeepSpeed clips by norms that it cached when the gradients arrived.
         shard = self.gradient(param) if self.zero.cpu_offload else None
@@ -238,6 +248,10 @@ class WholeGradient(FlatGroups):
     def gradient(self, param: torch.nn.Parameter) -> Shard | None:
         gradient = getattr(param, "_hp_grad", None)
         return None if gradient is None else Shard(0, gradient.view(-1))
+
+    @override
+    def await_gradients(self) -> None:
+        return
 
     @override
     def gradient_changed(self, param: torch.nn.Parameter) -> None:

@@ -138,6 +138,7 @@ class ShardView:
 
         def wrapped(*args: Any, **kwargs: Any) -> None:
             self.edited.clear()
+            self.layout.await_gradients()
             if not allowed():
                 # DeepSpeed still goes through its step, which keeps its own counters right.
                 self._zero_gradients()

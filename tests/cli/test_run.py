@@ -43,7 +43,7 @@ def test_auto_counts_the_gpus(command: Command, eight_gpus: None, monkeypatch: p
 
 def test_a_whole_run_and_its_status(command: Command, tmp_path: Path) -> None:
     changes = ["train.max_steps_per_task=2", "stream.tasks=[{name: spring, format: builtin}]"]
-    changes += ["stream.max_eval_samples=8", "launch.processes=2", "output_dir=here"]
+    changes += ["stream.max_eval_samples=8", "launch.processes=2", "launch.device=cpu", "output_dir=here"]
     code, output, error = command("run", "quickstart", *(f"--set={change}" for change in changes))
     assert code == 0, error
     first, second, *_ = output.splitlines()

@@ -150,6 +150,29 @@ def test_bfloat16_gradients_cannot_be_summed_in_float32_at_stage_0() -> None:
         load_recipe("quickstart", [*changes, good])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.dtype=bfloat16", "train.grad_dtype=float32", "zero.stage=0"],
+         "train.grad_dtype: at stage 0 with train.dtype bfloat16, DeepSpeed always sums gradients in bfloat16; give z"),
+        (["train.grad_dtype=bfloat16"], "train.grad_dtype: bfloat16 needs train.dtype bfloat16"),
+        (["train.dtype=bfloat16", "train.grad_dtype=float32", "zero.deepspeed.communication_data_type=bf16"],
+         "zero.deepspeed.communication_data_type: set by train.grad_dtype, which is float32; give only one of them"),
+        (["train.dtype=bfloat16", "train.grad_dtype=bfloat16", "zero.deepspeed.data_types.grad_accum_dtype=fp32"],
+         "zero.deepspeed.data_types.grad_accum_dtype: set by train.grad_dtype, which is bfloat16; give only one"),
+    ],
+)  # fmt: skip
+def test_a_precision_of_gradients_that_contradicts_the_recipe(changes: list[str], message: str) -> None:
+    with pytest.raises(BadInput) as refusal:
+        load_recipe("quickstart", changes)
+    assert str(refusal.value).startswith(message)
+
+
+def test_a_precision_of_gradients_that_fits() -> None:
+    for good in (["train.grad_dtype=float32"], ["train.dtype=bfloat16", "train.grad_dtype=bfloat16", "zero.stage=0"]):
+        load_recipe("quickstart", good)
+
+
 def test_the_page_lists_every_setting_as_it_is_checked() -> None:
     page = (Path(__file__).parents[2] / "docs" / "deepspeed.md").read_text(encoding="utf-8")
     for row in [*allowed_rows(), *refused_rows()]:

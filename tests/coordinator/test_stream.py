@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from cl_dist.coordinator.stream import run_metrics
 from cl_dist.state.manifest import Manifest, Segment
+from tests.coordinator.clock import DEVICE_SECONDS, HOST_SECONDS
+from tests.recipes import write_recipe
+from tests.zygote import Zygote
 
 SEGMENT = Segment(task=0, step=0, world_size=2, zero_stage=2, micro_batch_size=4, gradient_accumulation=1)
 TIMINGS = (
@@ -32,6 +38,18 @@ def test_metrics_follow_from_the_manifest() -> None:
     assert metrics["segments"][0]["world_size"] == 2
     assert (metrics["peak_memory_bytes"], metrics["restarts"]) == ([7, 5], 3)
     assert (metrics["general"], metrics["general_ability"]) == ([], None)
+
+
+def test_the_time_of_a_step_includes_what_the_device_still_does(zygote: Zygote, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train={"max_steps_per_task": 3}, eval={"before_training": False})
+    outcome = zygote.run(["run", str(recipe)], tmp_path, world=1, fault={"module": "tests.coordinator.clock"})
+    assert outcome.codes == [0], outcome.output
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["seconds"] for line in lines if line["event"] == "step"] == [HOST_SECONDS + DEVICE_SECONDS] * 6
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["step_seconds"] == HOST_SECONDS + DEVICE_SECONDS
+    tokens = sum(entry["tokens"] for entry in metrics["timings"])
+    assert metrics["tokens_per_second"] == tokens / 24.0
 
 
 def test_a_run_without_steps_has_metrics() -> None:

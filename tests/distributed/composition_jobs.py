@@ -17,8 +17,7 @@ from cl_dist.methods.migu.method import Migu
 from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.tracked import tracked_linears
-from tests.distributed.kif_jobs import together
-from tests.distributed.worlds import micro_batches, odd_model, samples, whole
+from tests.distributed.worlds import micro_batches, odd_model, samples, together, whole
 
 STEPS = 3
 BATCH = 4

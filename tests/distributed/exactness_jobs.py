@@ -9,15 +9,18 @@ import torch
 
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
-from cl_dist.engine.engine import TrainingEngine
+from cl_dist.engine.engine import TrainingEngine, loss_sum
 from cl_dist.methods.composed import Composed
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.methods.migu.method import Migu
-from cl_dist.methods.protocol import TaskPlace
+from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.tracked import tracked_linears
 from cl_dist.models.training_mode import enable_activation_checkpointing
-from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_lora, odd_model, samples, whole
+from cl_dist.sharding import ShardView
+from cl_dist.tasks.collate import Batch
+from cl_dist.tasks.objectives import OBJECTIVES as OBJECTIVE_CLASSES
+from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_lora, odd_model, samples, together, whole
 from tests.oracle import Dense, Settings
 
 QUANTITIES = ("master", "exp_avg", "exp_avg_sq")
@@ -29,6 +32,19 @@ def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [Case(**case).run() for case in cases]
 
 
+class Recorder(Method):
+    """Behind MIGU: keeps the reduced gradients of the last step, whole."""
+
+    def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
+        """Remember where to look."""
+        self._shards = shards
+
+    def before_update(self) -> None:
+        """Put all ranks' shards together."""
+        held = {name: self._shards.own_gradient(name) for name in self._shards.names}
+        self.gradients = together({name: shard for name, shard in held.items() if shard is not None}, self._shards)
+
+
 class Case:
     """One configuration, trained both ways."""
 
@@ -37,7 +53,7 @@ class Case:
         recompute: bool = False, mask: str = "gradient", family: str = "llama", magnitude: str = "per_token",
         steps: int = 3, offload: bool = False, threshold: float = 0.7, masked: bool = True,
         deepspeed: dict[str, Any] | None = None, eps: float = 1e-2, average: str = "tokens",
-        skip: bool = True, scope: str = "step", lora: bool = False,
+        skip: bool = True, scope: str = "step", lora: bool = False, grad_dtype: str | None = None,
     ) -> None:  # fmt: skip
         self.family, self.steps, self.accumulation, self.dtype = family, steps, accumulation, dtype
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -48,6 +64,7 @@ class Case:
             train=TrainConfig(
                 micro_batch_size=self.micro, gradient_accumulation=accumulation, learning_rate=1e-2, eps=eps,
                 weight_decay=decay, clip=clip, dtype=dtype, loss_average=average,  # type: ignore[arg-type]
+                grad_dtype=grad_dtype,  # type: ignore[arg-type]
             ),
             zero=ZeroConfig(stage=stage, offload=offload, deepspeed=deepspeed or {}),  # type: ignore[arg-type]
             output_dir="unused",
@@ -74,10 +91,13 @@ class Case:
             rounds=accumulation if scope == "micro_batch" else 1,
         )
         self.dense = Dense(dense, tracked_linears(dense, "blocks"), settings)
+        self.local = copy.deepcopy(model)
+        """The model before any step, for this rank's own gradients."""
         if recompute:
             enable_activation_checkpointing(model)
-        self.migu = Migu(self.config)
-        self.engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), self.recipe, Composed([self.migu]))  # type: ignore[arg-type]
+        self.migu, self.recorder = Migu(self.config), Recorder()
+        method = Composed([self.migu, self.recorder])
+        self.engine = TrainingEngine(LoadedModel(model, None, OBJECTIVES[family]), self.recipe, method)  # type: ignore[arg-type]
 
     def run(self) -> dict[str, Any]:
         """Train `steps` steps; compare after the last one."""
@@ -104,6 +124,8 @@ class Case:
         everyone = [micro_batches(self.family, chunk, self.micro) for chunk in chunks]
         targets = sum(b.targets for rank in everyone for b in rank)
         self.engine.train_step(step, everyone[self.rank], targets)
+        if step == 0 and self.dtype == "bfloat16":
+            report["sum"] = self._error_of_sums(everyone[self.rank], targets)
         every = [b for micro_batch in zip(*everyone, strict=True) for b in micro_batch]
         means = self.recipe.train.loss_average == "micro_batch"
         forwards = [
@@ -112,6 +134,31 @@ class Case:
         chosen = {name: self.migu.keep[f"{name}.weight"] for name in self.dense.layers} if self.migu.keep else {}
         self.dense.step(forwards, chosen=chosen)
         report["flips"] += sum(int((self.dense.keep[name] != keep).sum()) for name, keep in chosen.items())
+
+    def _error_of_sums(self, batches: list[Batch], targets: int) -> float:
+        """How far the reduced gradient is from the float32 sum, over micro-batches and ranks, of the same bfloat16
+        gradients: the norm of the difference, relative.
+
+        Every rank computes its own micro-batches' gradients as the engine does, but without DeepSpeed.
+        """
+        scale = self.accumulation * self.world / targets  # as in TrainingEngine
+        sums = {name: torch.zeros(p.shape) for name, p in self.local.named_parameters() if p.requires_grad}
+        for batch in batches:
+            self.local.zero_grad()
+            logits, labels = OBJECTIVE_CLASSES[self.engine.objective].forward(self.local, batch, True)
+            (loss_sum(logits, labels) * scale / self.accumulation).backward()
+            for name, param in self.local.named_parameters():
+                if param.grad is not None:
+                    sums[name] += param.grad.float()
+        apart = total = 0.0
+        for name, own in sums.items():
+            torch.distributed.all_reduce(own)
+            expected = own / self.world
+            if name in self.migu.keep:
+                expected.view(self.migu.keep[name].numel(), -1)[~self.migu.keep[name]] = 0.0
+            apart += float((self.recorder.gradients[name] - expected).double().square().sum())
+            total += float(expected.double().square().sum())
+        return (apart / total) ** 0.5
 
     def _moved_dropped(self, before: dict[str, Any], after: dict[str, Any]) -> int:
         """Elements of dropped rows (weight or moment) that changed at all."""

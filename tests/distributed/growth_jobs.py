@@ -29,8 +29,7 @@ from cl_dist.models.lora import add_lora, frozen_adapters, in_adapter
 from cl_dist.sharding import Shard, gather_state_dict, whole_parameters
 from cl_dist.state.snapshot import load_snapshot, save_snapshot
 from cl_dist.tasks.types import IGNORE, Encoded
-from tests.distributed.kif_jobs import together
-from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_model, samples, whole
+from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_model, samples, together, whole
 from tests.oracle_olora import Dense
 
 TASKS = 3

@@ -23,8 +23,7 @@ from cl_dist.methods.recurrent_kif.config import RecurrentKifConfig
 from cl_dist.methods.recurrent_kif.method import RecurrentKif
 from cl_dist.models.load import LoadedModel
 from cl_dist.tasks.plan import Cycles
-from tests.distributed.kif_jobs import together
-from tests.distributed.worlds import OBJECTIVES, micro_batches, odd_model, samples, whole
+from tests.distributed.worlds import OBJECTIVES, micro_batches, odd_model, samples, together, whole
 
 FAMILY = "llama"
 MICRO = 2

@@ -17,9 +17,9 @@ from cl_dist.methods.kif.method import Kif
 from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.lora import add_lora
-from cl_dist.sharding import Shard, ShardView
+from cl_dist.sharding import ShardView
 from tests.distributed.exactness_jobs import _published_error
-from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_model, samples, whole
+from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_model, samples, together, whole
 from tests.oracle_kif import Dense, Settings, Unit, normalised
 
 TASKS = 3
@@ -69,7 +69,7 @@ class Case:
         family: str = "llama", dtype: str = "float32", accumulation: int = 1, clip: float | None = None,
         offload: bool = False, orthogonal: float = 0.0, keep_optimizer: bool = False,
         deepspeed: dict[str, Any] | None = None, importance_dtype: str = "float32",
-        importance_at: str = "before_update", importance_from_step: int = 1,
+        importance_at: str = "before_update", importance_from_step: int = 1, grad_dtype: str | None = None,
         by_task: dict[str, dict[str, Any]] | None = None, **constants: float,
     ) -> None:  # fmt: skip
         self.family, self.accumulation, self.dtype = family, accumulation, dtype
@@ -88,6 +88,7 @@ class Case:
             train=TrainConfig(
                 micro_batch_size=self.micro, gradient_accumulation=accumulation, learning_rate=1e-2, eps=1e-2,
                 clip=clip, dtype=dtype, keep_optimizer=keep_optimizer,  # type: ignore[arg-type]
+                grad_dtype=grad_dtype,  # type: ignore[arg-type]
             ),
             zero=ZeroConfig(stage=stage, offload=offload, deepspeed=deepspeed or {}),  # type: ignore[arg-type]
             output_dir="unused",
@@ -184,18 +185,6 @@ class Case:
             "unpublished": _unpublished(self.engine.model, masters),
             "left": max(float(t.abs().max()) for t in self._along_shards("smoothed").values()),
         }
-
-
-def together(held: dict[str, Shard], shards: ShardView) -> dict[str, torch.Tensor]:
-    """Whole tensors out of all ranks' shards; NaN where no rank has an element."""
-    mine = {name: (shard.start, shard.data.clone()) for name, shard in held.items()}
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    result = {name: torch.full((shards.numel(name),), float("nan")) for name in shards.names}
-    for pieces in everyone:
-        for name, (start, data) in pieces.items():
-            result[name][start : start + data.numel()] = data
-    return {name: flat.view(shards.shape(name)) for name, flat in result.items()}
 
 
 def _unit(slices: list[dict[str, Any]]) -> Unit:

@@ -108,7 +108,18 @@ RAW: list[dict[str, Any]] = [
     *({"stage": stage, "dtype": "bfloat16", "accumulation": 3, "clip": 0.1,
        "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}}} for stage in (1, 2, 3)),
 ]  # fmt: skip
-CASES = PAIRED + SPECIAL + SKIPPING + RAW
+# Gradients of bfloat16 models, summed over micro-batches and ranks in float32.
+SUMS: list[dict[str, Any]] = [
+    {"stage": stage, "dtype": "bfloat16", "grad_dtype": "float32", "accumulation": 3, "clip": 0.1, **rest}
+    for stage, rest in (
+        (1, {}), (2, {}), (3, {}), (1, {"offload": True}), (2, {"offload": True}), (3, {"offload": True}),
+        (2, {"deepspeed": {"zero_optimization": {"contiguous_gradients": False}}}),
+        (2, {"deepspeed": {"zero_optimization": {"reduce_scatter": False}}, "mask": "update"}),
+        (3, {"deepspeed": {"zero_optimization": {"reduce_scatter": False}}, "recompute": True}),
+        (2, {"accumulation": 1}), (3, {"accumulation": 1}),
+    )
+]  # fmt: skip
+CASES = PAIRED + SPECIAL + SKIPPING + RAW + SUMS
 
 STEPS = 3
 FLOAT32_BOUND = STEPS * 2**-23
@@ -161,6 +172,10 @@ def test_equals_the_dense_oracle(reports: Reports, world: int, case: int) -> Non
         rows = sum(total for _, total in report["kept"].values())
         assert report["flips"] <= 0.01 * rows * STEPS, "more rows differ than rounding at the threshold explains"
         assert max(report["relative"], report["exp_avg"], report["exp_avg_sq"]) <= 4 * BFLOAT16_STEP
+        if settings.get("grad_dtype") == "float32":
+            assert report["sum"] <= 1e-6, "gradients were rounded while they were summed"
+        elif settings.get("accumulation", 1) > 1 and not settings.get("deepspeed"):
+            assert report["sum"] > BFLOAT16_STEP / 16, "the comparison would not notice a sum in bfloat16"
     else:
         assert report["flips"] == 0
         assert report["error"] <= FLOAT32_BOUND

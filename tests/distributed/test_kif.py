@@ -62,6 +62,12 @@ SPECIAL: list[dict[str, Any]] = [
         (1, {"units": "rank", "dtype": "bfloat16", "clip": 0.1,
              "deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}}}),
     )),
+    *({"stage": stage, "units": units, "offload": offload, "dtype": "bfloat16", "grad_dtype": "float32",
+       "accumulation": 3}
+      for stage, units, offload in (
+          (1, "matrix", False), (2, "row", False), (3, "rank", False), (1, "row", True), (2, "rank", True),
+          (3, "matrix", True),
+      )),
     {"stage": 2, "units": "rank", "by_task": {
         "t1": {"tau": 0.1, "order": "first", "beta1": 0.5, "accumulate_new": 0.6},
         "t2": {"fusion": "hard", "threshold": 40.0, "weight_new": 0.4, "weight_old": 0.6, "orthogonal": 0.5},

@@ -18,7 +18,7 @@ from transformers import (
 
 from cl_dist.config.schema import LoraConfig
 from cl_dist.models.lora import add_lora
-from cl_dist.sharding import ShardView
+from cl_dist.sharding import Shard, ShardView
 from cl_dist.tasks.collate import Batch, collate
 from cl_dist.tasks.types import IGNORE, Encoded
 
@@ -102,15 +102,21 @@ def mean_loss(batch: Batch, family: str, targets: int) -> Any:
 def whole(shards: ShardView, quantity: str) -> dict[str, torch.Tensor]:
     """Put `master`, `exp_avg` or `exp_avg_sq` together from all ranks' shards, by parameter name, in the parameter's
     shape."""
-    mine = {}
+    held = {}
     for name in shards.names:
         shard = shards.master(name) if quantity == "master" else shards.moments(name).get(quantity)
         if shard is not None:
-            mine[name] = (shard.start, shard.data.clone())
+            held[name] = shard
+    return together(held, shards)
+
+
+def together(held: dict[str, Shard], shards: ShardView) -> dict[str, torch.Tensor]:
+    """Whole tensors out of all ranks' shards; NaN where no rank has an element."""
+    mine = {name: (shard.start, shard.data.clone()) for name, shard in held.items()}
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     result = {name: torch.full((shards.numel(name),), float("nan")) for name in shards.names}
-    for held in everyone:
-        for name, (start, data) in held.items():
+    for pieces in everyone:
+        for name, (start, data) in pieces.items():
             result[name][start : start + data.numel()] = data
     return {name: flat.view(shards.shape(name)) for name, flat in result.items()}

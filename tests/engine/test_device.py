@@ -49,7 +49,9 @@ def test_a_cpu_build_of_torch_does_not_train_silently_on_the_cpu(gpu_machine: No
     choice = choose_device("auto")
     assert not uses_gpu()
     assert (os.environ["DS_ACCELERATOR"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("cpu", "")
-    warning = Joined(0, 1, choice.device, choice.notice).warning()
+    joined = Joined(0, 1, choice.device, choice.notice)
+    assert joined.to_dict() == {**cpu_device().to_dict(), "notice": choice.notice}
+    warning = joined.warning()
     assert warning is not None
     assert warning.startswith("WARNING: training on the CPU, although this machine has a GPU: this machine has 2 ×")
 
@@ -108,6 +110,8 @@ def test_ranks_on_equal_devices_agree() -> None:
     first, second = agreed([Choice(H100), Choice(other)])
     assert isinstance(first, Device)
     assert (first.name, first.memory_bytes) == ("H100 and A100", 40 << 30)
+    assert Joined(0, 2, first).to_dict()["count"] == 2
+    assert Joined(0, 2, first).describe().startswith("2 ranks on a GPU each: H100 and A100 (40.0 GiB, compute")
     assert second == other
 
 

@@ -33,6 +33,19 @@ def test_the_recipe_decides() -> None:
     assert "offload_optimizer" not in found["zero_optimization"]
 
 
+def test_the_precision_of_sums_of_gradients() -> None:
+    keys = ("data_types", "communication_data_type")
+    for train in (
+        {},
+        {"dtype": "bfloat16"},
+        {"grad_dtype": "float32"},
+        {"dtype": "bfloat16", "grad_dtype": "bfloat16"},
+    ):
+        assert not any(key in config(train, stage=1) for key in keys), "DeepSpeed's own default is wanted"
+    found = config({"dtype": "bfloat16", "grad_dtype": "float32"}, stage=1)
+    assert [found[key] for key in keys] == [{"grad_accum_dtype": "fp32"}, "fp32"]
+
+
 def test_no_clipping_is_zero() -> None:
     assert config({"clip": None})["gradient_clipping"] == 0.0
 

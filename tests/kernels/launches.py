@@ -81,13 +81,13 @@ def _product(
     gather = in_features <= operation.GATHERED_FEATURES
     dy = meta(4096, out_features if gather else -(-kept // 16) * 16, dtype=dtype)
     grad, settings = meta(out_features, in_features, dtype=dtype), torch.backends.cuda.matmul
-    before, settings.allow_tf32 = settings.allow_tf32, tf32
+    before, settings.fp32_precision = settings.fp32_precision, "tf32" if tf32 else "ieee"
     try:
         return operation._tile_launch(
             meta(4096, in_features, dtype=dtype), dy, meta(kept, **integer), grad, into, gather
         )
     finally:
-        settings.allow_tf32 = before
+        settings.fp32_precision = before
 
 
 def _copied(dtype: torch.dtype, kept: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_dist.kernels import backend, row_magnitude
+from cl_dist.engine.device import set_matmul_precision
+from cl_dist.kernels import backend, row_magnitude, weight_grad_on_gpu
 from cl_dist.kernels.backend import SMALL, Launch, blocks, cpu_jit, power_of_two
 
 
@@ -115,3 +116,38 @@ def test_a_full_disk_under_the_folder_for_compiled_code(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_tensors_go_to_triton() -> None:
     assert backend.path_of(torch.zeros(1, device="cuda")) == "triton"
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[None]:
+    """Whatever a test sets, the next one starts with PyTorch's default."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_tf32_can_be_read_however_it_was_set(matmul_precision: None) -> None:
+    assert not backend.allows_tf32()
+    torch.set_float32_matmul_precision("high")
+    assert backend.allows_tf32()
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+        torch.get_float32_matmul_precision()
+    assert backend.allows_tf32()
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert not backend.allows_tf32()
+
+
+def test_the_products_precision_follows(matmul_precision: None) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert weight_grad_on_gpu._precision(torch.float32) == "tf32"
+    assert weight_grad_on_gpu._precision(torch.bfloat16) == "ieee"
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_the_recipes_setting_leaves_both_interfaces_readable(matmul_precision: None, tf32: bool) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "ieee" if tf32 else "tf32"  # as a plugin may have done
+    set_matmul_precision(tf32)
+    assert backend.allows_tf32() is tf32
+    assert torch.backends.cuda.matmul.allow_tf32 is tf32
+    assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")

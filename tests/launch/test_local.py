@@ -18,6 +18,7 @@ import pytest
 from cl_dist.launch import local
 from cl_dist.launch.local import Ending, launch
 from cl_dist.stop_requests import SAME_PRESS_SECONDS
+from tests.test_collective_texts import LOST, TIMEOUT, WATCHDOG
 
 PATIENCE_SECONDS = 30.0
 
@@ -161,6 +162,26 @@ time.sleep(0.5)
 sys.exit(1)
 """
         assert start(body).message == "rank 1: the disk is full"
+
+    @pytest.mark.parametrize("culprit", [0, 1])
+    @pytest.mark.parametrize(
+        ("said", "message"),
+        [
+            (WATCHDOG + TIMEOUT, "waited longer than launch.timeout_seconds for the others, and was ended by torch ("),
+            (
+                WATCHDOG + LOST[1][0],
+                "lost another rank, which has ended or cannot be reached, and was ended by torch (",
+            ),
+            ("free(): invalid pointer", "was killed by SIGABRT: a library gave up, torch for example when an NCCL"),
+        ],
+    )
+    def test_a_rank_that_torch_aborts_says_why(self, folder: Path, culprit: int, said: str, message: str) -> None:
+        body = f"rank == {culprit} or time.sleep(600)\nprint({said!r}, file=sys.stderr, flush=True)\nos.abort()"
+        ending = start(body)
+        assert ending.exit_code == 1
+        assert ending.message is not None
+        assert ending.message.startswith(f"rank {culprit} {message}")
+        assert said == "free(): invalid pointer" or ending.message.endswith("with --resume")
 
     def test_a_message_of_all_ranks_is_reported_once_without_a_rank(self, folder: Path) -> None:
         assert start("wait_for_the_others()\nfail(2, 'train.epochs: no')") == Ending(2, "train.epochs: no")

@@ -46,7 +46,7 @@ def run(layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """By name of a layout, what this rank saw of it."""
     join(timeout_seconds=120)
     reports: dict[str, Any] = {name: Look(**settings).report() for name, settings in layouts.items()}
-    return {**reports, "refused": _refused(), "maps": map_jobs.look()}
+    return {**reports, "refused": _refused(), "late copy": _late_copy(), "maps": map_jobs.look()}
 
 
 class Look:
@@ -254,3 +254,38 @@ def _refused() -> list[str]:
     finally:
         engine.destroy()
     return []
+
+
+class _LateCopy:
+    """In place of a GPU's event: the gradients arrive in the CPU's memory only once somebody waits for them."""
+
+    def __init__(self, buffers: list[torch.Tensor]) -> None:
+        self._buffers, self._values = buffers, [buffer.clone() for buffer in buffers]
+        for buffer in buffers:
+            buffer.fill_(float("nan"))
+
+    def synchronize(self) -> None:
+        """Finish the copies."""
+        for buffer, value in zip(self._buffers, self._values, strict=True):
+            buffer.copy_(value)
+
+
+def _late_copy() -> dict[str, bool]:
+    """Whether `allowed` and `before` see the gradients of an offloaded optimiser whose copies are still under way."""
+    engine = _engine(Tiny(), 2, False, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    shards, seen = ShardView(engine), {}
+
+    def look(when: str) -> bool:
+        seen[when] = bool(shards.gradient_norm().isfinite()) and shards.non_finite_gradient() is None
+        return True
+
+    def before() -> None:
+        look("before")
+
+    shards.on_boundary(before, lambda: None, lambda: look("allowed"))
+    engine.backward(engine(torch.ones(4, 5)))
+    copy_under_way = _LateCopy([group.grad for group in engine.optimizer.single_partition_of_fp32_groups])
+    engine.optimizer._pending_offload_events["stream"] = copy_under_way
+    engine.step()
+    engine.destroy()
+    return seen

@@ -47,3 +47,8 @@ def test_state_that_no_layout_covers_is_refused(every_layout: Ranks) -> None:
         assert rank["refused"] == [
             "zero.deepspeed: round_robin_gradients is not supported (its shards are mapped wrongly)"
         ]
+
+
+def test_offloaded_gradients_are_read_only_once_they_have_arrived(every_layout: Ranks) -> None:
+    for rank in every_layout:
+        assert rank["late copy"] == {"allowed": True, "before": True}

@@ -162,14 +162,14 @@ def limited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_beside_another_job_it_trains_over_two_nodes_to_the_end(
     limited: Run, a_run: Run, undisturbed: dict[str, torch.Tensor]
 ) -> None:
-    a_run.submit("--nodes", "2", "--gpus-per-node", "1", "--time", "30")
+    a_run.submit("--nodes", "2", "--time", "30")
     second = a_run.command("slurm", str(a_run.recipe), "--nodes", "2", "--submit")
     assert second.returncode == 2
     assert f"job {a_run.job} of {a_run.run} is " in second.stderr
     a_run.wait_for_steps(1)
     ranks = sorted((process.environ() for process in a_run.ranks()), key=lambda variables: variables["SLURM_PROCID"])
     assert [variables["SLURMD_NODENAME"] for variables in ranks] == ["node1", "node2"]
-    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in ranks] == ["0", "0"]
+    assert [variables["CUDA_VISIBLE_DEVICES"] for variables in ranks] == ["", ""]
     assert a_run.status()[0] == "status      running"
     a_run.wait_for_end()
     assert_weights(a_run.run, undisturbed)
@@ -180,6 +180,18 @@ def test_beside_another_job_it_trains_over_two_nodes_to_the_end(
         "job.sh", "job.json", "recipe.yaml", f"slurm-{a_run.job}.log"
     }  # fmt: skip
     assert f"job {a_run.job} on node[1-2], restart 0 of at most 20" in a_run.log()
+
+
+def test_ranks_without_the_gpus_that_the_job_asked_for_do_not_train(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The cluster's GPUs are made up."""
+    folder = tmp_path_factory.mktemp("gpus")
+    run = Run(cluster, folder, long_recipe(folder))
+    run.submit("--nodes", "1", "--gpus-per-node", "1", "--time", "30")
+    run.wait_for_end("FAILED")
+    assert "cl-dist: error: launch.device: cuda: " in run.log()
+    assert run.steps() == 0
 
 
 def test_requeued_and_signalled_it_goes_on(a_run: Run, undisturbed: dict[str, torch.Tensor]) -> None:
