@@ -28,7 +28,7 @@ class OnDevice(torch.Tensor):
     inner: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> OnDevice:
+    def __new__(cls: type[OnDevice], inner: torch.Tensor) -> OnDevice:
         """Wrap a CPU tensor."""
         outer: OnDevice = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=DEVICE
@@ -90,9 +90,7 @@ class Counting(TorchDispatchMode):
         result = function(*plain, **settings)
         if target is not None and torch.device(target) != DEVICE:
             return result
-        return tree_map(
-            lambda x: (wrapped.get(id(x)) or OnDevice(x)) if isinstance(x, torch.Tensor) else x, result
-        )
+        return tree_map(lambda x: (wrapped.get(id(x)) or OnDevice(x)) if isinstance(x, torch.Tensor) else x, result)
 
     def _copy(self, name: str, args: Any, kwargs: Any) -> None:
         if name == "copy_":
