@@ -26,7 +26,6 @@ def test_the_device_computes_and_counts() -> None:
 
 
 def test_magnitudes_take_a_launch_for_each_output_and_one_for_all(triton_path: torch.device) -> None:
-    total = MagnitudeTotal(torch.zeros(80, dtype=torch.float64))
     with Counting() as seen:
         total = MagnitudeTotal(OnDevice(torch.zeros(80, dtype=torch.float64)))
         for _ in range(2):

@@ -340,7 +340,7 @@ class Agreement:
         """Compute the fingerprint of this step's mask, `(rows,)` bool, on its device: a sum of random weights."""
         if len(self._weights) != len(keep):
             weights = torch.randint(_MODULUS, keep.shape, dtype=torch.int32, generator=torch.Generator().manual_seed(0))
-            self._weights = weights.to(keep.device)
+            self._weights = sent(weights.numpy(), keep.device)
         fingerprint = (self._weights * keep).sum().remainder(_MODULUS).double()
         self._message = torch.stack([fingerprint, fingerprint.square()])
 

@@ -49,15 +49,12 @@ def between_forward_and_backward(number: int, selection: str) -> tuple[Counting,
     return seen, migu
 
 
+@pytest.mark.usefixtures("triton_path")
 @pytest.mark.parametrize("selection", ["magnitude", "random"])
-def test_the_host_waits_once_and_launches_do_not_grow_with_layers(
-    triton_path: torch.device,
-    ranks: int,
-    selection: str,
-) -> None:
+def test_the_host_waits_once_and_launches_do_not_grow_with_layers(ranks: int, selection: str) -> None:
     few, _ = between_forward_and_backward(2, selection)
     many, migu = between_forward_and_backward(9, selection)
     assert len(many.waits) == 1
     assert many.launches == few.launches
-    assert len(many.launches) <= (4 if ranks == 1 else 16)
+    assert len(many.launches) <= (4 if ranks == 1 else 13)
     assert len(migu.keep) == 18
