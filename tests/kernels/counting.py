@@ -26,6 +26,7 @@ class OnDevice(torch.Tensor):
     """A tensor on the counting device, around one on the CPU."""
 
     inner: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results on the CPU stay plain tensors
 
     @staticmethod
     def __new__(cls: type[OnDevice], inner: torch.Tensor) -> OnDevice:
@@ -80,7 +81,7 @@ class Counting(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name in ("_to_copy", "copy_"):
             self._copy(name, args, kwargs)
-        elif name in WAITS:
+        elif name in WAITS or (name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])):
             self.waits.append(name)
         elif name not in NO_LAUNCH and not function.is_view:
             self.launches.append(name)
@@ -90,7 +91,7 @@ class Counting(TorchDispatchMode):
         result = function(*plain, **settings)
         if target is not None and torch.device(target) != DEVICE:
             return result
-        return tree_map(lambda x: (wrapped.get(id(x)) or OnDevice(x)) if isinstance(x, torch.Tensor) else x, result)
+        return tree_map(lambda x: _wrapped(x, wrapped) if isinstance(x, torch.Tensor) else x, result)
 
     def _copy(self, name: str, args: Any, kwargs: Any) -> None:
         if name == "copy_":
@@ -113,3 +114,9 @@ def _unwrapped(values: Any) -> Any:
     if isinstance(values, (list, tuple)):
         return type(values)(_unwrapped(value) for value in values)
     return values.inner if isinstance(values, OnDevice) else values
+
+
+def _wrapped(result: torch.Tensor, known: dict[int, OnDevice]) -> OnDevice:
+    """Wrap a result; an operation in place returns the tensor that it was given."""
+    found = known.get(id(result))
+    return OnDevice(result) if found is None else found
