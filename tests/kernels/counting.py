@@ -37,6 +37,10 @@ class OnDevice(torch.Tensor):
         outer.inner = inner
         return outer
 
+    def tolist(self) -> Any:
+        """Copy to the host first, which PyTorch does itself for tensors that are no subclass."""
+        return self.cpu().tolist()
+
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse operations outside `Counting`, which would go uncounted."""
