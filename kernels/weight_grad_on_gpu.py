@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from cl_dist.kernels.backend import Launch, blocks, jit, power_of_two, release, tl, triton
+from cl_dist.kernels.backend import Launch, blocks, jit, power_of_two, release, tl
 
 GATHERED_FEATURES = 512
 """Up to this many input features, a GPU reads the kept columns of `grad_output` in place. A wider product reads each of
@@ -78,8 +78,11 @@ def has_descriptors(device: torch.device) -> bool:
 
     Those of Triton before 3.6 are not tested, and not used.
     """
-    tested = triton is not None and release(triton) >= (3, 6)
-    return tested and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+    if tl is None or torch.version.cuda is None:
+        return False
+    import triton
+
+    return release(triton) >= (3, 6) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _gathered(x_TI: torch.Tensor, dy_TO: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
