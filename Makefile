@@ -13,6 +13,8 @@ CODE := cl_dist kernels launch tests benchmarks tools setup.py
 # would leave a quarter of the time idle while ranks start or wait for each other.
 WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Releases of Triton that CUDA builds of PyTorch 2.11 and 2.13 pin; requirements-triton.lock has the one of `make test`.
+TRITONS ?= 3.6.0 3.7.1
 # Interpreters that requirements.lock supports: the oldest supported one, and one that the newest packages support.
 LOCK_PYTHONS ?= python3.10 python3.11
 
@@ -20,13 +22,20 @@ LOCK_PYTHONS ?= python3.10 python3.11
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-all test-cluster install lint format lock clean
+.PHONY: quickstart test test-all test-triton test-cluster install lint format lock clean
 
 quickstart: $(INSTALLED)  ## Train a tiny model on four built-in tasks with two ranks
 	CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(BIN)/cl-dist run quickstart --fresh
 
 test: $(INSTALLED)  ## Run the tests, except the slow ones
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-triton: $(INSTALLED)  ## Run the tests of the kernels with each Triton that a CUDA build of PyTorch pins
+	for version in $(TRITONS); do \
+	    test -d $(VENV)/triton-$$version || \
+	        $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton-$$version triton==$$version || exit 1; \
+	    PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m pytest tests/kernels $(PYTEST_ARGS) || exit 1; \
+	done
 
 test-cluster: $(INSTALLED)  ## Run jobs on a Slurm cluster that the tests start on this machine; skipped if Slurm is not installed
 	$(BIN)/python -m pytest tests/slurm/test_jobs.py $(PYTEST_ARGS)

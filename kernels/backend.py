@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numba
 import numpy as np
+import numpy.typing as npt
 import torch
 from numba.np.ufunc.parallel import threading_layer
 
@@ -26,13 +27,20 @@ numba.core.config._config_fname = os.devnull
 numba.core.config.reload_config()
 
 OLDEST_TRITON = (3, 4)
-"""The first release with everything that the kernels use (masked histograms); older ones count as absent."""
+"""The first release with everything that the kernels use (masked histograms); older ones count as absent. setup.py has
+the releases that are tested."""
+
+
+def release(package: types.ModuleType) -> tuple[int, ...]:
+    """Return the first two numbers of a package's version."""
+    return tuple(int(part) for part in package.__version__.split(".")[:2])
+
 
 try:
     import triton
     import triton.language
 
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+    if release(triton) < OLDEST_TRITON:
         triton = None
 except ImportError:  # Triton is an extra; a file with kernels imports without it
     triton = None
@@ -81,6 +89,13 @@ def power_of_two(number: int) -> int:
 def blocks(number: int, block: int) -> int:
     """Return how many blocks of `block` elements cover `number` elements."""
     return -(-number // block)
+
+
+def sent(numbers: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy numbers to a device; the host does not wait for a GPU that is still busy."""
+    tensor = torch.from_numpy(numbers)
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ the result depends neither on the number of threads nor on the order in which a 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numba
@@ -14,7 +15,19 @@ import numpy.typing as npt
 import torch
 
 from cl_dist.kernels import reference
-from cl_dist.kernels.backend import LANES, Launch, blocks, cpu_jit, cpu_part, fold_lanes, jit, path_of, power_of_two, tl
+from cl_dist.kernels.backend import (
+    LANES,
+    Launch,
+    blocks,
+    cpu_jit,
+    cpu_part,
+    fold_lanes,
+    jit,
+    path_of,
+    power_of_two,
+    sent,
+    tl,
+)
 from cl_dist.kernels.rows import counted_tokens
 
 TOKEN_BLOCK = 32
@@ -27,6 +40,11 @@ TILE = 8192
 """Elements of a GPU program's tile, if rows are shorter than that."""
 WIDE_PIECE = 2048
 """Elements of a longer row that a GPU program reads at a time."""
+STAGES = 3
+"""Tiles that a GPU program has in flight: it reads the next two while it adds up one."""
+FOLD_BYTES = 128 << 20
+"""Memory for block sums that wait to be folded together. At 4,096 tokens all layers of a 7B model need 0.7 GB, so that
+they take six launches instead of 224."""
 FOLD_HEIGHT, FOLD_WIDTH = 16, 128
 """Blocks and rows that a GPU program folds at a time."""
 CONVERTED_TOKENS = 64 * TOKEN_BLOCK
@@ -62,6 +80,62 @@ def row_magnitude(
     return (_on_cpu if path == "cpu" else _on_gpu)(y_TO, counted_T, per_token)
 
 
+class MagnitudeTotal:
+    """Adds the row magnitudes of many outputs to one vector, with few launches on a GPU.
+
+    There, `add` launches one kernel, which sums over blocks of tokens, and `fold` one more for all outputs since the
+    last one. The numbers are the same as those of `row_magnitude` added one after the other.
+
+    Args:
+        total: `(total,)` float64: what is added to. Up to date after `fold`.
+    """
+
+    def __init__(self, total: torch.Tensor) -> None:
+        self.total = total
+        self._partial = torch.empty(0, dtype=torch.float32, device=total.device)
+        """Sums of the blocks of all waiting outputs, in the same memory in every step."""
+        self._used = 0
+        self._waiting: dict[int, tuple[int, int, int, int]] = {}
+        """By its first row in `total`, an output's place in `_partial`, blocks, rows, and first row."""
+
+    def add(self, output: torch.Tensor, token_mask: torch.Tensor | None, start: int, *, per_token: bool = True) -> None:
+        """Add the magnitudes of an output to `total[start : start + out_features]`; arguments as of `row_magnitude`."""
+        rows = output.shape[-1]
+        if path_of(output) != "triton":
+            self.total[start : start + rows].add_(row_magnitude(output, token_mask, per_token=per_token))
+            return
+        y_TO = output.detach().reshape(-1, rows)
+        counted_T = None if token_mask is None else counted_tokens(output, token_mask)
+        number = blocks(len(y_TO), TOKEN_BLOCK)
+        size = -(-number * rows // 4) * 4  # every output begins at a multiple of 16 bytes
+        # One launch folds each row once, so a second output of a layer waits for the next.
+        if start in self._waiting or self._used + size > self._partial.numel():
+            self._make_room(size)
+        partial_BO = self._partial[self._used : self._used + number * rows].view(number, rows)
+        _sum_launch(y_TO, counted_T, per_token, partial_BO).run()
+        self._waiting[start] = (self._used, number, rows, start)
+        self._used += size
+
+    def fold(self) -> torch.Tensor:
+        """Add what waits to `total`, and return it."""
+        if self._waiting:
+            _fold_all_launch(self._partial, tuple(self._waiting.values()), self.total).run()
+            self.forget()
+        return self.total
+
+    def forget(self) -> None:
+        """Discard what waits."""
+        self._waiting.clear()
+        self._used = 0
+
+    def _make_room(self, size: int) -> None:
+        """Fold, and make the memory twice as large while it is smaller than `FOLD_BYTES`."""
+        self.fold()
+        larger = max(size, min(2 * self._partial.numel() + size, FOLD_BYTES // 4))
+        if larger > self._partial.numel():
+            self._partial = torch.empty(larger, dtype=torch.float32, device=self.total.device)
+
+
 def _on_gpu(y_TO: torch.Tensor, counted_T: torch.Tensor | None, per_token: bool) -> torch.Tensor:
     partial_BO = torch.empty(blocks(len(y_TO), TOKEN_BLOCK), y_TO.shape[1], dtype=torch.float32, device=y_TO.device)
     total_O = torch.empty(y_TO.shape[1], dtype=torch.float32, device=y_TO.device)
@@ -90,6 +164,7 @@ def _sum_launch(
         "PER_TOKEN": per_token,
         "MASKED": counted_T is not None,
         "STEPS": TOKEN_BLOCK // height,
+        "STAGES": STAGES,
         "HEIGHT": height,
         "WIDTH": width,
     }
@@ -102,6 +177,28 @@ def _fold_launch(partial_BO: torch.Tensor, total_O: torch.Tensor) -> Launch:
     arguments = {"partial": partial_BO, "total": total_O, "blocks": len(partial_BO), "rows": rows}
     tile = {"HEIGHT": FOLD_HEIGHT, "WIDTH": FOLD_WIDTH}
     return Launch(_fold_blocks, (blocks(rows, FOLD_WIDTH),), {**arguments, **tile}, num_warps=4)
+
+
+def _fold_all_launch(
+    partial: torch.Tensor, waiting: tuple[tuple[int, int, int, int], ...], total: torch.Tensor
+) -> Launch:
+    """Launch a program for every `FOLD_WIDTH` rows of the widest output, of each output."""
+    arguments = {
+        "partial": partial,
+        "table": _table(waiting, partial.device),
+        "total": total,
+        "ALIGNED": all(rows % 4 == 0 for _, _, rows, _ in waiting),
+        "HEIGHT": FOLD_HEIGHT,
+        "WIDTH": FOLD_WIDTH,
+    }
+    widest = max(rows for _, _, rows, _ in waiting)
+    return Launch(_fold_all, (len(waiting), blocks(widest, FOLD_WIDTH)), arguments, num_warps=4)
+
+
+@functools.lru_cache(maxsize=16)
+def _table(waiting: tuple[tuple[int, int, int, int], ...], device: torch.device) -> torch.Tensor:
+    """Return `(outputs, 4)` int64; the same in every step whose batches have the same shape."""
+    return sent(np.array(waiting, np.int64), device)
 
 
 @jit
@@ -147,6 +244,7 @@ def _sum_whole_rows(
     PER_TOKEN: tl.constexpr,
     MASKED: tl.constexpr,
     STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
@@ -154,7 +252,7 @@ def _sum_whole_rows(
     block = tl.program_id(0).to(tl.int64)
     j_W = tl.arange(0, WIDTH)
     sums_HW = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    for step in range(STEPS):
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         t_H = (block * STEPS + step) * HEIGHT + tl.arange(0, HEIGHT)
         y_HW = _tile_of(y, counted, t_H[:, None], j_W[None, :], tokens, rows, token_stride, row_stride, MASKED)
         if PER_TOKEN:
@@ -176,6 +274,7 @@ def _sum_wide_rows(
     PER_TOKEN: tl.constexpr,
     MASKED: tl.constexpr,
     STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
@@ -187,7 +286,7 @@ def _sum_wide_rows(
         weight_H = tl.full((HEIGHT,), 1.0, tl.float32)
         if PER_TOKEN:
             sums_HW = tl.zeros((HEIGHT, WIDTH), tl.float32)
-            for start in range(0, rows, WIDTH):
+            for start in tl.range(0, rows, WIDTH, num_stages=STAGES):
                 j_1W = start + tl.arange(0, WIDTH)[None, :]
                 sums_HW += _tile_of(y, counted, t_H[:, None], j_1W, tokens, rows, token_stride, row_stride, MASKED)
             weight_H = _weights(tl.sum(sums_HW, axis=1), SMALLEST)
@@ -204,6 +303,24 @@ def _sum_wide_rows(
 
 
 @jit
+def _folded(
+    partial: tl.tensor,
+    j_W: tl.tensor,
+    blocks: tl.tensor,
+    rows: tl.tensor,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """Add up the blocks of some rows in float64, in an order that depends only on the tile; rounded to float32."""
+    sums_HW = tl.zeros((HEIGHT, WIDTH), tl.float64)
+    for start in range(0, blocks, HEIGHT):
+        b_H = start + tl.arange(0, HEIGHT).to(tl.int64)
+        inside = (b_H < blocks)[:, None] & (j_W < rows)[None, :]
+        sums_HW += tl.load(partial + b_H[:, None] * rows + j_W[None, :], mask=inside, other=0.0)
+    return tl.sum(sums_HW, axis=0).to(tl.float32)
+
+
+@jit
 def _fold_blocks(
     partial: tl.tensor,
     total: tl.tensor,
@@ -212,14 +329,31 @@ def _fold_blocks(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """Add up the blocks of every row in float64, in an order that depends only on the tile."""
+    """Fold one output."""
     j_W = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    sums_HW = tl.zeros((HEIGHT, WIDTH), tl.float64)
-    for start in range(0, blocks, HEIGHT):
-        b_H = start + tl.arange(0, HEIGHT).to(tl.int64)
-        inside = (b_H < blocks)[:, None] & (j_W < rows)[None, :]
-        sums_HW += tl.load(partial + b_H[:, None] * rows + j_W[None, :], mask=inside, other=0.0)
-    tl.store(total + j_W, tl.sum(sums_HW, axis=0).to(tl.float32), mask=j_W < rows)
+    tl.store(total + j_W, _folded(partial, j_W, blocks, rows, HEIGHT, WIDTH), mask=j_W < rows)
+
+
+@jit
+def _fold_all(
+    partial: tl.tensor,
+    table: tl.tensor,
+    total: tl.tensor,
+    ALIGNED: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """Fold each output in the table, and add it to its rows of the total."""
+    row = table + tl.program_id(0) * 4
+    offset, blocks, rows, start = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    if ALIGNED:
+        offset, rows = tl.multiple_of(offset, 4), tl.multiple_of(rows, 4)
+    first = tl.program_id(1) * WIDTH
+    if first < rows:
+        j_W = first + tl.arange(0, WIDTH)
+        sums_W = _folded(partial + offset, j_W, blocks, rows, HEIGHT, WIDTH)
+        here_W = total + start + j_W
+        tl.store(here_W, tl.load(here_W, mask=j_W < rows) + sums_W, mask=j_W < rows)
 
 
 def _on_cpu(y_TO: torch.Tensor, counted_T: torch.Tensor | None, per_token: bool) -> torch.Tensor:

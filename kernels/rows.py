@@ -7,7 +7,7 @@ stored transposed, and to several matrices in one parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,22 @@ class RowMask(NamedTuple):
     """`(rows,)` bool, True where a row is kept."""
     rows: torch.Tensor
     """`(kept,)` int64, ascending: the rows where `keep` is True."""
+
+
+class RowMasks(NamedTuple):
+    """The kept rows of many layers in flat tensors, one layer after the other."""
+
+    keep: torch.Tensor
+    """`(total,)` bool, True where a row is kept."""
+    rows: torch.Tensor
+    """`(total,)` int64: from where a layer begins, its kept rows, ascending; what follows them means nothing."""
+    counts: torch.Tensor
+    """`(layers,)` int64: the kept rows of each layer."""
+
+    def split(self, sizes: Sequence[int], counts: Sequence[int]) -> list[RowMask]:
+        """Return every layer's mask, as views; `counts` are numbers on the host, for which it waited once."""
+        pieces = zip(self.keep.split(list(sizes)), self.rows.split(list(sizes)), counts, strict=True)
+        return [RowMask(keep_N, rows_N[:count]) for keep_N, rows_N, count in pieces]
 
 
 class RowSegment(NamedTuple):

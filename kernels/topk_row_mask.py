@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 
 from cl_dist.kernels import reference
-from cl_dist.kernels.backend import Launch, cpu_jit, cpu_part, jit, path_of, tl
-from cl_dist.kernels.rows import RowMask
+from cl_dist.kernels.backend import Launch, cpu_jit, cpu_part, jit, path_of, sent, tl
+from cl_dist.kernels.rows import RowMask, RowMasks
 
 CPU_DIGIT = 11
 """Bits of a digit on CPUs, where the counts must fit in the L1 cache."""
@@ -59,17 +59,31 @@ def topk_row_masks(magnitudes: torch.Tensor, sizes: Sequence[int], threshold: fl
         ValueError: A layer without rows, sizes that do not add up to `total`, or a threshold outside [0, 1].
         TypeError: Magnitudes that are neither float32 nor float64.
     """
+    masks = flat_row_masks(magnitudes, sizes, threshold)
+    return masks.split(sizes, masks.counts.tolist())
+
+
+def flat_row_masks(magnitudes: torch.Tensor, sizes: Sequence[int], threshold: float) -> RowMasks:
+    """Choose as `topk_row_masks` does, without waiting for the device."""
     _check(magnitudes, sizes, threshold)
     path = path_of(magnitudes)
     if path == "torch":
-        return reference.topk_row_masks(magnitudes, sizes, threshold)
+        return _flat(reference.topk_row_masks(magnitudes, sizes, threshold), magnitudes)
     keep = torch.empty(magnitudes.numel(), dtype=torch.bool, device=magnitudes.device)
     rows = torch.empty(magnitudes.numel(), dtype=torch.int64, device=magnitudes.device)
     layers_2L = _layers(tuple(sizes), threshold, magnitudes.device)
     choose = _choose_on_cpu if path == "cpu" else _choose_on_gpu
-    counts = choose(magnitudes.detach().contiguous(), layers_2L, keep, rows)
-    pieces = zip(keep.split(list(sizes)), rows.split(list(sizes)), counts, strict=True)
-    return [RowMask(keep_N, rows_N[:count]) for keep_N, rows_N, count in pieces]
+    return RowMasks(keep, rows, choose(magnitudes.detach().contiguous(), layers_2L, keep, rows))
+
+
+def _flat(masks: Sequence[RowMask], magnitudes: torch.Tensor) -> RowMasks:
+    rows = torch.empty(magnitudes.numel(), dtype=torch.int64, device=magnitudes.device)
+    start = 0
+    for mask in masks:
+        rows[start : start + len(mask.rows)] = mask.rows
+        start += len(mask.keep)
+    keep = torch.cat([mask.keep for mask in masks]) if masks else torch.empty_like(rows, dtype=torch.bool)
+    return RowMasks(keep, rows, torch.tensor([len(mask.rows) for mask in masks], device=rows.device))
 
 
 def _check(magnitudes: torch.Tensor, sizes: Sequence[int], threshold: float) -> None:
@@ -86,17 +100,17 @@ def _layers(sizes: tuple[int, ...], threshold: float, device: torch.device) -> t
     """Return `(2, layers + 1)` int64: where each layer starts (and the last one ends), and the rank of its cut."""
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     ranks = [size - kept_rows(size, threshold) for size in sizes]
-    return torch.from_numpy(np.stack([starts, np.array([*ranks, 0])])).to(device)
+    return sent(np.stack([starts, np.array([*ranks, 0])]), device)
 
 
 def _choose_on_cpu(
     magnitudes: torch.Tensor, layers_2L: torch.Tensor, keep: torch.Tensor, rows: torch.Tensor
-) -> list[int]:
+) -> torch.Tensor:
     counts = np.zeros(layers_2L.shape[1] - 1, np.int64)
     starts, ranks = layers_2L.numpy()
     bits = magnitudes.double().view(torch.uint64).numpy()  # exact, and in the same order
     _choose_layers.sized(bits.size)(bits, starts, ranks, keep.numpy(), rows.numpy(), counts)
-    return counts.tolist()
+    return torch.from_numpy(counts)
 
 
 @cpu_jit
@@ -166,10 +180,10 @@ def _key_of_rank(keys: npt.NDArray[np.uint64], rank: int) -> int:
 
 def _choose_on_gpu(
     magnitudes: torch.Tensor, layers_2L: torch.Tensor, keep: torch.Tensor, rows: torch.Tensor
-) -> list[int]:
+) -> torch.Tensor:
     counts = torch.empty(layers_2L.shape[1] - 1, dtype=torch.int64, device=magnitudes.device)
     _choose_launch(magnitudes, layers_2L, keep, rows, counts).run()
-    return counts.tolist()
+    return counts
 
 
 def _choose_launch(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from cl_dist.kernels.backend import Launch, allows_tf32, blocks, jit, power_of_two, tl
+from cl_dist.kernels.backend import Launch, allows_tf32, blocks, jit, power_of_two, release, tl
 
 GATHERED_FEATURES = 512
 """Up to this many input features, a GPU reads the kept columns of `grad_output` in place. A wider product reads each of
@@ -74,8 +74,15 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.lru_cache
 def has_descriptors(device: torch.device) -> bool:
-    """Whether a device has hardware for tensor descriptors (NVIDIA's TMA, compute capability 9.0)."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether a device has hardware for tensor descriptors: NVIDIA's TMA, from compute capability 9.0 on.
+
+    Those of Triton before 3.6 are not tested, and not used.
+    """
+    if tl is None or torch.version.cuda is None:
+        return False
+    import triton
+
+    return release(triton) >= (3, 6) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _gathered(x_TI: torch.Tensor, dy_TO: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -148,6 +155,11 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
+def _is_exact(dtype: torch.dtype) -> bool:
+    """Whether products are of exact float32, without matrix instructions."""
+    return dtype == torch.float32 and _precision(dtype) == "ieee"
+
+
 def _interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, whose `tl.dot` misreads bfloat16 as integers."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -158,10 +170,12 @@ def _tile(kept: int, in_features: int, dtype: torch.dtype, gather: bool) -> dict
 
     Products of 128 x 128 with three stages take 96 KiB of shared memory on sm_90, and the 64 KiB that gfx942 has. Exact
     float32 has no matrix instruction, so its tile must fit in registers. Gathered columns pass through registers one by
-    one, which limits their tile likewise.
+    one, which limits their tile, and the stages of a loop that reads them, likewise (3 stages of exact float32 spill
+    with Triton 3.6, 32 tokens of TF32 with 3.7).
     """
-    exact = dtype == torch.float32 and _precision(dtype) == "ieee"
-    most, tokens = (64, 16) if exact else (128, 32 if dtype == torch.float32 or gather else 64)
+    exact = _is_exact(dtype)
+    width = dtype.itemsize * (2 if gather else 1)
+    most, tokens = (64, 16) if exact else (128, 128 // width)
     # tl.dot requires at least 16 in every dimension.
     return {
         "BLOCK_R": min(most, max(16, power_of_two(kept))),
@@ -204,7 +218,8 @@ def _tile_launch(
     }
     large = tile["BLOCK_R"] * tile["BLOCK_I"] > 64 * 64
     grid = (blocks(kept, tile["BLOCK_R"]), blocks(in_features, tile["BLOCK_I"]))
-    return Launch(_tile_kernel, grid, arguments, num_warps=8 if large else 4, num_stages=3)
+    stages = 2 if gather and _is_exact(x_TI.dtype) else 3
+    return Launch(_tile_kernel, grid, arguments, num_warps=8 if large else 4, num_stages=stages)
 
 
 def _bias_launch(dy_TO: torch.Tensor, rows: torch.Tensor, bias_grad: torch.Tensor, accumulate: bool) -> Launch:
@@ -219,7 +234,7 @@ def _bias_launch(dy_TO: torch.Tensor, rows: torch.Tensor, bias_grad: torch.Tenso
         "grad_stride": bias_grad.stride(0),
         "ACCUMULATE": accumulate,
         "BLOCK_R": 32,
-        "BLOCK_T": 64,
+        "BLOCK_T": 32,
     }
     return Launch(_bias_kernel, (blocks(rows.numel(), 32),), arguments, num_warps=4)
 

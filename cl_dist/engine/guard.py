@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class UpdateGuard:
     def note_loss(self, total: torch.Tensor, indices: list[int]) -> float:
         """Record a micro-batch's loss, a scalar, with its samples; return it as a number."""
         value = total.item()
-        self._losses.append(_Loss(value, [index for index in indices if index >= 0], bool(torch.isfinite(total))))
+        self._losses.append(_Loss(value, [index for index in indices if index >= 0], math.isfinite(value)))
         return value
 
     def allows(self) -> bool:

@@ -93,6 +93,7 @@ def _read_nvidia(compiled: Any, target_name: str) -> dict[str, int]:
     used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     # Single bytes are masks; PTX reads one several times, which ptxas joins.
     loads, stores = (re.findall(rf"\b{kind}\.global(?![.\w]*8\b)[.\w]*", compiled.asm["ptx"]) for kind in ("ld", "st"))
+    loads += re.findall(r"cp\.async\.c[ag]\..*;", compiled.asm["ptx"])
     threads, shared = compiled.metadata.num_warps * 32, compiled.metadata.shared
     return {
         "registers": used["REG"],
@@ -108,7 +109,12 @@ def _read_nvidia(compiled: Any, target_name: str) -> dict[str, int]:
 
 
 def _is_wide(instruction: str) -> bool:
-    """Whether a PTX instruction such as `ld.global.v4.b32` moves at least 16 bytes per thread."""
+    """Whether a PTX instruction such as `ld.global.v4.b32` moves at least 16 bytes per thread.
+
+    Asynchronous copies to shared memory, `cp.async.cg.shared.global [to], [from], 0x10`, have the number of bytes.
+    """
+    if instruction.startswith("cp.async"):
+        return ", 0x10" in instruction
     shape = re.search(r"\.v(\d)\.\w(\d+)", instruction)
     return shape is not None and int(shape[1]) * int(shape[2]) >= 128
 

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from cl_dist.kernels import backend
+
+if backend.triton is not None and backend.release(backend.triton) < (3, 7):
+    # The interpreter of Triton 3.6 converts a loop's bound, an array of one element, with int(), which NumPy 2.4
+    # refuses. Triton 3.7 takes the element out first. Compiled kernels are not affected.
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _with_scalar_index(tensor: type, scope: Any) -> None:
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = _with_scalar_index
 
 
 def kernels_device() -> torch.device:

@@ -61,6 +61,12 @@ def _fold(blocks: int, rows: int) -> Launch:
     return module("row_magnitude")._fold_launch(meta(blocks, rows), meta(rows))
 
 
+def _fold_all(blocks: int) -> Launch:
+    layers = [(4096 * 4, 4096), (11008 * 2, 11008), (4096, 4096)]
+    outputs = tuple((blocks * 42496 * n + blocks * at, blocks, rows, at) for n in range(4) for at, rows in layers)
+    return module("row_magnitude")._fold_all_launch(meta(1 << 25), outputs, meta(1 << 20, dtype=torch.float64))
+
+
 def _choose(dtype: torch.dtype) -> Launch:
     total, layers, integer = 224 * 4096, 224, {"dtype": torch.int64}
     keep = meta(total, dtype=torch.bool)
@@ -123,26 +129,28 @@ def _importance(dtype: torch.dtype, numel: int = 1 << 24, order: int = 3) -> Lau
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 CASES = [
-    Case("row_magnitude, 8192 × 1024 bf16", partial(_sum, BF16, 8192, 1024)),
-    Case("row_magnitude, 8192 × 4096 bf16", partial(_sum, BF16, 8192, 4096)),
-    Case("row_magnitude, 8192 × 4096 fp16", partial(_sum, FP16, 8192, 4096)),
-    Case("row_magnitude, 8192 × 4096 fp32", partial(_sum, FP32, 8192, 4096)),
-    Case("row_magnitude, 8192 × 11008 bf16", partial(_sum, BF16, 8192, 11008)),
-    Case("row_magnitude, 8192 × 28672 bf16", partial(_sum, BF16, 8192, 28672), warps=32),
+    Case("row_magnitude, 8192 × 1024 bf16", partial(_sum, BF16, 8192, 1024), waves=24),
+    # AMD's GPUs keep the tiles in flight in registers, others in shared memory.
+    Case("row_magnitude, 8192 × 4096 bf16", partial(_sum, BF16, 8192, 4096), waves=24),
+    Case("row_magnitude, 8192 × 4096 fp16", partial(_sum, FP16, 8192, 4096), waves=24),
+    Case("row_magnitude, 8192 × 4096 fp32", partial(_sum, FP32, 8192, 4096), waves=24),
+    Case("row_magnitude, 8192 × 11008 bf16", partial(_sum, BF16, 8192, 11008), waves=16),
+    Case("row_magnitude, 8192 × 28672 bf16", partial(_sum, BF16, 8192, 28672), warps=32, waves=16),
     Case(
         "row_magnitude, batch, 8192 × 4096 bf16",
         partial(_sum, BF16, 8192, 4096, per_token=False, masked=False),
         warps=32,
+        waves=24,
     ),
     Case("row_magnitude, lora_A, 8192 × 8 bf16", partial(_sum, BF16, 8192, 8), wide="", warps=32),
     Case("row_magnitude, fold, 256 × 4096", partial(_fold, 256, 4096), warps=32, long=False),
-    # NVIDIA's loads of the product are asynchronous copies to shared memory, which are not counted.
+    # The table is read number by number, and the totals 8 bytes at a time.
+    Case("row_magnitude, fold of all layers", partial(_fold_all, 128), narrow=5, warps=32, long=False),
     Case("topk_row_masks, 224 layers, fp32", partial(_choose, FP32), wide="", long=False),
     Case("topk_row_masks, 224 layers, fp64", partial(_choose, FP64), wide="", long=False),
     Case("apply_row_mask_, rows of 4096, bf16", partial(_zero, BF16, 0, 4096), wide="store", warps=48),
     Case("apply_row_mask_, rows of 11008, fp32", partial(_zero, FP32, 2**33, 11008), wide="store", warps=48),
     Case("apply_row_mask_, from any element, bf16", partial(_zero, BF16, 1, 4096), wide="", warps=48),
-    # NVIDIA's loads of products without gathering are asynchronous copies to shared memory, which are not counted.
     Case(
         "masked_weight_grad, 11008 × 4096 bf16", partial(_product, BF16, 11008, 4096, 3303), wide="", warps=8, waves=8
     ),

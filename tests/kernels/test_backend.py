@@ -1,5 +1,6 @@
 """Paths, threads and compiled variants."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from cl_dist.engine.device import set_matmul_precision
 from cl_dist.kernels import backend, row_magnitude, weight_grad_on_gpu
 from cl_dist.kernels.backend import SMALL, Launch, blocks, cpu_jit, power_of_two
+from tests.ranks import REPOSITORY
 
 
 def run(code: str) -> str:
@@ -35,6 +37,14 @@ def test_sizes(number: int, block: int) -> None:
     assert (blocks(number, block) - 1) * block < number <= blocks(number, block) * block
     assert power_of_two(number) // 2 < number <= power_of_two(number)
     assert power_of_two(number).bit_count() == 1
+
+
+def test_the_oldest_tested_triton_is_the_oldest_supported_one() -> None:
+    (supported,) = re.findall(r'"triton>=([\d.]+),<4;', (REPOSITORY / "setup.py").read_text(encoding="utf-8"))
+    (tested,) = re.findall(r"^TRITONS \?= (.*)", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    oldest = min(tuple(int(part) for part in version.split(".")[:2]) for version in tested.split())
+    assert supported == ".".join(str(part) for part in oldest)
+    assert oldest >= backend.OLDEST_TRITON
 
 
 def test_an_empty_launch_does_nothing() -> None:

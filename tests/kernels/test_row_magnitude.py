@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cl_dist.kernels import reference, row_magnitude
+from cl_dist.kernels import MagnitudeTotal, reference, row_magnitude
 
 MODULE = sys.modules["cl_dist.kernels.row_magnitude"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -167,3 +167,31 @@ def test_the_same_bits_every_time_and_with_any_number_of_threads(per_token: bool
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+OUTPUTS = [(0, 40, 12), (12, 70, 7), (19, 1, 300), (12, 33, 7), (0, 40, 12), (319, 64, 8)]
+"""First row, tokens and rows of outputs; a layer may run twice."""
+
+
+@both
+@pytest.mark.parametrize("room", [0, 1 << 20])
+def test_totals_of_many_outputs_are_their_magnitudes_one_after_the_other(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, per_token: bool, room: int
+) -> None:
+    monkeypatch.setattr(MODULE, "FOLD_BYTES", room)
+    torch.manual_seed(6)
+    total = torch.rand(327, dtype=torch.float64, device=device)
+    expected = total.clone()
+    magnitudes = MagnitudeTotal(total)
+    for _ in range(2):  # the second time in memory of the right size
+        for start, tokens, rows in OUTPUTS:
+            output = torch.randn(tokens, rows, device=device).bfloat16()
+            mask = torch.rand(tokens, device=device) < 0.7 if rows == 7 else None
+            magnitudes.add(output, mask, start, per_token=per_token)
+            expected[start : start + rows] += row_magnitude(output, mask, per_token=per_token)
+        assert magnitudes.fold() is total
+        assert torch.equal(total, expected)
+    magnitudes.add(torch.ones(3, 12, device=device), None, 0)
+    magnitudes.forget()
+    if device.type == "cuda" or MODULE.path_of(total) == "triton":
+        assert torch.equal(magnitudes.fold(), expected)

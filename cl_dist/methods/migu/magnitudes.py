@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from cl_dist.errors import ClDistError
-from cl_dist.kernels import row_magnitude
+from cl_dist.kernels import MagnitudeTotal
 from cl_dist.methods.migu.token_axes import Call, Trial, calls_of, counted
 from cl_dist.models.experts import Routed
 from cl_dist.models.layer_kinds import Tap, TrackedLayer
@@ -44,9 +45,7 @@ class MagnitudeSums:
         self.sizes = [size for layer in layers.values() for size in layer.sizes]
         """Numbers of rows that are ranked together, in the order of `layers`: one per layer, or per expert."""
         device = next(model.parameters()).device
-        self.flat = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
-        """This rank's sums since `clear`, all layers one after the other. A micro-batch's magnitudes are float32; their
-        sum in double precision does not depend on the order, and so not on which rank has which micro-batch."""
+        self._total = MagnitudeTotal(torch.zeros(sum(self.sizes), dtype=torch.float64, device=device))
         self.tokens = torch.zeros(len(self.sizes), dtype=torch.float64, device=device)
         """Tokens counted for each expert since `clear`; zero for other layers."""
         self.calls = dict.fromkeys(layers, 0)
@@ -62,8 +61,8 @@ class MagnitudeSums:
         self._trials: list[tuple[Mapping[str, torch.Tensor], dict[str, list[torch.Size | None]]]] = []
         self._learning = False
         totals = [layer.layout.total for layer in layers.values()]
-        self.by_layer = dict(zip(layers, self.flat.split(totals), strict=True))
-        """Views of `flat` by layer name."""
+        self._start = dict(zip(layers, itertools.accumulate([0, *totals]), strict=False))
+        """Where a layer begins in `flat`, by name."""
         groups = [layer.layout.matrices for layer in layers.values()]
         self._tokens = dict(zip(layers, self.tokens.split(groups), strict=True))
         self.taps: dict[str, Tap] = {}
@@ -71,9 +70,25 @@ class MagnitudeSums:
         self._handles: list[RemovableHandle] = []
         self._watch(mask_bias)
 
+    @property
+    def flat(self) -> torch.Tensor:
+        """This rank's sums since `clear`, all layers one after the other, `(sum of sizes,)` float64.
+
+        A micro-batch's magnitudes are float32. Their sum in double precision does not depend on the order, and so not
+        on which rank has which micro-batch.
+        """
+        return self._total.fold()
+
+    @property
+    def by_layer(self) -> dict[str, torch.Tensor]:
+        """Views of `flat` by layer name."""
+        totals = [layer.layout.total for layer in self.layers.values()]
+        return dict(zip(self.layers, self.flat.split(totals), strict=True))
+
     def clear(self) -> None:
         """Reset all sums to zero."""
-        self.flat.zero_()
+        self._total.forget()
+        self._total.total.zero_()
         self.tokens.zero_()
         self.calls = dict.fromkeys(self.layers, 0)
 
@@ -137,8 +152,7 @@ class MagnitudeSums:
         which = self._counted(layer, output.shape[:-1])
         if which is not False:
             self.calls[layer.name] += 1
-            magnitude = row_magnitude(output, which, per_token=self._per_token)
-            self.by_layer[layer.name].add_(magnitude)
+            self._total.add(output, which, self._start[layer.name], per_token=self._per_token)
 
     def record_routed(self, layer: TrackedLayer, routed: Routed) -> None:
         """Add the magnitudes of each expert's tokens to its sums."""
@@ -150,13 +164,13 @@ class MagnitudeSums:
         matrices = layer.layout.matrices
         experts = routed.experts if counts is None else routed.experts[counts]
         self._tokens[layer.name].add_(torch.bincount(experts, minlength=matrices))
-        start = 0
-        for sums, count in zip(self.by_layer[layer.name].view(matrices, -1), routed.per_expert, strict=True):
+        start, row = 0, self._start[layer.name]
+        for count in routed.per_expert:
             if count:
                 here = slice(start, start + count)
                 mask = None if counts is None else counts[here]
-                sums.add_(row_magnitude(routed.output[here], mask, per_token=self._per_token))
-            start += count
+                self._total.add(routed.output[here], mask, row, per_token=self._per_token)
+            start, row = start + count, row + layer.layout.rows
 
     def _counted(self, layer: TrackedLayer, leading: torch.Size) -> torch.Tensor | Literal[False] | None:
         """Mask of the outputs to count; None: all of them; False: the call does not run over tokens."""

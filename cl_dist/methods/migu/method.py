@@ -8,7 +8,6 @@ rank's shards of the reduced gradients; or, with `mask_scope: micro_batch`, the 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,8 @@ from torch import nn
 
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput, ClDistError
-from cl_dist.kernels import RowLayout, RowMask, kept_rows, mask_rows_, topk_row_masks
+from cl_dist.kernels import RowLayout, RowMask, RowMasks, flat_row_masks, kept_rows, mask_rows_
+from cl_dist.kernels.backend import sent
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.methods.migu.magnitudes import MagnitudeSums, Plan
@@ -53,6 +53,8 @@ class Migu(Method):
         self.keep: dict[str, torch.Tensor] = {}
         """Masks of the latest step by name of a weight or bias: `(rows,)` bool, True for rows that are updated. Experts
         lie one after the other in one mask."""
+        self._kept = torch.empty(0, dtype=torch.bool)
+        """All of them, one after the other."""
         self._masks_this_task = False
         self._step = 0
         self._micro_batch = 0
@@ -262,7 +264,7 @@ class Migu(Method):
     def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Choose the rows that this micro-batch's backward pass computes."""
         if self._masks_this_task and self._skipper is not None:
-            masks = self._choose_rows()
+            keep, masks = self._choose_rows()
             self._skipper.choose({name: of_layer[0].rows for name, of_layer in masks.items()})
             for name, tap in self._sums.taps.items():
                 tap.rows = {
@@ -270,7 +272,7 @@ class Migu(Method):
                     for layer, of_layer in masks.items()
                     if layer.rpartition(".")[0] == name
                 }
-            self._remember(masks)
+            self._remember(keep)
         return loss
 
     def before_update(self) -> None:
@@ -279,7 +281,7 @@ class Migu(Method):
             self._check_ran()
             return
         if self._skipper is None:
-            self._remember(self._choose_rows())
+            self._remember(self._choose_rows()[0])
         for name, keep in self.keep.items():
             # Skipped rows are zero already, unless a method before this one has added to them.
             if self._skipper is not None and name not in self._shards.edited and name not in self._not_skipped:
@@ -296,7 +298,7 @@ class Migu(Method):
         if torch.distributed.get_world_size() > 1:
             message = self._agreement.message()
             torch.distributed.all_reduce(message)
-            self._agreement.check(message)
+            self._agreement.check(message.tolist())
 
     def update_skipped(self) -> None:
         """Discard the sums of the skipped step."""
@@ -315,49 +317,61 @@ class Migu(Method):
         for tap in self._sums.taps.values():
             tap.rows = None
 
-    def _choose_rows(self) -> dict[str, list[RowMask]]:
-        """Choose the rows to keep in each layer (in each expert), from all ranks' sums so far in this step."""
-        sums, tokens = self._global_sums()
-        if self.config.selection == "random":
-            masks = [self._random_rows(number, rows) for number, rows in enumerate(self._sums.sizes)]
-        else:
-            masks = topk_row_masks(sums, self._sums.sizes, self.config.threshold)
-        if self._sums.taps:
-            masks = self._none_of_idle_experts(masks, tokens > 0)
-        left = iter(masks)
-        found = {name: [next(left) for _ in layer.sizes] for name, layer in self._layers.items()}
-        if torch.distributed.get_world_size() > 1:  # a single rank agrees with itself; its GPU need not wait
-            self._agreement.remember(mask.keep for of_layer in found.values() for mask in of_layer)
-        return found
+    def _choose_rows(self) -> tuple[torch.Tensor, dict[str, list[RowMask]]]:
+        """Choose the rows to keep in each layer (in each expert), from all ranks' sums so far in this step.
 
-    def _none_of_idle_experts(self, masks: list[RowMask], hit: torch.Tensor) -> list[RowMask]:
-        """Keep no rows of experts that got no token, so that nothing of them moves.
+        All layers lie in flat tensors on the device, and the host waits for it once, for the numbers of kept rows and
+        everything that it checks.
+
+        Returns:
+            The mask of all layers' rows, one after the other, and each layer's own, by name.
+        """
+        flat, tokens, checked = self._global_sums()
+        sizes = self._sums.sizes
+        if self.config.selection == "random":
+            masks = self._random_rows(flat.device)
+        else:
+            masks = flat_row_masks(flat, sizes, self.config.threshold)
+        found = torch.cat([checked, masks.counts.to(checked)]).tolist()
+        self._check(found[: len(checked)])
+        keep = masks.keep if not self._sums.taps else masks.keep & self._of_hit_experts(tokens)
+        if torch.distributed.get_world_size() > 1:  # a single rank agrees with itself
+            self._agreement.remember(keep)
+        left = iter(masks._replace(keep=keep).split(sizes, [int(count) for count in found[len(checked) :]]))
+        return keep, {name: [next(left) for _ in layer.sizes] for name, layer in self._layers.items()}
+
+    def _of_hit_experts(self, tokens: torch.Tensor) -> torch.Tensor:
+        """All rows but those of experts that got no token, which must not move, `(rows,)` bool.
 
         They have no magnitudes to choose by, and backward never asks for their rows.
         """
-        is_expert = [layer.kind.routed for layer in self._layers.values() for _ in layer.sizes]
-        return [
-            RowMask(mask.keep & expert_hit, mask.rows) if of_experts else mask
-            for mask, of_experts, expert_hit in zip(masks, is_expert, hit.unbind(), strict=True)
-        ]
+        sizes = self._sums.sizes
+        dense = np.array([not layer.kind.routed for layer in self._layers.values() for _ in layer.sizes])
+        hit = (tokens > 0) | sent(dense, tokens.device)
+        return hit.repeat_interleave(sent(np.array(sizes), tokens.device), output_size=sum(sizes))
 
-    def _global_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _global_sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sum magnitudes and experts' tokens over all ranks: MIGU's only collective.
 
-        The same message checks that the ranks agreed on the last masks and that every layer was measured.
+        Returns:
+            Both sums, and what `_check` needs to know on the host: from the same message, whether the ranks agreed on
+            the last masks and whether every layer was measured.
         """
-        own, calls = [self._sums.flat, self._sums.tokens], list(self._sums.calls.values())
+        own = [self._sums.flat, self._sums.tokens]
+        calls = np.fromiter(self._sums.calls.values(), np.float64, len(self._layers))
         if torch.distributed.get_world_size() == 1:
-            self._check_measured(calls)
-            return self._sums.flat, self._sums.tokens
-        numbers = torch.tensor(calls, dtype=torch.float64).to(self._sums.flat.device)
-        message = torch.cat([*own, numbers, self._agreement.message()])
+            self._check_measured(calls.tolist())
+            return own[0], own[1], own[0][:0]
+        message = torch.cat([*own, sent(calls, own[0].device), self._agreement.message()])
         torch.distributed.all_reduce(message)
         flat, tokens, rest = message.split([own[0].numel(), own[1].numel(), len(calls) + 2])
-        rest = rest.cpu()  # once, because the CPU waits for the GPU here
-        self._agreement.check(rest[len(calls) :])
-        self._check_measured(rest[: len(calls)].tolist())
-        return flat, tokens
+        return flat, tokens, rest
+
+    def _check(self, summed: Sequence[float]) -> None:
+        """Check the numbers of `_global_sums`; none with a single rank."""
+        if summed:
+            self._agreement.check(summed[-2:])
+            self._check_measured(summed[:-2])
 
     def _check_ran(self) -> None:
         """Check in the first step, masked or not, that training runs the same layers as the trials did."""
@@ -371,27 +385,29 @@ class Migu(Method):
         if missing:
             raise _unmeasured(missing)
 
-    def _random_rows(self, number: int, rows: int) -> RowMask:
+    def _random_rows(self, device: torch.device) -> RowMasks:
         """As many rows, drawn at random from (seed, task, step, layer): the same on all ranks and after a resume."""
-        seed = derive_seed(self._seed, "random rows", self._task, self._step, number)
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(rows, generator=generator)[: kept_rows(rows, self.config.threshold)]
-        keep = torch.zeros(rows, dtype=torch.bool)
-        keep[chosen] = True
-        device = self._sums.flat.device
-        return RowMask(keep.to(device), chosen.sort().values.to(device))
+        sizes = self._sums.sizes
+        starts = np.cumsum([0, *sizes])
+        keep, rows = np.zeros(starts[-1], np.bool_), np.zeros(starts[-1], np.int64)
+        counts = [kept_rows(size, self.config.threshold) for size in sizes]
+        for number, (start, size, count) in enumerate(zip(starts, sizes, counts, strict=False)):
+            seed = derive_seed(self._seed, "random rows", self._task, self._step, number)
+            chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].sort().values.numpy()
+            keep[start + chosen] = True
+            rows[start : start + count] = chosen
+        return RowMasks(*(sent(numbers, device) for numbers in (keep, rows, np.array(counts, np.int64))))
 
-    def _remember(self, masks: dict[str, list[RowMask]]) -> None:
+    def _remember(self, keep: torch.Tensor) -> None:
         """Record the step's masks; if each micro-batch has its own, their union: rows that any of them updates."""
-        keep: dict[str, torch.Tensor] = {}
-        for name, layer in self._layers.items():
-            of_layer = masks[name]
-            whole = of_layer[0].keep if len(of_layer) == 1 else torch.cat([mask.keep for mask in of_layer])
-            keep[layer.weight] = whole
-            if layer.bias is not None and self.config.mask_bias:
-                keep[layer.bias] = whole
-        self.keep = keep if self._micro_batch == 0 else {name: self.keep[name] | mask for name, mask in keep.items()}
+        self._kept = keep if self._micro_batch == 0 else self._kept | keep
         self._micro_batch += 1
+        totals = [layer.layout.total for layer in self._layers.values()]
+        self.keep = {}
+        for layer, of_layer in zip(self._layers.values(), self._kept.split(totals), strict=True):
+            self.keep[layer.weight] = of_layer
+            if layer.bias is not None and self.config.mask_bias:
+                self.keep[layer.bias] = of_layer
 
 
 class Agreement:
@@ -406,25 +422,28 @@ class Agreement:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._fingerprint = 0
+        self._message = torch.zeros(2, dtype=torch.float64, device=device)
+        self._weights = torch.empty(0, dtype=torch.int32, device=device)
 
-    def remember(self, masks: Iterable[torch.Tensor]) -> None:
-        """Compute the fingerprint of this step's masks (bool tensors, in the same order on all ranks)."""
-        joined = torch.cat([mask.reshape(-1) for mask in masks]).cpu().numpy()
-        self._fingerprint = zlib.crc32(joined.tobytes()) % _MODULUS
+    def remember(self, keep: torch.Tensor) -> None:
+        """Compute the fingerprint of this step's mask, `(rows,)` bool, on its device: a sum of random weights."""
+        if len(self._weights) != len(keep):
+            weights = torch.randint(_MODULUS, keep.shape, dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+            self._weights = sent(weights.numpy(), keep.device)
+        fingerprint = (self._weights * keep).sum().remainder(_MODULUS).double()
+        self._message = torch.stack([fingerprint, fingerprint.square()])
 
     def message(self) -> torch.Tensor:
         """`(2,)` float64 to include in the sum all-reduce."""
-        return torch.tensor([self._fingerprint, self._fingerprint**2], dtype=torch.float64, device=self._device)
+        return self._message.clone()
 
-    def check(self, summed: torch.Tensor) -> None:
+    def check(self, summed: Sequence[float]) -> None:
         """Check the sum of all ranks' messages.
 
         Raises:
             ClDistError: The ranks chose different rows, so the run's weights can't be trusted.
         """
-        total, squares = (int(value) for value in summed.tolist())
+        total, squares = (int(value) for value in summed)
         if torch.distributed.get_world_size() * squares != total**2:
             raise ClDistError(
                 f"rank {torch.distributed.get_rank()}: the ranks chose different rows in the last step (their masks' "

@@ -194,11 +194,11 @@ def _agreement(differ: bool) -> str:
     """The message of the check after two ranks have remembered equal or different masks."""
     agreement = Agreement(torch.device("cpu"))
     flipped = differ and torch.distributed.get_rank() == 1
-    agreement.remember([torch.tensor([True, False, True]), torch.tensor([flipped])])
+    agreement.remember(torch.tensor([True, False, True, flipped]))
     message = agreement.message()
     torch.distributed.all_reduce(message)
     try:
-        agreement.check(message)
+        agreement.check(message.tolist())
     except ClDistError as error:
         return str(error)
     return ""
