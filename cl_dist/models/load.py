@@ -29,6 +29,7 @@ from cl_dist.config.objectives import FACTS, Family, ObjectiveName
 from cl_dist.config.schema import BUILTIN_FAMILIES, ModelConfig
 from cl_dist.config.words import show
 from cl_dist.errors import BadInput, ClDistError
+from cl_dist.models.bfloat16 import mend_products
 from cl_dist.models.builtin import builtin_config, byte_tokenizer
 from cl_dist.models.check import (
     check_model_config,
@@ -91,6 +92,8 @@ def load_model(
     Raises:
         BadInput: Something is missing or does not fit; wherever possible, before any weights are read.
     """
+    if dtype == torch.bfloat16:
+        mend_products()
     # Configuration and tokenizer show most mistakes, and are small.
     check_model_config(model)
     with _quiet(), _failures_as_bad_input(model):
