@@ -8,6 +8,7 @@ all, only the files' headers.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,14 @@ import torch
 from safetensors import safe_open
 from torch.utils._pytree import tree_map_only
 from transformers import modeling_utils
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""mallopt(3)"""
+_PAGES_FROM = 256 << 10
+"""Bytes from which on, during loading, an allocation gets pages of its own and returns them when it is freed."""
+_HIGHEST_THRESHOLD = 32 << 20
+"""Where the C library's own limit ends up in a process that allocates and frees large tensors; it trims at twice it."""
 
 
 class StoredTensor:
@@ -63,6 +72,7 @@ def one_tensor_at_a_time() -> Iterator[None]:
     measures its effect.
     """
     plain = modeling_utils.load_state_dict
+    mallopt = _mallopt()
 
     def handles(checkpoint_file: str | os.PathLike[str], map_location: Any = "cpu", **settings: Any) -> dict[str, Any]:
         path = os.fspath(checkpoint_file)
@@ -73,11 +83,25 @@ def one_tensor_at_a_time() -> Iterator[None]:
             return {name: _in_zip(path, name, value) for name, value in plain(path, map_location, **settings).items()}
         return plain(checkpoint_file, map_location, **settings)
 
+    # The C library would place each rank's small shard behind the whole tensor that it was cut from, and keep the gaps
+    # that those leave: up to the size of the model.
+    mallopt(_MMAP_THRESHOLD, _PAGES_FROM)
     modeling_utils.load_state_dict = handles
     try:
         yield
     finally:
         modeling_utils.load_state_dict = plain
+        mallopt(_MMAP_THRESHOLD, _HIGHEST_THRESHOLD)
+        mallopt(_TRIM_THRESHOLD, 2 * _HIGHEST_THRESHOLD)
+
+
+def _mallopt() -> Callable[[int, int], object]:
+    """The function of glibc's allocator; with another C library, one that does nothing."""
+    try:
+        found: Callable[[int, int], object] = ctypes.CDLL(None).mallopt
+        return found
+    except (OSError, AttributeError):
+        return lambda parameter, value: None
 
 
 def _in_safetensors(path: str, name: str, like: torch.Tensor) -> StoredTensor:
