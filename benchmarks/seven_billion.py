@@ -58,6 +58,7 @@ BLOCK = 4_194_301
 """Numbers that are drawn; every tensor repeats them from a place of its own. A prime, so that no two rows of a matrix
 are equal."""
 SHARD_BYTES = 1 << 30
+"""Bytes of a weight file, unless a single tensor has more."""
 POLL_SECONDS = 0.25
 PAGES = {"Rss": "rss_bytes", "Pss": "pss_bytes", "Anonymous": "anonymous_bytes"}
 """Fields of /proc/<pid>/smaps_rollup. Pss shares a page that several processes map among them, so their sum counts it
@@ -257,16 +258,15 @@ class Run:
         """Wait for the run, which must succeed, and return what it took."""
         numbers = self.until(lambda: False)
         if self._process.wait() != 0:
-            sys.exit(f"the run failed; see {self._log.name}")
+            sys.exit(f"{json.dumps(numbers)}\nthe run failed; see {self._log.name}")
         return {**numbers, "bytes_of_state": _state_bytes(self.folder), "metrics": _metrics(self.folder)}
 
     def until(self, reached: Callable[[], bool]) -> dict[str, Any]:
         """Watch until `reached` or the end of the run; return seconds, memory and the new records of the log."""
         while self._process.poll() is None and not reached():
-            before = time.monotonic()
-            self._memory.look()
+            before, phase = time.monotonic(), self._phase()
+            self._memory.look(phase)
             time.sleep(POLL_SECONDS)
-            phase = self._phase()
             self._phases[phase] = self._phases.get(phase, 0.0) + time.monotonic() - before
         events = self.events()[self._known :]
         return {
@@ -311,12 +311,12 @@ class MemoryWatch:
     def __init__(self, parent: int) -> None:
         self._parent = parent
         self._ranks: dict[str, dict[str, int]] = {}
-        self._highest = 0
+        self._highest: dict[str, int] = {}
         self._available = _available()
         self._least = self._available
 
-    def look(self) -> None:
-        """Measure now."""
+    def look(self, phase: str) -> None:
+        """Measure now, during `phase`."""
         total = 0
         for process in (self._parent, *descendants(self._parent)):
             found = _pages(process)
@@ -324,14 +324,15 @@ class MemoryWatch:
             if (rank := _rank(process)) is not None:
                 highest = self._ranks.setdefault(rank, {})
                 highest.update({name: max(value, highest.get(name, 0)) for name, value in found.items()})
-        self._highest = max(self._highest, total)
+        self._highest[phase] = max(self._highest.get(phase, 0), total)
         self._least = min(self._least, _available())
 
     def peaks(self) -> dict[str, Any]:
         """Per rank, of all processes together, and by how much the machine's available memory has dropped."""
         return {
             "peak_by_rank": dict(sorted(self._ranks.items())),
-            "peak_pss_bytes_of_all": self._highest,
+            "peak_pss_bytes_of_all": max(self._highest.values(), default=0),
+            "peak_pss_bytes_by_phase": self._highest,
             "available_memory_dropped_bytes": self._available - self._least,
         }
 

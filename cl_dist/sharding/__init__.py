@@ -10,7 +10,13 @@ from cl_dist.sharding.check import DEEPSPEED_VERSION, check_deepspeed
 if TYPE_CHECKING:
     from cl_dist.sharding.inner_step import RowFreezer, SteppedGradients
     from cl_dist.sharding.layouts import Shard
-    from cl_dist.sharding.model import gather_state_dict, remove_leftovers, replica_checksums, whole_parameters
+    from cl_dist.sharding.model import (
+        gather_state_dict,
+        release_before_forward,
+        remove_leftovers,
+        replica_checksums,
+        whole_parameters,
+    )
     from cl_dist.sharding.view import ShardView
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "SteppedGradients",
     "check_deepspeed",
     "gather_state_dict",
+    "release_before_forward",
     "remove_leftovers",
     "replica_checksums",
     "whole_parameters",
@@ -28,6 +35,7 @@ __all__ = [
 
 _HOMES = {
     "gather_state_dict": "model",
+    "release_before_forward": "model",
     "remove_leftovers": "model",
     "replica_checksums": "model",
     "whole_parameters": "model",
