@@ -43,7 +43,11 @@ def _entry(layer: Layer, tokens: int, options: Namespace, device: torch.device) 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).bfloat16()
 
-    x_TI, dy_TO, weight_OI = drawn(tokens, layer.inputs), drawn(tokens, layer.outputs), drawn(layer.outputs, layer.inputs)
+    x_TI, dy_TO, weight_OI = (
+        drawn(tokens, layer.inputs),
+        drawn(tokens, layer.outputs),
+        drawn(layer.outputs, layer.inputs),
+    )
     operands = {
         "output": (x_TI, weight_OI.t()),
         "input_gradient": (dy_TO, weight_OI),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-r"""Steps a model of Llama2-7B's exact shape on two CPU ranks under ZeRO-3: built, stepped, saved, killed, resumed, exported.
+r"""Builds, steps, saves, kills, resumes and exports a model of Llama2-7B's exact shape on two CPU ranks under ZeRO-3.
 
 The weights are random, drawn once into bfloat16 safetensors shards (13.5 GB in --out). Every phase is one command of a
 few minutes, and keeps its numbers in --out; `report` collects them.

@@ -20,7 +20,6 @@ from safetensors import safe_open
 from torch.utils._pytree import tree_map_only
 from transformers import modeling_utils
 
-
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """mallopt(3)"""
 _PAGES_FROM = 256 << 10

@@ -120,7 +120,15 @@ def eager_attention() -> None:
 
 @pytest.mark.parametrize(
     ("run", "products"),
-    [(plain, 3), (stage_3, 3), (skipping, 3), (skipping_transposed, 3), (transposed, 3), (into, 1), (eager_attention, 6)],
+    [
+        (plain, 3),
+        (stage_3, 3),
+        (skipping, 3),
+        (skipping_transposed, 3),
+        (transposed, 3),
+        (into, 1),
+        (eager_attention, 6),
+    ],
 )
 def test_every_product_is_computed_in_float32(mended: None, run: Callable[[], None], products: int) -> None:
     assert innermost_products(run) == [[torch.float32, torch.float32]] * products
