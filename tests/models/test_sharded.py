@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from cl_dist.benchmarks.memory import growth
 from cl_dist.config.schema import LoraConfig
 from cl_dist.models.load import AUTO_CLASSES
 from cl_dist.models.lora import add_lora
@@ -172,6 +173,18 @@ def test_no_rank_ever_holds_the_whole_model(results: dict[str, Any], stored: dic
     for rank in results["stored-wide"]:
         # Its half, and what it takes to gather and send around modules of at most 1 MiB.
         assert rank["growth"] < whole / 2 + (20 << 20) < whole
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_without_sharding_a_rank_holds_the_model_once(load: Loader, stored: dict[str, Path], dtype: str) -> None:
+    """In its own dtype, and converted to another."""
+    kept = []
+    found = growth(lambda: kept.append(load(stored["wide"], dtype=getattr(torch, dtype))), torch.device("cpu"))
+    size = sum(parameter.nbytes for parameter in kept.pop().model.parameters())
+    # Pages of the files may count besides: the kernel takes those back.
+    files = sum(file.stat().st_size for file in stored["wide"].glob("*.safetensors")) if dtype == "float32" else 0
+    assert found is not None
+    assert found < files + 1.25 * size
 
 
 @pytest.mark.parametrize("lora", [False, True])
