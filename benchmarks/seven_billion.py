@@ -194,7 +194,8 @@ def recipe(options: argparse.Namespace, run: str) -> dict[str, Any]:
         "train": {"max_steps_per_task": options.steps, "micro_batch_size": 1, "max_length": 64, "dtype": "bfloat16"},
         "zero": {"stage": 3},
         "launch": {"processes": RANKS},
-        "eval": {"before_training": False, "tasks": "seen"},
+        # One token per answer: a forward pass gathers the whole model once.
+        "eval": {"before_training": False, "tasks": "seen", "mode": "generate", "max_new_tokens": 1},
         "checkpoint": {"every_steps": 1},
         "output_dir": str(out / f"{options.method}-{run}"),
     }

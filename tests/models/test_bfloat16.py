@@ -192,6 +192,7 @@ def test_the_product_is_the_exact_one_rounded_once(
 def test_thin_dot_products_and_other_dtypes_stay_with_torch(mended: None) -> None:
     token, weight = drawn(1, INPUTS).detach(), drawn(OUTPUTS, INPUTS).detach()
     assert innermost_products(lambda: token @ weight.t()) == [[torch.bfloat16] * 2]
+    assert innermost_products(lambda: token @ weight.t().contiguous()) == [[torch.float32] * 2]  # no dot products
     assert innermost_products(lambda: token.double() @ weight.double().t()) == [[torch.float64] * 2]
 
 
