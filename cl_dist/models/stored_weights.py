@@ -70,7 +70,8 @@ def one_tensor_at_a_time() -> Iterator[None]:
     It replaces a function of transformers, of a name that all supported releases have; tests/models/test_sharded.py
     measures its effect.
     """
-    plain = modeling_utils.load_state_dict
+    transformers: Any = modeling_utils
+    plain = transformers.load_state_dict
     mallopt = _mallopt()
 
     def handles(checkpoint_file: str | os.PathLike[str], map_location: Any = "cpu", **settings: Any) -> dict[str, Any]:
@@ -80,16 +81,17 @@ def one_tensor_at_a_time() -> Iterator[None]:
         # Files of before PyTorch 1.6 cannot be mapped, and are read at once.
         if map_location == "cpu" and is_zipfile(path):
             return {name: _in_zip(path, name, value) for name, value in plain(path, map_location, **settings).items()}
-        return plain(checkpoint_file, map_location, **settings)
+        whole: dict[str, Any] = plain(checkpoint_file, map_location, **settings)
+        return whole
 
     # The C library would place each rank's small shard behind the whole tensor that it was cut from, and keep the gaps
     # that those leave: up to the size of the model.
     mallopt(_MMAP_THRESHOLD, _PAGES_FROM)
-    modeling_utils.load_state_dict = handles
+    transformers.load_state_dict = handles
     try:
         yield
     finally:
-        modeling_utils.load_state_dict = plain
+        transformers.load_state_dict = plain
         mallopt(_MMAP_THRESHOLD, _HIGHEST_THRESHOLD)
         mallopt(_TRIM_THRESHOLD, 2 * _HIGHEST_THRESHOLD)
 

@@ -78,10 +78,11 @@ def release_gathered(model: torch.nn.Module) -> None:
     for handle in in_flight.values():
         handle.wait()
     in_flight.clear()
-    for param in model.parameters():
+    params: Iterable[Any] = model.parameters()
+    for param in params:
         status = getattr(param, "ds_status", None)
         if status is not None and status.name == "AVAILABLE" and not (param.ds_persist or param.ds_active_sub_modules):
-            param.partition()  # type: ignore[attr-defined]
+            param.partition()
 
 
 def release_before_forward(engine: Any) -> None:

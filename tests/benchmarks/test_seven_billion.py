@@ -71,9 +71,7 @@ def test_the_recipe_is_valid(inputs: Path, method: str) -> None:
 
 def test_memory_of_ranks_is_measured(tmp_path: Path) -> None:
     program = "import time; data = bytearray(64 << 20); open('ready', 'w'); time.sleep(60)"
-    parent = (
-        "import os, sys, subprocess as s; s.run([sys.executable, '-c', sys.argv[1]], env=os.environ|{'RANK': '3'})"
-    )
+    parent = "import os, sys, subprocess as s; s.run([sys.executable, '-c', sys.argv[1]], env=os.environ|{'RANK': '3'})"
     process = subprocess.Popen([sys.executable, "-c", parent, program], cwd=tmp_path)
     try:
         while not (tmp_path / "ready").exists():
