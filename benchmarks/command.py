@@ -110,6 +110,11 @@ def _check_plan_accuracy(options: Namespace) -> None:
             raise BadInput(f"--tokens {tokens}: too few for a prompt and an answer; give at least {SHORTEST_PLANNED}")
 
 
+def _check_bfloat16(options: Namespace) -> None:
+    if options.dtype != "bfloat16" or options.device == "cuda":
+        raise BadInput("the benchmark bfloat16 measures that dtype on the CPU only; leave out --dtype and --device")
+
+
 _LAYER_OPTIONS = ("hidden", "shapes", "tokens")
 _MODELS = f"Models for --shapes: {', '.join(MODELS)}."
 
@@ -175,6 +180,18 @@ BENCHMARKS = {
             {"hidden": (256,), "tokens": (256,)},
             ("runs", "dtype", "threads", "device"),
             _check_plan_accuracy,
+        ),
+        Benchmark(
+            "bfloat16",
+            "bfloat16 matrix products of a linear layer on a CPU without instructions for them",
+            "Times the three products of a linear layer in bfloat16: its output, the gradient of its input, and the\n"
+            "gradient of its weight. Compares torch's own products with those that training uses on CPUs without\n"
+            "bfloat16 instructions, which multiply in float32. On a CPU that has the instructions, the environment\n"
+            "variables ONEDNN_MAX_CPU_ISA=AVX2 and MKL_ENABLE_INSTRUCTIONS=AVX2 switch them off. "
+            f"{_MODELS}",
+            _LAYER_OPTIONS,
+            {"hidden": (1024, 2048), "tokens": (64,), "runs": 3, "dtype": "bfloat16"},
+            check=_check_bfloat16,
         ),
     )
 }  # fmt: skip

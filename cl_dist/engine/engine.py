@@ -23,7 +23,14 @@ from cl_dist.models.load import LoadedModel
 from cl_dist.models.structure import base_model
 from cl_dist.models.training_mode import evaluation_mode, layerdrop, switch_cache_off
 from cl_dist.seeds import derive_seed
-from cl_dist.sharding import ShardView, check_deepspeed, gathered, remove_leftovers, sharded_bytes
+from cl_dist.sharding import (
+    ShardView,
+    check_deepspeed,
+    gathered,
+    release_before_forward,
+    remove_leftovers,
+    sharded_bytes,
+)
 from cl_dist.tasks.collate import Batch
 from cl_dist.tasks.objectives import OBJECTIVES
 from cl_dist.tasks.samples import Samples, join
@@ -90,6 +97,7 @@ class TrainingEngine:
             dist_init_required=False,
         )
         set_timeout(self.recipe.launch.timeout_seconds)
+        release_before_forward(self._engine)
         # Most models can run their output head over chosen positions only, which saves memory.
         computes_some = "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
         self._keeps_logits = computes_some and not self.method.needs_all_logits

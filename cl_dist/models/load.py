@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from cl_dist.config.objectives import FACTS, Family, ObjectiveName
 from cl_dist.config.schema import BUILTIN_FAMILIES, ModelConfig
 from cl_dist.config.words import show
 from cl_dist.errors import BadInput, ClDistError
+from cl_dist.models.bfloat16 import mend_products
 from cl_dist.models.builtin import builtin_config, byte_tokenizer
 from cl_dist.models.check import (
     check_model_config,
@@ -42,6 +43,7 @@ from cl_dist.models.every_expert import run_every_expert
 from cl_dist.models.gguf import converted_gguf
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.positions import longest_inputs
+from cl_dist.models.stored_weights import one_tensor_at_a_time
 from cl_dist.models.structure import base_model, head_prefixes, is_below, unread_parameters
 from cl_dist.tasks.template import ChatTemplate
 
@@ -91,6 +93,8 @@ def load_model(
     Raises:
         BadInput: Something is missing or does not fit; wherever possible, before any weights are read.
     """
+    if dtype == torch.bfloat16:
+        mend_products()
     # Configuration and tokenizer show most mistakes, and are small.
     check_model_config(model)
     with _quiet(), _failures_as_bad_input(model):
@@ -304,14 +308,15 @@ def _build(
 
 @contextmanager
 def _sharded_from_the_start(zero3_config: dict[str, Any] | None) -> Iterator[None]:
-    """Inside the block, transformers builds every module under `deepspeed.zero.Init`.
+    """Inside the block, transformers builds every module under `deepspeed.zero.Init`, and reads weights one at a time.
 
     transformers holds only a weak reference to the configuration, so deleting it here ends this mode. If it stayed on,
     later generation and resizing would treat all models of the process as sharded.
     """
     keep = None if zero3_config is None else HfDeepSpeedConfig(zero3_config)
     try:
-        yield
+        with nullcontext() if keep is None else one_tensor_at_a_time():
+            yield
     finally:
         del keep
 

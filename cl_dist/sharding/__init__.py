@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cl_dist.sharding.model import (
         gather_state_dict,
         gathered,
+        release_before_forward,
         remove_leftovers,
         replica_checksums,
         sharded_bytes,
@@ -29,6 +30,7 @@ __all__ = [
     "check_deepspeed",
     "gather_state_dict",
     "gathered",
+    "release_before_forward",
     "remove_leftovers",
     "replica_checksums",
     "sharded_bytes",
@@ -39,6 +41,7 @@ _HOMES = {
     "gather_state_dict": "model",
     "gathered": "model",
     "sharded_bytes": "model",
+    "release_before_forward": "model",
     "remove_leftovers": "model",
     "replica_checksums": "model",
     "whole_parameters": "model",

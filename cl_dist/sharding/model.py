@@ -36,6 +36,7 @@ def gather_state_dict(
 
     first = torch.distributed.get_rank() == 0 if torch.distributed.is_initialized() else True
     weights: dict[str, torch.Tensor] = {}
+    release_gathered(model)
     for name, param in model.named_parameters():
         if wanted is not None and not wanted(name, param):
             continue
@@ -57,6 +58,7 @@ def whole_parameters(model: torch.nn.Module, names: Iterable[str]) -> Iterator[t
     """
     from deepspeed.runtime.zero import GatheredParameters
 
+    release_gathered(model)
     for name in names:
         param = model.get_parameter(name)
         with GatheredParameters([param]):
@@ -87,7 +89,7 @@ def gathered(engine: Any) -> Iterator[None]:
 
     offload = engine.optimizer.parameter_offload
     # An earlier pass may have prefetched weights that it did not need in the end; wait for them and release them.
-    offload.get_param_coordinator()._clean_inflight_param_registry()
+    release_gathered(engine.module)
     with ExitStack() as stack:
         for group in _groups(_sharded(engine.module)):
             stack.enter_context(GatheredParameters(group))
@@ -129,6 +131,39 @@ def _without_hooks(offload: Any) -> Iterator[None]:
             hooks.clear()
             hooks.update({number: hook for number, hook in before[key].items() if number in own or number in now})
             hooks.update(now)
+
+
+def release_gathered(model: torch.nn.Module) -> None:
+    """Release what stage 3 still holds gathered after a forward pass without a backward pass, and await its prefetches.
+
+    Stage 3 learns the order of modules from training steps. At the end of any forward pass it therefore keeps the last
+    layers for backward (`stage3_max_reuse_distance`, by default 2 GB in bfloat16) and prefetches what backward would
+    need. The next forward pass does not count these when it limits what it gathers, so both would add up.
+
+    Args:
+        model: The module inside the engine, while no pass is under way; at other stages nothing happens.
+    """
+    in_flight = getattr(model, "ds_inflight_param_registry", None)
+    if in_flight is None:
+        return
+    for handle in in_flight.values():
+        handle.wait()
+    in_flight.clear()
+    params: Iterable[Any] = model.parameters()
+    for param in params:
+        status = getattr(param, "ds_status", None)
+        if status is not None and status.name == "AVAILABLE" and not (param.ds_persist or param.ds_active_sub_modules):
+            param.partition()
+
+
+def release_before_forward(engine: Any) -> None:
+    """Call `release_gathered` before every forward pass of a stage 3 engine, from now on.
+
+    The hook is one of DeepSpeed's own, so that it goes when the engine is destroyed.
+    """
+    if (offload := getattr(engine.optimizer, "parameter_offload", None)) is not None:
+        hook = engine.module.register_forward_pre_hook(lambda module, _: release_gathered(module), prepend=True)
+        offload.forward_hooks.append(hook)
 
 
 def replica_checksums(model: torch.nn.Module) -> tuple[list[str], torch.Tensor]:

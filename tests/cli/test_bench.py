@@ -21,6 +21,7 @@ SIZES = {
     "topk": ("--hidden", "16", "--tokens", "8"),
     "weight-grad": ("--hidden", "16", "--tokens", "8"),
     "importance": ("--elements", "4096"),
+    "bfloat16": ("--hidden", "16", "--tokens", "8"),
 }
 RATIOS = {
     "step": ("masked_over_dense", "masked_over_reference", "reference_over_dense"),
@@ -28,6 +29,7 @@ RATIOS = {
     "topk": ("fused_over_reference", "fused_over_torch"),
     "weight-grad": ("masked_over_dense", "masked_over_reference", "masked_over_torch"),
     "importance": ("fused_over_reference", "fused_over_in_place"),
+    "bfloat16": ("input_gradient_mended_over_input_gradient_torch",),
 }
 
 
@@ -155,6 +157,10 @@ class TestStep:
         ("weight-grad --shapes gpt2", "--shapes gpt2: invalid value; allowed: smollm2-135m, llama2-7b, t5-l"),
         ("weight-grad --shapes t5-large --hidden 8", "--shapes t5-large: --hidden already sets the size; give only"),
         ("step --shapes t5-large --intermediate 8", "--intermediate 8: --shapes already sets it; give only one of"),
+        (
+            "bfloat16 --dtype float32",
+            "the benchmark bfloat16 measures that dtype on the CPU only; leave out --dtype and",
+        ),
         ("importance --elements 4Mi --hidden 8", "--elements: --hidden already sets the size; give only one of the"),
         ("importance --elements 1.5Mi", "--elements 1.5Mi: invalid value; allowed: a whole number of at least 1"),
         ("importance --order third", "--order third: invalid value; allowed: first, second, mixed"),

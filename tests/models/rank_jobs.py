@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from cl_dist.benchmarks.memory import growth
 from cl_dist.config.schema import LoraConfig, ModelConfig
 from cl_dist.engine.distributed import join
 from cl_dist.errors import BadInput
@@ -86,7 +87,9 @@ def sharded(cases: list[dict[str, Any]], cache_dir: str) -> list[dict[str, Any]]
 
 
 def _sharded_case(case: dict[str, Any], cache_dir: str) -> dict[str, Any]:
-    loaded = load(case, cache_dir, zero3=True)
+    made: list[LoadedModel] = []
+    peak_growth = growth(lambda: made.append(load(case, cache_dir, zero3=True)), torch.device("cpu"))
+    loaded = made.pop()
     model = loaded.model
     assert not is_deepspeed_zero3_enabled(), "the setting must not outlive the loading"
     whole = [name for name, p in model.named_parameters() if not _is_sharded(p) and ".lora_" not in name]
@@ -94,6 +97,8 @@ def _sharded_case(case: dict[str, Any], cache_dir: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "whole": whole,
         "digests": sums,
+        "buffers": {name: digest(buffer) for name, buffer in model.named_buffers()},
+        "growth": peak_growth,
         "dtypes": sorted({str(p.dtype) for p in model.parameters()}),
     }
     if case.get("steps"):

@@ -17,6 +17,7 @@ from cl_dist.sharding import (
     ShardView,
     SteppedGradients,
     gather_state_dict,
+    release_before_forward,
     replica_checksums,
     whole_parameters,
 )
@@ -46,7 +47,13 @@ def run(layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """By name of a layout, what this rank saw of it."""
     join(timeout_seconds=120)
     reports: dict[str, Any] = {name: Look(**settings).report() for name, settings in layouts.items()}
-    return {**reports, "refused": _refused(), "late copy": _late_copy(), "maps": map_jobs.look()}
+    return {
+        **reports,
+        "refused": _refused(),
+        "late copy": _late_copy(),
+        "between passes": _between_passes(),
+        "maps": map_jobs.look(),
+    }
 
 
 class Look:
@@ -289,3 +296,35 @@ def _late_copy() -> dict[str, bool]:
     engine.step()
     engine.destroy()
     return seen
+
+
+def _between_passes() -> dict[str, Any]:
+    """What stays gathered around forward passes without backward, in a model of which four layers may be gathered."""
+    layers, width = 12, 32
+    torch.manual_seed(4)
+    body = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(layers)))
+    dense = [layer.weight.detach().clone() for layer in body]
+    matrix = width * width
+    limits = {"max_live_parameters": 4, "max_reuse_distance": 4, "prefetch_bucket_size": 2}
+    settings = {f"stage3_{name}": count * matrix for name, count in limits.items()}
+    engine = _engine(body, 3, False, {"zero_optimization": {**settings, "stage3_param_persistence_threshold": 0}})
+    release_before_forward(engine)
+
+    def gathered(status: str = "AVAILABLE") -> int:
+        return sum(param.ds_status.name == status for param in engine.module.parameters())
+
+    at_start: list[int] = []
+    engine.module.register_forward_pre_hook(lambda *_: at_start.append(gathered()))
+    for group in engine.optimizer.optimizer.param_groups:
+        group["lr"] = 0.0
+    for _ in range(3):  # until stage 3 knows the order of modules
+        engine.backward(engine(torch.ones(2, width)).sum())
+        engine.step()
+    kept = []
+    with torch.no_grad():
+        for _ in range(3):
+            engine(torch.ones(2, width))
+            kept.append((gathered(), gathered("INFLIGHT")))
+    collected = gather_state_dict(engine.module)
+    equal = all(torch.equal(collected[f"{number}.weight"], weight) for number, weight in enumerate(dense) if collected)
+    return {"kept": kept, "at start": at_start, "after collecting": gathered(), "equal": equal}

@@ -30,6 +30,17 @@ def test_named_parameters_are_whole_on_every_rank(ranks: Ranks) -> None:
     assert all(rank["whole"] for rank in ranks)
 
 
+def test_nothing_stays_gathered_from_pass_to_pass(every_layout: Ranks) -> None:
+    for rank in every_layout:
+        found = rank["between passes"]
+        # Stage 3 keeps layers for a backward pass that does not come, and prefetches for it.
+        assert all(available > 0 for available, _ in found["kept"])
+        assert any(in_flight > 0 for _, in_flight in found["kept"])
+        assert set(found["at start"]) == {0}
+        assert found["after collecting"] == 0
+        assert found["equal"]
+
+
 def test_replicas_have_equal_checksums(ranks: Ranks) -> None:
     assert ranks[0]["checksums"] == ranks[1]["checksums"]
     expected = [] if ranks[0]["layout"].endswith("without small ones") else ["frozen.weight", *NAMES]

@@ -8,7 +8,7 @@ rank's shards of the reduced gradients; or, with `mask_scope: micro_batch`, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 import numpy as np
