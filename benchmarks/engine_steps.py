@@ -10,7 +10,8 @@ import torch
 from cl_dist.benchmarks.harness import Contestant, Times, WallClock, race
 from cl_dist.benchmarks.training import StepSize, build_model, token_ids
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
-from cl_dist.engine.distributed import device, join
+from cl_dist.engine.device import device
+from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.launch.environment import rank_environment
 from cl_dist.launch.rendezvous import find_free_port

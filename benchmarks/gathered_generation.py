@@ -69,7 +69,7 @@ def measure(task: argparse.Namespace) -> None:
     from cl_dist.evaluation.inference import evaluating, generate
     from cl_dist.sharding import gathered
 
-    rank, _ = join(600.0)
+    rank = join(600.0).rank
     quiet_libraries(rank)
     engine, tokenizer, vocabulary = _engine(task)
     draw = random.Random(rank)

@@ -24,9 +24,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cl_dist.assembly import cache_folder
 from cl_dist.benchmarks.command import main
 from cl_dist.benchmarks.report import Column, Entry
+from cl_dist.config.files import cache_folder
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join, leave, quiet_libraries
 from cl_dist.engine.engine import TrainingEngine
@@ -411,7 +411,7 @@ def _on_ranks(cases: Sequence[Case], hidden: int, tokens: int, world: int) -> li
 
 def _serve(task: Namespace) -> None:
     """Run one rank; the first rank writes the results."""
-    rank, _ = join(TIMEOUT_SECONDS)
+    rank = join(TIMEOUT_SECONDS).rank
     quiet_libraries(rank)
     found = [most(measure(Case(**case), task.hidden, task.tokens)) for case in task.cases]
     if rank == 0:

@@ -128,7 +128,7 @@ def _new_file(name: str) -> Path:
 
 
 def _planner(arguments: Namespace, recipe: Recipe, recipe_dir: Path, device: Device) -> Planner:
-    from cl_dist.assembly import cache_folder
+    from cl_dist.config.files import cache_folder
     from cl_dist.models.published import known_config
     from cl_dist.planning.plan import Planner
     from cl_dist.planning.setup import Setup

@@ -10,6 +10,6 @@ from cl_dist.engine.distributed import join, quiet_libraries
 
 def measured(cases: list[dict[str, Any]], hidden: int, tokens: int) -> list[dict[str, Any]]:
     """What the ranks count in each case."""
-    rank, _ = join(120)
+    rank = join(120).rank
     quiet_libraries(rank)
     return [most(measure(Case(**case), hidden, tokens)) for case in cases]
