@@ -146,7 +146,15 @@ class TestFailures:
         assert start("wait_for_the_others()\n" + body, processes=3) == Ending(1, "rank 2: the disk is full")
 
     def test_a_killed_rank_comes_before_ranks_that_noticed_its_death(self, folder: Path) -> None:
-        body = "wait_for_the_others()\nos.kill(os.getpid(), 9) if rank else fail(1, 'connection closed by peer')"
+        body = """
+import fcntl
+alive = open("alive", "w")
+rank and fcntl.flock(alive, fcntl.LOCK_EX)
+wait_for_the_others()
+rank and os.kill(os.getpid(), 9)
+fcntl.flock(alive, fcntl.LOCK_EX)  # which the death of rank 1 releases
+fail(1, "connection closed by peer")
+"""
         assert start(body).message == "rank 1 was killed by SIGKILL"
 
     def test_a_rank_that_aborts_over_a_lost_peer_does_not_come_first(self, folder: Path) -> None:

@@ -108,11 +108,11 @@ def test_other_ranks_and_stages_end_with_the_same_weights(zygote: Zygote, tmp_pa
     undisturbed = tmp_path / "undisturbed" / "run"
     run, outputs = disturbed(zygote, tmp_path / "disturbed", case)
     assert largest_difference(run, undisturbed) < TOLERANCE
-    assert outputs[0].splitlines()[0] == (
+    assert outputs[0].splitlines()[1] == (
         "resuming with ranks 1 (2 before), zero.stage 3 (1 before), train.gradient_accumulation 2 (1 before); "
         "the global batch stays 8 samples"
     )
-    assert outputs[1].splitlines()[0].startswith("resuming with ranks 2 (1 before), zero.stage 2 (3 before), ")
+    assert outputs[1].splitlines()[1].startswith("resuming with ranks 2 (1 before), zero.stage 2 (3 before), ")
     metrics, expected = (json.loads((each / "metrics.json").read_text()) for each in (run, undisturbed))
     assert metrics["segments"] == [
         layout(0, 0, ranks=2, stage=1),
@@ -149,7 +149,7 @@ def test_dropout_is_told_of(zygote: Zygote, tmp_path: Path) -> None:
     assert outcome.codes == [75, 75], outcome.output
     outcome = start(zygote, tmp_path, case, 1, 2)
     assert outcome.codes == [0], outcome.output
-    first = outcome.output[0].splitlines()[0]
+    first = outcome.output[0].splitlines()[1]
     assert first.endswith(
         "the global batch stays 8 samples; dropout draws other random numbers than before, "
         "so the weights will not be exactly the same"
