@@ -232,6 +232,6 @@ def _map(file: IO[bytes], size: int) -> Integers:
         raise OSError(number, os.strerror(number))
     pages = (ctypes.c_ubyte * size).from_address(address)
     weakref.finalize(pages, _LIBC.munmap, address, size).atexit = False
-    data = np.frombuffer(pages, dtype=np.uint8)
+    data = np.frombuffer(memoryview(pages), dtype=np.uint8)
     data.flags.writeable = False
     return data
