@@ -7,13 +7,21 @@ A rank sees them as exceptions, its launcher as the last lines of a rank that a 
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 Meaning = Literal["lost", "timed out", "shared memory"]
 
 _SHARED_MEMORY = ("shared memory segment", "failed to extend /dev/shm")
 """NCCL's buffers between the ranks of a machine do not fit into /dev/shm."""
+_LOCAL = ("no socket interface found", "too many open files", "address already in use", "cannot allocate memory")
+"""NCCL calls these system errors too, but their cause is this machine, and not another rank."""
 _TIMED_OUT = ("timed out", "timeout")
+_IN_PASSING = re.compile(
+    r"^.*\bnccl info\b.*$|timeout\(ms\)=\d+|either an error or timeout|have failed or timed out", re.MULTILINE
+)
+"""What torch's watchdog of NCCL prints with every error, and NCCL's log, which names settings such as
+NCCL_IB_TIMEOUT and reports connections that are closed in order."""
 _LOST = (
     # sockets: Gloo, NCCL and torch's store
     "connection closed by",
@@ -21,6 +29,7 @@ _LOST = (
     "connection refused",
     "connection timed out",
     "connection was likely closed",
+    "software caused connection abort",
     "broken pipe",
     "socket closed",
     "socket unexpectedly closed",
@@ -33,6 +42,7 @@ _LOST = (
     "ncclsystemerror",
     "remote process exited or there was a network error",
     "got completion from peer",
+    "socket recv failed while polling",
     "nccl communicator was aborted",
 )
 """All compared in lower case."""
@@ -44,9 +54,11 @@ def meaning(text: str) -> Meaning | None:
     """What an error of a collective operation means: another rank is gone or unreachable, or made this one wait for too
     long, or /dev/shm is too small; None if it is something else.
     """
-    lower = text.lower()
+    lower = _IN_PASSING.sub("", text.lower())
     if any(sign in lower for sign in _SHARED_MEMORY):
         return "shared memory"
+    if any(sign in lower for sign in _LOCAL):
+        return None
     # "Connection timed out" is a network that lost a machine; every other timeout is that of the operation.
     if "connection timed out" not in lower and any(sign in lower for sign in _TIMED_OUT):
         return "timed out"

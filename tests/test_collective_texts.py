@@ -32,7 +32,27 @@ TIMEOUT = (
     "NumelOut=1259621, Timeout(ms)=600000) ran for 600000 milliseconds before timing out."
 )
 
+PASSING = (
+    "[rank0]:[E ProcessGroupNCCL.cpp:542] [Rank 0] Collective WorkNCCL(SeqNum=89, OpType=ALLREDUCE, Timeout(ms)=90000) "
+    "raised the following async exception: NCCL error: remote process exited or there was a network error\n"
+    "[rank0]:[E ProcessGroupNCCL.cpp:1795] Exception (either an error or timeout) detected by watchdog at work: 89\n"
+    "[rank0]:[E ProcessGroupNCCL.cpp:577] [Rank 0] Some NCCL operations have failed or timed out. Due to the "
+    "asynchronous nature of CUDA kernels, subsequent GPU operations might run on corrupted/incomplete data.\n"
+)
+"""What torch's watchdog of NCCL prints when another machine is gone, before the error itself."""
+INFO = (
+    "node1:110:697 [0] NCCL INFO NCCL_IB_TIMEOUT set by environment to 22.\n"
+    "node1:110:698 [0] NCCL INFO [Service thread] Connection closed by localRank 0\n"
+)
+
 LOST = [
+    (PASSING + WATCHDOG + REMOTE + "socketProgress: Connection closed by remote peer node2<55912>",
+     "socketProgress: Connection closed by remote peer node2<55912>"),
+    (f"{ERROR}ProcessGroupNCCL.cpp:1275, internal error, NCCL version 2.18.3\nncclInternalError: Internal check failed."
+     "\nLast error:\nSocket recv failed while polling for opId=0x200ad80fbbd0",
+     "Socket recv failed while polling for opId=0x200ad80fbbd0"),
+    ("NCCL WARN socketStartConnect: Connect to 10.0.0.2<45763> failed : Software caused connection abort",
+     "NCCL WARN socketStartConnect: Connect to 10.0.0.2<45763> failed : Software caused connection abort"),
     (REMOTE + "socketProgressOpt: Call to recv from 172.16.4.1<33759> failed : Connection reset by peer",
      "socketProgressOpt: Call to recv from 172.16.4.1<33759> failed : Connection reset by peer"),
     (REMOTE + "NET/IB : Got completion from peer 11.214.147.122<39138> with error 12, opcode 0, len 0, vendor err 129",
@@ -70,6 +90,7 @@ def test_a_lost_rank(text: str, detail: str | None) -> None:
     "text",
     [
         WATCHDOG + TIMEOUT,
+        INFO + PASSING.splitlines()[-1] + WATCHDOG + TIMEOUT,
         ABORTED + " Original reason for failure was: " + TIMEOUT,
         "NCCL timeout in communicator initialization.",
         STORE + "wait timeout after 600000ms, keys: /default_pg/0//cuda//0",
@@ -96,6 +117,10 @@ def test_too_little_shared_memory_is_not_a_lost_rank() -> None:
         f"{ERROR}NCCLUtils.cpp:77, unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.28.9\n"
         "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'",
         f"{ERROR}ProcessGroupNCCL.cpp:3763, internal error - please report this issue to the NCCL developers",
+        f"{ERROR}ProcessGroupNCCL.cpp:1251, internal error, NCCL version 2.18.6\nncclInternalError: Internal check "
+        "failed.\nLast error:\nBootstrap : no socket interface found",
+        SYSTEM + "Call to socket failed : Too many open files",
+        INFO + "terminate called after throwing an instance of 'std::length_error'",
     ],
 )
 def test_other_errors_of_nccl(text: str) -> None:

@@ -24,11 +24,14 @@ _SPECIAL = {
 
 def cache_folder() -> Path:
     """What runs on this machine share and can make again: `$CL_DIST_CACHE`, else `cl_dist` below `$XDG_CACHE_HOME`
-    (`~/.cache`).
+    (`~/.cache`). Raises BadInput if there is no home folder.
     """
     if own := os.environ.get("CL_DIST_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cl_dist"
+        return expand(own, "CL_DIST_CACHE")
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cl_dist"
+    except RuntimeError as error:  # in a container, say, for a user without an entry in /etc/passwd
+        raise BadInput("this user has no home folder to keep caches in: set CL_DIST_CACHE to a folder") from error
 
 
 def expand(written: str, setting: str) -> Path:

@@ -20,6 +20,9 @@ _GPU_SIGNS = (
     "cuda out of memory",
     "hip out of memory",
     "cuda error: out of memory",
+    "cuda driver error: out of memory",  # PyTorch's allocator with expandable segments
+    "hip error: out of memory",
+    "triton error [cuda]: out of memory",
     "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, and cuSOLVER's and cuSPARSE's
     "'out of memory'",  # NCCL: Cuda failure 2 'out of memory'
     "failed to cuda calloc",  # NCCL

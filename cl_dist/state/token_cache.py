@@ -11,11 +11,14 @@ work, a rank keeps its own arrays and says so.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import logging
+import mmap
 import os
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +33,7 @@ from safetensors.numpy import save_file
 from cl_dist.errors import ClDistError
 from cl_dist.heartbeat import beat, opaque
 from cl_dist.state.atomic import DiskFull, make_folder, replacing
-from cl_dist.tasks.samples import Table, pack
+from cl_dist.tasks.samples import Integers, Table, pack
 from cl_dist.tasks.types import Encoded
 
 FORMAT = "1"
@@ -44,6 +47,11 @@ _SIGN_SECONDS = 1.0
 """How often the rank that tokenises shows that it is alive."""
 _STALLED_SECONDS = 300.0
 """A rank stops waiting for one that has shown no sign of life for this long."""
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 Encode = Callable[[], Iterator[Encoded]]
 
@@ -201,7 +209,7 @@ def _mapped(path: Path) -> Table:
         if length > _LONGEST_HEADER:
             raise _Damaged("its header is too long")
         header: dict[str, Any] = json.loads(file.read(length))
-        data = np.memmap(file, dtype=np.uint8, mode="r", offset=8 + length, shape=(size - 8 - length,))
+        data = _map(file, size)[8 + length :]
     if header["__metadata__"]["format"] != FORMAT:
         raise _Damaged("another release wrote it")
     columns = {}
@@ -210,3 +218,20 @@ def _mapped(path: Path) -> Table:
         first, last = entry["data_offsets"]
         columns[name] = np.asarray(data[first:last]).view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return Table(**columns)
+
+
+def _map(file: IO[bytes], size: int) -> Integers:
+    """The first `size` bytes of a file, read-only; they stay mapped as long as an array refers to them.
+
+    Python's own mmap keeps the file open until then, so that a stream of some hundred tasks would use up the files that
+    a process may open (1024 on most systems).
+    """
+    address = _LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    pages = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(pages, _LIBC.munmap, address, size).atexit = False
+    data = np.frombuffer(memoryview(pages), dtype=np.uint8)
+    data.flags.writeable = False
+    return data

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cl_dist.config.files import expand, is_file, is_folder, is_there, read_bytes, refuse_special_below
+from cl_dist.config.files import cache_folder, expand, is_file, is_folder, is_there, read_bytes, refuse_special_below
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import ModelConfig
 from cl_dist.errors import BadInput
@@ -90,6 +90,21 @@ def test_expand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_a_model_folder(root: Path, name: str) -> None:
     check_model_config(ModelConfig(name_or_path=str(root)))
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CL_DIST_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with monkeypatch.context() as nobody:  # a user whom a container runs as without telling /etc/passwd
+        nobody.setattr(os, "getuid", lambda: 4_000_000_000)
+        with pytest.raises(BadInput, match="no home folder to keep caches in: set CL_DIST_CACHE to a folder"):
+            cache_folder()
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache_folder() == Path("/home/me/.cache/cl_dist")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/fast")
+    assert cache_folder() == Path("/fast/cl_dist")
+    monkeypatch.setenv("CL_DIST_CACHE", "~/own")
+    assert cache_folder() == Path("/home/me/own")
 
 
 PLACES: list[tuple[str, Callable[[Path, str], Any]]] = [

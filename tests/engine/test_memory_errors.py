@@ -31,6 +31,7 @@ NCCL = (
 )
 NCCL_CALLOC = NCCL.replace("Cuda failure 2 'out of memory'", "Failed to CUDA calloc async 608 bytes")
 ASYNCHRONOUS = "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"
+EXPANDABLE, TRITON = "CUDA driver error: out of memory", "Triton Error [CUDA]: out of memory"
 
 
 def recipe(*changes: str) -> Recipe:
@@ -83,7 +84,7 @@ def test_while_the_engine_is_built_the_batch_is_not_to_blame() -> None:
     assert text.endswith("try in this order: zero.offload=true; more ranks or nodes; model.lora (in a new run)")
 
 
-@pytest.mark.parametrize("text", [CUBLAS, NCCL, NCCL_CALLOC, ASYNCHRONOUS])
+@pytest.mark.parametrize("text", [CUBLAS, NCCL, NCCL_CALLOC, ASYNCHRONOUS, EXPANDABLE, TRITON])
 def test_libraries_without_a_class_for_it(text: str) -> None:
     assert message(RuntimeError(text), "training task a, step 1").startswith(
         "rank 3 ran out of GPU memory while training task a, step 1; try in this order: train.micro_batch_size=3"
