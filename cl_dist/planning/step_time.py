@@ -104,31 +104,30 @@ class Arithmetic:
 
     def forward_flop(self, setup: Setup) -> float:
         """FLOP of a micro-batch's forward pass."""
-        products = sum(2.0 * each.numel * _tokens(setup, each.place) for each in self.products)
-        return products + 4.0 * setup.tokens * self.attention_width * _tokens(setup, "input")
+        products = sum(2.0 * each.numel * self._tokens(setup, each.place) for each in self.products)
+        return products + 4.0 * setup.tokens * self.attention_width * self._tokens(setup, "input")
 
     def backward_flop(self, setup: Setup, cost: Cost) -> float:
         """FLOP of a micro-batch's backward pass: gradients of inputs, and of weights that are trained, less what the
         methods skip.
         """
-        inputs = self.forward_flop(setup) + 4.0 * setup.tokens * self.attention_width * _tokens(setup, "input")
+        inputs = self.forward_flop(setup) + 4.0 * setup.tokens * self.attention_width * self._tokens(setup, "input")
         weights = sum(
-            2.0 * each.numel * _tokens(setup, each.place) * (1.0 - cost.skipped.get(each.name, 0.0))
+            2.0 * each.numel * self._tokens(setup, each.place) * (1.0 - cost.skipped.get(each.name, 0.0))
             for each in self.products
             if each.trainable
         )
         return inputs + weights
 
-
-def _tokens(setup: Setup, place: str) -> int:
-    """Tokens of a micro-batch that run through a product."""
-    micro, longest = setup.recipe.train.micro_batch_size, setup.recipe.train.max_target_length
-    if place == "input":
-        return micro * setup.tokens
-    if place == "target":
-        return micro * (setup.answer or longest)
-    # A decoder's head runs over each position that predicts an answer of any sample, for every sample.
-    return micro * min(setup.tokens, setup.answer or micro * longest)
+    def _tokens(self, setup: Setup, place: str) -> int:
+        """Tokens of a micro-batch that run through a product."""
+        micro, predicted = setup.recipe.train.micro_batch_size, setup.predicted(self.shape.objective)
+        if place == "input":
+            return micro * setup.tokens
+        if place == "target":
+            return micro * predicted
+        # A decoder's head runs over each position that predicts an answer of any sample, for every sample.
+        return micro * min(setup.tokens, predicted)
 
 
 def _products(shape: ModelShape) -> Iterator[Product]:
@@ -169,7 +168,7 @@ def predict_step(setup: Setup, device: Device, wire: Wire, rank: RankView, arith
     """
     train, share = setup.recipe.train, _ranks_on_device(setup, device)
     shape, cost = arithmetic.shape, rank.methods
-    peak = device.peak(train.dtype, getattr(train, "tf32", False)) * EFFICIENCY.arithmetic / share
+    peak = device.peak(train.dtype, train.tf32) * EFFICIENCY.arithmetic / share
     memory = device.bandwidth * EFFICIENCY.memory / share
     micro_batches, passes = train.gradient_accumulation, train.gradient_accumulation * (1 + cost.passes)
 
@@ -242,6 +241,9 @@ def with_length(setup: Setup, shape: ModelShape, length: float, answer: float) -
     train = setup.recipe.train
     tokens = max(2, min(train.max_length, round(length)))
     target = max(1, min(train.max_target_length, round(answer)))
-    if not FACTS[shape.objective].answer_apart:  # positions at which any sample of the micro-batch has an answer
+    facts = FACTS[shape.objective]
+    if facts.masked or (answer >= length and not facts.answer_apart):  # plain text
+        target = tokens - 1
+    elif not facts.answer_apart:  # positions at which any sample of the micro-batch has an answer
         target = min(tokens - 1, target * train.micro_batch_size)
     return replace(setup, length=tokens, answer=target)

@@ -13,7 +13,7 @@ import inspect
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -295,7 +295,8 @@ def trace_step(setup: Setup, shape: ModelShape) -> StepTrace:
     saved = 0
     was_training = shape.model.training
     shape.model.train()
-    reducer = _reducer(setup, shape, ledger, storages)
+    reduction = _reduction(setup, shape)
+    reducer = (BucketReducer if "bucket" in reduction else Reducer)(ledger, storages, **reduction)
     with schedule.installed() if schedule else nullcontext(), _gradients_go_to(reducer, shape.model):
         for _ in range(1 if schedule is None else 3):
             fetched.clear()
@@ -324,13 +325,12 @@ def longest_batch(setup: Setup, shape: ModelShape) -> Batch:
     """A micro-batch of made-up tokens, as long as the recipe allows, on the CPU."""
     facts = OBJECTIVES[shape.objective].facts
     length, size = setup.tokens, setup.recipe.train.micro_batch_size
+    answer = setup.predicted(shape.objective)
     if facts.answer_apart:
-        answer = setup.answer or setup.recipe.train.max_target_length
         samples = [Encoded(number, [1] * length, [1] * answer) for number in range(size)]
     elif facts.needs_labels:
         samples = [Encoded(number, [1] * length, [0]) for number in range(size)]
     else:
-        answer = setup.answer or (length - 1 if facts.masked else size * setup.recipe.train.max_target_length)
         labels = [IGNORE] * max(1, length - answer) + [1] * min(answer, length - 1)
         samples = [Encoded(number, [1] * length, labels) for number in range(size)]
     return collate(samples, shape.objective, pad_id=0, decoder_start_id=0)
@@ -354,18 +354,26 @@ def _micro_batch(setup: Setup, shape: ModelShape, batch: Batch, storages: Storag
     return saved
 
 
-def _reducer(setup: Setup, shape: ModelShape, ledger: Ledger, storages: Storages) -> Reducer:
-    """What the stage does with gradients. Stages 1 and 2 allocate their buckets anew for each backward pass."""
+def trace_key(setup: Setup, shape: ModelShape) -> Hashable:
+    """Set-ups of the same run with equal keys have equal traces."""
+    train = setup.recipe.train
+    split = (train.micro_batch_size, train.gradient_accumulation, train.activation_checkpointing)
+    return setup.stage == 3, split, tuple(_reduction(setup, shape).items())
+
+
+def _reduction(setup: Setup, shape: ModelShape) -> dict[str, int]:
+    """What the stage does with gradients: the arguments of `Reducer`, or those of `BucketReducer`. Stages 1 and 2
+    allocate their buckets anew for each backward pass.
+    """
     rank = RankView(setup, shape)
     copies = 2 if rank.zero.get("overlap_comm", False) else 1
     dtype = setup.gradient_itemsize if setup.stage == 1 else setup.itemsize
     buffers = setup.bucket * dtype * copies if setup.stage in (1, 2) and not setup.whole_float32_gradients else 0
     if setup.stage < 2:
-        return Reducer(ledger, storages, buffers)
+        return {"buffers": buffers}
     converted = setup.communication_itemsize if setup.communication_itemsize != setup.itemsize else 0
     kept = 0 if setup.stage == 3 else rank.step_gradients
-    copied = setup.itemsize + converted
-    return BucketReducer(ledger, storages, buffers, bucket=setup.bucket, copied=copied, kept=kept)
+    return {"buffers": buffers, "bucket": setup.bucket, "copied": setup.itemsize + converted, "kept": kept}
 
 
 @contextmanager

@@ -93,3 +93,12 @@ def test_seven_billion_parameters_on_a_thousand_ranks(name: str, tmp_path: Path)
     found = dry_run(Setup(recipe, 128, 8, "cuda"), shape)
     assert found.works, found.problems
     assert any("on 1024 ranks" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("setting", ["ewc, fisher_batch", "agem, memory_batch"])
+def test_samples_that_no_step_has_memory_for_are_a_problem(planned: Planned, setting: str) -> None:
+    name, _, size = setting.partition(", ")
+    most = 8 * 3
+    assert dry_run(*planned(f"method={{name: {name}, {size}: {most}}}", ranks=3)).works
+    found = dry_run(*planned(f"method={{name: {name}, {size}: {most + 1}}}", ranks=3))
+    assert found.problems[0].startswith(f"method.{size}: {most + 1} is more than the {most} samples")

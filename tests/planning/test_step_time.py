@@ -157,3 +157,14 @@ def test_a_precision_that_the_device_lacks_is_refused() -> None:
         find_device("v100").peak("bfloat16")
     assert find_device("v100").peak("float32", tf32=True) == 15.7e12
     assert find_device("h100").peak("float32", tf32=True) == 494.7e12
+
+
+def test_names_of_devices_may_be_short_and_in_capitals() -> None:
+    assert find_device("a100").name == "a100-80"
+    assert find_device("H100").name == "h100"
+    assert find_device("CPU").kind == "cpu"
+
+
+def test_a_plain_text_is_predicted_everywhere(planned: Planned) -> None:
+    setup, shape = planned()
+    assert with_length(setup, shape, 64, 64).answer == 63

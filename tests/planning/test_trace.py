@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from cl_dist.config.load import load_recipe
 from cl_dist.planning.trace import ACTIVATIONS, GRADIENTS, Ledger, Storages, trace_step
 from tests.planning.models import LLAMA2_7B, llama, planned
 
@@ -94,3 +97,14 @@ def test_a_7b_model_takes_seconds() -> None:
     # layer with dropout and a GELU; a Llama saves float32 copies in its norms, and two products in its MLP.
     derived = 34 * 512 * 2 * 4096 * 32
     assert derived < trace.saved < 2.5 * derived
+
+
+def test_every_position_of_a_plain_text_has_logits() -> None:
+    setup, shape = planned(1, 0, max_length=32, max_target_length=4)
+    texts, _ = load_recipe("quickstart", ("stream.tasks=[{name: a, format: text, path: nowhere}]",))
+    documents = replace(setup, recipe=replace(setup.recipe, stream=texts.stream))
+    assert setup.predicted("causal_lm") == 2 * 4  # two samples with an answer each
+    assert documents.predicted("causal_lm") == setup.predicted("masked_lm") == 31
+    assert setup.predicted("seq2seq_lm") == 4
+    more = trace_step(documents, shape).peak[ACTIVATIONS] - trace_step(setup, shape).peak[ACTIVATIONS]
+    assert more >= 2 * (31 - 8) * 128 * 4  # samples, positions, vocabulary, bytes
