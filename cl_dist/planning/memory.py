@@ -118,8 +118,7 @@ def _weights(rank: RankView, held: Counter[str], host: Counter[str]) -> None:
         held["weights"] += frozen + rank.owned * setup.world * size
     else:
         pieces = sum(-(-each.numel // setup.world) * each.itemsize for each in shape.parameters)
-        offloaded = rank.zero.get("offload_param", {}).get("device") == "cpu"
-        (host if offloaded else held)["weights"] += pieces
+        (host if setup.weights_on_host else held)["weights"] += pieces
         held["weights"] += rank.persistent * size
 
 

@@ -89,6 +89,12 @@ class Setup:
         return self.stage == 1 and self.gradient_itemsize > self.itemsize and not self.recipe.zero.offload
 
     @property
+    def weights_on_host(self) -> bool:
+        """Whether stage 3 keeps its pieces of the weights in CPU memory."""
+        offload: dict[str, Any] = self.deepspeed["zero_optimization"].get("offload_param", {})
+        return offload.get("device") == "cpu"
+
+    @property
     def bucket(self) -> int:
         """Elements of the bucket in which gradients are reduced."""
         return int(self.deepspeed["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET))

@@ -29,7 +29,7 @@ from cl_dist.planning.devices import EFFICIENCY, Device
 from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
-from cl_dist.planning.wire import Wire
+from cl_dist.planning.wire import GATHERED_WEIGHTS, Wire
 
 OPERATIONS_PER_PRODUCT = 5
 """Launched forward for each product, with the norms, rotations, activations and sums around it (a block of Llama has 7
@@ -66,7 +66,7 @@ class StepTime:
     hidden: float
     """The part of communication that hides."""
     transfers: float
-    """Gradients and weights over PCIe, with an offloaded optimiser."""
+    """Gradients and weights over PCIe, if optimiser or weights are offloaded."""
     tokens: int
     """Tokens of a step on all ranks."""
 
@@ -181,12 +181,17 @@ def predict_step(setup: Setup, device: Device, wire: Wire, rank: RankView, arith
 
     low = LOW_PRECISION_BYTES if setup.itemsize < 4 else 0
     traffic = (ADAMW_BYTES + low) * rank.owned + cost.traffic
-    transfers = 0.0
+    moved = 0.0
     if setup.recipe.zero.offload and device.kind == "cuda":
         optimizer = traffic / (device.host_bandwidth * EFFICIENCY.host / setup.ranks_per_node)
-        transfers = 2 * rank.owned * setup.itemsize / (device.pcie * EFFICIENCY.pcie)
+        moved = 2 * rank.owned * setup.itemsize
     else:
         optimizer = traffic / memory
+    if setup.weights_on_host and device.kind == "cuda":
+        # Every gather begins with this rank's piece; a single rank copies all of them in each pass.
+        gathered = sum(each.bytes for each in wire.step if each.what == GATHERED_WEIGHTS)
+        alone = passes * (3 if train.activation_checkpointing else 2) * shape.nbytes
+        moved += gathered / setup.world if setup.world > 1 else alone
 
     hidden, exposed = _communication(setup, device, wire, passes * (forward + backward + recomputed))
     return StepTime(
@@ -197,7 +202,7 @@ def predict_step(setup: Setup, device: Device, wire: Wire, rank: RankView, arith
         optimizer=optimizer,
         communication=exposed,
         hidden=hidden,
-        transfers=transfers,
+        transfers=moved / (device.pcie * EFFICIENCY.pcie),
         tokens=tokens * micro_batches * setup.world,
     )
 
@@ -228,7 +233,9 @@ def collective_seconds(collective: Collective, setup: Setup, device: Device) -> 
     """Seconds of a collective's calls, alone on the links."""
     if setup.world == 1:
         return 0.0
-    slowest = device.link if setup.nodes == 1 else min(device.link, device.network)
+    slowest = device.link
+    if setup.nodes > 1:  # what leaves a node comes from its devices over PCIe; few of them cannot fill its network
+        slowest = min(device.link, device.network, setup.ranks_per_node * device.pcie)
     sent = collective.on_the_link(setup.world)
     # A piece passes all ranks of a ring; an all-reduce of few bytes goes up and down a tree instead.
     hops = 2 * math.ceil(math.log2(setup.world)) if collective.kind == "all_reduce" else setup.world - 1

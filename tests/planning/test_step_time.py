@@ -166,5 +166,27 @@ def test_names_of_devices_may_be_short_and_in_capitals() -> None:
 
 
 def test_a_plain_text_is_predicted_everywhere(planned: Planned) -> None:
-    setup, shape = planned()
+    setup, shape = planned("train.micro_batch_size=1")
     assert with_length(setup, shape, 64, 64).answer == 63
+    assert with_length(setup, shape, 64, 8).answer == 8
+
+
+def test_offloaded_weights_come_over_pcie(planned: Planned) -> None:
+    raw = "zero.deepspeed={zero_optimization: {offload_param: {device: cpu}}}"
+    device = find_device("h100")
+    for ranks in (1, 4):
+        (there, shape), (here, _) = planned("zero.stage=3", raw, ranks=ranks), planned("zero.stage=3", ranks=ranks)
+        wire = plan_wire(there, shape)
+        moved, kept = (
+            predict_step(setup, device, wire, RankView(setup, shape), Arithmetic(shape)).transfers
+            for setup in (there, here)
+        )
+        assert kept == 0
+        bytes_moved = 2 * shape.nbytes if ranks == 1 else wire.step[0].bytes / ranks
+        assert moved == pytest.approx(bytes_moved / (device.pcie * EFFICIENCY.pcie))
+
+
+def test_a_node_with_one_device_cannot_fill_its_network(planned: Planned) -> None:
+    collective, device = Collective("all_gather", 10**12, "weights"), find_device("h100")
+    one, eight = (collective_seconds(collective, planned(nodes=16 // n, ranks=n)[0], device) for n in (1, 8))
+    assert one / eight == pytest.approx(device.network / device.pcie, rel=0.01)
