@@ -26,6 +26,7 @@ from cl_dist.models.training_mode import evaluation_mode
 from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
+from cl_dist.planning.trace import grouped_products
 from cl_dist.sharding.maps import ShardMap
 
 STAGES = (0, 1, 2, 3)
@@ -160,7 +161,7 @@ def _try_out(shape: ModelShape, before: Callable[[Mapping[str, torch.Tensor]], N
     """See `Rehearsal.try_out`."""
     batches = trial_batches(shape.model, shape.objective)
     try:
-        with evaluation_mode(shape.model), torch.no_grad(), _plain_attention(shape.model):
+        with evaluation_mode(shape.model), torch.no_grad(), _plain_attention(shape.model), grouped_products():
             for batch in batches:
                 before(batch.token_masks)
                 shape.model(**{name: tensor.to("meta") for name, tensor in batch.inputs.items()})

@@ -24,8 +24,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
+from transformers.integrations import moe
 
 from cl_dist.engine.engine import loss_sum
+from cl_dist.errors import BadInput
 from cl_dist.models.structure import base_model
 from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
@@ -136,6 +138,24 @@ def fused_attention(device: str) -> Iterator[None]:
         yield
     finally:
         functional.scaled_dot_product_attention = original
+
+
+@contextmanager
+def grouped_products() -> Iterator[None]:
+    """Inside the block, a mixture's experts are multiplied by an operator of transformers that knows its shapes
+    without numbers, in every precision; torch's own one refuses float32 on the meta device.
+    """
+    original = moe._grouped_mm
+    moe._grouped_mm = _grouped_product
+    try:
+        yield
+    finally:
+        moe._grouped_mm = original
+
+
+def _grouped_product(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(input.to(weight.dtype), weight, offs)
+    return product
 
 
 def _attention(
@@ -304,7 +324,10 @@ def trace_step(setup: Setup, shape: ModelShape) -> StepTrace:
             for _ in range(micro_batches):
                 if schedule:
                     schedule.gathers.clear()
-                saved = max(saved, _micro_batch(setup, shape, batch, storages, ledger))
+                try:
+                    saved = max(saved, _micro_batch(setup, shape, batch, storages, ledger))
+                except Exception as error:  # whatever a model does with numbers that are not there
+                    raise BadInput(_cannot(setup, error)) from error
                 reducer.end_micro_batch()
                 if schedule:
                     schedule.end_micro_batch()
@@ -319,6 +342,14 @@ def trace_step(setup: Setup, shape: ModelShape) -> StepTrace:
     rest = setup.recipe.train.gradient_accumulation - 1
     total = [one + rest * (others[0][part] if others else 0) for part, one in enumerate(first)]
     return StepTrace(ledger.peak, saved, *total)
+
+
+def _cannot(setup: Setup, error: Exception) -> str:
+    why = " ".join(str(error).split())[:120] or type(error).__name__
+    return (
+        f"model.name_or_path: {setup.recipe.model.name_or_path} cannot be planned, because a training pass over it does "
+        f"not work without numbers ({why})"
+    )
 
 
 def longest_batch(setup: Setup, shape: ModelShape) -> Batch:
@@ -345,7 +376,7 @@ def _micro_batch(setup: Setup, shape: ModelShape, batch: Batch, storages: Storag
         return shape.model(**tree_map_only(torch.Tensor, lambda tensor: tensor.to(META), inputs))
 
     keeps = "logits_to_keep" in inspect.signature(base_model(shape.model).forward).parameters
-    with fused_attention(setup.device), storages:
+    with fused_attention(setup.device), grouped_products(), storages:
         with Undecided():
             logits, labels = OBJECTIVES[shape.objective].forward(run, batch, keeps)
         total = loss_sum(logits, labels.to(META))

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from cl_dist.config.load import load_recipe
+from cl_dist.errors import BadInput
 from cl_dist.planning.trace import ACTIVATIONS, GRADIENTS, Ledger, Storages, trace_step
 from tests.planning.models import LLAMA2_7B, llama, planned
 
@@ -108,3 +110,23 @@ def test_every_position_of_a_plain_text_has_logits() -> None:
     assert setup.predicted("seq2seq_lm") == 4
     more = trace_step(documents, shape).peak[ACTIVATIONS] - trace_step(setup, shape).peak[ACTIVATIONS]
     assert more >= 2 * (31 - 8) * 128 * 4  # samples, positions, vocabulary, bytes
+
+
+def test_experts_need_no_numbers() -> None:
+    """The products of a mixture, forward and backward, in both precisions."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        setup, shape = planned(stage=0, config=config, dtype=dtype)
+        trace = trace_step(setup, shape)
+        assert shape.numel * setup.itemsize * 0.9 < trace.peak[GRADIENTS] <= shape.nbytes
+        found[dtype] = trace.saved
+    assert found["bfloat16"] < found["float32"]
+
+
+def test_a_model_that_needs_numbers_is_refused() -> None:
+    setup, shape = planned(stage=0)
+    shape.model.register_forward_pre_hook(lambda *_: torch.ones((), device=META).item())
+    with pytest.raises(BadInput, match="cannot be planned, because a training pass over it does not work without numb"):
+        trace_step(setup, shape)
