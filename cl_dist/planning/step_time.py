@@ -105,19 +105,30 @@ class Arithmetic:
     def forward_flop(self, setup: Setup) -> float:
         """FLOP of a micro-batch's forward pass."""
         products = sum(2.0 * each.numel * self._tokens(setup, each.place) for each in self.products)
-        return products + 4.0 * setup.tokens * self.attention_width * self._tokens(setup, "input")
+        return products + self._attention_flop(setup)
 
     def backward_flop(self, setup: Setup, cost: Cost) -> float:
         """FLOP of a micro-batch's backward pass: gradients of inputs, and of weights that are trained, less what the
         methods skip.
         """
-        inputs = self.forward_flop(setup) + 4.0 * setup.tokens * self.attention_width * self._tokens(setup, "input")
+        inputs = self.forward_flop(setup) + self._attention_flop(setup)
         weights = sum(
             2.0 * each.numel * self._tokens(setup, each.place) * (1.0 - cost.skipped.get(each.name, 0.0))
             for each in self.products
             if each.trainable
         )
         return inputs + weights
+
+    def _attention_flop(self, setup: Setup) -> float:
+        """Attention's own two products; a decoder beside an encoder attends to the answer so far and to the input."""
+        own = 4.0 * setup.tokens * self.attention_width * self._tokens(setup, "input")
+        config = base_model(self.shape.model).config
+        if not config.is_encoder_decoder:
+            return own
+        answer, layers = setup.predicted(self.shape.objective), int(config.num_hidden_layers)
+        deep = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None) or layers
+        width = self.attention_width * deep / layers
+        return own + 4.0 * (answer + setup.tokens) * width * self._tokens(setup, "target")
 
     def _tokens(self, setup: Setup, place: str) -> int:
         """Tokens of a micro-batch that run through a product."""
@@ -149,8 +160,17 @@ def _products(shape: ModelShape) -> Iterator[Product]:
             if is_below(name, heads):
                 place = "target" if config.is_encoder_decoder else "head"
             else:
-                place = "target" if config.is_encoder_decoder and "decoder" in name.split(".") else "input"
+                place = "target" if config.is_encoder_decoder and _reads_the_answer(name) else "input"
             yield Product(full, numel, parameter.requires_grad, place)
+
+
+def _reads_the_answer(name: str) -> bool:
+    """Whether a layer of an encoder-decoder runs over the answer: all of the decoder but the keys and values that it
+    makes of the encoder's output.
+    """
+    *parts, last = name.split(".")
+    crosses = any(part in ("EncDecAttention", "encoder_attn") for part in parts)
+    return "decoder" in parts and not (crosses and last in ("k", "v", "k_proj", "v_proj"))
 
 
 def predict_step(setup: Setup, device: Device, wire: Wire, rank: RankView, arithmetic: Arithmetic) -> StepTime:

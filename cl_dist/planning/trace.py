@@ -347,8 +347,8 @@ def trace_step(setup: Setup, shape: ModelShape) -> StepTrace:
 def _cannot(setup: Setup, error: Exception) -> str:
     why = " ".join(str(error).split())[:120] or type(error).__name__
     return (
-        f"model.name_or_path: {setup.recipe.model.name_or_path} cannot be planned, because a training pass over it does "
-        f"not work without numbers ({why})"
+        f"model.name_or_path: {setup.recipe.model.name_or_path} cannot be planned, because a training pass over it "
+        f"does not work without numbers ({why})"
     )
 
 

@@ -190,3 +190,14 @@ def test_a_node_with_one_device_cannot_fill_its_network(planned: Planned) -> Non
     collective, device = Collective("all_gather", 10**12, "weights"), find_device("h100")
     one, eight = (collective_seconds(collective, planned(nodes=16 // n, ranks=n)[0], device) for n in (1, 8))
     assert one / eight == pytest.approx(device.network / device.pcie, rel=0.01)
+
+
+def test_an_encoder_decoder_has_the_flop_that_pytorch_counts(planned: Planned) -> None:
+    """Keys and values of cross-attention are made of the input, not of the answer."""
+    setup, shape = planned("model.name_or_path=builtin:t5-tiny")
+    setup = replace(setup, length=LENGTH, answer=5)
+    size = setup.recipe.train.micro_batch_size
+    source, answer = (torch.zeros(size, length, dtype=torch.long, device="meta") for length in (LENGTH, 5))
+    with FlopCounterMode(display=False) as forward:
+        shape.model(input_ids=source, attention_mask=torch.ones_like(source), decoder_input_ids=answer)
+    assert Arithmetic(shape).forward_flop(setup) == forward.get_total_flops()
