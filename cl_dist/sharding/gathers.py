@@ -150,6 +150,8 @@ class GatherSchedule:
         param.partition_numel = lambda: piece
         param.ds_summary = lambda **_: f"parameter {number}"
         param.all_gather_coalesced = self._gather
+        # DeepSpeed calls it when a module uses another one's parameter for the first time.
+        param.all_gather = lambda: self._gather([param]).wait()
         param.partition = lambda free_data=True: self._release(param)
 
     def _bytes(self, param: Any) -> int:
@@ -183,7 +185,7 @@ class GatherSchedule:
             self._hold(-self._bytes(param))
 
 
-_MARKS = ("is_external_param", "nvme_swapper", "partition_numel", "all_gather_coalesced", "partition")
+_MARKS = ("is_external_param", "nvme_swapper", "partition_numel", "all_gather_coalesced", "all_gather", "partition")
 
 
 @contextmanager

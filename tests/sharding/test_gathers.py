@@ -78,3 +78,23 @@ def test_the_model_is_as_it_was() -> None:
     left = {"ds_id", "ds_recompute_parameters", "ds_grads_remaining", "_external_params", "all_parameters"}
     left |= {"ds_external_parameters"}
     assert all(set(vars(module)) - before[name] <= left for name, module in net.named_modules())
+
+
+class Borrower(nn.Module):
+    """Uses a weight of another module inside its own forward, as DeBERTa's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.lent = nn.Linear(4, 4, bias=False), nn.Embedding(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.own(x) @ self.lent.weight
+        return result
+
+
+def test_a_weight_that_another_module_uses_is_gathered() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(Borrower(), nn.Linear(4, 4, bias=False))
+    schedule = GatherSchedule(net, 2, {**SETTINGS, "stage3_max_reuse_distance": 10**9})
+    with schedule.installed():
+        assert [step(net, schedule) for _ in range(3)][-1] == 3 * 4 * 16
