@@ -95,7 +95,7 @@ def test_data_that_is_not_here_is_asked_for(command: Command) -> None:
         (("quickstart", "--set", "model.name_or_path=EMPTY"), "EMPTY has no config.json"),
         (
             ("quickstart", "--set", "model.name_or_path=nobody/knows-this"),
-            "nobody/knows-this cannot be loaded: there is no",
+            "nobody/knows-this is not on this machine, and a plan does not ask the network",
         ),
         (
             ("quickstart", "--set", "train.dtype=bfloat16", "--device", "v100"),
