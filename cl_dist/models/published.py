@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import LlamaConfig, PreTrainedConfig, RobertaConfig, T5Config
 
 from cl_dist.config.schema import BUILTIN_FAMILIES, ModelConfig
@@ -112,4 +113,7 @@ def known_config(model: ModelConfig) -> PreTrainedConfig | None:
 
 def is_cached(name: str) -> bool:
     """Whether the Hub's cache on this machine has the model's configuration."""
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:  # no name of a repository
+        return False

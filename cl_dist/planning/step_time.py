@@ -168,9 +168,9 @@ def _reads_the_answer(name: str) -> bool:
     """Whether a layer of an encoder-decoder runs over the answer: all of the decoder but the keys and values that it
     makes of the encoder's output.
     """
-    *parts, last = name.split(".")
-    crosses = any(part in ("EncDecAttention", "encoder_attn") for part in parts)
-    return "decoder" in parts and not (crosses and last in ("k", "v", "k_proj", "v_proj"))
+    parts = set(name.split("."))
+    crosses = parts & {"EncDecAttention", "encoder_attn"} and parts & {"k", "v", "k_proj", "v_proj"}
+    return "decoder" in parts and not crosses
 
 
 def predict_step(setup: Setup, device: Device, wire: Wire, rank: RankView, arithmetic: Arithmetic) -> StepTime:
