@@ -150,7 +150,7 @@ class GatherSchedule:
         param.partition_numel = lambda: piece
         param.ds_summary = lambda **_: f"parameter {number}"
         param.all_gather_coalesced = self._gather
-        # DeepSpeed calls it when a module uses another one's parameter for the first time.
+        # DeepSpeed calls it when a module returns a parameter that another one will use.
         param.all_gather = lambda: self._gather([param]).wait()
         param.partition = lambda free_data=True: self._release(param)
 
@@ -173,11 +173,14 @@ class GatherSchedule:
 
     def _arrive_alone(self, params: list[Any]) -> None:
         params[0].ds_status = self._status.AVAILABLE
+        if params[0].ds_persist:  # counts with the weights that are held throughout
+            self._hold(-self._bytes(params[0]))
 
     def _arrive(self, params: list[Any]) -> None:
         for param in params:
             param.ds_status = self._status.AVAILABLE
-            self._hold(self._bytes(param))
+            if not param.ds_persist:
+                self._hold(self._bytes(param))
 
     def _release(self, param: Any) -> None:
         param.ds_status = self._status.NOT_AVAILABLE

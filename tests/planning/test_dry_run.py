@@ -106,7 +106,7 @@ def test_samples_that_no_step_has_memory_for_are_a_problem(planned: Planned, set
 
 
 def test_inputs_longer_than_the_models_positions_are_a_problem(planned: Planned) -> None:
-    found = dry_run(*planned("train.max_length=4000"))
+    found = dry_run(*planned("model.name_or_path=builtin:roberta-tiny", "train.max_length=4000"))
     assert found.problems[0].startswith("train.max_length: 4000 ")
 
 

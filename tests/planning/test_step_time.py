@@ -16,6 +16,7 @@ from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
 from cl_dist.planning.step_time import Arithmetic, StepTime, collective_seconds, predict_step, with_length
+from cl_dist.planning.trace import Undecided
 from cl_dist.planning.wire import Wire, plan_wire
 from tests.planning.conftest import LORA, Planned
 
@@ -198,6 +199,6 @@ def test_an_encoder_decoder_has_the_flop_that_pytorch_counts(planned: Planned) -
     setup = replace(setup, length=LENGTH, answer=5)
     size = setup.recipe.train.micro_batch_size
     source, answer = (torch.zeros(size, length, dtype=torch.long, device="meta") for length in (LENGTH, 5))
-    with FlopCounterMode(display=False) as forward:
-        shape.model(input_ids=source, attention_mask=torch.ones_like(source), decoder_input_ids=answer)
+    with Undecided(), FlopCounterMode(display=False) as forward:
+        shape.model(input_ids=source, decoder_input_ids=answer)
     assert Arithmetic(shape).forward_flop(setup) == forward.get_total_flops()

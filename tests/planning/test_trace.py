@@ -120,7 +120,8 @@ def test_experts_need_no_numbers() -> None:
     for dtype in ("float32", "bfloat16"):
         setup, shape = planned(stage=0, config=config, dtype=dtype)
         trace = trace_step(setup, shape)
-        assert shape.numel * setup.itemsize * 0.9 < trace.peak[GRADIENTS] <= shape.nbytes
+        assert 0 < trace.peak[GRADIENTS] <= shape.nbytes
+        assert all(parameter.grad is None for parameter in shape.model.parameters())
         found[dtype] = trace.saved
     assert found["bfloat16"] < found["float32"]
 

@@ -80,15 +80,26 @@ def test_the_model_is_as_it_was() -> None:
     assert all(set(vars(module)) - before[name] <= left for name, module in net.named_modules())
 
 
-class Borrower(nn.Module):
-    """Uses a weight of another module inside its own forward, as DeBERTa's attention does."""
+class Lender(nn.Module):
+    """Returns its weight, as DeBERTa's relative positions do."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.own, self.lent = nn.Linear(4, 4, bias=False), nn.Embedding(4, 4)
+        self.weight = nn.Parameter(torch.empty(4, 4))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
+class Borrower(nn.Module):
+    """Uses a weight of another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.lent = nn.Linear(4, 4, bias=False), Lender()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.own(x) @ self.lent.weight
+        result: torch.Tensor = self.own(x) @ self.lent()
         return result
 
 

@@ -69,6 +69,10 @@ class RecurrentKifConfig(UnitConfig):
     keep_unfused: bool = False
     """Also save each task's model as it was before its last fusion (`unfused/` in the task's folder)."""
 
+    def samples_per_epoch(self, index: int, counts: Sequence[int]) -> int:
+        """The task's own; the memory has steps of its own."""
+        return counts[index]
+
     def memory_steps(self, steps: int) -> int:
         """`outer_steps` after all `inner_steps` own ones, and after the last ones too (`fuse_last_cycle`)."""
         cycles = ceil(steps / self.inner_steps) if self.fuse_last_cycle else steps // self.inner_steps
