@@ -69,6 +69,7 @@ def test_the_text_keeps_within_the_terminal_and_says_what_would_not_work(
     for label in ("recipe", "on", "fits", "step", "throughput", "network", "checkpoint", "whole stream", "dry run"):
         assert f"\n{label} " in f"\n{output}"
     assert output.count("(predicted") >= 6
+    assert "0.12 million parameters" in output
     assert "PROBLEM        data: 4 of 4 tasks have fewer samples than a global batch of 32" in output
 
 

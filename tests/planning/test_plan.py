@@ -175,8 +175,8 @@ def test_steps_on_past_samples_are_counted(planned: Planned) -> None:
     assert steps_of(planned, "method={name: kif, replay_ratio: 0.5}") == plain + 6 * math.ceil(count / 2)
     assert steps_of(planned, "method={name: multi_task}") == plain
     cycles = "method={name: recurrent_kif, inner_steps: 7, outer_steps: 2, units: matrix}"
-    assert steps_of(planned, cycles) == plain + 3 * 2 * (count // 7)
-    assert steps_of(planned, cycles.replace("}", ", fuse_last_cycle: true}")) == plain + 3 * 2 * math.ceil(count / 7)
+    assert steps_of(planned, cycles) == plain + 3 * 2 * math.ceil(count / 7)
+    assert steps_of(planned, cycles.replace("}", ", fuse_last_cycle: false}")) == plain + 3 * 2 * (count // 7)
 
 
 def test_states_are_saved_by_time_too(planned: Planned) -> None:
