@@ -7,6 +7,7 @@ the result depends neither on the number of threads nor on the order in which a 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import numba
@@ -107,9 +108,10 @@ class MagnitudeTotal:
         y_TO = output.detach().reshape(-1, rows)
         counted_T = None if token_mask is None else counted_tokens(output, token_mask)
         number = blocks(len(y_TO), TOKEN_BLOCK)
-        size = -(-number * rows // 4) * 4  # every output begins at a multiple of 16 bytes
-        # One launch folds each row once, so a second output of a layer waits for the next.
-        if start in self._waiting or self._used + size > self._partial.numel():
+        size = _block_sums(number, rows)
+        if start in self._waiting:  # one launch folds each row once
+            self.fold()
+        if self._used + size > self._partial.numel():
             self._make_room(size)
         partial_BO = self._partial[self._used : self._used + number * rows].view(number, rows)
         _sum_launch(y_TO, counted_T, per_token, partial_BO).run()
@@ -131,9 +133,34 @@ class MagnitudeTotal:
     def _make_room(self, size: int) -> None:
         """Fold, and make the memory twice as large while it is smaller than `FOLD_BYTES`."""
         self.fold()
-        larger = max(size, min(2 * self._partial.numel() + size, FOLD_BYTES // 4))
+        larger = _grown(self._partial.numel(), size)
         if larger > self._partial.numel():
             self._partial = torch.empty(larger, dtype=torch.float32, device=self.total.device)
+
+
+def _block_sums(number: int, rows: int) -> int:
+    """Elements of the sums of an output's blocks; every output begins at a multiple of 16 bytes."""
+    return -(-number * rows // 4) * 4
+
+
+def _grown(capacity: int, size: int) -> int:
+    """Elements of the memory for block sums once `size` more have not found room in it."""
+    return max(size, min(2 * capacity + size, FOLD_BYTES // 4))
+
+
+def block_sum_bytes(rows: Iterable[int], tokens: int) -> int:
+    """Bytes that a `MagnitudeTotal` on a GPU keeps for block sums, after a few passes over outputs with these rows."""
+    sizes = [_block_sums(blocks(tokens, TOKEN_BLOCK), each) for each in rows]
+    capacity = before = 0
+    while True:
+        used = 0
+        for size in sizes:
+            if used + size > capacity:
+                used, capacity = 0, max(capacity, _grown(capacity, size))
+            used += size
+        if capacity == before:
+            return 4 * capacity
+        before = capacity
 
 
 def _on_gpu(y_TO: torch.Tensor, counted_T: torch.Tensor | None, per_token: bool) -> torch.Tensor:

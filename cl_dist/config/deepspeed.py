@@ -213,6 +213,19 @@ def refuse_raw_settings(settings: Mapping[str, Any], stage: int) -> None:
         raise ValueError("\nzero.".join(shown))
 
 
+def read_at(stage: int, settings: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Those of a recipe's raw settings that DeepSpeed reads at a stage."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{section}.{name}" if section else name
+        if key not in SECTIONS:
+            if stage in ALLOWED[key].stages:
+                found[name] = value
+        elif inside := read_at(stage, value, key):
+            found[name] = inside
+    return found
+
+
 def _problems(section: str, settings: Mapping[str, Any], stage: int) -> Iterator[str]:
     for name, value in settings.items():
         key = f"{section}.{name}" if section else name

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum, auto
 from itertools import combinations
+from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -102,6 +103,16 @@ class MethodConfig:
         """Maximum number of steps that the schedule counts in addition to a task's own `steps` (`Method.memory`)."""
         return 0
 
+    def samples_per_epoch(self, index: int, counts: Sequence[int]) -> int:
+        """Samples that task `index` trains on in an epoch, of tasks with these numbers of own ones
+        (`Method.training_data`, `Method.trains`). A plan asks; override it if the method adds any.
+        """
+        return counts[index]
+
+    def memory_steps(self, steps: int) -> int:
+        """Steps on past samples in addition to `steps` own ones of a later task (`Method.memory`)."""
+        return 0
+
     @classmethod
     def unread(cls, values: Mapping[str, Any]) -> Iterable[str]:
         """Names of settings that nothing reads if the settings have these (unchecked) values."""
@@ -135,6 +146,11 @@ class VariedConfig(MethodConfig):
         """The settings during a task."""
         values = self.by_task.get(task)
         return dataclasses.replace(self, by_task={}, **values) if values else self
+
+
+def share_of(count: int, ratio: float) -> int:
+    """Samples in a memory that keeps this share of a task's: at least one, unless the share is 0."""
+    return min(count, ceil(ratio * count)) if ratio > 0 else 0
 
 
 def exclusion(one: type[MethodConfig], other: type[MethodConfig]) -> str | None:

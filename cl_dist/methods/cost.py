@@ -64,6 +64,8 @@ class RankShare:
     """Whether masters and moments are offloaded."""
     tasks: int
     """Number of tasks of the stream; 0 if not known."""
+    gpu: bool = False
+    """Whether the ranks train on GPUs."""
 
     @property
     def replicated(self) -> bool:

@@ -208,6 +208,8 @@ _DEVICES = (
     ),
 )
 NAMES = (*(device.name for device in _DEVICES), "cpu")
+ALIASES = {"a100": "a100-80"}
+"""Shorter names; the plan shows the device's title."""
 
 CPU_CORE_FLOPS = 30e9
 """Assumed float32 FLOP/s of a core that a matrix product reaches (AVX2: 2 x 8 fused multiply-adds at 2 GHz, halved
@@ -226,9 +228,10 @@ def find_device(name: str) -> Device:
     Raises:
         BadInput: There is none.
     """
-    if name == "cpu":
+    wanted = ALIASES.get(name.lower(), name.lower())
+    if wanted == "cpu":
         return _this_machine()
-    found = next((device for device in _DEVICES if device.name == name), None)
+    found = next((device for device in _DEVICES if device.name == wanted), None)
     if found is None:
         raise BadInput(
             f"--device: there is no {name!r}; allowed: {listed(NAMES, last='or')}{did_you_mean(name, NAMES)}"

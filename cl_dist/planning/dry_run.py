@@ -21,11 +21,14 @@ from cl_dist.engine.trial import trial_batches
 from cl_dist.errors import BadInput
 from cl_dist.methods.composed import compose
 from cl_dist.methods.rehearsal import Rehearsal
+from cl_dist.models.check import refuse_long
+from cl_dist.models.positions import longest_inputs
 from cl_dist.models.structure import base_model
 from cl_dist.models.training_mode import evaluation_mode
 from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
+from cl_dist.planning.trace import grouped_products
 from cl_dist.sharding.maps import ShardMap
 
 STAGES = (0, 1, 2, 3)
@@ -75,7 +78,9 @@ def dry_run(setup: Setup, shape: ModelShape, samples: Mapping[str, int] | None =
 
 
 def _check_model(setup: Setup, shape: ModelShape, found: DryRun) -> None:
-    """The model itself: something to train, heads that can be divided, no layers dropped at random, shared weights."""
+    """The model itself: something to train, heads that can be divided, inputs no longer than its positions, no layers
+    dropped at random, shared weights.
+    """
     if not shape.trainable:
         raise BadInput("model: nothing is trained")
     text = base_model(shape.model).config.get_text_config()
@@ -85,6 +90,8 @@ def _check_model(setup: Setup, shape: ModelShape, found: DryRun) -> None:
         found.problems.append(f"model: {heads} attention heads do not divide a width of {width}")
     if heads and of_keys and heads % of_keys:
         found.problems.append(f"model: {of_keys} heads of keys and values do not divide {heads} heads of queries")
+    name, train = setup.recipe.model.name_or_path, setup.recipe.train
+    refuse_long(longest_inputs(shape.model), name, train.max_length, train.max_target_length)
     refuse_layerdrop(shape.model, setup.stage, setup.world)
     if shared := _shared_names(shape.model):
         found.notes.append(f"model: {listed(shared, SHOWN)} (shared weights are trained, sharded and saved once)")
@@ -160,7 +167,7 @@ def _try_out(shape: ModelShape, before: Callable[[Mapping[str, torch.Tensor]], N
     """See `Rehearsal.try_out`."""
     batches = trial_batches(shape.model, shape.objective)
     try:
-        with evaluation_mode(shape.model), torch.no_grad(), _plain_attention(shape.model):
+        with evaluation_mode(shape.model), torch.no_grad(), _plain_attention(shape.model), grouped_products():
             for batch in batches:
                 before(batch.token_masks)
                 shape.model(**{name: tensor.to("meta") for name, tensor in batch.inputs.items()})

@@ -14,17 +14,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from cl_dist.config.objectives import FACTS
 from cl_dist.planning.ranks import FLOAT32, RankView
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
 from cl_dist.planning.trace import StepTrace, trace_step
+from cl_dist.tasks.samples import SELECTION_BYTES, table_bytes
 
 NORM_BYTES = 8
 """DeepSpeed converts each gradient to float64 for its norm (`get_norm_dtype`)."""
 REPLICATED_BUCKET = 500_000_000
 """Stage 0 reduces gradients in buckets of this many elements (`MEMORY_OPT_ALLREDUCE_SIZE` in engine.py)."""
-TOKEN_BYTES = 8
-"""A token of the tokenised data, with its label."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def plan_memory(setup: Setup, shape: ModelShape, trace: StepTrace | None = None)
     held.update(rank.methods.device)
     host.update(rank.methods.host)
     if setup.samples is not None:
-        host["tokenised data"] += setup.samples * (setup.tokens + (setup.answer or 0)) * TOKEN_BYTES
+        host["tokenised data"] += _tokenised(setup, shape, setup.samples)
     phases = dict(_phases(rank, trace))
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     device = held + phases[phase]
@@ -85,6 +85,17 @@ def plan_memory(setup: Setup, shape: ModelShape, trace: StepTrace | None = None)
         phase=phase,
         gradients=rank.step_gradients or held["gradients"] or host["gradients"],
     )
+
+
+def _tokenised(setup: Setup, shape: ModelShape, samples: int) -> int:
+    """The samples of the whole stream, as long as the recipe allows (`tasks/samples.py`).
+
+    The ranks of a node map one file; here each has its share of it. The order of the samples is every rank's own.
+    """
+    facts = FACTS[shape.objective]
+    apart = setup.recipe.train.max_target_length if facts.answer_apart else 1 if facts.needs_labels else 0
+    table = table_bytes(samples, samples * setup.tokens, samples * apart, vocabulary=shape.vocabulary)
+    return -(-table // setup.ranks_per_node) + samples * SELECTION_BYTES
 
 
 def _positive(parts: Mapping[str, int]) -> dict[str, int]:
@@ -107,8 +118,7 @@ def _weights(rank: RankView, held: Counter[str], host: Counter[str]) -> None:
         held["weights"] += frozen + rank.owned * setup.world * size
     else:
         pieces = sum(-(-each.numel // setup.world) * each.itemsize for each in shape.parameters)
-        offloaded = rank.zero.get("offload_param", {}).get("device") == "cpu"
-        (host if offloaded else held)["weights"] += pieces
+        (host if setup.weights_on_host else held)["weights"] += pieces
         held["weights"] += rank.persistent * size
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
 from cl_dist.planning.step_time import Arithmetic, StepTime, predict_step, with_length
 from cl_dist.planning.stream_time import StreamSize, StreamTime, predict_stream
-from cl_dist.planning.trace import StepTrace, trace_step
+from cl_dist.planning.trace import StepTrace, trace_key, trace_step
 from cl_dist.planning.wire import Wire, on_the_link, plan_wire
 
 GIB = 2**30
@@ -119,7 +119,7 @@ class Planner:
         self.published = published
         self._describe = describe
         self._shapes = {setup.recipe.train.activation_checkpointing: shape}
-        self._traces: dict[tuple[int, int, int, bool], StepTrace] = {}
+        self._traces: dict[Hashable, StepTrace] = {}
         self._arithmetic: dict[int, Arithmetic] = {}
 
     def plan(self, setup: Setup, trace: StepTrace | None = None) -> Plan:
@@ -170,6 +170,8 @@ class Planner:
         train = self.setup.recipe.train
         per_rank = train.micro_batch_size * train.gradient_accumulation
         sizes = [size for size in sorted({*MICRO_BATCHES, train.micro_batch_size}) if per_rank % size == 0]
+        if any(method.depends_on_split(per_rank > 1) for method in self.setup.recipe.method):
+            sizes = [train.micro_batch_size]  # another split would train something else
         try:
             setups = [
                 self.setup.varied(
@@ -202,11 +204,10 @@ class Planner:
         return replace(small, peak={**small.peak, **grown})
 
     def _traced(self, setup: Setup) -> StepTrace:
-        train = setup.recipe.train
-        kind = max(1, setup.stage)  # the first two treat gradients alike, wherever the optimiser's state is
-        key = (kind, train.micro_batch_size, train.gradient_accumulation, train.activation_checkpointing)
+        shape = self._shape_for(setup)
+        key = trace_key(setup, shape)
         if key not in self._traces:
-            self._traces[key] = trace_step(setup, self._shape_for(setup))
+            self._traces[key] = trace_step(setup, shape)
         return self._traces[key]
 
     def _shape_for(self, setup: Setup) -> ModelShape:

@@ -118,4 +118,5 @@ class RankView:
             stage=setup.stage,
             masters_on_host=recipe.zero.offload,
             tasks=len(recipe.stream.tasks),
+            gpu=setup.device == "cuda",
         )

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cl_dist.config.load import to_dict
+from cl_dist.config.ranges import is_default
 from cl_dist.config.yaml_text import render_yaml
 from cl_dist.planning.devices import EFFICIENCY
 from cl_dist.planning.dry_run import DryRun
@@ -28,6 +29,7 @@ def as_json(
         "predicted": True,
         "fits": own.fits,
         "obstacles": list(own.obstacles),
+        "notes": contradictions(own),
         "per_rank_bytes": {**own.memory.device, **{f"{name} (host)": size for name, size in own.memory.host.items()}},
         "step_seconds": own.time.seconds,
         "step_seconds_by_part": _parts(own),
@@ -106,7 +108,8 @@ def _entry(label: str, text: str, columns: int) -> list[str]:
 def _what(planner: Planner, own: Plan, name: str, columns: int) -> Iterator[str]:
     setup, train, shape = own.setup, own.setup.recipe.train, planner.shape
     trained = sum(each.numel for each in shape.trainable.values())
-    whole = f"{shape.numel / 1e9:.2f} billion parameters, {trained / shape.numel:.1%} of them trained"
+    count = f"{shape.numel / 1e9:.2f} billion" if shape.numel >= 1e8 else f"{shape.numel / 1e6:.2f} million"
+    whole = f"{count} parameters, {trained / shape.numel:.1%} of them trained"
     methods = ", ".join(method.name for method in setup.recipe.method)
     model = setup.recipe.model.name_or_path + " (not here: its published shape)" * planner.published
     yield from _entry("recipe", f"{name}: {model}, {whole}; method {methods}", columns)
@@ -118,10 +121,24 @@ def _what(planner: Planner, own: Plan, name: str, columns: int) -> Iterator[str]
         f"{train.gradient_accumulation} x {setup.world}; {_words(own)}",
         columns,
     )
+    for note in contradictions(own):
+        yield from _entry("note", note, columns)
     if own.fits:
         yield from _entry("fits", f"yes: {gib(own.device_bytes)} GiB on each device at the peak (predicted)", columns)
     for obstacle in own.obstacles:
         yield from _entry("does not fit", f"{obstacle} (predicted)", columns)
+
+
+def contradictions(own: Plan) -> list[str]:
+    """Where the recipe says something else about the machines than the command, one sentence each."""
+    launch, setup, found = own.setup.recipe.launch, own.setup, []
+    if not is_default(launch, "processes") and launch.processes not in ("auto", setup.ranks_per_node):
+        found.append(
+            f"launch.processes is {launch.processes} in the recipe; planned with {setup.ranks_per_node} a node"
+        )
+    if launch.device not in ("auto", own.device.kind):
+        found.append(f"launch.device is {launch.device} in the recipe; planned for {own.device.title}")
+    return found
 
 
 def _words(plan: Plan) -> str:
@@ -155,7 +172,7 @@ def _time(planner: Planner, own: Plan, columns: int) -> Iterator[str]:
     yield from _entry("checkpoint", f"{gib(own.checkpoint_bytes)} GiB in all, {save:.3g} s (predicted)", columns)
     if isinstance(stream, str) or own.stream is None:
         why = str(stream).partition(";")[0]
-        text = f"not known, because the data is not here ({why}); give --samples N"
+        text = f"not known, because the data cannot be read here ({why}); give --samples N"
     else:
         times = own.stream
         text = (
@@ -235,7 +252,8 @@ def recipe_text(best: Plan, own: Plan, name: str) -> str:
     data = to_dict(setup.recipe)
     if isinstance(data["launch"]["processes"], int):
         data["launch"]["processes"] = setup.ranks_per_node
-    data["output_dir"] = setup.recipe.output_dir
+    if data["launch"]["device"] not in ("auto", best.device.kind):
+        data["launch"]["device"] = best.device.kind
     head = [
         f"# {name} on {setup.nodes} x {setup.ranks_per_node} {best.device.title}, as cl-dist plan recommends it.",
         f"# Predicted: {best.time.seconds:.3g} s a step, {best.time.tokens_per_second:,.0f} tokens/s, "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from cl_dist.config.deepspeed import read_at
+from cl_dist.config.objectives import FACTS, ObjectiveName
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.settings import deepspeed_config
 
@@ -24,8 +26,8 @@ class Setup:
     length: int | None = None
     """Tokens of the longest micro-batch; None: `train.max_length`, the worst case."""
     answer: int | None = None
-    """Positions of a micro-batch whose logits a decoder needs; None: as many as answers of `train.max_target_length`
-    at a different place in every sample of the micro-batch, the worst case. Target tokens of an encoder-decoder."""
+    """Positions of a micro-batch whose logits a decoder needs, or target tokens of an encoder-decoder; None: the worst
+    case (`predicted`)."""
     labels: int = 2
     """Classes of a classifier."""
     samples: int | None = None
@@ -40,6 +42,17 @@ class Setup:
     def tokens(self) -> int:
         """Tokens per sample of the longest micro-batch."""
         return self.length or self.recipe.train.max_length
+
+    def predicted(self, objective: ObjectiveName) -> int:
+        """What `answer` says, or the worst case: answers of `train.max_target_length`, for a decoder at a different
+        place in every sample of the micro-batch. All positions of a plain text or of a masked language model.
+        """
+        facts, train = FACTS[objective], self.recipe.train
+        if self.answer or facts.answer_apart:
+            return self.answer or train.max_target_length
+        if facts.masked or any(task.reader.only_documents for task in self.recipe.stream.tasks):
+            return self.tokens - 1
+        return min(self.tokens - 1, train.micro_batch_size * train.max_target_length)
 
     @property
     def stage(self) -> int:
@@ -76,6 +89,12 @@ class Setup:
         return self.stage == 1 and self.gradient_itemsize > self.itemsize and not self.recipe.zero.offload
 
     @property
+    def weights_on_host(self) -> bool:
+        """Whether stage 3 keeps its pieces of the weights in CPU memory."""
+        offload: dict[str, Any] = self.deepspeed["zero_optimization"].get("offload_param", {})
+        return offload.get("device") == "cpu"
+
+    @property
     def bucket(self) -> int:
         """Elements of the bucket in which gradients are reduced."""
         return int(self.deepspeed["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET))
@@ -89,7 +108,11 @@ class Setup:
         offload: bool | None = None,
         checkpointing: bool | None = None,
     ) -> Setup:
-        """The same run with other settings. Raw DeepSpeed settings that the new stage does not read are dropped."""
+        """The same run with other settings. Raw DeepSpeed settings that the new stage does not read are dropped.
+
+        Raises:
+            ValueError: The settings exclude each other.
+        """
         train, zero = self.recipe.train, self.recipe.zero
         new_train = replace(
             train,
@@ -98,11 +121,10 @@ class Setup:
             activation_checkpointing=train.activation_checkpointing if checkpointing is None else checkpointing,
         )
         new_stage = zero.stage if stage is None else stage
-        raw = zero.deepspeed if new_stage == zero.stage else {}
         new_zero = replace(
             zero,
             stage=new_stage,
             offload=(zero.offload if offload is None else offload) and new_stage > 0,
-            deepspeed=raw,
+            deepspeed=read_at(new_stage, zero.deepspeed),
         )
         return replace(self, recipe=replace(self.recipe, train=new_train, zero=new_zero))

@@ -29,7 +29,7 @@ from cl_dist.planning.devices import EFFICIENCY, Device
 from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
-from cl_dist.planning.wire import Wire
+from cl_dist.planning.wire import GATHERED_WEIGHTS, Wire
 
 OPERATIONS_PER_PRODUCT = 5
 """Launched forward for each product, with the norms, rotations, activations and sums around it (a block of Llama has 7
@@ -66,7 +66,7 @@ class StepTime:
     hidden: float
     """The part of communication that hides."""
     transfers: float
-    """Gradients and weights over PCIe, with an offloaded optimiser."""
+    """Gradients and weights over PCIe, if optimiser or weights are offloaded."""
     tokens: int
     """Tokens of a step on all ranks."""
 
@@ -104,31 +104,41 @@ class Arithmetic:
 
     def forward_flop(self, setup: Setup) -> float:
         """FLOP of a micro-batch's forward pass."""
-        products = sum(2.0 * each.numel * _tokens(setup, each.place) for each in self.products)
-        return products + 4.0 * setup.tokens * self.attention_width * _tokens(setup, "input")
+        products = sum(2.0 * each.numel * self._tokens(setup, each.place) for each in self.products)
+        return products + self._attention_flop(setup)
 
     def backward_flop(self, setup: Setup, cost: Cost) -> float:
         """FLOP of a micro-batch's backward pass: gradients of inputs, and of weights that are trained, less what the
         methods skip.
         """
-        inputs = self.forward_flop(setup) + 4.0 * setup.tokens * self.attention_width * _tokens(setup, "input")
+        inputs = self.forward_flop(setup) + self._attention_flop(setup)
         weights = sum(
-            2.0 * each.numel * _tokens(setup, each.place) * (1.0 - cost.skipped.get(each.name, 0.0))
+            2.0 * each.numel * self._tokens(setup, each.place) * (1.0 - cost.skipped.get(each.name, 0.0))
             for each in self.products
             if each.trainable
         )
         return inputs + weights
 
+    def _attention_flop(self, setup: Setup) -> float:
+        """Attention's own two products; a decoder beside an encoder attends to the answer so far and to the input."""
+        own = 4.0 * setup.tokens * self.attention_width * self._tokens(setup, "input")
+        config = base_model(self.shape.model).config
+        if not config.is_encoder_decoder:
+            return own
+        answer, layers = setup.predicted(self.shape.objective), int(config.num_hidden_layers)
+        deep = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None) or layers
+        width = self.attention_width * deep / layers
+        return own + 4.0 * (answer + setup.tokens) * width * self._tokens(setup, "target")
 
-def _tokens(setup: Setup, place: str) -> int:
-    """Tokens of a micro-batch that run through a product."""
-    micro, longest = setup.recipe.train.micro_batch_size, setup.recipe.train.max_target_length
-    if place == "input":
-        return micro * setup.tokens
-    if place == "target":
-        return micro * (setup.answer or longest)
-    # A decoder's head runs over each position that predicts an answer of any sample, for every sample.
-    return micro * min(setup.tokens, setup.answer or micro * longest)
+    def _tokens(self, setup: Setup, place: str) -> int:
+        """Tokens of a micro-batch that run through a product."""
+        micro, predicted = setup.recipe.train.micro_batch_size, setup.predicted(self.shape.objective)
+        if place == "input":
+            return micro * setup.tokens
+        if place == "target":
+            return micro * predicted
+        # A decoder's head runs over each position that predicts an answer of any sample, for every sample.
+        return micro * min(setup.tokens, predicted)
 
 
 def _products(shape: ModelShape) -> Iterator[Product]:
@@ -150,8 +160,17 @@ def _products(shape: ModelShape) -> Iterator[Product]:
             if is_below(name, heads):
                 place = "target" if config.is_encoder_decoder else "head"
             else:
-                place = "target" if config.is_encoder_decoder and "decoder" in name.split(".") else "input"
+                place = "target" if config.is_encoder_decoder and _reads_the_answer(name) else "input"
             yield Product(full, numel, parameter.requires_grad, place)
+
+
+def _reads_the_answer(name: str) -> bool:
+    """Whether a layer of an encoder-decoder runs over the answer: all of the decoder but the keys and values that it
+    makes of the encoder's output.
+    """
+    parts = set(name.split("."))
+    crosses = parts & {"EncDecAttention", "encoder_attn"} and parts & {"k", "v", "k_proj", "v_proj"}
+    return "decoder" in parts and not crosses
 
 
 def predict_step(setup: Setup, device: Device, wire: Wire, rank: RankView, arithmetic: Arithmetic) -> StepTime:
@@ -169,7 +188,7 @@ def predict_step(setup: Setup, device: Device, wire: Wire, rank: RankView, arith
     """
     train, share = setup.recipe.train, _ranks_on_device(setup, device)
     shape, cost = arithmetic.shape, rank.methods
-    peak = device.peak(train.dtype, getattr(train, "tf32", False)) * EFFICIENCY.arithmetic / share
+    peak = device.peak(train.dtype, train.tf32) * EFFICIENCY.arithmetic / share
     memory = device.bandwidth * EFFICIENCY.memory / share
     micro_batches, passes = train.gradient_accumulation, train.gradient_accumulation * (1 + cost.passes)
 
@@ -182,12 +201,17 @@ def predict_step(setup: Setup, device: Device, wire: Wire, rank: RankView, arith
 
     low = LOW_PRECISION_BYTES if setup.itemsize < 4 else 0
     traffic = (ADAMW_BYTES + low) * rank.owned + cost.traffic
-    transfers = 0.0
+    moved = 0.0
     if setup.recipe.zero.offload and device.kind == "cuda":
         optimizer = traffic / (device.host_bandwidth * EFFICIENCY.host / setup.ranks_per_node)
-        transfers = 2 * rank.owned * setup.itemsize / (device.pcie * EFFICIENCY.pcie)
+        moved = 2 * rank.owned * setup.itemsize
     else:
         optimizer = traffic / memory
+    if setup.weights_on_host and device.kind == "cuda":
+        # Every gather begins with this rank's piece; a single rank copies all of them in each pass.
+        gathered = sum(each.bytes for each in wire.step if each.what == GATHERED_WEIGHTS)
+        alone = passes * (3 if train.activation_checkpointing else 2) * shape.nbytes
+        moved += gathered / setup.world if setup.world > 1 else alone
 
     hidden, exposed = _communication(setup, device, wire, passes * (forward + backward + recomputed))
     return StepTime(
@@ -198,7 +222,7 @@ def predict_step(setup: Setup, device: Device, wire: Wire, rank: RankView, arith
         optimizer=optimizer,
         communication=exposed,
         hidden=hidden,
-        transfers=transfers,
+        transfers=moved / (device.pcie * EFFICIENCY.pcie),
         tokens=tokens * micro_batches * setup.world,
     )
 
@@ -229,7 +253,9 @@ def collective_seconds(collective: Collective, setup: Setup, device: Device) -> 
     """Seconds of a collective's calls, alone on the links."""
     if setup.world == 1:
         return 0.0
-    slowest = device.link if setup.nodes == 1 else min(device.link, device.network)
+    slowest = device.link
+    if setup.nodes > 1:  # what leaves a node comes from its devices over PCIe; few of them cannot fill its network
+        slowest = min(device.link, device.network, setup.ranks_per_node * device.pcie)
     sent = collective.on_the_link(setup.world)
     # A piece passes all ranks of a ring; an all-reduce of few bytes goes up and down a tree instead.
     hops = 2 * math.ceil(math.log2(setup.world)) if collective.kind == "all_reduce" else setup.world - 1
@@ -242,6 +268,9 @@ def with_length(setup: Setup, shape: ModelShape, length: float, answer: float) -
     train = setup.recipe.train
     tokens = max(2, min(train.max_length, round(length)))
     target = max(1, min(train.max_target_length, round(answer)))
-    if not FACTS[shape.objective].answer_apart:  # positions at which any sample of the micro-batch has an answer
+    facts = FACTS[shape.objective]
+    if facts.masked or (answer >= length and not facts.answer_apart):  # plain text
+        target = tokens - 1
+    elif not facts.answer_apart:  # positions at which any sample of the micro-batch has an answer
         target = min(tokens - 1, target * train.micro_batch_size)
     return replace(setup, length=tokens, answer=target)

@@ -7,11 +7,12 @@ recipe's limits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cl_dist.config.schema import Recipe
+from cl_dist.config.schema import CheckpointConfig, Recipe
+from cl_dist.engine.engine import GATHERED_SHARE
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.modes import resolve_mode
 from cl_dist.methods.cost import Collective
@@ -26,8 +27,6 @@ from cl_dist.tasks.types import Task
 
 CHARACTERS_PER_TOKEN = 4.0
 """Assumed of English text (OpenAI's help pages give the same rule of thumb)."""
-GATHERED_SHARE = 0.5
-"""Of the memory that is free: stage 3 generates with whole weights if they take no more."""
 LABEL_TOKENS = 4
 """Assumed tokens of a label."""
 
@@ -127,7 +126,13 @@ def _assumed(recipe: Recipe, samples: int) -> StreamSize:
     """The recipe's tasks with `samples` samples each, as long as the recipe allows."""
     train, evaluation = recipe.train, recipe.stream.max_eval_samples or 0
     sizes = tuple(
-        TaskSize(task.name, samples, evaluation, train.max_length, train.max_target_length)
+        TaskSize(
+            task.name,
+            samples,
+            evaluation,
+            train.max_length,
+            train.max_length if task.reader.only_documents else train.max_target_length,
+        )
         for task in recipe.stream.tasks
     )
     scored = f"{evaluation} to score (stream.max_eval_samples)" if evaluation else "evaluation is not counted"
@@ -182,12 +187,14 @@ def predict_stream(
     batch = train.micro_batch_size * train.gradient_accumulation * setup.world
     epochs = {task.name: task.epochs or train.epochs for task in recipe.stream.tasks}
     total, training, saves = 0, 0.0, 0
-    for task in stream.tasks:
-        steps = epochs.get(task.name, train.epochs) * -(-task.train // batch)
+    for index, task in enumerate(stream.tasks):
+        steps = epochs.get(task.name, train.epochs) * -(-_samples(recipe, index, stream.tasks) // batch)
         steps = min(steps, train.max_steps_per_task or steps)
+        steps += sum(method.memory_steps(steps) for method in recipe.method) if index else 0
         total += steps
-        training += steps * step_of(task.length, task.answer).seconds
-        saves += 1 + (steps // recipe.checkpoint.every_steps if recipe.checkpoint.every_steps else 0)
+        seconds = steps * step_of(task.length, task.answer).seconds
+        training += seconds
+        saves += _saves(recipe.checkpoint, steps, seconds)
 
     # One row of the matrix before training and one after each task; a row has all tasks, or those seen so far.
     spare = GATHERED_SHARE * (EFFICIENCY.usable_memory * device.memory - sum(memory.held.values()))
@@ -198,15 +205,29 @@ def predict_stream(
     return StreamTime(training, scored, saves * memory.checkpoint / EFFICIENCY.storage, total)
 
 
+def _samples(recipe: Recipe, index: int, tasks: Sequence[TaskSize]) -> int:
+    """Samples of a task's epoch: its own, and those that the methods add or leave out."""
+    counts = [task.train for task in tasks]
+    changes = (method.samples_per_epoch(index, counts) - counts[index] for method in recipe.method)
+    return counts[index] + sum(changes)
+
+
+def _saves(checkpoint: CheckpointConfig, steps: int, seconds: float) -> int:
+    """Saved states of a task: one at its end, and those inside it, by steps or by time, whichever comes more often."""
+    by_steps = steps // checkpoint.every_steps if checkpoint.every_steps else 0
+    by_time = int(seconds / 60 / checkpoint.every_minutes) if checkpoint.every_minutes else 0
+    return 1 + max(by_steps, by_time)
+
+
 def _evaluation_seconds(setup: Setup, task: TaskSize, device: Device, arithmetic: Arithmetic, spare: float) -> float:
     """Scoring a task once: prompts and labels, or prompts and one pass over the weights per generated token.
 
-    Under stage 3, the weights come from the other ranks: once if they take at most `spare` bytes, otherwise for every
-    forward pass.
+    Under stage 3, the weights come from the other ranks: once if `eval.gather_weights` says so (`auto`: if they take at
+    most `spare` bytes), otherwise for every forward pass.
     """
     evaluation, ranks = setup.recipe.eval, setup.world
     share = setup.ranks_per_node if device.kind == "cpu" else 1
-    peak = device.peak(setup.recipe.train.dtype) * EFFICIENCY.arithmetic / share
+    peak = device.peak(setup.recipe.train.dtype, setup.recipe.train.tf32) * EFFICIENCY.arithmetic / share
     read = arithmetic.shape.nbytes / (device.bandwidth * EFFICIENCY.memory / share)
     batches = -(-task.evaluation // (evaluation.batch_size * ranks)) if task.evaluation else 0
     one = replace(setup, length=max(1, round(task.length)), answer=1)
@@ -216,7 +237,9 @@ def _evaluation_seconds(setup: Setup, task: TaskSize, device: Device, arithmetic
         return batches * prompt * (1 + task.labels * LABEL_TOKENS / max(1.0, task.length))
     passes = batches * evaluation.max_new_tokens
     gather = _gather_seconds(setup, device, arithmetic.shape.nbytes)
-    gathers = min(1, passes) if arithmetic.shape.nbytes <= spare else passes
+    policy = evaluation.gather_weights
+    whole = policy == "always" or (policy == "auto" and arithmetic.shape.nbytes <= spare)
+    gathers = min(1, passes) if whole else passes
     return batches * prompt + passes * read + gathers * gather
 
 

@@ -13,7 +13,7 @@ import inspect
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
+from transformers.integrations import moe
 
 from cl_dist.engine.engine import loss_sum
+from cl_dist.errors import BadInput
 from cl_dist.models.structure import base_model
 from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
@@ -136,6 +138,24 @@ def fused_attention(device: str) -> Iterator[None]:
         yield
     finally:
         functional.scaled_dot_product_attention = original
+
+
+@contextmanager
+def grouped_products() -> Iterator[None]:
+    """Inside the block, a mixture's experts are multiplied by an operator of transformers that knows its shapes
+    without numbers, in every precision; torch's own one refuses float32 on the meta device.
+    """
+    original = moe._grouped_mm
+    moe._grouped_mm = _grouped_product
+    try:
+        yield
+    finally:
+        moe._grouped_mm = original
+
+
+def _grouped_product(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(input.to(weight.dtype), weight, offs)
+    return product
 
 
 def _attention(
@@ -295,7 +315,8 @@ def trace_step(setup: Setup, shape: ModelShape) -> StepTrace:
     saved = 0
     was_training = shape.model.training
     shape.model.train()
-    reducer = _reducer(setup, shape, ledger, storages)
+    reduction = _reduction(setup, shape)
+    reducer = (BucketReducer if "bucket" in reduction else Reducer)(ledger, storages, **reduction)
     with schedule.installed() if schedule else nullcontext(), _gradients_go_to(reducer, shape.model):
         for _ in range(1 if schedule is None else 3):
             fetched.clear()
@@ -303,7 +324,10 @@ def trace_step(setup: Setup, shape: ModelShape) -> StepTrace:
             for _ in range(micro_batches):
                 if schedule:
                     schedule.gathers.clear()
-                saved = max(saved, _micro_batch(setup, shape, batch, storages, ledger))
+                try:
+                    saved = max(saved, _micro_batch(setup, shape, batch, storages, ledger))
+                except Exception as error:  # whatever a model does with numbers that are not there
+                    raise BadInput(_cannot(setup, error)) from error
                 reducer.end_micro_batch()
                 if schedule:
                     schedule.end_micro_batch()
@@ -320,17 +344,24 @@ def trace_step(setup: Setup, shape: ModelShape) -> StepTrace:
     return StepTrace(ledger.peak, saved, *total)
 
 
+def _cannot(setup: Setup, error: Exception) -> str:
+    why = " ".join(str(error).split())[:120] or type(error).__name__
+    return (
+        f"model.name_or_path: {setup.recipe.model.name_or_path} cannot be planned, because a training pass over it "
+        f"does not work without numbers ({why})"
+    )
+
+
 def longest_batch(setup: Setup, shape: ModelShape) -> Batch:
     """A micro-batch of made-up tokens, as long as the recipe allows, on the CPU."""
     facts = OBJECTIVES[shape.objective].facts
     length, size = setup.tokens, setup.recipe.train.micro_batch_size
+    answer = setup.predicted(shape.objective)
     if facts.answer_apart:
-        answer = setup.answer or setup.recipe.train.max_target_length
         samples = [Encoded(number, [1] * length, [1] * answer) for number in range(size)]
     elif facts.needs_labels:
         samples = [Encoded(number, [1] * length, [0]) for number in range(size)]
     else:
-        answer = setup.answer or (length - 1 if facts.masked else size * setup.recipe.train.max_target_length)
         labels = [IGNORE] * max(1, length - answer) + [1] * min(answer, length - 1)
         samples = [Encoded(number, [1] * length, labels) for number in range(size)]
     return collate(samples, shape.objective, pad_id=0, decoder_start_id=0)
@@ -345,7 +376,7 @@ def _micro_batch(setup: Setup, shape: ModelShape, batch: Batch, storages: Storag
         return shape.model(**tree_map_only(torch.Tensor, lambda tensor: tensor.to(META), inputs))
 
     keeps = "logits_to_keep" in inspect.signature(base_model(shape.model).forward).parameters
-    with fused_attention(setup.device), storages:
+    with fused_attention(setup.device), grouped_products(), storages:
         with Undecided():
             logits, labels = OBJECTIVES[shape.objective].forward(run, batch, keeps)
         total = loss_sum(logits, labels.to(META))
@@ -354,18 +385,26 @@ def _micro_batch(setup: Setup, shape: ModelShape, batch: Batch, storages: Storag
     return saved
 
 
-def _reducer(setup: Setup, shape: ModelShape, ledger: Ledger, storages: Storages) -> Reducer:
-    """What the stage does with gradients. Stages 1 and 2 allocate their buckets anew for each backward pass."""
+def trace_key(setup: Setup, shape: ModelShape) -> Hashable:
+    """Set-ups of the same run with equal keys have equal traces."""
+    train = setup.recipe.train
+    split = (train.micro_batch_size, train.gradient_accumulation, train.activation_checkpointing)
+    return setup.stage == 3, split, tuple(_reduction(setup, shape).items())
+
+
+def _reduction(setup: Setup, shape: ModelShape) -> dict[str, int]:
+    """What the stage does with gradients: the arguments of `Reducer`, or those of `BucketReducer`. Stages 1 and 2
+    allocate their buckets anew for each backward pass.
+    """
     rank = RankView(setup, shape)
     copies = 2 if rank.zero.get("overlap_comm", False) else 1
     dtype = setup.gradient_itemsize if setup.stage == 1 else setup.itemsize
     buffers = setup.bucket * dtype * copies if setup.stage in (1, 2) and not setup.whole_float32_gradients else 0
     if setup.stage < 2:
-        return Reducer(ledger, storages, buffers)
+        return {"buffers": buffers}
     converted = setup.communication_itemsize if setup.communication_itemsize != setup.itemsize else 0
     kept = 0 if setup.stage == 3 else rank.step_gradients
-    copied = setup.itemsize + converted
-    return BucketReducer(ledger, storages, buffers, bucket=setup.bucket, copied=copied, kept=kept)
+    return {"buffers": buffers, "bucket": setup.bucket, "copied": setup.itemsize + converted, "kept": kept}
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
 from cl_dist.planning.trace import StepTrace, trace_step
 
+GATHERED_WEIGHTS = "weights for forward and backward"
+
 
 @dataclass(frozen=True)
 class Wire:
@@ -69,7 +71,7 @@ def _partitioned(rank: RankView, trace: StepTrace) -> Iterator[Collective]:
     """Stage 3: weights are gathered in forward and backward, small ones after the step; each gradient is scattered."""
     setup = rank.setup
     kind = "all_reduce" if rank.zero.get("stage3_use_all_reduce_for_fetch_params") else "all_gather"
-    yield Collective(kind, trace.fetched, "weights for forward and backward", trace.fetches)  # type: ignore[arg-type]
+    yield Collective(kind, trace.fetched, GATHERED_WEIGHTS, trace.fetches)  # type: ignore[arg-type]
     times = setup.recipe.train.gradient_accumulation
     if rank.zero.get("reduce_scatter", True):
         size = rank.owned * setup.world * setup.communication_itemsize * times  # padded, `reduce_scatter_coalesced`

@@ -150,6 +150,8 @@ class GatherSchedule:
         param.partition_numel = lambda: piece
         param.ds_summary = lambda **_: f"parameter {number}"
         param.all_gather_coalesced = self._gather
+        # DeepSpeed calls it when a module returns a parameter that another one will use.
+        param.all_gather = lambda: self._gather([param]).wait()
         param.partition = lambda free_data=True: self._release(param)
 
     def _bytes(self, param: Any) -> int:
@@ -171,11 +173,14 @@ class GatherSchedule:
 
     def _arrive_alone(self, params: list[Any]) -> None:
         params[0].ds_status = self._status.AVAILABLE
+        if params[0].ds_persist:  # counts with the weights that are held throughout
+            self._hold(-self._bytes(params[0]))
 
     def _arrive(self, params: list[Any]) -> None:
         for param in params:
             param.ds_status = self._status.AVAILABLE
-            self._hold(self._bytes(param))
+            if not param.ds_persist:
+                self._hold(self._bytes(param))
 
     def _release(self, param: Any) -> None:
         param.ds_status = self._status.NOT_AVAILABLE
@@ -183,7 +188,7 @@ class GatherSchedule:
             self._hold(-self._bytes(param))
 
 
-_MARKS = ("is_external_param", "nvme_swapper", "partition_numel", "all_gather_coalesced", "partition")
+_MARKS = ("is_external_param", "nvme_swapper", "partition_numel", "all_gather_coalesced", "all_gather", "partition")
 
 
 @contextmanager

@@ -30,6 +30,24 @@ def nothing() -> None:
     """Do nothing."""
 
 
+def table_bytes(samples: int, ids: int, labels: int, *, vocabulary: int) -> int:
+    """Bytes of a `Table`, to plan with.
+
+    Args:
+        samples: Number of samples.
+        ids: Tokens of all samples.
+        labels: Labels of all samples that are not a stretch of their own ids.
+        vocabulary: Number of the ids that there can be.
+    """
+    wide = 2 if vocabulary <= _SHORT else 4
+    # Starts, index and targets; and either the two ends of a stretch, or a start of labels: 8 bytes in both cases.
+    return wide * (ids + labels) + samples * (8 + 4 + 4 + 8)
+
+
+SELECTION_BYTES = 12
+"""Of `Samples`, for each sample."""
+
+
 @dataclass(frozen=True)
 class Table:
     """N encoded samples with T tokens, in file order.

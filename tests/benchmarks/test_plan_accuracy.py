@@ -51,6 +51,7 @@ def check(row: dict[str, Any]) -> None:
         assert predicted.get(kind, 0) == pytest.approx(measured.get(kind, 0), rel=0.02, abs=200), (name, kind)
 
 
+@pytest.mark.slow
 def test_a_few_cases() -> None:
     for row in rows(FEW, 2, HIDDEN, TOKENS):
         check(row)

@@ -69,6 +69,7 @@ def test_the_text_keeps_within_the_terminal_and_says_what_would_not_work(
     for label in ("recipe", "on", "fits", "step", "throughput", "network", "checkpoint", "whole stream", "dry run"):
         assert f"\n{label} " in f"\n{output}"
     assert output.count("(predicted") >= 6
+    assert "0.12 million parameters" in output
     assert "PROBLEM        data: 4 of 4 tasks have fewer samples than a global batch of 32" in output
 
 
@@ -95,8 +96,9 @@ def test_data_that_is_not_here_is_asked_for(command: Command) -> None:
         (("quickstart", "--set", "model.name_or_path=EMPTY"), "EMPTY has no config.json"),
         (
             ("quickstart", "--set", "model.name_or_path=nobody/knows-this"),
-            "nobody/knows-this cannot be loaded: there is no",
+            "nobody/knows-this is not on this machine, and a plan does not ask the network",
         ),
+        (("quickstart", "--set", "model.name_or_path=a--b..c"), "a--b..c is not on this machine"),
         (
             ("quickstart", "--set", "train.dtype=bfloat16", "--device", "v100"),
             "train.dtype: NVIDIA V100 SXM2 32 GB has no",

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import LoraConfig, Recipe, ZeroConfig
@@ -28,7 +28,7 @@ def planned(
     world: int = 2,
     stage: int = 0,
     lora: int | None = None,
-    config: LlamaConfig | None = None,
+    config: PreTrainedConfig | None = None,
     zero: dict[str, Any] | None = None,
     device: str = "cpu",
     **train: Any,

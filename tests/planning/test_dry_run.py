@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from cl_dist.config.load import load_recipe
-from cl_dist.models.published import LLAMA2_7B, LLAMA3_8B, known_config
+from cl_dist.models.published import LLAMA2_7B, LLAMA3_8B, SHAPES, known_config
 from cl_dist.planning.dry_run import dry_run
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import describe_model
@@ -93,3 +94,35 @@ def test_seven_billion_parameters_on_a_thousand_ranks(name: str, tmp_path: Path)
     found = dry_run(Setup(recipe, 128, 8, "cuda"), shape)
     assert found.works, found.problems
     assert any("on 1024 ranks" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("setting", ["ewc, fisher_batch", "agem, memory_batch"])
+def test_samples_that_no_step_has_memory_for_are_a_problem(planned: Planned, setting: str) -> None:
+    name, _, size = setting.partition(", ")
+    most = 8 * 3
+    assert dry_run(*planned(f"method={{name: {name}, {size}: {most}}}", ranks=3)).works
+    found = dry_run(*planned(f"method={{name: {name}, {size}: {most + 1}}}", ranks=3))
+    assert found.problems[0].startswith(f"method.{size}: {most + 1} is more than the {most} samples")
+
+
+def test_inputs_longer_than_the_models_positions_are_a_problem(planned: Planned) -> None:
+    found = dry_run(*planned("model.name_or_path=builtin:roberta-tiny", "train.max_length=4000"))
+    assert found.problems[0].startswith("train.max_length: 4000 ")
+
+
+PARAMETERS = {
+    "t5-small": 60_506_624,
+    "t5-large": 737_668_096,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "roberta-base": 124_697_433,
+}
+"""As the models' cards have it, with the head of masked language modelling."""
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_models_of_shipped_recipes_have_their_shape(name: str, tmp_path: Path) -> None:
+    recipe, _ = load_recipe("quickstart")
+    objective = "masked_lm" if name == "roberta-base" else "auto"
+    recipe = replace(recipe, model=replace(recipe.model, name_or_path=name, objective=objective))
+    kind, facts = SHAPES[name]
+    assert describe_model(recipe, tmp_path, kind(**facts)).numel == PARAMETERS[name]

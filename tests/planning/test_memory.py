@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.planning.memory import plan_memory
 from cl_dist.planning.ranks import RankView
+from cl_dist.tasks.samples import SELECTION_BYTES, pack, table_bytes
+from cl_dist.tasks.types import IGNORE, Encoded
 from tests.planning.models import llama, planned
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
@@ -77,3 +82,26 @@ def test_many_ranks_hold_the_whole_gradient_of_what_they_own_a_sliver_of() -> No
     embedding = shape.trainable["model.embed_tokens.weight"].numel
     assert rank.owned < embedding / 20
     assert rank.step_gradients >= 4 * embedding
+
+
+def test_tokenised_data_is_mapped_once_per_node() -> None:
+    """As many bytes as the arrays of real samples take, shared by the ranks, besides their order."""
+    count, setup = 500, replace(planned(4, 2)[0], samples=500)
+    shape = planned(4, 2)[1]
+    samples = [Encoded(number, [1] * 32, [IGNORE] * 28 + [1] * 4) for number in range(count)]
+    table = pack(samples).nbytes
+    found = plan_memory(setup, shape).host["tokenised data"] - SELECTION_BYTES * count
+    assert found == pytest.approx(table / 4, rel=0.01)
+    assert table_bytes(count, 32 * count, 0, vocabulary=128256) == table_bytes(count, 64 * count, 0, vocabulary=128)
+
+
+def test_migus_block_sums_are_on_a_gpu_only() -> None:
+    setups = {device: planned(2, 2, device=device) for device in ("cpu", "cuda")}
+    found = {}
+    for device, (setup, shape) in setups.items():
+        migu = replace(setup, recipe=replace(setup.recipe, method=(MiguConfig(name="migu"),)))
+        found[device] = RankView(migu, shape).methods.device
+    assert set(found["cuda"]) - set(found["cpu"]) == {"MIGU's block sums"}
+    layers = 2 * (4 * 64 + 2 * 96 + 64)  # rows of two blocks; the head and the embedding are not tracked
+    blocks = 2  # of 32 tokens, in 64
+    assert 4 * blocks * layers <= found["cuda"]["MIGU's block sums"] <= 3 * 4 * blocks * layers

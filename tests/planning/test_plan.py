@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from cl_dist.planning.devices import EFFICIENCY, find_device
 from cl_dist.planning.memory import plan_memory
 from cl_dist.planning.plan import Plan, Planner, preferred
-from cl_dist.planning.report import lines, table
+from cl_dist.planning.report import contradictions, lines, table
 from cl_dist.planning.shape import describe_model
 from cl_dist.planning.stream_time import StreamSize, TaskSize, size_of
 from cl_dist.tasks.stream import load_stream
@@ -129,3 +130,81 @@ def test_without_data_the_stream_is_as_long_as_asked(planned: Planned) -> None:
     assert not stream.measured
     assert stream.tasks[0] == TaskSize("spring", 500, 0, 64, 8)
     assert stream.train == 2000
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_plan_does_not_depend_on_what_was_planned_before(planned: Planned, first: int) -> None:
+    """Stage 1 has buckets that stage 0 lacks, and offload takes gradients away at stage 2."""
+    plans = planner(planned, "train.dtype=bfloat16", "zero.stage=2", ranks=4)
+    plans.plan(plans.setup.varied(stage=first))
+    shape = describe_model(plans.setup.recipe, Path("."))
+    for stage, offload in ((0, False), (1, False), (2, False), (2, True)):
+        setup = plans.setup.varied(stage=stage, offload=offload)
+        assert plans.plan(setup).memory == plan_memory(setup, shape), (stage, offload)
+
+
+def test_another_split_is_not_considered_if_it_would_train_something_else(planned: Planned) -> None:
+    changes = ("method={name: migu, mask_scope: micro_batch}", "train.micro_batch_size=4")
+    found = planner(planned, *changes, "train.gradient_accumulation=2", ranks=2).alternatives()
+    assert len(found) == 14
+    assert {plan.setup.recipe.train.micro_batch_size for plan in found} == {4}
+
+
+def test_the_precision_of_gradients_stays_that_of_the_recipe(planned: Planned) -> None:
+    raw = "zero.deepspeed={communication_data_type: fp32, zero_optimization: {parameter_alignment: true}}"
+    setup, _ = planned(raw, "train.dtype=bfloat16", ranks=2)
+    assert setup.varied(stage=1).recipe.zero.deepspeed == setup.recipe.zero.deepspeed
+    assert setup.varied(stage=3).recipe.zero.deepspeed == {"communication_data_type": "fp32"}
+    assert setup.varied(stage=3).communication_itemsize == 4
+
+
+def steps_of(planned: Planned, *changes: str) -> int:
+    plans = planner(planned, *changes, "train.epochs=1", "train.micro_batch_size=1", ranks=1)
+    own = plans.plan(plans.setup).stream
+    assert own is not None
+    return own.steps
+
+
+def test_steps_on_past_samples_are_counted(planned: Planned) -> None:
+    plain = steps_of(planned)
+    count = plain // 4
+    assert plain == 4 * count
+    assert steps_of(planned, "method={name: replay, ratio: 0.5}") == plain + (1 + 2 + 3) * math.ceil(count / 2)
+    reservoir = "method={name: replay, policy: reservoir, memory_size: 5}"
+    assert steps_of(planned, reservoir) == plain + 3 * 5
+    assert steps_of(planned, "method={name: kif, replay_ratio: 0.5}") == plain + 6 * math.ceil(count / 2)
+    assert steps_of(planned, "method={name: multi_task}") == plain
+    cycles = "method={name: recurrent_kif, inner_steps: 7, outer_steps: 2, units: matrix}"
+    assert steps_of(planned, cycles) == plain + 3 * 2 * math.ceil(count / 7)
+    assert steps_of(planned, cycles.replace("}", ", fuse_last_cycle: false}")) == plain + 3 * 2 * (count // 7)
+
+
+def test_states_are_saved_by_time_too(planned: Planned) -> None:
+    often, never = (
+        planner(planned, "checkpoint.every_steps=null", f"checkpoint.every_minutes={minutes}", ranks=1)
+        for minutes in ("0.00001", "null")
+    )
+    times = [each.plan(each.setup).stream for each in (often, never)]
+    assert times[0] is not None
+    assert times[1] is not None
+    assert times[0].checkpoints > 10 * times[1].checkpoints
+
+
+def test_weights_are_gathered_for_generation_as_the_recipe_says(planned: Planned) -> None:
+    seconds = {}
+    for policy in ("auto", "always", "never"):
+        changes = ("zero.stage=3", "eval.mode=generate", f"eval.gather_weights={policy}")
+        plans = planner(planned, *changes, ranks=2)
+        own = plans.plan(plans.setup).stream
+        assert own is not None
+        seconds[policy] = own.evaluation
+    assert seconds["auto"] == seconds["always"] < seconds["never"]
+
+
+def test_contradictions_between_recipe_and_command_are_named(planned: Planned) -> None:
+    plans = planner(planned, "launch.processes=3", "launch.device=cpu", ranks=2)
+    notes = contradictions(plans.plan(plans.setup))
+    assert notes[0] == "launch.processes is 3 in the recipe; planned with 2 a node"
+    assert notes[1] == "launch.device is cpu in the recipe; planned for NVIDIA H100 SXM"
+    agreed = planner(planned, "launch.processes=auto", "launch.device=cuda", ranks=2)
+    assert contradictions(agreed.plan(agreed.setup)) == []

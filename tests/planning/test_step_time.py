@@ -16,6 +16,7 @@ from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
 from cl_dist.planning.step_time import Arithmetic, StepTime, collective_seconds, predict_step, with_length
+from cl_dist.planning.trace import Undecided
 from cl_dist.planning.wire import Wire, plan_wire
 from tests.planning.conftest import LORA, Planned
 
@@ -157,3 +158,47 @@ def test_a_precision_that_the_device_lacks_is_refused() -> None:
         find_device("v100").peak("bfloat16")
     assert find_device("v100").peak("float32", tf32=True) == 15.7e12
     assert find_device("h100").peak("float32", tf32=True) == 494.7e12
+
+
+def test_names_of_devices_may_be_short_and_in_capitals() -> None:
+    assert find_device("a100").name == "a100-80"
+    assert find_device("H100").name == "h100"
+    assert find_device("CPU").kind == "cpu"
+
+
+def test_a_plain_text_is_predicted_everywhere(planned: Planned) -> None:
+    setup, shape = planned("train.micro_batch_size=1")
+    assert with_length(setup, shape, 64, 64).answer == 63
+    assert with_length(setup, shape, 64, 8).answer == 8
+
+
+def test_offloaded_weights_come_over_pcie(planned: Planned) -> None:
+    raw = "zero.deepspeed={zero_optimization: {offload_param: {device: cpu}}}"
+    device = find_device("h100")
+    for ranks in (1, 4):
+        (there, shape), (here, _) = planned("zero.stage=3", raw, ranks=ranks), planned("zero.stage=3", ranks=ranks)
+        wire = plan_wire(there, shape)
+        moved, kept = (
+            predict_step(setup, device, wire, RankView(setup, shape), Arithmetic(shape)).transfers
+            for setup in (there, here)
+        )
+        assert kept == 0
+        bytes_moved = 2 * shape.nbytes if ranks == 1 else wire.step[0].bytes / ranks
+        assert moved == pytest.approx(bytes_moved / (device.pcie * EFFICIENCY.pcie))
+
+
+def test_a_node_with_one_device_cannot_fill_its_network(planned: Planned) -> None:
+    collective, device = Collective("all_gather", 10**12, "weights"), find_device("h100")
+    one, eight = (collective_seconds(collective, planned(nodes=16 // n, ranks=n)[0], device) for n in (1, 8))
+    assert one / eight == pytest.approx(device.network / device.pcie, rel=0.01)
+
+
+def test_an_encoder_decoder_has_the_flop_that_pytorch_counts(planned: Planned) -> None:
+    """Keys and values of cross-attention are made of the input, not of the answer."""
+    setup, shape = planned("model.name_or_path=builtin:t5-tiny")
+    setup = replace(setup, length=LENGTH, answer=5)
+    size = setup.recipe.train.micro_batch_size
+    source, answer = (torch.zeros(size, length, dtype=torch.long, device="meta") for length in (LENGTH, 5))
+    with Undecided(), FlopCounterMode(display=False) as forward:
+        shape.model(input_ids=source, decoder_input_ids=answer)
+    assert Arithmetic(shape).forward_flop(setup) == forward.get_total_flops()

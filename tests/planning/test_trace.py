@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import MixtralConfig
 
+from cl_dist.config.load import load_recipe
+from cl_dist.errors import BadInput
 from cl_dist.planning.trace import ACTIVATIONS, GRADIENTS, Ledger, Storages, trace_step
 from tests.planning.models import LLAMA2_7B, llama, planned
 
@@ -94,3 +99,35 @@ def test_a_7b_model_takes_seconds() -> None:
     # layer with dropout and a GELU; a Llama saves float32 copies in its norms, and two products in its MLP.
     derived = 34 * 512 * 2 * 4096 * 32
     assert derived < trace.saved < 2.5 * derived
+
+
+def test_every_position_of_a_plain_text_has_logits() -> None:
+    setup, shape = planned(1, 0, max_length=32, max_target_length=4)
+    texts, _ = load_recipe("quickstart", ("stream.tasks=[{name: a, format: text, path: nowhere}]",))
+    documents = replace(setup, recipe=replace(setup.recipe, stream=texts.stream))
+    assert setup.predicted("causal_lm") == 2 * 4  # two samples with an answer each
+    assert documents.predicted("causal_lm") == setup.predicted("masked_lm") == 31
+    assert setup.predicted("seq2seq_lm") == 4
+    more = trace_step(documents, shape).peak[ACTIVATIONS] - trace_step(setup, shape).peak[ACTIVATIONS]
+    assert more >= 2 * (31 - 8) * 128 * 4  # samples, positions, vocabulary, bytes
+
+
+def test_experts_need_no_numbers() -> None:
+    """The products of a mixture, forward and backward, in both precisions."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        setup, shape = planned(stage=0, config=config, dtype=dtype)
+        trace = trace_step(setup, shape)
+        assert 0 < trace.peak[GRADIENTS] <= shape.nbytes
+        assert all(parameter.grad is None for parameter in shape.model.parameters())
+        found[dtype] = trace.saved
+    assert found["bfloat16"] < found["float32"]
+
+
+def test_a_model_that_needs_numbers_is_refused() -> None:
+    setup, shape = planned(stage=0)
+    shape.model.register_forward_pre_hook(lambda *_: torch.ones((), device=META).item())
+    with pytest.raises(BadInput, match="cannot be planned, because a training pass over it does not work"):
+        trace_step(setup, shape)

@@ -15,6 +15,7 @@ from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.agem.config import AgemConfig
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.protocol import Method, Probe, TaskPlace
+from cl_dist.methods.rehearsal import Rehearsal, Rehearsed
 from cl_dist.methods.shared.samples import check_fits_a_step, global_batch, past_samples
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import ShardView
@@ -44,6 +45,12 @@ class Agem(Method):
         reference's forward and backward pass, which are those of the step itself.
         """
         return Cost(device={"agem's reference": share.gradient_bytes * share.elements}, passes=1)
+
+    def rehearse(self, rehearsal: Rehearsal) -> Rehearsed:
+        """Check that the reference samples fit into a step."""
+        if self.config.memory_batch is not None:
+            check_fits_a_step("memory_batch", self.config.memory_batch, rehearsal.train, rehearsal.shards.ranks)
+        return Rehearsed()
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Check that the reference samples fit into a step."""

@@ -18,6 +18,7 @@ from cl_dist.heartbeat import beat
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.ewc.config import EwcConfig
 from cl_dist.methods.protocol import Method, TaskPlace
+from cl_dist.methods.rehearsal import Rehearsal, Rehearsed
 from cl_dist.methods.shared.samples import check_fits_a_step
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import Shard, ShardView
@@ -47,6 +48,11 @@ class Ewc(Method):
         return Cost.beside_masters(share, {"ewc's information and anchors": kept}) + Cost(
             saved=kept, traffic=20 * share.elements
         )
+
+    def rehearse(self, rehearsal: Rehearsal) -> Rehearsed:
+        """Check that the measured samples fit into a step."""
+        check_fits_a_step("fisher_batch", self.config.fisher_batch, rehearsal.train, rehearsal.shards.ranks)
+        return Rehearsed()
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Allocate zero Fisher information and anchors along the masters, also for a rebuilt engine."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cl_dist.config.ranges import Divisor, Fraction, NonNegative, Percent, PositiveInt, Share
-from cl_dist.methods.config import Exclusion, Role, VariedConfig, refuse_given, settings
+from cl_dist.methods.config import Exclusion, Role, VariedConfig, refuse_given, settings, share_of
 
 if TYPE_CHECKING:
     from cl_dist.config.schema import Recipe
@@ -81,6 +81,10 @@ class UnitConfig(VariedConfig):
     def adds_samples(self) -> bool:
         """Whether past samples are replayed."""
         return self.replay_ratio > 0
+
+    def samples_per_epoch(self, index: int, counts: Sequence[int]) -> int:
+        """The task's own and those in the memory."""
+        return counts[index] + sum(share_of(count, self.replay_ratio) for count in counts[:index])
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a second replay memory, and settings for LoRA's matrices without model.lora, in any task."""

@@ -19,6 +19,7 @@ from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.kernels import RowLayout, RowMask, RowMasks, flat_row_masks, kept_rows, mask_rows_
 from cl_dist.kernels.backend import sent
+from cl_dist.kernels.row_magnitude import block_sum_bytes
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.methods.migu.magnitudes import MagnitudeSums, Plan
@@ -74,8 +75,11 @@ class Migu(Method):
         if self.config.mask == "update":
             owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
             frozen = {"MIGU's frozen rows": 3 * 4 * round(owned * (1 - kept / rows))}
+        device = {"MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)), "MIGU's masks": rows + _INT64 * rows}
+        if share.gpu:  # at most: of a mixture as if every expert got all tokens
+            device["MIGU's block sums"] = block_sum_bytes(sizes, share.train.micro_batch_size * share.train.max_length)
         return Cost(
-            device={"MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)), "MIGU's masks": rows + _INT64 * rows},
+            device=device,
             stepping=frozen,
             step=(share.all_reduce(message * times, "MIGU's magnitudes", times),),
             traffic=4 * sum(frozen.values()),

@@ -31,6 +31,10 @@ class MultiTaskConfig(MethodConfig):
         """The first task trains on the samples of all tasks."""
         return True
 
+    def samples_per_epoch(self, index: int, counts: Sequence[int]) -> int:
+        """All of them in place of the first task."""
+        return sum(counts) if index == 0 else 0
+
     def check(self, recipe: Recipe) -> None:
         """Refuse tasks with different numbers of epochs, and carried moments, which no later task could use."""
         epochs = {task.name: task.epochs or recipe.train.epochs for task in recipe.stream.tasks}

@@ -69,6 +69,15 @@ class RecurrentKifConfig(UnitConfig):
     keep_unfused: bool = False
     """Also save each task's model as it was before its last fusion (`unfused/` in the task's folder)."""
 
+    def samples_per_epoch(self, index: int, counts: Sequence[int]) -> int:
+        """The task's own; the memory has steps of its own."""
+        return counts[index]
+
+    def memory_steps(self, steps: int) -> int:
+        """`outer_steps` after all `inner_steps` own ones, and after the last ones too (`fuse_last_cycle`)."""
+        cycles = ceil(steps / self.inner_steps) if self.fuse_last_cycle else steps // self.inner_steps
+        return self.outer_steps * cycles
+
     def extra_steps(self, steps: int) -> int:
         """Steps on the memory, if the schedule counts them."""
         return self.outer_steps * ceil(steps / self.inner_steps) if self.schedule_over == "all_steps" else 0

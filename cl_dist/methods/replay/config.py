@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from cl_dist.config.ranges import PositiveInt
-from cl_dist.methods.config import MethodConfig, Role, refuse_given, settings
+from cl_dist.methods.config import MethodConfig, Role, refuse_given, settings, share_of
 
 
 @settings
@@ -36,3 +36,9 @@ class ReplayConfig(MethodConfig):
             refuse_given(self, "has a meaning for policy reservoir only; policy quota takes ratio", "memory_size")
         else:
             refuse_given(self, "has a meaning for policy quota only; reservoir takes memory_size", "ratio")
+
+    def samples_per_epoch(self, index: int, counts: Sequence[int]) -> int:
+        """The task's own and those in the memory."""
+        if self.memory_size is not None:
+            return counts[index] + min(self.memory_size, sum(counts[:index]))
+        return counts[index] + sum(share_of(count, self.ratio) for count in counts[:index])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import torch
 
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput
+from cl_dist.methods.config import share_of
 from cl_dist.seeds import derive_seed
 from cl_dist.tasks.samples import Samples, as_samples, join
 from cl_dist.tasks.types import Encoded
@@ -28,20 +28,23 @@ def past_samples(tasks: Sequence[Sequence[Encoded]], ratio: float, seed: int) ->
     drawn = []
     for position in range(len(tasks) if ratio > 0 else 0):  # a task that is not looked up is not tokenised
         samples = as_samples(tasks[position])
-        count = min(len(samples), math.ceil(ratio * len(samples)))
+        count = share_of(len(samples), ratio)
         draw = random.Random(derive_seed(seed, "replay", position))
         drawn.append(samples.pick(draw.sample(range(len(samples)), count)))
     return join(drawn)
 
 
-def global_batch(train: TrainConfig) -> int:
-    """Samples of a full optimiser step over all ranks."""
-    return train.micro_batch_size * train.gradient_accumulation * torch.distributed.get_world_size()
+def global_batch(train: TrainConfig, ranks: int | None = None) -> int:
+    """Samples of a full optimiser step over all ranks; None: those of this run."""
+    count = torch.distributed.get_world_size() if ranks is None else ranks
+    return train.micro_batch_size * train.gradient_accumulation * count
 
 
-def check_fits_a_step(setting: str, samples: int, train: TrainConfig) -> None:
-    """Raise BadInput if `method.<setting>` measures more samples at once than an optimiser step has memory for."""
-    largest = global_batch(train)
+def check_fits_a_step(setting: str, samples: int, train: TrainConfig, ranks: int | None = None) -> None:
+    """Raise BadInput if `method.<setting>` measures more samples at once than an optimiser step has memory for, on this
+    run's ranks or a planned number of them.
+    """
+    largest = global_batch(train, ranks)
     if samples > largest:
         raise BadInput(
             f"method.{setting}: {samples} is more than the {largest} samples of an optimiser step "
