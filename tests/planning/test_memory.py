@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from cl_dist.kernels.row_magnitude import fold_memory
+from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.planning.memory import plan_memory
 from cl_dist.planning.ranks import RankView
 from tests.planning.models import llama, planned
@@ -77,3 +81,17 @@ def test_many_ranks_hold_the_whole_gradient_of_what_they_own_a_sliver_of() -> No
     embedding = shape.trainable["model.embed_tokens.weight"].numel
     assert rank.owned < embedding / 20
     assert rank.step_gradients >= 4 * embedding
+
+
+def test_migu_holds_its_masks_and_on_a_gpu_the_sums_that_wait_to_be_folded() -> None:
+    rows = [64, 64, 64, 64, 96, 96, 64] * 2
+    held = {}
+    for world, device in ((1, "cpu"), (2, "cpu"), (2, "cuda")):
+        setup, shape = planned(world, device=device)
+        setup = replace(setup, recipe=replace(setup.recipe, method=(MiguConfig(name="migu"),)))
+        held[world, device] = plan_memory(setup, shape).held
+    assert held[1, "cpu"]["MIGU's masks"] == 9 * sum(rows)
+    # With others to agree with, a rank has a weight of four bytes for each row.
+    assert held[2, "cpu"]["MIGU's masks"] == held[2, "cuda"]["MIGU's masks"] == 13 * sum(rows)
+    waiting = held[2, "cuda"]["MIGU's magnitudes"] - held[2, "cpu"]["MIGU's magnitudes"]
+    assert waiting == fold_memory(2 * 32, rows) >= 4 * 2 * sum(rows)
