@@ -36,7 +36,7 @@ def test_new_rows_replace_those_of_their_way_and_ranks(tmp_path: Path) -> None:
     ranks.publish([row("before", 4, 16), row("before", 16, 1)], both)
     ranks.publish([row("one on duty", 4, 12), row("before", 16, 256)], both)
     found = [(each["way"], each["ranks"], each["files_opened"]) for each in ranks.read(tmp_path / "growth-ranks.csv")]
-    assert found == [("before", "4", "16"), ("before", "16", "256"), ("one on duty", "4", "12")]
+    assert found == [("before", "4", "16"), ("one on duty", "4", "12"), ("before", "16", "256")]
     assert (tmp_path / "growth-ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
