@@ -189,7 +189,8 @@ def draw_rows(rows: Sequence[Row]) -> bytes:
                     axes.plot(*places, marker="o", color=colour, label=labels[way])
             axes.set(xscale="log", yscale="log", xlabel="ranks", title=title)
             axes.xaxis.set_major_formatter("{x:.0f}")
-            axes.legend(frameon=False, fontsize=8)
+            if axes.lines:
+                axes.legend(frameon=False, fontsize=8)
 
     return draw((12.0, 3.6), paint)
 
