@@ -7,7 +7,7 @@ the result depends neither on the number of threads nor on the order in which a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -41,6 +41,8 @@ TILE = 8192
 """Elements of a GPU program's tile, if rows are shorter than that."""
 WIDE_PIECE = 2048
 """Elements of a longer row that a GPU program reads at a time."""
+WIDE_TOKENS = 2
+"""Tokens with longer rows that a GPU program reads at a time, twice: few enough for the cache to keep them."""
 STAGES = 3
 """Tiles that a GPU program has in flight: it reads the next two while it adds up one."""
 FOLD_BYTES = 128 << 20
@@ -108,7 +110,7 @@ class MagnitudeTotal:
         y_TO = output.detach().reshape(-1, rows)
         counted_T = None if token_mask is None else counted_tokens(output, token_mask)
         number = blocks(len(y_TO), TOKEN_BLOCK)
-        size = _block_sums(number, rows)
+        size = _padded(len(y_TO), rows)
         if start in self._waiting:  # one launch folds each row once
             self.fold()
         if self._used + size > self._partial.numel():
@@ -133,34 +135,35 @@ class MagnitudeTotal:
     def _make_room(self, size: int) -> None:
         """Fold, and make the memory twice as large while it is smaller than `FOLD_BYTES`."""
         self.fold()
-        larger = _grown(self._partial.numel(), size)
+        larger = _larger(self._partial.numel(), size)
         if larger > self._partial.numel():
             self._partial = torch.empty(larger, dtype=torch.float32, device=self.total.device)
 
 
-def _block_sums(number: int, rows: int) -> int:
-    """Elements of the sums of an output's blocks; every output begins at a multiple of 16 bytes."""
-    return -(-number * rows // 4) * 4
-
-
-def _grown(capacity: int, size: int) -> int:
-    """Elements of the memory for block sums once `size` more have not found room in it."""
-    return max(size, min(2 * capacity + size, FOLD_BYTES // 4))
-
-
-def block_sum_bytes(rows: Iterable[int], tokens: int) -> int:
-    """Bytes that a `MagnitudeTotal` on a GPU keeps for block sums, after a few passes over outputs with these rows."""
-    sizes = [_block_sums(blocks(tokens, TOKEN_BLOCK), each) for each in rows]
-    capacity = before = 0
-    while True:
-        used = 0
-        for size in sizes:
-            if used + size > capacity:
-                used, capacity = 0, max(capacity, _grown(capacity, size))
+def fold_memory(tokens: int, rows: Sequence[int], micro_batches: int = 1) -> int:
+    """Bytes that `MagnitudeTotal` holds on a GPU for block sums, once steps repeat: outputs of `rows`, in order."""
+    room, before = 0, -1
+    while room > before:
+        before, used, waiting = room, 0, set[int]()
+        for place, number in [*enumerate(rows)] * micro_batches:
+            size = _padded(tokens, number)
+            if place in waiting:
+                used, waiting = 0, set()
+            if used + size > room:
+                room, used, waiting = max(room, _larger(room, size)), 0, set()
             used += size
-        if capacity == before:
-            return 4 * capacity
-        before = capacity
+            waiting.add(place)
+    return 4 * room
+
+
+def _larger(room: int, size: int) -> int:
+    """What the memory for block sums grows to, in elements, where an output of `size` found no room."""
+    return max(size, min(2 * room + size, FOLD_BYTES // 4))
+
+
+def _padded(tokens: int, rows: int) -> int:
+    """Elements of an output's block sums; every output begins at a multiple of 16 bytes."""
+    return -(-blocks(tokens, TOKEN_BLOCK) * rows // 4) * 4
 
 
 def _on_gpu(y_TO: torch.Tensor, counted_T: torch.Tensor | None, per_token: bool) -> torch.Tensor:
@@ -178,7 +181,7 @@ def _sum_launch(
     tokens, rows = y_TO.shape
     whole = rows <= WIDEST_ROW
     width = power_of_two(rows) if whole else WIDE_PIECE
-    height = max(1, min(TOKEN_BLOCK, TILE // width))
+    height = max(1, min(TOKEN_BLOCK, TILE // width)) if whole else WIDE_TOKENS
     arguments = {
         "y": y_TO,
         "counted": y_TO if counted_T is None else counted_T.contiguous().view(torch.uint8),
@@ -195,7 +198,8 @@ def _sum_launch(
         "HEIGHT": height,
         "WIDTH": width,
     }
-    warps = max(1, min(16, height * width // 1024))
+    # Longer rows take half as many elements a thread, because their two loops need more registers.
+    warps = max(1, min(16, height * width // (1024 if whole else 512)))
     return Launch(_sum_whole_rows if whole else _sum_wide_rows, (len(partial_BO),), arguments, num_warps=warps)
 
 

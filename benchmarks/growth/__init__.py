@@ -1,4 +1,4 @@
-"""How the cost of training grows: with the width of the model (`width.py`) and with the number of tasks (`tasks.py`).
+"""How cost grows: with the model's width (`width.py`), with tasks (`tasks.py`) and with ranks (`ranks.py`).
 
 `scores.py` goes further than real runs can: the pictures and files of hundreds of tasks with made-up scores.
 `curves.py` has the CSV files in benchmarks/results and the pictures in docs/results.

@@ -221,20 +221,21 @@ class TrainingEngine:
 
         # The last micro-batch ends the step: DeepSpeed reduces the gradients, and `ShardView.on_boundary` runs the
         # method's moments around the update, or skips it where `_allows` says no.
-        total = sum(self._micro_step(step, batch.to(device()), global_targets, real_batches) for batch in batches)
+        for batch in batches:
+            self._micro_step(step, batch.to(device()), global_targets, real_batches)
         targets = sum(batch.targets for batch in batches)
 
         every = train.check_replicas_every
         if every is not None and (step + 1) % every == 0:
             check_replicas(self.model, where)
-        return StepResult(total, targets, self._guard.skipped)
+        return StepResult(sum(self._guard.losses), targets, self._guard.skipped)
 
-    def _micro_step(self, step: int, batch: Batch, global_targets: int, real_batches: int | None = None) -> float:
+    def _micro_step(self, step: int, batch: Batch, global_targets: int, real_batches: int | None = None) -> None:
         self.method.before_forward(step, batch)
         logits, labels = self._forward(batch)
         total = loss_sum(logits, labels)
         # A loss that is not finite still goes backward, because the other ranks are waiting in its collectives.
-        value = self._guard.note_loss(total, batch.indices)
+        self._guard.note_loss(total, batch.indices)
         beat()
 
         # The method may add a term of its own, which is scaled along with the loss.
@@ -244,7 +245,6 @@ class TrainingEngine:
         self._engine.backward(self.method.before_backward(loss))
         self._engine.step()
         beat()
-        return value
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the model; returns logits and the labels they predict (shapes: `Method.added_loss`)."""

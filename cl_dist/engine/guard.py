@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +14,6 @@ from cl_dist.sharding import ShardView, replica_checksums
 
 _SHOWN_SAMPLES = 64
 _SHOWN_RANKS = 8
-
-
-@dataclass(frozen=True)
-class _Loss:
-    """The loss of one micro-batch."""
-
-    value: float
-    indices: list[int]
-    """Its samples, without fillers."""
-    finite: bool
 
 
 class UpdateGuard:
@@ -43,15 +32,23 @@ class UpdateGuard:
     def begin(self, where: str) -> None:
         """Begin a step; `where` names task and step in messages."""
         self._where = where
-        self._losses: list[_Loss] = []
+        self._totals: list[torch.Tensor] = []
+        self._samples: list[list[int]] = []
+        self._values: list[float] = []
         self.skipped: str | None = None
         """Why the step skipped its update; None: it did not."""
 
-    def note_loss(self, total: torch.Tensor, indices: list[int]) -> float:
-        """Record a micro-batch's loss, a scalar, with its samples; return it as a number."""
-        value = total.item()
-        self._losses.append(_Loss(value, [index for index in indices if index >= 0], math.isfinite(value)))
-        return value
+    def note_loss(self, total: torch.Tensor, indices: list[int]) -> None:
+        """Record a micro-batch's loss, a scalar, with its samples; fillers are left out."""
+        self._totals.append(total.detach())
+        self._samples.append([index for index in indices if index >= 0])
+
+    @property
+    def losses(self) -> list[float]:
+        """The step's losses so far. The host waits for the device here: once for all micro-batches, after backward."""
+        if len(self._values) < len(self._totals):
+            self._values = torch.stack(self._totals).tolist()
+        return self._values
 
     def allows(self) -> bool:
         """Whether losses and reduced gradients are finite on all ranks (collective), between reduction and update.
@@ -77,7 +74,7 @@ class UpdateGuard:
     def _all_finite(self) -> bool:
         # A rank whose loss is bad need not look at its gradient. The ranks agree by reducing one number.
         bad = torch.ones((), device=device())
-        if all(loss.finite for loss in self._losses):
+        if all(map(math.isfinite, self.losses)):
             bad = (~self._shards.gradient_norm().isfinite()).to(bad)
         if torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(bad)
@@ -86,8 +83,12 @@ class UpdateGuard:
     def _describe(self) -> str:
         """Say what is not finite and on which samples: losses if any is bad, else a gradient (collective)."""
         own = {
-            "losses": [(loss.value, loss.indices) for loss in self._losses if not loss.finite],
-            "samples": [index for loss in self._losses for index in loss.indices],
+            "losses": [
+                (value, indices)
+                for value, indices in zip(self.losses, self._samples, strict=True)
+                if not math.isfinite(value)
+            ],
+            "samples": [index for indices in self._samples for index in indices],
             "gradient": self._shards.non_finite_gradient(),
         }
         everyone: list[Any] = [None] * torch.distributed.get_world_size()

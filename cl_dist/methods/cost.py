@@ -64,8 +64,10 @@ class RankShare:
     """Whether masters and moments are offloaded."""
     tasks: int
     """Number of tasks of the stream; 0 if not known."""
-    gpu: bool = False
-    """Whether the ranks train on GPUs."""
+    tokens: int
+    """Tokens of the longest micro-batch, with padding."""
+    gpu: bool
+    """Whether the rank trains on a GPU."""
 
     @property
     def replicated(self) -> bool:

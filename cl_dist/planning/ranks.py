@@ -118,5 +118,6 @@ class RankView:
             stage=setup.stage,
             masters_on_host=recipe.zero.offload,
             tasks=len(recipe.stream.tasks),
+            tokens=recipe.train.micro_batch_size * setup.tokens,
             gpu=setup.device == "cuda",
         )

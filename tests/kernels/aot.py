@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -167,17 +168,35 @@ def compile_all() -> list[Compiled]:
 
 
 def table(results: list[Compiled]) -> str:
-    """Return the results as a Markdown table."""
-    head = "| kernel | target | registers | spills | shared memory | 16-byte loads | 16-byte stores | resident |"
-    lines = [head, "|---|---|--:|--:|--:|--:|--:|--:|"]
-    for r in results:
-        resident = f"{r.resident} of {32 if r.target == 'gfx942' else 64}"
-        loads, stores = f"{r.wide_loads} of {r.loads}", f"{r.wide_stores} of {r.stores}"
-        shared = f"{r.shared} B"
-        lines.append(
-            f"| {r.kernel} | {r.target} | {r.registers} | {r.spills} | {shared} | {loads} | {stores} | {resident} |"
+    """The results as the Markdown table of docs/performance.md: one row per kernel, a dash where it is not built."""
+    head = "| kernel | registers, sm_80 / 90 / 100 · gfx942 | shared memory, KiB, sm_90 · gfx942 "
+    lines = [f"{head}| wide loads | wide stores | resident |", "|---|---|---|---|---|---|"]
+    for kernel in dict.fromkeys(result.kernel for result in results):
+        on = {result.target: result for result in results if result.kernel == kernel}
+        both = [on.get(target) for target in ("sm_90", "gfx942")]
+        cells = (
+            kernel,
+            _all_targets(on, "registers"),
+            " · ".join("–" if one is None else f"{one.shared / 1024:.3g}" for one in both),
+            " · ".join("–" if one is None else _share(one.wide_loads, one.loads) for one in both),
+            " · ".join("–" if one is None else _share(one.wide_stores, one.stores) for one in both),
+            _all_targets(on, "resident"),
         )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _all_targets(on: Mapping[str, Compiled], name: str) -> str:
+    """One number per target, as in `80 / 80 / 90 · 55`."""
+    *nvidia, amd = (str(getattr(on[target], name)) if target in on else "–" for target in TARGETS)
+    return f"{' / '.join(nvidia)} · {amd}"
+
+
+def _share(wide: int, every: int) -> str:
+    """How many instructions are wide, in words where that is shorter."""
+    if wide in (0, every):
+        return "–" if every == 0 else "none" if wide == 0 else "all"
+    return f"{wide} of {every}"
 
 
 if __name__ == "__main__":

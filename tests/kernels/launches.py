@@ -135,7 +135,7 @@ CASES = [
     Case("row_magnitude, 8192 × 4096 fp16", partial(_sum, FP16, 8192, 4096), waves=24),
     Case("row_magnitude, 8192 × 4096 fp32", partial(_sum, FP32, 8192, 4096), waves=24),
     Case("row_magnitude, 8192 × 11008 bf16", partial(_sum, BF16, 8192, 11008), waves=16),
-    Case("row_magnitude, 8192 × 28672 bf16", partial(_sum, BF16, 8192, 28672), warps=32, waves=16),
+    Case("row_magnitude, 8192 × 28672 bf16", partial(_sum, BF16, 8192, 28672), warps=32),
     Case(
         "row_magnitude, batch, 8192 × 4096 bf16",
         partial(_sum, BF16, 8192, 4096, per_token=False, masked=False),

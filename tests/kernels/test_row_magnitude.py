@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_dist.kernels import MagnitudeTotal, reference, row_magnitude
+from cl_dist.kernels.row_magnitude import fold_memory
 
 MODULE = sys.modules["cl_dist.kernels.row_magnitude"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -195,3 +196,19 @@ def test_totals_of_many_outputs_are_their_magnitudes_one_after_the_other(
     magnitudes.forget()
     if device.type == "cuda" or MODULE.path_of(total) == "triton":
         assert torch.equal(magnitudes.fold(), expected)
+
+
+@pytest.mark.parametrize(("room", "micro_batches"), [(0, 1), (700, 1), (1 << 20, 1), (1 << 20, 3)])
+def test_the_memory_for_block_sums_is_what_is_predicted(
+    triton_path: torch.device, monkeypatch: pytest.MonkeyPatch, room: int, micro_batches: int
+) -> None:
+    monkeypatch.setattr(MODULE, "FOLD_BYTES", room)
+    rows, tokens = [24, 7, 40, 8], 70
+    magnitudes = MagnitudeTotal(torch.zeros(sum(rows), dtype=torch.float64))
+    for _ in range(4):
+        for _ in range(micro_batches):
+            for place, number in enumerate(rows):
+                magnitudes.add(torch.ones(tokens, number, device=triton_path), None, sum(rows[:place]))
+        magnitudes.fold()
+    assert 4 * magnitudes._partial.numel() == fold_memory(tokens, rows, micro_batches)
+    assert fold_memory(tokens, rows, micro_batches) <= max(room, 4 * 3 * 40)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from cl_dist.kernels.row_magnitude import fold_memory
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.planning.memory import plan_memory
 from cl_dist.planning.ranks import RankView
@@ -95,13 +96,15 @@ def test_tokenised_data_is_mapped_once_per_node() -> None:
     assert table_bytes(count, 32 * count, 0, vocabulary=128256) == table_bytes(count, 64 * count, 0, vocabulary=128)
 
 
-def test_migus_block_sums_are_on_a_gpu_only() -> None:
-    setups = {device: planned(2, 2, device=device) for device in ("cpu", "cuda")}
-    found = {}
-    for device, (setup, shape) in setups.items():
-        migu = replace(setup, recipe=replace(setup.recipe, method=(MiguConfig(name="migu"),)))
-        found[device] = RankView(migu, shape).methods.device
-    assert set(found["cuda"]) - set(found["cpu"]) == {"MIGU's block sums"}
-    layers = 2 * (4 * 64 + 2 * 96 + 64)  # rows of two blocks; the head and the embedding are not tracked
-    blocks = 2  # of 32 tokens, in 64
-    assert 4 * blocks * layers <= found["cuda"]["MIGU's block sums"] <= 3 * 4 * blocks * layers
+def test_migu_holds_its_masks_and_on_a_gpu_the_sums_that_wait_to_be_folded() -> None:
+    rows = [64, 64, 64, 64, 96, 96, 64] * 2
+    held = {}
+    for world, device in ((1, "cpu"), (2, "cpu"), (2, "cuda")):
+        setup, shape = planned(world, device=device)
+        setup = replace(setup, recipe=replace(setup.recipe, method=(MiguConfig(name="migu"),)))
+        held[world, device] = plan_memory(setup, shape).held
+    assert held[1, "cpu"]["MIGU's masks"] == 9 * sum(rows)
+    # With others to agree with, a rank has a weight of four bytes for each row.
+    assert held[2, "cpu"]["MIGU's masks"] == held[2, "cuda"]["MIGU's masks"] == 13 * sum(rows)
+    waiting = held[2, "cuda"]["MIGU's magnitudes"] - held[2, "cpu"]["MIGU's magnitudes"]
+    assert waiting == fold_memory(2 * 32, rows) >= 4 * 2 * sum(rows)

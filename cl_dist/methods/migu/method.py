@@ -19,7 +19,7 @@ from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.kernels import RowLayout, RowMask, RowMasks, flat_row_masks, kept_rows, mask_rows_
 from cl_dist.kernels.backend import sent
-from cl_dist.kernels.row_magnitude import block_sum_bytes
+from cl_dist.kernels.row_magnitude import fold_memory
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.methods.migu.magnitudes import MagnitudeSums, Plan
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from cl_dist.tasks.collate import Batch
 
 _FLOAT64 = _INT64 = 8  # bytes
+_INT32 = 4
 _MODULUS = 1 << 20  # fingerprints h < 2^20, h^2 < 2^40: exact sums for up to 2^13 ranks
 
 
@@ -61,7 +62,8 @@ class Migu(Method):
         self._micro_batch = 0
 
     def cost(self, share: RankShare) -> Cost:
-        """Sums of magnitudes, the chosen rows and their mask; one all-reduce of the sums, and of what checks them.
+        """Sums of magnitudes, on a GPU with those that wait to be folded; the chosen rows, their mask, and with several
+        ranks the weights of its fingerprint; one all-reduce of the sums, and of what checks them.
 
         With `mask: update`, the dropped rows of masters and moments are copied while the optimiser steps, and back.
         Magnitudes read every output once. Backward skips the dropped rows where the mask is known in time.
@@ -71,15 +73,16 @@ class Migu(Method):
         rows, kept = sum(sizes), sum(kept_rows(size, self.config.threshold) for size in sizes)
         message = _FLOAT64 * (rows + len(sizes) + len(layers) + 2)
         times = share.train.gradient_accumulation if self.config.mask_scope == "micro_batch" else 1
+        waiting = fold_memory(share.tokens, sizes, share.train.gradient_accumulation) if share.gpu else 0
         frozen: dict[str, int] = {}
         if self.config.mask == "update":
             owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
             frozen = {"MIGU's frozen rows": 3 * 4 * round(owned * (1 - kept / rows))}
-        device = {"MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)), "MIGU's masks": rows + _INT64 * rows}
-        if share.gpu:  # at most: of a mixture as if every expert got all tokens
-            device["MIGU's block sums"] = block_sum_bytes(sizes, share.train.micro_batch_size * share.train.max_length)
         return Cost(
-            device=device,
+            device={
+                "MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)) + waiting,
+                "MIGU's masks": (1 + _INT64 + (_INT32 if share.world > 1 else 0)) * rows,
+            },
             stepping=frozen,
             step=(share.all_reduce(message * times, "MIGU's magnitudes", times),),
             traffic=4 * sum(frozen.values()),

@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-r"""What grows with the number of ranks besides training: the resume of one rank, and the watchdog's files.
+"""What grows with the number of ranks besides training: the resume of one rank, and the watchdog's files.
 
-Usage:
-    python benchmarks/growth_ranks.py [--ranks 1 4 16 64 256 1024] [--csv FILE] [--keep FOLDER]
-    python benchmarks/growth_ranks.py --draw FILE.csv FILE.png
+    python -m cl_dist.benchmarks.growth.ranks [--ranks 1 4 16 64 256 1024] [--keep FOLDER] [--write]
 
-Resume: seconds, bytes and files opened on one rank. The states are simulated by one process: those of a run of
-Llama-2-7B under ZeRO-3 with KIF, where every rank holds a piece of each of the 291 parameters in six quantities. The
-spans are as many as in a real state, and have its names, but hold two elements each. As many ranks resume as have
-written. In the way "all", each rank reads the index of every rank. In the way "share", each rank reads its share of the
-indexes; rank 0 merges what all have read, and sends it to everyone. The line is that of rank 0, which has most to do.
-What the network takes is left out; `exchanged` has the bytes that rank 0 receives, and sends to one rank. The lines
-"before" in the stored results come from the code before each rank read only its share, on the same states.
+Resume: seconds, bytes and files opened on one rank. One process simulates the saved states of a Llama-2-7B run under
+ZeRO-3 with KIF, where every rank holds a piece of each of the 291 parameters in six quantities. There are as many spans
+as in a real state, with the same names, but each holds only two elements. As many ranks resume as have written. In the
+rows "all", each rank reads the index of every rank. In the rows "share", each rank reads its share of the indexes;
+rank 0 merges what all have read, and sends it to everyone. The rows are those of rank 0, which has the most to do.
+Network time is left out; `exchanged` has the bytes that rank 0 receives and sends to one rank. The rows "before" in the
+stored results come from the code before each rank read only its share, on the same states.
 
-Watchdog: the files that all ranks together open in one check while all wait, once one of them is on duty. In the way
-"before", each rank read the pulses of all others: its number is computed.
+Watchdog: the files that all ranks together open in one check while all wait, once one of them is on duty. In the rows
+"before", each rank read the pulses of all others; that number is computed.
+
+With --write, the rows replace those of the same way and number of ranks in benchmarks/results/growth-ranks.csv, and all
+of them make the picture docs/results/growth-ranks.png.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from typing import Any
 
 import torch
 
+from cl_dist.benchmarks.growth.curves import PICTURES, RESULTS
 from cl_dist.report.drawing import BLUE, ORANGE, draw
 from cl_dist.state.spans import Span, SpanIndex, SpanReader, verified_share, write_spans
 from cl_dist.watchdog.peers import Lookout, Pulse, PulseFiles
 
+NAME = "growth-ranks"
 QUANTITIES = ("master", "exp_avg", "exp_avg_sq", "smoothed", "uncertainty", "fused")
 ELEMENTS = 2
 """Elements of a span."""
@@ -109,7 +112,7 @@ def read_own(reader: SpanReader, rank: int) -> None:
 
 
 def measure(folder: Path, ranks: int, usage: Usage) -> Iterator[Row]:
-    """One line for each way."""
+    """One row for each way."""
 
     def all_indexes() -> None:
         reader = SpanReader(folder, ranks)
@@ -149,6 +152,24 @@ def watch(folder: Path, ranks: int, usage: Usage) -> Iterator[Row]:
     yield {"what": "watchdog", "ranks": ranks, "way": "one on duty", "files_opened": found["files_opened"]}
 
 
+def publish(rows: Sequence[Row], folders: tuple[Path, Path] = (RESULTS, PICTURES)) -> None:
+    """Write a CSV file and a picture. Rows that are already in the file stay if none of the new ones replaces them."""
+    results, picture = folders[0] / f"{NAME}.csv", folders[1] / f"{NAME}.png"
+    before = read(results) if results.exists() else []
+    merged = {(row["what"], int(row["ranks"]), row["way"]): row for row in (*before, *rows)}
+    with results.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(merged[key] for key in sorted(merged))
+    picture.write_bytes(draw_rows(read(results)))
+
+
+def read(results: Path) -> list[Row]:
+    """The rows of a CSV file, as text."""
+    with results.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def draw_rows(rows: Sequence[Row]) -> bytes:
     """The picture: seconds of a resume, its bytes, and the watchdog's files, each against the ranks."""
     panels = (
@@ -168,23 +189,19 @@ def draw_rows(rows: Sequence[Row]) -> bytes:
                     axes.plot(*places, marker="o", color=colour, label=labels[way])
             axes.set(xscale="log", yscale="log", xlabel="ranks", title=title)
             axes.xaxis.set_major_formatter("{x:.0f}")
-            axes.legend(frameon=False, fontsize=8)
+            if axes.lines:
+                axes.legend(frameon=False, fontsize=8)
 
     return draw((12.0, 3.6), paint)
 
 
 def main() -> None:
-    """Measure, print a table, and write it as CSV."""
+    """Measure, and print every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024])
-    parser.add_argument("--csv", type=Path)
     parser.add_argument("--keep", type=Path, help="folder for the states, which are used again if they are there")
-    parser.add_argument("--draw", type=Path, nargs=2, metavar=("CSV", "PNG"), help="only draw what was measured")
+    parser.add_argument("--write", action="store_true", help="update the CSV file and the picture")
     options = parser.parse_args()
-    if options.draw is not None:
-        with options.draw[0].open(newline="", encoding="utf-8") as file:
-            options.draw[1].write_bytes(draw_rows(list(csv.DictReader(file))))
-        return
     usage, rows = Usage(), []
     with tempfile.TemporaryDirectory() as temporary:
         for ranks in options.ranks:
@@ -197,11 +214,8 @@ def main() -> None:
             for row in (*measure(folder, ranks, usage), *watch(pulses, ranks, usage)):
                 rows.append(row)
                 print(row, flush=True)
-    if options.csv is not None:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+    if options.write:
+        publish(rows)
 
 
 if __name__ == "__main__":
