@@ -74,6 +74,7 @@ class Migu(Method):
         message = _FLOAT64 * (rows + len(sizes) + len(layers) + 2)
         times = share.train.gradient_accumulation if self.config.mask_scope == "micro_batch" else 1
         waiting = fold_memory(share.tokens, sizes, share.train.gradient_accumulation) if share.gpu else 0
+        chosen = _INT64 if self._skips_rows(share.train) else 0  # backward needs the rows' numbers
         frozen: dict[str, int] = {}
         if self.config.mask == "update":
             owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
@@ -81,7 +82,7 @@ class Migu(Method):
         return Cost(
             device={
                 "MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)) + waiting,
-                "MIGU's masks": (1 + _INT64 + (_INT32 if share.world > 1 else 0)) * rows,
+                "MIGU's masks": (1 + chosen + (_INT32 if share.world > 1 else 0)) * rows,
             },
             stepping=frozen,
             step=(share.all_reduce(message * times, "MIGU's magnitudes", times),),
