@@ -87,7 +87,7 @@ def test_several_sizes_have_a_line_each(command: Command, name: str) -> None:
 )
 def test_sizes_that_plan_accuracy_cannot_train(command: Command, arguments: tuple[str, str], message: str) -> None:
     code, _, error = command("bench", "plan-accuracy", *arguments)
-    assert (code, error) == (2, f"error: {message}\n")
+    assert (code, error) == (2, f"cl-dist: error: {message}\n")
 
 
 def test_keys_of_the_first_size_are_at_the_top_level(command: Command) -> None:
