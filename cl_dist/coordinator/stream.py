@@ -155,7 +155,7 @@ class Coordinator:
             beat(f"training task {place.name}, step {step + 1}")
             began = time.monotonic()
             result = trainer.step(step)
-            self.deadline.stepped(time.monotonic() - began)
+            self.deadline.stepped(time.monotonic() - began)  # the all-reduce below already decides by it
             skipped = spent.skipped + self._note_samples(place, step, trainer.samples(step), result.skipped)
             # One small all-reduce: does any rank want to stop, is the interval over on any rank, did rank 0 fail to
             # write its log? Loss and targets ride along.

@@ -25,8 +25,8 @@ _BACKLOG = 4096
 
 Agree = Callable[[Any, int, int, timedelta], None]
 
-
 _agree: Agree
+"""What the ranks agree on before they meet; torch calls `_meet` without a way to pass it on."""
 
 
 def init_method(agree: Agree) -> str:
