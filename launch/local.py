@@ -32,7 +32,7 @@ from cl_dist.launch.rendezvous import DEFAULT_ADDRESS, find_free_port
 from cl_dist.output import pass_on, same_stream, steady_output
 from cl_dist.stop_requests import StopRequests, heeded
 
-DONE, INTERRUPTED = 0, 75
+DONE, BAD_INPUT, INTERRUPTED = 0, 2, 75
 POLL_SECONDS = 0.05
 PORT_ATTEMPTS = 3
 MOST_RANKS = 1024
@@ -47,6 +47,9 @@ SHOWN_LINES = 20
 SUSPENDED_FACTOR, SUSPENDED_SECONDS = 1.5, 15.0
 """The launcher kills a rank that has been stopped for `SUSPENDED_FACTOR * hang_seconds + SUSPENDED_SECONDS`. The other
 ranks notice earlier, and write their stacks."""
+AGREEMENT_SECONDS = 2.0
+"""Every rank usually finds bad input (exit code 2) itself: how long the others get to report the same before they are
+asked to stop. A message that all ranks report is shown once, without a rank."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SHARED_MEMORY = Path("/dev/shm")
 """Where DeepSpeed puts its buffers."""
@@ -195,6 +198,8 @@ class _Launch:
         self.request = signal.SIGTERM
         """The signal that forwards the first request. Slurm's warning (SIGUSR1) stays a warning, so that the ranks do
         not take the SIGTERM after it for a second request."""
+        self.failed: float | None = None
+        """When a rank was first seen to have failed."""
         self.deadline: float | None = None
         """When to kill the remaining ranks, once a rank has failed."""
 
@@ -272,11 +277,19 @@ class _Launch:
         for rank in self.ranks:
             rank.poll()
         self._kill_suspended()
-        # After the first failure, the others get `grace_seconds` to stop.
-        if self.deadline is None and any(rank.failed for rank in self.ranks):
+        self._end_after_failure(time.monotonic())
+
+    def _end_after_failure(self, now: float) -> None:
+        """After the first failure, ask the other ranks to stop, and kill them `grace_seconds` later."""
+        codes = {rank.returncode for rank in self.ranks if rank.failed}
+        if not codes:
+            return
+        self.failed = self.failed or now
+        patience = AGREEMENT_SECONDS if codes == {BAD_INPUT} else 0.0
+        if self.deadline is None and now >= self.failed + patience:
             self._signal_all(signal.SIGTERM)
-            self.deadline = time.monotonic() + self.grace_seconds
-        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.deadline = now + self.grace_seconds
+        if self.deadline is not None and now > self.deadline:
             self._kill_all()
 
     def _kill_suspended(self) -> None:
@@ -325,7 +338,7 @@ class _Launch:
         if self.requests > 1:
             return Ending(1, "killed by a second signal; continue from the last saved state with --resume")
         codes = {rank.returncode for rank in failed}
-        return self._blame(failed, exit_code=2 if 2 in codes else 1)
+        return self._blame(failed, exit_code=BAD_INPUT if BAD_INPUT in codes else 1)
 
     def _blame(self, failed: Sequence[_Rank], exit_code: int) -> Ending:
         """An ending that names the rank that failed first and quotes its message if it left one."""

@@ -192,7 +192,13 @@ sys.exit(1)
         assert said == "free(): invalid pointer" or ending.message.endswith("with --resume")
 
     def test_a_message_of_all_ranks_is_reported_once_without_a_rank(self, folder: Path) -> None:
-        assert start("wait_for_the_others()\nfail(2, 'train.epochs: no')") == Ending(2, "train.epochs: no")
+        # The last rank is later by far more than the launcher's poll.
+        body = "wait_for_the_others()\ntime.sleep(0.3 * rank)\nfail(2, 'train.epochs: no')"
+        assert start(body) == Ending(2, "train.epochs: no")
+
+    def test_bad_input_on_one_rank_names_it(self, folder: Path) -> None:
+        body = "wait_for_the_others()\nrank and fail(2, 'no data')\ntime.sleep(600)"
+        assert start(body) == Ending(2, "rank 1: no data")
 
     def test_the_output_of_a_rank_without_a_message_is_quoted(self, folder: Path) -> None:
         ending = start("rank and sys.exit('import failed')\ntime.sleep(600)")
