@@ -39,6 +39,9 @@ setup(
         "pydantic_core",  # pydantic itself says which release
         "PyYAML>=6.0.3",
         "rich>=15",
+        "jinja2>=3.1",
+        "shtab>=1.7",
+        "zstandard>=0.23",
         "typing_extensions>=4.15",
     ],
     extras_require={
@@ -47,9 +50,14 @@ setup(
         # For builds of PyTorch that bring no Triton. Those that do pin one: 2.11 has 3.6.0, 2.13 has 3.7.1.
         # `make test-triton` runs the tests of the kernels with both, `make test` with 3.8.
         "triton": ["triton>=3.6,<4; platform_system == 'Linux'"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         "dev": [
+            "axe-playwright-python>=0.1.4",
             "hypothesis>=6.168",
+            "ipykernel>=6.29",
             "mypy>=2.4",
+            "nbclient>=0.10",
+            "playwright>=1.50",
             "pre-commit>=4.6",
             "pytest>=9.2",
             "pytest-xdist>=3.8",
