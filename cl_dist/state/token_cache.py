@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from cl_dist.errors import ClDistError
-from cl_dist.heartbeat import beat, opaque
+from cl_dist.heartbeat import beat, last_beat, opaque
 from cl_dist.state.atomic import DiskFull, make_folder, replacing
 from cl_dist.tasks.samples import Integers, Table, pack
 from cl_dist.tasks.types import Encoded
@@ -122,7 +122,7 @@ class TokenCache:
     @contextmanager
     def _turn(self, lock: IO[bytes]) -> Iterator[bool]:
         """Wait for the lock and hold it; yields False without it, if there are no locks or its holder is stuck."""
-        signs, since = -1, time.monotonic()
+        signs, since, phase = -1, time.monotonic(), last_beat().phase
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,6 +135,7 @@ class TokenCache:
                     beat("waiting for another process to tokenise the data")
                 if time.monotonic() - since > _STALLED_SECONDS:
                     self._say(f"{self.folder}: the process that tokenises makes no progress")
+                    beat(phase)
                     yield False
                     return
                 time.sleep(_POLL_SECONDS)
@@ -142,6 +143,8 @@ class TokenCache:
                 self._say(f"{self.folder}: its file system has no locks ({error.strerror})")
                 yield False
                 return
+        if signs != -1:
+            beat(phase)  # what follows is no longer the wait
         try:
             yield True
         finally:
