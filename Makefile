@@ -22,7 +22,7 @@ LOCK_PYTHONS ?= python3.10 python3.11
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-all test-triton test-cluster install lint format lock clean
+.PHONY: quickstart test test-all test-triton test-cluster install lint site format lock clean
 
 quickstart: $(INSTALLED)  ## Train a tiny model on four built-in tasks with two ranks
 	CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(BIN)/cl-dist run quickstart --fresh
@@ -45,10 +45,13 @@ test-all: $(INSTALLED)  ## Run all tests
 
 install: $(INSTALLED)  ## Set up only
 
-lint: $(INSTALLED)  ## Check style, formatting and types
+lint: $(INSTALLED) site  ## Check style, formatting and types, and that the site builds without a warning
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
+
+site: $(INSTALLED)  ## Build the documentation as a site, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED)  ## Fix style and formatting automatically
 	$(BIN)/ruff check --fix $(CODE)
