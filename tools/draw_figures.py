@@ -234,7 +234,7 @@ def migu(theme: Theme) -> Drawing:
         theme,
         720,
         350,
-        "MIGU ranks the rows of a layer by the magnitude of their outputs and applies the gradient of the top rows only.",
+        "MIGU ranks the rows of a layer by the magnitude of their outputs and applies the gradient of the top rows.",
     )
     kept = sorted(MAGNITUDES)[-3:]
     for x, words in ((125, "output magnitude"), (345, "keep the top rows"), (585, "gradient that is applied")):
@@ -265,7 +265,7 @@ def kif(theme: Theme) -> Drawing:
         theme,
         720,
         310,
-        "KIF mixes the weights before and after a task unit by unit: new weights where only the new task needs the unit, "
+        "KIF mixes the weights before and after a task unit by unit: new ones where only the new task needs the unit, "
         "old weights where only the past does, a mixture otherwise.",
     )
     for x, words in ((190, "matters now"), (390, "mattered before"), (600, "weights after fusion")):
