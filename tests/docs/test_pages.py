@@ -70,7 +70,7 @@ def broken_links(page: Path, text: str) -> list[str]:
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = link.partition("#")
-        target = (page.parent / path).resolve()
+        target = (page.parent / path).resolve() if path else page
         if link.startswith("https://"):
             continue
         if not target.exists() or (anchor and anchor not in anchors_of(target)):
@@ -172,7 +172,7 @@ def unknown(text: str) -> list[str]:
     commands = [" ".join(words) for words in commands_in(spans) if not _known(words, parser())]
     return [
         *commands,
-        *(span for span in spans if span.startswith("--") and span.split()[0].split("=")[0] not in options()),
+        *(span for span in spans if span.startswith("--") and span.split()[0].split("=")[0].rstrip(":") not in options()),
     ]
 
 
