@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -121,6 +122,21 @@ def _read_shipped(name: str) -> dict[str, Any]:
     if order is not None:
         data["stream"]["order"] = order
     return data
+
+
+def shipped_text(name: str) -> str | None:
+    """A shipped recipe as a file to start from, with its comments; None if there is none of that name.
+
+    In a file of several recipes, `order` becomes the one of this name.
+    """
+    if name not in _shipped():
+        return None
+    text, order = _shipped()[name]
+    if order is None:
+        return text
+    entry = re.search(rf"^ +{re.escape(name)}: *(.*)$", text, re.MULTILINE)
+    assert entry is not None
+    return re.sub(r"^( +)order:.*\n(?:\1 +.*\n)+", lambda block: f"{block[1]}order: {entry[1]}\n", text, flags=re.MULTILINE)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
