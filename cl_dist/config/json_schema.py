@@ -70,7 +70,9 @@ def _setting(info: FieldInfo, text: str) -> Schema:
 
 
 def _is_plain(info: FieldInfo) -> bool:
-    return component_of(info.annotation) is None and get_origin(info.annotation) is not dict and not _holds_methods(info)
+    return (
+        component_of(info.annotation) is None and get_origin(info.annotation) is not dict and not _holds_methods(info)
+    )
 
 
 def _values(info: FieldInfo) -> Schema:

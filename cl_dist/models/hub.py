@@ -83,7 +83,9 @@ def explain(problem: BaseException | None, model: ModelConfig) -> str:
         return f"has been disabled on {hub}; use another model"
     if isinstance(problem, RepositoryNotFoundError):
         other = "use a token of an account that may read it" if get_token() is not None else LOG_IN
-        return f"is neither a folder here nor a model on {hub}{_similar(name)}; check the name; if it is private, {other}"
+        return (
+            f"is neither a folder here nor a model on {hub}{_similar(name)}; check the name; if it is private, {other}"
+        )
     if isinstance(problem, EntryNotFoundError):
         hint = "" if model.gguf_file is not None else "; if it holds GGUF files, name one in model.gguf_file"
         return f"has no file {model.gguf_file or 'config.json'} on {hub}{hint}"
@@ -196,4 +198,3 @@ def _names(name: str) -> Iterator[str]:
                 yield from (n.removeprefix(prefix).replace("--", "/") for n in entries if n.startswith(prefix))
             else:
                 yield from (str(parent / entry) for entry in entries)
-

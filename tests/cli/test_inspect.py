@@ -67,9 +67,7 @@ class TestRecipe:
             ("method.lambda", ["method(olora).lambda1", "method(olora).lambda2"]),
         ],
     )
-    def test_explains_the_settings_that_start_with_a_word(
-        self, command: Command, prefix: str, keys: list[str]
-    ) -> None:
+    def test_explains_the_settings_that_start_with_a_word(self, command: Command, prefix: str, keys: list[str]) -> None:
         _, output, _ = command("recipe", "--explain", prefix)
         assert [line for line in output.splitlines() if line and not line.startswith(" ")] == keys
 

@@ -109,7 +109,9 @@ def ask(names: list[str], folder: Path, variables: dict[str, str]) -> dict[str, 
 def test_what_the_hub_refuses_is_said_with_what_to_do(endpoint: str, tmp_path: Path) -> None:
     (tmp_path / "nobody" / "nothings").mkdir(parents=True)
     said = ask([*ANSWERS, "no name/at all", "a/slow"], tmp_path, environment(tmp_path, endpoint))
-    bring = "or run `hf download {} --local-dir FOLDER` where there is a network and set model.name_or_path to the folder"
+    bring = (
+        "or run `hf download {} --local-dir FOLDER` where there is a network and set model.name_or_path to the folder"
+    )
     login = "log in with `hf auth login` or set HF_TOKEN"
     assert said.pop("a/slow", "").startswith(f"model.name_or_path: a/slow is no folder here, and {endpoint} cannot be ")
     assert {name: text and text.removeprefix(f"model.name_or_path: {name} ") for name, text in said.items()} == {

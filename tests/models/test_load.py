@@ -198,10 +198,14 @@ def test_an_unknown_name_is_refused(load: Loader) -> None:
     assert time.monotonic() - begun < 5
 
 
-def test_a_tokenizer_that_cannot_be_read_is_named_as_such(folders: dict[str, Path], load: Loader, tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_read_is_named_as_such(
+    folders: dict[str, Path], load: Loader, tmp_path: Path
+) -> None:
     folder = copied(folders["llama"], tmp_path)
     (folder / "tokenizer.json").write_text('{"model": {"type": "none"}}')
-    with pytest.raises(BadInput, match=rf"^model\.name_or_path: the tokenizer in {folder} cannot be read: .+; take the "):
+    with pytest.raises(
+        BadInput, match=rf"^model\.name_or_path: the tokenizer in {folder} cannot be read: .+; take the "
+    ):
         load(folder)
 
 
