@@ -92,8 +92,9 @@ def init(arguments: Namespace) -> int:
     settings = parse_yaml(text, str(target))
     settings["method"] = [settings["method"]]
     recipe = check_recipe(settings, target.stem, target.absolute().parent)
+    here = replace(recipe, launch=replace(recipe.launch, processes=ranks))
     with without_notices():
-        check_stream_and_model(recipe, target.absolute().parent)
+        check_stream_and_model(here, target.absolute().parent)
     with advising("nothing was written"):
         write_text(target, text)
     assert load_recipe(str(target))[0] == recipe
@@ -156,10 +157,11 @@ def _model(name: str | None) -> ModelConfig:
 
 def _sources(arguments: Namespace, folder: Path) -> list[_Source]:
     """The tasks that the paths make. Evaluation files that lie beside a training file belong to its task."""
-    from cl_dist.tasks.formats.files import files_beside
+    from cl_dist.tasks.formats.auto import files_beside
 
     given = [expand(word, "--data") for word in arguments.data]
-    beside = {file.absolute() for path in given if is_file(path) for file in files_beside(path).values()}
+    found = [files for path in given if is_file(path) for files in files_beside(path).values()]
+    beside = {file.absolute() for files in found for file in files}
     settings = {"input_field": arguments.input, "output_field": arguments.output}
     settings = {key: value for key, value in settings.items() if value is not None}
     sources: list[_Source] = []

@@ -71,7 +71,7 @@ def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...
     from cl_dist.tasks.encode import check_kind
     from cl_dist.tasks.stream import check_warmup, load_stream
 
-    tasks = load_stream(recipe.stream, recipe_dir)
+    tasks = load_stream(recipe.stream, recipe_dir, recipe.train)
     with refusing("model.name_or_path"):
         check_model_config(recipe.model, [label for task in tasks for label in task.labels])
         check_positions(recipe.model, recipe.train)

@@ -97,15 +97,9 @@ def load_model(
     if dtype == torch.bfloat16:
         mend_products()
     # Configuration and tokenizer show most mistakes, and are small.
-    check_model_config(model)
-    with _quiet(), _failures_as_bad_input(model):
-        folder = _source(model, cache_dir)
-        config = _configuration(model, folder)
-        with _blaming_the_tokenizer(model):
-            tokenizer = _tokenizer(model, folder, config)
+    folder, config, tokenizer, objective = _small_parts(model, cache_dir)
     if chat:
         ChatTemplate(tokenizer)
-    objective = resolve_objective(model.objective, family_of(config, model.name_or_path), model.name_or_path)
     _fit_to_task(config, tokenizer, objective, label_count, model.name_or_path)
 
     with _quiet(), _failures_as_bad_input(model), _sharded_from_the_start(zero3_config):
@@ -120,6 +114,26 @@ def load_model(
     built.name_or_path = built.config._name_or_path = model.name_or_path
     tokenizer.name_or_path = model.name_or_path
     return LoadedModel(built, tokenizer, objective, drawn)
+
+
+def load_tokenizer(model: ModelConfig, cache_dir: Path) -> tuple[PreTrainedTokenizerBase, ObjectiveName]:
+    """The model's tokenizer and its resolved objective, without its weights. Raises BadInput as `load_model` does."""
+    _, _, tokenizer, objective = _small_parts(model, cache_dir)
+    return tokenizer, objective
+
+
+def _small_parts(
+    model: ModelConfig, cache_dir: Path
+) -> tuple[str | None, PreTrainedConfig, PreTrainedTokenizerBase, ObjectiveName]:
+    """What transformers loads from, configuration, tokenizer and objective."""
+    check_model_config(model)
+    with _quiet(), _failures_as_bad_input(model):
+        folder = _source(model, cache_dir)
+        config = _configuration(model, folder)
+        with _blaming_the_tokenizer(model):
+            tokenizer = _tokenizer(model, folder, config)
+    objective = resolve_objective(model.objective, family_of(config, model.name_or_path), model.name_or_path)
+    return folder, config, tokenizer, objective
 
 
 def model_on_meta(

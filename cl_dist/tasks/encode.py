@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cl_dist.config.objectives import FACTS, ObjectiveName
@@ -15,8 +16,8 @@ from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
 from cl_dist.tasks.objectives import OBJECTIVES
 from cl_dist.tasks.samples import Samples, pack, whole
-from cl_dist.tasks.template import AnswerParts, ChatTemplate
-from cl_dist.tasks.types import Encoded, Example, Task
+from cl_dist.tasks.template import AnswerParts, ChatTemplate, common_end, common_start
+from cl_dist.tasks.types import IGNORE, Encoded, Example, Task, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,6 +134,38 @@ class Encoder:
         pad = self._tokenizer.pad_token_id
         return int(pad if pad is not None else self._tokenizer.eos_token_id)
 
+    @property
+    def objective(self) -> ObjectiveName:
+        """What the samples are encoded for."""
+        return self._objective.name
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens included."""
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def each_length(self, task: Task) -> Iterator[tuple[int, list[int], bool]]:
+        """Of each training sample: tokens of its prompt with what stands around it, those of its answers, both before
+        anything is cut, and whether `max_length` cuts the prompt.
+        """
+        if task.kind == "text":
+            for _, some in _pieces(task.train):
+                yield from ((0, [len(ids)], False) for ids in self._tokenize([each.answer for each in some]))
+            return
+        taken = len(self._prefix) + len(self._suffix)
+        for _, some in _pieces(task.train):
+            prompts = self._tokenize_prompts([_question(example) for example in some])
+            wanted = chain.from_iterable(map(answers_of, some)) if self._facts.generates else ()
+            answers = self._answer_parts(list(dict.fromkeys(wanted)))
+            for prompt, example in zip(prompts, some, strict=True):
+                own = [len(answers[each].ids) for each in answers_of(example)] if self._facts.generates else []
+                if example.turns:
+                    exchanges = self._exchanges(example.turns)
+                    before = sum(len(question) for question, _ in exchanges)
+                    yield before, own, before + sum(len(ids) for _, ids in exchanges) > self._config.max_length
+                    continue
+                most = self._config.max_length - (min(own[0], self.answer_room) if self._facts.answer_in_prompt else 0)
+                yield taken + len(prompt), own, taken + len(prompt) > most
+
     def check(self, task: Task) -> None:
         """Raise BadInput for training data that `train` would refuse, without tokenising the prompts.
 
@@ -145,20 +178,22 @@ class Encoder:
             return
         if not self._facts.generates:
             return
+        self._check_conversations(task)
         cuts = 0
         for first, some in _pieces(task.train):
-            answers = self._answers_to(some)
+            answers = self._answer_parts(list(dict.fromkeys(chain.from_iterable(map(answers_of, some)))))
             for index, example in enumerate(some, first):
-                ids = answers[example.answer].ids
-                cuts += len(ids) > self._answer_room
-                self._training_answer(ids, _place(task, index))
+                lengths = [len(answers[answer].ids) for answer in answers_of(example)]
+                cuts += any(length > self.answer_room for length in lengths)
+                for answer in answers_of(example):
+                    self._training_answer(answers[answer].ids, _place(task, index))
         if cuts and self._config.long_answers == "cut":
             logger.warning(
                 "task %r: %d of %d training answers are cut to %d tokens (train.long_answers)",
                 task.name,
                 cuts,
                 len(task.train),
-                self._answer_room,
+                self.answer_room,
             )
 
     def train(self, task: Task) -> Samples:
@@ -176,9 +211,12 @@ class Encoder:
             yield from self.each_chunk(task.train)
             return
         for first, some in _pieces(task.train):
-            prompts = self._tokenize_prompts([example.prompt for example in some])
+            prompts = self._tokenize_prompts([_question(example) for example in some])
             answers = self._answers_to(some) if self._facts.generates else {}
             for index, (prompt, example) in enumerate(zip(prompts, some, strict=True), first):
+                if example.turns:
+                    yield self._conversation(index, example, _place(task, index))
+                    continue
                 if self._facts.generates:
                     target = self._training_answer(answers[example.answer].ids, _place(task, index))
                 else:
@@ -215,9 +253,82 @@ class Encoder:
     def each_prompt(self, task: Task) -> Iterator[Encoded]:
         """`prompt_ids` of the task's evaluation samples, as samples without labels."""
         for first, some in _pieces(task.evaluation):
-            prompts = self._tokenize_prompts([example.prompt for example in some])
-            for index, prompt in enumerate(prompts, first):
-                yield Encoded(index, self._framed(prompt, self._reserve) + self._lead, [])
+            prompts = self._tokenize_prompts([_question(example) for example in some])
+            for index, (prompt, example) in enumerate(zip(prompts, some, strict=True), first):
+                ids = self._history(example.turns) if example.turns else self._framed(prompt, self._reserve)
+                yield Encoded(index, ids + self._lead, [])
+
+    def _check_conversations(self, task: Task) -> None:
+        """Raise BadInput if the chat template cannot render the task's conversations: one of each kind is tried."""
+        kinds = {tuple(turn.role for turn in example.turns): example.turns for example in task.train if example.turns}
+        if kinds and self._template is None:
+            raise ValueError("only a chat template renders conversations; load the stream without one")
+        for turns in kinds.values():
+            self._exchanges(turns)
+        left_out = sum(self._overlong(example.turns) for example in task.train if example.turns)
+        if left_out:
+            logger.warning(
+                "task %r: %d of %d conversations take more than %d tokens (train.max_length): their oldest exchanges, "
+                "or else the middle of a long question, are left out",
+                task.name,
+                left_out,
+                len(task.train),
+                self._config.max_length,
+            )
+
+    def _exchanges(self, turns: Sequence[Turn]) -> list[tuple[list[int], list[int]]]:
+        assert self._template is not None
+        beat()
+        return self._template.exchanges(turns)
+
+    def _overlong(self, turns: Sequence[Turn]) -> bool:
+        """Whether a conversation takes more than `max_length` tokens."""
+        return sum(len(ids) for exchange in self._exchanges(turns) for ids in exchange) > self._config.max_length
+
+    def _conversation(self, index: int, example: Example, where: str) -> Encoded:
+        """A conversation as one sample, with a loss on every answer, fitted into `max_length`.
+
+        If it is too long, its oldest exchanges are left out, then a part of the only question that remains.
+        """
+        ids, labels = list[int](), list[int]()
+        for before, answer in self._fitted(example.turns, 0, where):
+            ids += [*before, *answer]
+            labels += [IGNORE] * len(before) + answer
+        return Encoded(index, ids, labels)
+
+    def _history(self, turns: Sequence[Turn]) -> list[int]:
+        """Ids of all turns before the last answer, with room for that answer."""
+        exchanges = self._fitted(turns, self._reserve, "")
+        return [*chain.from_iterable([*before, *answer] for before, answer in exchanges[:-1]), *exchanges[-1][0]]
+
+    def _fitted(self, turns: Sequence[Turn], reserve: int, where: str) -> list[tuple[list[int], list[int]]]:
+        """The exchanges of a conversation's end that fit into `max_length`.
+
+        Args:
+            turns: The conversation.
+            reserve: Tokens of the last answer, in evaluation; 0: as many as it has, in training.
+            where: The sample, for errors.
+        """
+        system, rest = [turn for turn in turns if turn.role == "system"], [t for t in turns if t.role != "system"]
+        while True:
+            exchanges = self._exchanges([*system, *rest])
+            if not reserve:
+                exchanges = [(before, self._training_answer(answer, where)) for before, answer in exchanges]
+            last = reserve or len(exchanges[-1][1])
+            taken = sum(len(ids) for exchange in exchanges for ids in exchange) - len(exchanges[-1][1]) + last
+            if taken <= self._config.max_length:
+                return exchanges
+            if len(rest) == 2:
+                (before, answer) = exchanges[0]
+                return [(self._shortened(before, self._config.max_length - last), answer)]
+            rest = rest[2:]
+
+    def _shortened(self, question: list[int], room: int) -> list[int]:
+        """The ids of a question, with what the template puts around it, cut between these to at most `room`."""
+        head = common_start([question, self._prefix])
+        tail = common_end([question[len(head) :], self._suffix])
+        own = question[len(head) : len(question) - len(tail)]
+        return head + cut(own, max(room - len(head) - len(tail), 0), self._config.truncate) + tail
 
     def prompt_ids(self, prompt: str, answer_length: int | None = None) -> list[int]:
         """Ids of a prompt from which a model continues in evaluation, cut to `max_length`.
@@ -323,13 +434,13 @@ class Encoder:
 
     def _training_answer(self, ids: list[int], where: str) -> list[int]:
         """The ids of a sample's answer. If they are too many, `long_answers` decides between an error and a cut."""
-        room = self._answer_room
+        room = self.answer_room
         if self._config.long_answers == "error" or len(ids) <= room or room < 1:
             return self._fitting_answer(ids, where)
         return [*ids[: room - 1], ids[-1]]
 
     @property
-    def _answer_room(self) -> int:
+    def answer_room(self) -> int:
         """Most tokens of an answer. A decoder needs room for at least one token of the prompt too."""
         if not self._facts.answer_in_prompt:
             return self._config.max_target_length
@@ -399,6 +510,16 @@ def _pieces(items: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
     """Consecutive pieces of a sequence, each with the place where it starts."""
     for start in range(0, len(items), _AT_ONCE):
         yield start, items[start : start + _AT_ONCE]
+
+
+def answers_of(example: Example) -> tuple[str, ...]:
+    """What a model learns to say in a sample: its answer, or every answer of a conversation."""
+    return tuple(turn.content for turn in example.turns if turn.role == "assistant") or (example.answer,)
+
+
+def _question(example: Example) -> str:
+    """The prompt; nothing for a conversation, which is tokenised as a whole."""
+    return "" if example.turns else example.prompt
 
 
 def _place(task: Task, index: int) -> str:
