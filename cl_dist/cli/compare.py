@@ -121,8 +121,12 @@ def _compare(arguments: Namespace) -> int:
         _submit(sweep, grid, arguments)
         refresh()
     else:
+        from cl_dist.models.hub import check_published
+
         for cell in grid.cells:
             check_processes(number_of_ranks(cell.recipe))
+        for model in dict.fromkeys(cell.recipe.model for cell in grid.cells):
+            check_published(model, partial(print, file=sys.stderr, flush=True))
         _run(sweep, grid, refresh, arguments)
     return 0
 

@@ -10,6 +10,7 @@ import textwrap
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cl_dist.config.files import cache_folder
@@ -53,9 +54,11 @@ def data(arguments: Namespace) -> int:
     tasks = load_stream(recipe.stream, recipe_dir, recipe.train)
 
     from cl_dist.evaluation.outlook import outlook  # from here on, what takes seconds to import
+    from cl_dist.models.hub import check_published
     from cl_dist.models.load import load_tokenizer
     from cl_dist.tasks.overview import overview
 
+    check_published(recipe.model, partial(print, file=sys.stderr, flush=True))
     tokenizer, objective = load_tokenizer(recipe.model, cache_folder())
     encoder = Encoder(tokenizer, objective, recipe.train, label_names(tasks))
     found = [overview(task, encoder) for task in tasks]

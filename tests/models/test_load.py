@@ -193,9 +193,20 @@ def test_a_classifier_without_labels_is_refused(load: Loader) -> None:
 
 def test_an_unknown_name_is_refused(load: Loader) -> None:
     begun = time.monotonic()
-    with pytest.raises(BadInput, match=r"no such folder, and Hugging Face cannot be reached or does not have it"):
+    with pytest.raises(BadInput, match=r"is no folder here, and https://huggingface.co cannot be reached"):
         load("nobody/has-such-a-model")
     assert time.monotonic() - begun < 5
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named_as_such(
+    folders: dict[str, Path], load: Loader, tmp_path: Path
+) -> None:
+    folder = copied(folders["llama"], tmp_path)
+    (folder / "tokenizer.json").write_text('{"model": {"type": "none"}}')
+    with pytest.raises(
+        BadInput, match=rf"^model\.name_or_path: the tokenizer in {folder} cannot be read: .+; take the "
+    ):
+        load(folder)
 
 
 def test_a_picture_model_is_none_of_the_families() -> None:

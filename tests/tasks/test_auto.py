@@ -191,6 +191,19 @@ def test_text_and_saved_data_sets(tmp_path: Path) -> None:
     assert texts(load_one(tmp_path, path="clone")) == [("q", "a")]
 
 
+@pytest.mark.parametrize("path", ["set/train.parquet", "set"])
+def test_parquet_files_keep_the_names_of_their_classes(tmp_path: Path, path: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    classes = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"prompt": datasets.Value("string"), "answer": classes})
+    split = datasets.Dataset.from_dict({"prompt": ["u", "v"], "answer": [1, 0]}, features=features)
+    (tmp_path / "set").mkdir()
+    for name in ("train", "test"):
+        split.to_parquet(str(tmp_path / f"set/{name}.parquet"))
+    task = load_one(tmp_path, path=path)
+    assert (texts(task), task.labels) == ([("u", "good"), ("v", "bad")], ("bad", "good"))
+
+
 def test_a_path_without_its_ending_is_found_in_the_recipes_folder_too(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     write(tmp_path / "root/other.csv", AWKWARD)

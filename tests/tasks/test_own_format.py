@@ -75,7 +75,7 @@ def test_the_stored_recipe_is_found_from_anywhere(tmp_path: Path) -> None:
         ({"seperator": "|"}, r"^stream\.tasks\.0\.seperator: unknown key; did you mean separator\?$"),
         ({"separator": 3}, r"^stream\.tasks\.0\.separator: 3 is not allowed; allowed: a string \(in quotes"),
         ({"separator": " "}, r'^stream\.tasks\.0\.separator: " " is blank; allowed: any other text$'),
-        ({"streaming": True}, r"^stream\.tasks\.0\.streaming: true is read by formats auto and huggingface only, not by"),
+        ({"streaming": True}, r"^stream\.tasks\.0\.streaming: true is read by formats auto and huggingface only, not"),
         ({"format": "pairs:Pears"}, r'tasks\[\]\.format: pairs:Pears: .*no class "Pears".* did you mean Pairs\?'),
         ({"format": "pears:Pairs"}, r'stream\.tasks\[\]\.format: no module "pears" is installed or in '),
         ({"format": "pairs:Path"}, r"pairs:Path is not a format; .* from cl_dist\.tasks\.formats\.Format"),

@@ -17,10 +17,11 @@ from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import COMPRESSED, enumerate_names, list_folder, logger, missing
 from cl_dist.tasks.formats.format import DEV_NAMES, SPLITS, Format, RawTask, ScoredOn, Source
 from cl_dist.tasks.formats.huggingface import FILE_FORMATS, HuggingFace, is_saved
-from cl_dist.tasks.formats.record_files import EXTENSIONS, READERS, extension_of
+from cl_dist.tasks.formats.record_files import EXTENSIONS, READERS, extension_of, has_classes
 from cl_dist.tasks.formats.text import Text
 
 TEXT = ".txt"
+PARQUET = ".parquet"
 ENDINGS = (*EXTENSIONS, TEXT)
 PUBLISHED_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """Owner and name of a data set on the Hugging Face Hub."""
@@ -47,6 +48,8 @@ class Auto(HuggingFace):
         found = dataclasses.replace(source, path_in_recipe=str(path))
         if is_folder(path):
             return self._read_folder(found, path)
+        if extension_of(path) == PARQUET and has_classes(path):
+            return super().read(found)
         if extension_of(path) is not None:
             self._refuse("subset", "streaming", what=f"the file {path}")
             return self.read_files(found, [path], *self._evaluation(source, files_beside(path)))
@@ -90,8 +93,11 @@ class Auto(HuggingFace):
         train = splits.pop("train", None)
         if train is None:
             raise missing(folder / f"train{next(iter(splits.values()))[0].suffix}")
-        if one_kind(folder, train) == TEXT:
+        kind = one_kind(folder, train)
+        if kind == TEXT:
             return self._as(Text(eval_fraction=self.eval_fraction), source)
+        if kind == PARQUET and has_classes(train[0]):
+            return super().read(source)
         self._refuse("subset", "streaming", what=f"the files in {folder}")
         evaluation, evaluated = self._evaluation(source, splits)
         if not evaluation and self.eval_fraction is None:

@@ -143,6 +143,19 @@ def _numbered_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]
         line = reader.line_num + 1
 
 
+def has_classes(path: Path) -> bool:
+    """Whether a Parquet file is from a data set with a column of classes, whose names the `datasets` library knows."""
+    import pyarrow
+    import pyarrow.parquet
+
+    refuse_special(path)
+    try:
+        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+    except (OSError, ValueError, pyarrow.ArrowException):  # reading the file reports it
+        return False
+    return b'"ClassLabel"' in metadata.get(b"huggingface", b"")
+
+
 def _parquet(path: Path) -> RecordFile:
     import pyarrow
     import pyarrow.parquet
