@@ -280,11 +280,11 @@ def _lengths(model: ModelConfig, tasks: Sequence[Task]) -> _Lengths:
         step = max(1, -(-size * len(tasks) // MEASURED_CHARACTERS))
         prompts = tokenizer([each.prompt for each in samples[::step]])
         answers = tokenizer([each.answer for each in samples[::step]])
-        # Special tokens: at most one before the prompt and one behind the answer.
-        together = [p + 2 + (0 if apart else a) for p, a in zip(prompts, answers, strict=True)]
+        # At most one special token before the prompt, a space before the answer, and a special token behind it.
+        together = [p + 3 + (0 if apart else a) for p, a in zip(prompts, answers, strict=True)]
         source = max(source, *together)
         if task.kind != "text":
-            answer = max(answer, *(a + 1 for a in answers))
+            answer = max(answer, *(a + 2 for a in answers))
     return _Lengths(counted, source, answer, min(LONGEST_INPUT, _positions(model)))
 
 
