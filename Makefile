@@ -51,7 +51,7 @@ lint: $(INSTALLED) site  ## Check style, formatting and types, and that the site
 	$(BIN)/mypy
 
 site: $(INSTALLED)  ## Build the documentation as a site, into build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(INSTALLED)  ## Fix style and formatting automatically
 	$(BIN)/ruff check --fix $(CODE)
