@@ -184,7 +184,7 @@ def _task_name(path: Path) -> str:
 
 
 def _unused(name: str, taken: Sequence[str]) -> str:
-    """The name, or with a number if another task has it. Folders of a run are named after tasks, whatever their case."""
+    """The name, or with a number if another task has it in any case: folders of a run are named after tasks."""
     used, number, candidate = {each.casefold() for each in taken}, 1, name
     while candidate.casefold() in used:
         number += 1
@@ -193,7 +193,7 @@ def _unused(name: str, taken: Sequence[str]) -> str:
 
 
 def _path_from(folder: Path, path: Path, word: str) -> str:
-    """The path as seen from the recipe's folder. An absolute one, and the name of a published data set, stay as typed."""
+    """The path from the recipe's folder; an absolute path and the name of a published data set stay as typed."""
     missing = not is_there(path) and not is_folder(path.parent)
     if path.is_absolute() or missing:
         return str(path) if not missing else word
@@ -212,7 +212,9 @@ def _read(source: _Source, model: ModelConfig, target: Path) -> tuple[_Source, T
         try:
             return held_out, _load(held_out, model, target)
         except BadInput:
-            raise error from None
+            other = any(sign in str(error) for sign in ("no column", "no field")) and not source.settings
+            hint = "; cl-dist init takes their names as --input and --output" if other else ""
+            raise BadInput(f"{error}{hint}") from None
     if task.scored_on != "train":
         return source, task
     held_out = _holding_out(source)
@@ -257,17 +259,21 @@ class _Lengths:
     @property
     def max_length(self) -> int:
         """A multiple of 8 that holds the longest sample, up to the limit."""
-        return min(self.limit, -(-max(self.source, 16) // 8) * 8)
+        return min(self.limit, _eights(max(self.source, self.max_target_length + 8)))
 
     @property
     def max_target_length(self) -> int:
-        """Room for the longest answer, up to half of the limit."""
-        return min(max(1, self.max_length // 2), -(-max(self.answer, 8) // 8) * 8)
+        """A multiple of 8 that holds the longest answer, up to half of the limit."""
+        return min(self.limit // 2, _eights(self.answer))
 
     @property
     def cuts_answers(self) -> bool:
         """Whether some answers are longer than that."""
         return self.answer > self.max_target_length
+
+
+def _eights(number: int) -> int:
+    return -(-number // 8) * 8
 
 
 def _lengths(model: ModelConfig, tasks: Sequence[Task]) -> _Lengths:
@@ -376,14 +382,14 @@ def _recipe(
     ranks: int,
     lengths: _Lengths,
 ) -> Iterator[str]:
-    yield f"# {target.stem}: {_count(len(tasks), 'task')}, learnt one after the other. Written by cl-dist init; change what you like."
-    yield f"#   cl-dist data {_quoted(target)}   what the model will read"
-    yield f"#   cl-dist run {_quoted(target)}    train and score it; results go to runs/{target.stem}"
-    yield "#   cl-dist recipe --explain train.   what each setting means"
+    yield f"# {target.stem}: {_count(len(tasks), 'task')} in sequence. Written by cl-dist init; change what you like."
+    yield f"#   cl-dist data {_quoted(target)}              shows what the model will read"
+    yield f"#   cl-dist run {_quoted(target)}               trains and scores it; results go to runs/{target.stem}"
+    yield "#   cl-dist recipe --explain train.   explains the settings below train"
     yield from _model_lines(model, device, ranks)
     yield from _stream_lines(tasks)
     yield "method:"
-    yield "  name: migu  # updates only the rows with the largest outputs; `sequential` is plain fine-tuning: cl-dist methods"
+    yield "  name: migu  # updates only the rows with the largest outputs; cl-dist methods lists the others"
     yield from _train_lines(tasks, model, device, ranks, lengths)
     yield "zero:"
     large = _is_large(model, device, ranks)
@@ -399,13 +405,13 @@ def _recipe(
 def _model_lines(model: ModelConfig, device: Device, ranks: int) -> Iterator[str]:
     yield "model:"
     if model.name_or_path == DEFAULT_MODEL:
-        yield "  # A tiny model with random weights, to try things out without a network: it learns little. Put your own"
-        yield "  # here, a folder or a Hugging Face id, or repeat cl-dist init with --model, which fits the lengths to it."
+        yield "  # A tiny model with random weights, to try things out without a network; it learns little. Name your"
+        yield "  # own: a folder or a Hugging Face id. cl-dist init with --model also fits lengths and learning rate to it."
     yield f"  name_or_path: {_scalar(model.name_or_path)}"
     large = _is_large(model, device, ranks)
     if large:
         size = (_parameters(model) or 0) / 1e9
-        yield "  lora:  # adapters: training all weights needs more memory than there is here (an estimate; see cl-dist plan)"
+        yield "  lora:  # adapters: training all weights takes more memory than there is (estimated; see cl-dist plan)"
         yield f"    r: 8  # the model has about {size:.1f} billion parameters"
     elif model.name_or_path not in BUILTIN_FAMILIES and _parameters(model) is None:
         yield "  # All weights are trained. `cl-dist plan` predicts the memory; `lora: {r: 8}` trains adapters instead."
@@ -428,7 +434,7 @@ def _stream_lines(tasks: Sequence[tuple[_Source, Task]]) -> Iterator[str]:
         yield f"    - name: {_scalar(source.name)}"
         yield f"      path: {_scalar(source.path)}"
         for key, value in source.settings.items():
-            why = "  # there is no evaluation file, so a tenth is held out; the model never trains on it"
+            why = "  # there is no evaluation file: a tenth is held out and never trained on"
             yield f"      {key}: {_scalar(value)}{why if key == 'eval_fraction' else ''}"
 
 
@@ -442,20 +448,20 @@ def _train_lines(
     epochs = max(1, min(MOST_EPOCHS, -(-LEAST_STEPS // steps)))
     rate, why = _learning_rate(model, device, ranks)
     yield "train:"
-    yield f"  epochs: {epochs}  # the smallest task has {least} training samples, which is {_count(steps, 'step')} per epoch"
-    yield f"  micro_batch_size: {micro_batch}  # samples per rank and step: at most {micro_batch * lengths.max_length} tokens"
+    yield f"  epochs: {epochs}  # the smallest task has {least} training samples, {_count(steps, 'step')} per epoch"
+    most = micro_batch * lengths.max_length
+    yield f"  micro_batch_size: {micro_batch}  # samples per rank and forward pass, at most {most} tokens"
     yield f"  learning_rate: {rate}  # {why}"
     fits = "holds the longest sample" if lengths.source <= lengths.max_length else (
         f"the longest sample has {lengths.source}; longer prompts are cut in the middle"
     )  # fmt: skip
     yield f"  max_length: {lengths.max_length}  # tokens ({lengths.counted}); {fits}"
-    if all(task.kind == "text" for _, task in tasks):
-        pass
-    elif lengths.cuts_answers:
+    answers = any(task.kind != "text" for _, task in tasks)
+    if answers and lengths.cuts_answers:
         yield f"  max_target_length: {lengths.max_target_length}  # the longest answer has {lengths.answer} tokens"
-        yield "  long_answers: cut  # the start of longer training answers is learnt"
-    else:
-        yield f"  max_target_length: {lengths.max_target_length}  # holds the longest answer, and limits generated ones"
+        yield "  long_answers: cut  # of longer training answers, the start is learnt"
+    elif answers:
+        yield f"  max_target_length: {lengths.max_target_length}  # holds the longest answer; limits generated ones"
     generates = any(task.kind == "generation" for _, task in tasks)
     if generates and _has_chat_template(model):
         yield "  template: chat  # prompts and answers become the turns of the model's chat template"
@@ -495,7 +501,7 @@ def _count(number: int, what: str) -> str:
 def _scalar(value: Any) -> str:
     """A value as YAML on one line: bare if it is read as itself, else in quotes."""
     if isinstance(value, str):
-        bare = bool(re.fullmatch(r"[\w/][\w ./:-]*[\w/]|\w", value)) and ": " not in value and value.isprintable()
+        bare = re.fullmatch(r"[./]*\w[\w ./:-]*", value) is not None and value.isprintable()
         if not (bare and parse_yaml(value, "value") == value):
             return json.dumps(value, ensure_ascii=not value.isprintable())
     return str(value)
