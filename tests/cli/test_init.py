@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from cl_dist.config.load import load_recipe
-from cl_dist.config.schema import Recipe
+from cl_dist.cli.recipe_text import Source, measure, recipe_text
+from cl_dist.config.load import check_recipe, load_recipe
+from cl_dist.config.schema import ModelConfig, Recipe
 from cl_dist.config.yaml_text import parse_yaml
+from cl_dist.machine import Device
 from cl_dist.tasks.stream import load_stream
 from tests.cli.conftest import Command
 from tests.zygote import Zygote
@@ -154,7 +156,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder, with a chat template in its tokenizer's settings."""
     import torch  # only here: the other tests need none of it
 
-    from cl_dist.config.schema import ModelConfig
     from cl_dist.models.export import export_model
     from cl_dist.models.load import load_model
 
@@ -176,6 +177,30 @@ def test_a_model_decides_lengths_template_and_learning_rate(command: Command, tm
     code, _, error = command("init", "other.yaml", "--data", "a.jsonl", "--model", "tiny")
     assert code == 2
     assert error.startswith("cl-dist: error: model.name_or_path: tiny has no weights; expected model.safetensors")
+
+
+def test_a_machine_with_gpus_and_a_model_that_is_too_large_for_them(tmp_path: Path, model: Path) -> None:
+    write(tmp_path / "a.jsonl", LABELLED)
+    config = ModelConfig(name_or_path=str(model))
+    source = Source("a", "a.jsonl", "a.jsonl", {"eval_fraction": 0.1})
+    data: dict[str, Any] = {"model": {"name_or_path": str(model)}, "stream": {"tasks": [source.entry]}}
+    read = check_recipe({**data, "method": [{"name": "migu"}]}, "my", tmp_path)
+    tasks = load_stream(read.stream, tmp_path, read.train)
+
+    def on(memory: int, bfloat16: bool = True) -> Recipe:
+        gpu = Device(kind="cuda", name="GPU", memory_bytes=memory, bfloat16=bfloat16)
+        lines = recipe_text(tmp_path / "my.yaml", [(source, tasks[0])], config, gpu, 2, measure(config, tasks))
+        written = parse_yaml("\n".join(lines), "my.yaml")
+        return check_recipe({**written, "method": [written["method"]]}, "my", tmp_path)
+
+    size = (model / "model.safetensors").stat().st_size
+    whole = on(16 * size)
+    assert (whole.model.lora, whole.zero.stage, whole.train.dtype) == (None, 2, "bfloat16")
+    assert on(16 * size, bfloat16=False).train.dtype == "float32"
+    adapters = on(2 * size)
+    assert adapters.model.lora is not None
+    assert (adapters.zero.stage, adapters.train.learning_rate) == (2, 3e-4)
+    assert on(size // 4).zero.stage == 3
 
 
 @pytest.mark.parametrize(

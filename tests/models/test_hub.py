@@ -130,8 +130,8 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(endpoint: str, tmp_path: P
         f"later, {bring.format('a/broken')}",
         "a/busy": f"cannot be loaded: {endpoint} answered with status 429, too many requests came from this "
         f"address; try again later, {bring.format('a/busy')}",
-        "a/portal": f"cannot be loaded: what answers at {endpoint} is not Hugging Face; check HF_ENDPOINT and the proxy "
-        "(HTTPS_PROXY), or use a local folder",
+        "a/portal": f"cannot be loaded: what answers at {endpoint} is not Hugging Face; check HF_ENDPOINT and the "
+        "proxy (HTTPS_PROXY), or use a local folder",
         "a/model": None,
         "no name/at all": "is neither a folder nor a Hugging Face id (owner/name)",
     }
