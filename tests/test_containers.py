@@ -87,7 +87,9 @@ def test_both_copy_everything_that_is_installed() -> None:
     assert re.search(r"^setuptools==", lock, re.MULTILINE)
 
 
-@pytest.mark.parametrize("shell", [" && ".join(RUNS), *(t for name, t in sections().items() if name not in ("", "%files"))])
+@pytest.mark.parametrize(
+    "shell", [" && ".join(RUNS), *(t for name, t in sections().items() if name not in ("", "%files"))]
+)
 def test_their_commands_are_shell(shell: str) -> None:
     done = subprocess.run(["sh", "-n"], input=shell, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

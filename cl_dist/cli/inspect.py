@@ -41,8 +41,8 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         "recipe",
         nargs="?",
         metavar="RECIPE",
-        help="print this recipe: a shipped one as it is, with its comments, to start from; a file, or one with changes, "
-        "with all settings",
+        help="print this recipe: a shipped one as it is, with its comments, to start from; a file, or a recipe with "
+        "changes, with all settings",
     )
     parser.add_argument("--all", action="store_true", help="print a shipped recipe with all settings, too")
     parser.add_argument(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cl_dist.config.files import is_folder
 from cl_dist.config.schema import BUILTIN_FAMILIES, ModelConfig
-from cl_dist.config.words import did_you_mean, show_path, shorten
+from cl_dist.config.words import did_you_mean, shorten, show_path
 from cl_dist.errors import BadInput
 from cl_dist.models.check import check_folder, local_folder
 
@@ -35,7 +35,7 @@ def check_published(model: ModelConfig, notify: Callable[[str], None] | None = N
     if name in BUILTIN_FAMILIES or local_folder(name) is not None:
         return
     from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     where = f"model.name_or_path: {show_path(name)}"

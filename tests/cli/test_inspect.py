@@ -74,7 +74,8 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--explain", "train.epoch_"], "--explain: no setting starts with train.epoch_; did you mean train.epochs?"),
+            (["--explain", "train.epoch_"], "--explain: no setting starts with train.epoch_; did you mean train.epochs?"
+             ),
             (["--explain", "epochs"], "--explain: no setting starts with epochs; did you mean stream.tasks[].epochs or "
              "train.epochs?"),
             (["--explain", "xyzzy"], "--explain: no setting starts with xyzzy"),

@@ -10,6 +10,7 @@ from contextlib import redirect_stdout
 from functools import cache
 from importlib.util import find_spec
 from io import StringIO
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -145,11 +146,12 @@ def parser() -> ArgumentParser:
 
 
 def commands_in(lines: list[str]) -> list[list[str]]:
-    """The words behind `cl-dist` or `-m cl_dist` in every line that calls it, without comments."""
+    """The words behind `cl-dist` or `-m cl_dist` in every line that calls it, without comments and redirections."""
     calls = [
         re.search(r"^(?:[\w./=-]+ )*?(?:[\w./]*/)?(?:cl-dist|(?:-m|--module) cl_dist) (\S.*)", line) for line in lines
     ]
-    return [shlex.split(call[1], comments=True) for call in calls if call]
+    words = [shlex.split(call[1], comments=True) for call in calls if call]
+    return [list(takewhile(lambda word: word not in (">", "|"), each)) for each in words]
 
 
 def rejected(text: str) -> list[str]:

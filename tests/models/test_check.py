@@ -23,7 +23,6 @@ from cl_dist.models.check import (
 )
 from cl_dist.models.load import AUTO_CLASSES
 
-
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 
 

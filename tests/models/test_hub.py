@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -52,7 +53,7 @@ print(json.dumps(found))
 class Hub(BaseHTTPRequestHandler):
     """Answers HEAD requests for one file of a model."""
 
-    asked: list[str] = []
+    asked: ClassVar[list[str]] = []
 
     def do_HEAD(self) -> None:
         name = "/".join(self.path.split("/")[1:3])
@@ -116,8 +117,8 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(endpoint: str, tmp_path: P
     assert said.pop("a/slow", "").startswith(f"model.name_or_path: a/slow is no folder here, and {endpoint} cannot be ")
     assert {name: text and text.removeprefix(f"model.name_or_path: {name} ") for name, text in said.items()} == {
         "meta/gated": f"is gated: accept its licence at {endpoint}/meta/gated, then {login}",
-        "nobody/nothing": f"is neither a folder here nor a model on {endpoint}; did you mean nobody/nothings?; check the "
-        f"name; if it is private, {login}",
+        "nobody/nothing": f"is neither a folder here nor a model on {endpoint}; did you mean nobody/nothings?; check "
+        f"the name; if it is private, {login}",
         "someone/gguf-only": f"has no file config.json on {endpoint}; if it holds GGUF files, name one in "
         "model.gguf_file",
         "a/bad-token": f"cannot be loaded: {endpoint} refuses the token; set HF_TOKEN to a valid one, or repeat "
@@ -125,12 +126,12 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(endpoint: str, tmp_path: P
         "a/disabled": f"has been disabled on {endpoint}; use another model",
         "a/forbidden": f"cannot be loaded: {endpoint} does not let this token read it; {login} with one that may, "
         f"{bring.format('a/forbidden')}",
-        "a/broken": f"cannot be loaded: {endpoint} answered with status 500, which is its own problem; try again later, "
-        f"{bring.format('a/broken')}",
-        "a/busy": f"cannot be loaded: {endpoint} answered with status 429, too many requests came from this address; try "
-        f"again later, {bring.format('a/busy')}",
-        "a/portal": f"cannot be loaded: what answers at {endpoint} is not Hugging Face; check HF_ENDPOINT and the proxy "
-        "(HTTPS_PROXY), or use a local folder",
+        "a/broken": f"cannot be loaded: {endpoint} answered with status 500, which is its own problem; try again "
+        f"later, {bring.format('a/broken')}",
+        "a/busy": f"cannot be loaded: {endpoint} answered with status 429, too many requests came from this "
+        f"address; try again later, {bring.format('a/busy')}",
+        "a/portal": f"cannot be loaded: what answers at {endpoint} is not Hugging Face; check HF_ENDPOINT and the "
+        "proxy (HTTPS_PROXY), or use a local folder",
         "a/model": None,
         "no name/at all": "is neither a folder nor a Hugging Face id (owner/name)",
     }
@@ -180,7 +181,7 @@ def test_a_run_ends_with_one_line_before_its_ranks_start(endpoint: str, tmp_path
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"cl-dist: error: model.name_or_path: meta/gated is gated: accept its licence at {endpoint}/meta/gated, then log "
-        "in with `hf auth login` or set HF_TOKEN\n"
+        f"cl-dist: error: model.name_or_path: meta/gated is gated: accept its licence at {endpoint}/meta/gated, then "
+        "log in with `hf auth login` or set HF_TOKEN\n"
     )
     assert not (tmp_path / "runs").exists()
