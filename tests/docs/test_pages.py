@@ -181,7 +181,7 @@ def unknown(text: str) -> list[str]:
 @cache
 def options() -> set[str]:
     """The options of all commands, and those of other programs that pages speak of."""
-    found = {"--empty_inner_score_flag"}
+    found = {"--empty_inner_score_flag", "--ipc", "--no-deps"}
     parsers = [parser()]
     while parsers:
         one = parsers.pop()
