@@ -57,6 +57,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return LINK.sub(moved, markdown)
 
 
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Name the search dialog, which the theme does not, for screen readers."""
+    return output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
+
+
 def outside(page: Path) -> Iterator[Path]:
     """What a page, or a listed folder, leads to outside of docs/; a README leads nowhere new."""
     if page.is_dir():

@@ -174,7 +174,11 @@ def unknown(text: str) -> list[str]:
     commands = [" ".join(words) for words in commands_in(spans) if not _known(words, parser())]
     return [
         *commands,
-        *(span for span in spans if span.startswith("--") and span.split()[0].split("=")[0].rstrip(":") not in options()),
+        *(
+            span
+            for span in spans
+            if span.startswith("--") and span.split()[0].split("=")[0].rstrip(":") not in options()
+        ),
     ]
 
 

@@ -48,7 +48,8 @@ def test_the_navigation_has_every_page_once() -> None:
 
 def test_nothing_is_fetched_from_elsewhere() -> None:
     assert config()["theme"]["font"] is False
-    assert not {"extra_css", "extra_javascript", "site_url", "repo_url"} & set(config())
+    assert not {"extra_javascript", "site_url", "repo_url"} & set(config())
+    assert all((DOCS / path).exists() for path in config()["extra_css"])
 
 
 # Figures
