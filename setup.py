@@ -17,7 +17,7 @@ setup(
     # benchmarks, kernels and launch lie at the top level and are imported through symbolic links in cl_dist: a module
     # named `kernels` would be taken for the PyPI package of that name, which transformers looks for.
     packages=find_packages(include=["cl_dist", "cl_dist.*"]),
-    package_data={"cl_dist": ["py.typed", "recipes/*.yaml"], "cl_dist.launch": ["job.sh"]},
+    package_data={"cl_dist": ["py.typed", "recipes/*.yaml"], "cl_dist.launch": ["job.sh"], "cl_dist.report": ["templates/*"]},
     install_requires=[
         "torch>=2.8",
         "deepspeed==0.19.8",  # cl_dist.sharding reads its private attributes: one release at a time, checked at start

@@ -1,4 +1,4 @@
-"""`cl-dist status`, `report`, `recipe` and `methods`: show what is there, and start no ranks."""
+"""`cl-dist status`, `recipe` and `methods`: show what is there, and start no ranks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,6 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser = commands.add_parser("status", parents=[common], help="show the progress of a run and its results so far")
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.set_defaults(command=status)
-    parser = commands.add_parser("report", parents=[common], help="write tables and pictures of a run, finished or not")
-    parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="where to write them (default: RUN/report)")
-    parser.set_defaults(command=report, works=lambda parsed: True)
     parser = commands.add_parser("recipe", parents=[changes, common], help="list, print or explain recipes")
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="print this recipe with all settings")
     parser.add_argument("--explain", action="store_true", help="explain every setting: values, default, meaning")
@@ -69,21 +65,6 @@ def status(arguments: Namespace) -> int:
     elif manifest.accuracy_matrix:
         matrix = format_matrix(manifest.tasks, manifest.accuracy_matrix)
         print("\n" + "\n".join([matrix, *score_notes(manifest.scoring_by_task())]))
-    return 0
-
-
-def report(arguments: Namespace) -> int:
-    """Write the report; print the scores, what is missing, and the files."""
-    from cl_dist.report.write import write_report
-
-    done = write_report(Path(arguments.run), arguments.out)
-    manifest = done.run.manifest
-    if manifest.accuracy_matrix:
-        print(format_matrix(manifest.tasks, manifest.accuracy_matrix) + "\n")
-    for text in done.missing:
-        print(text)
-    for name in done.files:
-        print(f"wrote {done.folder / name}")
     return 0
 
 

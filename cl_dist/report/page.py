@@ -83,7 +83,7 @@ class Page:
         # Format 1 of the manifest has no segments: such a run had a single world size and ZeRO stage.
         layouts = manifest.segments or (manifest,)
         ranks = "; then ".join(f"{layout.world_size}, ZeRO stage {layout.zero_stage}" for layout in layouts)
-        lines = [*_settings(run.settings), ["ranks", ranks], ["restarts", str(manifest.restarts)]]
+        lines = [*settings_of(run.settings), ["ranks", ranks], ["restarts", str(manifest.restarts)]]
         yield markdown(["setting", "value"], lines, text=(0, 1))
         if run.settings:
             link = Path(os.path.relpath(run.folder.config, out)).as_posix()
@@ -148,7 +148,7 @@ class Page:
         yield from pictures
         if self.run.done:
             header = ["task", "steps", "training, s", "tokens per second", "evaluation, s"]
-            lines = zip(self.run.done, map(_timing, self.run.manifest.timings), strict=False)
+            lines = zip(self.run.done, map(timing, self.run.manifest.timings), strict=False)
             yield markdown(header, ([name, *cells] for name, cells in lines))
         if peaks := self.run.manifest.peak_memory_bytes:
             yield f"Peak memory of each rank, MiB: {', '.join(f'{peak / MIB:.0f}' for peak in peaks)}."
@@ -170,6 +170,11 @@ class Page:
             if name in self.files:
                 yield f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"
                 yield CAPTIONS[name]
+
+
+def settings_of(settings: Mapping[str, Any]) -> list[list[str]]:
+    """Name and value of the methods and of each of `SETTINGS` that a recipe has."""
+    return list(_settings(settings))
 
 
 def _settings(settings: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -199,7 +204,8 @@ def definition(name: str) -> str:
     return (inspect.getdoc(getattr(metrics, name, None)) or "").partition("\n")[0]
 
 
-def _timing(entry: Mapping[str, float]) -> list[str]:
+def timing(entry: Mapping[str, float]) -> list[str]:
+    """Steps, seconds of training, tokens per second and seconds of evaluation of a task; a dash if unknown."""
     seconds, tokens = entry.get("train_seconds"), entry.get("tokens")
     speed = tokens / seconds if tokens is not None and seconds else None
     values = (entry.get("steps"), seconds, speed, entry.get("evaluate_seconds"))

@@ -35,7 +35,7 @@ def markdown_page(results: Results, recipe: str) -> str:
         "Mean ± sample standard deviation over the finished seeds; a single seed has no deviation.",
         "\n".join(f"- {label}: `{name}`. {definition(name)}" for name, label in columns.items()),
     ]
-    parts[3:3] = map(markdown_line, _footnotes(results))
+    parts[3:3] = map(markdown_line, footnotes(results))
     if results.missing:
         missing = (f"- {_place(cell)}: {cell.state}" for cell in results.missing)
         parts += ["## What is missing", "\n".join(missing)]
@@ -81,11 +81,11 @@ def latex_table(results: Results) -> str:
     lines += [_latex_line([ALL_ORDERS, method, ""], _plain(values)) for method, values in averages]
     lines.append(r"\bottomrule")
     span = len(columns) + 3
-    lines += [rf"\multicolumn{{{span}}}{{l}}{{{escape_latex(note)}}} \\" for note in _footnotes(results)]
+    lines += [rf"\multicolumn{{{span}}}{{l}}{{{escape_latex(note)}}} \\" for note in footnotes(results)]
     return "\n".join([*lines, r"\end{tabular}"]) + "\n"
 
 
-def _footnotes(results: Results) -> list[str]:
+def footnotes(results: Results) -> list[str]:
     """Notes on rows that are bounds, and on how tasks were scored."""
     bounds = {cell.method: cell.bound.TABLE_NOTE for cell in results.cells if cell.bound is not None}
     return [*(f"{name} {note}." for name, note in bounds.items() if note is not None), *_score_notes(results)]
