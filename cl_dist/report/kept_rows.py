@@ -13,6 +13,7 @@ each row was kept. All measures follow from these counts. For a row that task a 
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -108,11 +109,11 @@ class _Record:
     def __enter__(self) -> _Record:
         try:
             self._file = self._stack.enter_context(safe_open(self._path, framework="numpy"))
-            meta = self._file.metadata() or {}
-            self.masked = {"true": True, "false": False}[meta["masked"]]
-            self.first, self.steps = int(meta["first_step"]), int(meta["steps"])
-            self.layers: Mapping[str, None] = dict.fromkeys(meta["layers"].split("\n") if meta["layers"] else ())
-        except (OSError, SafetensorError, LookupError, ValueError) as error:
+            about = json.loads((self._file.metadata() or {})["record"])
+            self.masked = {True: True, False: False}[about["masked"]]
+            self.first, self.steps = int(about["first_step"]), int(about["steps"])
+            self.layers: Mapping[str, None] = dict.fromkeys(map(str, about["layers"]))
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError, RecursionError) as error:
             raise BadInput(f"{self._path} is damaged: {error}") from error
         return self
 

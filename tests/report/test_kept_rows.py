@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,9 +33,9 @@ def steps_of(task: str, drift: float) -> Steps:
     return kept
 
 
-def write(folder: Path, steps: int, counts: dict[str, np.ndarray], **meta: str) -> TaskFolder:
+def write(folder: Path, steps: int, counts: dict[str, np.ndarray], **about: Any) -> TaskFolder:
     folder.mkdir(parents=True)
-    stated = {"masked": "true", "first_step": "1", "steps": str(steps), "layers": "\n".join(counts), **meta}
+    stated = {"record": json.dumps({"masked": True, "first_step": 1, "steps": steps, "layers": list(counts), **about})}
     save_file({name: each.astype(np.int32) for name, each in counts.items()}, folder / "kept_rows.safetensors", stated)
     return TaskFolder(folder)
 
@@ -103,8 +105,8 @@ def test_the_scale_goes_from_chance_to_the_same_rows(tmp_path: Path) -> None:
 
 def test_tasks_without_masks_without_records_and_with_other_layers(tmp_path: Path) -> None:
     spring = record(tmp_path, "spring", steps_of("spring", 0.2))
-    dense = write(tmp_path / "dense", 0, {}, masked="false", layers="\n".join(LAYERS))
-    other = write(tmp_path / "other", 1, {"adapter.2.weight": np.array([1, 0, 0, 1])}, first_step="4")
+    dense = write(tmp_path / "dense", 0, {}, masked=False, layers=list(LAYERS))
+    other = write(tmp_path / "other", 1, {"adapter.2.weight": np.array([1, 0, 0, 1])}, first_step=4)
     older = TaskFolder(tmp_path / "older")
     found = read_kept_rows(["older", "dense", "spring", "other"], [older, dense, spring, other])
     assert found is not None
@@ -138,7 +140,7 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
         "too-many": write(tmp_path / "too-many", 3, {layer: np.array([1, 4])}),
         "negative": write(tmp_path / "negative", 3, {layer: np.array([-1, 2])}),
         "no-mask": write(tmp_path / "no-mask", 3, {layer: np.array([1, 2])}, masked="perhaps"),
-        "no-layer": write(tmp_path / "no-layer", 3, {}, layers=layer),
+        "no-layer": write(tmp_path / "no-layer", 3, {}, layers=[layer]),
     }
     for name, folder in cases.items():
         with pytest.raises(BadInput, match=f"{name}/kept_rows.safetensors is damaged"):
