@@ -29,6 +29,7 @@ from cl_dist.report.columns import Columns, columns_of_modules
 from cl_dist.report.drawing import (
     SEQUENTIAL,
     WIDE,
+    Picture,
     add_colour_bar,
     block_heat_map,
     cell_size,
@@ -230,7 +231,7 @@ def _cell(value: float) -> float | str:
     return "" if np.isnan(value) else float(value)
 
 
-def kept_rows_picture(kept: KeptRows) -> bytes:
+def kept_rows_picture(kept: KeptRows) -> Picture:
     """Two panels by task and module: the share of rows that were ever kept, and the stability of the kept rows."""
     from matplotlib.colors import Normalize
 
@@ -271,7 +272,7 @@ def _by_column(table: UnitTable, columns: Columns, values: Floats) -> Floats:
     return means
 
 
-def row_overlap_picture(kept: KeptRows) -> bytes:
+def row_overlap_picture(kept: KeptRows) -> Picture:
     """The overlap of each pair of masked tasks; the stability of each task on the diagonal."""
     from matplotlib.colors import Normalize
 

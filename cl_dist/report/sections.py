@@ -11,13 +11,16 @@ import numpy as np
 from cl_dist.config.words import listed
 from cl_dist.evaluation import metrics
 from cl_dist.methods.catalogue import config_class
-from cl_dist.progress import WIDEST_MATRIX, own_and_last, score_notes
+from cl_dist.progress import WIDEST_MATRIX, own_and_last
 from cl_dist.report.blocks import Block, Cell, Code, Details, Fact, Facts, Figure, Page, Section, Table, Text, number
 from cl_dist.report.blocks import change as difference
 from cl_dist.report.columns import without_common_start
+from cl_dist.report.flips import Flips
+from cl_dist.report.kept_rows import CAPTIONS as KEPT_CAPTIONS
+from cl_dist.report.kept_rows import KeptRows
 from cl_dist.report.page import CAPTIONS, MIB, TOP_UNITS, definition, settings_of, timing
 from cl_dist.report.reading import RunData
-from cl_dist.report.tables import general_names
+from cl_dist.report.tables import COUNTED, general_names, scoring_lines
 from cl_dist.report.units import UnitResults, correlation
 from cl_dist.state.stored_files import read_stored_text
 
@@ -25,6 +28,8 @@ Matrix = Sequence[Sequence[float | None]]
 
 MOST_SHOWN = 12
 """More tasks than this are listed on demand only; those that lost most stay in sight."""
+MOST_LETTERS = 300
+"""Of an answer that is shown as an example."""
 WORST = 8
 """Tasks in sight if there are more."""
 LONG_NAMES = 11
@@ -46,6 +51,12 @@ class Contents:
 
     run: RunData
     units: UnitResults | None
+    flips: Sequence[Flips]
+    """How the samples of tasks changed between their own training and now."""
+    not_compared: Mapping[str, str]
+    """Why the samples of other finished tasks cannot be compared, by task."""
+    kept: KeptRows | None
+    """Which rows MIGU kept."""
     files: Collection[str]
     """Names of the files beside the page."""
     missing: Sequence[str]
@@ -119,7 +130,7 @@ def summary(contents: Contents) -> Section:
                 )
             )
         blocks += _then_and_now(contents)
-    notes = score_notes(run.manifest.scoring_by_task())
+    notes = run.manifest.notes
     blocks.append(Text(items=[f"{note[0].upper()}{note[1:]}." for note in notes]))
     return Section("summary", headline(len(run.done), values), blocks)
 
@@ -237,30 +248,129 @@ def all_metrics(contents: Contents) -> Section | None:
     return Section("metrics", "Metrics", blocks)
 
 
-def scoring(contents: Contents) -> Section | None:
-    """How each task was scored."""
-    how = contents.run.manifest.scoring
-    by_log = contents.run.log.metrics
-    names = [name for name in contents.tasks if name in how or name in by_log]
-    if not names:
+def changed_samples(contents: Contents) -> Section | None:
+    """Samples that went from right to wrong and from wrong to right."""
+    flips, reasons = contents.flips, contents.not_compared
+    if not flips:
         return None
-    keys = {
-        "scored_on": "split",
-        "labels_from": "labels from",
-        "answers_outside_labels": "answers outside the labels",
-        "cut_generations": "answers cut at max_new_tokens",
-    }
-    shown = {key: title for key, title in keys.items() if any(key in how.get(name, {}) for name in names)}
+    rows: list[list[str | Cell]] = [
+        [
+            each.task,
+            str(each.samples),
+            Cell(str(each.right_to_wrong), tone="bad" if each.right_to_wrong else ""),
+            Cell(str(each.wrong_to_right), tone="good" if each.wrong_to_right else ""),
+            str(each.still_right),
+            str(each.still_wrong),
+            number(each.forgotten, 3),
+            number(each.gained, 3),
+        ]
+        for each in flips
+    ]
+    header = ["task", "samples", "right → wrong", "wrong → right", "still right", "still wrong", "forgotten", "gained"]
+    caption = "Samples of each task, right after its training and now"
+    blocks: list[Block] = [
+        folded(Table(caption, header, rows), len(rows)),
+        Text(
+            "Forgotten and gained are shares of the samples, adjusted for chance: an answer that was guessed right "
+            "once is likely to be wrong the next time. They are estimates, and may come out a little below 0."
+        ),
+    ]
+    if shown := [line for each in flips for line in _examples(each)]:
+        table = Table(
+            "The first samples that changed",
+            ["task", "sample", "change", "right answer", "then", "now"],
+            shown,
+            words=(2, 3, 4, 5),
+        )
+        blocks.append(Details(f"Examples ({len(shown)})", [table]))
+    if reasons:
+        items = [f"{task}: {reason}." for task, reason in reasons.items()]
+        blocks.append(Details(f"Tasks that cannot be compared ({len(items)})", [Text(items=items)]))
+    return Section("samples", "Samples that changed", blocks)
+
+
+def _examples(flips: Flips) -> Iterator[list[str]]:
+    for what, examples in (("right → wrong", flips.lost), ("wrong → right", flips.found)):
+        for each in examples:
+            texts = (text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…" for text in each[1:])
+            yield [flips.task, str(each.sample), what, *texts]
+
+
+def kept_rows(contents: Contents) -> Section | None:
+    """MIGU's kept rows: by layer, their stability, and the overlap of tasks."""
+    kept = contents.kept
+    if kept is None or not any(kept.masked):
+        return None
+    masked = [task for task, is_masked in enumerate(kept.masked) if is_masked]
+    names = [kept.tasks[task] for task in masked]
     rows = [
         [
-            name,
-            str(how.get(name, {}).get("metric", by_log.get(name, "–"))),
-            *(str(how.get(name, {}).get(key, "–")) for key in shown),
+            kept.tasks[task],
+            str(kept.recorded[task][1]),
+            *(_weighted(values[task], kept.rows) for values in (kept.kept, kept.ever, kept.mostly)),
+            number(float(kept.overlap[task, task]), 3),
         ]
-        for name in names
+        for task in masked
     ]
-    table = Table("Metric and split of each task's score", ["task", "metric", *shown.values()], rows, words=(1, 2, 3))
-    return Section("scoring", "How the tasks were scored", [folded(table, len(names))])
+    header = ["task", "steps", "kept in a step", "kept at least once", "kept in 9 steps of 10", "stability"]
+    table = Table(
+        "Shares of all rows, and how stable the kept ones are within the task (0: as by chance, 1: always the same)",
+        header,
+        rows,
+    )
+    overlap = Table(
+        "Overlap of the kept rows of two tasks (0: as by chance, 1: the same)",
+        ["task", *names],
+        [
+            [
+                kept.tasks[row],
+                *(
+                    heat_cell(float(kept.overlap[row, column]), 0.0, 1.0, own=row == column, digits=2)
+                    for column in masked
+                ),
+            ]
+            for row in masked
+        ],
+        upright=len(names) > LONG_NAMES,
+    )
+    blocks: list[Block] = [
+        Figure(
+            "kept_rows",
+            KEPT_CAPTIONS["kept_rows.png"],
+            f"Heat maps: kept rows and their stability in {len(kept.layers)} layers for {len(names)} tasks. "
+            "kept_rows.csv has the numbers.",
+        ),
+        folded(table, len(rows)),
+    ]
+    if len(names) > WIDEST_MATRIX:
+        blocks.append(
+            Figure(
+                "row_overlap",
+                KEPT_CAPTIONS["row_overlap.png"],
+                "Heat map: overlap of the kept rows of each pair of tasks. row_overlap.csv has the numbers.",
+            )
+        )
+    elif len(names) > 1:
+        blocks += [overlap, Text(KEPT_CAPTIONS["row_overlap.png"])]
+    return Section("kept-rows", "MIGU: kept rows", blocks)
+
+
+def _weighted(shares: np.ndarray, rows: np.ndarray) -> str:
+    """Mean over the layers that have a value, weighted by their rows."""
+    known = ~np.isnan(shares)
+    return number(float(np.average(shares[known], weights=rows[known])), 3) if known.any() else "–"
+
+
+def scoring(contents: Contents) -> Section | None:
+    """How each task was scored."""
+    header, rows = scoring_lines(contents.tasks, contents.run.manifest.scoring)
+    if not rows:  # a release that recorded only the metric, in the log
+        header, rows = ["task", "metric"], [[name, metric] for name, metric in contents.run.log.metrics.items()]
+    if not rows:
+        return None
+    words = [place for place, name in enumerate(header) if name not in COUNTED]
+    table = Table("How each task was last scored", header, rows, words=words)
+    return Section("scoring", "How the tasks were scored", [folded(table, len(rows))])
 
 
 def folded(table: Table, rows: int) -> Block:
@@ -409,9 +519,11 @@ SECTIONS: tuple[Callable[[Contents], Section | None], ...] = (
     summary,
     accuracy_matrix,
     over_the_stream,
+    changed_samples,
     all_metrics,
     scoring,
     general_ability,
+    kept_rows,
     skill_units,
     training,
     recipe,

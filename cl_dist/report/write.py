@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from cl_dist.config.words import listed
@@ -12,7 +13,16 @@ from cl_dist.errors import BadInput
 from cl_dist.progress import WIDEST_MATRIX
 from cl_dist.report import pictures, tables
 from cl_dist.report.drawing import Picture
+from cl_dist.report.flips import Flips, flips_csv, read_flips
 from cl_dist.report.html import render
+from cl_dist.report.kept_rows import (
+    KeptRows,
+    kept_rows_csv,
+    kept_rows_picture,
+    read_kept_rows,
+    row_overlap_csv,
+    row_overlap_picture,
+)
 from cl_dist.report.page import MATRIX_FILE, Page
 from cl_dist.report.reading import RunData, read_run
 from cl_dist.report.sections import Contents, run_page
@@ -53,13 +63,16 @@ def write_report(run_folder: Path, out: Path | None = None, formats: Collection[
     """
     run = read_run(run_folder)
     # Read and draw everything first: an error must not leave half of a report behind.
-    units = read_unit_results([run.folder.task(position, name) for position, name in enumerate(run.done)])
+    folders = [run.folder.task(position, name) for position, name in enumerate(run.done)]
+    units = read_unit_results(folders)
+    flips, not_compared = read_flips(run)
+    kept = read_kept_rows(run.done, folders)
     out = run.folder.report if out is None else out
     check_out(out)
-    files, vectors = rendered(_files(run, units), formats)
+    files, vectors = rendered(chain(_files(run, units), _sample_files(flips), _row_files(kept)), formats)
     missing = tuple(_missing(run, units))
     page = Page(run, units, files, missing).render(out)
-    html = render(run_page(Contents(run, units, [PAGE, *files], missing)), vectors)
+    html = render(run_page(Contents(run, units, flips, not_compared, kept, [PAGE, *files], missing)), vectors)
     write_files(out, {HTML: html.encode(), PAGE: page.encode(), **files})
     return Report(run, out, (HTML, PAGE, *files), missing)
 
@@ -123,6 +136,21 @@ def _unit_files(tasks: tuple[str, ...], units: UnitResults) -> Iterator[tuple[st
         yield "task_correlation.png", pictures.task_correlation(tasks, correlations)
         yield "task_correlation.csv", tables.correlation_csv(tasks, correlations).encode()
         yield "fusion.png", pictures.fusion(tasks, units)
+
+
+def _sample_files(flips: Sequence[Flips]) -> Iterator[tuple[str, bytes | Picture]]:
+    if flips:
+        yield "samples.csv", flips_csv(flips).encode()
+
+
+def _row_files(kept: KeptRows | None) -> Iterator[tuple[str, bytes | Picture]]:
+    if kept is None or not any(kept.masked):
+        return
+    yield "kept_rows.png", kept_rows_picture(kept)
+    yield "kept_rows.csv", kept_rows_csv(kept).encode()
+    if sum(kept.masked) > 1:
+        yield "row_overlap.png", row_overlap_picture(kept)
+        yield "row_overlap.csv", row_overlap_csv(kept).encode()
 
 
 def _missing(run: RunData, units: UnitResults | None) -> Iterator[str]:

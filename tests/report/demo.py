@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import save_file
 
 from cl_dist.config.load import dump_recipe, load_recipe
+from cl_dist.evaluation.result import Prediction, write_predictions
 from cl_dist.state.atomic import write_text
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.manifest import Manifest
@@ -31,7 +33,9 @@ def forgetful(tasks: int, loss: float, seed: int = 0) -> tuple[tuple[float, ...]
     return tuple(tuple(float(round(score, 4)) for score in row) for row in rows)
 
 
-def write_demo(path: Path, method: str, tasks: tuple[str, ...] = TASKS, loss: float = 0.08, done: int = 99) -> RunFolder:
+def write_demo(
+    path: Path, method: str, tasks: tuple[str, ...] = TASKS, loss: float = 0.08, done: int = 99
+) -> RunFolder:
     """A run of a method that loses this share of what it has learnt with each later task."""
     path.mkdir(parents=True)
     folder, done = RunFolder(path), min(done, len(tasks))
@@ -68,8 +72,33 @@ def kif_run(path: Path) -> RunFolder:
 
 
 def migu_run(path: Path) -> RunFolder:
-    """Eight tasks with MIGU."""
-    return write_demo(path, "migu")
+    """Eight tasks with MIGU, its kept rows, and the predictions that changed."""
+    folder = write_demo(path, "migu")
+    layers = [
+        f"model.layers.{layer}.{kind}_proj.weight" for layer in range(LAYERS) for kind in ("self_attn.q", "mlp.up")
+    ]
+    draws = np.random.default_rng(2)
+    base = {layer: draws.normal(size=64) for layer in layers}
+    for position, task in enumerate(TASKS):
+        chances = {layer: 1 / (1 + np.exp(4 - 3 * base[layer] - draws.normal(size=64))) for layer in layers}
+        counts = {layer: draws.binomial(60, chance).astype(np.int32) for layer, chance in chances.items()}
+        meta = {"masked": "true", "first_step": "1", "steps": "60", "layers": "\n".join(layers)}
+        place = folder.task(position, task)
+        place.path.mkdir(parents=True, exist_ok=True)
+        save_file(counts, place.kept_rows, meta)
+        for where in dict.fromkeys((place, folder.task(len(TASKS) - 1, TASKS[-1]))):
+            right = 0.85 if where == place else 0.6
+            write_predictions(where.predictions / f"{task}.jsonl", _answers(right, draws))
+    return folder
+
+
+def _answers(right: float, draws: np.random.Generator) -> list[Prediction]:
+    labels = ("positive", "negative")
+    hits = draws.random(40) < right
+    return [
+        Prediction(index, labels[(index + int(not hit)) % 2], labels[index % 2], float(hit))
+        for index, hit in enumerate(hits)
+    ]
 
 
 def odd_run(path: Path) -> RunFolder:
