@@ -24,8 +24,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: quickstart test test-all test-triton test-cluster install lint site format lock clean
 
-quickstart: $(INSTALLED)  ## Train a tiny model on four built-in tasks with two ranks
+quickstart: $(INSTALLED)  ## Train a tiny model on four built-in tasks with two ranks, and write its report
 	CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(BIN)/cl-dist run quickstart --fresh
+	@$(BIN)/cl-dist report runs/quickstart | tail -n 2
 
 test: $(INSTALLED)  ## Run the tests, except the slow ones
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)

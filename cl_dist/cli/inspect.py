@@ -1,4 +1,4 @@
-"""`cl-dist status`, `report`, `recipe` and `methods`: show what is there, and start no ranks."""
+"""`cl-dist status`, `recipe` and `methods`: show what is there, and start no ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cl_dist.config.words import listed, show
 from cl_dist.errors import BadInput
 from cl_dist.methods.catalogue import known, summaries
 from cl_dist.methods.config import exclusion
-from cl_dist.progress import format_matrix, format_summary, score_notes
+from cl_dist.progress import format_matrix, format_summary, how_scored
 from cl_dist.state.lock import InUse, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
@@ -32,10 +32,6 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser = commands.add_parser("status", parents=[common], help="show the progress of a run and its results so far")
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.set_defaults(command=status)
-    parser = commands.add_parser("report", parents=[common], help="write tables and pictures of a run, finished or not")
-    parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="where to write them (default: RUN/report)")
-    parser.set_defaults(command=report, works=lambda parsed: True)
     parser = commands.add_parser("recipe", parents=[changes, common], help="list, print or explain recipes")
     parser.add_argument(
         "recipe",
@@ -86,25 +82,11 @@ def status(arguments: Namespace) -> int:
     running = _is_running(folder) or (job is not None and job.state is not None and job.state.state == "RUNNING")
     print("\n".join([*_progress_lines(manifest, running), *(() if job is None else status_lines(job))]))
     if metrics is not None:
-        print("\n" + format_summary({**metrics, "tasks": manifest.tasks}))
+        of_run = {**manifest.scoring_by_task(), "tasks": manifest.tasks, "general": manifest.general}
+        print("\n" + format_summary({**metrics, **of_run}))
     elif manifest.accuracy_matrix:
         matrix = format_matrix(manifest.tasks, manifest.accuracy_matrix)
-        print("\n" + "\n".join([matrix, *score_notes(manifest.scoring_by_task())]))
-    return 0
-
-
-def report(arguments: Namespace) -> int:
-    """Write the report; print the scores, what is missing, and the files."""
-    from cl_dist.report.write import write_report
-
-    done = write_report(Path(arguments.run), arguments.out)
-    manifest = done.run.manifest
-    if manifest.accuracy_matrix:
-        print(format_matrix(manifest.tasks, manifest.accuracy_matrix) + "\n")
-    for text in done.missing:
-        print(text)
-    for name in done.files:
-        print(f"wrote {done.folder / name}")
+        print("\n" + "\n".join([matrix, *how_scored(manifest.scoring_by_task()), *manifest.notes]))
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from cl_dist import __version__
-from cl_dist.cli import bench, compare, completion, data, doctor, evaluate, init, inspect, plan, run, slurm
+from cl_dist.cli import bench, compare, completion, data, doctor, evaluate, init, inspect, plan, report, run, slurm
 
 _EPILOG = """\
 examples:
@@ -64,6 +64,6 @@ def build_parser() -> ArgumentParser:
         dest="changes",
         help="change a setting of the recipe, for example train.epochs=3 (may be repeated)",
     )
-    for module in (init, data, run, plan, compare, slurm, evaluate, inspect, bench, doctor, completion):
+    for module in (init, data, run, plan, compare, slurm, evaluate, inspect, report, bench, doctor, completion):
         module.add_commands(commands, common, changes)
     return parser
