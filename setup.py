@@ -48,7 +48,7 @@ setup(
     description="Distributed continual learning for language models: MIGU and KIF on DeepSpeed ZeRO shards",
     long_description=readme(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     keywords=[
         "continual learning",
         "catastrophic forgetting",
