@@ -79,11 +79,9 @@ class Lengths:
     @property
     def max_length(self) -> int:
         """A multiple of 8 that holds the longest sample, up to the limit; for documents, the length of a piece."""
-        return (
-            min(self.limit, PIECE)
-            if self.documents
-            else min(self.limit, _eights(max(self.source, self.max_target_length + 8)))
-        )
+        if self.documents:
+            return min(self.limit, PIECE)
+        return min(self.limit, _eights(max(self.source, self.max_target_length + 8)))
 
     @property
     def max_target_length(self) -> int:

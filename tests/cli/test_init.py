@@ -70,7 +70,8 @@ def test_a_recipe_for_two_files_runs(command: Command, tmp_path: Path, zygote: Z
     longest = max(len(each["input"]) + len(each["output"]) for each in (*LABELLED, *FREE)) + 2
     assert (recipe.train.max_length, recipe.train.max_target_length) == (-(-longest // 8) * 8, 16)
     assert recipe.train.long_answers == "error"
-    outcome = zygote.run(["run", "my.yaml", "--set", "train.epochs=1", "--set", "launch.processes=1"], tmp_path)
+    changes = ["train.epochs=1", "launch.processes=1", f"output_dir={tmp_path / 'runs/my'}"]
+    outcome = zygote.run(["run", str(tmp_path / "my.yaml"), *(f"--set={change}" for change in changes)], tmp_path)
     assert outcome.codes == [0], outcome.output[0][-3000:]
     assert json.loads((tmp_path / "runs/my/metrics.json").read_text())["tasks"] == ["billing", "shipping"]
 
@@ -136,7 +137,7 @@ def test_no_name_or_label_ends_a_comment(command: Command, tmp_path: Path) -> No
     strange = [{"input": each["input"], "output": f"{each['output']}\u2028train: {{}}"} for each in LABELLED]
     write(tmp_path / "a\u2028b\nc.jsonl", strange)
     recipe = made(command, "d\ne.yaml", "--data", "a\u2028b\nc.jsonl")
-    assert recipe.stream.tasks[0].name == "a-b-c"
+    assert recipe.stream.tasks[0].name == "ab-c"
     assert load_stream(recipe.stream, tmp_path, recipe.train)[0].labels is not None
 
 
