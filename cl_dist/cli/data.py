@@ -96,6 +96,8 @@ def _of_task(each: TaskOverview, train: TrainConfig) -> Iterator[str]:
     unit = "documents" if each.kind == "text" else "samples"
     yield f"{each.name}  {each.kind}"
     yield f"  training    {each.train} {unit} of {each.origins[0]}"
+    if each.read_as:
+        yield f"  read as     {each.read_as}"
     split = {"train": "the training data itself", "held-out": f"held out of {each.origins[1]}"}.get(each.scored_on)
     yield f"  evaluation  {each.evaluation} {unit} {split or f'of {each.origins[1]} ({each.scored_on} split)'}"
     if each.labels:
@@ -104,7 +106,10 @@ def _of_task(each: TaskOverview, train: TrainConfig) -> Iterator[str]:
     yield from _of_lengths("prompts", each.prompts)
     yield from _of_lengths("documents" if each.kind == "text" else "answers", each.answers)
     if each.cut_prompts:
-        yield f"  cut         {each.cut_prompts} of {each.train} prompts, to train.max_length {train.max_length}"
+        yield (
+            f"  cut         {each.cut_prompts} of {each.train} samples lose text before an answer, to fit "
+            f"train.max_length {train.max_length}"
+        )
     if each.long_answers:
         what = "cut" if train.long_answers == "cut" else "refused"
         yield (

@@ -28,7 +28,7 @@ from cl_dist.cli.recipe_text import (
 from cl_dist.cli.run import check_stream_and_model
 from cl_dist.config.boundary import refusing
 from cl_dist.config.files import expand, is_file, is_folder, is_there
-from cl_dist.config.load import SUFFIXES, check_recipe, load_recipe
+from cl_dist.config.load import SUFFIXES, check_recipe
 from cl_dist.config.schema import BUILTIN_FAMILIES, ModelConfig
 from cl_dist.config.words import show_path
 from cl_dist.config.yaml_text import parse_yaml
@@ -80,7 +80,7 @@ def init(arguments: Namespace) -> int:
             tasks = [_read(source, model, target) for source in sources]
     device, ranks = find_device()
     lengths = measure(model, [task for _, task in tasks])
-    text = "\n".join(recipe_text(target, tasks, model, device, ranks, lengths)) + "\n"
+    text = recipe_text(target, tasks, model, device, ranks, lengths)
 
     # As a run reads it, before anything is written.
     settings = parse_yaml(text, str(target))
@@ -91,7 +91,6 @@ def init(arguments: Namespace) -> int:
         check_stream_and_model(here, target.absolute().parent)
     with advising("nothing was written"):
         write_text(target, text)
-    assert load_recipe(str(target))[0] == recipe
 
     width = max(len(source.name) for source, _ in tasks)
     print(f"wrote {target}: {count(len(tasks), 'task')}, model {model.name_or_path}, method migu\n")
@@ -142,7 +141,7 @@ def _sources(arguments: Namespace, folder: Path) -> list[Source]:
         if path.absolute() in beside:
             continue
         name = _unused(_task_name(path), [source.name for source in sources])
-        sources.append(Source(name, _path_from(folder, path, word), word, settings))
+        sources.append(Source(name, _path_from(folder, path, word), settings))
     return sources
 
 

@@ -14,13 +14,16 @@ from typing import Any
 from cl_dist.config.schema import BUILTIN_FAMILIES, ModelConfig
 from cl_dist.config.words import listed, show
 from cl_dist.config.yaml_text import parse_yaml
-from cl_dist.errors import BadInput
 from cl_dist.machine import Device, cpu_device, find_gpus
 from cl_dist.tasks.types import Task
 
 DEFAULT_MODEL = "builtin:llama-tiny"
 LONGEST_INPUT = 1024
 """Tokens. Longer prompts are cut unless the user raises `train.max_length`: attention and activations grow with it."""
+PIECE = 512
+"""Tokens of a piece of a document."""
+TEMPLATE_TOKENS = 64
+"""Room for what a chat template puts around prompt and answer."""
 MEASURED_CHARACTERS = 20_000_000
 """Of all samples' text. Beyond it, only as many samples of each task are tokenised as fit."""
 MICRO_BATCH_TOKENS = {"cuda": 4096, "cpu": 2048}
@@ -41,8 +44,6 @@ class Source:
     name: str
     path: str
     """As written into the recipe."""
-    given: str
-    """As typed."""
     settings: dict[str, Any]
     """What the recipe says about it besides name and path."""
 
@@ -70,9 +71,16 @@ class Lengths:
     limit: int
     """Longest input of the model, as far as it is known, and `LONGEST_INPUT` at most."""
 
+    documents: bool
+    """Whether all tasks are plain text."""
+    template: bool
+    """Whether prompts and answers become the turns of a chat template."""
+
     @property
     def max_length(self) -> int:
-        """A multiple of 8 that holds the longest sample, up to the limit."""
+        """A multiple of 8 that holds the longest sample, up to the limit; for documents, the length of a piece."""
+        if self.documents:
+            return min(self.limit, PIECE)
         return min(self.limit, _eights(max(self.source, self.max_target_length + 8)))
 
     @property
@@ -94,6 +102,8 @@ def measure(model: ModelConfig, tasks: Sequence[Task]) -> Lengths:
     """The lengths of the tasks' samples in the model's tokens."""
     tokenizer, counted = _tokenizer(model)
     apart = BUILTIN_FAMILIES.get(model.name_or_path) == "encoder-decoder" or _family(model) == "encoder-decoder"
+    template = any(task.kind == "generation" for task in tasks) and _has_chat_template(model)
+    special = TEMPLATE_TOKENS if template else 2  # else at most one before the prompt and one behind the answer
     source = answer = 1
     for task in tasks:
         samples = [*task.train, *task.evaluation]
@@ -101,12 +111,12 @@ def measure(model: ModelConfig, tasks: Sequence[Task]) -> Lengths:
         step = max(1, -(-size * len(tasks) // MEASURED_CHARACTERS))
         prompts = tokenizer([each.prompt for each in samples[::step]])
         answers = tokenizer([each.answer for each in samples[::step]])
-        # At most one special token before the prompt, a space before the answer, and a special token behind it.
-        together = [p + 3 + (0 if apart else a) for p, a in zip(prompts, answers, strict=True)]
+        together = [p + special + (0 if apart else a) for p, a in zip(prompts, answers, strict=True)]
         source = max(source, *together)
         if task.kind != "text":
-            answer = max(answer, *(a + 2 for a in answers))
-    return Lengths(counted, source, answer, min(LONGEST_INPUT, _positions(model)))
+            answer = max(answer, *(a + 1 for a in answers))
+    limit, documents = min(LONGEST_INPUT, _positions(model)), all(task.kind == "text" for task in tasks)
+    return Lengths(counted, source, answer, limit, documents, template)
 
 
 def _tokenizer(model: ModelConfig) -> tuple[Any, str]:
@@ -175,15 +185,12 @@ def _parameters(model: ModelConfig) -> int | None:
 
 
 def _has_chat_template(model: ModelConfig) -> bool:
-    from cl_dist.models.check import check_chat_template, local_folder
-
-    if model.name_or_path in BUILTIN_FAMILIES or local_folder(model.name_or_path) is None:
+    if model.name_or_path in BUILTIN_FAMILIES or _family(model) != "decoder":
         return False
-    try:
-        check_chat_template(model)
-    except BadInput:
-        return False
-    return True
+    if _model_file(model, "chat_template.jinja") is not None:
+        return True
+    settings = _model_file(model, "tokenizer_config.json")
+    return settings is not None and '"chat_template"' in settings.read_text(encoding="utf-8", errors="replace")
 
 
 def recipe_text(
@@ -193,8 +200,21 @@ def recipe_text(
     device: Device,
     ranks: int,
     lengths: Lengths,
+) -> str:
+    """The recipe, with the reason for each choice as a comment."""
+    lines = _lines(target, tasks, model, device, ranks, lengths)
+    # Nothing that a comment quotes, such as a label, may end its line. Values are escaped already.
+    return "".join("".join(each if each.isprintable() else "?" for each in line) + "\n" for line in lines)
+
+
+def _lines(
+    target: Path,
+    tasks: Sequence[tuple[Source, Task]],
+    model: ModelConfig,
+    device: Device,
+    ranks: int,
+    lengths: Lengths,
 ) -> Iterator[str]:
-    """The lines of the recipe, with the reason for each choice as a comment."""
     yield f"# {target.stem}: {count(len(tasks), 'task')} in sequence. Written by cl-dist init; change what you like."
     yield f"#   cl-dist data {quoted(target)}              shows what the model will read"
     yield f"#   cl-dist run {quoted(target)}               trains and scores it; results go to runs/{target.stem}"
@@ -265,23 +285,27 @@ def _train_lines(
     most = micro_batch * lengths.max_length
     yield f"  micro_batch_size: {micro_batch}  # samples per rank and forward pass, at most {most} tokens"
     yield f"  learning_rate: {rate}  # {why}"
-    fits = "holds the longest sample" if lengths.source <= lengths.max_length else (
-        f"the longest sample has {lengths.source}; longer prompts are cut in the middle"
-    )  # fmt: skip
-    yield f"  max_length: {lengths.max_length}  # tokens ({lengths.counted}); {fits}"
-    answers = any(task.kind != "text" for _, task in tasks)
-    if answers and lengths.cuts_answers:
+    yield f"  max_length: {lengths.max_length}  # tokens ({lengths.counted}); {_fit(lengths)}"
+    if not lengths.documents and lengths.cuts_answers:
         yield f"  max_target_length: {lengths.max_target_length}  # the longest answer has {lengths.answer} tokens"
         yield "  long_answers: cut  # of longer training answers, the start is learnt"
-    elif answers:
+    elif not lengths.documents:
         yield f"  max_target_length: {lengths.max_target_length}  # holds the longest answer; limits generated ones"
-    generates = any(task.kind == "generation" for _, task in tasks)
-    if generates and _has_chat_template(model):
+    if lengths.template:
         yield "  template: chat  # prompts and answers become the turns of the model's chat template"
     if device.bfloat16 and device.kind == "cuda":
         yield f"  dtype: bfloat16  # {device.name} multiplies it in hardware; master weights stay float32"
     else:
         yield "  dtype: float32  # bfloat16 halves the memory and is slower on most CPUs"
+
+
+def _fit(lengths: Lengths) -> str:
+    """What `max_length` holds, in words."""
+    if lengths.documents:
+        return "longer documents are divided into pieces of this length"
+    if lengths.source > lengths.max_length:
+        return f"the longest sample has {lengths.source}; longer prompts are cut in the middle"
+    return f"holds the longest sample{f', with {TEMPLATE_TOKENS} for the chat template' if lengths.template else ''}"
 
 
 def _learning_rate(model: ModelConfig, device: Device, ranks: int) -> tuple[str, str]:

@@ -100,10 +100,9 @@ def explain(problem: BaseException | None, model: ModelConfig) -> str:
 
 def hub_problem(error: BaseException) -> BaseException | None:
     """The Hub's error behind one of transformers, which reworded it; None if there is none."""
-    from httpx2 import TransportError
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    kinds = (HfHubHTTPError, TransportError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+    kinds = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
     found, seen = None, set[int]()
     step: BaseException | None = error
     while step is not None and id(step) not in seen:
@@ -157,9 +156,9 @@ def _ask(name: str, file: str) -> BaseException | None:
 
 
 def _nobody_answered(problem: BaseException | None) -> bool:
-    from httpx2 import TransportError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return isinstance(problem, TransportError | OSError) and getattr(problem, "response", None) is None
+    return problem is not None and not isinstance(problem, HfHubHTTPError | NotTheHub)
 
 
 def _gist(problem: BaseException) -> str:

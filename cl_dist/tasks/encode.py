@@ -7,22 +7,22 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cl_dist.config.objectives import FACTS, ObjectiveName
 from cl_dist.config.schema import TrainConfig
 from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
+from cl_dist.tasks.conversations import ConversationEncoder
 from cl_dist.tasks.objectives import OBJECTIVES
 from cl_dist.tasks.samples import Samples, pack, whole
-from cl_dist.tasks.template import AnswerParts, ChatTemplate, common_end, common_start
-from cl_dist.tasks.types import IGNORE, Encoded, Example, Task, Turn
+from cl_dist.tasks.template import AnswerParts, ChatTemplate, cut
+from cl_dist.tasks.types import Encoded, Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Side = Literal["middle", "left", "right"]
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -49,14 +49,6 @@ def check_kind(task: Task, objective: ObjectiveName) -> None:
             f"task {task.name!r} is {task.kind}, but {objective} learns {listed(kinds, last='or')} only "
             "(model.objective)"
         )
-
-
-def cut(ids: list[int], room: int, side: Side) -> list[int]:
-    """Cut ids to at most `room` of them, by dropping their middle, their start (`left`) or their end (`right`)."""
-    if len(ids) <= room:
-        return ids
-    kept_at_end = {"middle": room // 2, "left": room, "right": 0}[side]
-    return ids[: room - kept_at_end] + ids[len(ids) - kept_at_end :]
 
 
 def find_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -101,6 +93,12 @@ class Encoder:
         if label_names and self._facts.generates:
             parts = self._answer_parts(label_names)
             self._reserve = max(len(self._fitting_answer(parts[each].ids, f"label {each!r}")) for each in label_names)
+
+    @property
+    def _conversations(self) -> ConversationEncoder:
+        # Without a chat template, `load_stream` has made a sample of every answer.
+        assert self._template is not None
+        return ConversationEncoder(self._template, self._config, self._training_answer)
 
     def identity(self) -> dict[str, Any] | None:
         """Everything but the texts that decides the ids, as a JSON value.
@@ -159,9 +157,8 @@ class Encoder:
             for prompt, example in zip(prompts, some, strict=True):
                 own = [len(answers[each].ids) for each in answers_of(example)] if self._facts.generates else []
                 if example.turns:
-                    exchanges = self._exchanges(example.turns)
-                    before = sum(len(question) for question, _ in exchanges)
-                    yield before, own, before + sum(len(ids) for _, ids in exchanges) > self._config.max_length
+                    before, learnt = self._conversations.lengths(example.turns)
+                    yield before, own, before + learnt > self._config.max_length
                     continue
                 most = self._config.max_length - (min(own[0], self.answer_room) if self._facts.answer_in_prompt else 0)
                 yield taken + len(prompt), own, taken + len(prompt) > most
@@ -178,7 +175,8 @@ class Encoder:
             return
         if not self._facts.generates:
             return
-        self._check_conversations(task)
+        if any(example.turns for example in task.train):
+            self._conversations.check(task)
         cuts = 0
         for first, some in _pieces(task.train):
             answers = self._answer_parts(list(dict.fromkeys(chain.from_iterable(map(answers_of, some)))))
@@ -215,7 +213,7 @@ class Encoder:
             answers = self._answers_to(some) if self._facts.generates else {}
             for index, (prompt, example) in enumerate(zip(prompts, some, strict=True), first):
                 if example.turns:
-                    yield self._conversation(index, example, _place(task, index))
+                    yield self._conversations.sample(index, example.turns, _place(task, index))
                     continue
                 if self._facts.generates:
                     target = self._training_answer(answers[example.answer].ids, _place(task, index))
@@ -255,80 +253,11 @@ class Encoder:
         for first, some in _pieces(task.evaluation):
             prompts = self._tokenize_prompts([_question(example) for example in some])
             for index, (prompt, example) in enumerate(zip(prompts, some, strict=True), first):
-                ids = self._history(example.turns) if example.turns else self._framed(prompt, self._reserve)
+                if example.turns:
+                    ids = self._conversations.history(example.turns, self._reserve)
+                else:
+                    ids = self._framed(prompt, self._reserve)
                 yield Encoded(index, ids + self._lead, [])
-
-    def _check_conversations(self, task: Task) -> None:
-        """Raise BadInput if the chat template cannot render the task's conversations: one of each kind is tried."""
-        kinds = {tuple(turn.role for turn in example.turns): example.turns for example in task.train if example.turns}
-        if kinds and self._template is None:
-            raise ValueError("only a chat template renders conversations; load the stream without one")
-        for turns in kinds.values():
-            self._exchanges(turns)
-        left_out = sum(self._overlong(example.turns) for example in task.train if example.turns)
-        if left_out:
-            logger.warning(
-                "task %r: %d of %d conversations take more than %d tokens (train.max_length): their oldest exchanges, "
-                "or else the middle of a long question, are left out",
-                task.name,
-                left_out,
-                len(task.train),
-                self._config.max_length,
-            )
-
-    def _exchanges(self, turns: Sequence[Turn]) -> list[tuple[list[int], list[int]]]:
-        assert self._template is not None
-        beat()
-        return self._template.exchanges(turns)
-
-    def _overlong(self, turns: Sequence[Turn]) -> bool:
-        """Whether a conversation takes more than `max_length` tokens."""
-        return sum(len(ids) for exchange in self._exchanges(turns) for ids in exchange) > self._config.max_length
-
-    def _conversation(self, index: int, example: Example, where: str) -> Encoded:
-        """A conversation as one sample, with a loss on every answer, fitted into `max_length`.
-
-        If it is too long, its oldest exchanges are left out, then a part of the only question that remains.
-        """
-        ids, labels = list[int](), list[int]()
-        for before, answer in self._fitted(example.turns, 0, where):
-            ids += [*before, *answer]
-            labels += [IGNORE] * len(before) + answer
-        return Encoded(index, ids, labels)
-
-    def _history(self, turns: Sequence[Turn]) -> list[int]:
-        """Ids of all turns before the last answer, with room for that answer."""
-        exchanges = self._fitted(turns, self._reserve, "")
-        return [*chain.from_iterable([*before, *answer] for before, answer in exchanges[:-1]), *exchanges[-1][0]]
-
-    def _fitted(self, turns: Sequence[Turn], reserve: int, where: str) -> list[tuple[list[int], list[int]]]:
-        """The exchanges of a conversation's end that fit into `max_length`.
-
-        Args:
-            turns: The conversation.
-            reserve: Tokens of the last answer, in evaluation; 0: as many as it has, in training.
-            where: The sample, for errors.
-        """
-        system, rest = [turn for turn in turns if turn.role == "system"], [t for t in turns if t.role != "system"]
-        while True:
-            exchanges = self._exchanges([*system, *rest])
-            if not reserve:
-                exchanges = [(before, self._training_answer(answer, where)) for before, answer in exchanges]
-            last = reserve or len(exchanges[-1][1])
-            taken = sum(len(ids) for exchange in exchanges for ids in exchange) - len(exchanges[-1][1]) + last
-            if taken <= self._config.max_length:
-                return exchanges
-            if len(rest) == 2:
-                (before, answer) = exchanges[0]
-                return [(self._shortened(before, self._config.max_length - last), answer)]
-            rest = rest[2:]
-
-    def _shortened(self, question: list[int], room: int) -> list[int]:
-        """The ids of a question, with what the template puts around it, cut between these to at most `room`."""
-        head = common_start([question, self._prefix])
-        tail = common_end([question[len(head) :], self._suffix])
-        own = question[len(head) : len(question) - len(tail)]
-        return head + cut(own, max(room - len(head) - len(tail), 0), self._config.truncate) + tail
 
     def prompt_ids(self, prompt: str, answer_length: int | None = None) -> list[int]:
         """Ids of a prompt from which a model continues in evaluation, cut to `max_length`.

@@ -62,6 +62,8 @@ class TaskOverview:
     scored_on: str
     origins: tuple[str, str]
     """Files (or data sets and splits) of the training and the evaluation samples."""
+    read_as: str
+    """What the records hold, and in which columns; empty for formats whose records have fixed fields."""
     repeated: int
     """Training samples that are identical to an earlier one."""
     labels: dict[str, int]
@@ -99,6 +101,7 @@ def overview(task: Task, encoder: Encoder) -> TaskOverview:
         evaluation=len(task.evaluation),
         scored_on=task.scored_on,
         origins=task.origins,
+        read_as=task.read_as,
         repeated=len(task.train) - len(set(task.train)),
         labels={label: counts[label] for label in task.labels},
         labels_from=task.labels_from,

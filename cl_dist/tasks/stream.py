@@ -150,6 +150,7 @@ def build_task(task: TaskConfig, stream: StreamConfig, raw: RawTask) -> Task:
         unlisted=sum(each.answer not in labels for each in evaluation) if labels else 0,
         origins=(raw.train.origin, raw.evaluation.origin),
         scored_on=raw.scored_on or stream.eval_split,
+        read_as=raw.read_as,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput
@@ -20,6 +20,7 @@ from cl_dist.tasks.types import Turn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Side = Literal["middle", "left", "right"]
 T = TypeVar("T")
 
 PROBES = ("a", "Zq", "7.")
@@ -266,6 +267,14 @@ class ChatTemplate:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+
+def cut(ids: list[int], room: int, side: Side) -> list[int]:
+    """Cut ids to at most `room` of them, by dropping their middle, their start (`left`) or their end (`right`)."""
+    if len(ids) <= room:
+        return ids
+    kept_at_end = {"middle": room // 2, "left": room, "right": 0}[side]
+    return ids[: room - kept_at_end] + ids[len(ids) - kept_at_end :]
 
 
 def common_start(rows: Sequence[Sequence[T]]) -> list[T]:

@@ -73,6 +73,8 @@ class Task:
     """Number of evaluation samples whose answer is not a label; possible if labels come from the training answers."""
     scored_on: ScoredOn = "test"
     """The split that `evaluation` is."""
+    read_as: str = ""
+    """What the records hold, and in which columns; empty for formats whose records have fixed fields."""
 
 
 @dataclass(frozen=True)

@@ -54,13 +54,15 @@ def test_counts_lengths_labels_and_samples(command: Command, recipe: Path) -> No
     assert (code, error) == (0, "")
     billing, talks, moods, prose = re.split(r"\n(?=talks|moods|prose)", output)
     lines = [line for line in billing.splitlines() if not line.startswith("  |")]
-    assert lines[:3] == [
+    assert lines[:4] == [
         "billing  generation",
         f"  training    6 samples of {recipe.parent}/billing.csv",
+        "  read as     prompts and answers, from question and answer",
         f"  evaluation  2 samples held out of {recipe.parent}/billing.csv",
     ]
-    assert "  cut         1 of 6 prompts, to train.max_length 64" in lines
+    assert "  cut         1 of 6 samples lose text before an answer, to fit train.max_length 64" in lines
     assert re.search(r"\n  \| .*user: Invoice \d\?\n  \| assistant: «Pay \d\.</s>»\n", billing)
+    assert "  read as     conversations, from messages" in talks
     assert "assistant: «Hello!</s>»user: And?" in talks
     assert re.search(r"assistant: «Fine \d\.</s>»", talks)
     assert "  labels      no (5), yes (5), from the training answers" in moods

@@ -70,7 +70,8 @@ def test_a_recipe_for_two_files_runs(command: Command, tmp_path: Path, zygote: Z
     longest = max(len(each["input"]) + len(each["output"]) for each in (*LABELLED, *FREE)) + 2
     assert (recipe.train.max_length, recipe.train.max_target_length) == (-(-longest // 8) * 8, 16)
     assert recipe.train.long_answers == "error"
-    outcome = zygote.run(["run", "my.yaml", "--set", "train.epochs=1", "--set", "launch.processes=1"], tmp_path)
+    changes = ["train.epochs=1", "launch.processes=1", f"output_dir={tmp_path / 'runs/my'}"]
+    outcome = zygote.run(["run", str(tmp_path / "my.yaml"), *(f"--set={change}" for change in changes)], tmp_path)
     assert outcome.codes == [0], outcome.output[0][-3000:]
     assert json.loads((tmp_path / "runs/my/metrics.json").read_text())["tasks"] == ["billing", "shipping"]
 
@@ -132,6 +133,14 @@ def test_fields_of_other_names(command: Command, tmp_path: Path) -> None:
     assert load_stream(recipe.stream, tmp_path, recipe.train)[0].labels == ("no", "yes")
 
 
+def test_no_name_or_label_ends_a_comment(command: Command, tmp_path: Path) -> None:
+    strange = [{"input": each["input"], "output": f"{each['output']}\u2028train: {{}}"} for each in LABELLED]
+    write(tmp_path / "a\u2028b\nc.jsonl", strange)
+    recipe = made(command, "d\ne.yaml", "--data", "a\u2028b\nc.jsonl")
+    assert recipe.stream.tasks[0].name == "ab-c"
+    assert load_stream(recipe.stream, tmp_path, recipe.train)[0].labels is not None
+
+
 def test_long_answers_and_long_prompts_are_cut_and_that_is_said(command: Command, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [{"input": "why " * 500, "output": f"because {i} " * 90} for i in range(20)])
     recipe = made(command, "my.yaml", "--data", "a.jsonl")
@@ -149,6 +158,7 @@ def test_documents_have_no_answers(command: Command, tmp_path: Path) -> None:
     text = (tmp_path / "my.yaml").read_text()
     assert "plain text, scored by perplexity" in text
     assert "max_target_length" not in text
+    assert "  max_length: 512  # tokens (one token per byte); longer documents are divided into pieces" in text
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +182,10 @@ def test_a_model_decides_lengths_template_and_learning_rate(command: Command, tm
     recipe = made(command, "sub.yaml", "--data", "a.jsonl", "--model", "tiny")
     assert recipe.model.name_or_path == str(tmp_path / "tiny")
     assert (recipe.model.lora, recipe.train.learning_rate, recipe.train.template) == (None, 2e-5, "chat")
-    assert "tokens (with the model's tokenizer)" in (tmp_path / "sub.yaml").read_text()
+    assert (
+        "tokens (with the model's tokenizer); holds the longest sample, with 64 for the chat template"
+        in (tmp_path / "sub.yaml").read_text()
+    )
     (tmp_path / "tiny/model.safetensors").unlink()
     code, _, error = command("init", "other.yaml", "--data", "a.jsonl", "--model", "tiny")
     assert code == 2
@@ -182,15 +195,15 @@ def test_a_model_decides_lengths_template_and_learning_rate(command: Command, tm
 def test_a_machine_with_gpus_and_a_model_that_is_too_large_for_them(tmp_path: Path, model: Path) -> None:
     write(tmp_path / "a.jsonl", LABELLED)
     config = ModelConfig(name_or_path=str(model))
-    source = Source("a", "a.jsonl", "a.jsonl", {"eval_fraction": 0.1})
+    source = Source("a", "a.jsonl", {"eval_fraction": 0.1})
     data: dict[str, Any] = {"model": {"name_or_path": str(model)}, "stream": {"tasks": [source.entry]}}
     read = check_recipe({**data, "method": [{"name": "migu"}]}, "my", tmp_path)
     tasks = load_stream(read.stream, tmp_path, read.train)
 
     def on(memory: int, bfloat16: bool = True) -> Recipe:
         gpu = Device(kind="cuda", name="GPU", memory_bytes=memory, bfloat16=bfloat16)
-        lines = recipe_text(tmp_path / "my.yaml", [(source, tasks[0])], config, gpu, 2, measure(config, tasks))
-        written = parse_yaml("\n".join(lines), "my.yaml")
+        text = recipe_text(tmp_path / "my.yaml", [(source, tasks[0])], config, gpu, 2, measure(config, tasks))
+        written = parse_yaml(text, "my.yaml")
         return check_recipe({**written, "method": [written["method"]]}, "my", tmp_path)
 
     size = (model / "model.safetensors").stat().st_size

@@ -82,8 +82,9 @@ def test_an_installed_package_offers_methods(tmp_path: Path, command: Command, m
     try:
         listed = command("methods")[1]
         assert re.search(r"^drift\n +Gradient projection: removes the component along", listed, re.MULTILINE)
-        assert "a built-in method has this name" in listed
-        assert "loading it raised ModuleNotFoundError: No module named 'nowhere'" in listed
+        together = " ".join(listed.split())
+        assert "a built-in method has this name" in together
+        assert "loading it raised ModuleNotFoundError: No module named 'nowhere'" in together
         code, printed, _ = command("recipe", "quickstart", "--set", "method={name: drift, strength: 0.5}")
         assert code == 0
         assert "strength: 0.5" in printed

@@ -116,7 +116,7 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_exchanges(
     tokenizer = chat_tokenizer()
     encoder = Encoder(tokenizer, "causal_lm", train, ())
     encoder.check(task)
-    assert "2 of 3 conversations take more than 160 tokens (train.max_length)" in caplog.text
+    assert "2 of 3 training samples are conversations of more than 160 tokens (train.max_length)" in caplog.text
     first, second, _ = encoder.train(task)
     kept = tokenizer.apply_chat_template([messages[0], *messages[3:]], tokenize=True, return_dict=False)
     assert first.input_ids == kept[: len(first.input_ids)]

@@ -15,10 +15,11 @@ from cl_dist.config.files import is_folder, is_there
 from cl_dist.config.words import did_you_mean, listed, show
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import COMPRESSED, enumerate_names, list_folder, logger, missing
-from cl_dist.tasks.formats.format import DEV_NAMES, SPLITS, Format, RawTask, ScoredOn, Source
+from cl_dist.tasks.formats.format import DEV_NAMES, SPLITS, Format, RawTask, Source
 from cl_dist.tasks.formats.huggingface import FILE_FORMATS, HuggingFace, is_saved
 from cl_dist.tasks.formats.record_files import EXTENSIONS, READERS, extension_of, has_classes
 from cl_dist.tasks.formats.text import Text
+from cl_dist.tasks.types import ScoredOn
 
 TEXT = ".txt"
 PARQUET = ".parquet"
@@ -123,8 +124,8 @@ class Auto(HuggingFace):
 
     def _as(self, other: Format, source: Source) -> RawTask:
         """Read with another format, which has none of this one's settings but `eval_fraction`."""
-        shared = {field.name for field in dataclasses.fields(type(other))}  # type: ignore[arg-type]
-        own = [field.name for field in dataclasses.fields(Auto) if field.name not in shared]  # type: ignore[arg-type]
+        shared = {field.name for field in dataclasses.fields(type(other))}
+        own = [field.name for field in dataclasses.fields(Auto) if field.name not in shared]
         self._refuse(*own, what=f"{source.path_in_recipe}, which is in format {other.name},")
         return other.read(source)
 

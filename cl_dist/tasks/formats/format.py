@@ -190,6 +190,8 @@ class RawTask:
     """Kind of the task, if the format determines it; otherwise it follows from the answers."""
     evaluated: ScoredOn | None = None
     """Which split `evaluation` is, if names do not show it (see `scored_on`)."""
+    read_as: str = ""
+    """What the records hold, and in which columns, if a format knows several ways."""
 
     @property
     def scored_on(self) -> ScoredOn | None:

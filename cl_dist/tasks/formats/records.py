@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,8 +35,6 @@ PAIRS = (("input", "output"), ("prompt", "completion"), ("prompt", "response"), 
 """Fields of prompts and answers that `format: auto` knows."""
 CONVERSATIONS = ("messages", "conversations")
 """Fields of conversations that `format: auto` knows."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -205,10 +202,6 @@ class Records(Format):
             layout = self.layout(first.columns)
         except BadInput as error:
             raise BadInput(f"{train[0]}: {error}") from error
-        if self.DETECTS:
-            logger.info(
-                "%s is read as %s, from %s", train[0], layout.title, listed(self.columns_of(layout), last="and")
-            )
         opened = [first, *(open_records(path) for path in train[1:])]
         read = self._read_split(source, train, opened, layout)
         if self.eval_fraction is not None and evaluation:
@@ -234,7 +227,8 @@ class Records(Format):
             evaluated = "held-out"
         elif evaluation is None:
             evaluation, evaluated = train, "train"
-        return RawTask(train, evaluation, labels=labels, kind=kind, evaluated=evaluated)
+        read_as = f"{layout.title}, from {listed(self.columns_of(layout), last='and')}"
+        return RawTask(train, evaluation, labels=labels, kind=kind, evaluated=evaluated, read_as=read_as)
 
     def _read_split(self, source: Source, paths: Sequence[Path], files: Sequence[RecordFile], layout: Layout) -> Split:
         """The samples of all files, in order."""
