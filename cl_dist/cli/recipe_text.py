@@ -111,10 +111,11 @@ def measure(model: ModelConfig, tasks: Sequence[Task]) -> Lengths:
         step = max(1, -(-size * len(tasks) // MEASURED_CHARACTERS))
         prompts = tokenizer([each.prompt for each in samples[::step]])
         answers = tokenizer([each.answer for each in samples[::step]])
-        together = [p + special + (0 if apart else a) for p, a in zip(prompts, answers, strict=True)]
+        # The space before an answer can be a token of its own.
+        together = [p + special + (0 if apart else a + 1) for p, a in zip(prompts, answers, strict=True)]
         source = max(source, *together)
         if task.kind != "text":
-            answer = max(answer, *(a + 1 for a in answers))
+            answer = max(answer, *(a + 2 for a in answers))
     limit, documents = min(LONGEST_INPUT, _positions(model)), all(task.kind == "text" for task in tasks)
     return Lengths(counted, source, answer, limit, documents, template)
 
