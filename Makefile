@@ -22,10 +22,11 @@ LOCK_PYTHONS ?= python3.10 python3.11
 export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test test-all test-triton test-cluster install lint format lock clean
+.PHONY: quickstart test test-all test-triton test-cluster install lint site format lock clean
 
-quickstart: $(INSTALLED)  ## Train a tiny model on four built-in tasks with two ranks
+quickstart: $(INSTALLED)  ## Train a tiny model on four built-in tasks with two ranks, and write its report
 	CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(BIN)/cl-dist run quickstart --fresh
+	@$(BIN)/cl-dist report runs/quickstart | tail -n 2
 
 test: $(INSTALLED)  ## Run the tests, except the slow ones
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
@@ -45,10 +46,13 @@ test-all: $(INSTALLED)  ## Run all tests
 
 install: $(INSTALLED)  ## Set up only
 
-lint: $(INSTALLED)  ## Check style, formatting and types
+lint: $(INSTALLED) site  ## Check style, formatting and types, and that the site builds without a warning
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
+
+site: $(INSTALLED)  ## Build the documentation as a site, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(INSTALLED)  ## Fix style and formatting automatically
 	$(BIN)/ruff check --fix $(CODE)

@@ -1,23 +1,92 @@
 """What is installed, and from which folder."""
 
+import os
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+BENCHMARK_RESULTS = "benchmarks/results"
+"""What our own benchmarks have measured; the pages show it."""
+
+
+def readme() -> str:
+    """README.md as it can be shown elsewhere: without pictures and links into the repository, which lead nowhere there.
+
+    What such a link names stays readable: `docs/gpu.md (in the source)`.
+    """
+    page = HERE / "README.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    away = r"(?!https?://|mailto:)"
+    text = re.sub(rf"!\[([^]]*)\]\({away}[^)]*\)", "", text)
+    text = re.sub(rf"<img\b[^>]*\bsrc=[\"']{away}[^>]*>|</?(?:picture|source)\b[^>]*>", "", text)
+    text = re.sub(rf"<a\b[^>]*\bhref=[\"']{away}[^>]*>(.*?)</a>", r"\1", text, flags=re.DOTALL)
+    return re.sub(rf"\[([^]]*)\]\({away}([^)]*)\)", _named, text)
+
+
+def _named(link: "re.Match[str]") -> str:
+    text, target = link[1], link[2].partition("#")[0]
+    return text if not target or text.strip("`") == target else f"{text} ({target})"
+
+
+def data_files() -> list[str]:
+    """Every file of the package that is not code, by its path in it: recipes, templates, job.sh, py.typed."""
+    root = HERE / "cl_dist"
+    found = [
+        Path(folder, name).relative_to(root)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if not name.startswith(".") and Path(name).suffix not in (".py", ".pyc")
+    ]
+    return sorted(path.as_posix() for path in found if not path.is_relative_to(BENCHMARK_RESULTS))
+
 
 setup(
     name="cl-dist",
     version="0.1.0",
     description="Distributed continual learning for language models: MIGU and KIF on DeepSpeed ZeRO shards",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description=readme(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    keywords=[
+        "continual learning",
+        "catastrophic forgetting",
+        "language models",
+        "fine-tuning",
+        "distributed training",
+        "DeepSpeed",
+        "ZeRO",
+        "MIGU",
+        "KIF",
+        "LoRA",
+    ],
+    # The papers whose methods it implements. The code has no public address yet.
+    project_urls={
+        "MIGU (paper)": "https://arxiv.org/abs/2406.17245",
+        "KIF (paper)": "https://arxiv.org/abs/2408.05200",
+        "TaSL (paper)": "https://arxiv.org/abs/2408.09857",
+        "Recurrent-KIF (paper)": "https://arxiv.org/abs/2502.17510",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Natural Language :: English",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     # benchmarks, kernels and launch lie at the top level and are imported through symbolic links in cl_dist: a module
     # named `kernels` would be taken for the PyPI package of that name, which transformers looks for.
     packages=find_packages(include=["cl_dist", "cl_dist.*"]),
-    package_data={"cl_dist": ["py.typed", "recipes/*.yaml"], "cl_dist.launch": ["job.sh"]},
+    package_data={"cl_dist": data_files()},
     install_requires=[
         "torch>=2.8",
         "deepspeed==0.19.8",  # cl_dist.sharding reads its private attributes: one release at a time, checked at start

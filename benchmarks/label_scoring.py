@@ -94,7 +94,7 @@ def read_tasks(options: argparse.Namespace) -> tuple[Task, ...]:
     """The tasks, limited to the scored samples."""
     configs = tuple(TaskConfig(name=name, format="tasl", path=".") for name in options.tasks.split(","))
     stream = StreamConfig(tasks=configs, root=options.data, max_train_samples=1, max_eval_samples=options.samples)
-    return load_stream(stream, Path.cwd())
+    return load_stream(stream, Path.cwd(), TrainConfig())
 
 
 def load(options: argparse.Namespace, tasks: Sequence[Task]) -> Subject:

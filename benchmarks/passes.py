@@ -52,7 +52,7 @@ def prompt_lengths(options: argparse.Namespace) -> list[list[int]]:
     """The number of tokens of each prompt, task by task."""
     configs = tuple(TaskConfig(name=name, format="tasl", path=".") for name in ORDERS[options.order])
     stream = StreamConfig(tasks=configs, root=options.data, max_train_samples=1, max_eval_samples=options.samples)
-    tasks = load_stream(stream, Path.cwd())
+    tasks = load_stream(stream, Path.cwd(), TrainConfig())
     train = TrainConfig(max_length=options.length, max_target_length=min(50, options.length // 2))
     tokenizer = AutoTokenizer.from_pretrained(options.model, gguf_file=options.gguf_file)
     encoder = Encoder(tokenizer, "causal_lm", train, label_names(tasks))

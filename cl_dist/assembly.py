@@ -78,7 +78,7 @@ def build_system(recipe: Recipe, recipe_dir: Path) -> System:
         BadInput: Data, model and method do not fit together.
     """
     beat("reading the data", opaque=True)
-    tasks = load_stream(recipe.stream, recipe_dir)
+    tasks = load_stream(recipe.stream, recipe_dir, recipe.train)
     names = label_names(tasks)
 
     beat("loading the tasks of general ability", opaque=True)
@@ -107,7 +107,7 @@ def build_saved(
     Raises:
         BadInput: The data or the saved model is unusable.
     """
-    tasks = load_stream(recipe.stream, recipe_dir)
+    tasks = load_stream(recipe.stream, recipe_dir, recipe.train)
     names = label_names(tasks)
     source = recipe.model
     if source.lora is None:

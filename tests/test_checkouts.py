@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def test_links_are_all_there() -> None:
 def test_a_wheel_holds_every_file_once(second: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(second, source, symlinks=True)
-    for name in ("setup.py", "pyproject.toml"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     command = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
     done = run([*command, str(source)], tmp_path)
@@ -101,4 +102,28 @@ def test_a_wheel_holds_every_file_once(second: Path, tmp_path: Path) -> None:
         Path("cl_dist", path.relative_to(REPOSITORY)) for name in FOLDERS for path in (REPOSITORY / name).glob("*.py")
     ]
     assert sorted(name for name in names if name.endswith(".py")) == sorted(map(str, sources))
-    assert {"cl_dist/launch/job.sh", "cl_dist/recipes/quickstart.yaml", "cl_dist/py.typed"} <= set(names)
+    others = {name for name in names if not name.endswith(".py") and ".dist-info/" not in name}
+    assert {"cl_dist/launch/job.sh", "cl_dist/recipes/quickstart.yaml", "cl_dist/py.typed"} <= others
+    assert others == {str(path) for path in tracked_data()}
+    metadata = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("/METADATA"))).decode()
+    assert "License-Expression: Apache-2.0\n" in metadata
+    assert "Project-URL: MIGU (paper), https://arxiv.org/abs/2406.17245\n" in metadata
+    assert "Classifier: Typing :: Typed\n" in metadata
+    head, _, page = metadata.partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in head
+    assert page.startswith("# cl_dist\n")
+    links = re.findall(r"\]\(([^)]*)\)|(?:src|href)=[\"']([^\"']*)", page)
+    assert links
+    assert [link for pair in links for link in pair if link and not link.startswith("https://")] == []
+
+
+def tracked_data() -> list[Path]:
+    """The package's files that are not code, as a checkout of the repository has them."""
+    folders = ["cl_dist", *FOLDERS]
+    listed = subprocess.run(["git", "ls-files", "-z", *folders], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    paths = [Path(name) for name in listed.stdout.split("\0") if name]
+    files = [path for path in paths if path.suffix != ".py" and not (REPOSITORY / path).is_symlink()]
+    files = [path for path in files if not path.is_relative_to("benchmarks/results")]
+    return [path if path.parts[0] == "cl_dist" else Path("cl_dist", path) for path in files]

@@ -171,3 +171,15 @@ def test_this_environment_is_the_locked_one() -> None:
     done = subprocess.run([*command, "--no-index"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+def test_the_page_has_every_extra() -> None:
+    call = next(
+        node
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup"
+    )
+    extras = next(ast.literal_eval(word.value) for word in call.keywords if word.arg == "extras_require")
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    table = page.partition("| extra |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(extras)

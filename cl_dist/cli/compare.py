@@ -16,6 +16,7 @@ from typing import Any
 
 from cl_dist.cli.cells import CellRunner
 from cl_dist.cli.ranks import number_of_ranks, with_ranks, without_notices
+from cl_dist.cli.report import add_figures
 from cl_dist.cli.run import check_stream_and_model
 from cl_dist.cli.slurm import add_job_options, make_job, newest_job, slurm
 from cl_dist.config.boundary import refusing
@@ -32,13 +33,14 @@ from cl_dist.sweep.checks import refuse_other_recipes, state_of
 from cl_dist.sweep.folder import TABLES, SweepFolder
 from cl_dist.sweep.grid import Cell, Grid, Request, build_grid
 from cl_dist.sweep.names import Problems
-from cl_dist.sweep.results import read_results
+from cl_dist.sweep.results import Results, read_results
 from cl_dist.sweep.tables import render_tables
 
 _DESCRIPTION = """\
 Run a recipe with every combination of the given methods, orders and seeds, one run after the other, and write table.md,
-table.csv and table.tex with mean and standard deviation over the seeds. The same command continues an unfinished sweep:
-it skips finished runs and resumes interrupted and failed ones. docs/compare.md explains the folder and the table.
+table.csv and table.tex with mean and standard deviation over the seeds, and a page with curves, report/index.html. The
+same command continues an unfinished sweep: it skips finished runs and resumes interrupted and failed ones.
+docs/compare.md explains the folder and the table.
 """
 _EPILOG = """\
 examples:
@@ -74,6 +76,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         help="change a setting for one entry of --methods only (may be repeated)",
     )
     parser.add_argument("--stop-on-failure", action="store_true", help="stop after the first run that fails")
+    add_figures(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="check everything and list the runs")
     what.add_argument("--print", action="store_true", help="print a command for every unfinished run")
@@ -110,6 +113,7 @@ def _compare(arguments: Namespace) -> int:
     if arguments.table:
         refresh()
         print((sweep.path / "table.md").read_text(encoding="utf-8"), end="")
+        print(f"\nwrote {_write_page(sweep, grid, arguments)}")
         return 0
     with without_notices():
         _check_data_and_models(grid.cells)
@@ -121,8 +125,12 @@ def _compare(arguments: Namespace) -> int:
         _submit(sweep, grid, arguments)
         refresh()
     else:
+        from cl_dist.models.hub import check_published
+
         for cell in grid.cells:
             check_processes(number_of_ranks(cell.recipe))
+        for model in dict.fromkeys(cell.recipe.model for cell in grid.cells):
+            check_published(model, partial(print, file=sys.stderr, flush=True))
         _run(sweep, grid, refresh, arguments)
     return 0
 
@@ -196,7 +204,9 @@ def _run(sweep: SweepFolder, grid: Grid, refresh: partial[None], arguments: Name
         failures = CellRunner(sweep, refresh, ["--debug"] * arguments.debug).run(grid.cells, arguments.stop_on_failure)
         refresh()
     print("\n" + (sweep.path / "table.md").read_text(encoding="utf-8"), flush=True)
-    print(f"wrote {', '.join(str(sweep.path / name) for name in TABLES)}", flush=True)
+    # The page is drawn once, at the end: drawing takes seconds, and the tables are up to date after every run.
+    written = [*(sweep.path / name for name in TABLES), _write_page(sweep, grid, arguments)]
+    print(f"wrote {', '.join(map(str, written))}", flush=True)
     if failures:
         lines = [f"{failure.cell.name}: {failure.reason}" for failure in failures]
         lines.append(f"{len(failures)} of {len(grid.cells)} runs failed; the same command tries them again")
@@ -239,5 +249,14 @@ def _keep_base(sweep: SweepFolder, grid: Grid) -> None:
 
 
 def _write_tables(sweep: SweepFolder, grid: Grid, recipe: str) -> None:
-    asked = [(cell.order, cell.method, cell.seed) for cell in grid.cells]
-    sweep.write_tables(render_tables(read_results(sweep, asked), recipe))
+    sweep.write_tables(render_tables(_results(sweep, grid), recipe))
+
+
+def _write_page(sweep: SweepFolder, grid: Grid, arguments: Namespace) -> Path:
+    from cl_dist.sweep.page import write_page
+
+    return write_page(_results(sweep, grid), Path(arguments.recipe).stem, sweep.report, arguments.figures)
+
+
+def _results(sweep: SweepFolder, grid: Grid) -> Results:
+    return read_results(sweep, [(cell.order, cell.method, cell.seed) for cell in grid.cells])

@@ -65,9 +65,12 @@ def _where_it_is_now(recipe: Recipe, manifest: Manifest, folder: RunFolder) -> R
 
 def _check(recipe: Recipe, recipe_dir: Path, inputs: Inputs | None, model: Path, first: bool) -> None:
     """Raise BadInput if evaluation is impossible; print where the data or an adapter's base model has changed."""
+    from cl_dist.models.hub import check_published
+
     trained_whole = recipe.model.lora is None
     source = replace(recipe.model, name_or_path=str(model), gguf_file=None) if trained_whole else recipe.model
     tasks = check_stream_and_model(replace(recipe, model=source), recipe_dir)
+    check_published(source, partial(print, file=sys.stderr, flush=True) if first else None)
     if not first or inputs is None:
         return
     now = with_data(inputs, tasks) if trained_whole else read_inputs(recipe, tasks)

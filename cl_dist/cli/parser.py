@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from cl_dist import __version__
-from cl_dist.cli import bench, compare, doctor, evaluate, inspect, plan, run, slurm
+from cl_dist.cli import bench, compare, completion, data, doctor, evaluate, init, inspect, plan, report, run, slurm
 
 _EPILOG = """\
 examples:
+  cl-dist init my.yaml --data a.jsonl b.csv           a recipe for your own data
   cl-dist run quickstart                              a shipped recipe
   cl-dist run my.yaml --set method.name=migu          your own recipe, with a change
   cl-dist run my.yaml --set method.name=migu --resume continue where it stopped
-  cl-dist recipe --explain                            every setting
+  cl-dist recipe --explain train.                     what the settings below train mean
 
 exit codes: 0 success, 2 bad input, 75 interrupted (continue with --resume), 76 a rank was lost
 (only for ranks that Slurm or MPI started; continue with --resume), 1 any other failure
@@ -63,6 +64,6 @@ def build_parser() -> ArgumentParser:
         dest="changes",
         help="change a setting of the recipe, for example train.epochs=3 (may be repeated)",
     )
-    for module in (run, plan, compare, slurm, evaluate, inspect, bench, doctor):
+    for module in (init, data, run, plan, compare, slurm, evaluate, inspect, report, bench, doctor, completion):
         module.add_commands(commands, common, changes)
     return parser

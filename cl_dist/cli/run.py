@@ -71,7 +71,7 @@ def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...
     from cl_dist.tasks.encode import check_kind
     from cl_dist.tasks.stream import check_warmup, load_stream
 
-    tasks = load_stream(recipe.stream, recipe_dir)
+    tasks = load_stream(recipe.stream, recipe_dir, recipe.train)
     with refusing("model.name_or_path"):
         check_model_config(recipe.model, [label for task in tasks for label in task.labels])
         check_positions(recipe.model, recipe.train)
@@ -92,13 +92,15 @@ def _check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...
 
 
 def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: bool) -> None:
+    from cl_dist.models.hub import check_published
     from cl_dist.state.inputs import read_inputs
     from cl_dist.state.preflight import preflight, set_aside
 
     tasks = check_stream_and_model(recipe, recipe_dir)
+    notify = partial(print, file=sys.stderr, flush=True)
+    check_published(recipe.model, notify if first else None)
     if first:
         output_dir = Path(recipe.output_dir)
-        notify = partial(print, file=sys.stderr, flush=True)
         inputs = partial(read_inputs, recipe, tasks)
         preflight(
             output_dir,

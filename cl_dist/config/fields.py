@@ -24,7 +24,8 @@ from pydantic_core import PydanticSerializationError, PydanticUndefined
 from cl_dist.config.plugins import PluginError, loaded_classes
 from cl_dist.config.ranges import MOST_FLOAT, MOST_INT, Choices
 from cl_dist.config.schema import Recipe, StreamConfig, TaskConfig
-from cl_dist.config.words import listed, show
+from cl_dist.config.words import did_you_mean, listed, shorten, show
+from cl_dist.errors import BadInput
 from cl_dist.methods.catalogue import MethodEntry, known
 from cl_dist.tasks.formats.catalogue import builtin_formats
 from cl_dist.tasks.formats.format import Format, StreamSettings
@@ -36,9 +37,22 @@ WIDTH = 100
 """Characters per line of the help."""
 
 
-def explain() -> str:
-    """The text of `cl-dist recipe --explain`: every setting with its values, default and meaning."""
-    return "\n\n".join(_paragraph(setting) for setting in settings_of(Recipe))
+def explain(prefix: str = "") -> str:
+    """The text of `cl-dist recipe --explain`: settings with their values, defaults and meanings.
+
+    prefix: Only those whose key starts with it. Lists need no `[]`, and a method's name may stand for `method(NAME)`.
+
+    Raises BadInput, with similar keys, if there is none.
+    """
+    settings = list(settings_of(Recipe))
+    wanted = prefix.replace("[]", "")
+    found = [each for each in settings if any(key.startswith(wanted) for key in each.spellings)]
+    if not found:
+        named = [each.key for each in settings if each.name == wanted.rpartition(".")[2]]
+        similar = f"; did you mean {listed(named, 5, last='or')}?" if named else ""
+        similar = similar or did_you_mean(prefix, [key for each in settings for key in each.spellings])
+        raise BadInput(f"--explain: no setting starts with {shorten(prefix)}{similar}")
+    return "\n\n".join(map(_paragraph, found))
 
 
 def _paragraph(setting: Setting) -> str:
@@ -194,6 +208,13 @@ class Setting:
     def name(self) -> str:
         """The last part of the key."""
         return self.key.rpartition(".")[2].removesuffix("[]")
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """The keys under which it is looked up: `method(migu).mask` is also `method.mask` and `migu.mask`."""
+        key = self.key.replace("[]", "")
+        method, _, rest = key.removeprefix("method(").partition(")")
+        return (key, f"method{rest}", f"{method}{rest}") if rest else (key,)
 
 
 def settings_of(cls: type, prefix: str = "") -> Iterator[Setting]:

@@ -87,11 +87,12 @@ class TaskConfig:
     name: Annotated[str, Field(min_length=1, max_length=100)]
     """Name of the task, made of letters, digits, `-`, `_` and `.`. It names a folder of the run and, in the benchmark
     formats, the task's files."""
-    format: Annotated[str, Choices(allowed_names, summaries)] = "jsonl"
+    format: Annotated[str, Choices(allowed_names, summaries)] = "auto"
     """How the data is stored."""
     path: str | None = None
-    """Folder or file of the data. A relative path is looked up below `stream.root`, then below the recipe's folder.
-    Generated data has no path."""
+    """Folder or file of the data. A relative path is looked up below `stream.root`, then below the recipe's folder. For
+    format `auto` a file's ending may be left out, and `owner/name` is a data set of the Hugging Face Hub. Generated
+    data has no path."""
     labels: tuple[str, ...] | None = None
     """The allowed answers (classification). If absent, they are read from labels.json in formats that have one;
     otherwise they are the distinct answers of the training split if there are few of them (`stream.max_labels`). With

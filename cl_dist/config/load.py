@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -63,12 +64,23 @@ def _load(name_or_path: str, overrides: Sequence[str], defaults: Mapping[str, An
             component, _, setting = key.partition(".")
             if isinstance(data.setdefault(component, {}), dict):
                 data[component].setdefault(setting, value)
-        _fill_defaults(data, name)
-
         typed_root = any(change.path == ("stream", "root") for change in changes)
-        recipe = resolve_paths(_check(data), folder, typed_root=typed_root)
-        _require_unicode(recipe)
-        return recipe, folder
+        return check_recipe(data, name, folder, typed_root=typed_root), folder
+
+
+def check_recipe(data: dict[str, Any], name: str, folder: Path, *, typed_root: bool = False) -> Recipe:
+    """The recipe that settings make, with defaults and absolute data paths. Raises BadInput; changes `data`.
+
+    Args:
+        data: The settings as a recipe writes them, but `method` is a list.
+        name: Name of the recipe, from which `output_dir` follows.
+        folder: Where its relative paths start.
+        typed_root: Whether `stream.root` comes from the command line (`resolve_paths`).
+    """
+    _fill_defaults(data, name)
+    recipe = resolve_paths(_check(data), folder, typed_root=typed_root)
+    _require_unicode(recipe)
+    return recipe
 
 
 @contextmanager
@@ -121,6 +133,23 @@ def _read_shipped(name: str) -> dict[str, Any]:
     if order is not None:
         data["stream"]["order"] = order
     return data
+
+
+def shipped_text(name: str) -> str | None:
+    """A shipped recipe as a file to start from, with its comments; None if there is none of that name.
+
+    In a file of several recipes, `order` becomes the one of this name.
+    """
+    if name not in _shipped():
+        return None
+    text, order = _shipped()[name]
+    if order is None:
+        return text
+    entry = re.search(rf"^ +{re.escape(name)}: *(.*)$", text, re.MULTILINE)
+    assert entry is not None
+    return re.sub(
+        r"^( +)order:.*\n(?:\1 +.*\n)+", lambda block: f"{block[1]}order: {entry[1]}\n", text, flags=re.MULTILINE
+    )
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

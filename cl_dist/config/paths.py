@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Rec
     tasks = tuple(
         replace(
             task,
-            path=_beside(task.path, *starts, f"stream.tasks.{number}.path"),
+            path=_beside(task.path, *starts, f"stream.tasks.{number}.path", task.reader.is_at),
             reader=_resolved(task.reader, starts, f"stream.tasks.{number}"),
         )
         for number, task in enumerate(stream.tasks)
@@ -98,16 +98,23 @@ def _at_home(written: str, setting: str) -> str:
     return str(expand(written, setting)) if written.startswith("~") else written
 
 
-def _beside(written: str | None, root: Path | None, folder: Path, setting: str) -> str | None:
+def _beside(
+    written: str | None, root: Path | None, folder: Path, setting: str, is_at: Callable[[Path], bool] = is_there
+) -> str | None:
     """The absolute path if it is found in the recipe's folder but not below the root; else as written, without `~`.
 
-    root: None if it does not exist (yet); then all paths are expected below it.
+    Args:
+        written: The path in the recipe.
+        root: None if it does not exist (yet); then all paths are expected below it.
+        folder: The recipe's folder.
+        setting: Key of the setting, for messages.
+        is_at: Whether a path leads to what it should.
     """
     if written is None:
         return None
     path = expand(written, setting)
     with _naming(setting):
-        beside = root is not None and not is_there(root / path) and is_there(folder / path)
+        beside = root is not None and not is_at(root / path) and is_at(folder / path)
     return str(folder / path) if beside else _at_home(written, setting)
 
 

@@ -61,6 +61,8 @@ WITHOUT_SDPA = frozenset((
 ))
 # fmt: on
 """Model types without sdpa in transformers; a test compares them with its classes."""
+WEIGHT_SUFFIXES = ("*.safetensors", "*.bin")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 HEADER_LIMIT = 100 * 2**20
 """In bytes; safetensors refuses longer headers."""
 
@@ -68,13 +70,13 @@ HEADER_LIMIT = 100 * 2**20
 def check_model_config(model: ModelConfig, label_names: Sequence[str] | None = None) -> None:
     """Raise BadInput if names and small files show that `model` cannot be loaded.
 
-    `label_names` are the stream's labels, if known yet. A Hugging Face id is not looked up.
+    `label_names` are the stream's labels, if known yet. A Hugging Face id is not looked up (`models.hub`).
     """
     name = model.name_or_path
     if name.startswith(BUILTIN_PREFIX):
         _check_builtin(model)
     elif (folder := local_folder(name)) is not None:
-        _check_folder(folder, model)
+        check_folder(folder, model)
     needs_labels = model.objective != "auto" and FACTS[model.objective].needs_labels
     if needs_labels and label_names is not None and not label_names:
         raise BadInput(f"model.objective: {model.objective} needs tasks with labels, and this stream has none")
@@ -204,7 +206,8 @@ def _check_builtin(model: ModelConfig) -> None:
     resolve_objective(model.objective, BUILTIN_FAMILIES[model.name_or_path], model.name_or_path)
 
 
-def _check_folder(folder: Path, model: ModelConfig) -> None:
+def check_folder(folder: Path, model: ModelConfig) -> None:
+    """Raise BadInput if small files in a model's folder, or their absence, show that it cannot be loaded."""
     if model.gguf_file is not None:
         _check_gguf_file(folder, model.gguf_file)
         return
@@ -216,8 +219,51 @@ def _check_folder(folder: Path, model: ModelConfig) -> None:
         raise no_sdpa(model, (config.get("architectures") or [config["model_type"]])[0])
     if not model.trust_remote_code and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise BadInput(f"model.name_or_path: {folder} has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
+    _check_tokenizer_files(folder)
     for file in _weight_files(folder):
         check_safetensors(file)
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_SUFFIXES):
+        raise BadInput(
+            f"model.name_or_path: {folder} has no weights; expected model.safetensors or pytorch_model.bin, or their "
+            "parts and the index: copy the whole folder, or download the model again"
+        )
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Refuse tokenizer files that hold something else, as copies and clones that went wrong do."""
+    for name in TOKENIZER_FILES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        _refuse_pointer(file)
+        if file.stat().st_size == 0:
+            raise BadInput(f"model.name_or_path: {file} is empty; download the tokenizer again")
+        if name == "tokenizer.json":
+            _check_tokenizer_json(file)
+
+
+def _check_tokenizer_json(file: Path) -> None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(
+            f"model.name_or_path: {file} is not valid JSON ({error}); download the tokenizer again"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise BadInput(
+            f"model.name_or_path: {file} is not a tokenizer: it has no object `model`; take the file of the model that "
+            "the tokenizer belongs to"
+        )
+
+
+def _refuse_pointer(file: Path) -> None:
+    """Refuse what a clone without Git LFS leaves in place of a large file."""
+    with open(file, "rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise BadInput(
+                f"model.name_or_path: {file} is not the file itself but a pointer to it: run `git lfs pull` in "
+                f"{file.parent}, or fetch the model with `hf download`"
+            )
 
 
 def _check_gguf_file(folder: Path, name: str) -> None:
@@ -312,6 +358,7 @@ def check_safetensors(file: Path) -> None:
     The file consists of the header's length (8 bytes, little endian), a JSON header, and the tensors. The header says
     where the last tensor ends, which has to be the end of the file.
     """
+    _refuse_pointer(file)
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

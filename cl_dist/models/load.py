@@ -41,6 +41,7 @@ from cl_dist.models.check import (
 )
 from cl_dist.models.every_expert import run_every_expert
 from cl_dist.models.gguf import converted_gguf
+from cl_dist.models.hub import explain, hub_problem
 from cl_dist.models.initialise import initialise_
 from cl_dist.models.positions import longest_inputs
 from cl_dist.models.stored_weights import one_tensor_at_a_time
@@ -96,14 +97,9 @@ def load_model(
     if dtype == torch.bfloat16:
         mend_products()
     # Configuration and tokenizer show most mistakes, and are small.
-    check_model_config(model)
-    with _quiet(), _failures_as_bad_input(model):
-        folder = _source(model, cache_dir)
-        config = _configuration(model, folder)
-        tokenizer = _tokenizer(model, folder, config)
+    folder, config, tokenizer, objective = _small_parts(model, cache_dir)
     if chat:
         ChatTemplate(tokenizer)
-    objective = resolve_objective(model.objective, family_of(config, model.name_or_path), model.name_or_path)
     _fit_to_task(config, tokenizer, objective, label_count, model.name_or_path)
 
     with _quiet(), _failures_as_bad_input(model), _sharded_from_the_start(zero3_config):
@@ -118,6 +114,26 @@ def load_model(
     built.name_or_path = built.config._name_or_path = model.name_or_path
     tokenizer.name_or_path = model.name_or_path
     return LoadedModel(built, tokenizer, objective, drawn)
+
+
+def load_tokenizer(model: ModelConfig, cache_dir: Path) -> tuple[PreTrainedTokenizerBase, ObjectiveName]:
+    """The model's tokenizer and its resolved objective, without its weights. Raises BadInput as `load_model` does."""
+    _, _, tokenizer, objective = _small_parts(model, cache_dir)
+    return tokenizer, objective
+
+
+def _small_parts(
+    model: ModelConfig, cache_dir: Path
+) -> tuple[str | None, PreTrainedConfig, PreTrainedTokenizerBase, ObjectiveName]:
+    """What transformers loads from, configuration, tokenizer and objective."""
+    check_model_config(model)
+    with _quiet(), _failures_as_bad_input(model):
+        folder = _source(model, cache_dir)
+        config = _configuration(model, folder)
+        with _blaming_the_tokenizer(model):
+            tokenizer = _tokenizer(model, folder, config)
+    objective = resolve_objective(model.objective, family_of(config, model.name_or_path), model.name_or_path)
+    return folder, config, tokenizer, objective
 
 
 def model_on_meta(
@@ -343,7 +359,26 @@ def _failures_as_bad_input(model: ModelConfig) -> Iterator[None]:
     except Exception as error:  # tokenizers raises Exception itself
         if "scaled_dot_product_attention" in str(error):
             raise no_sdpa(model, "model with its own code") from error
+        if local_folder(model.name_or_path) is None and (problem := hub_problem(error)) is not None:
+            raise BadInput(f"model.name_or_path: {model.name_or_path} {explain(problem, model)}") from error
         raise BadInput(f"model.name_or_path: {model.name_or_path} cannot be loaded: {_reason(error)}") from error
+
+
+@contextmanager
+def _blaming_the_tokenizer(model: ModelConfig) -> Iterator[None]:
+    """Say that it is the tokenizer of a local folder that cannot be read."""
+    try:
+        yield
+    except ClDistError:
+        raise
+    except Exception as error:
+        reason = _reason(error)
+        if local_folder(model.name_or_path) is None or "trust_remote_code" in reason:
+            raise
+        raise BadInput(
+            f"model.name_or_path: the tokenizer in {model.name_or_path} cannot be read: {reason}; take the tokenizer "
+            "files of the model that it belongs to"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -351,6 +386,4 @@ def _reason(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
         return "it brings its own Python code, which runs only with model.trust_remote_code: true"
-    if any(sign in text.lower() for sign in ("couldn't connect", "offline", "local cache")):
-        return "there is no such folder, and Hugging Face cannot be reached or does not have it"
     return text if len(text) <= 400 else text[:400] + " ..."

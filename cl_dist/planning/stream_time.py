@@ -97,7 +97,7 @@ def read_tasks(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...] | str:
         recipe_dir: Where relative paths start.
     """
     try:
-        return load_stream(recipe.stream, recipe_dir)
+        return load_stream(recipe.stream, recipe_dir, recipe.train)
     except BadInput as error:
         return str(error).splitlines()[0]
 

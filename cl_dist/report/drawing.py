@@ -1,4 +1,4 @@
-"""Drawing primitives: sizes, colours, heat maps, and the bytes of a PNG file.
+"""Drawing primitives: sizes, colours, heat maps, and the bytes of PNG, SVG and PDF files.
 
 matplotlib is imported only for drawing, without pyplot: no state is kept between pictures, no display is needed, and no
 other command pays for the import. A picture depends on its data only: it uses matplotlib's own defaults and font, and
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cl_dist.report import FORMATS
 from cl_dist.report.columns import Columns
 from cl_dist.report.units import Floats
 
@@ -24,6 +27,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 110
+_UNWANTED = {"png": ("Software",), "svg": ("Date", "Creator"), "pdf": ("CreationDate", "Creator", "Producer")}
+"""Metadata that would make the bytes depend on more than the data."""
+INK = "#1d1d1f"
+"""Text and axes."""
+_STYLE: dict[str, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    "svg.fonttype": "none",  # text stays text: readable by machines, and in fonts that know its script
+    "svg.hashsalt": "cl_dist",
+    "pdf.fonttype": 42,  # TrueType, which journals ask for
+}
 BLUE, ORANGE = "#0072b2", "#d55e00"
 """From Okabe and Ito's palette."""
 GREY, PALE, LIGHT = "#767676", "#c4c4c4", "#e6e6e6"
@@ -31,7 +44,7 @@ GREY, PALE, LIGHT = "#767676", "#c4c4c4", "#e6e6e6"
 SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
 NO_VALUE = {SEQUENTIAL: "#e6e6e6", DIVERGING: "#9e9e9e"}
 """Colours of missing values; they do not occur in the maps."""
-BORDER = {SEQUENTIAL: "white", DIVERGING: GREY}
+BORDER = {SEQUENTIAL: "#fefefe", DIVERGING: GREY}
 """Lines between blocks and between rows of heat maps without numbers."""
 LABEL = 30
 """Longest label in characters; longer ones are shortened in the middle."""
@@ -49,25 +62,48 @@ NUMBERED = 20
 """With more rows or columns than this, the cells of a heat map have no room for numbers."""
 
 
-def draw(size: tuple[float, float], paint: Callable[[Figure], None]) -> bytes:
-    """Render a figure of `size` inches, drawn by `paint`, as a PNG file; the same data gives the same bytes."""
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class Picture:
+    """A figure that can be rendered in several formats."""
 
+    size: tuple[float, float]
+    """Width and height in inches."""
+    paint: Callable[[Figure], None]
+
+    def render(self, formats: Collection[str] = ("png",)) -> dict[str, bytes]:
+        """The files by format (`FORMATS`); the same data gives the same bytes, whichever formats are asked for."""
+        import matplotlib.style
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+            # A name in a script that the font lacks (emoji, say) gets boxes in PNG and PDF; SVG keeps the text.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            figure = Figure(figsize=self.size, layout="constrained")
+            FigureCanvasAgg(figure)
+            self.paint(figure)
+            # The layout takes as long as the drawing, so it is computed once, for the first of the formats.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            return {name: _save(figure, name) for name in FORMATS if name in formats}
+
+
+def draw(size: tuple[float, float], paint: Callable[[Figure], None]) -> Picture:
+    """A figure of `size` inches, drawn by `paint`."""
+    return Picture(size, paint)
+
+
+def _save(figure: Figure, name: str) -> bytes:
     file = io.BytesIO()
-    with matplotlib.style.context("default"):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        paint(figure)
-        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+    figure.savefig(file, format=name, dpi=DPI, metadata=dict.fromkeys(_UNWANTED[name]))
     return file.getvalue()
 
 
 def short(text: str) -> str:
     """Shorten a text to fit beside an axis."""
     half = (LABEL - 1) // 2
-    return text if len(text) <= LABEL else f"{text[:half]}…{text[-half:]}"
+    shown = text if len(text) <= LABEL else f"{text[:half]}…{text[-half:]}"
+    return shown.replace("$", r"\$")  # not the start of a formula
 
 
 def cell_size(rows: int, columns: int) -> tuple[float, float]:

@@ -13,10 +13,10 @@ from urllib.parse import quote
 import numpy as np
 
 from cl_dist.evaluation import metrics
-from cl_dist.progress import own_and_last, score_notes
+from cl_dist.progress import own_and_last
 from cl_dist.report.escape import Markdown, markdown_code, markdown_text
 from cl_dist.report.reading import RunData
-from cl_dist.report.tables import general_names, markdown
+from cl_dist.report.tables import COUNTED, general_names, markdown, scoring_lines
 from cl_dist.report.units import UnitResults
 
 MATRIX_FILE = "accuracy_matrix.csv"
@@ -83,7 +83,7 @@ class Page:
         # Format 1 of the manifest has no segments: such a run had a single world size and ZeRO stage.
         layouts = manifest.segments or (manifest,)
         ranks = "; then ".join(f"{layout.world_size}, ZeRO stage {layout.zero_stage}" for layout in layouts)
-        lines = [*_settings(run.settings), ["ranks", ranks], ["restarts", str(manifest.restarts)]]
+        lines = [*settings_of(run.settings), ["ranks", ranks], ["restarts", str(manifest.restarts)]]
         yield markdown(["setting", "value"], lines, text=(0, 1))
         if run.settings:
             link = Path(os.path.relpath(run.folder.config, out)).as_posix()
@@ -104,6 +104,10 @@ class Page:
             yield markdown(["model", *tasks], lines)
         if self.run.log.metrics:
             yield f"Scored by {markdown_text(_scored_by(self.run.log.metrics))}."
+        header, ways = scoring_lines(tasks, self.run.manifest.scoring)
+        if ways:
+            yield "How each task was last scored:"
+            yield markdown(header, ways, text=[at for at, name in enumerate(header) if name not in COUNTED])
         yield from self._pictures("accuracy_matrix.png", "scores.png")
         yield from self._metrics()
 
@@ -117,7 +121,7 @@ class Page:
             yield f"Metrics so far, as if the stream ended with {markdown_text(self.run.done[-1])}:"
         values = metrics.all_metrics([row[:done] for row in matrix])
         del values["forward_transfer_single"]  # needs the scores of models trained on a single task, from other runs
-        if notes := score_notes(self.run.manifest.scoring_by_task()):
+        if notes := self.run.manifest.notes:
             yield "\n".join(f"- {note[0].upper()}{note[1:]}." for note in notes)
         lines = ([markdown_code(name), _score(value), definition(name)] for name, value in values.items())
         header = ["metric", "value", "definition (T tasks, score a[i][j] on task j after task i)"]
@@ -148,7 +152,7 @@ class Page:
         yield from pictures
         if self.run.done:
             header = ["task", "steps", "training, s", "tokens per second", "evaluation, s"]
-            lines = zip(self.run.done, map(_timing, self.run.manifest.timings), strict=False)
+            lines = zip(self.run.done, map(timing, self.run.manifest.timings), strict=False)
             yield markdown(header, ([name, *cells] for name, cells in lines))
         if peaks := self.run.manifest.peak_memory_bytes:
             yield f"Peak memory of each rank, MiB: {', '.join(f'{peak / MIB:.0f}' for peak in peaks)}."
@@ -170,6 +174,11 @@ class Page:
             if name in self.files:
                 yield f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"
                 yield CAPTIONS[name]
+
+
+def settings_of(settings: Mapping[str, Any]) -> list[list[str]]:
+    """Name and value of the methods and of each of `SETTINGS` that a recipe has."""
+    return list(_settings(settings))
 
 
 def _settings(settings: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -199,7 +208,8 @@ def definition(name: str) -> str:
     return (inspect.getdoc(getattr(metrics, name, None)) or "").partition("\n")[0]
 
 
-def _timing(entry: Mapping[str, float]) -> list[str]:
+def timing(entry: Mapping[str, float]) -> list[str]:
+    """Steps, seconds of training, tokens per second and seconds of evaluation of a task; a dash if unknown."""
     seconds, tokens = entry.get("train_seconds"), entry.get("tokens")
     speed = tokens / seconds if tokens is not None and seconds else None
     values = (entry.get("steps"), seconds, speed, entry.get("evaluate_seconds"))

@@ -1,9 +1,9 @@
-"""Draws the pictures of a report, as the bytes of PNG files."""
+"""Draws the pictures of a report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +14,12 @@ from cl_dist.report.drawing import (
     DIVERGING,
     GREY,
     LIGHT,
+    NUMBERED,
     ORANGE,
     PALE,
     SEQUENTIAL,
     WIDE,
+    Picture,
     add_colour_bar,
     block_heat_map,
     cell_size,
@@ -30,7 +32,7 @@ from cl_dist.report.drawing import (
     thinned,
 )
 from cl_dist.report.reading import Losses
-from cl_dist.report.units import Floats, UnitResults
+from cl_dist.report.units import Floats, Indices, UnitResults
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,11 +45,15 @@ LEAST_IMPORTANCE = 1e-5
 """Lower end of the colour scale of importance, which spans many orders of magnitude."""
 PANELS = 5
 """Panels per row."""
+FURTHER = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Colours of further lines, from Okabe and Ito's palette."""
+MOST_POINTS = 4000
+"""A picture has room for a curve of this many points."""
 MOST_PANELS = 25
 """With more tasks than this, all scores share one panel."""
 
 
-def accuracy_matrix(tasks: Sequence[str], matrix: Matrix) -> bytes:
+def accuracy_matrix(tasks: Sequence[str], matrix: Matrix) -> Picture:
     """The accuracy matrix. Rows: the model after each task, starting with the untouched model; columns: the task it is
     scored on. Frames mark the task that was just trained. Many tasks leave no room for numbers, hundreds none for
     frames.
@@ -66,7 +72,7 @@ def accuracy_matrix(tasks: Sequence[str], matrix: Matrix) -> bytes:
     return draw((2.8 + max(4, len(tasks)) * width, 1.3 + max(2, len(values)) * height), paint)
 
 
-def scores(tasks: Sequence[str], matrix: Matrix) -> bytes:
+def scores(tasks: Sequence[str], matrix: Matrix) -> Picture:
     """A panel per task: its score over the stream, the other tasks' scores in grey, and a mark after its own training.
     Many tasks share one panel, in which the strong line is the mean over the trained tasks.
     """
@@ -101,7 +107,7 @@ def _score_panel(axes: Axes, values: Floats, task: int) -> None:
     axes.tick_params(labelsize=8)
 
 
-def _scores_of_many(values: Floats) -> bytes:
+def _scores_of_many(values: Floats) -> Picture:
     """All tasks in one panel: their scores, the mean over the trained ones, and each score after its own training."""
     from matplotlib.collections import LineCollection
 
@@ -139,7 +145,107 @@ def _style_score_panels(grid: np.ndarray, values: Floats, tasks: int) -> None:
             axes.set_ylim(-0.04, 1.04)
 
 
-def loss(tasks: Sequence[str], losses: Mapping[str, Losses]) -> bytes:
+def means(runs: Mapping[str, Matrix]) -> Picture:
+    """The mean score over the tasks trained so far, a line for each run; the matrices are by name of the run."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        everything = []
+        for (name, matrix), style in zip(runs.items(), line_styles(), strict=False):
+            values = _as_array(matrix)
+            steps = range(1, len(values))
+            shown = [_mean(values[step, :step]) for step in steps]
+            everything += shown
+            axes.plot(
+                steps, shown, label=short(name), marker="o" if len(shown) <= NUMBERED else "", markersize=3.5, **style
+            )
+        _style_score_panels(np.array([axes]), np.array([everything]), max(len(matrix) - 1 for matrix in runs.values()))
+        axes.set(xlabel="tasks trained", ylabel="mean score")
+        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+    return draw((WIDE * 0.75, 4.0), paint)
+
+
+def losses(runs: Mapping[str, tuple[Sequence[str], Mapping[str, Losses]]]) -> Picture:
+    """The training loss of each run over the whole stream, as a moving mean over a hundredth of its steps; a run has
+    its tasks and their losses.
+    """
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for (name, (tasks, of_task)), style in zip(runs.items(), line_styles(), strict=False):
+            values = np.concatenate([_by_step(of_task[task]) for task in tasks if of_task.get(task)])
+            steps, shown = thinned_curve(moving_mean(values, max(1, len(values) // 100)))
+            axes.plot(steps + 1, shown, label=short(name), **style)
+        axes.set(xlabel="optimiser step, over the whole stream", ylabel="training loss")
+        axes.grid(axis="y", color=LIGHT, linewidth=0.6)
+        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+    return draw((WIDE * 0.75, 3.6), paint)
+
+
+def ranges(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Picture:
+    """A panel for each metric: a row for each method with a dot per seed, and their mean ± sample standard deviation.
+
+    The values are by metric and then by label of the row.
+    """
+    rows = list(dict.fromkeys(label for values in panels.values() for label in values))
+
+    def paint(figure: Figure) -> None:
+        grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (metric, values) in zip(grid, panels.items(), strict=True):
+            for place, label in enumerate(rows):
+                _range(axes, place, np.array(values.get(label, [])))
+            axes.set_title(metric, fontsize=9)
+            axes.grid(axis="x", color=LIGHT, linewidth=0.6)
+            axes.tick_params(labelsize=8)
+        grid[0].set_yticks(range(len(rows)), [short(label) for label in rows], fontsize=8)
+        grid[0].set_ylim(len(rows) - 0.5, -0.5)
+
+    return draw((2.0 + 3.0 * len(panels), 0.9 + 0.34 * max(2, len(rows))), paint)
+
+
+def _range(axes: Axes, place: int, values: Floats) -> None:
+    if not len(values):
+        return
+    deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    axes.plot(values, [place] * len(values), color=GREY, marker="o", markersize=3, linestyle="", zorder=2)
+    axes.errorbar(values.mean(), place, xerr=deviation, color=BLUE, marker="D", markersize=5, capsize=3, zorder=3)
+
+
+def line_styles() -> Iterator[dict[str, Any]]:
+    """Styles of lines that can be told apart by colour, and in print by their dashes."""
+    for dashes in ("-", "--", ":"):
+        for colour in (BLUE, ORANGE, *FURTHER):
+            yield {"color": colour, "linestyle": dashes, "linewidth": 1.6}
+
+
+def thinned_curve(values: Floats, most: int = MOST_POINTS) -> tuple[Indices, Floats]:
+    """Places and values of a curve with at most about `most` points: the smallest and the largest one of each stretch
+    of a longer curve, which looks the same.
+    """
+    length = math.ceil(len(values) / (most // 2))
+    if length < 3:
+        return np.arange(len(values)), values
+    padded = np.full(math.ceil(len(values) / length) * length, np.nan)
+    padded[: len(values)] = values
+    stretches = padded.reshape(-1, length)
+    starts = np.arange(len(stretches)) * length
+    # A stretch without any value keeps its place as a gap.
+    low = np.argmin(np.where(np.isnan(stretches), np.inf, stretches), axis=1)
+    high = np.argmax(np.where(np.isnan(stretches), -np.inf, stretches), axis=1)
+    places = np.unique(np.concatenate([starts + low, starts + high]))
+    return places, padded[places]
+
+
+def _by_step(losses: Losses) -> Floats:
+    """`(steps,)` the losses of a task; NaN for steps without one."""
+    values = np.full(max(losses), np.nan)
+    values[np.array(list(losses)) - 1] = list(losses.values())
+    return values
+
+
+def loss(tasks: Sequence[str], losses: Mapping[str, Losses]) -> Picture:
     """Training loss over the optimiser steps of the whole stream, with lines between the tasks.
 
     For tasks with many steps, a moving mean over a twentieth of the steps is drawn on top of the single losses.
@@ -151,7 +257,7 @@ def loss(tasks: Sequence[str], losses: Mapping[str, Losses]) -> bytes:
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         for start, length, name in zip(starts, lengths, trained, strict=False):
-            _loss_of_task(axes, start, length, losses[name])
+            _loss_of_task(axes, start, length, losses[name], len(trained))
         borders = starts[1:-1] + 0.5
         heights = axes.get_xaxis_transform()
         axes.vlines(borders, 0, 1, transform=heights, color=GREY, linewidth=min(0.8, 20 / len(starts)), linestyle="--")
@@ -160,17 +266,18 @@ def loss(tasks: Sequence[str], losses: Mapping[str, Losses]) -> bytes:
     return draw((WIDE * 0.85, 4.0), paint)
 
 
-def _loss_of_task(axes: Axes, start: int, length: int, losses: Losses) -> None:
-    values = np.full(length, np.nan)
-    values[np.array(list(losses)) - 1] = list(losses.values())
-    steps = start + 1 + np.arange(length)
+def _loss_of_task(axes: Axes, start: int, length: int, losses: Losses, tasks: int) -> None:
+    values = _by_step(losses)
     window = length // 20
-    single = length == 1
+    most = max(200, MOST_POINTS // tasks)
+    places, shown = thinned_curve(values, most)
     if window < 2:
-        axes.plot(steps, values, color=BLUE, linewidth=1.2, marker="o" if single else "", markersize=4)
+        marker = "o" if length == 1 else ""
+        axes.plot(start + 1 + places, shown, color=BLUE, linewidth=1.2, marker=marker, markersize=4)
         return
-    axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=0.7)
-    axes.plot(steps, moving_mean(values, window), color=BLUE, linewidth=1.6)
+    axes.plot(start + 1 + places, shown, color=BLUE, alpha=0.3, linewidth=0.7)
+    places, shown = thinned_curve(moving_mean(values, window), most)
+    axes.plot(start + 1 + places, shown, color=BLUE, linewidth=1.6)
 
 
 def moving_mean(values: Floats, window: int) -> Floats:
@@ -195,7 +302,7 @@ def _style_loss(axes: Axes, starts: Floats, trained: Sequence[str]) -> None:
     top.tick_params(length=0)
 
 
-def unit_importance(tasks: Sequence[str], units: UnitResults) -> bytes:
+def unit_importance(tasks: Sequence[str], units: UnitResults) -> Picture:
     """Normalised importance on a logarithmic scale, by task and skill unit, or by module if there are many units."""
     from matplotlib.colors import LogNorm
 
@@ -211,7 +318,7 @@ def unit_importance(tasks: Sequence[str], units: UnitResults) -> bytes:
     return draw((WIDE, 2.0 + max(4, len(tasks)) * row_height(len(tasks))), paint)
 
 
-def task_correlation(tasks: Sequence[str], correlations: Floats) -> bytes:
+def task_correlation(tasks: Sequence[str], correlations: Floats) -> Picture:
     """Pearson correlation of the tasks' unit scores; a dash if all scores of a task are equal."""
     from matplotlib.colors import Normalize
 
@@ -225,7 +332,7 @@ def task_correlation(tasks: Sequence[str], correlations: Floats) -> bytes:
     return draw((2.6 + max(4, len(tasks)) * width, 1.6 + max(4, len(tasks)) * height), paint)
 
 
-def fusion(tasks: Sequence[str], units: UnitResults) -> bytes:
+def fusion(tasks: Sequence[str], units: UnitResults) -> Picture:
     """Share of the new weights by fused task (all but the first) and module, and of the old weights if the two do not
     add up to 1. One half is white; the scale ends at the share that is farthest from it.
     """

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.progress import WIDEST_MATRIX
 from cl_dist.report import pictures, tables
+from cl_dist.report.drawing import Picture
+from cl_dist.report.flips import Flips, flips_csv, read_flips
+from cl_dist.report.html import render
+from cl_dist.report.kept_rows import (
+    KeptRows,
+    kept_rows_csv,
+    kept_rows_picture,
+    read_kept_rows,
+    row_overlap_csv,
+    row_overlap_picture,
+)
 from cl_dist.report.page import MATRIX_FILE, Page
 from cl_dist.report.reading import RunData, read_run
+from cl_dist.report.sections import Contents, run_page
+from cl_dist.report.several import default_folder, read_several, several_page, several_pictures
 from cl_dist.report.units import UnitResults, correlation, read_unit_results
 from cl_dist.state.atomic import advising, write_bytes
+from cl_dist.state.run_folder import RunFolder
 
-PAGE = "report.md"
+PAGE, HTML = "report.md", "index.html"
+"""The pages: for a terminal or a repository, and for a browser."""
 MOST_NAMED = 25
 """Tasks that are listed in a sentence."""
 _ELSEWHERE = "use --out DIR to write it elsewhere"
@@ -29,13 +45,15 @@ class Report:
     run: RunData
     folder: Path
     files: tuple[str, ...]
-    """Names of the files, the page first."""
+    """Names of the files, the pages first."""
     missing: tuple[str, ...]
     """What is not shown, and why."""
 
 
-def write_report(run_folder: Path, out: Path | None = None) -> Report:
-    """Write the report of a run into `out`, by default into `report` in the run folder.
+def write_report(run_folder: Path, out: Path | None = None, formats: Collection[str] = ("png",)) -> Report:
+    """Write the report of a run into `out`, by default into `report` in the run folder: a page of HTML that contains
+    everything, a page of Markdown with its pictures, and data. `formats` (of `FORMATS`) are those of the pictures; PNG,
+    which the Markdown page shows, is always written.
 
     All data is read and all pictures are drawn before the first file is written; each file is replaced atomically.
 
@@ -45,17 +63,55 @@ def write_report(run_folder: Path, out: Path | None = None) -> Report:
     """
     run = read_run(run_folder)
     # Read and draw everything first: an error must not leave half of a report behind.
-    units = read_unit_results([run.folder.task(position, name) for position, name in enumerate(run.done)])
+    folders = [run.folder.task(position, name) for position, name in enumerate(run.done)]
+    units = read_unit_results(folders)
+    flips, not_compared = read_flips(run)
+    kept = read_kept_rows(run.done, folders)
     out = run.folder.report if out is None else out
-    _check_out(out)
-    files = dict(_files(run, units))
+    check_out(out)
+    files, vectors = rendered(chain(_files(run, units), _sample_files(flips), _row_files(kept)), formats)
     missing = tuple(_missing(run, units))
     page = Page(run, units, files, missing).render(out)
-    _write(out, {PAGE: page.encode(), **files})
-    return Report(run, out, (PAGE, *files), missing)
+    html = render(run_page(Contents(run, units, flips, not_compared, kept, [PAGE, *files], missing)), vectors)
+    write_files(out, {HTML: html.encode(), PAGE: page.encode(), **files})
+    return Report(run, out, (HTML, PAGE, *files), missing)
 
 
-def _files(run: RunData, units: UnitResults | None) -> Iterator[tuple[str, bytes]]:
+def write_several(folders: Sequence[Path], out: Path | None = None, formats: Collection[str] = ("png",)) -> Path:
+    """Write a page that shows several runs side by side, and return its path; otherwise like `write_report`. By
+    default it is in `report` in the folder that all runs are in.
+
+    Raises:
+        BadInput: A folder contains no run, is given twice, or one of its files is damaged; or `out` cannot be written.
+        ClDistError: The disk is full.
+    """
+    several = read_several(folders)
+    out = default_folder(folders) if out is None else out
+    if (out / RunFolder(out).manifest.name).exists():
+        raise BadInput(f"{out} is a run folder; give another folder for the report with --out")
+    check_out(out)
+    files, vectors = rendered(several_pictures(several), formats)
+    write_files(out, {HTML: render(several_page(several, list(files)), vectors).encode(), **files})
+    return out / HTML
+
+
+def rendered(
+    files: Iterable[tuple[str, bytes | Picture]], formats: Collection[str]
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """The files, with the pictures (`name.png`) in `formats`; and the pictures as SVG, by name, to put into a page."""
+    written, vectors = {}, {}
+    for file, content in files:
+        if isinstance(content, bytes):
+            written[file] = content
+            continue
+        name = file.removesuffix(".png")
+        images = content.render({"png", "svg", *formats})
+        vectors[name] = images["svg"]
+        written |= {f"{name}.{kind}": image for kind, image in images.items() if kind == "png" or kind in formats}
+    return written, vectors
+
+
+def _files(run: RunData, units: UnitResults | None) -> Iterator[tuple[str, bytes | Picture]]:
     """The pictures and CSV files that the run has data for."""
     tasks, matrix = run.manifest.tasks, run.manifest.accuracy_matrix
     if matrix:
@@ -71,7 +127,7 @@ def _files(run: RunData, units: UnitResults | None) -> Iterator[tuple[str, bytes
         yield from _unit_files(run.done, units)
 
 
-def _unit_files(tasks: tuple[str, ...], units: UnitResults) -> Iterator[tuple[str, bytes]]:
+def _unit_files(tasks: tuple[str, ...], units: UnitResults) -> Iterator[tuple[str, bytes | Picture]]:
     yield "unit_importance.png", pictures.unit_importance(tasks, units)
     yield "unit_importance.csv", tables.importance_csv(tasks, units).encode()
     yield "fusion.csv", tables.fusion_csv(tasks, units).encode()
@@ -80,6 +136,21 @@ def _unit_files(tasks: tuple[str, ...], units: UnitResults) -> Iterator[tuple[st
         yield "task_correlation.png", pictures.task_correlation(tasks, correlations)
         yield "task_correlation.csv", tables.correlation_csv(tasks, correlations).encode()
         yield "fusion.png", pictures.fusion(tasks, units)
+
+
+def _sample_files(flips: Sequence[Flips]) -> Iterator[tuple[str, bytes | Picture]]:
+    if flips:
+        yield "samples.csv", flips_csv(flips).encode()
+
+
+def _row_files(kept: KeptRows | None) -> Iterator[tuple[str, bytes | Picture]]:
+    if kept is None or not any(kept.masked):
+        return
+    yield "kept_rows.png", kept_rows_picture(kept)
+    yield "kept_rows.csv", kept_rows_csv(kept).encode()
+    if sum(kept.masked) > 1:
+        yield "row_overlap.png", row_overlap_picture(kept)
+        yield "row_overlap.csv", row_overlap_csv(kept).encode()
 
 
 def _missing(run: RunData, units: UnitResults | None) -> Iterator[str]:
@@ -98,7 +169,7 @@ def _missing(run: RunData, units: UnitResults | None) -> Iterator[str]:
         yield "No correlation and no picture of fusion: both need two finished tasks."
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Create the folder; BadInput if that fails, or if files cannot be written there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +182,8 @@ def _check_out(out: Path) -> None:
         raise BadInput(f"{out}: the report cannot be written there: {error.strerror}; {_ELSEWHERE}") from error
 
 
-def _write(out: Path, files: dict[str, bytes]) -> None:
+def write_files(out: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files by name, replacing each atomically; `BadInput` if that fails."""
     try:
         with advising(f"free some space and try again; {_ELSEWHERE}"):
             for name, content in files.items():

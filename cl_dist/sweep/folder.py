@@ -6,6 +6,7 @@
 | `recipes/<order>-<method>-seed<k>.yaml` | the resolved recipe that a cell runs |
 | `runs/<order>/<method>/seed<k>/` | the run folder of a cell |
 | `table.md`, `table.csv`, `table.tex` | the results so far |
+| `report/` | the page and pictures of the results |
 | `.lock` | held while cells run here |
 """
 
@@ -43,6 +44,11 @@ class SweepFolder:
     def runs(self) -> Path:
         """Folder of all run folders."""
         return self.path / "runs"
+
+    @property
+    def report(self) -> Path:
+        """Folder of the page and its pictures."""
+        return self.path / "report"
 
     def run(self, order: str, method: str, seed: int) -> Path:
         """Run folder of a cell."""

@@ -6,22 +6,23 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cl_dist.config.objectives import FACTS, ObjectiveName
 from cl_dist.config.schema import TrainConfig
 from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
+from cl_dist.tasks.conversations import ConversationEncoder
 from cl_dist.tasks.objectives import OBJECTIVES
 from cl_dist.tasks.samples import Samples, pack, whole
-from cl_dist.tasks.template import AnswerParts, ChatTemplate
+from cl_dist.tasks.template import AnswerParts, ChatTemplate, cut
 from cl_dist.tasks.types import Encoded, Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Side = Literal["middle", "left", "right"]
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -48,14 +49,6 @@ def check_kind(task: Task, objective: ObjectiveName) -> None:
             f"task {task.name!r} is {task.kind}, but {objective} learns {listed(kinds, last='or')} only "
             "(model.objective)"
         )
-
-
-def cut(ids: list[int], room: int, side: Side) -> list[int]:
-    """Cut ids to at most `room` of them, by dropping their middle, their start (`left`) or their end (`right`)."""
-    if len(ids) <= room:
-        return ids
-    kept_at_end = {"middle": room // 2, "left": room, "right": 0}[side]
-    return ids[: room - kept_at_end] + ids[len(ids) - kept_at_end :]
 
 
 def find_special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -101,6 +94,12 @@ class Encoder:
             parts = self._answer_parts(label_names)
             self._reserve = max(len(self._fitting_answer(parts[each].ids, f"label {each!r}")) for each in label_names)
 
+    @property
+    def _conversations(self) -> ConversationEncoder:
+        # Without a chat template, `load_stream` has made a sample of every answer.
+        assert self._template is not None
+        return ConversationEncoder(self._template, self._config, self._training_answer)
+
     def identity(self) -> dict[str, Any] | None:
         """Everything but the texts that decides the ids, as a JSON value.
 
@@ -133,6 +132,37 @@ class Encoder:
         pad = self._tokenizer.pad_token_id
         return int(pad if pad is not None else self._tokenizer.eos_token_id)
 
+    @property
+    def objective(self) -> ObjectiveName:
+        """What the samples are encoded for."""
+        return self._objective.name
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens included."""
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def each_length(self, task: Task) -> Iterator[tuple[int, list[int], bool]]:
+        """Of each training sample: tokens of its prompt with what stands around it, those of its answers, both before
+        anything is cut, and whether `max_length` cuts the prompt.
+        """
+        if task.kind == "text":
+            for _, some in _pieces(task.train):
+                yield from ((0, [len(ids)], False) for ids in self._tokenize([each.answer for each in some]))
+            return
+        taken = len(self._prefix) + len(self._suffix)
+        for _, some in _pieces(task.train):
+            prompts = self._tokenize_prompts([_question(example) for example in some])
+            wanted = chain.from_iterable(map(answers_of, some)) if self._facts.generates else ()
+            answers = self._answer_parts(list(dict.fromkeys(wanted)))
+            for prompt, example in zip(prompts, some, strict=True):
+                own = [len(answers[each].ids) for each in answers_of(example)] if self._facts.generates else []
+                if example.turns:
+                    before, learnt = self._conversations.lengths(example.turns)
+                    yield before, own, before + learnt > self._config.max_length
+                    continue
+                most = self._config.max_length - (min(own[0], self.answer_room) if self._facts.answer_in_prompt else 0)
+                yield taken + len(prompt), own, taken + len(prompt) > most
+
     def check(self, task: Task) -> None:
         """Raise BadInput for training data that `train` would refuse, without tokenising the prompts.
 
@@ -145,20 +175,23 @@ class Encoder:
             return
         if not self._facts.generates:
             return
+        if any(example.turns for example in task.train):
+            self._conversations.check(task)
         cuts = 0
         for first, some in _pieces(task.train):
-            answers = self._answers_to(some)
+            answers = self._answer_parts(list(dict.fromkeys(chain.from_iterable(map(answers_of, some)))))
             for index, example in enumerate(some, first):
-                ids = answers[example.answer].ids
-                cuts += len(ids) > self._answer_room
-                self._training_answer(ids, _place(task, index))
+                lengths = [len(answers[answer].ids) for answer in answers_of(example)]
+                cuts += any(length > self.answer_room for length in lengths)
+                for answer in answers_of(example):
+                    self._training_answer(answers[answer].ids, _place(task, index))
         if cuts and self._config.long_answers == "cut":
             logger.warning(
                 "task %r: %d of %d training answers are cut to %d tokens (train.long_answers)",
                 task.name,
                 cuts,
                 len(task.train),
-                self._answer_room,
+                self.answer_room,
             )
 
     def train(self, task: Task) -> Samples:
@@ -176,9 +209,12 @@ class Encoder:
             yield from self.each_chunk(task.train)
             return
         for first, some in _pieces(task.train):
-            prompts = self._tokenize_prompts([example.prompt for example in some])
+            prompts = self._tokenize_prompts([_question(example) for example in some])
             answers = self._answers_to(some) if self._facts.generates else {}
             for index, (prompt, example) in enumerate(zip(prompts, some, strict=True), first):
+                if example.turns:
+                    yield self._conversations.sample(index, example.turns, _place(task, index))
+                    continue
                 if self._facts.generates:
                     target = self._training_answer(answers[example.answer].ids, _place(task, index))
                 else:
@@ -215,9 +251,13 @@ class Encoder:
     def each_prompt(self, task: Task) -> Iterator[Encoded]:
         """`prompt_ids` of the task's evaluation samples, as samples without labels."""
         for first, some in _pieces(task.evaluation):
-            prompts = self._tokenize_prompts([example.prompt for example in some])
-            for index, prompt in enumerate(prompts, first):
-                yield Encoded(index, self._framed(prompt, self._reserve) + self._lead, [])
+            prompts = self._tokenize_prompts([_question(example) for example in some])
+            for index, (prompt, example) in enumerate(zip(prompts, some, strict=True), first):
+                if example.turns:
+                    ids = self._conversations.history(example.turns, self._reserve)
+                else:
+                    ids = self._framed(prompt, self._reserve)
+                yield Encoded(index, ids + self._lead, [])
 
     def prompt_ids(self, prompt: str, answer_length: int | None = None) -> list[int]:
         """Ids of a prompt from which a model continues in evaluation, cut to `max_length`.
@@ -323,13 +363,13 @@ class Encoder:
 
     def _training_answer(self, ids: list[int], where: str) -> list[int]:
         """The ids of a sample's answer. If they are too many, `long_answers` decides between an error and a cut."""
-        room = self._answer_room
+        room = self.answer_room
         if self._config.long_answers == "error" or len(ids) <= room or room < 1:
             return self._fitting_answer(ids, where)
         return [*ids[: room - 1], ids[-1]]
 
     @property
-    def _answer_room(self) -> int:
+    def answer_room(self) -> int:
         """Most tokens of an answer. A decoder needs room for at least one token of the prompt too."""
         if not self._facts.answer_in_prompt:
             return self._config.max_target_length
@@ -399,6 +439,16 @@ def _pieces(items: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
     """Consecutive pieces of a sequence, each with the place where it starts."""
     for start in range(0, len(items), _AT_ONCE):
         yield start, items[start : start + _AT_ONCE]
+
+
+def answers_of(example: Example) -> tuple[str, ...]:
+    """What a model learns to say in a sample: its answer, or every answer of a conversation."""
+    return tuple(turn.content for turn in example.turns if turn.role == "assistant") or (example.answer,)
+
+
+def _question(example: Example) -> str:
+    """The prompt; nothing for a conversation, which is tokenised as a whole."""
+    return "" if example.turns else example.prompt
 
 
 def _place(task: Task, index: int) -> str:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import get_args
 
 from cl_dist.config.files import expand, is_there
-from cl_dist.config.schema import Recipe, StreamConfig, TaskConfig
+from cl_dist.config.schema import Recipe, StreamConfig, TaskConfig, TrainConfig
 from cl_dist.config.words import is_text, listed, show
 from cl_dist.errors import BadInput
 from cl_dist.heartbeat import beat
 from cl_dist.tasks.formats.catalogue import builtin_formats
+from cl_dist.tasks.formats.conversations import each_answer
 from cl_dist.tasks.formats.files import enumerate_names, missing
 from cl_dist.tasks.formats.format import RawTask, Source, Split
 from cl_dist.tasks.types import Example, Kind, LabelSource, ScoredOn, Task, compose
@@ -23,16 +24,19 @@ from cl_dist.tasks.types import Example, Kind, LabelSource, ScoredOn, Task, comp
 logger = logging.getLogger(__name__)
 
 
-def load_stream(stream: StreamConfig, recipe_dir: Path) -> tuple[Task, ...]:
-    """Read and check all tasks, in the stream's order. Raises BadInput, which names task, file and record."""
+def load_stream(stream: StreamConfig, recipe_dir: Path, train: TrainConfig) -> tuple[Task, ...]:
+    """Read and check all tasks, in the stream's order. Raises BadInput, which names task, file and record.
+
+    Of `train`, the seed draws samples that are held out, and the template decides what a conversation becomes.
+    """
     if stream.root is not None:
         root = recipe_dir / expand(stream.root, "stream.root")
         if not is_there(root):
             raise BadInput(f"stream.root: {missing(root)}")
-    return tuple(load_task(task, stream, recipe_dir) for task in stream.tasks)
+    return tuple(load_task(task, stream, recipe_dir, train) for task in stream.tasks)
 
 
-def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path) -> Task:
+def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path, train: TrainConfig) -> Task:
     """Read and check one task. Raises BadInput, which names the task."""
     source = Source(
         name=task.name,
@@ -45,6 +49,7 @@ def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path) -> Task:
         empty_answers=stream.empty_answers,
         max_train_samples=stream.max_train_samples,
         max_eval_samples=stream.max_eval_samples,
+        seed=train.seed,
         stream_settings=stream.shared,
     )
     beat()
@@ -52,7 +57,7 @@ def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path) -> Task:
         raw = task.reader.read(source)
         if task.format not in builtin_formats():
             check_answer(raw, task.format)
-        return build_task(task, stream, raw)
+        return build_task(task, stream, with_each_answer(raw, chat=train.template == "chat"))
     except BadInput as error:
         raise BadInput(f"task {task.name!r}: {error}") from error
 
@@ -94,6 +99,35 @@ def _check_split(split: object, place: str) -> None:
                 )
 
 
+def with_each_answer(raw: RawTask, chat: bool) -> RawTask:
+    """The task with its conversations as samples.
+
+    With a chat template, a conversation is one training sample with a loss on every answer. Otherwise each of its
+    answers is a sample, the turns before it being the prompt. Evaluation always asks for each answer, after the turns
+    of the data.
+    """
+    if not any(example.turns for split in (raw.train, raw.evaluation) for example in split.examples):
+        return raw
+    evaluation = _each_answer(raw.evaluation)
+    if chat:
+        return replace(raw, evaluation=evaluation)
+    bare = (_bare(_each_answer(raw.train)), _bare(evaluation))
+    return replace(raw, train=bare[0], evaluation=bare[1])
+
+
+def _each_answer(split: Split) -> Split:
+    found = [
+        (each, position)
+        for example, position in zip(split.examples, split.positions, strict=True)
+        for each in each_answer(example)
+    ]
+    return replace(split, examples=[each for each, _ in found], positions=[position for _, position in found])
+
+
+def _bare(split: Split) -> Split:
+    return replace(split, examples=[replace(each, turns=()) for each in split.examples])
+
+
 def build_task(task: TaskConfig, stream: StreamConfig, raw: RawTask) -> Task:
     """Determine kind and labels from all samples, then apply the sample limits."""
     for split in (raw.train, raw.evaluation):
@@ -116,6 +150,7 @@ def build_task(task: TaskConfig, stream: StreamConfig, raw: RawTask) -> Task:
         unlisted=sum(each.answer not in labels for each in evaluation) if labels else 0,
         origins=(raw.train.origin, raw.evaluation.origin),
         scored_on=raw.scored_on or stream.eval_split,
+        read_as=raw.read_as,
     )
 
 

@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput
+from cl_dist.tasks.types import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Side = Literal["middle", "left", "right"]
 T = TypeVar("T")
 
 PROBES = ("a", "Zq", "7.")
@@ -95,9 +97,9 @@ class ChatTemplate:
         """Text that the template adds when it asks for an answer but not in answered turns, such as the opening
         `<think>` of DeepSeek-R1. Prompts leave it out, so that evaluation asks in the same way as training."""
         probes = [self._ids(self.user_turn(probe)) for probe in PROBES]
-        self.head = _common_start(probes)
+        self.head = common_start(probes)
         """Ids before every prompt."""
-        self.cue = _common_end([ids[len(self.head) :] for ids in probes])
+        self.cue = common_end([ids[len(self.head) :] for ids in probes])
         """Ids after every prompt, including the start of the assistant's turn."""
         self._asked = self.user_turn(PROBES[0])
         self._asked_ids = self._ids(self._asked)
@@ -114,7 +116,7 @@ class ChatTemplate:
         question = [{"role": "user", "content": PROBES[0]}]
         asked = self._render(question, add_generation_prompt=True)
         answered = [self._render([*question, {"role": "assistant", "content": answer}]) for answer in ANSWER_PROBES]
-        shared = "".join(_common_start([asked, *answered]))
+        shared = "".join(common_start([asked, *answered]))
         ids = self._ids(asked)
         # Shorten the common text to whole tokens: `<think>` and `<answer>` share a `<`, but no token.
         while ids[: len(start := self._ids(shared))] != start:
@@ -152,6 +154,55 @@ class ChatTemplate:
         rows = zip(texts, wholes["input_ids"], strict=True)
         return [self._parts(text, self._behind_asked(ids, text)) for text, ids in rows]
 
+    def exchanges(self, turns: Sequence[Turn]) -> list[tuple[list[int], list[int]]]:
+        """For each answer of a conversation, the ids between the answer before it and its own start, and its own ids.
+
+        Put together they are the template's rendering of the whole conversation. As in `answers`, an answer ends with
+        the token that ends a turn, and the last one with end-of-sequence. Raises BadInput if the template renders the
+        conversation differently depending on how far it has come: then no single text has all answers as a model would
+        give them.
+        """
+        found: list[tuple[list[int], list[int]]] = []
+        so_far, rest = list[int](), list[int]()
+        text = ""
+        pieces = self._exchange_texts(turns)
+        for number, (question, answer) in enumerate(pieces, start=1):
+            sides = []
+            for piece in (question, answer):
+                text += piece
+                whole = self._ids(text)
+                # If the tokenizer merges tokens across the border, tokenise the piece by itself.
+                sides.append(whole[len(so_far) :] if whole[: len(so_far)] == so_far else self._ids(piece))
+                so_far = [*so_far, *sides[-1]]
+            before, own = [*rest, *sides[0]], sides[1]
+            if number == len(pieces):
+                found.append((before, self._ended(own)))
+                break
+            end = next((place for place, token in enumerate(own, start=1) if token in self.stops), len(own))
+            found.append((before, own[:end]))
+            rest = own[end:]
+        return found
+
+    def _exchange_texts(self, turns: Sequence[Turn]) -> list[tuple[str, str]]:
+        """The texts of `exchanges`."""
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        whole, done = self._render(messages), 0
+        found: list[tuple[str, str]] = []
+        for end, turn in enumerate(turns, start=1):
+            if turn.role != "assistant":
+                continue
+            asked = self._render(messages[: end - 1], add_generation_prompt=True).removesuffix(self.unanswered)
+            answered = self._render(messages[:end])
+            if len(asked) < done or not (whole.startswith(answered) and answered.startswith(asked)):
+                raise BadInput(
+                    f"{SETTING}: the template of {self._tokenizer.name_or_path} renders earlier turns differently once "
+                    "a conversation goes on, so conversations of several answers cannot be learnt with it; use another "
+                    "model's template, or train.template: none, which makes a sample of each answer"
+                )
+            found.append((whole[done : len(asked)], whole[len(asked) : len(answered)]))
+            done = len(answered)
+        return found
+
     def _parts(self, text: str, ids: list[int]) -> AnswerParts:
         """An answer's parts, given its text and ids behind the question."""
         lead = self.lead if text.startswith(self._lead_text) else []
@@ -181,12 +232,12 @@ class ChatTemplate:
     def _find_frame(self) -> tuple[str, list[int], list[int]]:
         """What the template puts before every answer, as text and as ids, and the ids after every answer."""
         texts = [self._answer_text(probe) for probe in ANSWER_PROBES]
-        before, behind = "".join(_common_start(texts)), "".join(_common_end(texts))
+        before, behind = "".join(common_start(texts)), "".join(common_end(texts))
         rows = [self._behind_asked(self._ids(self._asked + text), text) for text in texts]
         # If the vocabulary lacks the probes, they share the unknown token. So the common ids are limited to those of
         # the common text.
-        lead = _common_start([self._behind_asked(self._ids(self._asked + before), before), *rows])
-        tail = _common_end([row[len(lead) :] for row in rows])
+        lead = common_start([self._behind_asked(self._ids(self._asked + before), before), *rows])
+        tail = common_end([row[len(lead) :] for row in rows])
         return before, lead, self._ended(tail[len(tail) - min(len(tail), len(self._ids(behind))) :])
 
     def _answer_text(self, answer: str) -> str:
@@ -218,7 +269,15 @@ class ChatTemplate:
         return ids
 
 
-def _common_start(rows: Sequence[Sequence[T]]) -> list[T]:
+def cut(ids: list[int], room: int, side: Side) -> list[int]:
+    """Cut ids to at most `room` of them, by dropping their middle, their start (`left`) or their end (`right`)."""
+    if len(ids) <= room:
+        return ids
+    kept_at_end = {"middle": room // 2, "left": room, "right": 0}[side]
+    return ids[: room - kept_at_end] + ids[len(ids) - kept_at_end :]
+
+
+def common_start(rows: Sequence[Sequence[T]]) -> list[T]:
     """The longest start that all rows share."""
     start: list[T] = []
     for column in zip(*rows, strict=False):
@@ -228,6 +287,6 @@ def _common_start(rows: Sequence[Sequence[T]]) -> list[T]:
     return start
 
 
-def _common_end(rows: Sequence[Sequence[T]]) -> list[T]:
+def common_end(rows: Sequence[Sequence[T]]) -> list[T]:
     """The longest end that all rows share."""
-    return _common_start([row[::-1] for row in rows])[::-1]
+    return common_start([row[::-1] for row in rows])[::-1]

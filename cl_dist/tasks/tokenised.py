@@ -75,7 +75,7 @@ class TokenisedData:
         """A digest of everything that decides the ids: tokenizer, settings, code and texts, but not where they are."""
         if self._identity is None:
             return None
-        return _digest([what, self._identity, task.kind, *_texts(what, task)])
+        return _digest([*_head(what, task), self._identity, task.kind, *_texts(what, task)])
 
 
 class Stream(Sequence[Sequence[Encoded]]):
@@ -97,6 +97,15 @@ class Stream(Sequence[Sequence[Encoded]]):
         if isinstance(place, slice):
             return Stream(self._load, self._positions[place])
         return self._load(self._positions[place])
+
+
+def _head(what: What, task: Task) -> Iterator[str]:
+    """What is encoded; with conversations their turns too, which decide the ids together with the texts."""
+    yield what
+    examples = task.train if what == "train" else task.evaluation
+    if any(example.turns for example in examples):
+        yield "turns"
+        yield from (json.dumps([[turn.role, turn.content] for turn in example.turns]) for example in examples)
 
 
 def _texts(what: What, task: Task) -> Iterator[str]:

@@ -14,7 +14,17 @@ IGNORE = -100
 
 Kind = TaskKind
 LabelSource = Literal["recipe", "data", "training answers"]
-ScoredOn = Literal["test", "dev", "train"]
+ScoredOn = Literal["test", "dev", "train", "held-out"]
+"""`held-out`: samples that were drawn from the training data and are not trained on."""
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: Role
+    content: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,9 @@ class Example:
     """All right answers, if there are several. Training uses only `answer`, the first of them."""
     slot: Slot | None = None
     """What an evaluation sample of dialogue state tracking asks for."""
+    turns: tuple[Turn, ...] = ()
+    """A conversation with a system prompt or several answers, in full; `answer` is the last turn, and `prompt` the
+    others as plain text. Empty for one question and its answer."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,8 @@ class Task:
     """Number of evaluation samples whose answer is not a label; possible if labels come from the training answers."""
     scored_on: ScoredOn = "test"
     """The split that `evaluation` is."""
+    read_as: str = ""
+    """What the records hold, and in which columns; empty for formats whose records have fixed fields."""
 
 
 @dataclass(frozen=True)

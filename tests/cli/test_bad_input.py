@@ -231,7 +231,7 @@ class TestRunFolder:
 
     def test_a_run_of_another_recipe_to_resume(self, command: Command, recipe: Path) -> None:
         self.manifest(recipe.parent / "runs/mine")
-        (recipe.parent / "runs/mine/config.yaml").write_text(command("recipe", "quickstart")[1])
+        (recipe.parent / "runs/mine/config.yaml").write_text(command("recipe", "quickstart", "--all")[1])
         refused(
             command("run", recipe, "--resume"), "--resume: the recipe is not the one that runs/mine was started with"
         )

@@ -8,7 +8,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes
+from cl_dist.methods.catalogue import known
+from cl_dist.methods.config import exclusion
+from cl_dist.methods.ewc.config import EwcConfig
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import CheckpointEntry, Manifest
 from tests.cli.conftest import Command
@@ -27,28 +32,105 @@ class TestRecipe:
         assert [line.split()[0] for line in output.splitlines()] == list(shipped_recipes())
         assert all(len(line.split()) > 5 for line in output.splitlines())
 
-    def test_with_a_name_prints_the_resolved_recipe(self, command: Command) -> None:
+    def test_with_changes_or_all_prints_all_settings(self, command: Command) -> None:
         code, output, _ = command("recipe", "quickstart", "--set", "method.name=migu")
         assert (code, output) == (0, dump_recipe(load_recipe("quickstart", ["method.name=migu"])[0]))
+        assert command("recipe", "quickstart", "--all")[1] == dump_recipe(load_recipe("quickstart")[0])
+
+    def test_of_ones_own_file_prints_all_settings(self, command: Command, tmp_path: Path) -> None:
+        (tmp_path / "my.yaml").write_text(command("recipe", "quickstart")[1])
+        printed = command("recipe", "my.yaml")[1]
+        assert printed == dump_recipe(load_recipe("quickstart")[0])
+
+    @pytest.mark.parametrize("name", shipped_recipes())
+    def test_of_a_shipped_recipe_keeps_its_comments_and_loads_as_the_same(
+        self, command: Command, tmp_path: Path, name: str
+    ) -> None:
+        text = command("recipe", name)[1]
+        assert text.startswith("# ")
+        (tmp_path / f"{name}.yaml").write_text(text)
+        assert load_recipe(f"{name}.yaml") == load_recipe(name)
 
     def test_explains_every_setting(self, command: Command) -> None:
         code, output, _ = command("recipe", "--explain")
         assert code == 0
         assert "method(migu).threshold\n    a number, at least 0, below 1 (default: 0.7)\n    Quantile T" in output
 
+    @pytest.mark.parametrize(
+        ("prefix", "keys"),
+        [
+            ("zero.", ["zero.stage", "zero.offload", "zero.deepspeed"]),
+            ("train.epochs", ["train.epochs"]),
+            ("stream.tasks.labels", ["stream.tasks[].labels"]),
+            ("stream.tasks[].labels", ["stream.tasks[].labels"]),
+            ("migu.mask_", ["method(migu).mask_bias", "method(migu).mask_scope"]),
+            ("method.lambda", ["method(olora).lambda1", "method(olora).lambda2"]),
+        ],
+    )
+    def test_explains_the_settings_that_start_with_a_word(self, command: Command, prefix: str, keys: list[str]) -> None:
+        _, output, _ = command("recipe", "--explain", prefix)
+        assert [line for line in output.splitlines() if line and not line.startswith(" ")] == keys
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--explain", "train.epoch_"], "--explain: no setting starts with train.epoch_; did you mean train.epochs?"
+             ),
+            (["--explain", "epochs"], "--explain: no setting starts with epochs; did you mean stream.tasks[].epochs or "
+             "train.epochs?"),
+            (["--explain", "xyzzy"], "--explain: no setting starts with xyzzy"),
+            (["quickstart", "--schema"], "--schema: is about the settings of all recipes, so quickstart has no effect; "
+             "leave it out"),
+            (["--explain", "train", "--set", "a=1"], "--explain: is about the settings of all recipes, so --set has no "
+             "effect; leave it out"),
+            (["--all"], "--all: no recipe to print; name one, as in: cl-dist recipe quickstart --all"),
+        ],
+    )  # fmt: skip
+    def test_what_means_nothing_is_one_sentence(self, command: Command, arguments: list[str], message: str) -> None:
+        assert command("recipe", *arguments) == (2, "", f"cl-dist: error: {message}\n")
+
+    def test_prints_a_schema_that_knows_plugins(self, command: Command) -> None:
+        schema = json.loads(command("recipe", "--schema")[1])
+        assert schema["required"] == ["model", "stream"]
+
     def test_a_change_needs_a_recipe(self, command: Command) -> None:
         code, _, error = command("recipe", "--set", "train.epochs=1")
         assert (code, error[:24]) == (2, "cl-dist: error: --set: n")
 
 
-def test_methods_are_listed_with_a_description(command: Command) -> None:
-    code, output, _ = command("methods")
-    assert code == 0
-    baselines = ["sequential", "inclora", "olora", "replay", "ewc", "lwf", "agem", "per_task", "multi_task"]
-    names = sorted([*baselines, "migu", "kif", "tasl", "recurrent_kif"])
-    assert [line.split()[0] for line in output.splitlines()] == names
-    assert all(line.endswith(".") for line in output.splitlines())
-    assert "arXiv 2406.17245" in output
+class TestMethods:
+    """`cl-dist methods`"""
+
+    def test_each_is_listed_whole(self, command: Command) -> None:
+        code, output, _ = command("methods")
+        assert code == 0
+        baselines = ["sequential", "inclora", "olora", "replay", "ewc", "lwf", "agem", "per_task", "multi_task"]
+        blocks = dict(block.split("\n", 1) for block in output.strip().split("\n\n"))
+        assert sorted(blocks) == sorted([*baselines, "migu", "kif", "tasl", "recurrent_kif"])
+        assert all("\n    composes with: " in block for block in blocks.values())
+        migu = " ".join(blocks["migu"].split())
+        assert "settings: threshold (0.7), mask (gradient), " in migu
+        assert "composes with: agem, ewc, inclora, kif, lwf, olora, recurrent_kif, replay, sequential, tasl" in migu
+        assert migu.endswith("source: https://arxiv.org/abs/2406.17245")
+        assert "not with kif and recurrent_kif: kif, tasl and recurrent_kif all fuse weights" in " ".join(
+            blocks["tasl"].split()
+        )
+
+    def test_what_composes_is_what_a_recipe_may_combine(self, command: Command) -> None:
+        block = " ".join(command("methods", "ewc")[1].partition("\n\n")[0].split())
+        listed = block.partition("composes with: ")[2].partition(" not with ")[0].split(", ")
+        assert listed == [name for name, cls in known().items() if name != "ewc" and not exclusion(EwcConfig, cls)]
+
+    def test_one_comes_with_the_meaning_of_its_settings(self, command: Command) -> None:
+        output = command("methods", "replay")[1]
+        assert output.startswith("replay\n")
+        assert "\n\nmethod(replay).ratio\n    a number, " in output
+        assert "method(migu)" not in output
+
+    def test_an_unknown_one_is_one_sentence(self, command: Command) -> None:
+        code, output, error = command("methods", "migu", "mgiu")
+        assert (code, output) == (2, "")
+        assert error.startswith('cl-dist: error: methods: there is no method "mgiu"; allowed: agem, ewc, ')
 
 
 class TestStatus:

@@ -28,7 +28,7 @@ def test_it_is_listed_and_explained(tmp_path: Path, command: Command) -> None:
     recipe(tmp_path)
     code, listed, _ = command("methods", "--plugin", "projection.py")
     assert code == 0
-    assert re.search(rf"^{NAME} +Gradient projection: removes the component along", listed, re.MULTILINE)
+    assert re.search(rf"^{NAME}\n +Gradient projection: removes the component along", listed, re.MULTILINE)
     explained = command("recipe", "--explain", "--plugin", "projection")[1]
     assert f"method({NAME}).strength\n    a number, at least 0, at most 1 (default: 1.0)\n" in explained
     assert "    Fraction of that component to remove." in explained
@@ -81,9 +81,10 @@ def test_an_installed_package_offers_methods(tmp_path: Path, command: Command, m
     offered.cache_clear()
     try:
         listed = command("methods")[1]
-        assert re.search(r"^drift +Gradient projection: removes the component along", listed, re.MULTILINE)
-        assert "a built-in method has this name" in listed
-        assert "loading it raised ModuleNotFoundError: No module named 'nowhere'" in listed
+        assert re.search(r"^drift\n +Gradient projection: removes the component along", listed, re.MULTILINE)
+        together = " ".join(listed.split())
+        assert "a built-in method has this name" in together
+        assert "loading it raised ModuleNotFoundError: No module named 'nowhere'" in together
         code, printed, _ = command("recipe", "quickstart", "--set", "method={name: drift, strength: 0.5}")
         assert code == 0
         assert "strength: 0.5" in printed

@@ -39,9 +39,10 @@ def test_no_component_of_the_schema_is_left_out() -> None:
 def test_a_formats_setting_names_its_formats() -> None:
     assert (
         "stream.tasks[].input_field\n    a string (default: input)\n"
-        "    Formats huggingface and jsonl: Field of a record that contains the prompt.\n" in explain()
+        "    Formats auto, huggingface and jsonl: Field of a record that contains the prompt.\n" in explain()
     )
-    assert " How the data is stored. `builtin`: generated; `cl_benchmark`: O-LoRA, MIGU; `huggingface`: " in explain()
+    found = "found from `path`: a file, a folder, a saved or published data set"
+    assert f" How the data is stored. `auto`: {found}; `builtin`: generated; `cl_benchmark`: " in explain()
     assert "stream.name_tasks\n    true or false (default: false)\n    Format cl_benchmark: Start prompts" in explain()
 
 

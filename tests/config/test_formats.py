@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from cl_dist.config.load import load_recipe
-from cl_dist.config.schema import StreamConfig, TaskConfig
+from cl_dist.config.schema import StreamConfig, TaskConfig, TrainConfig
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.catalogue import builtin_formats
 from cl_dist.tasks.formats.format import INFERRED, Format, StreamSettings, defaults_of
@@ -20,6 +20,10 @@ OTHER: dict[str, Any] = {
     "input_field": "question",
     "output_field": "said",
     "text_field": "text",
+    "messages_field": "talk",
+    "prompt": "{question}",
+    "columns": {"input": "question"},
+    "eval_fraction": 0.1,
     "subset": "en",
     "streaming": True,
     "instruction_file": "mine.json",
@@ -30,7 +34,8 @@ OTHER: dict[str, Any] = {
     "root": "/data",
 }
 """A value of each such setting that is not its default."""
-TASK_SETTINGS = ("input_field", "output_field", "text_field", "subset", "streaming")
+OF_RECORDS = {*("input_field", "output_field", "text_field"), *("messages_field", "prompt", "columns", "eval_fraction")}
+TASK_SETTINGS = (*OF_RECORDS, "subset", "streaming")
 
 
 def read_by(data_format: type[Format]) -> set[str]:
@@ -42,7 +47,7 @@ READS = {name: read_by(data_format) for name, data_format in builtin_formats().i
 
 
 def test_what_each_format_reads() -> None:
-    records = INFERRED | {"input_field", "output_field", "text_field"}
+    records = INFERRED | OF_RECORDS
     answers = {"root", "eval_split", "empty_answers"}
     assert {
         "builtin": set(),
@@ -52,7 +57,8 @@ def test_what_each_format_reads() -> None:
         "superni": INFERRED,
         "sgd": answers,
         "jsonl": records,
-        "text": {"root", "eval_split"},
+        "text": {"root", "eval_split", "eval_fraction"},
+        "auto": records | {"subset", "streaming"},
         "huggingface": records | {"subset", "streaming"},
     } == READS
     assert set(OTHER) == {name for names in READS.values() for name in names}
@@ -113,7 +119,7 @@ def test_a_root_that_no_path_starts_from_is_refused(recipe: str, tmp_path: Path)
 def test_a_missing_root_is_refused(recipe: str, tmp_path: Path) -> None:
     loaded, folder = load_recipe(recipe, [f"stream.root={tmp_path / 'absent'}"])
     with pytest.raises(BadInput, match=r"stream.root: no file or folder .*absent"):
-        load_stream(loaded.stream, folder)
+        load_stream(loaded.stream, folder, loaded.train)
 
 
 def test_a_missing_instruction_file_is_refused(tmp_path: Path) -> None:
@@ -122,7 +128,9 @@ def test_a_missing_instruction_file_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "TC/a/labels.json", ["yes", "no"])
     task = TaskConfig(name="a", format="cl_benchmark", path="TC/a")
     with pytest.raises(BadInput, match=r"no file or folder .*absent.json"):
-        load_stream(StreamConfig(tasks=(task,), root=str(tmp_path), instruction_file="absent.json"), tmp_path)
+        load_stream(
+            StreamConfig(tasks=(task,), root=str(tmp_path), instruction_file="absent.json"), tmp_path, TrainConfig()
+        )
 
 
 @pytest.mark.parametrize("where", ["root", "path", "instruction_file"])
@@ -144,7 +152,7 @@ def test_a_tilde_means_the_home_folder(
         ],
     }[where]  # fmt: skip
     loaded, folder = load_recipe(recipe, changes)
-    (task,) = load_stream(loaded.stream, folder)
+    (task,) = load_stream(loaded.stream, folder, loaded.train)
     assert len(task.train) == 8
     assert "~" not in f"{loaded.stream.root} {loaded.stream.tasks[0].path} {loaded.stream.shared}"
     assert (where == "instruction_file") == task.train[0].prompt.startswith("Mine.")

@@ -10,6 +10,7 @@ from contextlib import redirect_stdout
 from functools import cache
 from importlib.util import find_spec
 from io import StringIO
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def broken_links(page: Path, text: str) -> list[str]:
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = link.partition("#")
-        target = (page.parent / path).resolve()
+        target = (page.parent / path).resolve() if path else page
         if link.startswith("https://"):
             continue
         if not target.exists() or (anchor and anchor not in anchors_of(target)):
@@ -145,11 +146,12 @@ def parser() -> ArgumentParser:
 
 
 def commands_in(lines: list[str]) -> list[list[str]]:
-    """The words behind `cl-dist` or `-m cl_dist` in every line that calls it, without comments."""
+    """The words behind `cl-dist` or `-m cl_dist` in every line that calls it, without comments and redirections."""
     calls = [
         re.search(r"^(?:[\w./=-]+ )*?(?:[\w./]*/)?(?:cl-dist|(?:-m|--module) cl_dist) (\S.*)", line) for line in lines
     ]
-    return [shlex.split(call[1], comments=True) for call in calls if call]
+    words = [shlex.split(call[1], comments=True) for call in calls if call]
+    return [list(takewhile(lambda word: word not in (">", "|"), each)) for each in words]
 
 
 def rejected(text: str) -> list[str]:
@@ -172,14 +174,18 @@ def unknown(text: str) -> list[str]:
     commands = [" ".join(words) for words in commands_in(spans) if not _known(words, parser())]
     return [
         *commands,
-        *(span for span in spans if span.startswith("--") and span.split()[0].split("=")[0] not in options()),
+        *(
+            span
+            for span in spans
+            if span.startswith("--") and span.split()[0].split("=")[0].rstrip(":") not in options()
+        ),
     ]
 
 
 @cache
 def options() -> set[str]:
     """The options of all commands, and those of other programs that pages speak of."""
-    found = {"--empty_inner_score_flag"}
+    found = {"--empty_inner_score_flag", "--ipc", "--no-deps"}
     parsers = [parser()]
     while parsers:
         one = parsers.pop()

@@ -23,6 +23,8 @@ from cl_dist.models.check import (
 )
 from cl_dist.models.load import AUTO_CLASSES
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
 
 def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
@@ -82,6 +84,12 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], dict[str, str], str]] = [
     ),
     (configure(architectures=None, model_type=None), {}, r"names neither architectures nor model_type"),
     (remove("tokenizer.json"), {}, r"has no tokenizer; expected one of tokenizer\.json, "),
+    (remove("model.safetensors"), {}, r"has no weights; expected model\.safetensors or pytorch_model\.bin, or their"),
+    (write("tokenizer.json", ""), {}, r"tokenizer\.json is empty; download the tokenizer again"),
+    (write("tokenizer.json", "<html>"), {}, r"tokenizer\.json is not valid JSON \(.*\); download the tokenizer again"),
+    (write("tokenizer.json", '{"a": 1}'), {}, r"tokenizer\.json is not a tokenizer: it has no object `model`; take"),
+    (write("tokenizer.json", POINTER), {}, r"tokenizer\.json is not the file itself but a pointer to it: run `git lfs"),
+    (write("model.safetensors", POINTER), {}, r"model\.safetensors is not the file itself but a pointer to it: run"),
     (cut_off, {}, r"model\.safetensors is damaged or truncated: it has \d+ bytes, its header says \d+"),
     (damage_header, {}, r"model\.safetensors is damaged: its safetensors header cannot be read"),
     (write("model.safetensors", ""), {}, r"model\.safetensors is damaged: its safetensors header cannot be read"),

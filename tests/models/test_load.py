@@ -134,7 +134,7 @@ def test_missing_weights_are_not_drawn_at_random(
 def test_a_folder_without_weights_is_refused(load: Loader, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(folders["llama"], tmp_path)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(BadInput, match=r"cannot be loaded: .*no file named model\.safetensors"):
+    with pytest.raises(BadInput, match=r"model has no weights; expected model\.safetensors or pytorch"):
         load(folder)
 
 
@@ -193,9 +193,20 @@ def test_a_classifier_without_labels_is_refused(load: Loader) -> None:
 
 def test_an_unknown_name_is_refused(load: Loader) -> None:
     begun = time.monotonic()
-    with pytest.raises(BadInput, match=r"no such folder, and Hugging Face cannot be reached or does not have it"):
+    with pytest.raises(BadInput, match=r"has-such-a-model is neither a folder here nor in the cache \("):
         load("nobody/has-such-a-model")
     assert time.monotonic() - begun < 5
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named_as_such(
+    folders: dict[str, Path], load: Loader, tmp_path: Path
+) -> None:
+    folder = copied(folders["llama"], tmp_path)
+    (folder / "tokenizer.json").write_text('{"model": {"type": "none"}}')
+    with pytest.raises(
+        BadInput, match=rf"^model\.name_or_path: the tokenizer in {folder} cannot be read: .+; take the "
+    ):
+        load(folder)
 
 
 def test_a_picture_model_is_none_of_the_families() -> None:

@@ -22,7 +22,7 @@ from tests.planning.conftest import Planned
 def planner(planned: Planned, *changes: str, device: str = "h100", memory: int | None = None, **ranks: int) -> Planner:
     """A planner of the quickstart with its generated data."""
     setup, shape = planned(*changes, **ranks)
-    stream = size_of(setup.recipe, shape, load_stream(setup.recipe.stream, Path(".")), None)
+    stream = size_of(setup.recipe, shape, load_stream(setup.recipe.stream, Path("."), setup.recipe.train), None)
     entry = find_device(device)
     entry = entry if memory is None else replace(entry, memory=memory)
     return Planner(setup, shape, entry, stream, partial(describe_model, cache_dir=Path(".")))

@@ -11,6 +11,7 @@ from cl_dist.report.drawing import short
 
 def test_labels_are_short() -> None:
     assert short("dbpedia") == "dbpedia"
+    assert short("a$b") == r"a\$b"
     assert short("x" * 30) == "x" * 30
     assert short("start-of-a-name-that-is-too-long-for-it") == "start-of-a-nam…oo-long-for-it"
 
@@ -20,7 +21,7 @@ def test_drawing_needs_neither_a_display_nor_pyplot() -> None:
         "import json, sys\n"
         "from cl_dist.report import pictures\n"
         "before = 'matplotlib' in sys.modules\n"
-        "png = pictures.scores(['a'], [[0.5], [1.0]])\n"
+        "png = pictures.scores(['a'], [[0.5], [1.0]]).render()['png']\n"
         "print(json.dumps([before, 'matplotlib.pyplot' in sys.modules, 'torch' in sys.modules, len(png) > 1000]))"
     )
     environment = {"PATH": "", "MPLBACKEND": "TkAgg", "HOME": "/nonexistent"}

@@ -12,7 +12,7 @@ import pytest
 
 from cl_dist.progress import WIDEST_MATRIX, format_matrix
 from cl_dist.report import pictures
-from cl_dist.report.drawing import DPI, NUMBERED, TALL, WIDE, draw
+from cl_dist.report.drawing import DPI, NUMBERED, TALL, WIDE, Picture, draw
 from cl_dist.report.units import correlation
 from cl_dist.report.write import write_report
 from tests.report.runs import write_run
@@ -21,7 +21,7 @@ from tests.report.test_pictures import opened, results
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DRAWN: dict[str, Callable[[list[str]], bytes]] = {
+DRAWN: dict[str, Callable[[list[str]], Picture]] = {
     "accuracy_matrix": lambda names: pictures.accuracy_matrix(names, scores(len(names))),
     "scores": lambda names: pictures.scores(names, scores(len(names))),
     "loss": lambda names: pictures.loss(names, {name: {step: 1 / step for step in range(1, 30)} for name in names}),
@@ -45,7 +45,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Number of artists (texts, lines, patches) that matplotlib draws for each picture."""
     counts: list[int] = []
 
-    def count(size: tuple[float, float], paint: Callable[[Figure], None]) -> bytes:
+    def count(size: tuple[float, float], paint: Callable[[Figure], None]) -> Picture:
         def paint_and_count(figure: Figure) -> None:
             paint(figure)
             counts.append(len(figure.findobj()))
@@ -72,8 +72,16 @@ def test_five_hundred_tasks(tmp_path: Path) -> None:
     """The whole report; what does not fit on the page is in a file."""
     folder = write_run(tmp_path / "run", names(500), 300)
     report = write_report(folder.path)
-    assert report.files == ("report.md", "accuracy_matrix.png", "scores.png", "accuracy_matrix.csv", "loss.png")
+    assert report.files == (
+        "index.html",
+        "report.md",
+        "accuracy_matrix.png",
+        "scores.png",
+        "accuracy_matrix.csv",
+        "loss.png",
+    )
     assert (folder.report / "report.md").stat().st_size < 100_000
+    assert (folder.report / "index.html").stat().st_size < 2_000_000
     with (folder.report / "accuracy_matrix.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 301

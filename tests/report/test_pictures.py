@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cl_dist.report import pictures
-from cl_dist.report.drawing import BLUE, DPI, NO_VALUE, ORANGE, WIDE
+from cl_dist.report.drawing import BLUE, DPI, FORMATS, INK, NO_VALUE, ORANGE, WIDE, Picture
 from cl_dist.report.pictures import moving_mean
 from cl_dist.report.units import UnitResults, UnitTable, correlation
 
@@ -34,29 +34,31 @@ def matrix(tasks: int, rows: int | None = None) -> list[list[float | None]]:
     return draws.random((tasks + 1 if rows is None else rows, tasks)).tolist()
 
 
-def opened(png: bytes) -> NDArray[np.int64]:
-    """`(height, width)` colours as 0xRRGGBB."""
-    image = np.rint(matplotlib.image.imread(io.BytesIO(png), format="png")[..., :3] * 255).astype(np.int64)
+def opened(picture: Picture) -> NDArray[np.int64]:
+    """`(height, width)` colours as 0xRRGGBB, as rendered to PNG."""
+    image = np.rint(matplotlib.image.imread(io.BytesIO(picture.render()["png"]), format="png")[..., :3] * 255).astype(
+        np.int64
+    )
     return image @ np.array([1 << 16, 1 << 8, 1])
 
 
-def colours(png: bytes) -> int:
+def colours(picture: Picture) -> int:
     """Number of different colours."""
-    return len(np.unique(opened(png)))
+    return len(np.unique(opened(picture)))
 
 
-def count(png: bytes, colour: str) -> int:
+def count(picture: Picture, colour: str) -> int:
     """Pixels that have exactly this colour."""
-    return int((opened(png) == int(colour[1:], 16)).sum())
+    return int((opened(picture) == int(colour[1:], 16)).sum())
 
 
-def white(png: bytes) -> float:
+def white(picture: Picture) -> float:
     """Share of the pixels that are white or nearly so."""
-    image = opened(png)
+    image = opened(picture)
     return float(np.logical_and.reduce([(image >> shift & 0xFF) > 0xF0 for shift in (0, 8, 16)]).mean())
 
 
-DRAWN: dict[str, Callable[[int], bytes]] = {
+DRAWN: dict[str, Callable[[int], Picture]] = {
     "accuracy_matrix": lambda tasks: pictures.accuracy_matrix(NAMES[:tasks], matrix(tasks)),
     "scores": lambda tasks: pictures.scores(NAMES[:tasks], matrix(tasks)),
     "loss": lambda tasks: pictures.loss(
@@ -85,11 +87,24 @@ def test_every_picture_is_drawn(name: str, tasks: int) -> None:
 
 @pytest.mark.parametrize("name", ["accuracy_matrix", "loss", "fusion"])
 def test_a_picture_depends_only_on_its_data(name: str) -> None:
-    first = DRAWN[name](4)
+    first = DRAWN[name](4).render(FORMATS)
+    assert list(first) == ["png", "svg", "pdf"]
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "savefig.dpi": 10}):
-        assert DRAWN[name](4) == first
-    assert b"matplotlib" not in first.lower()
-    assert b"tIME" not in first
+        again = DRAWN[name](4)
+        assert again.render(FORMATS) == first
+        assert again.render(["svg"]) == {"svg": first["svg"]}  # whichever other formats are drawn
+    assert b"matplotlib" not in first["png"].lower()
+    assert b"tIME" not in first["png"]
+    assert b"CreationDate" not in first["pdf"]
+    assert b"dc:date" not in first["svg"]
+
+
+def test_text_stays_text_in_vectors() -> None:
+    names = ["a $x$ b", "<i>&", "\u6570\u636e \U0001f600"]  # neither a formula nor markup, and no boxes
+    svg = pictures.accuracy_matrix(names, matrix(3)).render(["svg"])["svg"].decode()
+    for shown in ("a $x$ b", "&lt;i&gt;&amp;", names[2]):
+        assert f">{shown}</text>" in svg
+    assert INK in svg
 
 
 @pytest.mark.parametrize("name", ["accuracy_matrix", "scores", "loss", "unit_importance"])
@@ -170,11 +185,11 @@ class TestUnits:
 
     def test_fusion_omits_only_the_first_task(self) -> None:
         units = results(3, 4)
-        before = pictures.fusion(NAMES[:3], units)
+        before = pictures.fusion(NAMES[:3], units).render()
         units.share_new[0] = 0.0
-        assert pictures.fusion(NAMES[:3], units) == before
+        assert pictures.fusion(NAMES[:3], units).render() == before
         units.share_new[1] = 0.0
-        assert pictures.fusion(NAMES[:3], units) != before
+        assert pictures.fusion(NAMES[:3], units).render() != before
 
     def test_both_shares_take_two_panels(self) -> None:
         one, two = (opened(pictures.fusion(NAMES[:4], results(4, 4, independent=both))) for both in (False, True))

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from cl_dist.errors import BadInput
-from cl_dist.report.write import PAGE, Report, write_report
+from cl_dist.report.write import HTML, PAGE, Report, write_report
 from cl_dist.state.run_folder import RunFolder
 from tests.report.runs import llama_lora, write_run, write_units
 
 LONG = ["yelp", "amazon", "mnli", "cb", "copa", "qqp", "rte", "imdb", "sst-2", "dbpedia", "agnews", "yahoo", "multirc"]
 LONG += ["boolqa", "wic"]
-PLAIN = [PAGE, "accuracy_matrix.png", "scores.png", "loss.png"]
+PLAIN = [HTML, PAGE, "accuracy_matrix.png", "scores.png", "loss.png"]
 OF_UNITS = ["unit_importance.png", "unit_importance.csv", "fusion.csv"]
 OF_TWO_TASKS = ["task_correlation.png", "task_correlation.csv", "fusion.png"]
 
@@ -67,7 +67,7 @@ class TestFinished:
         assert finished.missing == ()
         assert {path.name for path in finished.folder.iterdir()} == set(finished.files)
         page = (finished.folder / PAGE).read_text()
-        assert linked(page) == {*finished.files, "../config.yaml"} - {PAGE}
+        assert linked(page) == {*finished.files, "../config.yaml"} - {PAGE, HTML}
         assert "What is missing" not in page
 
     def test_the_page_has_the_scores_and_metrics(self, finished: Report) -> None:
@@ -79,6 +79,8 @@ class TestFinished:
         assert "| `average_performance` | 0.8750 | AP: mean of the last row" in page
         assert "forward_transfer_single" not in page
         assert "Scored by rouge_l." in page
+        assert "| task | metric | split |" in page
+        assert "| yelp | rouge_l | train |" in page
         assert "- The metrics are means of different scores: rouge_l (yelp); exact_match (amazon).\n" in page
         assert "- Scored on training data: yelp.\n" in page
         assert "| yelp | 3 | 2.0 | 300 | 0.5 |" in page
@@ -114,7 +116,7 @@ class TestFinished:
         run = finished.run.folder.path
         other = write_report(run, tmp_path / "deep" / "er")
         assert other.files == finished.files
-        for name in finished.files[1:]:
+        for name in set(finished.files) - {PAGE}:
             assert (other.folder / name).read_bytes() == (finished.folder / name).read_bytes(), name
         link = os.path.relpath(run / "config.yaml", other.folder)
         page = (finished.folder / PAGE).read_text()
@@ -160,7 +162,7 @@ class TestUnfinished:
     def test_no_task_is_finished(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path / "run", LONG[:2], 0)
         report = write_report(folder.path)
-        assert list(report.files) == [PAGE, "accuracy_matrix.png", "scores.png"]
+        assert list(report.files) == [HTML, PAGE, "accuracy_matrix.png", "scores.png"]
         assert report.missing[1] == "No training loss: log.jsonl is missing or has no steps."
         assert "## Training" not in (folder.report / PAGE).read_text()
 
@@ -171,7 +173,7 @@ class TestUnfinished:
         folder.manifest.write_text(json.dumps(content))
         folder.config.unlink()
         report = write_report(folder.path)
-        assert report.files == (PAGE,)
+        assert report.files == (HTML, PAGE)
         assert [text.partition(":")[0] for text in report.missing] == [
             "The run is not finished",
             "No scores",

@@ -281,7 +281,7 @@ def write_joined(folder: Path, recipe: Path) -> None:
     """All tasks' training samples in one file, and some to evaluate on."""
     folder.mkdir()
     settings, place = load_recipe(str(recipe))
-    tasks = load_stream(settings.stream, place)
+    tasks = load_stream(settings.stream, place, settings.train)
     for name, examples in (
         ("train", [example for task in tasks for example in task.train]),
         ("test", tasks[0].evaluation),

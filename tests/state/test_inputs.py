@@ -66,7 +66,7 @@ class TestData:
         for name, field in (("lines", "input"), ("other", "question")):
             task = {"name": "one", "format": "jsonl", "path": name, "input_field": field}
             loaded, folder = load_recipe(str(write_recipe(tmp_path, stream={"tasks": [task]})))
-            found.append(digest(recipe, *load_stream(loaded.stream, folder)).data)
+            found.append(digest(recipe, *load_stream(loaded.stream, folder, loaded.train)).data)
         assert found[0] == found[1]
 
     @pytest.mark.parametrize(

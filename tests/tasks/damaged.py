@@ -90,6 +90,22 @@ def write_parquet(root: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records("input", "output", 6)), root / f"{split}.parquet")
 
 
+def write_gz(root: Path) -> None:
+    """A folder of compressed files."""
+    root.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        data = "\n".join(as_lines(records("input", "output", 6))).encode()
+        (root / f"{split}.jsonl.gz").write_bytes(gzip.compress(data))
+
+
+def write_messages(root: Path) -> None:
+    """A folder of conversations."""
+    for split in ("train", "test"):
+        turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "And?"), ("assistant", "Yes")]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        write_lines(root / f"{split}.jsonl", as_lines([{"messages": messages}] * 6))
+
+
 WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "cl_benchmark": ("cl_benchmark", write_cl_benchmark),
     "tasl": ("tasl", write_tasl),
@@ -98,6 +114,10 @@ WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "sgd": ("sgd", write_sgd),
     "jsonl": ("jsonl", write_jsonl),
     "text": ("text", write_text),
+    "own csv": ("auto", write_csv),
+    "own parquet": ("auto", write_parquet),
+    "gz": ("auto", write_gz),
+    "messages": ("auto", write_messages),
     "csv": ("huggingface", write_csv),
     "parquet": ("huggingface", write_parquet),
 }

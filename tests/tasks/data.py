@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cl_dist.config.schema import StreamConfig, TaskConfig
+from cl_dist.config.schema import StreamConfig, TaskConfig, TrainConfig
 from cl_dist.tasks.stream import load_stream
 from cl_dist.tasks.types import Task
 
@@ -47,8 +47,14 @@ def as_lines(items: Sequence[object]) -> list[str]:
     return [json.dumps(item) for item in items]
 
 
-def load_one(recipe_dir: Path, name: str = "task", stream: dict[str, Any] | None = None, **task: Any) -> Task:
+def load_one(
+    recipe_dir: Path,
+    name: str = "task",
+    stream: dict[str, Any] | None = None,
+    train: TrainConfig | None = None,
+    **task: Any,
+) -> Task:
     """Load a stream of one task."""
     config = StreamConfig(tasks=(TaskConfig(name=name, **task),), **(stream or {}))
-    (loaded,) = load_stream(config, recipe_dir)
+    (loaded,) = load_stream(config, recipe_dir, train or TrainConfig())
     return loaded

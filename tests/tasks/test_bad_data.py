@@ -142,7 +142,7 @@ def test_folder_instead_of_a_file(tmp_path: Path) -> None:
 
 
 def test_no_path(tmp_path: Path) -> None:
-    refuse(tmp_path, "format 'jsonl' needs a path: set `path` of the task or `stream.root`")
+    refuse(tmp_path, "format 'auto' needs a path: set `path` of the task or `stream.root`")
 
 
 def test_builtin_name_and_path(tmp_path: Path) -> None:
@@ -282,8 +282,8 @@ def test_messages_show_few_of_many_names(tmp_path: Path) -> None:
         (b'{"\\ud800": "q"}', "line 1: no field 'input'; the record has: \\ud800"),
         ('{"input": "q"}'.encode("utf-16"), "line 1: not UTF-8 text (it holds NUL bytes) (it looks like UTF-16: conv"),
         (b'{"input": "q"}\n\0', "a.jsonl, line 2: not UTF-8 text (it holds NUL bytes)"),
-        (gzip.compress(b'{"input": "q"}', mtime=0), "(it looks like gzip: unpack it)"),
-        (b"PAR1\x00\x01", "(it looks like Parquet: format huggingface reads it)"),
+        (gzip.compress(b'{"input": "q"}', mtime=0), "(it looks like gzip: unpack it, or let its name end in .gz)"),
+        (b"PAR1\x00\x01", "(it looks like Parquet: let its name end in .parquet)"),
     ],
 )
 def test_odd_bytes(tmp_path: Path, content: bytes, problem: str) -> None:

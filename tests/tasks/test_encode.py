@@ -13,7 +13,8 @@ from transformers import ByT5Tokenizer
 from cl_dist.config.objectives import ObjectiveName
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput
-from cl_dist.tasks.encode import Encoder, cut, find_special_tokens, label_names
+from cl_dist.tasks.encode import Encoder, find_special_tokens, label_names
+from cl_dist.tasks.template import cut
 from cl_dist.tasks.types import IGNORE, Example, Kind, Task
 from tests.tasks.tiny_tokenizers import BOS, EOS, PAD, SPECIAL, characters, ids, sentencepiece_like
 

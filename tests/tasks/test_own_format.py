@@ -53,7 +53,7 @@ def project(folder: Path, **task: object) -> Path:
 
 def test_it_is_read_and_its_settings_are_in_the_recipe(tmp_path: Path) -> None:
     recipe, folder = load_recipe(str(project(tmp_path)))
-    task, _ = load_stream(recipe.stream, folder)
+    task, _ = load_stream(recipe.stream, folder, recipe.train)
     assert (len(task.train), len(task.evaluation), task.scored_on) == (32, 4, "test")
     assert (task.train[0].prompt, task.train[0].answer) == ("France 0", "Paris")
     assert task.labels == tuple(sorted(CAPITALS.values()))
@@ -75,11 +75,11 @@ def test_the_stored_recipe_is_found_from_anywhere(tmp_path: Path) -> None:
         ({"seperator": "|"}, r"^stream\.tasks\.0\.seperator: unknown key; did you mean separator\?$"),
         ({"separator": 3}, r"^stream\.tasks\.0\.separator: 3 is not allowed; allowed: a string \(in quotes"),
         ({"separator": " "}, r'^stream\.tasks\.0\.separator: " " is blank; allowed: any other text$'),
-        ({"streaming": True}, r"^stream\.tasks\.0\.streaming: true is read by format huggingface only, not by"),
+        ({"streaming": True}, r"^stream\.tasks\.0\.streaming: true is read by formats auto and huggingface only, not"),
         ({"format": "pairs:Pears"}, r'tasks\[\]\.format: pairs:Pears: .*no class "Pears".* did you mean Pairs\?'),
         ({"format": "pears:Pairs"}, r'stream\.tasks\[\]\.format: no module "pears" is installed or in '),
         ({"format": "pairs:Path"}, r"pairs:Path is not a format; .* from cl_dist\.tasks\.formats\.Format"),
-        ({"format": "pairs"}, r'^stream\.tasks\.0\.format: "pairs" is not allowed; .*: builtin, .*, or module:Class'),
+        ({"format": "pairs"}, r'^stream\.tasks\.0\.format: "pairs" is not allowed; .*: auto, .*, or module:Class'),
         ({"format": "jsnl"}, r'^stream\.tasks\.0\.format: "jsnl" is not allowed; .*did you mean jsonl\?$'),
     ],
 )  # fmt: skip
@@ -101,7 +101,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     recipe, folder = load_recipe(str(project(tmp_path)))
     write_lines(tmp_path / "capitals.txt", ["France; Paris", "", "Italy, Rome"])
     with pytest.raises(BadInput, match=r"^task 'capitals': .*capitals\.txt, line 3: no ';' between"):
-        load_stream(recipe.stream, folder)
+        load_stream(recipe.stream, folder, recipe.train)
 
 
 def test_read_can_be_called_like_the_protocols(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_what_read_returns_is_checked(body: str, message: str, tmp_path: Path) -
     (tmp_path / "odd_pairs.py").write_text(CODE.replace(READ, f"        {body}\n"))
     recipe, folder = load_recipe(str(path))
     with pytest.raises(BadInput, match=message):
-        load_stream(recipe.stream, folder)
+        load_stream(recipe.stream, folder, recipe.train)
 
 
 def test_a_setting_that_every_task_has_cannot_be_a_formats_own(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_an_installed_package_offers_formats_under_plain_names(tmp_path: Path, m
     assert found(separator=";").read  # type: ignore[call-arg]
     assert find_format("pears", "stream.tasks[].format") is None
     recipe, folder = load_recipe(str(project(tmp_path, format="pairs")))
-    assert len(load_stream(recipe.stream, folder)[0].train) == 32
+    assert len(load_stream(recipe.stream, folder, recipe.train)[0].train) == 32
 
 
 @pytest.fixture(scope="module")
@@ -215,12 +215,11 @@ def test_a_run_trains_resumes_and_is_evaluated(finished: Path, zygote: Zygote) -
 
 
 ELSEWHERE = {
-    ("config/formats.py", "jsonl"): "what a task is that names no format",
     ("state/inputs.py", "builtin"): "the digest of a built-in model's weights",
     ("sweep/checks.py", "builtin"): "the digest of a built-in model's weights",
 }
 """Where a text is equal to a format's name, and why."""
-OTHER_MEANINGS = {"text": "a kind of task too", "tasl": "a method too"}
+OTHER_MEANINGS = {"text": "a kind of task too", "tasl": "a method too", "auto": "a value of other settings too"}
 
 
 def test_no_formats_name_occurs_outside_its_module() -> None:

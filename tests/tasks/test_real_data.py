@@ -24,7 +24,7 @@ pytestmark = needs_real_data
 
 def test_all_fifteen_tasks_of_the_long_benchmark() -> None:
     tasks = tuple(TaskConfig(name=name, format="tasl") for name in ORDERS["4"])
-    loaded = load_stream(StreamConfig(tasks=tasks, root=str(REAL_DATA / "long_sequence")), Path())
+    loaded = load_stream(StreamConfig(tasks=tasks, root=str(REAL_DATA / "long_sequence")), Path(), TrainConfig())
     assert {task.name: len(task.labels) for task in loaded} == {
         "mnli": 3, "cb": 3, "wic": 2, "copa": 2, "qqp": 2, "boolqa": 2, "rte": 2, "imdb": 2, "yelp": 5, "amazon": 5,
         "sst-2": 2, "dbpedia": 14, "agnews": 4, "multirc": 2, "yahoo": 10,
@@ -90,7 +90,7 @@ def load_shipped(recipe: str, folder: str, *changes: str) -> tuple[Task, ...]:
     """
     loaded, recipe_dir = load_recipe(recipe, [f"stream.root={published(folder)}", *changes])
     loaded = resolve_order(loaded, recipe_dir)
-    tasks = load_stream(loaded.stream, recipe_dir)
+    tasks = load_stream(loaded.stream, recipe_dir, loaded.train)
     train = TrainConfig(max_length=64, max_target_length=loaded.train.max_target_length, long_answers="cut")
     encoder = Encoder(byte_tokenizer("encoder-decoder"), "seq2seq_lm", train, label_names(tasks))
     for task in tasks:

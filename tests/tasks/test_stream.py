@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_dist.config.schema import StreamConfig, TaskConfig
+from cl_dist.config.schema import StreamConfig, TaskConfig, TrainConfig
 from cl_dist.errors import BadInput
 from cl_dist.tasks.stream import load_stream
 from tests.tasks.data import as_lines, load_one, records, write_lines
@@ -151,7 +151,7 @@ def test_stated_labels_keep_their_order(tmp_path: Path) -> None:
 def test_tasks_keep_the_order_of_the_stream(tmp_path: Path) -> None:
     names = ("winter", "spring", "noon")
     stream = StreamConfig(tasks=tuple(TaskConfig(name=name, format="builtin") for name in names))
-    assert tuple(task.name for task in load_stream(stream, tmp_path)) == names
+    assert tuple(task.name for task in load_stream(stream, tmp_path, TrainConfig())) == names
 
 
 def test_checking_data_imports_neither_torch_nor_datasets() -> None:

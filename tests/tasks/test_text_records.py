@@ -69,9 +69,9 @@ def test_a_saved_data_set_is_read_in_place(tmp_path: Path) -> None:
     [
         (
             {"format": "jsonl", "streaming": True},
-            "streaming: true is read by format huggingface only, not by jsonl",
+            "streaming: true is read by formats auto and huggingface only, not by jsonl",
         ),
-        ({"format": "trace", "text_field": "t"}, 'text_field: "t" is read by formats huggingface and jsonl'),
+        ({"format": "trace", "text_field": "t"}, 'text_field: "t" is read by formats auto, huggingface and jsonl'),
     ],
 )
 def test_settings_that_nothing_reads(settings: dict[str, Any], message: str) -> None:

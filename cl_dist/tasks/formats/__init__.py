@@ -2,7 +2,6 @@
 
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import (
-    Records,
     answer_field,
     choose_evaluation,
     collect,
@@ -20,6 +19,7 @@ from cl_dist.tasks.formats.files import (
     text_field,
 )
 from cl_dist.tasks.formats.format import ANSWERS, FILES, INFERRED, Format, RawTask, Source, Split, StreamSettings
+from cl_dist.tasks.formats.records import Records
 from cl_dist.tasks.types import Example, Slot
 
 __all__ = [

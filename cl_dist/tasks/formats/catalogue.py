@@ -27,7 +27,8 @@ def builtin_formats() -> dict[str, type[Format]]:
     found: dict[str, type[Format]] = {}
     for entry in pkgutil.iter_modules(formats.__path__, f"{formats.__name__}."):
         for value in vars(import_module(entry.name)).values():
-            if isinstance(value, type) and issubclass(value, Format) and "name" in vars(value):
+            own = isinstance(value, type) and value.__module__ == entry.name
+            if own and issubclass(value, Format) and "name" in vars(value):
                 found[value.name] = value
     return found
 

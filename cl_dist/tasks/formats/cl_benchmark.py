@@ -76,6 +76,12 @@ class ClBenchmark(Format):
     USES = ANSWERS
     STREAM = PromptSettings
 
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """By the list of labels next to a training file."""
+        labels = (path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}labels.json"))
+        return any(is_there(path.parent / "train.json") for path in labels)
+
     def read(self, source: Source) -> RawTask:
         """Read one data set; `path` is its folder, or a root in which the task's name is looked up."""
         folder = find_dataset(require_folder(source.path()), source.name)

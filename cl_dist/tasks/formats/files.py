@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from cl_dist.config.files import is_folder, is_there, read_bytes
-from cl_dist.config.words import listed, printable
+from cl_dist.config.words import did_you_mean, listed, printable
 from cl_dist.errors import BadInput
-from cl_dist.tasks.formats.format import DEV_NAMES, EmptyAnswers, Format, Split
-from cl_dist.tasks.types import Example, Kind
+from cl_dist.tasks.formats.format import DEV_NAMES, EmptyAnswers, Split
+from cl_dist.tasks.types import Example
 
 LISTED = 20
 """Most names that one message lists."""
 
 FOREIGN = {
-    b"\x1f\x8b": "gzip: unpack it",
+    b"\x1f\x8b": "gzip: unpack it, or let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "Zstandard: unpack it, or let its name end in .zst",
     b"\xff\xfe": "UTF-16: convert it to UTF-8",
     b"\xfe\xff": "UTF-16: convert it to UTF-8",
-    b"PAR1": "Parquet: format huggingface reads it",
+    b"PAR1": "Parquet: let its name end in .parquet",
     b"PK\x03\x04": "a zip file: unpack it",
 }
 """First bytes of files that are often mistaken for text, and what to do with such a file."""
@@ -64,10 +66,13 @@ def require_folder(path: Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """The content of a UTF-8 file without its byte order mark. Raises BadInput if it cannot be read or is not UTF-8."""
+    """The content of a UTF-8 file without its byte order mark, unpacked if its name ends in `.gz` or `.zst`.
+
+    Raises BadInput if it cannot be read or unpacked, or is not UTF-8.
+    """
     if not is_there(path):
         raise missing(path)
-    data = read_bytes(path)
+    data = unpacked(path, read_bytes(path))
     foreign = next((f" (it looks like {what})" for mark, what in FOREIGN.items() if data.startswith(mark)), "")
     if b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1
@@ -77,6 +82,37 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise BadInput(f"{path}, line {line}: not UTF-8 text (byte 0x{data[error.start]:02x}){foreign}") from error
+
+
+COMPRESSED = (".gz", ".zst")
+"""Endings of compressed files."""
+
+
+def unpacked(path: Path, data: bytes) -> bytes:
+    """The content of a file, given its bytes. Raises BadInput if a compressed file is damaged."""
+    unpack = {".gz": gzip.decompress, ".zst": _zstandard}.get(path.suffix.lower())
+    try:
+        return data if unpack is None else unpack(data)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{path} cannot be unpacked: {reason}") from error
+
+
+def _zstandard(data: bytes) -> bytes:
+    """Unpack all frames. Raises ValueError for damaged or incomplete ones."""
+    import zstandard
+
+    parts: list[bytes] = []
+    while data:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            parts.append(frame.decompress(data))
+        except zstandard.ZstdError as error:
+            raise ValueError(str(error)) from error
+        if not frame.eof:
+            raise ValueError("its end is missing")
+        data = frame.unused_data
+    return b"".join(parts)
 
 
 class Doubled(dict[str, Any]):
@@ -115,6 +151,17 @@ def parse_json(text: str, path: Path, first_line: int = 1) -> Any:
         raise BadInput(f"{path}, line {line}: a number with too many digits") from error
 
 
+def parsed_lines(path: Path, text: str | None = None) -> Iterator[tuple[int, Any]]:
+    """Line number (from 1) and parsed value of each line of a JSON Lines file. Blank lines are counted but skipped.
+
+    `text` is the file's content if it has been read already.
+    """
+    # splitlines() would also split at separators such as U+2028, which JSON strings may contain.
+    for number, line in enumerate((read_text(path) if text is None else text).split("\n"), start=1):
+        if line.strip():
+            yield number, parse_json(line, path, first_line=number)
+
+
 def require_once(record: Mapping[str, Any], field: str) -> None:
     """Raise BadInput if the record gives the field twice: nobody can say which of the two is meant."""
     if isinstance(record, Doubled) and field in record.keys_twice:
@@ -148,10 +195,16 @@ def json_type(value: object) -> str:
     return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
 
 
+def no_field(record: Mapping[str, Any], field: str, hint: str = "") -> BadInput:
+    """The error for a record without a field."""
+    names = list(map(printable, map(str, record)))
+    return BadInput(f"no field {field!r}; the record has: {enumerate_names(names)}{did_you_mean(field, names)}{hint}")
+
+
 def text_field(record: Mapping[str, Any], field: str, may_be_empty: bool = False) -> str:
     """The string in a record's field. Raises BadInput if it is missing, given twice, no string, empty or no UTF-8."""
     if field not in record:
-        raise BadInput(f"no field {field!r}; the record has: {enumerate_names(map(str, record))}")
+        raise no_field(record, field)
     require_once(record, field)
     value = record[field]
     if not isinstance(value, str):
@@ -296,46 +349,3 @@ def match_name(name: str, available: Iterable[str]) -> list[str]:
     """The names equal to `name`, or if there are none, those that differ only in case."""
     names = sorted(available)
     return [other for other in names if other == name] or [n for n in names if n.lower() == name.lower()]
-
-
-class Records(Format):
-    """Base of formats that store records whose fields can have any name."""
-
-    name: ClassVar[str]
-
-    input_field: str = "input"
-    """Field of a record that contains the prompt."""
-    output_field: str = "output"
-    """Field of a record that contains the answer."""
-    text_field: str | None = None
-    """Field of a record that contains a document. The task is then plain text, for pre-training, and `input_field` and
-    `output_field` are not read."""
-
-    def __post_init__(self) -> None:
-        """Refuse a field for prompts or answers together with one for documents."""
-        for name in ("input_field", "output_field"):
-            value = getattr(self, name)
-            if self.text_field is not None and value != getattr(Records, name):
-                raise ValueError(f'{name}: "{value}" is not read if text_field is given')
-
-    @property
-    def only_documents(self) -> bool:
-        """Whether the records contain documents."""
-        return self.text_field is not None
-
-    @property
-    def kind(self) -> Kind | None:
-        """`text` for documents; None for answers, which determine the kind themselves."""
-        return "text" if self.only_documents else None
-
-    @property
-    def fields(self) -> list[str]:
-        """The fields to read."""
-        return [self.input_field, self.output_field] if self.text_field is None else [self.text_field]
-
-    @property
-    def convert(self) -> Callable[[Any], Example]:
-        """The function that makes a sample of a record."""
-        if self.text_field is not None:
-            return partial(make_document, field=self.text_field)
-        return partial(make_example, input_field=self.input_field, output_field=self.output_field)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -100,6 +100,15 @@ class Format(OwnSettings):
         """Whether the task certainly consists of plain text, without prompts and answers."""
         return False
 
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """Whether a folder is certainly in this format, so that `format: auto` may use it."""
+        return False
+
+    def is_at(self, path: Path) -> bool:
+        """Whether a task's `path` leads to data; a format may accept more than existing files and folders."""
+        return is_there(path)
+
     def read(self, source: Source) -> RawTask:
         """Read a task. Raises BadInput if its data is missing or broken; the caller adds the task's name."""
         raise NotImplementedError
@@ -123,6 +132,8 @@ class Source:
     empty_answers: EmptyAnswers = "error"
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    seed: int = 0
+    """`train.seed`, for formats that draw samples."""
     stream_settings: tuple[StreamSettings, ...] = ()
 
     def path(self) -> Path:
@@ -133,11 +144,14 @@ class Source:
             raise BadInput(f"format {self.format!r} needs a path: set `path` of the task or `stream.root`")
         return self._root()
 
-    def resolve(self, written: str) -> Path:
-        """Turn a path of the recipe into one to open: absolute, below `stream.root`, or in the recipe's folder."""
+    def resolve(self, written: str, is_at: Callable[[Path], bool] = is_there) -> Path:
+        """Turn a path of the recipe into one to open: absolute, below `stream.root`, or in the recipe's folder.
+
+        `is_at` says whether there is data at a path.
+        """
         path = expand(written, "path")
         below_root, beside_recipe = self._root() / path, self.recipe_dir / path
-        return beside_recipe if is_there(beside_recipe) and not is_there(below_root) else below_root
+        return beside_recipe if is_at(beside_recipe) and not is_at(below_root) else below_root
 
     def _root(self) -> Path:
         return self.recipe_dir / expand(self.root or "", "stream.root")
@@ -176,6 +190,8 @@ class RawTask:
     """Kind of the task, if the format determines it; otherwise it follows from the answers."""
     evaluated: ScoredOn | None = None
     """Which split `evaluation` is, if names do not show it (see `scored_on`)."""
+    read_as: str = ""
+    """What the records hold, and in which columns, if a format knows several ways."""
 
     @property
     def scored_on(self) -> ScoredOn | None:

@@ -18,7 +18,6 @@ from cl_dist.config.files import is_file, is_folder, is_there, refuse_special, r
 from cl_dist.config.words import listed
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.tasks.formats.files import (
-    Records,
     collect,
     enumerate_names,
     is_lone,
@@ -29,6 +28,8 @@ from cl_dist.tasks.formats.files import (
     split_files,
 )
 from cl_dist.tasks.formats.format import DEV_NAMES, EmptyAnswers, RawTask, Source, Split
+from cl_dist.tasks.formats.held_out import has_evaluation
+from cl_dist.tasks.formats.records import Layout, Records
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 """A name that may exist on the hub. Anything else can only be a path."""
@@ -62,21 +63,35 @@ class HuggingFace(Records):
     """Read a Hugging Face data set record by record up to `stream.max_train_samples` and `stream.max_eval_samples`,
     without downloading or converting the rest."""
 
+    def __post_init__(self) -> None:
+        """As for all records; and a stream of records is never known as a whole."""
+        super().__post_init__()
+        if self.streaming and self.eval_fraction is not None:
+            raise ValueError(f"eval_fraction: {self.eval_fraction:g} needs all samples; leave out streaming: true")
+
     def read(self, source: Source) -> RawTask:
         """Read the training split and the test or validation split of a data set."""
         dataset = self._load(source)
         name = source.path_in_recipe or source.name
         if "train" not in dataset:
             raise BadInput(f"data set {name} has no split 'train'; it has: {enumerate_names(dataset)}")
-        evaluation = choose_split(dataset, source.eval_split, name)
-        path, empty = source.resolve(name), source.empty_answers
-        return RawTask(
-            train=self._read_split(dataset["train"], f"{name}[train]", source.max_train_samples, empty),
-            evaluation=self._read_split(dataset[evaluation], f"{name}[{evaluation}]", source.max_eval_samples, empty),
-            labels=None if self.only_documents else label_names(dataset["train"], self.output_field),
-            kind=self.kind,
-            evaluated="train" if is_file(path) and is_lone(path) else None,
-        )
+        train, empty = dataset["train"], source.empty_answers
+        try:
+            with _as_bad_input(f"{name}[train]"):
+                layout = self.layout(self._column_names(train))
+        except BadInput as error:
+            raise BadInput(f"{name}[train]: {error}") from error
+        labels = None if layout.kind == "text" else label_names(train, self.column_of(layout.answer))
+        learnt = self._read_records(train, f"{name}[train]", layout, source.max_train_samples, empty)
+        if self.eval_fraction is not None:
+            if (other := next((split for split in ("test", *DEV_SPLITS) if split in dataset), None)) is not None:
+                raise has_evaluation(self.eval_fraction, f"the split {other!r} of {name}")
+            return self.task(learnt, None, source, layout, labels=labels)
+        path, evaluation = source.resolve(name), choose_split(dataset, source.eval_split, name)
+        origin, most = f"{name}[{evaluation}]", source.max_eval_samples
+        scored = self._read_records(dataset[evaluation], origin, layout, most, empty)
+        lone = is_file(path) and is_lone(path)
+        return self.task(learnt, scored, source, layout, "train" if lone else None, labels)
 
     def _load(self, source: Source) -> Mapping[str, Any]:
         """The data set's splits by name. Raises BadInput with the library's reason if it cannot be loaded."""
@@ -100,31 +115,45 @@ class HuggingFace(Records):
                 builder, files = single_file(path, source.eval_split)
                 for file in files.values():
                     refuse_bare_header(Path(file))
-                options = csv_options(sorted({Path(file) for file in files.values()}), self.fields)
+                if self.eval_fraction is not None and is_lone(path):
+                    del files["test"]
+                options = csv_options(sorted({Path(file) for file in files.values()}), self._maybe_read)
                 dataset = datasets.load_dataset(builder, data_files=files, streaming=streaming, **options)
             else:
                 written = str(path) if is_there(path) else name
-                options = csv_options(sorted(path.glob("**/*")), self.fields) if is_there(path) else {}
+                options = csv_options(sorted(path.glob("**/*")), self._maybe_read) if is_there(path) else {}
                 dataset = datasets.load_dataset(written, subset, streaming=streaming, **options)
+        if not isinstance(dataset, Mapping) and self.eval_fraction is not None:
+            return {"train": dataset}
         if not isinstance(dataset, Mapping):
             raise BadInput(f"data set {name} is a single split; save a DatasetDict with the splits 'train' and 'test'")
         return dataset
 
-    def _read_split(self, split: Any, origin: str, most: int | None, empty: EmptyAnswers) -> Split:
+    def _column_names(self, split: Any) -> list[str]:
+        """The columns of a split; those of its first record if a streamed split does not know them before."""
+        if split.column_names is not None:
+            return list(split.column_names)
+        return list(next(iter(split), {})) if self.DETECTS else []
+
+    @property
+    def _maybe_read(self) -> list[str]:
+        """Columns that are read whatever the others are, as far as the settings say."""
+        return self.columns_of(self.layout(())) if not self.columns else list(self.columns.values())
+
+    def _read_records(self, split: Any, origin: str, layout: Layout, most: int | None, empty: EmptyAnswers) -> Split:
         """The records of a split, with class numbers replaced by names; at most `most` of a streamed one."""
-        # The columns of a streamed split may be unknown before its first record.
-        for field in self.fields if split.column_names is not None else ():
-            if field not in split.column_names:
-                raise BadInput(f"{origin} has no column {field!r}; it has: {enumerate_names(split.column_names)}")
-        chosen = split if split.column_names is None else split.select_columns(self.fields)
+        chosen = split
+        if split.column_names is not None:  # those of a streamed split may be unknown before its first record
+            self.require_columns(layout, origin, split.column_names)
+            chosen = split.select_columns([name for name in self.columns_of(layout) if name in split.column_names])
         with _as_bad_input(origin):  # a streamed split is read only here
             return collect(
                 origin,
-                enumerate(named_records(chosen, self.output_field)),
-                self.convert,
+                enumerate(named_records(chosen, self.column_of(layout.answer))),
+                self.converter(layout),
                 most=most if self.streaming else None,
                 empty=empty,
-                answer_name=self.output_field,
+                answer_name=layout.answer,
             )
 
 

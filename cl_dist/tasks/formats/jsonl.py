@@ -7,13 +7,14 @@ lone file serves for both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from cl_dist.config.files import is_there
-from cl_dist.tasks.formats.files import Records, collect, missing, parse_json, read_text, split_files
-from cl_dist.tasks.formats.format import RawTask, Source, Split
+from cl_dist.config.files import is_folder, is_there
+from cl_dist.tasks.formats.files import evaluation_files, files_beside, missing, split_files
+from cl_dist.tasks.formats.format import RawTask, Source
+from cl_dist.tasks.formats.records import Records
+
+EXTENSION = ".jsonl"
 
 
 class JsonLines(Records):
@@ -27,17 +28,10 @@ class JsonLines(Records):
         path = source.path()
         if not is_there(path):
             raise missing(path)
-        train, evaluation = split_files(path, ".jsonl", source.eval_split)
-        return RawTask(self._read_file(train, source), self._read_file(evaluation, source), kind=self.kind)
-
-    def _read_file(self, path: Path, source: Source) -> Split:
-        records, empty = parsed_lines(path), source.empty_answers
-        return collect(path, records, self.convert, "line", empty=empty, answer_name=self.output_field)
-
-
-def parsed_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number (from 1) and parsed value of each line. Blank lines are counted but skipped."""
-    # splitlines() would also split at separators such as U+2028, which JSON strings may contain.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            yield number, parse_json(line, path, first_line=number)
+        if self.eval_fraction is None:
+            train, evaluation = split_files(path, EXTENSION, source.eval_split)
+            return self.read_files(source, [train], [evaluation])
+        folder = is_folder(path)
+        train = path / f"train{EXTENSION}" if folder else path
+        beside: dict[str, Path] = evaluation_files(path, "", EXTENSION) if folder else files_beside(path)
+        return self.read_files(source, [train], [file for file in beside.values() if is_there(file)])

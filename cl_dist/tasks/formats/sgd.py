@@ -39,6 +39,11 @@ class Sgd(Format):
     USES = ANSWERS
     METRIC = "jga"
 
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """By the names of its files."""
+        return bool(split_files(folder, "train"))
+
     def read(self, source: Source) -> RawTask:
         """Read one service; `path` is the folder that contains the splits' folders."""
         root, name = require_folder(source.path()), source.name

@@ -7,6 +7,7 @@ prompt is the benchmark's own zero-shot prompt: definition, input, and the cue f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -30,12 +31,21 @@ from cl_dist.tasks.formats.files import (
 from cl_dist.tasks.formats.format import EmptyAnswers, Format, RawTask, Source, Split
 from cl_dist.tasks.types import Example
 
+TASK_FOLDER = re.compile(r"task\d+_")
+"""How the names of the tasks' folders begin."""
+
 
 class SuperNi(Format):
     """Super-NaturalInstructions, one folder per task."""
 
     name = "superni"
     summary = "Super-NaturalInstructions"
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """By the names of the tasks' folders."""
+        files = (file for pattern in ("train.json", "*/train.json", "*/*/train.json") for file in folder.glob(pattern))
+        return any(TASK_FOLDER.match(file.parent.name) for file in files)
 
     def read(self, source: Source) -> RawTask:
         """Read one task; `path` is its folder, or the root in which it is looked up by its name or number."""

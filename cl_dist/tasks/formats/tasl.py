@@ -25,6 +25,11 @@ class Tasl(Format):
     name = "tasl"
     summary = "TaSL, KIF"
 
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """By the names of its files; those of Schema-Guided Dialogue end like them."""
+        return any(not path.name.endswith("-LLM_T5.json") for path in folder.glob(f"train/*{SUFFIX}"))
+
     def read(self, source: Source) -> RawTask:
         """Read the task with this name below the root, `path`."""
         root = require_folder(source.path())

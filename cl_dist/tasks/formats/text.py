@@ -2,7 +2,7 @@
 
 `path` is a folder with `train.txt` (else every other `*.txt`, in the order of their names) and `test.txt` or
 `dev.txt`, or the training file `<name>.txt`, with `<name>.test.txt` or `<name>.dev.txt` next to it. Without an
-evaluation file, the training text is used, and the log reports that.
+evaluation file, documents are held out (`eval_fraction`), or the training text is used, and the log reports that.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from cl_dist.config.files import is_folder, is_there
 from cl_dist.tasks.formats.files import choose_evaluation, evaluation_files, missing, read_text, split_files
 from cl_dist.tasks.formats.format import DEV_NAMES, FILES, Format, RawTask, Source, Split
+from cl_dist.tasks.formats.held_out import DrawnFraction, draw, has_evaluation
 from cl_dist.tasks.types import Example
 
 
@@ -21,6 +22,9 @@ class Text(Format):
     name = "text"
     summary = "plain text, for pre-training"
     USES = FILES
+
+    eval_fraction: DrawnFraction | None = None
+    """For text without an evaluation file: the fraction of the documents that is held out, as for records."""
 
     @property
     def only_documents(self) -> bool:
@@ -36,7 +40,12 @@ class Text(Format):
             train, evaluation = folder_files(path, source.eval_split)
         else:
             train, evaluation = ([file] for file in split_files(path, ".txt", source.eval_split))
-        return RawTask(train=read_documents(train), evaluation=read_documents(evaluation), kind="text")
+        if self.eval_fraction is None:
+            return RawTask(train=read_documents(train), evaluation=read_documents(evaluation), kind="text")
+        if evaluation != train:
+            raise has_evaluation(self.eval_fraction, str(evaluation[0]))
+        learnt, held_out = draw(read_documents(train), self.eval_fraction, source.seed)
+        return RawTask(learnt, held_out, kind="text", evaluated="held-out")
 
 
 def folder_files(folder: Path, wanted: str) -> tuple[list[Path], list[Path]]:

@@ -13,7 +13,7 @@ from cl_dist.tasks.stream import load_stream
 def test_the_stream_has_one_sample_per_task(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tasks.content(12, "kif", tmp_path)))
     recipe, folder = load_recipe(str(tmp_path / "recipe.yaml"), [])
-    stream = load_stream(recipe.stream, folder)
+    stream = load_stream(recipe.stream, folder, recipe.train)
     assert [task.name for task in stream] == [f"task-{number:03}" for number in range(12)]
     assert {(len(task.train), len(task.evaluation)) for task in stream} == {(1, 1)}
     assert len({task.train[0].answer for task in stream}) == 12
