@@ -99,7 +99,7 @@ def test_a_wheel_holds_every_file_once(second: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     sources = [path.relative_to(REPOSITORY) for path in (REPOSITORY / "cl_dist").rglob("*.py")]
     sources += [
-        Path("cl_dist", path.relative_to(REPOSITORY)) for name in FOLDERS for path in (REPOSITORY / name).glob("*.py")
+        Path("cl_dist", path.relative_to(REPOSITORY)) for name in FOLDERS for path in (REPOSITORY / name).rglob("*.py")
     ]
     assert sorted(name for name in names if name.endswith(".py")) == sorted(map(str, sources))
     others = {name for name in names if not name.endswith(".py") and ".dist-info/" not in name}

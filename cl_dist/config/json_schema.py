@@ -47,11 +47,12 @@ def _object(cls: type) -> Schema:
     if cls not in (TaskConfig, StreamConfig):
         return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     # Settings of the formats are next to the common ones; those of the user's own classes are known only to them.
-    for data_format in {**builtin_formats(), **loaded_classes(Format)}.values():
-        owner = data_format if cls is TaskConfig else data_format.STREAM
+    formats: dict[str, type[Format]] = {**builtin_formats(), **loaded_classes(Format)}
+    for data_format in formats.values():
+        owner: type | None = data_format if cls is TaskConfig else data_format.STREAM
         for name, info in info_of(owner).items() if owner is not None else ():
             properties.setdefault(name, _setting(info, texts[name]))
-    own = {"properties": {"format": {"pattern": OWN_CLASS}}, "required": ["format"]}
+    own: Schema = {"properties": {"format": {"pattern": OWN_CLASS}}, "required": ["format"]}
     if cls is StreamConfig:
         own = {"anyOf": [own, {"properties": {"tasks": {"contains": own}}, "required": ["tasks"]}]}
     closed = {"properties": dict.fromkeys(properties, True), "additionalProperties": False}
@@ -88,7 +89,8 @@ def _values(info: FieldInfo) -> Schema:
     if any(isinstance(limit, Choices) for limit in info.metadata):
         return _names(format_names())
     annotated: Any = Annotated
-    kind = annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+    parts = (info.annotation, *info.metadata)
+    kind: Any = annotated[parts] if info.metadata else info.annotation
     return _without_far_limits(TypeAdapter(kind).json_schema())
 
 
@@ -108,8 +110,8 @@ def _method() -> Schema:
         own["properties"]["name"] = {"const": name, "description": texts.get(name, name)}
         named = {"properties": {"name": {"const": name}}, "required": ["name"]}
         entries.append({"if": named, "then": own})
-    name = {**_names(list(dict.fromkeys([*known(), *offered(GROUP)]))), "description": "Name of the method."}
-    return {"type": "object", "properties": {"name": name}, "required": ["name"], "allOf": entries}
+    names = {**_names(list(dict.fromkeys([*known(), *offered(GROUP)]))), "description": "Name of the method."}
+    return {"type": "object", "properties": {"name": names}, "required": ["name"], "allOf": entries}
 
 
 def _without_far_limits(schema: Any) -> Any:
