@@ -26,7 +26,8 @@ def test_every_text_is_escaped() -> None:
     )
     assert "<script" not in html
     assert "\u202e" not in html
-    assert html.count(SHOWN) == 25
+    # Title, heading, subtitle; contents, two sections; text 2, facts 3, table 9, details 3, figure 2, link 2.
+    assert html.count(SHOWN) == 6 + 2 + 3 + 9 + 3 + 2 + 2
     assert "left:25.0%;right:50.0%" in html
 
 
