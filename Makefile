@@ -26,7 +26,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 quickstart: $(INSTALLED)  ## Train a tiny model on four built-in tasks with two ranks, and write its report
 	CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu $(BIN)/cl-dist run quickstart --fresh
-	@$(BIN)/cl-dist report runs/quickstart | tail -n 2
+	@$(BIN)/cl-dist report runs/quickstart >/dev/null
+	@echo "report: open runs/quickstart/report/index.html in a browser"
 
 test: $(INSTALLED)  ## Run the tests, except the slow ones
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)

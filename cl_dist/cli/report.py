@@ -77,6 +77,7 @@ def report(arguments: Namespace) -> int:
         print(format_matrix(manifest.tasks, manifest.accuracy_matrix) + "\n")
     for text in done.missing:
         print(text)
-    print(f"wrote {done.folder / done.files[0]}, the page to look at, and beside it:")
-    print("      " + ", ".join(done.files[1:]))
+    page, *others = done.files
+    for name in (*others, page):  # the page last, where it is seen
+        print(f"wrote {done.folder / name}")
     return 0

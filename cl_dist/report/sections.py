@@ -38,9 +38,9 @@ LONG_NAMES = 11
 HEADLINES = {
     "forgetting": ("Forgetting", "F, Chaudhry et al. 2018: largest earlier score minus the last one"),
     "average_performance": ("Average performance", "AP: mean of the last scores"),
-    "backward_transfer": ("Backward transfer", "BWT, GEM: last score minus the one right after their training"),
+    "backward_transfer": ("Backward transfer", "BWT, GEM: last score minus the one right after training"),
     "forward_transfer_zero_shot": ("Forward transfer", "FWT, GEM: gain on a task before it is trained"),
-    "learning_accuracy": ("Learning accuracy", "LA: mean of the scores right after their training"),
+    "learning_accuracy": ("Learning accuracy", "LA: mean of the scores right after training"),
 }
 """The metrics in the summary: name and variant. The section on metrics has their formulas."""
 

@@ -178,6 +178,9 @@ class TestStatus:
         assert "forgetting                         -" in output
 
 
+REPORT = ("report.md", "accuracy_matrix.png", "scores.png", "loss.png", "index.html")
+
+
 def test_report_prints_the_scores_and_the_files_it_wrote(command: Command, tmp_path: Path) -> None:
     write_run(tmp_path / "run", ["spring", "summer"], 1)
     code, output, error = command("report", "run")
@@ -188,18 +191,30 @@ def test_report_prints_the_scores_and_the_files_it_wrote(command: Command, tmp_p
         "after spring  0.3333  0.5000",
         "",
         "The run is not finished: no results yet for summer.",
-        *(f"wrote run/report/{name}" for name in ("report.md", "accuracy_matrix.png", "scores.png", "loss.png")),
+        *(f"wrote run/report/{name}" for name in REPORT),
     ]
-    assert (tmp_path / "run/report/report.md").exists()
+    assert all((tmp_path / "run/report" / name).exists() for name in REPORT)
 
 
 def test_report_writes_elsewhere(command: Command, tmp_path: Path) -> None:
     write_run(tmp_path / "run", ["spring"], 1)
     code, output, _ = command("report", "run", "--out", "pages/mine")
     assert code == 0
-    assert output.splitlines()[-1] == "wrote pages/mine/loss.png"
-    assert len(list((tmp_path / "pages/mine").iterdir())) == 4
+    assert output.splitlines()[-1] == "wrote pages/mine/index.html"
+    assert len(list((tmp_path / "pages/mine").iterdir())) == len(REPORT)
     assert not (tmp_path / "run/report").exists()
+
+
+def test_report_of_several_runs_and_other_formats(command: Command, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_run(tmp_path / name, ["spring"], 1)
+    assert command("report", "one", "two") == (0, f"wrote {tmp_path.resolve() / 'report' / 'index.html'}\n", "")
+    code, output, _ = command("report", "one", "two", "--out", "both", "--figures", "PDF")
+    assert (code, output) == (0, "wrote both/index.html\n")
+    assert {path.suffix for path in (tmp_path / "both").iterdir()} == {".html", ".png", ".pdf"}
+    code, _, error = command("report", "one", "--figures", "png,gif")
+    assert code == 2
+    assert '"gif" is not a format of pictures; allowed: png, svg, pdf' in error
 
 
 def test_bad_input_of_report_is_one_sentence(command: Command, tmp_path: Path) -> None:

@@ -57,5 +57,5 @@ def test_a_whole_run_and_its_status(command: Command, tmp_path: Path) -> None:
     log = [json.loads(line) for line in (tmp_path / "here/log.jsonl").read_text().splitlines()]
     assert {"ranks": 2, **metrics["device"]}.items() <= next(line for line in log if line["event"] == "device").items()
     assert command("status", "here")[1].startswith("status      finished\ntasks done  1 of 1\n")
-    assert command("report", "here")[1].endswith("wrote here/report/loss.png\n")
+    assert command("report", "here")[1].endswith("wrote here/report/index.html\n")
     assert command("run", "quickstart", "--set=output_dir=here")[0] == 2

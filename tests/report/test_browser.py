@@ -1,7 +1,7 @@
 """The pages in a browser: errors, network, width, keyboard, and what axe finds, in light and in dark.
 
-Needs Chromium (`tests/report/install_chromium.sh`). `CL_DIST_SCREENSHOTS=docs/images pytest -m "slow or not slow"
-tests/report/test_browser.py` writes the screenshots that the documentation shows; otherwise they go to a temporary folder.
+Needs Chromium (`tests/report/install_chromium.sh`). The screenshots go to a temporary folder, or to that in
+`CL_DIST_SCREENSHOTS`: set it to `docs/images` to write those that the documentation shows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tests.sweep.test_tables import results_of
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 OPTIONS += ["--disable-sync", "--no-first-run"]
+LOCAL = ("file:", "data:")
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 360, "height": 740}
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")

@@ -129,7 +129,7 @@ def test_tasks_without_masks_without_records_and_with_other_layers(tmp_path: Pat
         [one, two] for one in ("spring", "other") for two in ("spring", "other")
     ]
     for picture in (kept_rows_picture(found), overlap_picture(found)):
-        assert picture.startswith(b"\x89PNG")
+        assert picture.render()["png"].startswith(b"\x89PNG")
     assert read_kept_rows(["older"], [older]) is None
 
 
