@@ -18,7 +18,6 @@ from pydantic.dataclasses import dataclass
 
 from cl_dist import __version__
 from cl_dist.errors import BadInput
-from cl_dist.progress import score_notes
 from cl_dist.state.atomic import write_json
 from cl_dist.state.inputs import Inputs
 from cl_dist.state.integrity import CheckpointDamaged
@@ -185,6 +184,8 @@ class Manifest:
     @property
     def notes(self) -> list[str]:
         """What readers of the scores need to know, a sentence each."""
+        from cl_dist.progress import score_notes  # which imports rich, and most readers of a manifest show nothing
+
         return score_notes({**self.scoring_by_task(), "general": self.general})
 
     @property
