@@ -110,6 +110,8 @@ LAYOUTS: list[tuple[dict[str, Any], tuple[str, str]]] = [
     ({"instruction": "Add.", "input": "", "output": "3"}, ("Add.", "3")),
     ({"instruction": "Add.", "output": "3"}, ("Add.", "3")),
     ({"messages": MESSAGES[1:], "id": 1}, ("Hi", "Hello")),
+    ({"messages": MESSAGES[1:], "input": "q", "output": "a", "prompt": "p", "answer": "b"}, ("q", "a")),
+    ({"text": "a document"}, ("", "a document")),
     ({"messages": MESSAGES, "prompt": "Hi"}, ("Be kind.\n\nHi", "Hello")),
     ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, ("Hi", "Hello")),
 ]
@@ -123,7 +125,7 @@ def test_columns_say_what_a_record_holds(
     write(tmp_path / f"a{ending}", [record])
     task = load_one(tmp_path, path="a")
     assert texts(task) == [expected]
-    assert re.fullmatch("(prompts and answers|conversations|Alpaca's records), from .*", task.read_as)
+    assert re.fullmatch("(prompts and answers|conversations|documents|Alpaca's records), from .*", task.read_as)
 
 
 def test_an_input_that_the_first_record_lacks_is_read_where_it_comes(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ PAIRS = (("input", "output"), ("prompt", "completion"), ("prompt", "response"), 
 """Fields of prompts and answers that `format: auto` knows."""
 CONVERSATIONS = ("messages", "conversations")
 """Fields of conversations that `format: auto` knows."""
+DOCUMENT = "text"
+"""Field of a document that `format: auto` knows, if there is no other."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,16 @@ class Records(Format):
             found += [_pair(*pair) for pair in PAIRS if set(pair) <= set(known)]
         if len(found) > 1 and self.columns:  # what the recipe names itself counts first
             found = [layout for layout in found if set(layout.fields) <= set(self.columns)] or found
+        if any(layout.fields == PAIRS[0] for layout in found):  # the names that need no setting in any format
+            return _pair(*PAIRS[0])
         if len(found) > 1:
             ways = listed((f"{layout.title} ({', '.join(layout.fields)})" for layout in found), last="or")
             raise BadInput(
                 f"the records can be read as {ways}; say which with messages_field, prompt, or input_field and "
                 "output_field"
             )
+        if list(known) == [DOCUMENT]:
+            return _documents(DOCUMENT)
         return found[0] if found else None
 
     def column_of(self, field: str) -> str:
