@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cl_dist.kernels.row_magnitude import fold_memory
+from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.planning.memory import plan_memory
 from cl_dist.planning.ranks import RankView
@@ -108,3 +109,55 @@ def test_migu_holds_its_masks_and_on_a_gpu_the_sums_that_wait_to_be_folded() -> 
     assert held[2, "cpu"]["MIGU's masks"] == held[2, "cuda"]["MIGU's masks"] == 13 * sum(rows)
     waiting = held[2, "cuda"]["MIGU's magnitudes"] - held[2, "cpu"]["MIGU's magnitudes"]
     assert waiting == fold_memory(2 * 32, rows) >= 4 * 2 * sum(rows)
+
+
+def test_gradients_that_are_summed_in_float32_take_four_bytes() -> None:
+    small = {"reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0}
+    for grad_dtype, size in ((None, 2), ("float32", 4)):
+        setup, shape = planned(2, 3, zero=small, dtype="bfloat16", grad_dtype=grad_dtype)
+        held, owned = plan_memory(setup, shape).held, RankView(setup, shape).owned
+        assert (held["gradients"], held["communication buffers"]) == (size * owned, size * 1000)
+    # At stage 1, DeepSpeed then keeps them whole on every rank (`BF16_Optimizer`).
+    setup, shape = planned(2, 1, dtype="bfloat16", grad_dtype="float32")
+    assert plan_memory(setup, shape).held["gradients"] == pytest.approx(4 * shape.numel, rel=0.01)
+
+
+def test_stage_3_keeps_small_weights_whole_besides_its_share() -> None:
+    setup, shape = planned(2, 3, zero={"stage3_param_persistence_threshold": 64})
+    # The norms: two per block and the last one.
+    assert plan_memory(setup, shape).held["weights"] == shape.nbytes // 2 + shape.buffer_bytes + 4 * 5 * 64
+
+
+def test_offload_sums_whole_gradients_of_several_micro_batches_on_the_host() -> None:
+    buffers = {}
+    for count in (1, 2):
+        setup, shape = planned(2, 2, gradient_accumulation=count)
+        buffers[count] = plan_memory(setup.varied(offload=True), shape).host["communication buffers"]
+    rank = RankView(setup, shape)
+    assert buffers[2] - buffers[1] == 4 * rank.touched > 4 * rank.owned
+
+
+def test_stage_1_reduces_through_a_bucket_beside_all_gradients() -> None:
+    setup, shape = planned(2, 1, zero={"reduce_bucket_size": 10**7})
+    memory = plan_memory(setup, shape)
+    assert memory.phase == "reduction"
+    assert memory.device["communication buffers"] == 4 * 10**7
+    assert memory.device["gradients"] == 4 * shape.numel + RankView(setup, shape).step_gradients
+
+
+def test_norms_are_computed_in_float64() -> None:
+    settings = {"config": llama(vocab_size=2**14), "max_length": 4, "max_target_length": 2, "micro_batch_size": 1}
+    setup, shape = planned(2, 2, zero={"reduce_bucket_size": 1}, **settings)
+    memory = plan_memory(setup, shape)
+    assert memory.phase == "norm"
+    assert memory.device["optimiser's copies"] == 8 * shape.trainable["model.embed_tokens.weight"].numel
+
+
+def test_states_on_disk_hold_what_methods_save_on_every_rank() -> None:
+    setup, shape = planned(2, 2)
+    plain = plan_memory(setup, shape).disk
+    assert plain["saved state"] == 12 * shape.numel
+    assert plain["saved states at most"] == (setup.recipe.checkpoint.keep + 1) * plain["saved state"]
+    setup = replace(setup, recipe=replace(setup.recipe, method=(KifConfig(name="kif"),)))
+    # Importance (smoothed and its uncertainty), and the weights of the last fusion.
+    assert plan_memory(setup, shape).disk["saved state"] == pytest.approx((12 + 12) * shape.numel, rel=0.01)
