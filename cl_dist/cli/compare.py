@@ -122,7 +122,7 @@ def _compare(arguments: Namespace) -> int:
         refresh()
     else:
         for cell in grid.cells:
-            check_processes(number_of_ranks(cell.recipe))
+            check_processes(number_of_ranks(with_ranks(cell.recipe)))
         _run(sweep, grid, refresh, arguments)
     return 0
 
