@@ -23,7 +23,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cl_dist.benchmarks.command import main
 from cl_dist.benchmarks.ranks import measure_on_ranks
 from cl_dist.benchmarks.report import Column, Entry
-from cl_dist.config.files import cache_folder
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.errors import ClDistError
@@ -147,7 +146,7 @@ def llama(hidden: int, tokens: int) -> LlamaConfig:
 def predict(case: Case, hidden: int, tokens: int) -> dict[str, Any]:
     """What the plan says: bytes by component, of the peak, and of each collective."""
     setup = Setup(recipe_of(case, tokens), 1, case.world, "cpu", answer=ANSWER + 1)
-    shape = describe_model(setup.recipe, cache_folder(), llama(hidden, tokens))
+    shape = describe_model(setup.recipe, llama(hidden, tokens))
     trace = trace_step(setup, shape)
     memory, wire = plan_memory(setup, shape, trace), plan_wire(setup, shape, trace)
     held = Counter(memory.held) + Counter(memory.host)
