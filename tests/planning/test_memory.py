@@ -162,3 +162,11 @@ def test_states_on_disk_hold_what_methods_save_on_every_rank() -> None:
     setup = replace(setup, recipe=replace(setup.recipe, method=(KifConfig(name="kif"),)))
     # Importance (smoothed and its uncertainty), and the weights of the last fusion.
     assert plan_memory(setup, shape).disk["saved state"] == pytest.approx((12 + 12) * shape.numel, rel=0.01)
+
+
+def test_the_flat_weights_of_stages_1_and_2_are_padded() -> None:
+    setup, shape = planned(7, 2, lora=3)
+    trained = sum(each.numel for each in shape.trainable.values())
+    frozen = sum(each.nbytes for each in shape.parameters if not each.trainable)
+    assert trained % 14 == 2
+    assert plan_memory(setup, shape).held["weights"] == frozen + 4 * (trained + 12) + shape.buffer_bytes
