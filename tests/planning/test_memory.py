@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from cl_dist.tasks.samples import SELECTION_BYTES, pack, table_bytes
 from cl_dist.tasks.types import IGNORE, Encoded
 from tests.planning.models import llama, planned
 
+FEW: dict[str, Any] = {"micro_batch_size": 1, "max_length": 4, "max_target_length": 2}
+"""Tokens, so that activations do not make up the peak."""
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 
 
@@ -138,8 +141,7 @@ def test_offload_sums_whole_gradients_of_several_micro_batches_on_the_host() -> 
 
 
 def test_stage_1_reduces_through_a_bucket_beside_all_gradients() -> None:
-    few = {"micro_batch_size": 1, "max_length": 4, "max_target_length": 2}
-    setup, shape = planned(2, 1, zero={"reduce_bucket_size": 1000}, **few)
+    setup, shape = planned(2, 1, zero={"reduce_bucket_size": 1000}, **FEW)
     memory = plan_memory(setup, shape)
     assert memory.phase == "reduction"
     assert memory.device["communication buffers"] == 4 * 1000
@@ -147,8 +149,7 @@ def test_stage_1_reduces_through_a_bucket_beside_all_gradients() -> None:
 
 
 def test_norms_are_computed_in_float64() -> None:
-    settings = {"config": llama(vocab_size=2**14), "max_length": 4, "max_target_length": 2, "micro_batch_size": 1}
-    setup, shape = planned(2, 2, zero={"reduce_bucket_size": 1}, **settings)
+    setup, shape = planned(2, 2, config=llama(vocab_size=2**14), zero={"reduce_bucket_size": 1}, **FEW)
     memory = plan_memory(setup, shape)
     assert memory.phase == "norm"
     assert memory.device["optimiser's copies"] == 8 * shape.trainable["model.embed_tokens.weight"].numel
@@ -170,3 +171,12 @@ def test_the_flat_weights_of_stages_1_and_2_are_padded() -> None:
     frozen = sum(each.nbytes for each in shape.parameters if not each.trainable)
     assert trained % 14 == 2
     assert plan_memory(setup, shape).held["weights"] == frozen + 4 * (trained + 12) + shape.buffer_bytes
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2 + 4)])
+def test_the_optimiser_copies_the_flat_gradient_and_converts_it_to_float32(dtype: str, size: int) -> None:
+    setup, shape = planned(2, 2, zero={"reduce_bucket_size": 1000}, dtype=dtype, **FEW)
+    memory = plan_memory(setup, shape)
+    assert memory.phase == "optimiser"
+    matrices, _ = RankView(setup, shape).map.flat_numels
+    assert memory.device["optimiser's copies"] == size * matrices
