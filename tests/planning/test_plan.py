@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.planning.conftest import Planned
 def planner(planned: Planned, *changes: str, device: str = "h100", memory: int | None = None, **ranks: int) -> Planner:
     """A planner of the quickstart with its generated data."""
     setup, shape = planned(*changes, **ranks)
-    stream = size_of(setup.recipe, shape, load_stream(setup.recipe.stream), None)
+    stream = size_of(setup.recipe, shape, load_stream(setup.recipe.stream, Path(".")), None)
     entry = find_device(device)
     entry = entry if memory is None else replace(entry, memory=memory)
     return Planner(setup, shape, entry, stream, describe_model)
