@@ -122,7 +122,7 @@ def _compare(arguments: Namespace) -> int:
         refresh()
     else:
         for cell in grid.cells:
-            check_processes(number_of_ranks(with_ranks(cell.recipe)))
+            check_processes(number_of_ranks(cell.recipe))
         _run(sweep, grid, refresh, arguments)
     return 0
 
@@ -139,6 +139,8 @@ def _request(arguments: Namespace) -> Request:
     )
     # The number of ranks determines a cell's global batch, so it belongs in the recipe.
     base, _ = load_recipe(request.recipe, request.changes)
+    if not (arguments.submit or arguments.dry_run or arguments.print or arguments.table):
+        with_ranks(base)  # refuses GPUs that cannot be used, before the first run
     if arguments.submit:
         job = make_job(arguments, base)
         given = [f"launch.processes={job.ranks}", f"launch.device={job.device}"]
