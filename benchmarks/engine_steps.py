@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from cl_dist.benchmarks.harness import Contestant, Times, WallClock, race
+from cl_dist.benchmarks.ranks import TIMEOUT_SECONDS
 from cl_dist.benchmarks.training import StepSize, build_model, token_ids
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.device import device
@@ -32,7 +33,6 @@ METHODS: dict[str, tuple[MethodConfig, ...]] = {  # "unskipped" is what MIGU add
 }
 MANY_STEPS = 1_000_000
 """Length of the learning rate schedule."""
-TIMEOUT_SECONDS = 600.0
 
 
 def build_engine(size: StepSize, stage: int, method: Method) -> TrainingEngine:

@@ -12,20 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import sys
-import tempfile
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cl_dist.errors import ClDistError
-from cl_dist.launch.child import die_with_launcher, python_command, report_failure
-from cl_dist.launch.local import launch
-from cl_dist.process_end import end_with
+from cl_dist.benchmarks.ranks import measure_on_ranks
 
 
 def main() -> None:
@@ -36,41 +29,18 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--lora", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        task = {**vars(options), "result": str(Path(folder, "result.json"))}
-        command = [*python_command("cl_dist.benchmarks.gathered_generation:program"), json.dumps(task)]
-        ending = launch(command, options.processes, dict(os.environ))
-        if ending.exit_code != 0:
-            raise ClDistError("\n".join([*ending.output, str(ending.message)]))
-        print(json.dumps({"settings": vars(options), **json.loads(Path(task["result"]).read_text())}, indent=1))
+    found = measure_on_ranks("cl_dist.benchmarks.gathered_generation:measure", vars(options), options.processes)
+    print(json.dumps({"settings": vars(options), **found}, indent=1))
 
 
-def program() -> None:
-    """Be one of the ranks."""
-    end_with(lambda: _measured(argparse.Namespace(**json.loads(sys.argv[1]))))
-
-
-def _measured(task: argparse.Namespace) -> int:
-    os.dup2(2, 1)  # standard output is reserved for the JSON document
-    die_with_launcher(os.environ)
-    try:
-        measure(task)
-    except ClDistError as error:
-        report_failure(os.environ, error.exit_code, str(error))
-        return error.exit_code
-    return 0
-
-
-def measure(task: argparse.Namespace) -> None:
-    """Generate in alternate rounds; rank 0 writes the result."""
+def measure(**settings: Any) -> dict[str, Any]:
+    """Generate in alternate rounds (collective); `settings` are the command's options."""
     import torch
 
-    from cl_dist.engine.distributed import join, leave, quiet_libraries
     from cl_dist.evaluation.inference import evaluating, generate
     from cl_dist.sharding import gathered
 
-    rank = join(600.0).rank
-    quiet_libraries(rank)
+    task, rank = argparse.Namespace(**settings), torch.distributed.get_rank()
     engine, tokenizer, vocabulary = _engine(task)
     draw = random.Random(rank)
     prompts = [[draw.randrange(3, vocabulary) for _ in range(task.prompt)] for _ in range(task.batch)]
@@ -92,18 +62,15 @@ def measure(task: argparse.Namespace) -> None:
     same = torch.tensor(len(answers) == 1, dtype=torch.int32)
     torch.distributed.all_reduce(same, torch.distributed.ReduceOp.MIN)
     ratios = [a / b for a, b in zip(seconds["sharded"], seconds["gathered"], strict=True)]
-    if rank == 0:
-        result: dict[str, Any] = {
-            "seconds": seconds,
-            "sharded_over_gathered": {
-                "median": round(median(ratios), 2),
-                "minimum": round(min(ratios), 2),
-                "maximum": round(max(ratios), 2),
-            },
-            "same_answers": bool(same.item()),
-        }
-        Path(task.result).write_text(json.dumps(result), encoding="utf-8")
-    leave()
+    return {
+        "seconds": seconds,
+        "sharded_over_gathered": {
+            "median": round(median(ratios), 2),
+            "minimum": round(min(ratios), 2),
+            "maximum": round(max(ratios), 2),
+        },
+        "same_answers": bool(same.item()),
+    }
 
 
 def _engine(task: argparse.Namespace) -> tuple[Any, Any, int]:

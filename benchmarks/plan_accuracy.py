@@ -9,15 +9,11 @@ reports in a profile, on top of all live tensors. Collectives are counted where 
 from __future__ import annotations
 
 import gc
-import json
 import os
-import sys
-import tempfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,14 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cl_dist.benchmarks.command import main
+from cl_dist.benchmarks.ranks import measure_on_ranks
 from cl_dist.benchmarks.report import Column, Entry
-from cl_dist.config.files import cache_folder
 from cl_dist.config.schema import LoraConfig, ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
-from cl_dist.engine.distributed import join, leave, quiet_libraries
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.errors import ClDistError
-from cl_dist.launch.child import die_with_launcher, python_command, report_failure
-from cl_dist.launch.local import launch
 from cl_dist.methods.catalogue import built_in
 from cl_dist.methods.composed import compose
 from cl_dist.methods.protocol import Method, TaskPlace
@@ -45,7 +38,6 @@ from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import describe_model
 from cl_dist.planning.trace import trace_step
 from cl_dist.planning.wire import plan_wire
-from cl_dist.process_end import end_with
 from cl_dist.sharding import ShardView
 from cl_dist.tasks.collate import Batch, collate
 from cl_dist.tasks.types import IGNORE, Encoded
@@ -54,7 +46,6 @@ VOCABULARY, LAYERS, HEADS = 2048, 4, 4
 ANSWER, SAMPLES = 32, 2
 WARM_UP = 2
 """Steps before the measured one, so that everything that is allocated once is there."""
-TIMEOUT_SECONDS = 600.0
 PARTS = ("weights", "master", "moments", "gradients", "method")
 SMALL = {
     "stage3_prefetch_bucket_size": 200_000,
@@ -155,7 +146,7 @@ def llama(hidden: int, tokens: int) -> LlamaConfig:
 def predict(case: Case, hidden: int, tokens: int) -> dict[str, Any]:
     """What the plan says: bytes by component, of the peak, and of each collective."""
     setup = Setup(recipe_of(case, tokens), 1, case.world, "cpu", answer=ANSWER + 1)
-    shape = describe_model(setup.recipe, cache_folder(), llama(hidden, tokens))
+    shape = describe_model(setup.recipe, llama(hidden, tokens))
     trace = trace_step(setup, shape)
     memory, wire = plan_memory(setup, shape, trace), plan_wire(setup, shape, trace)
     held = Counter(memory.held) + Counter(memory.host)
@@ -398,25 +389,17 @@ def _cell(predicted: int, measured: int) -> str:
 
 def _on_ranks(cases: Sequence[Case], hidden: int, tokens: int, world: int) -> list[dict[str, Any]]:
     """What the rank measures that has most of everything, one result per case. Raises ClDistError if a rank fails."""
-    with tempfile.TemporaryDirectory(prefix="cl-dist-bench-") as folder:
-        result = Path(folder) / "measured.json"
-        task = {"cases": [asdict(case) for case in cases], "hidden": hidden, "tokens": tokens, "result": str(result)}
-        command = [*python_command("cl_dist.benchmarks.plan_accuracy:program"), json.dumps(task)]
-        ending = launch(command, world, {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-        if ending.exit_code != 0:
-            raise ClDistError("\n".join([*ending.output, f"measuring on {world} ranks: {ending.message}"]))
-        found: list[dict[str, Any]] = json.loads(result.read_text(encoding="utf-8"))
-        return found
+    arguments = {"cases": [asdict(case) for case in cases], "hidden": hidden, "tokens": tokens}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    found: list[dict[str, Any]] = measure_on_ranks(
+        "cl_dist.benchmarks.plan_accuracy:measure_cases", arguments, world, environment
+    )
+    return found
 
 
-def _serve(task: Namespace) -> None:
-    """Run one rank; the first rank writes the results."""
-    rank = join(TIMEOUT_SECONDS).rank
-    quiet_libraries(rank)
-    found = [most(measure(Case(**case), task.hidden, task.tokens)) for case in task.cases]
-    if rank == 0:
-        Path(task.result).write_text(json.dumps(found), encoding="utf-8")
-    leave()
+def measure_cases(cases: list[dict[str, Any]], hidden: int, tokens: int) -> list[dict[str, Any]]:
+    """What the ranks count in each case, on every rank (collective)."""
+    return [most(measure(Case(**case), hidden, tokens)) for case in cases]
 
 
 def most(own: dict[str, Any]) -> dict[str, Any]:
@@ -424,22 +407,6 @@ def most(own: dict[str, Any]) -> dict[str, Any]:
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, own)
     return {name: own[name] if name == "wire" else max(each[name] for each in everyone) for name in own}
-
-
-def program() -> None:
-    """Entry point of a rank; the task is the only argument."""
-    end_with(lambda: _main(Namespace(**json.loads(sys.argv[1]))))
-
-
-def _main(task: Namespace) -> int:
-    os.dup2(2, 1)  # standard output is reserved for the table or the JSON document
-    die_with_launcher(os.environ)
-    try:
-        _serve(task)
-    except ClDistError as error:
-        report_failure(os.environ, error.exit_code, str(error))
-        return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,30 +6,23 @@ ends with `Migu.before_update`, before the optimiser starts.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import tempfile
 import time
 from argparse import Namespace
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from cl_dist.benchmarks.engine_steps import MANY_STEPS, TIMEOUT_SECONDS, batch_of, build_engine
+from cl_dist.benchmarks.engine_steps import MANY_STEPS, batch_of, build_engine
 from cl_dist.benchmarks.harness import Contestant, Times, race
+from cl_dist.benchmarks.ranks import measure_on_ranks
 from cl_dist.benchmarks.training import StepSize
 from cl_dist.engine.device import device, uses_gpu
-from cl_dist.engine.distributed import join, leave, quiet_libraries
-from cl_dist.errors import ClDistError
-from cl_dist.launch.child import die_with_launcher, python_command, report_failure
-from cl_dist.launch.local import launch
 from cl_dist.methods.composed import Composed
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.methods.migu.method import Migu
 from cl_dist.methods.protocol import TaskPlace
-from cl_dist.process_end import end_with
 
 DEFAULT_STAGE = 2
 WAYS = ("dense", "masked")
@@ -41,15 +34,11 @@ def race_on_ranks(size: StepSize, stage: int, options: Namespace) -> tuple[Times
 
     Raises ClDistError if a rank fails.
     """
-    with tempfile.TemporaryDirectory(prefix="cl-dist-bench-") as folder:
-        result = Path(folder) / "times.json"
-        task = {"size": asdict(size), "stage": stage, "runs": options.runs, "result": str(result)}
-        command = [*python_command("cl_dist.benchmarks.step_ranks:program"), json.dumps(task)]
-        ending = launch(command, options.processes, _environment(options))
-        if ending.exit_code != 0:
-            raise ClDistError("\n".join([*ending.output, f"measuring on {options.processes} ranks: {ending.message}"]))
-        found = json.loads(result.read_text(encoding="utf-8"))
-        return Times(found["seconds"]), int(found["threads"])
+    arguments = {"size": asdict(size), "stage": stage, "runs": options.runs}
+    found = measure_on_ranks(
+        "cl_dist.benchmarks.step_ranks:race_ways", arguments, options.processes, _environment(options)
+    )
+    return Times(found["seconds"]), int(found["threads"])
 
 
 def _environment(options: Namespace) -> dict[str, str]:
@@ -121,34 +110,9 @@ class Trainer:
         self._step += 1
 
 
-def _serve(task: Namespace) -> None:
-    """Run one rank; the first rank writes the result."""
-    rank = join(TIMEOUT_SECONDS).rank
-    quiet_libraries(rank)
-    trainer = Trainer(StepSize(**task.size), task.stage)
+def race_ways(size: dict[str, Any], stage: int, runs: int) -> dict[str, Any]:
+    """Race the ways on every rank (collective): the seconds of the slowest rank, and the threads of this one."""
+    trainer = Trainer(StepSize(**size), stage)
     contestants = {way: trainer.contestant(index) for index, way in enumerate(WAYS)}
-    times = race(contestants, task.runs, RankClock(trainer.method))
-    if rank == 0:
-        found = {"seconds": times.seconds, "threads": torch.get_num_threads()}
-        Path(task.result).write_text(json.dumps(found), encoding="utf-8")
-    leave()
-
-
-def program() -> None:
-    """Entry point of a rank; the task is the only argument."""
-    end_with(lambda: _main(Namespace(**json.loads(sys.argv[1]))))
-
-
-def _main(task: Namespace) -> int:
-    os.dup2(2, 1)  # standard output is reserved for the table or the JSON document
-    die_with_launcher(os.environ)
-    try:
-        _serve(task)
-    except ClDistError as error:
-        report_failure(os.environ, error.exit_code, str(error))
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    program()
+    times = race(contestants, runs, RankClock(trainer.method))
+    return {"seconds": times.seconds, "threads": torch.get_num_threads()}

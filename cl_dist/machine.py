@@ -40,14 +40,15 @@ _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
 _NO_DEVICE = 100
 _ADVICE = {
-    100: "set CUDA_VISIBLE_DEVICES to GPUs that exist, or unset it; without it, see whether nvidia-smi lists any GPU",
-    101: "set CUDA_VISIBLE_DEVICES to GPUs that exist, or unset it",
+    100: "see whether nvidia-smi lists any GPU",
     802: "start NVIDIA's Fabric Manager (systemctl start nvidia-fabricmanager), which GPUs with NVSwitch need",
     803: "the driver's kernel module and its libraries are of different releases: reboot the machine, or reinstall the "
     "driver",
     804: "remove the CUDA compatibility libraries from LD_LIBRARY_PATH, which this GPU does not support",
 }
 """What to do, by error code of cuInit."""
+_NO_SUCH_DEVICE = (100, 101)
+"""Error codes of cuInit that CUDA_VISIBLE_DEVICES may be the reason for: it names no GPU, or one twice, say."""
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """In /proc/cpuinfo, on x86 and on ARM: multiplies bfloat16 without converting it first."""
 
@@ -143,14 +144,15 @@ def find_gpus(environment: Mapping[str, str]) -> Gpus:
     if hidden is not None and hidden.strip() in ("", "-1"):
         word = "empty" if not hidden.strip() else hidden.strip()
         return Gpus(problem=f"CUDA_VISIBLE_DEVICES is {word}, which hides every GPU; unset it", present=present)
+    # Any other value is the driver's to judge: numbers, UUIDs, or words that it does not know.
     try:
         driver = ctypes.CDLL(DRIVER_LIBRARY)
     except OSError as error:
         return Gpus(problem=_without_driver(present, error), present=present)
-    return _ask_driver(driver, build, present)
+    return _ask_driver(driver, build, present, hidden)
 
 
-def _ask_driver(driver: ctypes.CDLL, build: TorchBuild | None, present: bool) -> Gpus:
+def _ask_driver(driver: ctypes.CDLL, build: TorchBuild | None, present: bool, visible: str | None) -> Gpus:
     supported = _cuda_version(driver)
     release = _driver_release()
     code = driver.cuInit(0)
@@ -178,6 +180,8 @@ def _ask_driver(driver: ctypes.CDLL, build: TorchBuild | None, present: bool) ->
     if code != 0 or not found:
         code = code or _NO_DEVICE
         advice = _ADVICE.get(code, "see whether nvidia-smi works and what dmesg reports, and reboot the machine")
+        if visible is not None and code in _NO_SUCH_DEVICE:
+            advice = f"CUDA_VISIBLE_DEVICES is {visible}: give GPUs that exist, each once, or unset it"
         problem = f"NVIDIA's driver finds no usable GPU: {_error_text(driver, code)} (error {code}); {advice}"
         return Gpus(problem=problem, present=present or code != _NO_DEVICE)
     return Gpus(found, present=True)

@@ -69,6 +69,11 @@ def path_of(tensor: torch.Tensor) -> Literal["triton", "cpu", "torch"]:
     return "triton" if tensor.device.type == "cuda" and triton is not None else "torch"
 
 
+def on_amd() -> bool:
+    """Whether PyTorch's GPUs are AMD's."""
+    return torch.version.hip is not None
+
+
 def allows_tf32() -> bool:
     """Whether PyTorch multiplies float32 matrices on GPUs in TF32, however that was set.
 

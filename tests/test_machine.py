@@ -74,7 +74,7 @@ def test_usable_gpus_are_described(hardware: Callable[..., None]) -> None:
             "NVIDIA's driver 580.82.07 supports CUDA up to 12.2, but the installed torch 2.13.0+cu130 needs CUDA 13.0: "
             "update the driver (release 580 or later), or install a build of torch for CUDA 12 (docs/gpu.md)",
         ),
-        ({"init": 100}, "no CUDA-capable device is detected (error 100); set CUDA_VISIBLE_DEVICES to GPUs that exist"),
+        ({"init": 100}, "no CUDA-capable device is detected (error 100); see whether nvidia-smi lists any GPU"),
         ({"init": 802}, "system not yet initialized (error 802); start NVIDIA's Fabric Manager"),
         ({"init": 803}, "unsupported display driver / cuda driver combination (error 803); the driver's kernel module"),
         ({"init": 999}, "unknown error (error 999); see whether nvidia-smi works"),
@@ -111,6 +111,19 @@ def test_hidden_gpus(hardware: Callable[..., None], hidden: str, monkeypatch: py
     assert problem is not None
     assert problem.endswith("which hides every GPU; unset it")
     assert count_ranks("auto", os.environ) == 1
+
+
+@pytest.mark.parametrize("visible", ["NoDevFiles", "7", "0,0", "-1,0", "GPU-11111111-2222-3333-4444-555555555555"])
+def test_the_driver_judges_what_is_visible(
+    hardware: Callable[..., None], visible: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hardware(init=100)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    problem = find_gpus(os.environ).problem
+    assert problem is not None
+    assert problem.endswith(f"CUDA_VISIBLE_DEVICES is {visible}: give GPUs that exist, each once, or unset it")
+    hardware(init=0, gpus=1)
+    assert (find_gpus(os.environ).problem, count_ranks("auto", os.environ)) == (None, 1)
 
 
 def test_a_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

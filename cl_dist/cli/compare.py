@@ -147,6 +147,8 @@ def _request(arguments: Namespace) -> Request:
     )
     # The number of ranks determines a cell's global batch, so it belongs in the recipe.
     base, _ = load_recipe(request.recipe, request.changes)
+    if not (arguments.submit or arguments.dry_run or arguments.print or arguments.table):
+        with_ranks(base)  # refuses GPUs that cannot be used, before the first run
     if arguments.submit:
         job = make_job(arguments, base)
         given = [f"launch.processes={job.ranks}", f"launch.device={job.device}"]

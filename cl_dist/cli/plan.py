@@ -128,7 +128,6 @@ def _new_file(name: str) -> Path:
 
 
 def _planner(arguments: Namespace, recipe: Recipe, recipe_dir: Path, device: Device) -> Planner:
-    from cl_dist.config.files import cache_folder
     from cl_dist.models.published import known_config
     from cl_dist.planning.plan import Planner
     from cl_dist.planning.setup import Setup
@@ -138,10 +137,10 @@ def _planner(arguments: Namespace, recipe: Recipe, recipe_dir: Path, device: Dev
     tasks = read_tasks(recipe, recipe_dir)
     labels = {label for task in tasks for label in task.labels} if not isinstance(tasks, str) else ()
     setup = Setup(recipe, arguments.nodes, arguments.gpus_per_node, device.kind, labels=len(labels) or 2)
-    config, cache = known_config(recipe.model), cache_folder()
-    shape = describe_model(recipe, cache, config, setup.labels)
+    config = known_config(recipe.model)
+    shape = describe_model(recipe, config, setup.labels)
     stream = size_of(recipe, shape, tasks, arguments.samples)
     if not isinstance(stream, str):
         setup = replace(setup, samples=stream.train)
-    describe = partial(describe_model, cache_dir=cache, config=config)
+    describe = partial(describe_model, config=config)
     return Planner(setup, shape, device, stream, describe, published=config is not None)

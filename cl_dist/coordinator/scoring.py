@@ -143,7 +143,7 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
     joined = join(recipe.launch.timeout_seconds, recipe.launch.device)
     set_matmul_precision(recipe.train.tf32)
     quiet_libraries(joined.rank)
-    if (warning := joined.warning()) is not None:
+    if (warning := joined.warning("scoring")) is not None:
         reporter.message(warning)
     lost_ranks = reporting_lost_ranks(joined.rank, recipe.launch.timeout_seconds, lambda reason, _: reason)
     with lost_ranks, reporting_exhausted_memory(joined.rank, joined.world, recipe):

@@ -8,7 +8,7 @@ import resource
 import sys
 import warnings
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
@@ -59,12 +59,12 @@ class Joined(NamedTuple):
         facts |= {} if self.device.kind == "cpu" else {"count": self.world}
         return facts | ({} if self.notice is None else {"notice": self.notice})
 
-    def warning(self) -> str | None:
-        """What to print loudly if a GPU is not used that could have been meant."""
+    def warning(self, work: str = "training") -> str | None:
+        """What to print loudly if a GPU is not used that could have been meant; `work` is what the ranks do."""
         if self.notice is None:
             return None
         return (
-            f"WARNING: training on the CPU, although this machine has a GPU: {self.notice}. launch.device=cuda would "
+            f"WARNING: {work} on the CPU, although this machine has a GPU: {self.notice}. launch.device=cuda would "
             "stop here, launch.device=cpu says that this is intended"
         )
 
@@ -147,13 +147,39 @@ def _available_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
-def _left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes below the memory limit of this process's container; no limit is a very large number."""
+def _left_in_container(mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes below the memory limits of this process's control group and of those around it: of a container, say, or of
+    a Slurm step. No limit is a very large number.
+
+    Both versions of control groups: the kernel's documents admin-guide/cgroup-v2 and admin-guide/cgroup-v1/memory.
+    """
+    left = sys.maxsize
     try:
-        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:  # no container, or control groups of version 1
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return left
+    for line in lines:  # `0::/path` in version 2, `7:memory:/path` in version 1
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            top, names = mount, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top, names = mount / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = PurePosixPath(path.lstrip("/"))
+        # In a container, the path may be that of the host, which does not exist here; the top then is its own group.
+        left = min([left, *(_left_in_group(top / each, *names) for each in (group, *group.parents))])
+    return left
+
+
+def _left_in_group(folder: Path, limit: str, used: str, reclaimable: str) -> int:
+    """Bytes below the limit of one control group. Pages of files that nobody uses do not count as used."""
+    try:
+        most, now = ((folder / name).read_text(encoding="utf-8").strip() for name in (limit, used))
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+    except OSError:
         return sys.maxsize
-    return sys.maxsize if limit == "max" else max(0, int(limit) - int(used))
+    return sys.maxsize if most == "max" else max(0, int(most) - int(now) + int(statistics.get(reclaimable, 0)))
 
 
 def leave() -> None:

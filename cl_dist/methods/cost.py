@@ -75,6 +75,11 @@ class RankShare:
         return self.stage == 0
 
     @property
+    def sharded(self) -> bool:
+        """Whether every rank holds its share of the weights only."""
+        return self.stage == 3
+
+    @property
     def elements(self) -> int:
         """Elements of all masters that this rank owns."""
         return sum(self.owned.values())
@@ -93,7 +98,7 @@ class RankShare:
         """
         elements = sum(math.prod(shape) for shape in self.shapes.values())
         whole = Collective("all_gather", elements * self.itemsize, "changed weights")
-        return (whole,) if self.stage in (1, 2) else ()
+        return () if self.replicated or self.sharded else (whole,)
 
 
 @dataclass(frozen=True)

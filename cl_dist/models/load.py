@@ -137,7 +137,7 @@ def _small_parts(
 
 
 def model_on_meta(
-    model: ModelConfig, label_count: int, dtype: torch.dtype, cache_dir: Path, config: PreTrainedConfig | None = None
+    model: ModelConfig, label_count: int, dtype: torch.dtype, config: PreTrainedConfig | None = None
 ) -> tuple[PreTrainedModel, ObjectiveName]:
     """The model of `load_model` on the meta device, without numbers, and its objective. Reads no weights or tokenizer.
 
@@ -145,7 +145,6 @@ def model_on_meta(
         model: The recipe's model settings.
         label_count: Number of classes of a classifier.
         dtype: Precision of the parameters.
-        cache_dir: Where a GGUF file is converted to, once.
         config: The model's configuration; None: read the one that `model` names.
 
     Raises:
@@ -153,7 +152,7 @@ def model_on_meta(
     """
     with _quiet(), _failures_as_bad_input(model):
         if config is None:
-            config = _configuration(model, _source(model, cache_dir))
+            config = _configuration_alone(model)
         objective = resolve_objective(model.objective, family_of(config, model.name_or_path), model.name_or_path)
         if FACTS[objective].needs_labels:
             config.num_labels = label_count
@@ -162,6 +161,16 @@ def model_on_meta(
     _prepare(built)
     built.name_or_path = built.config._name_or_path = model.name_or_path
     return built, objective
+
+
+def _configuration_alone(model: ModelConfig) -> PreTrainedConfig:
+    """The configuration without any weights; a GGUF file has it in its header."""
+    if model.gguf_file is not None:
+        check_model_config(model)
+    if model.name_or_path in BUILTIN_FAMILIES:
+        return builtin_config(model.name_or_path)
+    source = local_folder(model.name_or_path) or model.name_or_path
+    return AutoConfig.from_pretrained(str(source), trust_remote_code=model.trust_remote_code, gguf_file=model.gguf_file)
 
 
 def _prepare(built: PreTrainedModel) -> None:

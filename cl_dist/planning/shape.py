@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -78,21 +77,18 @@ class ModelShape:
         return int(getattr(base_model(self.model).config.get_text_config(), "vocab_size", 0))
 
 
-def describe_model(
-    recipe: Recipe, cache_dir: Path, config: PreTrainedConfig | None = None, labels: int = 2
-) -> ModelShape:
+def describe_model(recipe: Recipe, config: PreTrainedConfig | None = None, labels: int = 2) -> ModelShape:
     """Build the recipe's model on the meta device: its files may lack weights and tokenizer, or all but `config`.
 
     Args:
         recipe: The recipe.
-        cache_dir: Where a GGUF file is converted to, once.
         config: The model's configuration; None: the one that the recipe's model has.
         labels: Classes of a classifier.
 
     Raises:
         BadInput: The model cannot be built or adapted.
     """
-    built, objective = model_on_meta(recipe.model, labels, DTYPES[recipe.train.dtype], cache_dir, config)
+    built, objective = model_on_meta(recipe.model, labels, DTYPES[recipe.train.dtype], config)
     model: nn.Module = built
     if recipe.model.lora is not None:
         with torch.device("meta"):

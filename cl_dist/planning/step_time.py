@@ -198,20 +198,8 @@ def predict_step(setup: Setup, device: Device, wire: Wire, rank: RankView, arith
     backward = max(arithmetic.backward_flop(setup, cost) / peak, 2 * shape.nbytes / memory, 2 * launches)
     recomputed = forward if train.activation_checkpointing else 0.0
     tokens = train.micro_batch_size * setup.tokens
-
-    low = LOW_PRECISION_BYTES if setup.itemsize < 4 else 0
-    traffic = (ADAMW_BYTES + low) * rank.owned + cost.traffic
-    moved = 0.0
-    if setup.recipe.zero.offload and device.kind == "cuda":
-        optimizer = traffic / (device.host_bandwidth * EFFICIENCY.host / setup.ranks_per_node)
-        moved = 2 * rank.owned * setup.itemsize
-    else:
-        optimizer = traffic / memory
-    if setup.weights_on_host and device.kind == "cuda":
-        # Every gather begins with this rank's piece; a single rank copies all of them in each pass.
-        gathered = sum(each.bytes for each in wire.step if each.what == GATHERED_WEIGHTS)
-        alone = passes * (3 if train.activation_checkpointing else 2) * shape.nbytes
-        moved += gathered / setup.world if setup.world > 1 else alone
+    on_gpu = device.kind == "cuda"
+    offloads = on_gpu and setup.recipe.zero.offload
 
     hidden, exposed = _communication(setup, device, wire, passes * (forward + backward + recomputed))
     return StepTime(
@@ -219,12 +207,34 @@ def predict_step(setup: Setup, device: Device, wire: Wire, rank: RankView, arith
         backward=passes * backward,
         recomputed=passes * recomputed,
         methods=micro_batches * cost.token_traffic * tokens / memory,
-        optimizer=optimizer,
+        optimizer=_optimizer_bytes(setup, rank) / (_host_bandwidth(setup, device) if offloads else memory),
         communication=exposed,
         hidden=hidden,
-        transfers=moved / (device.pcie * EFFICIENCY.pcie),
+        transfers=(_moved_bytes(setup, wire, rank, shape, passes) if on_gpu else 0) / (device.pcie * EFFICIENCY.pcie),
         tokens=tokens * micro_batches * setup.world,
     )
+
+
+def _optimizer_bytes(setup: Setup, rank: RankView) -> int:
+    """Bytes that a rank reads and writes in AdamW and in what the methods do beside it."""
+    low = LOW_PRECISION_BYTES if setup.itemsize < 4 else 0
+    return (ADAMW_BYTES + low) * rank.owned + rank.methods.traffic
+
+
+def _host_bandwidth(setup: Setup, device: Device) -> float:
+    """Bytes per second of the node's CPU memory that an optimiser on the CPU has for itself."""
+    return device.host_bandwidth * EFFICIENCY.host / setup.ranks_per_node
+
+
+def _moved_bytes(setup: Setup, wire: Wire, rank: RankView, shape: ModelShape, passes: int) -> float:
+    """Bytes over PCIe in a step: with offload, gradients go down and weights come up."""
+    moved = 2.0 * rank.owned * setup.itemsize if setup.recipe.zero.offload else 0.0
+    if setup.weights_on_host:
+        # Every gather begins with this rank's piece; a single rank copies all of them in each pass.
+        gathered = sum(each.bytes for each in wire.step if each.what == GATHERED_WEIGHTS)
+        alone = passes * (3 if setup.recipe.train.activation_checkpointing else 2) * shape.nbytes
+        moved += gathered / setup.world if setup.world > 1 else alone
+    return moved
 
 
 def _ranks_on_device(setup: Setup, device: Device) -> int:

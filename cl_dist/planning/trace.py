@@ -13,7 +13,7 @@ import inspect
 import math
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -307,10 +307,7 @@ def trace_step(setup: Setup, shape: ModelShape) -> StepTrace:
     storages = Storages(ledger)
     for tensor in (*shape.model.parameters(), *shape.model.buffers()):
         storages.ignore(tensor)
-    schedule = None
-    if setup.stage == 3 and setup.world > 1:
-        zero = setup.deepspeed["zero_optimization"]
-        schedule = GatherSchedule(shape.model, setup.world, zero, partial(ledger.add, GATHERED))
+    schedule = _schedule(setup, shape, ledger)
     fetched: list[tuple[int, int]] = []
     saved = 0
     was_training = shape.model.training
@@ -338,10 +335,22 @@ def trace_step(setup: Setup, shape: ModelShape) -> StepTrace:
             if schedule:
                 schedule.end_step()
     shape.model.train(was_training)
+    return StepTrace(ledger.peak, saved, *_of_whole_step(fetched, setup.recipe.train.gradient_accumulation))
+
+
+def _schedule(setup: Setup, shape: ModelShape, ledger: Ledger) -> GatherSchedule | None:
+    """Stage 3's gathers, recorded in `ledger`; None if every rank holds the weights whole."""
+    if setup.stage != 3 or setup.world == 1:
+        return None
+    zero = setup.deepspeed["zero_optimization"]
+    return GatherSchedule(shape.model, setup.world, zero, partial(ledger.add, GATHERED))
+
+
+def _of_whole_step(fetched: Sequence[tuple[int, int]], micro_batches: int) -> tuple[int, int]:
+    """Bytes and calls of a step's gathers from those of its first two micro-batches; the rest are like the second."""
     first, *others = fetched or [(0, 0)]
-    rest = setup.recipe.train.gradient_accumulation - 1
-    total = [one + rest * (others[0][part] if others else 0) for part, one in enumerate(first)]
-    return StepTrace(ledger.peak, saved, *total)
+    size, calls = others[0] if others else (0, 0)
+    return first[0] + (micro_batches - 1) * size, first[1] + (micro_batches - 1) * calls
 
 
 def _cannot(setup: Setup, error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -15,6 +16,8 @@ _CHUNK = 1 << 22
 _GATHERED_TOGETHER = 1 << 26
 """Elements that are gathered in one collective, which bounds its buffers."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_held_whole: WeakSet[torch.nn.Module] = WeakSet()
+"""Models inside `gathered`."""
 _HOOKS = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
 """Attributes that stage 3 sets on every module."""
 
@@ -83,18 +86,21 @@ def gathered(engine: Any) -> Iterator[None]:
     """Hold all weights of a stage 3 engine whole on every rank inside the block (collective at its start).
 
     Forward passes inside then need no other rank, so ranks may run different numbers of them. Afterwards every
-    parameter is as sharded as before, and the optimiser's state has not been touched.
+    parameter is as sharded as before, and the optimiser's state has not been touched. Inside, nothing else may gather
+    or release weights: `gather_state_dict`, `whole_parameters` and `release_gathered` raise RuntimeError.
     """
     from deepspeed.runtime.zero import GatheredParameters
 
-    offload = engine.optimizer.parameter_offload
+    offload, module = engine.optimizer.parameter_offload, engine.module
     # An earlier pass may have prefetched weights that it did not need in the end; wait for them and release them.
-    release_gathered(engine.module)
+    release_gathered(module)
     with ExitStack() as stack:
-        for group in _groups(_sharded(engine.module)):
+        for group in _groups(_sharded(module)):
             stack.enter_context(GatheredParameters(group))
             beat()
         stack.enter_context(_without_hooks(offload))
+        _held_whole.add(module)
+        stack.callback(_held_whole.discard, module)
         yield
 
 
@@ -143,6 +149,8 @@ def release_gathered(model: torch.nn.Module) -> None:
     Args:
         model: The module inside the engine, while no pass is under way; at other stages nothing happens.
     """
+    if model in _held_whole:
+        raise RuntimeError("all weights are held whole here (sharding.gathered), and the forward passes need them so")
     in_flight = getattr(model, "ds_inflight_param_registry", None)
     if in_flight is None:
         return

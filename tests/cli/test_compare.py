@@ -42,6 +42,18 @@ class TestWithoutRunning:
         ]
         assert files_in(tmp_path) == before
 
+    def test_a_missing_gpu_is_noticed_before_the_first_run(
+        self, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        recipe = write_recipe(tmp_path)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+        code, output, error = command("compare", recipe, *GRID, "--set=launch.device=cuda")
+        assert (code, output) == (2, "")
+        assert error.startswith(
+            "cl-dist: error: launch.device: cuda: CUDA_VISIBLE_DEVICES is -1, which hides every GPU"
+        )
+        assert files_in(tmp_path) == [Path(recipe)]
+
     def test_prints_the_commands_of_the_unfinished_runs(self, command: Command, tmp_path: Path) -> None:
         recipe = write_recipe(tmp_path)
         grid = make_grid(tmp_path)

@@ -9,7 +9,7 @@ import torch
 
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
-from cl_dist.engine.engine import TrainingEngine, loss_sum
+from cl_dist.engine.engine import TrainingEngine
 from cl_dist.methods.composed import Composed
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.methods.migu.method import Migu
@@ -19,8 +19,18 @@ from cl_dist.models.tracked import tracked_linears
 from cl_dist.models.training_mode import enable_activation_checkpointing
 from cl_dist.sharding import ShardView
 from cl_dist.tasks.collate import Batch
-from cl_dist.tasks.objectives import OBJECTIVES as OBJECTIVE_CLASSES
-from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_lora, odd_model, samples, together, whole
+from tests.distributed.worlds import (
+    OBJECTIVES,
+    distance,
+    gradient_sums,
+    mean_loss,
+    micro_batches,
+    odd_lora,
+    odd_model,
+    samples,
+    together,
+    whole,
+)
 from tests.oracle import Dense, Settings
 
 QUANTITIES = ("master", "exp_avg", "exp_avg_sq")
@@ -136,29 +146,11 @@ class Case:
         report["flips"] += sum(int((self.dense.keep[name] != keep).sum()) for name, keep in chosen.items())
 
     def _error_of_sums(self, batches: list[Batch], targets: int) -> float:
-        """How far the reduced gradient is from the float32 sum, over micro-batches and ranks, of the same bfloat16
-        gradients: the norm of the difference, relative.
-
-        Every rank computes its own micro-batches' gradients as the engine does, but without DeepSpeed.
-        """
-        scale = self.accumulation * self.world / targets  # as in TrainingEngine
-        sums = {name: torch.zeros(p.shape) for name, p in self.local.named_parameters() if p.requires_grad}
-        for batch in batches:
-            self.local.zero_grad()
-            logits, labels = OBJECTIVE_CLASSES[self.engine.objective].forward(self.local, batch, True)
-            (loss_sum(logits, labels) * scale / self.accumulation).backward()
-            for name, param in self.local.named_parameters():
-                if param.grad is not None:
-                    sums[name] += param.grad.float()
-        apart = total = 0.0
-        for name, own in sums.items():
-            torch.distributed.all_reduce(own)
-            expected = own / self.world
-            if name in self.migu.keep:
-                expected.view(self.migu.keep[name].numel(), -1)[~self.migu.keep[name]] = 0.0
-            apart += float((self.recorder.gradients[name] - expected).double().square().sum())
-            total += float(expected.double().square().sum())
-        return (apart / total) ** 0.5
+        """How far the reduced gradient is from the float32 sum of the same bfloat16 gradients, relative."""
+        expected = gradient_sums(self.local, batches, self.family, targets, self.recipe.zero.stage)
+        for name, keep in self.migu.keep.items():
+            expected[name].view(keep.numel(), -1)[~keep] = 0.0
+        return distance(self.recorder.gradients, expected)
 
     def _moved_dropped(self, before: dict[str, Any], after: dict[str, Any]) -> int:
         """Elements of dropped rows (weight or moment) that changed at all."""

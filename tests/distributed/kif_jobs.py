@@ -19,7 +19,17 @@ from cl_dist.models.load import LoadedModel
 from cl_dist.models.lora import add_lora
 from cl_dist.sharding import ShardView
 from tests.distributed.exactness_jobs import _published_error
-from tests.distributed.worlds import OBJECTIVES, mean_loss, micro_batches, odd_model, samples, together, whole
+from tests.distributed.worlds import (
+    OBJECTIVES,
+    distance,
+    gradient_sums,
+    mean_loss,
+    micro_batches,
+    odd_model,
+    samples,
+    together,
+    whole,
+)
 from tests.oracle_kif import Dense, Settings, Unit, normalised
 
 TASKS = 3
@@ -72,7 +82,7 @@ class Case:
         importance_at: str = "before_update", importance_from_step: int = 1, grad_dtype: str | None = None,
         by_task: dict[str, dict[str, Any]] | None = None, **constants: float,
     ) -> None:  # fmt: skip
-        self.family, self.accumulation, self.dtype = family, accumulation, dtype
+        self.family, self.accumulation, self.dtype, self.stage = family, accumulation, dtype, stage
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         self.micro = 4 // self.world
         adapters = LoraConfig(r=RANKS, alpha=RANKS) if lora else None
@@ -102,10 +112,13 @@ class Case:
             importance_at=importance_at, importance_from_step=importance_from_step, **constants,
         )  # fmt: skip
         self.by_task = by_task or {}
+        self.worst: dict[str, float] = {}
         self.settings = settings
         self.dense = Dense(copy.deepcopy(model), settings)
         self.given = Dense(copy.deepcopy(model), settings)
         """The oracle again, given the weights and gradients that the ranks have."""
+        self.local = copy.deepcopy(model)
+        """The model before any step, for this rank's own gradients."""
         self.recorder = Recorder()
         self.kif = Kif(config)
         self.engine = TrainingEngine(
@@ -114,7 +127,7 @@ class Case:
 
     def run(self) -> dict[str, Any]:
         """Train the stream; the largest of each error over the tasks."""
-        worst: dict[str, float] = {}
+        worst = self.worst
         for index in range(TASKS):
             for quantity, error in self._task(index).items():
                 worst[quantity] = max(worst.get(quantity, 0.0), error)
@@ -156,6 +169,9 @@ class Case:
         self.engine.train_step(step, everyone[self.rank], targets)
         self.dense.step([mean_loss(b, self.family, targets) for rank in everyone for b in rank])
         self.recorder.given_to(self.given)
+        if seed == 0 and self.dtype == "bfloat16" and not self.settings.orthogonal:
+            expected = gradient_sums(self.local, everyone[self.rank], self.family, targets, self.stage)
+            self.worst["sum"] = distance(self.recorder.gradients, expected)
 
     def _along_shards(self, quantity: str) -> dict[str, torch.Tensor]:
         return together(self.kif.tensors()[quantity], self.engine.shards)

@@ -117,6 +117,7 @@ SUMS: list[dict[str, Any]] = [
         (2, {"deepspeed": {"zero_optimization": {"reduce_scatter": False}}, "mask": "update"}),
         (3, {"deepspeed": {"zero_optimization": {"reduce_scatter": False}}, "recompute": True}),
         (2, {"accumulation": 1}), (3, {"accumulation": 1}),
+        (2, {"lora": True}), (3, {"lora": True}), (3, {"lora": True, "accumulation": 1, "skip": False}),
     )
 ]  # fmt: skip
 CASES = PAIRED + SPECIAL + SKIPPING + RAW + SUMS

@@ -102,6 +102,12 @@ def test_equals_the_dense_oracle(reports: Reports, world: int, case: int) -> Non
     assert report["left"] == 0.0, "the next task's importance does not start at zero"
     if settings.get("dtype") == "bfloat16":
         assert max(report[quantity] for quantity in ELEMENTS + UNITS + WEIGHTS) <= 4 * BFLOAT16_STEP
+        # What KIF makes of weights and gradients is as exact as in float32.
+        assert max(report[f"given {quantity}"] for quantity in (*UNITS, "fused")) <= 1e-6
+        if settings.get("grad_dtype") == "float32":
+            assert report["sum"] <= 1e-6, "gradients were rounded while they were summed"
+        elif settings.get("accumulation", 1) > 1 and "sum" in report:
+            assert report["sum"] > BFLOAT16_STEP / 16, "the comparison would not notice a sum in bfloat16"
         return
     if settings.get("importance_dtype") == "bfloat16":
         assert max(report[quantity] for quantity in ELEMENTS + UNITS + WEIGHTS) <= 4 * BFLOAT16_STEP

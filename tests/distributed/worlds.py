@@ -17,9 +17,11 @@ from transformers import (
 )
 
 from cl_dist.config.schema import LoraConfig
+from cl_dist.engine.engine import loss_sum
 from cl_dist.models.lora import add_lora
 from cl_dist.sharding import Shard, ShardView
 from cl_dist.tasks.collate import Batch, collate
+from cl_dist.tasks.objectives import OBJECTIVES as OBJECTIVE_CLASSES
 from cl_dist.tasks.types import IGNORE, Encoded
 
 VOCABULARY = 59
@@ -120,3 +122,42 @@ def together(held: dict[str, Shard], shards: ShardView) -> dict[str, torch.Tenso
         for name, (start, data) in pieces.items():
             result[name][start : start + data.numel()] = data
     return {name: flat.view(shards.shape(name)) for name, flat in result.items()}
+
+
+def gradient_sums(
+    model: torch.nn.Module, batches: list[Batch], family: str, targets: int, stage: int
+) -> dict[str, torch.Tensor]:
+    """Float32 sums, over micro-batches and ranks, of the gradients that each rank computes for its own `batches` as the
+    engine does, but without DeepSpeed; by name of the trained parameter.
+
+    At stage 3, every module's inputs go through an autograd node of their own, as under DeepSpeed's hooks. The
+    gradients of a tensor that several modules read are then added up module by module, and in bfloat16 the grouping
+    matters: a linear layer with an adapter adds those of its two branches before those of other layers are added.
+    """
+    if stage == 3:
+        for module in model.modules():
+            module.register_forward_pre_hook(_through_a_node)
+    world = torch.distributed.get_world_size()
+    scale = len(batches) * world / targets  # as in TrainingEngine
+    sums = {name: torch.zeros(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    for batch in batches:
+        model.zero_grad()
+        logits, labels = OBJECTIVE_CLASSES[OBJECTIVES[family]].forward(model, batch, True)  # type: ignore[index]
+        (loss_sum(logits, labels) * scale / len(batches)).backward()
+        for name, param in model.named_parameters():
+            if param.grad is not None:
+                sums[name] += param.grad.float()
+    for total in sums.values():
+        torch.distributed.all_reduce(total)
+        total /= world
+    return sums
+
+
+def _through_a_node(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(each.view_as(each) if isinstance(each, torch.Tensor) else each for each in inputs)
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The norm of the difference over that of `expected`, over all its tensors."""
+    apart = sum(float((found[name] - tensor).double().square().sum()) for name, tensor in expected.items())
+    return (apart / sum(float(tensor.double().square().sum()) for tensor in expected.values())) ** 0.5

@@ -54,6 +54,7 @@ def test_a_cpu_build_of_torch_does_not_train_silently_on_the_cpu(gpu_machine: No
     warning = joined.warning()
     assert warning is not None
     assert warning.startswith("WARNING: training on the CPU, although this machine has a GPU: this machine has 2 ×")
+    assert joined.warning("scoring") == warning.replace("training", "scoring", 1)
 
 
 def test_the_cpu_without_a_warning(gpu_machine: None) -> None:

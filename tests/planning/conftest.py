@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import pytest
 
@@ -23,6 +22,6 @@ def planned() -> Planned:
     @cache
     def build(*changes: str, nodes: int = 1, ranks: int = 2, device: str = "cuda") -> tuple[Setup, ModelShape]:
         recipe, _ = load_recipe("quickstart", changes)
-        return Setup(recipe, nodes, ranks, device), describe_model(recipe, Path("."))  # type: ignore[arg-type]
+        return Setup(recipe, nodes, ranks, device), describe_model(recipe)  # type: ignore[arg-type]
 
     return build

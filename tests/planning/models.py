@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
@@ -45,4 +44,4 @@ def planned(
         method=(SequentialConfig(),),
     )
     setup = Setup(recipe, 1, world, device)  # type: ignore[arg-type]
-    return setup, describe_model(recipe, Path("unused"), config or llama())
+    return setup, describe_model(recipe, config or llama())

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from cl_dist.kernels.row_magnitude import fold_memory
+from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.planning.memory import plan_memory
 from cl_dist.planning.ranks import RankView
@@ -12,6 +14,8 @@ from cl_dist.tasks.samples import SELECTION_BYTES, pack, table_bytes
 from cl_dist.tasks.types import IGNORE, Encoded
 from tests.planning.models import llama, planned
 
+FEW: dict[str, Any] = {"micro_batch_size": 1, "max_length": 4, "max_target_length": 2}
+"""Tokens, so that activations do not make up the peak."""
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 
 
@@ -109,3 +113,71 @@ def test_migu_holds_its_masks_and_on_a_gpu_the_sums_that_wait_to_be_folded() -> 
     assert held[2, "cpu"]["MIGU's masks"] == held[2, "cuda"]["MIGU's masks"] == (1 + 8 + 4 + 4) * sum(rows)
     waiting = held[2, "cuda"]["MIGU's magnitudes"] - held[2, "cpu"]["MIGU's magnitudes"]
     assert waiting == fold_memory(2 * 32, rows) >= 4 * 2 * sum(rows)
+
+
+def test_gradients_that_are_summed_in_float32_take_four_bytes() -> None:
+    small = {"reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0}
+    for grad_dtype, size in ((None, 2), ("float32", 4)):
+        setup, shape = planned(2, 3, zero=small, dtype="bfloat16", grad_dtype=grad_dtype)
+        held, owned = plan_memory(setup, shape).held, RankView(setup, shape).owned
+        assert (held["gradients"], held["communication buffers"]) == (size * owned, size * 1000)
+    # At stage 1, DeepSpeed then keeps them whole on every rank (`BF16_Optimizer`).
+    setup, shape = planned(2, 1, dtype="bfloat16", grad_dtype="float32")
+    assert plan_memory(setup, shape).held["gradients"] == pytest.approx(4 * shape.numel, rel=0.01)
+
+
+def test_stage_3_keeps_small_weights_whole_besides_its_share() -> None:
+    setup, shape = planned(2, 3, zero={"stage3_param_persistence_threshold": 64})
+    # The norms: two per block and the last one.
+    assert plan_memory(setup, shape).held["weights"] == shape.nbytes // 2 + shape.buffer_bytes + 4 * 5 * 64
+
+
+def test_offload_sums_whole_gradients_of_several_micro_batches_on_the_host() -> None:
+    buffers = {}
+    for count in (1, 2):
+        setup, shape = planned(2, 2, gradient_accumulation=count)
+        buffers[count] = plan_memory(setup.varied(offload=True), shape).host["communication buffers"]
+    rank = RankView(setup, shape)
+    assert buffers[2] - buffers[1] == 4 * rank.touched > 4 * rank.owned
+
+
+def test_stage_1_reduces_through_a_bucket_beside_all_gradients() -> None:
+    setup, shape = planned(2, 1, zero={"reduce_bucket_size": 1000}, **FEW)
+    memory = plan_memory(setup, shape)
+    assert memory.phase == "reduction"
+    assert memory.device["communication buffers"] == 4 * 1000
+    assert memory.device["gradients"] == 4 * shape.numel + RankView(setup, shape).step_gradients
+
+
+def test_norms_are_computed_in_float64() -> None:
+    setup, shape = planned(2, 2, config=llama(vocab_size=2**14), zero={"reduce_bucket_size": 1}, **FEW)
+    memory = plan_memory(setup, shape)
+    assert memory.phase == "norm"
+    assert memory.device["optimiser's copies"] == 8 * shape.trainable["model.embed_tokens.weight"].numel
+
+
+def test_states_on_disk_hold_what_methods_save_on_every_rank() -> None:
+    setup, shape = planned(2, 2)
+    plain = plan_memory(setup, shape).disk
+    assert plain["saved state"] == 12 * shape.numel
+    assert plain["saved states at most"] == (setup.recipe.checkpoint.keep + 1) * plain["saved state"]
+    setup = replace(setup, recipe=replace(setup.recipe, method=(KifConfig(name="kif"),)))
+    # Importance (smoothed and its uncertainty), and the weights of the last fusion.
+    assert plan_memory(setup, shape).disk["saved state"] == pytest.approx((12 + 12) * shape.numel, rel=0.01)
+
+
+def test_the_flat_weights_of_stages_1_and_2_are_padded() -> None:
+    setup, shape = planned(7, 2, lora=3)
+    trained = sum(each.numel for each in shape.trainable.values())
+    frozen = sum(each.nbytes for each in shape.parameters if not each.trainable)
+    assert trained % 14 == 2
+    assert plan_memory(setup, shape).held["weights"] == frozen + 4 * (trained + 12) + shape.buffer_bytes
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2 + 4)])
+def test_the_optimiser_copies_the_flat_gradient_and_converts_it_to_float32(dtype: str, size: int) -> None:
+    setup, shape = planned(2, 2, zero={"reduce_bucket_size": 1000}, dtype=dtype, **FEW)
+    memory = plan_memory(setup, shape)
+    assert memory.phase == "optimiser"
+    matrices, _ = RankView(setup, shape).map.flat_numels
+    assert memory.device["optimiser's copies"] == size * matrices

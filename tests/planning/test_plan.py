@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ def planner(planned: Planned, *changes: str, device: str = "h100", memory: int |
     stream = size_of(setup.recipe, shape, load_stream(setup.recipe.stream, Path("."), setup.recipe.train), None)
     entry = find_device(device)
     entry = entry if memory is None else replace(entry, memory=memory)
-    return Planner(setup, shape, entry, stream, partial(describe_model, cache_dir=Path(".")))
+    return Planner(setup, shape, entry, stream, describe_model)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def test_the_first_is_recommended_and_worked_out_exactly(alternatives: list[Plan
     assert best.time.seconds <= 1.03 * min(plan.time.seconds for plan in rest)
     times = [plan.time.seconds for plan in rest]
     assert times == sorted(times)
-    shape = describe_model(best.setup.recipe, Path("."))
+    shape = describe_model(best.setup.recipe)
     assert best.memory == plan_memory(best.setup, shape)
 
 
@@ -137,7 +136,7 @@ def test_a_plan_does_not_depend_on_what_was_planned_before(planned: Planned, fir
     """Stage 1 has buckets that stage 0 lacks, and offload takes gradients away at stage 2."""
     plans = planner(planned, "train.dtype=bfloat16", "zero.stage=2", ranks=4)
     plans.plan(plans.setup.varied(stage=first))
-    shape = describe_model(plans.setup.recipe, Path("."))
+    shape = describe_model(plans.setup.recipe)
     for stage, offload in ((0, False), (1, False), (2, False), (2, True)):
         setup = plans.setup.varied(stage=stage, offload=offload)
         assert plans.plan(setup).memory == plan_memory(setup, shape), (stage, offload)

@@ -14,6 +14,7 @@ from cl_dist.models.load import load_model
 from cl_dist.models.lora import add_lora
 from cl_dist.models.structure import base_model
 from cl_dist.planning.shape import describe_model
+from tests.models.tiny_gguf import write_gguf
 from tests.planning.models import LLAMA2_7B, llama, planned
 
 
@@ -26,7 +27,7 @@ def test_the_shape_is_that_of_the_loaded_model(name: str, lora: LoraConfig | Non
     model = loaded.model
     if lora is not None:
         model = add_lora(base_model(model), lora, loaded.objective, 1, loaded.drawn)
-    shape = describe_model(recipe, tmp_path, labels=3)
+    shape = describe_model(recipe, labels=3)
     assert shape.objective == loaded.objective
     assert [(each.name, each.shape, each.trainable) for each in shape.parameters] == [
         (name, tuple(parameter.shape), parameter.requires_grad) for name, parameter in model.named_parameters()
@@ -35,6 +36,23 @@ def test_the_shape_is_that_of_the_loaded_model(name: str, lora: LoraConfig | Non
     assert [[each.name for each in group] for group in shape.groups] == groups
     assert shape.buffer_bytes == sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     assert all(parameter.is_meta for parameter in shape.model.parameters())
+
+
+def test_a_gguf_file_is_planned_from_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, _ = load_recipe("quickstart")
+    loaded = load_model(recipe.model, 0, zero3_config=None, dtype=torch.float32, seed=1, cache_dir=tmp_path)
+    write_gguf(loaded.model, loaded.tokenizer, tmp_path / "tiny.gguf")  # type: ignore[arg-type]
+    monkeypatch.setenv("CL_DIST_CACHE", str(tmp_path / "cache"))
+    model = replace(recipe.model, name_or_path=str(tmp_path), gguf_file="tiny.gguf")
+    shape = describe_model(replace(recipe, model=model))
+    assert {each.name: each.shape for each in shape.parameters} == {
+        name: tuple(parameter.shape) for name, parameter in loaded.model.named_parameters()
+    }
+    assert not (tmp_path / "cache").exists(), "the file was converted"
+    with pytest.raises(
+        BadInput, match=r"^model\.gguf_file: there is no other\.gguf in .*; its \.gguf files: tiny\.gguf"
+    ):
+        describe_model(replace(recipe, model=replace(model, gguf_file="other.gguf")))
 
 
 def test_seven_billion_parameters_from_a_configuration_alone() -> None:
@@ -53,4 +71,4 @@ def test_a_model_without_configuration_is_refused(tmp_path: Path) -> None:
     recipe, _ = load_recipe("quickstart")
     recipe = replace(recipe, model=replace(recipe.model, name_or_path=str(tmp_path / "nowhere")))
     with pytest.raises(BadInput, match=r"^model\.name_or_path"):
-        describe_model(recipe, tmp_path)
+        describe_model(recipe)

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from cl_dist.methods.agem.config import AgemConfig
 from cl_dist.methods.cost import Collective
 from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.migu.config import MiguConfig
@@ -62,3 +65,48 @@ def test_what_the_methods_add_is_named_apart() -> None:
     assert magnitudes == Collective("all_reduce", 8 * (rows + 2 * layers + 2), "MIGU's magnitudes")
     assert penalty.bytes == sum(each.nbytes for each in shape.trainable.values())
     assert {each.what for each in wire.methods_task} == {"scores of units", "changed weights"}
+
+
+def test_the_precision_of_the_sum_is_that_on_the_network() -> None:
+    for stage in (0, 1, 2, 3):
+        low, high = (
+            plan_wire(*planned(2, stage, dtype="bfloat16", grad_dtype=grad_dtype)).step
+            for grad_dtype in (None, None if stage == 0 else "float32")
+        )
+        sizes = [{each.what: each.bytes for each in step} for step in (low, high)]
+        factor = 1 if stage == 0 else 2
+        assert sizes[1]["gradients"] == pytest.approx(factor * sizes[0]["gradients"], abs=20)
+        assert {**sizes[1], "gradients": 0} == {**sizes[0], "gradients": 0}
+
+
+def test_flat_tensors_are_gathered_with_their_padding() -> None:
+    setup, shape = planned(7, 2, lora=3)
+    trained = sum(each.numel for each in shape.trainable.values())
+    assert trained % 14 == 2
+    assert plan_wire(setup, shape).step[1].bytes == 4 * (trained + 12)
+
+
+def test_settings_of_deepspeed_choose_the_collective() -> None:
+    _, shape = planned()
+    to_owners = plan_wire(*planned(2, 2, zero={"use_multi_rank_bucket_allreduce": False})).step
+    assert to_owners[0] == Collective("reduce", shape.nbytes, "gradients")
+    whole = {"reduce_scatter": False, "stage3_param_persistence_threshold": 0}
+    stage_3 = plan_wire(*planned(2, 3, zero=whole, gradient_accumulation=3)).step
+    assert stage_3[1] == Collective("all_reduce", 3 * shape.nbytes, "gradients", 3)
+    fetched = plan_wire(*planned(2, 3, zero={**whole, "stage3_use_all_reduce_for_fetch_params": True})).step
+    assert [each.kind for each in fetched] == ["all_reduce", "all_reduce"]
+
+
+def test_stage_3_scatters_every_micro_batch_and_gathers_small_weights_after_the_step() -> None:
+    once, thrice = (
+        plan_wire(*planned(2, 3, zero={"stage3_param_persistence_threshold": 64}, gradient_accumulation=count)).step
+        for count in (1, 3)
+    )
+    assert thrice[1].bytes == 3 * once[1].bytes
+    assert once[2] == thrice[2] == Collective("all_gather", 4 * 5 * 64, "small weights after the step")
+
+
+def test_further_passes_communicate_as_the_step_does() -> None:
+    setup, shape = planned(2, 2)
+    wire = plan_wire(replace(setup, recipe=replace(setup.recipe, method=(AgemConfig(name="agem"),))), shape)
+    assert wire.methods_step[: len(wire.step)] == wire.step

@@ -21,6 +21,8 @@ from cl_dist.sharding import (
     replica_checksums,
     whole_parameters,
 )
+from cl_dist.sharding import gathered as gathered_whole
+from cl_dist.sharding.model import release_gathered
 from tests.sharding import map_jobs
 
 CLIP, RATE = 0.05, 0.1
@@ -325,6 +327,21 @@ def _between_passes() -> dict[str, Any]:
         for _ in range(3):
             engine(torch.ones(2, width))
             kept.append((gathered(), gathered("INFLIGHT")))
+    with gathered_whole(engine):
+        refused = []
+        for release in (gather_state_dict, release_gathered, lambda model: list(whole_parameters(model, ["0.weight"]))):
+            try:
+                release(engine.module)
+            except RuntimeError as error:
+                refused.append(str(error))
+        held = gathered()
     collected = gather_state_dict(engine.module)
     equal = all(torch.equal(collected[f"{number}.weight"], weight) for number, weight in enumerate(dense) if collected)
-    return {"kept": kept, "at start": at_start, "after collecting": gathered(), "equal": equal}
+    return {
+        "refused": refused,
+        "held": held,
+        "kept": kept,
+        "at start": at_start,
+        "after collecting": gathered(),
+        "equal": equal,
+    }

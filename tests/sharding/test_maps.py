@@ -10,7 +10,7 @@ import torch
 
 from cl_dist.kernels import RowLayout, mask_rows_
 from cl_dist.methods.kif.units import Part, UnitMap, add_sums_
-from cl_dist.sharding.maps import Piece, ShardMap
+from cl_dist.sharding.maps import Piece, ShardMap, even_share
 from tests.ranks import run_ranks
 from tests.sharding.map_jobs import CASES
 
@@ -80,6 +80,37 @@ def test_pieces_cover_every_element_once(stage: int, ranks: int) -> None:
         assert "empty" not in shards.numels
         assert shards.padding >= 0
         assert ranks * sum(shards.flat_numels) == sum(shards.numels.values()) + shards.padding
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "settings", "flat_numels", "padding"),
+    [
+        (0, 2, {}, [6, 7], 0),
+        (1, 2, {}, [8], 3),  # 13 elements up to the next multiple of 4
+        (2, 3, {}, [6], 5),  # and of 6
+        (1, 2, {"parameter_alignment": 4}, [8], 3),  # 8 + 7; the last parameter needs no padding of its own
+        (1, 2, {"parameter_alignment": 16}, [12], 11),
+        (3, 2, {}, [3 + 4], 1),
+        (3, 3, {}, [2 + 3], 2),
+        (3, 7, {}, [1 + 1], 1),  # 7 elements are cut evenly
+        (3, 2, {"sub_group_size": 3}, [3, 4], 1),
+        (3, 2, {"sub_group_size": 4}, [3 + 4], 1),
+    ],
+)
+def test_there_is_no_more_padding_than_deepspeed_adds(
+    stage: int, ranks: int, settings: dict[str, int], flat_numels: list[int], padding: int
+) -> None:
+    shards = ShardMap([{"a": 6, "b": 7}], stage, ranks, **settings)
+    assert (shards.flat_numels, shards.padding) == (flat_numels, padding)
+
+
+@pytest.mark.parametrize(("numel", "ranks"), [(0, 3), (2, 3), (12, 4), (13, 4), (1000, 7)])
+def test_even_shares_cover_everything_and_differ_by_one(numel: int, ranks: int) -> None:
+    shares = [even_share(numel, rank, ranks) for rank in range(ranks)]
+    assert [start for start, _ in shares] == [0, *(stop for _, stop in shares[:-1])]
+    assert shares[-1][1] == numel
+    sizes = {stop - start for start, stop in shares}
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_at_stage_0_every_rank_owns_everything() -> None:

@@ -39,6 +39,9 @@ def test_nothing_stays_gathered_from_pass_to_pass(every_layout: Ranks) -> None:
         assert set(found["at start"]) == {0}
         assert found["after collecting"] == 0
         assert found["equal"]
+        assert len(found["refused"]) == 3
+        assert all("held whole" in message for message in found["refused"])
+        assert found["held"] == 12, "what was refused released weights"
 
 
 def test_replicas_have_equal_checksums(ranks: Ranks) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cl_dist.watchdog.peers import PulseFiles
 from tests.ranks import REPOSITORY
 
 HANG_SECONDS = 3.0
@@ -100,6 +101,23 @@ def test_a_stopped_rank_is_named_and_the_others_end(ranks: Ranks) -> None:
     assert "in wait" in ranks.stack(0)
     assert "in wait" in ranks.stack(2)
     assert ranks.processes[1].poll() is None, "a stopped process cannot end itself"
+
+
+def test_the_end_of_the_rank_on_duty_is_noticed(ranks: Ranks) -> None:
+    """While rank 1 is stopped, the rank that reads the others' files is killed."""
+    ranks.start("wait()", "os.kill(os.getpid(), signal.SIGSTOP)", "wait()", "wait()")
+    began = time.monotonic()
+    while (signed := PulseFiles(ranks.folder, 4).signed()) is None:
+        assert time.monotonic() - began < PATIENCE_SECONDS
+        time.sleep(0.05)
+    assert signed.rank != 1, "a stopped rank takes no duty"
+    ranks.processes[signed.rank].kill()
+    ends = [ranks.end(rank) for rank in {0, 2, 3} - {signed.rank}]
+    assert [code for code, _ in ends] == [9, 9]
+    said = [output for _, output in ends if output != "(silent)\n"]
+    assert len(said) == 1
+    first, second = sorted([1, signed.rank])
+    assert f"ranks {first} and {second} give no sign of life" in said[0]
 
 
 def test_a_dead_loop_is_named_with_its_place(ranks: Ranks) -> None:

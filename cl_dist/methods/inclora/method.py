@@ -23,7 +23,7 @@ class IncLora(Method):
         adapters = sum(math.prod(shape) for shape in shapes)
         frozen = max(0, share.tasks - 1) * adapters * share.itemsize
         even = frozen if share.replicated else frozen // share.world
-        return Cost(device={"earlier adapters": even if share.stage == 3 else frozen}, saved=even)
+        return Cost(device={"earlier adapters": even if share.sharded else frozen}, saved=even)
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Remember the model, which gets more adapters over time."""
