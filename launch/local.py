@@ -51,6 +51,7 @@ AGREEMENT_SECONDS = 2.0
 """Every rank usually finds bad input (exit code 2) itself: how long the others get to report the same before they are
 asked to stop. A message that all ranks report is shown once, without a rank."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+HIDE_CURSOR, SHOW_CURSOR = b"\x1b[?25l", b"\x1b[?25h"
 SHARED_MEMORY = Path("/dev/shm")
 """Where DeepSpeed puts its buffers."""
 
@@ -319,6 +320,9 @@ class _Launch:
             rank.process.wait()
             for reader in rank.readers:
                 reader.join(timeout=1.0)
+        # A rank that was killed while it drew a bar has left the terminal without a cursor, in the middle of a line.
+        if self.ranks and (self.ranks[0].returncode or 0) < 0 and HIDE_CURSOR in b"".join(self.ranks[0].printed):
+            pass_on(SHOW_CURSOR + b"\n", sys.stdout)
         # DeepSpeed names a buffer after user, rendezvous address and port, and rank (csrc/cpu/comm/shm.cpp). The port
         # was ours, so this matches no other run's buffer.
         for buffer in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{DEFAULT_ADDRESS}_{self.port}_*"):

@@ -23,19 +23,19 @@ from cl_dist.tasks.orders import resolve_order
 
 def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
     """Add these commands; `commands` is argparse's collection of subparsers."""
-    parser = commands.add_parser("status", parents=[common], help="show the progress of a run and its results so far")
+    parser = commands.add_parser("status", parents=[common])
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.set_defaults(command=status)
-    parser = commands.add_parser("report", parents=[common], help="write tables and pictures of a run, finished or not")
+    parser = commands.add_parser("report", parents=[common])
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where to write them (default: RUN/report)")
     parser.set_defaults(command=report, works=lambda parsed: True)
-    parser = commands.add_parser("recipe", parents=[changes, common], help="list, print or explain recipes")
+    parser = commands.add_parser("recipe", parents=[changes, common])
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="print this recipe with all settings")
     parser.add_argument("--explain", action="store_true", help="explain every setting: values, default, meaning")
     add_plugins(parser)
     parser.set_defaults(command=recipe)
-    parser = commands.add_parser("methods", parents=[common], help="list the methods")
+    parser = commands.add_parser("methods", parents=[common])
     add_plugins(parser)
     parser.set_defaults(command=methods)
 

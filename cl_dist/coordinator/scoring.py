@@ -63,11 +63,14 @@ class Scoring:
         """
         row = list(self._ledger.manifest.row_under_way) or [None] * len(self._system.tasks)
         places = {self._system.tasks[index].name: index for index in indices if row[index] is None}
+        later = sum(len(self._system.tasks[index].evaluation) for index in places.values())
         for tasks in self._system.evaluator.passes([self._system.tasks[index] for index in places.values()]):
             names = tasks[0].name if len(tasks) == 1 else f"{tasks[0].name} to {tasks[-1].name}"
-            self._reporter.evaluating(names)
+            samples = sum(len(task.evaluation) for task in tasks)
+            later -= samples
+            self._reporter.evaluating(names, samples, later)
             beat(f"evaluating {names}")
-            for result in self._system.evaluator.evaluate(tasks, self._stop_if_asked):
+            for result in self._system.evaluator.evaluate(tasks, self._stop_if_asked, self._reporter.evaluated):
                 entry = scoring_entry(self._system.tasks[places[result.task]], result)
                 # Predictions and log first: once the ledger has the score, a resume does not compute it again.
                 self._record(result, entry, predictions)
@@ -124,6 +127,7 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
         BadInput: The saved model or the data cannot be used.
         ClDistError: All scores were computed and reported, but could not be written.
     """
+    reporter.phase("importing deepspeed")
     joined = join(recipe.launch.timeout_seconds, recipe.launch.device)
     set_matmul_precision(recipe.train.tf32)
     quiet_libraries(joined.rank)
@@ -137,6 +141,7 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
 def _evaluate(recipe: Recipe, recipe_dir: Path, task_index: int, rank: int, reporter: Reporter) -> dict[str, float]:
     folder = RunFolder(Path(recipe.output_dir)).task(task_index, recipe.stream.tasks[task_index].name)
     store = _Store(folder, reporter) if rank == 0 else None
+    reporter.phase("loading the saved model")
     beat("loading the saved model")
     tasks, evaluator, notices = build_saved(recipe, recipe_dir, folder.model)
     for notice in notices:

@@ -25,13 +25,15 @@ def quiet_libraries(rank: int) -> None:
 
     Only rank 0 prints the project's own notices.
     """
-    import datasets
     import transformers
 
     if rank != 0:
         logging.getLogger("cl_dist").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    # Only some runs import datasets (with pandas and pyarrow), and it reads this when it is imported.
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls a collective by a name that torch has deprecated.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)
