@@ -77,7 +77,7 @@ def ended(process: subprocess.Popen[bytes]) -> float:
     began = time.perf_counter()
     process.communicate()
     if process.returncode != 0:
-        raise SystemExit(f"{process.args} ended with exit code {process.returncode}")
+        raise SystemExit(f"{process.args!r} ended with exit code {process.returncode}")
     return time.perf_counter() - began
 
 

@@ -175,6 +175,8 @@ class LineReporter(TimedReporter):
         """Seconds from that line to the next."""
         self._over = threading.Event()
         """Set when the current phase is over."""
+        self._in_row = False
+        """Whether a row of the matrix has begun."""
 
     @override
     def phase(self, text: str) -> None:
@@ -199,7 +201,7 @@ class LineReporter(TimedReporter):
     @override
     def task_started(self, index: int, name: str, steps: int) -> None:
         super().task_started(index, name, steps)
-        self.last, self.gap = (0, self.clock()), LINE_SECONDS
+        self.last, self.gap, self._in_row = (0, self.clock()), LINE_SECONDS, False
         self.message(f"task {index + 1}/{len(self.tasks)} {name}: {count(steps, 'step')}")
 
     @override
@@ -230,8 +232,12 @@ class LineReporter(TimedReporter):
     @override
     def evaluating(self, name: str, samples: int = 0, later: int = 0) -> None:
         super().evaluating(name, samples, later)
-        self.last = (0, self.clock())
-        self.message(f"  evaluating {name}" + (f": {count(samples, 'sample')}" if samples else ""))
+        # In a long stream, a line for every task of every row would be too many.
+        if self._in_row and not self._is_due(0):
+            return
+        self.last, self._in_row = (0, self.clock()), True
+        rest = f", and {later} of the tasks after it" if later else ""
+        self.message(f"  evaluating {name}" + (f": {count(samples, 'sample')}{rest}" if samples else ""))
 
     @override
     def evaluated(self, done: int, samples: int) -> None:
@@ -242,6 +248,7 @@ class LineReporter(TimedReporter):
     @override
     def task_finished(self, index: int, row: Row) -> None:
         super().task_finished(index, row)
+        self._in_row = False
         self.message(task_scores(index, self.tasks, row))
 
     @override

@@ -65,7 +65,7 @@ class BarReporter(TimedReporter):
         """What happens before training, and since when."""
         self.phases = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-            TimeElapsedColumn(),
+            TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
             console=console,
             transient=True,
             refresh_per_second=4,

@@ -311,3 +311,17 @@ def test_a_closed_stream_is_not_an_error() -> None:
     stream = StringIO()
     stream.close()
     report_a_run(make_reporter(0, stream))
+
+
+def test_a_long_row_has_a_line_now_and_then() -> None:
+    stream, clock = StringIO(), Clock()
+    reporter = LineReporter(stream, clock)
+    reporter.task_started(0, "a", 1)
+    for number in range(100):
+        reporter.evaluating(f"task-{number}", 10, 10 * (99 - number))
+        for done in (5, 10):
+            clock.now += 0.5
+            reporter.evaluated(done, 10)
+    lines = stream.getvalue().splitlines()[1:]
+    assert lines[0] == "  evaluating task-0: 10 samples, and 990 of the tasks after it"
+    assert 5 < len(lines) < 15

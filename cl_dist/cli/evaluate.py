@@ -18,6 +18,7 @@ from cl_dist.progress import Reporter
 from cl_dist.state.inputs import Inputs, input_changes, moved_inputs, read_inputs, with_data
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.stop_requests import imports
 
 
 def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
@@ -77,6 +78,7 @@ def _check(recipe: Recipe, recipe_dir: Path, inputs: Inputs | None, model: Path,
 
 def _evaluate(recipe: Recipe, recipe_dir: Path, index: int, reporter: Reporter) -> None:
     reporter.phase("importing torch and transformers")
-    from cl_dist.coordinator import evaluate
+    with imports():
+        from cl_dist.coordinator import evaluate
 
     evaluate(recipe, recipe_dir, task_index=index, reporter=reporter)

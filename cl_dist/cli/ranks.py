@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 
-from cl_dist.cli.failures import SIGNALLED, print_failure
+from cl_dist.cli.failures import SIGNALLED, print_failure, stop_now
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput, ClDistError, Interrupted
 from cl_dist.launch.child import PROGRAM, is_launched, python_command, terminal
@@ -22,7 +22,7 @@ from cl_dist.launch.mpi import ask_mpi
 from cl_dist.machine import check_device, count_ranks
 from cl_dist.output import drain_output, lost_output
 from cl_dist.progress import LineReporter, Reporter, UnfailingReporter, count, make_reporter
-from cl_dist.stop_requests import heeded
+from cl_dist.stop_requests import heeded, is_importing
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -167,6 +167,8 @@ def _interruptible() -> Iterator[None]:
             # Another launcher may have sent this because a rank failed. With exit code 75, a batch script would take it
             # for an agreement of all ranks to stop.
             error.exit_code = SIGNALLED + number
+        if is_importing():
+            stop_now(error)
         asked.append(error)
         raise error
 

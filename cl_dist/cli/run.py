@@ -29,6 +29,7 @@ from cl_dist.machine import describe_devices
 from cl_dist.progress import Reporter, count
 from cl_dist.state.run_folder import RunFolder
 from cl_dist.state.stored_files import kept_defaults
+from cl_dist.stop_requests import imports
 from cl_dist.tasks.orders import resolve_order
 from cl_dist.tasks.types import Task
 
@@ -142,7 +143,8 @@ def _note_lost_output(folder: RunFolder, text: str) -> None:
 
 def _train(recipe: Recipe, recipe_dir: Path, resume: bool, reporter: Reporter) -> None:
     reporter.phase("importing torch and transformers")
-    from cl_dist.coordinator import run
+    with imports():
+        from cl_dist.coordinator import run
 
     time_left = TimeLeft(os.environ)
     run(

@@ -18,6 +18,7 @@ from cl_dist.engine.device import agree_on_devices, choose_device, device, uses_
 from cl_dist.engine.loopback import init_method
 from cl_dist.heartbeat import beat
 from cl_dist.machine import Device, DeviceSetting
+from cl_dist.stop_requests import imports
 
 
 def quiet_libraries(rank: int) -> None:
@@ -84,7 +85,8 @@ def join(timeout_seconds: float, device_setting: DeviceSetting = "auto") -> Join
         RankLost: Not all ranks arrive in time.
     """
     choice = choose_device(device_setting)
-    import deepspeed
+    with imports():
+        import deepspeed
 
     # DeepSpeed would compile a shared-memory collective that only its inference uses: two minutes on a cold start. It
     # looks up no other entry of this table. Replace the table instead of editing it: DeepSpeed fills it on first access
