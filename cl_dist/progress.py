@@ -112,7 +112,7 @@ class TimedReporter(Reporter):
         self.tasks: Sequence[str] = ()
         self.steps = 0
         """Of the current task."""
-        self.forecast: Forecast | None = None
+        self.forecast = Forecast(Work((), {}, ()), clock)
 
     @override
     def run_started(self, tasks: Sequence[str], ranks: int, work: Work | None = None) -> None:
@@ -122,44 +122,39 @@ class TimedReporter(Reporter):
     @override
     def task_started(self, index: int, name: str, steps: int) -> None:
         self.steps = steps
-        self.forecast = self.forecast or Forecast(Work((), {}, ()), self.clock)
         self.forecast.task_started(index, steps)
 
     @override
     def step(self, step: int, loss: float, tokens_per_second: float, lr: float) -> None:
-        if self.forecast is not None:
-            self.forecast.stepped(step)
+        self.forecast.stepped(step)
 
     @override
     def evaluating(self, name: str, samples: int = 0, later: int = 0) -> None:
-        if self.forecast is not None:
-            self.forecast.scoring(name, samples, later)
+        self.forecast.scoring(name, samples, later)
 
     @override
     def evaluated(self, done: int, samples: int) -> None:
-        if self.forecast is not None:
-            self.forecast.scored(done)
+        self.forecast.scored(done)
 
     @override
     def task_finished(self, index: int, row: Row) -> None:
-        if self.forecast is not None:
-            self.forecast.task_finished()
+        self.forecast.task_finished()
 
     def task_left(self) -> str:
         """`80 s left`, or nothing if it is not known yet."""
-        left = None if self.forecast is None else self.forecast.task_left()
-        return "" if left is None else f"{duration(left)} left"
+        return _left(self.forecast.task_left())
 
     def scoring_left(self) -> str:
         """The same for the evaluation that runs now."""
-        left = None if self.forecast is None else self.forecast.scoring_left()
-        return "" if left is None else f"{duration(left)} left"
+        return _left(self.forecast.scoring_left())
 
     def run_left(self) -> str:
         """The same for the whole run."""
-        known = self.forecast is not None and self.forecast.work.steps
-        left = self.forecast.run_left() if known and self.forecast is not None else None
-        return "" if left is None else f"{duration(left)} left"
+        return _left(self.forecast.run_left() if self.forecast.work.steps else None)
+
+
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f"{duration(seconds)} left"
 
 
 class LineReporter(TimedReporter):

@@ -80,7 +80,7 @@ class BarReporter(TimedReporter):
             console=console,
             refresh_per_second=4,
         )
-        self.task_bar = self.progress.add_task("tasks", total=None, count="", detail="", left="")
+        self.task_bar = self.progress.add_task("tasks", total=None, count="", detail="", left="", visible=False)
         self.step_bar = self.progress.add_task("start", total=None, count="", detail="", left="")
 
     @property
@@ -110,7 +110,7 @@ class BarReporter(TimedReporter):
     def run_started(self, tasks: Sequence[str], ranks: int, work: Work | None = None) -> None:
         super().run_started(tasks, ranks, work)
         self._end_phase()
-        self._update(self.task_bar, total=len(tasks), completed=0, detail=count(ranks, "rank"))
+        self._update(self.task_bar, total=len(tasks), completed=0, detail=count(ranks, "rank"), visible=True)
         self.progress.start()
 
     @override
@@ -122,6 +122,7 @@ class BarReporter(TimedReporter):
     def _begin(self, name: str, total: int) -> None:
         """Restart the lower bar."""
         self._end_phase()
+        self.progress.start()
         most = NAME_COLUMNS[self.wide]
         short = name if len(name) <= most else f"{name[: most - 1]}…"
         # Without a number to come, the bar moves back and forth.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,8 @@ class Scoring:
         """
         row = list(self._ledger.manifest.row_under_way) or [None] * len(self._system.tasks)
         places = {self._system.tasks[index].name: index for index in indices if row[index] is None}
-        later = sum(len(self._system.tasks[index].evaluation) for index in places.values())
-        for tasks in self._system.evaluator.passes([self._system.tasks[index] for index in places.values()]):
-            names = tasks[0].name if len(tasks) == 1 else f"{tasks[0].name} to {tasks[-1].name}"
-            samples = sum(len(task.evaluation) for task in tasks)
-            later -= samples
-            self._reporter.evaluating(names, samples, later)
-            beat(f"evaluating {names}")
+        passes = self._system.evaluator.passes([self._system.tasks[index] for index in places.values()])
+        for tasks in _reported(passes, self._reporter):
             for result in self._system.evaluator.evaluate(tasks, self._stop_if_asked, self._reporter.evaluated):
                 entry = scoring_entry(self._system.tasks[places[result.task]], result)
                 # Predictions and log first: once the ledger has the score, a resume does not compute it again.
@@ -117,6 +112,16 @@ class Scoring:
         return scores
 
 
+def _reported(passes: Sequence[Sequence[Task]], reporter: Reporter) -> Iterator[Sequence[Task]]:
+    """The passes, each reported before it begins."""
+    sizes = [sum(len(task.evaluation) for task in tasks) for tasks in passes]
+    for number, tasks in enumerate(passes):
+        names = tasks[0].name if len(tasks) == 1 else f"{tasks[0].name} to {tasks[-1].name}"
+        reporter.evaluating(names, sizes[number], sum(sizes[number + 1 :]))
+        beat(f"evaluating {names}")
+        yield tasks
+
+
 def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Reporter) -> dict[str, float]:
     """Score the model that the run in `recipe.output_dir` saved after task `task_index`, on every task of the recipe.
 
@@ -149,8 +154,8 @@ def _evaluate(recipe: Recipe, recipe_dir: Path, task_index: int, rank: int, repo
             reporter.message(notice.text)
     split = {task.name: task.scored_on for task in tasks}
     scores: dict[str, float] = {}
-    beat(f"evaluating the model after task {folder.path.name}")
-    for result in chain.from_iterable(map(evaluator.evaluate, evaluator.passes(tasks))):
+    passes = _reported(evaluator.passes(tasks), reporter)
+    for result in chain.from_iterable(evaluator.evaluate(each, note=reporter.evaluated) for each in passes):
         scores[result.task] = result.score
         reporter.message(
             f"{result.task}: {result.score:.4f} ({result.metric} of {result.count} {split[result.task]} samples, "
