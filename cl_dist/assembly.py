@@ -37,6 +37,9 @@ from cl_dist.tasks.stream import load_stream
 from cl_dist.tasks.tokenised import TokenisedData
 from cl_dist.tasks.types import Task
 
+SHOWN_TASKS = 6
+"""How many tasks are named while the data is checked."""
+
 
 @dataclass(frozen=True)
 class System:
@@ -69,34 +72,53 @@ class System:
         return [*([left_out] if left_out else []), *(self.engine.method.start_message() or "").splitlines()]
 
 
-def build_system(recipe: Recipe, recipe_dir: Path) -> System:
+def unheard(phase: str) -> None:
+    """Report no phases."""
+
+
+def build_system(recipe: Recipe, recipe_dir: Path, phase: Callable[[str], None] = unheard) -> System:
     """Read the data, load the model and build the DeepSpeed engine around it (collective).
 
-    Whatever can be checked without the engine is checked before it is built, which is the expensive part.
+    Whatever can be checked without the engine is checked before it is built, which is the expensive part. `phase` is
+    called with the name of each part before it begins.
 
     Raises:
         BadInput: Data, model and method do not fit together.
     """
-    beat("reading the data", opaque=True)
+
+    def begin(what: str, detail: str = "") -> None:
+        phase(f"{what}{detail}")
+        beat(what, opaque=True)
+
+    begin("reading the data")
     tasks = load_stream(recipe.stream, recipe_dir, recipe.train)
     names = label_names(tasks)
 
-    beat("loading the tasks of general ability", opaque=True)
+    if recipe.eval.general is not None:
+        begin("loading the tasks of general ability")
     harness = load_harness_tasks(recipe.eval.general) if recipe.eval.general is not None else None
 
-    beat("loading the model", opaque=True)
+    begin("loading the model", f" {recipe.model.name_or_path}")
     loaded = _load(recipe, len(names))
     check_length(loaded, recipe.train.max_length, recipe.train.max_target_length)
 
-    beat("checking the data", opaque=True)
+    begin("checking the data", f": {_amounts(tasks)}")
     data = _tokenised(recipe, loaded, names)
     notices = _check_data(tasks, loaded.model, data, loaded.objective, recipe.eval, trained=True)
 
-    beat("building the engine", opaque=True)
+    begin("building the engine", f": ZeRO stage {recipe.zero.stage}, two trial batches")
     engine = TrainingEngine(loaded, recipe, compose(recipe.method))
     evaluator = _evaluator(recipe, engine.model, loaded, data, names, recipe.zero.stage == 3, engine.whole)
     general = _general(recipe, engine.model, loaded, harness)
     return System(recipe, tasks, loaded, data, engine, evaluator, general, notices)
+
+
+def _amounts(tasks: Sequence[Task]) -> str:
+    """`spring 1,000 samples, summer 1,000, and 98 more tasks`: of the training data."""
+    shown = [f"{task.name} {len(task.train):,}" for task in tasks[:SHOWN_TASKS]]
+    shown[0] += " samples"
+    more = len(tasks) - len(shown)
+    return ", ".join(shown) + (f", and {more} more tasks" if more else "")
 
 
 def build_saved(

@@ -299,6 +299,19 @@ def check_device(setting: DeviceSetting, environment: Mapping[str, str]) -> None
         raise BadInput(f"launch.device: cuda: {problem}")
 
 
+def describe_devices(setting: DeviceSetting, environment: Mapping[str, str]) -> str:
+    """What ranks on this machine will compute on, in a few words; an empty string if only torch knows."""
+    if setting == "cpu":
+        return "the CPU"
+    build = installed_torch()
+    if build is not None and build.hip is not None:
+        return ""
+    gpus = find_gpus(environment).devices
+    if not gpus:
+        return "the CPU"
+    return gpus[0].name if len(gpus) == 1 else f"{len(gpus)} × {gpus[0].name}"
+
+
 def count_ranks(setting: DeviceSetting, environment: Mapping[str, str]) -> int:
     """How many ranks `launch.processes: auto` starts on this machine: one per GPU, or one that uses all CPU cores.
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
-from rich.console import Console, ConsoleDimensions
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
 from cl_dist.config.words import listed
 from cl_dist.errors import ClDistError
+from cl_dist.time_left import Forecast, Work, duration
 
-LINE_SECONDS = 5.0
-"""Without a terminal, a line is printed this often, and at every tenth of a task's steps."""
+LINE_SECONDS, MOST_LINE_SECONDS, LINE_GROWTH = 5.0, 60.0, 1.5
+"""Without a terminal, the first lines of a task are this far apart, the later ones each `LINE_GROWTH` times as far, up
+to a minute. Every tenth of a task's steps also has a line."""
+PHASE_SECONDS = 10.0
+"""A phase that takes longer is reported again after this time, and then every time twice as much has passed."""
 WIDEST_MATRIX = 25
 """With more tasks than this, the table has a line per task instead of a column."""
 SUMMARY = {
@@ -52,8 +55,11 @@ Row = Sequence[float | None]
 class Reporter:
     """What the coordinator calls on every rank. This one reports nothing; the others override what they show."""
 
-    def run_started(self, tasks: Sequence[str], ranks: int) -> None:
-        """A run over `tasks` starts or resumes."""
+    def phase(self, text: str) -> None:
+        """Something that takes time before training begins; it ends with the next report of any kind."""
+
+    def run_started(self, tasks: Sequence[str], ranks: int, work: Work | None = None) -> None:
+        """A run over `tasks` starts or resumes; without `work`, the time left of the run is not known."""
 
     def task_started(self, index: int, name: str, steps: int) -> None:
         """Training on task `index` (from 0), which has `steps` optimiser steps, starts or resumes."""
@@ -61,8 +67,11 @@ class Reporter:
     def step(self, step: int, loss: float, tokens_per_second: float, lr: float) -> None:
         """`step` optimiser steps of the task are done; loss and speed belong to the last one, over all ranks."""
 
-    def evaluating(self, name: str) -> None:
-        """Evaluation on task `name` starts."""
+    def evaluating(self, name: str, samples: int = 0, later: int = 0) -> None:
+        """Evaluation on task `name` starts: `samples` samples (0: unknown), and `later` of other tasks after them."""
+
+    def evaluated(self, done: int, samples: int) -> None:
+        """`done` of the `samples` samples of that evaluation are scored."""
 
     def task_finished(self, index: int, row: Row) -> None:
         """Task `index` is trained and evaluated; `row` has the scores on all tasks, None if not evaluated."""
@@ -85,89 +94,184 @@ def make_reporter(rank: int, stream: TextIO, terminal: int | None = None) -> Rep
     """
     if rank != 0:
         return Reporter()
-    console = Console(file=stream) if terminal is None else _PipedConsole(stream, terminal)
-    draws = console.is_terminal and not console.is_dumb_terminal
-    return UnfailingReporter(BarReporter(console) if draws else LineReporter(stream), stream)
+    if (terminal is None and not _is_terminal(stream)) or _shows_no_bars(os.environ):
+        return UnfailingReporter(LineReporter(stream), stream)
+    from cl_dist.progress_bar import bars_on  # imports rich
+
+    return UnfailingReporter(bars_on(stream, terminal), stream)
 
 
-class _PipedConsole(Console):
-    """A console for a terminal behind a pipe; it asks the terminal itself for its size."""
-
-    def __init__(self, stream: TextIO, terminal: int) -> None:
-        super().__init__(file=stream, force_terminal=True)
-        self._terminal = terminal
-
-    @property
-    def size(self) -> ConsoleDimensions:
-        """The current columns and lines."""
-        try:
-            columns, lines = os.get_terminal_size(self._terminal)
-        except OSError:  # the terminal was closed
-            columns = lines = 0
-        return ConsoleDimensions(columns or 80, lines or 25)
-
-    @size.setter
-    def size(self, new_size: tuple[int, int]) -> None:
-        raise AttributeError("the size is the terminal's")
+def _is_terminal(stream: TextIO) -> bool:
+    try:
+        return stream.isatty()
+    except ValueError:  # closed
+        return False
 
 
-class LineReporter(Reporter):
+def _shows_no_bars(environment: Mapping[str, str]) -> bool:
+    """Whether a terminal cannot move its cursor, as a notebook's: Jupyter starts commands in one, and shows each state
+    of a bar below the last one. Jupyter sets the first of these variables, and its kernel the others.
+    """
+    in_notebook = "JPY_PARENT_PID" in environment or environment.get("PAGER") == environment.get("GIT_PAGER") == "cat"
+    return in_notebook or environment.get("TERM", "dumb") in ("dumb", "unknown", "")
+
+
+class TimedReporter(Reporter):
+    """Keeps the times that its subclasses show."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` returns the current time in seconds."""
+        self.clock = clock
+        self.tasks: Sequence[str] = ()
+        self.steps = 0
+        """Of the current task."""
+        self.forecast = Forecast(Work((), {}, ()), clock)
+
+    @override
+    def run_started(self, tasks: Sequence[str], ranks: int, work: Work | None = None) -> None:
+        self.tasks = tasks
+        self.forecast = Forecast(work or Work((), {}, ()), self.clock)
+
+    @override
+    def task_started(self, index: int, name: str, steps: int) -> None:
+        self.steps = steps
+        self.forecast.task_started(index, steps)
+
+    @override
+    def step(self, step: int, loss: float, tokens_per_second: float, lr: float) -> None:
+        self.forecast.stepped(step)
+
+    @override
+    def evaluating(self, name: str, samples: int = 0, later: int = 0) -> None:
+        self.forecast.scoring(name, samples, later)
+
+    @override
+    def evaluated(self, done: int, samples: int) -> None:
+        self.forecast.scored(done)
+
+    @override
+    def task_finished(self, index: int, row: Row) -> None:
+        self.forecast.task_finished()
+
+    def task_left(self) -> str:
+        """`80 s left`, or nothing if it is not known yet."""
+        return _left(self.forecast.task_left())
+
+    def scoring_left(self) -> str:
+        """The same for the evaluation that runs now."""
+        return _left(self.forecast.scoring_left())
+
+    def run_left(self) -> str:
+        """The same for the whole run."""
+        return _left(self.forecast.run_left() if self.forecast.work.steps else None)
+
+
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f"{duration(seconds)} left"
+
+
+class LineReporter(TimedReporter):
     """Prints plain lines, few enough for a log file."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` returns the current time in seconds."""
+        super().__init__(clock)
         self.stream = stream
-        self.clock = clock
-        self.tasks: Sequence[str] = ()
-        self.steps = 0
-        self.first: tuple[int, float] | None = None
-        """Step and time of the first report on the task in this process, the basis for the time left."""
         self.last: tuple[int, float] = (0, 0.0)
         """Step and time of the last line."""
+        self.gap = LINE_SECONDS
+        """Seconds from that line to the next."""
+        self._over = threading.Event()
+        """Set when the current phase is over."""
+        self._in_row = False
+        """Whether a row of the matrix has begun."""
 
     @override
-    def run_started(self, tasks: Sequence[str], ranks: int) -> None:
-        self.tasks = tasks
-        self.message(f"{len(tasks)} tasks on {_count(ranks, 'rank')}: {', '.join(tasks)}")
+    def phase(self, text: str) -> None:
+        self.message(text)
+        self._over = threading.Event()
+        threading.Thread(target=self._report_again, args=(text, self._over), daemon=True).start()
+
+    def _report_again(self, text: str, over: threading.Event) -> None:
+        """What a thread does: report a phase that takes long."""
+        began, pause = self.clock(), PHASE_SECONDS
+        while not over.wait(pause):
+            pause = self.clock() - began
+            with suppress(OSError, ValueError):
+                self.stream.write(f"  still {text[:1].lower()}{text[1:]}: {duration(pause)}\n")
+                self.stream.flush()
+
+    @override
+    def run_started(self, tasks: Sequence[str], ranks: int, work: Work | None = None) -> None:
+        super().run_started(tasks, ranks, work)
+        self.message(f"{count(len(tasks), 'task')} on {count(ranks, 'rank')}: {', '.join(tasks)}")
 
     @override
     def task_started(self, index: int, name: str, steps: int) -> None:
-        self.steps, self.first, self.last = steps, None, (0, self.clock())
-        self.message(f"task {index + 1}/{len(self.tasks)} {name}: {_count(steps, 'step')}")
+        super().task_started(index, name, steps)
+        self.last, self.gap, self._in_row = (0, self.clock()), LINE_SECONDS, False
+        self.message(f"task {index + 1}/{len(self.tasks)} {name}: {count(steps, 'step')}")
 
     @override
     def step(self, step: int, loss: float, tokens_per_second: float, lr: float) -> None:
-        now = self.clock()
-        self.first = self.first or (step, now)
-        last_step, last_time = self.last
-        tenth = 10 * step // self.steps > 10 * last_step // self.steps
-        if tenth or now - last_time >= LINE_SECONDS:
-            self.last = (step, now)
-            detail = _detail(loss, tokens_per_second, lr)
-            self.message(f"  step {step}/{self.steps}  {detail}{self._time_left(step, now)}")
+        super().step(step, loss, tokens_per_second, lr)
+        tenth = 10 * step // self.steps > 10 * self.last[0] // self.steps
+        if self._is_due(step) or tenth:
+            self.last = (step, self.clock())
+            parts = (
+                f"step {step}/{self.steps}",
+                step_detail(loss, tokens_per_second, lr),
+                self._left(self.task_left()),
+            )
+            self.message("  " + "  ".join(filter(None, parts)))
 
-    def _time_left(self, step: int, now: float) -> str:
-        if self.first is None or step == self.first[0]:
-            return ""
-        seconds = (now - self.first[1]) / (step - self.first[0]) * (self.steps - step)
-        return f"  {seconds:.0f} s left"
+    def _left(self, own: str) -> str:
+        whole = self.run_left()
+        return f"{own}, run {whole}" if own and whole else own
+
+    def _is_due(self, number: int) -> bool:
+        """Whether it is time for the next line; then it is about `number`."""
+        now = self.clock()
+        if now - self.last[1] < self.gap:
+            return False
+        self.last, self.gap = (number, now), min(MOST_LINE_SECONDS, self.gap * LINE_GROWTH)
+        return True
 
     @override
-    def evaluating(self, name: str) -> None:
-        self.message(f"  evaluating {name}")
+    def evaluating(self, name: str, samples: int = 0, later: int = 0) -> None:
+        super().evaluating(name, samples, later)
+        # In a long stream, a line for every task of every row would be too many.
+        if self._in_row and not self._is_due(0):
+            return
+        self.last, self._in_row = (0, self.clock()), True
+        rest = f", and {later} of the tasks after it" if later else ""
+        self.message(f"  evaluating {name}" + (f": {count(samples, 'sample')}{rest}" if samples else ""))
+
+    @override
+    def evaluated(self, done: int, samples: int) -> None:
+        super().evaluated(done, samples)
+        if self._is_due(done):
+            self.message("  ".join(filter(None, (f"    {done}/{samples}", self._left(self.scoring_left())))))
 
     @override
     def task_finished(self, index: int, row: Row) -> None:
-        self.message(_scores(index, self.tasks, row))
+        super().task_finished(index, row)
+        self._in_row = False
+        self.message(task_scores(index, self.tasks, row))
 
     @override
     def message(self, text: str) -> None:
+        self._over.set()
         self.stream.write(f"{text}\n")
         self.stream.flush()
 
     @override
     def run_finished(self, metrics: Mapping[str, Any]) -> None:
         self.message(format_summary(metrics))
+
+    @override
+    def close(self) -> None:
+        self._over.set()
 
 
 class UnfailingReporter(Reporter):
@@ -180,13 +284,15 @@ class UnfailingReporter(Reporter):
 
     def __init__(self, reporter: Reporter, stream: TextIO) -> None:
         self.reporter, self._stream = reporter, stream
-        self._tasks: Sequence[str] = ()
         self._task: tuple[int, str, int] | None = None
 
     @override
-    def run_started(self, tasks: Sequence[str], ranks: int) -> None:
-        self._tasks = tasks
-        self._try("run_started", tasks, ranks)
+    def phase(self, text: str) -> None:
+        self._try("phase", text)
+
+    @override
+    def run_started(self, tasks: Sequence[str], ranks: int, work: Work | None = None) -> None:
+        self._try("run_started", tasks, ranks, work)
 
     @override
     def task_started(self, index: int, name: str, steps: int) -> None:
@@ -198,8 +304,12 @@ class UnfailingReporter(Reporter):
         self._try("step", step, loss, tokens_per_second, lr)
 
     @override
-    def evaluating(self, name: str) -> None:
-        self._try("evaluating", name)
+    def evaluating(self, name: str, samples: int = 0, later: int = 0) -> None:
+        self._try("evaluating", name, samples, later)
+
+    @override
+    def evaluated(self, done: int, samples: int) -> None:
+        self._try("evaluated", done, samples)
 
     @override
     def task_finished(self, index: int, row: Row) -> None:
@@ -229,68 +339,12 @@ class UnfailingReporter(Reporter):
         failed, self.reporter = self.reporter, Reporter()
         with suppress(Exception):
             failed.close()
-        if isinstance(failed, BarReporter):
+        if isinstance(failed, TimedReporter) and not isinstance(failed, LineReporter):
             self.reporter = LineReporter(self._stream)
-            self.reporter.tasks = self._tasks
+            self.reporter.tasks, self.reporter.forecast = failed.tasks, failed.forecast
             self.message(f"no progress bar from here on: {type(error).__name__}: {error}")
             if self._task is not None:
                 self.task_started(*self._task)
-
-
-class BarReporter(Reporter):
-    """Draws two bars, for the tasks and for the task's steps; messages scroll by above them."""
-
-    def __init__(self, console: Console) -> None:
-        """`console`: where to draw."""
-        self.console = console
-        self.tasks: Sequence[str] = ()
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self.task_bar = self.progress.add_task("tasks", total=None, detail="")
-        self.step_bar = self.progress.add_task("start", total=None, detail="")
-
-    @override
-    def run_started(self, tasks: Sequence[str], ranks: int) -> None:
-        self.tasks = tasks
-        self.progress.update(self.task_bar, total=len(tasks), detail=_count(ranks, "rank"))
-        self.progress.start()
-
-    @override
-    def task_started(self, index: int, name: str, steps: int) -> None:
-        self.progress.update(self.task_bar, completed=index)
-        self.progress.reset(self.step_bar, total=steps, description=name, detail="")
-
-    @override
-    def step(self, step: int, loss: float, tokens_per_second: float, lr: float) -> None:
-        self.progress.update(self.step_bar, completed=step, detail=_detail(loss, tokens_per_second, lr))
-
-    @override
-    def evaluating(self, name: str) -> None:
-        self.progress.update(self.step_bar, description=f"evaluating {name}")
-
-    @override
-    def task_finished(self, index: int, row: Row) -> None:
-        self.progress.update(self.task_bar, completed=index + 1)
-        self.message(_scores(index, self.tasks, row))
-
-    @override
-    def message(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    @override
-    def run_finished(self, metrics: Mapping[str, Any]) -> None:
-        self.close()
-        self.message(format_summary(metrics))
-
-    @override
-    def close(self) -> None:
-        self.progress.stop()
 
 
 def format_matrix(tasks: Sequence[str], matrix: Sequence[Row]) -> str:
@@ -403,14 +457,17 @@ def _score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _scores(index: int, tasks: Sequence[str], row: Row) -> str:
+def task_scores(index: int, tasks: Sequence[str], row: Row) -> str:
+    """A row of the matrix in a line: `after a: a 0.7500, b 0.5000`."""
     scores = (f"{name} {_score(score)}" for name, score in zip(tasks, row, strict=True) if score is not None)
     return f"after {tasks[index]}: {', '.join(scores)}"
 
 
-def _detail(loss: float, tokens_per_second: float, lr: float) -> str:
-    return f"loss {loss:.4f}  {tokens_per_second:.0f} tokens/s  lr {lr:.2g}"
+def step_detail(loss: float, tokens_per_second: float, lr: float | None) -> str:
+    """The figures of a step: `loss 0.5000  100 tokens/s  lr 0.001`."""
+    return f"loss {loss:.4f}  {tokens_per_second:.0f} tokens/s" + ("" if lr is None else f"  lr {lr:.2g}")
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """A number and what it counts: `1 rank`, `2 ranks`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

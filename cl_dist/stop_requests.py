@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 SAME_PRESS_SECONDS = 0.5
 """SIGINTs this close together are one Ctrl-C: a terminal and a launcher may both forward it."""
@@ -51,3 +52,22 @@ class StopRequests:
         if first:
             self._same_until = now + SAME_REQUEST_SECONDS
         return impatient
+
+
+_importing = False
+
+
+def is_importing() -> bool:
+    """Whether this process is inside `imports`."""
+    return _importing
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Context of imports of C extensions, which abort the process if a signal's handler raises an exception in them."""
+    global _importing
+    _importing = True
+    try:
+        yield
+    finally:
+        _importing = False

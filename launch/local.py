@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 from cl_dist.collective_texts import is_collective, meaning, nccl_detail
 from cl_dist.errors import BadInput
@@ -51,6 +51,7 @@ AGREEMENT_SECONDS = 2.0
 """Every rank usually finds bad input (exit code 2) itself: how long the others get to report the same before they are
 asked to stop. A message that all ranks report is shown once, without a rank."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SHOW_CURSOR = b"\x1b[?25h"
 SHARED_MEMORY = Path("/dev/shm")
 """Where DeepSpeed puts its buffers."""
 
@@ -258,7 +259,9 @@ class _Launch:
                 self.request = signal.SIGUSR1
             self.requests = max(self.requests, 2 if at_once else 1)
 
-        before = {number: signal.signal(number, count) for number in heeded(STOP_SIGNALS)}
+        before: dict[int, Any] = {number: signal.signal(number, count) for number in heeded(STOP_SIGNALS)}
+        # Where SIGCHLD is ignored, as in a notebook's %%bash, the kernel forgets how a process has ended.
+        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             yield
         finally:
@@ -319,6 +322,10 @@ class _Launch:
             rank.process.wait()
             for reader in rank.readers:
                 reader.join(timeout=1.0)
+        # A rank that ended while it drew a bar has left the terminal without a cursor, in the middle of a line.
+        if self.ranks and self.ranks[0].returncode != DONE and sys.stdout.isatty():
+            printed = self.ranks[0].printed
+            pass_on(SHOW_CURSOR + (b"\n" if printed and not printed[-1].endswith(b"\n") else b""), sys.stdout)
         # DeepSpeed names a buffer after user, rendezvous address and port, and rank (csrc/cpu/comm/shm.cpp). The port
         # was ours, so this matches no other run's buffer.
         for buffer in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{DEFAULT_ADDRESS}_{self.port}_*"):

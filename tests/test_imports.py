@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
 import subprocess
 import sys
@@ -25,8 +27,10 @@ FINER = {
     "cl_dist.config.plugins": "basics",
     "cl_dist.tasks.formats": "formats",
     "cl_dist.tasks.types": "formats",
+    "cl_dist.progress_bar": "progress",
 }
-"""Parts of a package that lie below the rest of it: what a recipe may say about data follows from the formats."""
+"""Parts of a package that lie below the rest of it (what a recipe may say about data follows from the formats), and
+parts that are one component."""
 
 LAYERS = [
     {
@@ -40,6 +44,7 @@ LAYERS = [
         "recipes",
         "seeds",
         "stop_requests",
+        "time_left",
     },
     {"basics"},
     {"formats"},
@@ -161,3 +166,69 @@ def test_no_folder_at_the_top_level_shadows_a_package() -> None:
     code = "import importlib.util as u; print([n for n in ('benchmarks', 'kernels', 'launch') if u.find_spec(n)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert done.stdout.strip() == "[]"
+
+
+SHOW_MODULES = "import atexit, sys; atexit.register(lambda: print('modules:', *sys.modules, file=sys.stderr)); "
+"""Reports what a process has imported by its end."""
+RUN = "import sys; from cl_dist.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def top_level(code: str, *arguments: str, code_expected: int = 0, **environment: str) -> set[str]:
+    """The packages that a process imports while it runs `code`."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW_MODULES + code, *arguments],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == code_expected, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("modules: "))
+    return {name.partition(".")[0] for name in line.split()[1:]}
+
+
+def test_help_imports_next_to_nothing() -> None:
+    assert not top_level(RUN, "--help") & {*HEAVY, "numpy", "pydantic", "yaml", "rich", "safetensors", "numba"}
+
+
+def test_a_command_imports_no_other() -> None:
+    code = "import sys; from cl_dist.cli.parser import parse; parse(['doctor']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = {name for name in done.stdout.split() if name.startswith("cl_dist.cli.")}
+    assert loaded == {"cl_dist.cli.doctor", "cl_dist.cli.parser"}
+
+
+def test_status_imports_neither_frameworks_nor_what_draws(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"tasks": ["a"], "world_size": 1, "zero_stage": 0}))
+    loaded = top_level(RUN, "status", str(tmp_path))
+    assert not loaded & {*HEAVY, "numpy", "rich", "safetensors", "numba"}
+
+
+def test_the_launcher_imports_no_framework_to_check_a_run(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()  # the last check refuses the folder of another run
+    arguments = ("run", "quickstart", "--set", f"output_dir={tmp_path}")
+    loaded = top_level(RUN, *arguments, code_expected=2)
+    assert not loaded & {*HEAVY, "rich", "safetensors", "numba", "nltk", "rouge_score", "lm_eval"}
+
+
+UNUSED = {"datasets", "pandas", "pyarrow", "matplotlib", "nltk", "rouge_score", "sklearn", "lm_eval", "gguf"}
+"""What a rank must not import unless the recipe asks for it: each takes up to a second."""
+
+
+def test_a_rank_imports_only_what_every_run_needs() -> None:
+    code = "import cl_dist.coordinator, deepspeed; from cl_dist.engine.distributed import quiet_libraries as q; q(0)"
+    loaded = top_level(code)
+    assert {"torch", "transformers", "deepspeed"} <= loaded
+    assert not loaded & UNUSED
+
+
+@pytest.mark.slow
+def test_a_whole_run_scored_by_labels_imports_no_more(tmp_path: Path) -> None:
+    changes = {
+        "output_dir": str(tmp_path / "run"),
+        "train.max_steps_per_task": "1",
+        "stream.max_eval_samples": "4",
+        "launch.processes": "1",
+    }
+    options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    loaded = top_level(RUN, "run", "quickstart", *options, **rank)
+    assert "deepspeed" in loaded
+    assert not loaded & UNUSED

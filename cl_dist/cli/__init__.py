@@ -16,9 +16,11 @@ from typing import NoReturn
 def program() -> NoReturn:
     """Entry point of `cl-dist`: run the command in sys.argv and exit with its code."""
     with _exit_on_ctrl_c():
-        import cl_dist.cli.parser  # noqa: F401 - imports all commands, which takes longest
+        from cl_dist.cli.parser import import_command
         from cl_dist.output import fill_missing_descriptors
         from cl_dist.process_end import end_with
+
+        import_command(sys.argv[1:])  # takes longest
     fill_missing_descriptors()
     end_with(main)
 

@@ -20,7 +20,6 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     """Add `bench`; `commands` is argparse's collection of subparsers."""
     parser = commands.add_parser(
         "bench",
-        help="measure the operations and the training step",
         description=_DESCRIPTION,
         formatter_class=RawDescriptionHelpFormatter,
     )

@@ -55,7 +55,6 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser = commands.add_parser(
         "compare",
         parents=[changes, common],
-        help="run a grid of methods, orders and seeds, and write one table",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=RawDescriptionHelpFormatter,

@@ -28,7 +28,6 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser = commands.add_parser(
         "completion",
         parents=[common],
-        help="print a script for your shell that completes what you type",
         epilog=_EPILOG,
         formatter_class=RawDescriptionHelpFormatter,
     )

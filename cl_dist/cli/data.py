@@ -37,7 +37,6 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser = commands.add_parser(
         "data",
         parents=[changes, common],
-        help="show what a recipe reads: counts, lengths, labels, and samples with what is learnt",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")

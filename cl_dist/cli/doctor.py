@@ -35,7 +35,7 @@ class Finding:
 
 def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
     """Add `doctor`; `commands` is argparse's collection of subparsers."""
-    parser = commands.add_parser("doctor", parents=[common], help="check this machine and what is installed")
+    parser = commands.add_parser("doctor", parents=[common])
     parser.set_defaults(command=doctor)
 
 

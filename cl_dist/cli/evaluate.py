@@ -18,11 +18,12 @@ from cl_dist.progress import Reporter
 from cl_dist.state.inputs import Inputs, input_changes, moved_inputs, read_inputs, with_data
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.stop_requests import imports
 
 
 def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
     """Add `eval`; `commands` is argparse's collection of subparsers."""
-    parser = commands.add_parser("eval", parents=[changes, common], help="evaluate a model that a run has saved")
+    parser = commands.add_parser("eval", parents=[changes, common])
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--task", metavar="NAME", help="use the model after this task (default: the last finished one)")
     parser.set_defaults(command=evaluate, works=lambda parsed: True)
@@ -79,6 +80,8 @@ def _check(recipe: Recipe, recipe_dir: Path, inputs: Inputs | None, model: Path,
 
 
 def _evaluate(recipe: Recipe, recipe_dir: Path, index: int, reporter: Reporter) -> None:
-    from cl_dist.coordinator import evaluate
+    reporter.phase("importing torch and transformers")
+    with imports():
+        from cl_dist.coordinator import evaluate
 
     evaluate(recipe, recipe_dir, task_index=index, reporter=reporter)

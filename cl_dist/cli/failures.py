@@ -8,6 +8,7 @@ import sys
 import traceback
 from argparse import Namespace
 from contextlib import suppress
+from typing import NoReturn
 
 from cl_dist.config.plugins import own_fault
 from cl_dist.config.words import show_path
@@ -67,6 +68,15 @@ def end_now(message: str, speaks: bool) -> None:
         print_failure(RankLost.exit_code, message, whole_job=True)
     drain_output()
     os._exit(RankLost.exit_code)
+
+
+def stop_now(request: Interrupted) -> NoReturn:
+    """Exit at once because of a request to stop; may be called in a signal's handler."""
+    if not report_failure(os.environ, request.exit_code, str(request)):
+        with suppress(RuntimeError):  # the handler has interrupted another line that is being printed
+            print_failure(request.exit_code, str(request))
+            drain_output()
+    os._exit(request.exit_code)
 
 
 def _end(exit_code: int, message: str, debug: bool, whole_job: bool = False) -> int:

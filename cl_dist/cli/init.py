@@ -54,7 +54,6 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser = commands.add_parser(
         "init",
         parents=[common],
-        help="write a recipe for your own data",
         description="Write a recipe for your data that runs on this machine, and check the data.",
         epilog=_EPILOG,
         formatter_class=RawDescriptionHelpFormatter,

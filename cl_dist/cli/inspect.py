@@ -29,10 +29,10 @@ from cl_dist.tasks.orders import resolve_order
 
 def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
     """Add these commands; `commands` is argparse's collection of subparsers."""
-    parser = commands.add_parser("status", parents=[common], help="show the progress of a run and its results so far")
+    parser = commands.add_parser("status", parents=[common])
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.set_defaults(command=status)
-    parser = commands.add_parser("recipe", parents=[changes, common], help="list, print or explain recipes")
+    parser = commands.add_parser("recipe", parents=[changes, common])
     parser.add_argument(
         "recipe",
         nargs="?",
@@ -51,7 +51,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser.add_argument("--schema", action="store_true", help="print a JSON Schema of recipes, for editors")
     add_plugins(parser)
     parser.set_defaults(command=recipe)
-    parser = commands.add_parser("methods", parents=[common], help="list the methods and what they compose with")
+    parser = commands.add_parser("methods", parents=[common])
     parser.add_argument("names", nargs="*", metavar="NAME", help="show these, with the meaning of their settings")
     add_plugins(parser)
     parser.set_defaults(command=methods)

@@ -4,10 +4,32 @@ from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import takewhile
+from typing import Any
 
 from cl_dist import __version__
-from cl_dist.cli import bench, compare, completion, data, doctor, evaluate, init, inspect, plan, report, run, slurm
+
+COMMANDS = {
+    "init": {"init": "write a recipe for your own data"},
+    "data": {"data": "show what a recipe reads: counts, lengths, labels, and samples with what is learnt"},
+    "run": {"run": "train a model on a stream of tasks"},
+    "plan": {"plan": "predict memory, communication and time on machines that are not here"},
+    "compare": {"compare": "run a grid of methods, orders and seeds, and write one table"},
+    "slurm": {"slurm": "run a recipe as a Slurm job that survives preemption and time limits"},
+    "evaluate": {"eval": "evaluate a model that a run has saved"},
+    "inspect": {
+        "status": "show the progress of a run and its results so far",
+        "recipe": "list, print or explain recipes",
+        "methods": "list the methods and what they compose with",
+    },
+    "report": {"report": "write a page with the results of a run, finished or not, or of several side by side"},
+    "bench": {"bench": "measure the operations and the training step"},
+    "doctor": {"doctor": "check this machine and what is installed"},
+    "completion": {"completion": "print a script for your shell that completes what you type"},
+}
+"""Modules of `cl_dist.cli`, and what each of their commands does. Only the module of the command that is given gets
+imported: most of the time that `--help` took went into modules that it did not use."""
 
 _EPILOG = """\
 examples:
@@ -30,7 +52,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
     Raises SystemExit, with the exit code, after argparse has printed an error or its help.
     """
-    parser = build_parser()
+    parser = build_parser(_named(arguments))
     for word in takewhile(lambda word: word != "--", arguments):
         option, _, value = word.partition("=")
         if option.startswith("--") and value == "--":  # argparse would drop it and leave no value at all
@@ -40,8 +62,34 @@ def parse(arguments: Sequence[str]) -> Namespace:
     return parsed
 
 
-def build_parser() -> ArgumentParser:
-    """The parser, with all commands and their options."""
+def import_command(arguments: Sequence[str]) -> None:
+    """Import the module of the command in `arguments`."""
+    named = _named(arguments)
+    for module, commands in COMMANDS.items():
+        if named in commands:
+            import_module(f"cl_dist.cli.{module}")
+
+
+def _named(arguments: Sequence[str]) -> str:
+    """The first word that is a command; "" without one. What precedes a command is never the name of another."""
+    names = {name for commands in COMMANDS.values() for name in commands}
+    return next((word for word in arguments if word in names), "")
+
+
+class _Commands:
+    """The subparsers as the modules of commands see them: it knows what each command does."""
+
+    def __init__(self, subparsers: Any, summaries: dict[str, str]) -> None:
+        self._subparsers, self._summaries = subparsers, summaries
+
+    def add_parser(self, name: str, **options: Any) -> ArgumentParser:
+        """Add the parser of a command; `options` as for ArgumentParser."""
+        parser: ArgumentParser = self._subparsers.add_parser(name, help=self._summaries[name], **options)
+        return parser
+
+
+def build_parser(command: str | None = None) -> ArgumentParser:
+    """The parser with all commands. With `command` (a name, or "" for none), only that one has its options."""
     parser = ArgumentParser(
         prog="cl-dist",
         description="Continual learning for language models on DeepSpeed ZeRO shards.",
@@ -52,7 +100,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cl-dist {__version__}")
     # The deepspeed launcher inserts this option before the command; the rank itself is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=SUPPRESS)
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     common = ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks")
     changes = ArgumentParser(add_help=False)
@@ -64,6 +112,11 @@ def build_parser() -> ArgumentParser:
         dest="changes",
         help="change a setting of the recipe, for example train.epochs=3 (may be repeated)",
     )
-    for module in (init, data, run, plan, compare, slurm, evaluate, inspect, report, bench, doctor, completion):
-        module.add_commands(commands, common, changes)
+    for module, summaries in COMMANDS.items():
+        commands = _Commands(subparsers, summaries)
+        if command is None or command in summaries:
+            import_module(f"cl_dist.cli.{module}").add_commands(commands, common, changes)
+        else:
+            for name in summaries:
+                commands.add_parser(name)
     return parser

@@ -46,7 +46,6 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser = commands.add_parser(
         "plan",
         parents=[changes, common],
-        help="predict memory, communication and time on machines that are not here",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=RawDescriptionHelpFormatter,

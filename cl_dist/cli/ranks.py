@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 
-from cl_dist.cli.failures import SIGNALLED, print_failure
+from cl_dist.cli.failures import SIGNALLED, print_failure, stop_now
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput, ClDistError, Interrupted
 from cl_dist.launch.child import PROGRAM, is_launched, python_command, terminal
@@ -21,8 +21,8 @@ from cl_dist.launch.local import check_processes, launch
 from cl_dist.launch.mpi import ask_mpi
 from cl_dist.machine import check_device, count_ranks
 from cl_dist.output import drain_output, lost_output
-from cl_dist.progress import Reporter, make_reporter
-from cl_dist.stop_requests import heeded
+from cl_dist.progress import LineReporter, Reporter, UnfailingReporter, count, make_reporter
+from cl_dist.stop_requests import heeded, is_importing
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
@@ -72,8 +72,15 @@ def run_on_ranks(
     ranks = find_ranks(os.environ)
     if ranks is None:
         check_processes(processes)
-        with without_notices():
-            check(True)
+        # Plain lines: the checks themselves may print.
+        reporter = UnfailingReporter(LineReporter(sys.stdout), sys.stdout)
+        try:
+            reporter.phase("checking data and model")
+            with without_notices():
+                check(True)
+            reporter.message(f"starting {count(processes, 'rank')}")
+        finally:
+            reporter.close()
         ending = launch([*python_command(PROGRAM), *arguments.argv], processes, os.environ, hang_seconds=hang_seconds)
         for line in ending.output:
             print(line, file=sys.stderr)
@@ -152,6 +159,7 @@ def without_notices() -> Iterator[None]:
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Until the coordinator handles signals itself, a request to stop ends the rank at once."""
+    asked: list[Interrupted] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         error = Interrupted("stopped outside of training; the saved state is intact")
@@ -159,11 +167,21 @@ def _interruptible() -> Iterator[None]:
             # Another launcher may have sent this because a rank failed. With exit code 75, a batch script would take it
             # for an agreement of all ranks to stop.
             error.exit_code = SIGNALLED + number
+        if is_importing():
+            stop_now(error)
+        asked.append(error)
         raise error
 
     before = {number: signal.signal(number, stop) for number in heeded(STOP_SIGNALS)}
     try:
-        yield
+        try:
+            yield
+        except ClDistError:
+            raise
+        except Exception as error:  # a library, in the middle of an import for example, has wrapped ours
+            if asked:
+                raise asked[0] from error
+            raise
     except Interrupted:
         # Launchers end the other ranks as soon as the first one exits with a nonzero code. Ignore that signal: these
         # ranks are about to exit with 75 too, which tells the batch script that everything is saved.

@@ -27,7 +27,6 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser = commands.add_parser(
         "report",
         parents=[common],
-        help="write a page with the results of a run, finished or not, or of several side by side",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=RawDescriptionHelpFormatter,

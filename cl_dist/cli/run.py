@@ -22,17 +22,21 @@ from cl_dist.config.boundary import refusing
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import ClDistError
+from cl_dist.launch.child import is_launched
+from cl_dist.launch.environment import find_ranks
 from cl_dist.launch.scheduler import TimeLeft
-from cl_dist.progress import Reporter
+from cl_dist.machine import describe_devices
+from cl_dist.progress import Reporter, count
 from cl_dist.state.run_folder import RunFolder
 from cl_dist.state.stored_files import kept_defaults
+from cl_dist.stop_requests import imports
 from cl_dist.tasks.orders import resolve_order
 from cl_dist.tasks.types import Task
 
 
 def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
     """Add `run`; `commands` is argparse's collection of subparsers."""
-    parser = commands.add_parser("run", parents=[changes, common], help="train a model on a stream of tasks")
+    parser = commands.add_parser("run", parents=[changes, common])
     parser.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
     parser.add_argument("--fresh", action="store_true", help="move the run in output_dir aside and start a new one")
@@ -48,10 +52,26 @@ def run(arguments: Namespace) -> int:
             recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes, kept)
         recipe = with_ranks(recipe)
     recipe = resolve_order(recipe, recipe_dir)
+    _print_first_line(arguments.recipe, recipe)
     check = partial(_check, recipe, recipe_dir, arguments.resume, arguments.fresh)
     work = partial(_train, recipe, recipe_dir, arguments.resume)
     note = partial(_note_lost_output, RunFolder(Path(recipe.output_dir)))
     return run_on_ranks(arguments, number_of_ranks(recipe), check, work, recipe.launch.hang_seconds, note)
+
+
+def _print_first_line(name: str, recipe: Recipe) -> None:
+    """Print what is about to run, before anything that takes time; once for all ranks."""
+    ranks = find_ranks(os.environ)
+    if ranks is not None and (ranks.rank > 0 or is_launched(os.environ)):
+        return
+    methods = " + ".join(method.name for method in recipe.method)
+    number = number_of_ranks(recipe)
+    kind = describe_devices(recipe.launch.device, os.environ)
+    print(
+        f"{name}: {recipe.model.name_or_path}, {count(len(recipe.stream.tasks), 'task')}, {methods}; "
+        f"{count(number, 'rank')}{f' on {kind}' if kind else ''}; output in {recipe.output_dir}",
+        flush=True,
+    )
 
 
 def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]:
@@ -124,7 +144,9 @@ def _note_lost_output(folder: RunFolder, text: str) -> None:
 
 
 def _train(recipe: Recipe, recipe_dir: Path, resume: bool, reporter: Reporter) -> None:
-    from cl_dist.coordinator import run
+    reporter.phase("importing torch and transformers")
+    with imports():
+        from cl_dist.coordinator import run
 
     time_left = TimeLeft(os.environ)
     run(

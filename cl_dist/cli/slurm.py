@@ -32,7 +32,6 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
     parser = commands.add_parser(
         "slurm",
         parents=[changes, common],
-        help="run a recipe as a Slurm job that survives preemption and time limits",
         description="Check a recipe, then print or submit its batch script. docs/slurm.md explains the script.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")

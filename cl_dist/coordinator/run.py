@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -59,6 +60,8 @@ def run(
         JobFailed: Training failed.
         Interrupted: A signal asked the run to stop, or its time is nearly over; its state is saved.
     """
+    others = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    reporter.phase("importing deepspeed" + (", meeting the other ranks" if others else ""))
     joined = join(recipe.launch.timeout_seconds, recipe.launch.device)
     set_matmul_precision(recipe.train.tf32)
     rank, world = joined.rank, joined.world
@@ -80,7 +83,7 @@ def run(
             reporter.message("this run is already finished; nothing is left to do")
             return finish(ledger, reporter)
         with _failure_noted(ledger):
-            system = build_system(resumed.recipe, recipe_dir)
+            system = build_system(resumed.recipe, recipe_dir, reporter.phase)
             if resumed.note is not None:
                 _report_changes(resumed, resumed.note, system, reporter)
             # Changed inputs are rejected only now, since digesting them needs the data that was just read.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,9 @@ class Scoring:
         """
         row = list(self._ledger.manifest.row_under_way) or [None] * len(self._system.tasks)
         places = {self._system.tasks[index].name: index for index in indices if row[index] is None}
-        for tasks in self._system.evaluator.passes([self._system.tasks[index] for index in places.values()]):
-            names = tasks[0].name if len(tasks) == 1 else f"{tasks[0].name} to {tasks[-1].name}"
-            self._reporter.evaluating(names)
-            beat(f"evaluating {names}")
-            for result in self._system.evaluator.evaluate(tasks, self._stop_if_asked):
+        passes = self._system.evaluator.passes([self._system.tasks[index] for index in places.values()])
+        for tasks in _reported(passes, self._reporter):
+            for result in self._system.evaluator.evaluate(tasks, self._stop_if_asked, self._reporter.evaluated):
                 entry = scoring_entry(self._system.tasks[places[result.task]], result)
                 # Predictions and log first: once the ledger has the score, a resume does not compute it again.
                 self._record(result, entry, predictions)
@@ -130,6 +128,16 @@ class Scoring:
         return scores
 
 
+def _reported(passes: Sequence[Sequence[Task]], reporter: Reporter) -> Iterator[Sequence[Task]]:
+    """The passes, each reported before it begins."""
+    sizes = [sum(len(task.evaluation) for task in tasks) for tasks in passes]
+    for number, tasks in enumerate(passes):
+        names = tasks[0].name if len(tasks) == 1 else f"{tasks[0].name} to {tasks[-1].name}"
+        reporter.evaluating(names, sizes[number], sum(sizes[number + 1 :]))
+        beat(f"evaluating {names}")
+        yield tasks
+
+
 def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Reporter) -> dict[str, float]:
     """Score the model that the run in `recipe.output_dir` saved after task `task_index`, on every task of the recipe.
 
@@ -140,6 +148,7 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
         BadInput: The saved model or the data cannot be used.
         ClDistError: All scores were computed and reported, but could not be written.
     """
+    reporter.phase("importing deepspeed")
     joined = join(recipe.launch.timeout_seconds, recipe.launch.device)
     set_matmul_precision(recipe.train.tf32)
     quiet_libraries(joined.rank)
@@ -153,6 +162,7 @@ def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Rep
 def _evaluate(recipe: Recipe, recipe_dir: Path, task_index: int, rank: int, reporter: Reporter) -> dict[str, float]:
     folder = RunFolder(Path(recipe.output_dir)).task(task_index, recipe.stream.tasks[task_index].name)
     store = _Store(folder, reporter) if rank == 0 else None
+    reporter.phase("loading the saved model")
     beat("loading the saved model")
     tasks, evaluator, notices = build_saved(recipe, recipe_dir, folder.model)
     for notice in notices:
@@ -161,8 +171,8 @@ def _evaluate(recipe: Recipe, recipe_dir: Path, task_index: int, rank: int, repo
     by_name = {task.name: task for task in tasks}
     scores: dict[str, float] = {}
     how: dict[str, How] = {}
-    beat(f"evaluating the model after task {folder.path.name}")
-    for result in chain.from_iterable(map(evaluator.evaluate, evaluator.passes(tasks))):
+    passes = _reported(evaluator.passes(tasks), reporter)
+    for result in chain.from_iterable(evaluator.evaluate(each, note=reporter.evaluated) for each in passes):
         scores[result.task] = result.score
         how[result.task] = scoring_entry(by_name[result.task], result)
         cut = how[result.task].get(CUT_GENERATIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from itertools import zip_longest
 from pathlib import Path
@@ -37,6 +38,9 @@ from cl_dist.state.data_order import DataOrder
 from cl_dist.state.elastic import appended, segment
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.manifest import NOTHING_SCORED, Manifest
+from cl_dist.state.run_folder import RunFolder
+from cl_dist.tasks.plan import planned_steps
+from cl_dist.time_left import Work
 
 
 class Coordinator:
@@ -63,7 +67,7 @@ class Coordinator:
         self.ledger.start(dump_recipe(self.recipe))
         self._state.forget_strays()
         self.ledger.log(event="device", ranks=torch.distributed.get_world_size(), **(self.ledger.manifest.device or {}))
-        self.reporter.run_started([task.name for task in self.tasks], torch.distributed.get_world_size())
+        self.reporter.run_started([task.name for task in self.tasks], torch.distributed.get_world_size(), self._work())
         # All notices about the scores go to the log, warnings also to the screen.
         for notice in self.system.notices:
             if notice.on_screen:
@@ -85,6 +89,28 @@ class Coordinator:
             return finish(self.ledger, self.reporter)
         finally:
             self._stop.close()
+
+    def _work(self) -> Work:
+        """What the run consists of, for the time left."""
+        recipe, world, names = self.recipe, torch.distributed.get_world_size(), [task.name for task in self.tasks]
+        counts, trains = [len(task.train) for task in self.tasks], self.system.engine.method.trains
+        every = range(len(names))
+        return Work(
+            steps=tuple(planned_steps(recipe, index, counts, world) if trains(index) else 0 for index in every),
+            samples={task.name: len(task.evaluation) for task in self.tasks},
+            rows=tuple(tuple(names[: self._seen(index)]) for index in every),
+            batch=recipe.train.micro_batch_size * recipe.train.gradient_accumulation * world,
+            timings=self.ledger.manifest.timings,
+        )
+
+    def _seen(self, index: int) -> int:
+        """How many tasks are scored after task `index`: unless all are, those learnt so far, including the next ones if
+        they have no steps of their own.
+        """
+        if self.recipe.eval.tasks == "all":
+            return len(self.tasks)
+        later = range(index + 1, len(self.tasks))
+        return next((task for task in later if self.system.engine.method.trains(task)), len(self.tasks))
 
     def _evaluate_untouched(self) -> None:
         """Record the first row of the matrix: the model before any training."""
@@ -110,11 +136,7 @@ class Coordinator:
         self.reporter.task_started(index, place.name, trainer.steps)
         spent = self._train(place, trainer)
         began = time.monotonic()
-        # Unless all tasks are scored: those learnt so far, including the next ones if they have no steps of their own.
-        later = range(index + 1, len(self.tasks))
-        unseen = next((task for task in later if self.system.engine.method.trains(task)), len(self.tasks))
-        seen = len(self.tasks) if self.recipe.eval.tasks == "all" else unseen
-        row = self._scoring.row(range(seen), self.folder.task(index, place.name).predictions)
+        row = self._scoring.row(range(self._seen(index)), self.folder.task(index, place.name).predictions)
         general = self._scoring.general(place.name)
         self._export(self.folder.task(index, place.name).model)
         self._write_results(self.folder.task(index, place.name).path)
@@ -243,8 +265,24 @@ def finish(ledger: Ledger, reporter: Reporter) -> dict[str, Any]:
     metrics = run_metrics(ledger.manifest)
     ledger.write_metrics(metrics)
     reporter.run_finished(metrics)
+    reporter.message(what_next(ledger.folder, ledger.manifest))
     leave()
     return metrics
+
+
+def what_next(folder: RunFolder, manifest: Manifest) -> str:
+    """Where the model of a finished run is, and what to do with it, a line each."""
+    steps = [entry.get("steps") for entry in manifest.timings]
+    # Tasks without steps of their own share the model of the task before.
+    last = max((index for index, number in enumerate(steps) if number != 0), default=0)
+    path = shlex.quote(str(folder.path))
+    model = folder.task(last, manifest.tasks[last]).model
+    lines = {
+        "model after the last task": f"{model} (Hugging Face format)",
+        "report with figures": f"cl-dist report {path}",
+        "score the model again": f"cl-dist eval {path}",
+    }
+    return "\n" + "\n".join(f"{what:<25}  {where}" for what, where in lines.items())
 
 
 def run_metrics(manifest: Manifest) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from cl_dist.engine.device import agree_on_devices, choose_device, device, uses_
 from cl_dist.engine.loopback import init_method
 from cl_dist.heartbeat import beat
 from cl_dist.machine import Device, DeviceSetting
+from cl_dist.stop_requests import imports
 
 
 def quiet_libraries(rank: int) -> None:
@@ -25,13 +26,15 @@ def quiet_libraries(rank: int) -> None:
 
     Only rank 0 prints the project's own notices.
     """
-    import datasets
     import transformers
 
     if rank != 0:
         logging.getLogger("cl_dist").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    # Only some runs import datasets (with pandas and pyarrow), and it reads this when it is imported.
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls a collective by a name that torch has deprecated.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)
@@ -82,7 +85,8 @@ def join(timeout_seconds: float, device_setting: DeviceSetting = "auto") -> Join
         RankLost: Not all ranks arrive in time.
     """
     choice = choose_device(device_setting)
-    import deepspeed
+    with imports():
+        import deepspeed
 
     # DeepSpeed would compile a shared-memory collective that only its inference uses: two minutes on a cold start. It
     # looks up no other entry of this table. Replace the table instead of editing it: DeepSpeed fills it on first access

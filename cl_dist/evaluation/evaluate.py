@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch.distributed as dist
 from torch import nn
@@ -30,6 +30,10 @@ PAUSE_BATCHES = 8
 
 def no_pause() -> None:
     """Do nothing between batches."""
+
+
+def unheard(done: int, samples: int) -> None:
+    """Report no progress."""
 
 
 def stay_sharded() -> AbstractContextManager[bool]:
@@ -73,19 +77,25 @@ class Evaluator:
         batches = [-(-len(task.evaluation) // self._config.batch_size) for task in tasks]
         return [tasks[each.start : each.stop] for each in plan_passes(batches, self._world)]
 
-    def evaluate(self, tasks: Sequence[Task], pause: Callable[[], None] = no_pause) -> list[TaskScore]:
+    def evaluate(
+        self,
+        tasks: Sequence[Task],
+        pause: Callable[[], None] = no_pause,
+        note: Callable[[int, int], None] = unheard,
+    ) -> list[TaskScore]:
         """Score the evaluation splits of the tasks of one pass (collective).
 
         All ranks get the scores, and rank 0 the predictions too. `pause` is called before the first batch and after
         every `PAUSE_BATCHES`, the same number of times on all ranks, so it may be collective. An exception that it
-        raises on all of them ends the evaluation.
+        raises on all of them ends the evaluation. `note` is called after every batch of this rank, with the samples
+        that are done by then and those of the whole pass, over all ranks.
         """
         modes = [resolve_mode(task, self._subject.objective, self._config) for task in tasks]
         wanted = self._subject.synced and "generate" in modes
         with evaluating(self._subject.model), self._whole() if wanted else stay_sharded() as whole:
             subject = replace(self._subject, synced=self._subject.synced and not whole)
             scorers = [make_scorer(mode, subject, task, self._config) for mode, task in zip(modes, tasks, strict=True)]
-            gathered = self._gather(self._score_own(scorers, pause, subject.synced))
+            gathered = self._gather(self._score_own(scorers, pause, note, subject.synced))
         scores = []
         for task, mode, scorer, found in zip(tasks, modes, scorers, gathered, strict=True):
             score, extras = scorer.total(found)
@@ -93,16 +103,21 @@ class Evaluator:
             scores.append(TaskScore(task.name, mode, scorer.metric, score, len(found), kept, extras))
         return scores
 
-    def _score_own(self, scorers: Sequence[Scorer], pause: Callable[[], None], synced: bool) -> list[list[Prediction]]:
+    def _score_own(
+        self, scorers: Sequence[Scorer], pause: Callable[[], None], note: Callable[[int, int], None], synced: bool
+    ) -> list[list[Prediction]]:
         """This rank's share of each task's predictions."""
         batches = cut_pass([scorer.lengths for scorer in scorers], [scorer.batch_size for scorer in scorers])
         own: list[list[Prediction]] = [[] for _ in scorers]
         dealt = deal_batches(batches, self._rank, self._world, synced)
+        # Samples done once every rank has scored its first n batches.
+        done = list(accumulate(len(batch.indices) for batch in batches))
         for start in range(0, rounds(batches, self._world), PAUSE_BATCHES):
             pause()
-            for batch in dealt[start : start + PAUSE_BATCHES]:
+            for number, batch in enumerate(dealt[start : start + PAUSE_BATCHES], start + 1):
                 predictions = scorers[batch.task].score(batch.indices)
                 own[batch.task] += predictions if batch.counted else []
+                note(done[min(number * self._world, len(done)) - 1], done[-1])
         return own
 
     def _gather(self, own: list[list[Prediction]]) -> list[list[Prediction]]:

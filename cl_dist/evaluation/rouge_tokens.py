@@ -1,4 +1,8 @@
-"""The tokenizers of ROUGE-L (`eval.rouge_tokenizer`). Imports transformers only for GPT-2's tokenizer."""
+"""The tokenizers of ROUGE-L (`eval.rouge_tokenizer`).
+
+Each imports its library when it is made: rouge_score brings nltk, scipy and scikit-learn along, GPT-2's needs
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,11 @@ from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rouge_score.tokenizers import DefaultTokenizer
-
 from cl_dist.errors import BadInput
 from cl_dist.tasks.types import compose
 
 if TYPE_CHECKING:
+    from rouge_score.tokenizers import DefaultTokenizer
     from transformers import PreTrainedTokenizerBase
 
 GPT2 = "gpt2"
@@ -43,7 +46,13 @@ def rouge_tokenizer(name: str, path: str | None = None) -> RougeTokenizer:
     """
     if name == "unicode":
         return UnicodeTokenizer()
-    return GPT2Tokenizer(load_gpt2(path or GPT2)) if name == "xlingual" else DefaultTokenizer(use_stemmer=True)
+    return GPT2Tokenizer(load_gpt2(path or GPT2)) if name == "xlingual" else _default_tokenizer()
+
+
+def _default_tokenizer() -> DefaultTokenizer:
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    return DefaultTokenizer(use_stemmer=True)
 
 
 class UnicodeTokenizer:
@@ -54,7 +63,7 @@ class UnicodeTokenizer:
     """
 
     def __init__(self) -> None:
-        self._default = DefaultTokenizer(use_stemmer=True)
+        self._default = _default_tokenizer()
 
     def tokenize(self, text: str) -> list[str]:
         """The tokens of a text."""

@@ -10,12 +10,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-
-from rouge_score.rouge_scorer import RougeScorer
+from typing import TYPE_CHECKING
 
 from cl_dist.config.schema import EvalConfig
 from cl_dist.evaluation.rouge_tokens import rouge_tokenizer
 from cl_dist.tasks.types import Slot, compose
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 Score = Callable[[str, str], float]
 """(prediction, reference) -> a score between 0 and 1."""
@@ -109,6 +111,8 @@ def joint_goal_accuracy(outcomes: Iterable[tuple[Slot, bool]]) -> float:
 
 @cache
 def _rouge_scorer(tokenizer: str, path: str | None) -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer  # brings nltk, scipy, scikit-learn and pandas along
+
     return RougeScorer(["rougeL"], use_stemmer=True, tokenizer=rouge_tokenizer(tokenizer, path))
 
 

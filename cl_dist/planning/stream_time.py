@@ -7,7 +7,7 @@ recipe's limits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from cl_dist.planning.memory import Memory
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
 from cl_dist.planning.step_time import Arithmetic, StepTime, collective_seconds
+from cl_dist.tasks.plan import planned_steps
 from cl_dist.tasks.stream import load_stream
 from cl_dist.tasks.types import Task
 
@@ -183,14 +184,11 @@ def predict_stream(
         arithmetic: The model's products.
         memory: Of the rank that needs most.
     """
-    recipe, train = setup.recipe, setup.recipe.train
-    batch = train.micro_batch_size * train.gradient_accumulation * setup.world
-    epochs = {task.name: task.epochs or train.epochs for task in recipe.stream.tasks}
+    recipe = setup.recipe
+    sizes = [task.train for task in stream.tasks]
     total, training, saves = 0, 0.0, 0
     for index, task in enumerate(stream.tasks):
-        steps = epochs.get(task.name, train.epochs) * -(-_samples(recipe, index, stream.tasks) // batch)
-        steps = min(steps, train.max_steps_per_task or steps)
-        steps += sum(method.memory_steps(steps) for method in recipe.method) if index else 0
+        steps = planned_steps(recipe, index, sizes, setup.world)
         total += steps
         seconds = steps * step_of(task.length, task.answer).seconds
         training += seconds
@@ -203,13 +201,6 @@ def predict_stream(
     scored = sum(sum(each[:row] if recipe.eval.tasks == "seen" else each) for row in rows)
     scored += sum(each) if recipe.eval.before_training else 0.0
     return StreamTime(training, scored, saves * memory.checkpoint / EFFICIENCY.storage, total)
-
-
-def _samples(recipe: Recipe, index: int, tasks: Sequence[TaskSize]) -> int:
-    """Samples of a task's epoch: its own, and those that the methods add or leave out."""
-    counts = [task.train for task in tasks]
-    changes = (method.samples_per_epoch(index, counts) - counts[index] for method in recipe.method)
-    return counts[index] + sum(changes)
 
 
 def _saves(checkpoint: CheckpointConfig, steps: int, seconds: float) -> int:

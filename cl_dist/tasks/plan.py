@@ -7,11 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from cl_dist.config.schema import Recipe
+
 FILLER = -1
 """Index for a place in a micro-batch without a sample."""
 
 MEGABATCH = 50
 """Samples are sorted by length within N global batches: enough to find similar ones, few enough to stay random."""
+
+
+def planned_steps(recipe: Recipe, index: int, counts: Sequence[int], ranks: int) -> int:
+    """Optimiser steps of task `index` on `ranks` ranks, including those on samples that methods add.
+
+    `counts` has the training samples of all tasks. For plain text, they are known only once it is tokenised; until
+    then the result is an estimate.
+    """
+    train, task = recipe.train, recipe.stream.tasks[index]
+    samples = counts[index] + sum(method.samples_per_epoch(index, counts) - counts[index] for method in recipe.method)
+    steps = (task.epochs or train.epochs) * ceil(
+        samples / (train.micro_batch_size * train.gradient_accumulation * ranks)
+    )
+    steps = min(steps, train.max_steps_per_task or steps)
+    return steps + (sum(method.memory_steps(steps) for method in recipe.method) if index else 0)
 
 
 class BatchPlan:

@@ -26,11 +26,29 @@ SAVED = STOPPED.replace("import os,", "from cl_dist.errors import Interrupted\ni
 )
 
 
+IMPORTING = STOPPED.replace("import os,", "from cl_dist.stop_requests import imports\nimport os,").replace(
+    "    os.kill(os.getpid(), int(sys.argv[1]))",
+    "    with imports():\n        try: os.kill(os.getpid(), int(sys.argv[1]))\n        except Exception: os.abort()",
+)
+"""An extension whose initialisation does not survive an exception."""
+WRAPPED = STOPPED.replace(
+    "    os.kill(os.getpid(), int(sys.argv[1]))",
+    "    try: os.kill(os.getpid(), int(sys.argv[1]))\n    except Exception as e: raise RuntimeError('failed') from e",
+)
+"""A library that turns every exception into one of its own."""
+
+
 def run_rank(code: str, number: int, **environment: str) -> tuple[int, str]:
     variables = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **environment}
     command = [sys.executable, "-c", code, str(number)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("code", [IMPORTING, WRAPPED])
+def test_a_request_to_stop_during_imports_is_one_sentence(code: str) -> None:
+    message = "cl-dist: interrupted: stopped outside of training; the saved state is intact\n"
+    assert run_rank(code, signal.SIGTERM) == (128 + signal.SIGTERM, message)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -398,3 +398,15 @@ class TestSignals:
         environment = {**os.environ, "CL_DIST_LAUNCHER_PID": "1", "RANK": "0"}
         end = subprocess.run(script("print('alive')"), env=environment, capture_output=True, text=True, check=False)
         assert (end.returncode, end.stdout) == (-signal.SIGKILL, "")
+
+
+def test_a_launcher_whose_children_would_be_forgotten_sees_how_they_end() -> None:
+    """Shells of notebooks ignore SIGCHLD, and their children inherit that."""
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+        "from cl_dist.launch.local import launch; "
+        "ends = [launch([sys.executable, '-c', f'exit({code})'], 1, os.environ) for code in (0, 3)]; "
+        "print([end.exit_code for end in ends])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[0, 1]\n", done.stderr
