@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-GRACE_SECONDS = 2.0
-"""How long the other ranks may live on after one has failed."""
+GRACE_SECONDS = 15.0
+"""How long the other ranks may live on after one has failed: they notice it at once, but a busy machine is slow to end
+them."""
 MODULES = (
     "deepspeed",
     "deepspeed.runtime.zero.muon.original_muon",  # compiles when imported, and so needs torch's whole compiler
