@@ -125,7 +125,10 @@ class Zygote:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the parent of all ranks has ended (exit code {self._process.wait()})")
+        return json.loads(answer)
 
 
 def shared() -> Zygote:
@@ -265,7 +268,10 @@ def wait_for_ranks(ranks: list[int], timeout: float) -> list[int]:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
             for pid in set(ranks) - set(codes):
-                os.kill(pid, signal.SIGKILL)
+                try:
+                    os.killpg(pid, signal.SIGKILL)  # with the processes that it started
+                except ProcessLookupError:  # it has no session of its own yet
+                    os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     return [codes[pid] for pid in ranks]
 
