@@ -9,10 +9,10 @@ GPU ?=
 GPU_INDEX ?= https://pypi.org/simple
 INSTALLED := $(VENV)/.installed$(if $(GPU),-gpu)
 CODE := cl_dist kernels launch tests benchmarks tools setup.py
-# One worker per file, because the tests of a file share the ranks that it starts. Three workers keep two cores busy: two
-# would leave a quarter of the time idle while ranks start or wait for each other.
+# One worker per file, because the tests of a file share the ranks that it starts (tests/conftest.py has their order).
+# Three workers keep two cores busy: two would leave a quarter of the time idle while ranks start or wait for each other.
 WORKERS ?= 3
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 40
 # Releases of Triton that CUDA builds of PyTorch 2.11 and 2.13 pin; requirements-triton.lock has the one of `make test`.
 TRITONS ?= 3.6.0 3.7.1
 # Interpreters that requirements.lock supports: the oldest supported one, and one that the newest packages support.

@@ -105,7 +105,7 @@ def test_draining_for_a_stopped_reader_ends() -> None:
     outlet, began = output.Outlet(writer, "the pipe", patience=0.2), time.monotonic()
     outlet.write(bytes(200_000))
     outlet.drain()
-    assert 0.2 <= time.monotonic() - began < 5
+    assert time.monotonic() - began >= 0.2
     assert outlet.lost_bytes > 100_000
     os.close(reader)
     os.close(writer)

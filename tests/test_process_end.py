@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import REPOSITORY, free_port, rank_environment
 
 PROGRAM = """
 import atexit, logging, sys
@@ -45,4 +46,17 @@ def test_exit_code_output_and_atexit_handlers(module: str) -> None:
 
 def test_a_tensor_that_a_process_groups_thread_releases_late() -> None:
     """The group outlives `destroy_process_group`, as DeepSpeed's does."""
-    assert run_ranks("tests.process_end_jobs:drops_late", 2) == [True, True]
+    last = "from tests.process_end_jobs import drops_late; print(drops_late()); return 0"
+    program, port = [sys.executable, "-c", PROGRAM.format(module="torch", last=last)], free_port()
+    ranks = [
+        subprocess.Popen(
+            program,
+            env={**os.environ, **rank_environment(rank, 2, port), "PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        assert "True" in rank.communicate(timeout=120)[0].splitlines()
+        assert rank.returncode == 0

@@ -29,8 +29,12 @@ _Kernel = Callable[..., Any]
 
 
 def lacks_instructions() -> bool:
-    """Whether torch has no fast matrix products in bfloat16 on this CPU, by torch's own criterion."""
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether torch has no fast matrix products in bfloat16 on this CPU, by torch's own criterion.
+
+    They are oneDNN's, which heeds ONEDNN_MAX_CPU_ISA; ATEN_CPU_CAPABILITY changes nothing about them. A build of torch
+    without oneDNN has none.
+    """
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def mend_products() -> None:
@@ -45,7 +49,9 @@ def mend_products() -> None:
     if not hasattr(torch.library, "get_kernel"):
         logger.warning("train.dtype: bfloat16 is very slow on this CPU with torch %s; 2.9 mends it", torch.__version__)
         return
-    logger.warning("train.dtype: this CPU has no bfloat16 instructions; matrix products are computed in float32")
+    logger.warning(
+        "train.dtype: torch uses no bfloat16 instructions on this CPU; matrix products are computed in float32"
+    )
     _installed = FloatProducts()
 
 

@@ -116,12 +116,15 @@ class Case:
         start = whole(self.engine.shards, "master")
         report: dict[str, Any] = {"flips": 0, "frozen_moved": 0, "moved_wrong": 0}
         for step in range(self.steps):
-            before = {quantity: whole(self.engine.shards, quantity) for quantity in QUANTITIES}
+            frozen = self.config.mask == "update"
+            only_kept = step == 0 and self.recipe.train.weight_decay == 0
+            quantities = QUANTITIES if frozen else ("master",) if only_kept else ()
+            before = {quantity: whole(self.engine.shards, quantity) for quantity in quantities}
             self._step(step, report)
-            after = {quantity: whole(self.engine.shards, quantity) for quantity in QUANTITIES}
-            if self.config.mask == "update" and self.migu.keep:
+            after = {quantity: whole(self.engine.shards, quantity) for quantity in quantities}
+            if frozen and self.migu.keep:
                 report["frozen_moved"] += self._moved_dropped(before, after)
-            if step == 0 and self.recipe.train.weight_decay == 0 and self.migu.keep:
+            if only_kept and self.migu.keep:
                 report["moved_wrong"] += self._moved_otherwise(before["master"], after["master"])
         self._compare(start, report)
         self.engine.destroy()

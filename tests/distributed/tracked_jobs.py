@@ -303,10 +303,12 @@ class Case:
         self.engine.before_task(TaskPlace(index=0, name="t", steps=self.steps))
         report: dict[str, Any] = {"flips": 0, "rows": 0, "frozen_moved": 0, "moved_wrong": 0, "stuck": 0, "groups": {}}
         for step in range(self.steps):
-            before = {quantity: whole(self.engine.shards, quantity) for quantity in QUANTITIES}
+            frozen = self.config.mask == "update"
+            quantities = QUANTITIES if frozen else ("master",) if step == 0 else ()
+            before = {quantity: whole(self.engine.shards, quantity) for quantity in quantities}
             self._step(step, report)
-            after = {quantity: whole(self.engine.shards, quantity) for quantity in QUANTITIES}
-            if self.config.mask == "update":
+            after = {quantity: whole(self.engine.shards, quantity) for quantity in quantities}
+            if frozen:
                 report["frozen_moved"] += self._moved_dropped(before, after)
             if step == 0:
                 self._note_moved(before["master"], after["master"], report)

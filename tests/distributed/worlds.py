@@ -114,13 +114,14 @@ def whole(shards: ShardView, quantity: str) -> dict[str, torch.Tensor]:
 
 def together(held: dict[str, Shard], shards: ShardView) -> dict[str, torch.Tensor]:
     """Whole tensors out of all ranks' shards; NaN where no rank has an element."""
-    mine = {name: (shard.start, shard.data.clone()) for name, shard in held.items()}
+    # As NumPy arrays: of tensors, each would be pickled as a file of its own.
+    mine = {name: (shard.start, shard.data.detach().float().numpy()) for name, shard in held.items()}
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     result = {name: torch.full((shards.numel(name),), float("nan")) for name in shards.names}
     for pieces in everyone:
         for name, (start, data) in pieces.items():
-            result[name][start : start + data.numel()] = data
+            result[name][start : start + data.size] = torch.from_numpy(data)
     return {name: flat.view(shards.shape(name)) for name, flat in result.items()}
 
 

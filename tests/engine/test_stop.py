@@ -19,13 +19,15 @@ def test_before_any_measurement_a_share_of_the_time_is_reserved() -> None:
 
 
 def test_the_slowest_save_and_step_count() -> None:
-    end = Deadline(lambda: 100.0)
+    end, took = Deadline(lambda: 100.0), []
     for seconds in (0.0, 0.2, 0.1):
+        began = time.monotonic()
         with end.saving():
             time.sleep(seconds)
-    assert end.needed - stop.MARGIN_SECONDS == pytest.approx(2 * 0.2, abs=0.1)
+        took.append(time.monotonic() - began)
+    assert 2 * 0.2 <= end.needed - stop.MARGIN_SECONDS <= 2 * max(took)
     end.stepped(7.0)
-    assert end.needed - stop.MARGIN_SECONDS == pytest.approx(2 * 0.2 + 7, abs=0.1)
+    assert 2 * 0.2 + 7 <= end.needed - stop.MARGIN_SECONDS <= 2 * max(took) + 7
 
 
 def test_the_end_is_near_when_a_step_and_a_save_no_longer_fit() -> None:

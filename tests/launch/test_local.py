@@ -142,7 +142,16 @@ class TestFailures:
         assert start(body).exit_code == code
 
     def test_the_message_is_that_of_the_rank_that_failed_first(self, folder: Path) -> None:
-        body = "rank == 2 and fail(1, 'the disk is full')\ntime.sleep(0.4)\nfail(1, 'lost my peer')"
+        body = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if rank == 2:
+    report_failure(os.environ, 1, "the disk is full")
+    open("said", "w").close()
+while not os.path.exists("said"):
+    time.sleep(0.01)
+rank == 2 and time.sleep(0.2)  # it reports first, and ends last
+fail(1, "lost my peer") if rank < 2 else sys.exit(1)
+"""
         assert start("wait_for_the_others()\n" + body, processes=3) == Ending(1, "rank 2: the disk is full")
 
     def test_a_killed_rank_comes_before_ranks_that_noticed_its_death(self, folder: Path) -> None:

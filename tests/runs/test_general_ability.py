@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.harness_tasks import CHOICES, write_harness_tasks
 from tests.recipes import write_recipe
-from tests.zygote import Zygote
+from tests.zygote import Zygote, shared
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the extra general)")
 
@@ -22,11 +21,11 @@ DOCUMENTS = 15
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    """One that has imported the harness too."""
-    parent = Zygote("lm_eval.evaluator", "lm_eval.models.huggingface")
-    yield parent
-    parent.close()
+def zygote() -> Zygote:
+    """The parent of all ranks, with the harness, whose import takes longer than the runs."""
+    parent = shared()
+    parent.load("lm_eval.evaluator", "lm_eval.models.huggingface")
+    return parent
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,11 @@ def slow_recipe(folder: Path) -> Path:
     return write_recipe(folder, train={"epochs": 16}, method={"name": "sequential"})
 
 
+def short_recipe(folder: Path) -> Path:
+    """For runs that nothing stops."""
+    return write_recipe(folder, method={"name": "sequential"})
+
+
 def endless_recipe(folder: Path) -> Path:
     """Long enough never to end during a test, however busy the machine is."""
     return write_recipe(folder, train={"epochs": 10_000}, method={"name": "sequential"})
@@ -67,12 +72,22 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "tasks" / "02-summer" / "model" / "model.safetensors")
 
 
+def finished(zygote: Zygote, folder: Path, recipe: Path) -> Path:
+    outcome = zygote.run(["run", str(recipe)], folder, world=2)
+    assert outcome.codes == [0, 0], outcome.output
+    return folder / "run"
+
+
 @pytest.fixture(scope="module")
 def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    outcome = zygote.run(["run", str(slow_recipe(folder))], folder, world=2)
-    assert outcome.codes == [0, 0], outcome.output
-    return folder / "run"
+    return finished(zygote, folder, slow_recipe(folder))
+
+
+@pytest.fixture(scope="module")
+def short(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("short")
+    return finished(zygote, folder, short_recipe(folder))
 
 
 def assert_same(run: Path, other: Path) -> None:
@@ -190,13 +205,20 @@ def test_the_launcher_killed_takes_its_ranks_along(tmp_path: Path, undisturbed: 
     assert_same(tmp_path / "run", undisturbed)
 
 
-def test_a_rank_killed_takes_the_job_down_with_its_message_last(tmp_path: Path) -> None:
-    launcher = start(["-m", "cl_dist", "run", str(endless_recipe(tmp_path))], tmp_path)
+def test_a_second_run_is_refused_and_a_killed_rank_ends_the_first_one(tmp_path: Path) -> None:
+    """On the same folder; the message of the killed rank comes last."""
+    recipe = endless_recipe(tmp_path)
+    launcher = start(["-m", "cl_dist", "run", str(recipe)], tmp_path)
     wait_for_steps(tmp_path / "run", 3)
+    second = start(["-m", "cl_dist", "run", str(recipe), "--resume"], tmp_path)
+    output, _ = second.communicate(timeout=PATIENCE_SECONDS)
+    assert second.returncode == 2
+    assert "is in use by process" in output
+
     ranks = psutil.Process(launcher.pid).children()
     victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
     victim.kill()
-    output, _ = launcher.communicate(timeout=30)
+    output, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
     assert launcher.returncode == 1, output
     assert "rank 1" in output.splitlines()[-1]
     assert "SIGKILL" in output.splitlines()[-1]
@@ -210,8 +232,8 @@ def test_a_rank_killed_takes_the_job_down_with_its_message_last(tmp_path: Path) 
         pytest.param("mpirun", marks=pytest.mark.skipif(NO_MPI is not None, reason=NO_MPI or "")),
     ],
 )
-def test_under_other_launchers_the_weights_are_the_same(tmp_path: Path, undisturbed: Path, launcher: str) -> None:
-    recipe, port, python = slow_recipe(tmp_path), f"--master_port={free_port()}", sys.executable
+def test_under_other_launchers_the_weights_are_the_same(tmp_path: Path, short: Path, launcher: str) -> None:
+    recipe, port, python = short_recipe(tmp_path), f"--master_port={free_port()}", sys.executable
     command = {
         "mpirun": [*mpi.MPIRUN, "-np", "2", python, "-m", "cl_dist"],
         "torchrun": [python, "-m", "torch.distributed.run", "--nproc_per_node=2", port, "-m", "cl_dist"],
@@ -224,16 +246,4 @@ def test_under_other_launchers_the_weights_are_the_same(tmp_path: Path, undistur
     process = start_program([*command, "run", str(recipe)], tmp_path)
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, output
-    assert_same(tmp_path / "run", undisturbed)
-
-
-def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
-    recipe = endless_recipe(tmp_path)
-    first = start(["-m", "cl_dist", "run", str(recipe)], tmp_path)
-    wait_for_steps(tmp_path / "run", 1)
-    second = start(["-m", "cl_dist", "run", str(recipe), "--resume"], tmp_path)
-    output, _ = second.communicate(timeout=PATIENCE_SECONDS)
-    assert second.returncode == 2
-    assert "is in use by process" in output
-    first.terminate()
-    assert first.wait(timeout=PATIENCE_SECONDS) == 75
+    assert_same(tmp_path / "run", short)

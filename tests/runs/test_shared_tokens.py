@@ -19,11 +19,11 @@ METHODS: dict[str, Any] = {
 TASKS = {"tasks": [{"name": name, "format": "builtin"} for name in ("spring", "reverse", "prose")]}
 
 
-def results(zygote: Zygote, folder: Path, **changes: Any) -> dict[str, str]:
+def results(zygote: Zygote, folder: Path, cache: Path, **changes: Any) -> dict[str, str]:
     """Digests of all weights, states and predictions of a run on two ranks, and its scores."""
     folder.mkdir()
     path = write_recipe(folder, stream={**TASKS, "max_train_samples": 16, "max_eval_samples": 6}, **changes)
-    outcome = zygote.run(["run", str(path), "--debug"], folder, world=2)
+    outcome = zygote.run(["run", str(path), "--debug"], folder, world=2, environment={"CL_DIST_CACHE": str(cache)})
     assert outcome.codes == [0, 0], "\n".join(outcome.output)
     run = folder / "run"
     kept = [
@@ -36,22 +36,15 @@ def results(zygote: Zygote, folder: Path, **changes: Any) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_neither_gathered_weights_nor_a_cache_changes_a_bit(
-    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neither_gathered_weights_nor_a_cache_changes_a_bit(zygote: Zygote, tmp_path: Path, method: str) -> None:
     """The first run tokenises and gathers, the second one does neither, the third one cannot use its cache."""
     found = []
     for name, gather in (("first", "always"), ("second", "never"), ("no-cache", "auto")):
         place = tmp_path / ("cache" if name != "no-cache" else "file")
         if name == "no-cache":
             place.write_text("")
-        monkeypatch.setenv("CL_DIST_CACHE", str(place))
-        zygote = Zygote()
-        try:
-            settings = {"zero": {"stage": 3}, "eval": {"gather_weights": gather}, **METHODS[method]}
-            found.append(results(zygote, tmp_path / name, **settings))
-        finally:
-            zygote.close()
+        settings = {"zero": {"stage": 3}, "eval": {"gather_weights": gather}, **METHODS[method]}
+        found.append(results(zygote, tmp_path / name, place, **settings))
         if name == "first":
             files = {path: path.stat().st_mtime_ns for path in (place / "tokens").glob("*.safetensors")}
             assert len(files) == 6  # for each task, its training data and what it is scored on

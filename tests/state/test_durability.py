@@ -227,7 +227,7 @@ def _pieces(root: Path, log: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory: pytest.TempPathFactory) -> list[Life]:
+def lives(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> list[Life]:
     """A run with checkpoints and a method that writes its own files; and the single writes."""
     found = []
     for name, judge in (("run", RunJudge), ("pieces", PieceJudge)):
@@ -236,14 +236,14 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> list[Life]:
             (folder / part).mkdir()
         log = folder / "log" / "events.jsonl"
         if name == "run":
-            _run(folder, log)
+            _run(zygote, folder, log)
         else:
             _pieces(folder / "disk", log)
         found.append(Life(read_events(log), judge(Contents(folder / "log"), folder / "scratch")))
     return found
 
 
-def _run(folder: Path, log: Path) -> None:
+def _run(zygote: Zygote, folder: Path, log: Path) -> None:
     recipe = write_recipe(
         folder,
         model={"lora": {"r": 2}},
@@ -253,10 +253,8 @@ def _run(folder: Path, log: Path) -> None:
         launch={"processes": 1},
         output_dir=str(folder / "disk" / "run"),
     )
-    zygote = Zygote()
     fault = {"module": "tests.state.recorded_disk", "root": str(folder / "disk"), "log": str(log)}
     outcome = zygote.run(["run", str(recipe), "--debug"], folder, fault=fault)
-    zygote.close()
     assert outcome.codes == [0], outcome.output[0][-3000:]
 
 

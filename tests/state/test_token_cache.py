@@ -271,7 +271,7 @@ def test_one_process_encodes_and_a_killed_one_is_replaced(tmp_path: Path) -> Non
 
 def test_a_rank_waits_as_long_as_the_other_one_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Signs of life are far apart compared with the patience for a stuck process, but nearer than it."""
-    monkeypatch.setattr(token_cache, "_STALLED_SECONDS", 0.6)
+    monkeypatch.setattr(token_cache, "_STALLED_SECONDS", 2.0)
     monkeypatch.setattr(token_cache, "_SIGN_SECONDS", 0.0)
     monkeypatch.setattr(token_cache, "_POLL_SECONDS", 0.01)
     begun = threading.Event()
@@ -279,8 +279,8 @@ def test_a_rank_waits_as_long_as_the_other_one_works(tmp_path: Path, monkeypatch
     def slowly() -> Iterator[Encoded]:
         begun.set()
         for number, sample in enumerate(SAMPLES):
-            if number % 1000 == 1:
-                time.sleep(0.4)
+            if number % 500 == 1:
+                time.sleep(0.4)  # six times: longer than the patience, together
             yield sample
 
     worker = threading.Thread(target=lambda: TokenCache(tmp_path)(KEY, slowly))
