@@ -104,6 +104,7 @@ class Composed(Method):
 
     # Most moments return nothing: each method gets them in turn.
     follow = _pass_on(Method.follow)
+    prepare_model = _pass_on(Method.prepare_model)
     attach = _pass_on(Method.attach)
     before_trial = _pass_on(Method.before_trial)
     after_trials = _pass_on(Method.after_trials)
