@@ -215,7 +215,7 @@ class _KeptLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         # Columns of the weight meet columns of the input: backward needs no others.
         columns = part.part.along == "columns"
-        ctx.save_for_backward(input.index_select(-1, part.indices) if columns else input, kept, weight, bias)
+        ctx.save_for_backward(input.index_select(-1, part.indices) if columns else input, kept, weight)
         ctx.part, ctx.transposed = part, transposed
         matrix = weight.t() if transposed else weight
         return own_memory(nn.functional.linear(input, matrix, bias))
@@ -223,7 +223,7 @@ class _KeptLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, kept, weight, bias = ctx.saved_tensors
+        input, kept, weight = ctx.saved_tensors
         part: KeptPart = ctx.part
         needs_input, needs_kept, needs_kept_bias, _, needs_bias, *_ = ctx.needs_input_grad
         grad_input = grad_kept = grad_kept_bias = grad_bias = None

@@ -16,6 +16,7 @@ from cl_dist.config.objectives import ObjectiveName
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.settings import optimizer_groups
 from cl_dist.models.load import model_on_meta
+from cl_dist.methods.composed import compose
 from cl_dist.models.lora import add_lora
 from cl_dist.models.structure import base_model
 from cl_dist.models.training_mode import enable_activation_checkpointing, switch_cache_off
@@ -99,6 +100,7 @@ def describe_model(
             model = add_lora(built, recipe.model.lora, objective, recipe.train.seed)
     if recipe.train.activation_checkpointing:
         enable_activation_checkpointing(model)
+    compose(recipe.method).prepare_model(model, recipe.train.seed)
     switch_cache_off(model)
     parameters = tuple(
         Parameter(name, tuple(each.shape), each.requires_grad, each.element_size())

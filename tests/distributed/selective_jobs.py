@@ -16,7 +16,7 @@ from cl_dist.engine.engine import TrainingEngine
 from cl_dist.evaluation.inference import evaluating
 from cl_dist.methods.composed import Composed
 from cl_dist.methods.protocol import TaskPlace
-from cl_dist.methods.shared.selective import Selective
+from cl_dist.methods.selective.method import Selective
 from cl_dist.models.kept_parts import Part, is_kept
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.training_mode import enable_activation_checkpointing
@@ -46,7 +46,7 @@ class Drawn(Selective):
         found, seen = [], set()
         for name, module in model.named_modules():
             weight = module._parameters.get("weight")
-            if weight is None or not weight.requires_grad or weight.ndim != 2 and not hasattr(weight, "ds_id"):
+            if weight is None or not weight.requires_grad or (weight.ndim != 2 and not hasattr(weight, "ds_id")):
                 continue
             shape = getattr(weight, "ds_shape", weight.shape)
             table = isinstance(module, torch.nn.Embedding)

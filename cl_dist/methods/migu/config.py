@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar, Literal
 
 from cl_dist.config.ranges import Fraction
-from cl_dist.methods.config import VariedConfig, refuse_given, settings
+from cl_dist.methods.config import Role, VariedConfig, refuse_given, settings
 
 
 @settings
@@ -13,6 +14,7 @@ class MiguConfig(VariedConfig):
     """MIGU, magnitude-based gradient updating: updates only the rows with the largest outputs (arXiv 2406.17245)."""
 
     METHOD: ClassVar[str] = "cl_dist.methods.migu.method:Migu"
+    ROLES: ClassVar[Collection[Role]] = (Role.SELECTS,)
     VARIED: ClassVar[tuple[str, ...]] = ("threshold",)
 
     name: Literal["migu"]

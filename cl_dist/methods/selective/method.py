@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -11,26 +10,29 @@ from torch import nn
 
 from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.protocol import Method, TaskPlace
-from cl_dist.models.kept_parts import KeptPart, Part, install
+from cl_dist.models.kept_parts import KeptPart, Part, install, is_kept
 from cl_dist.sharding import Shard, ShardView, whole_parameters
 
 
 class Selective(Method):
     """Trains parts of weights as parameters of their own (`models/kept_parts.py`); the rest has no gradient at all.
 
-    Override `parts`, which says how much of each weight is trained, and `choose`, which says what. The choice is part
-    of the saved state.
+    Override `parts`, which says how much of each weight is trained, and `choose`, which says what; or `frozen`, for
+    whole parameters. The choice of parts is in the saved state; frozen parameters have to follow from seed and task.
     """
 
-    @abstractmethod
     def parts(self, model: nn.Module) -> Sequence[Part]:
         """The weights of which a part is trained. The same in every task.
 
         Raises:
             BadInput: The method cannot train this model.
         """
+        return ()
 
-    @abstractmethod
+    def frozen(self, model: nn.Module, task: int) -> Set[str]:
+        """Names of the parameters, trainable when the run begins, that task `task` (0-based) does not train at all."""
+        return frozenset()
+
     def choose(self, place: TaskPlace) -> Mapping[str, torch.Tensor]:
         """Choose a task's rows or columns, before its first step, the same on all ranks.
 
@@ -39,6 +41,7 @@ class Selective(Method):
         Returns:
             By weight name `(Part.count,)` int64, strictly ascending.
         """
+        return {}
 
     def trains_rest(self, name: str) -> bool:
         """Whether a parameter that is trainable and has no `Part` is trained as a whole."""
@@ -53,11 +56,25 @@ class Selective(Method):
             if parameter.requires_grad and name not in whole and not self.trains_rest(name):
                 parameter.requires_grad_(False)
         self._parts: list[KeptPart] = install(model, parts)
+        # Parameters that are trained as a whole, in all tasks together.
+        self.whole = [name for name, each in model.named_parameters() if each.requires_grad and not is_kept(name)]
+        self.model = model
+        self.prepare_task(0)
 
     def attach(self, model: nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Remember the model and its shards."""
-        self.model, self.shards = model, shards
+        self.shards = shards
         self._pending = False
+
+    def prepare_task(self, index: int) -> bool:
+        """Freeze the whole parameters that the task does not train, and thaw the others."""
+        frozen = self.frozen(self.model, index)
+        trained = {name: name not in frozen for name in self.whole}
+        parameters = {name: self.model.get_parameter(name) for name in self.whole}
+        changed = any(parameters[name].requires_grad != trains for name, trains in trained.items())
+        for name, trains in trained.items():
+            parameters[name].requires_grad_(trains)
+        return changed
 
     def before_task(self, place: TaskPlace) -> None:
         """The choice is due, unless a saved state brings it."""
@@ -101,12 +118,16 @@ class Selective(Method):
         self._activate(bool(kept))
 
     def tensors(self) -> dict[str, dict[str, Shard]]:
-        """The whole weights, whose other rows or columns earlier tasks have trained."""
-        return {"frozen": self.shards.frozen(self._frozen)}
+        """What this task does not train but others may have: parameters that are frozen now, and the whole weights."""
+        return {"frozen": self.shards.frozen([*self._frozen, *self._resting])}
 
     def tensors_loaded(self) -> None:
         """Give every rank the whole weights again."""
-        self.shards.publish_frozen(self._frozen)
+        self.shards.publish_frozen([*self._frozen, *self._resting])
+
+    @property
+    def _resting(self) -> list[str]:
+        return [name for name in self.whole if not self.model.get_parameter(name).requires_grad]
 
     @property
     def _frozen(self) -> list[str]:
