@@ -15,6 +15,8 @@ from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
 from cl_dist.evaluation.inference import evaluating
 from cl_dist.methods.composed import Composed
+from cl_dist.methods.hft.config import HftConfig
+from cl_dist.methods.hft.method import Hft
 from cl_dist.methods.protocol import TaskPlace
 from cl_dist.methods.selective.method import Selective
 from cl_dist.models.kept_parts import Part, is_kept
@@ -27,6 +29,7 @@ from tests.distributed.worlds import OBJECTIVES, VOCABULARY, mean_loss, micro_ba
 from tests.oracle_selective import Dense
 
 TASKS, STEPS, SEED = 2, 2, 5
+RELEASED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
 class Drawn(Selective):
@@ -120,6 +123,37 @@ def through_a_state(folder: str, stages: list[int], along: str) -> dict[str, Any
     return apart
 
 
+def half(stages: list[int], folder: str) -> list[dict[str, Any]]:
+    """Half fine-tuning under each stage: distance from the oracle, what was frozen, and what a resume between the tasks
+    changes.
+    """
+    join(timeout_seconds=120)
+    return [_half(stage, Path(folder) / str(stage)) for stage in stages]
+
+
+def _half(stage: int, folder: Path) -> dict[str, Any]:
+    case = Case(stage, deepspeed=RELEASED if stage == 3 else None, clip=0.1, hft=True)
+    report = case.against_the_oracle(keep=True)
+    engine = case.engine
+    report["frozen"] = [sorted(case.method.frozen(case.dense.model, task)) for task in range(TASKS)]
+    save_snapshot(folder, engine.shards, engine.method.state_dict(), moments=False, extra=engine.method.tensors())
+    case.begin(2)
+    case.step(2, 0, dense=False)
+    expected = case.whole_weights(2)
+    engine.destroy()
+    again = Case(stage, clip=0.1, hft=True)
+    again.engine.prepare_task(1)
+    state = load_snapshot(folder, again.engine.shards, again.engine.method.tensors())
+    again.engine.method.tensors_loaded()
+    again.engine.method.load_state_dict(state)
+    again.begin(2)
+    again.step(2, 0, dense=False)
+    weights = again.whole_weights(2)
+    again.engine.destroy()
+    report["resumed"] = [name for name in expected if not torch.equal(weights[name], expected[name])]
+    return report
+
+
 class Case:
     """One configuration."""
 
@@ -127,13 +161,14 @@ class Case:
         self, stage: int, family: str = "llama", along: str = "rows", rest: bool = True, accumulation: int = 1,
         clip: float | None = None, decay: float = 0.0, recompute: bool = False, dtype: str = "float32",
         offload: bool = False, deepspeed: dict[str, Any] | None = None, embedding: bool = True,
+        hft: bool = False,
     ) -> None:  # fmt: skip
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         self.family, self.micro, self.accumulation = family, 6 // self.world, accumulation
         self.kind = {"gpt2": "llama", "lora": "llama"}.get(family, family)
         recipe = Recipe(
             model=ModelConfig(name_or_path="odd"),
-            stream=StreamConfig(tasks=tuple(TaskConfig(name=f"t{each}", format="builtin") for each in range(TASKS))),
+            stream=StreamConfig(tasks=tuple(TaskConfig(name=f"t{each}", format="builtin") for each in range(TASKS + 1))),
             train=TrainConfig(
                 micro_batch_size=self.micro, gradient_accumulation=accumulation, learning_rate=1e-2, eps=1e-2,
                 clip=clip, weight_decay=decay, dtype=dtype,  # type: ignore[arg-type]
@@ -146,19 +181,22 @@ class Case:
         bare = copy.deepcopy(model)
         if recompute:
             enable_activation_checkpointing(model)
-        self.method = Drawn(along, rest, embedding=embedding)
+        drawn = Drawn(along, rest, embedding=embedding)
+        self.method: Any = Hft(HftConfig(name="hft")) if hft else drawn
         trainable = {name for name, parameter in bare.named_parameters() if parameter.requires_grad}
         loaded = LoadedModel(model.to(getattr(torch, dtype)), None, OBJECTIVES[self.kind])  # type: ignore[arg-type]
         self.engine = TrainingEngine(loaded, recipe, Composed([self.method]))
+        self.hft = hft
         self.trainable, self.exact = trainable, dtype == "float32"
         self.dense = Dense(bare, lr=1e-2, eps=1e-2, weight_decay=decay, clip=clip)
 
     def masks(self, task: int) -> dict[str, torch.Tensor]:
         """What the oracle trains in a task."""
-        masks = {}
+        masks, frozen = {}, self.method.frozen(self.dense.model, task)
         parts = {part.part.weight: part for part in self.method._parts}
         for name, parameter in self.dense.params.items():
-            masks[name] = torch.full(parameter.shape, name in self.trainable and self.method.rest)
+            whole = name not in frozen if self.hft else self.method.rest
+            masks[name] = torch.full(parameter.shape, name in self.trainable and whole)
         for name, part in parts.items():
             chosen = self.method.draw(task, name, part.size, part.part.count)
             masks[name] = torch.zeros_like(masks[name]).index_fill_(part.axis, chosen, True)
@@ -195,7 +233,7 @@ class Case:
         weights = gather_state_dict(self.engine.model)
         return {name: weight for name, weight in weights.items() if name in self.dense.params}
 
-    def against_the_oracle(self) -> dict[str, Any]:
+    def against_the_oracle(self, keep: bool = False) -> dict[str, Any]:
         report: dict[str, Any] = {"apart": 0.0, "moved": [], "still": [], "outputs": 0.0}
         start = {name: parameter.detach().clone() for name, parameter in self.dense.params.items()}
         for task in range(TASKS):
@@ -217,7 +255,8 @@ class Case:
         report["trained"] = sum(self.engine.shards.numel(name) for name in self.engine.shards.names)
         report["dense"] = sum(p.numel() for n, p in start.items() if n in self.trainable)
         report["kept"] = sum(is_kept(name) for name in self.engine.shards.names)
-        self.engine.destroy()
+        if not keep:
+            self.engine.destroy()
         return report
 
     def _outputs(self) -> float:

@@ -57,3 +57,17 @@ def test_every_stage_goes_on_from_the_same_state(tmp_path: Path, along: str) -> 
     arguments = {"folder": str(tmp_path / "state"), "stages": [2, 0, 1, 3], "along": along}
     apart = run_ranks(f"{JOBS}:through_a_state", 2, arguments, timeout=300)[0]
     assert apart == {"2": 0.0, "0": pytest.approx(0.0, abs=1e-6), "1": 0.0, "3": pytest.approx(0.0, abs=1e-6)}
+
+
+def test_half_fine_tuning(tmp_path: Path) -> None:
+    """Every task freezes another half of the matrices, also after a resume between two tasks."""
+    for report in run_ranks(f"{JOBS}:half", 2, {"stages": [0, 2, 3], "folder": str(tmp_path)}, timeout=300)[0]:
+        assert report["apart"] <= 1e-6
+        assert report["moved"] == []
+        assert report["still"] == []
+        first, second = ({name for name in frozen if "layers" in name} for frozen in report["frozen"])
+        assert first != second
+        for frozen in (first, second):
+            # Two of four in attention, three of six in both feed-forwards, one of two norms.
+            assert [sum(part in name for name in frozen) for part in ("self_attn", "mlp", "norm")] == [4, 3, 2]
+        assert report["resumed"] == []

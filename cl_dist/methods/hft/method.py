@@ -35,7 +35,7 @@ class Hft(Selective):
             rounded_up = set(draw.sample([n for n, e in enumerate(exact) if e % 1], up)) if up else set()
             for number, members in enumerate(groups):
                 frozen.update(draw.sample(members, floor(exact[number]) + (number in rounded_up)))
-        return {f"{name}.{each}" for name in frozen for each in model.get_submodule(name)._parameters}
+        return {parameter for parameter in self.whole if parameter.rpartition(".")[0] in frozen}
 
     def _groups(self, model: nn.Module) -> Iterator[tuple[str, list[str]]]:
         """The modules with parameters of each block, by kind: matrices of one parent module, and norms."""
