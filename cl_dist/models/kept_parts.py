@@ -72,7 +72,7 @@ class KeptPart:
             layer.register_parameter(KEPT, kept)
             layer.forward = _forward(layer, self)
         if self.bias:
-            first.bias.requires_grad_(False)  # type: ignore[union-attr]
+            first.bias.requires_grad_(False)
             first.register_parameter(KEPT_BIAS, nn.Parameter(kept.new_zeros(part.count)))
 
     @property
@@ -87,9 +87,9 @@ class KeptPart:
     def overlay(self) -> None:
         """Copy the trained part into the weight that the layers compute with, which must be whole on this rank."""
         for layer in self.layers:
-            _copy_into(layer.weight, self.axis, self.indices, layer.kept)
-            if KEPT_BIAS in layer._parameters:
-                _copy_into(layer.bias, 0, self.indices, layer.kept_bias)
+            for name, part, axis in (("weight", KEPT, self.axis), ("bias", KEPT_BIAS, 0)):
+                if (kept := layer._parameters.get(part)) is not None:
+                    _copy_into(layer.get_parameter(name), axis, self.indices, kept)
 
     def remove(self) -> None:
         """Restore the layers; the weight stays frozen."""

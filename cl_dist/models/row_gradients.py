@@ -57,7 +57,7 @@ def autocast_like_linear(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | 
     The casts are part of the graph, so the weight's gradient is cast back to the weight's own precision.
     """
     kind = next(tensor for tensor in tensors if tensor is not None).device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # a plan runs without numbers
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)

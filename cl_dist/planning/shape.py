@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig
 from cl_dist.config.objectives import ObjectiveName
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.settings import optimizer_groups
-from cl_dist.models.load import model_on_meta
 from cl_dist.methods.composed import compose
+from cl_dist.models.load import model_on_meta
 from cl_dist.models.lora import add_lora
 from cl_dist.models.structure import base_model
 from cl_dist.models.training_mode import enable_activation_checkpointing, switch_cache_off

@@ -168,7 +168,7 @@ class Case:
         self.kind = {"gpt2": "llama", "lora": "llama"}.get(family, family)
         recipe = Recipe(
             model=ModelConfig(name_or_path="odd"),
-            stream=StreamConfig(tasks=tuple(TaskConfig(name=f"t{each}", format="builtin") for each in range(TASKS + 1))),
+            stream=StreamConfig(tasks=tuple(TaskConfig(name=f"t{n}", format="builtin") for n in range(TASKS + 1))),
             train=TrainConfig(
                 micro_batch_size=self.micro, gradient_accumulation=accumulation, learning_rate=1e-2, eps=1e-2,
                 clip=clip, weight_decay=decay, dtype=dtype,  # type: ignore[arg-type]

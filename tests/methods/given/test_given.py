@@ -1,4 +1,4 @@
-"""Only what the file names is trained, through a whole run under ZeRO-3, and what the file says wrong is one sentence."""
+"""Only what the file names is trained, through a whole run under ZeRO-3; a wrong file is one sentence."""
 
 from __future__ import annotations
 
