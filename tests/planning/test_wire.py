@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 from cl_dist.methods.cost import Collective
 from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.migu.config import MiguConfig
@@ -54,7 +52,7 @@ def test_what_the_methods_add_is_named_apart() -> None:
     plain = plan_wire(setup, shape)
     assert plain.methods_step == plain.methods_task == ()
     methods = (MiguConfig(name="migu"), KifConfig(name="kif"))
-    wire = plan_wire(replace(setup, recipe=replace(setup.recipe, method=methods)), shape)
+    wire = plan_wire(*planned(2, 2, lora=3, methods=methods))
     assert wire.step == plain.step
     magnitudes, penalty = wire.methods_step
     layers = sum("lora_" in name for name in shape.trainable)

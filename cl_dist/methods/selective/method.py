@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from cl_dist.config.schema import TrainConfig
+from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.models.kept_parts import KeptPart, Part, install, is_kept
+from cl_dist.models.structure import whole_shape
 from cl_dist.sharding import Shard, ShardView, whole_parameters
 
 
@@ -60,6 +62,12 @@ class Selective(Method):
         self.whole = [name for name, each in model.named_parameters() if each.requires_grad and not is_kept(name)]
         self.model = model
         self.prepare_task(0)
+
+    def cost(self, share: RankShare) -> Cost:
+        """The weights that a task does not train are saved with its state, by every rank an even share."""
+        names = [*self._frozen, *self._resting]
+        frozen = sum(whole_shape(self.model.get_parameter(name)).numel() for name in names) * share.itemsize
+        return Cost(saved=frozen if share.replicated else frozen // share.world)
 
     def attach(self, model: nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Remember the model and its shards."""
