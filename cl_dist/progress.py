@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
+from cl_dist.config.words import listed
 from cl_dist.errors import ClDistError
 
 LINE_SECONDS = 5.0
@@ -27,11 +28,23 @@ SUMMARY = {
     "tokens_per_second": "tokens per second",
 }
 """The keys of metrics.json that are shown at the end of a run, and their labels."""
+MOST_NAMED = 25
+"""Tasks that are named in a line; the others are counted."""
 COUNTS = {
     "cut_generations": "generations cut at eval.max_new_tokens in the last evaluation",
     "answers_outside_labels": "evaluation answers that match no label, so that no prediction can be right",
 }
 """Counts per task in metrics.json that are shown if they are not 0, and their labels."""
+
+SOURCES = {
+    "scored_on": {
+        "train": "scored on training data",
+        "dev": "scored on the dev split",
+        "held-out": "scored on samples held out of the training data",
+    },
+    "labels_from": {"training answers": "labels found in the training answers"},
+}
+"""Values per task in metrics.json that a reader should know about, and what is said."""
 
 Row = Sequence[float | None]
 
@@ -321,30 +334,69 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         value = metrics.get(key)
         shown = f"{value:.0f}" if key == "tokens_per_second" and value is not None else _score(value)
         lines.append(f"{name:<{width}}  {shown}")
-    return "\n".join([format_matrix(metrics["tasks"], metrics["accuracy_matrix"]), "", *lines, *score_notes(metrics)])
+    matrix = format_matrix(metrics["tasks"], metrics["accuracy_matrix"])
+    return "\n".join([matrix, "", *lines, *how_scored(metrics), *score_notes(metrics)])
+
+
+def how_scored(scoring: Mapping[str, Any]) -> list[str]:
+    """How the tasks were scored, a line for each way, from the values per task in metrics.json."""
+    ways: dict[str, list[str]] = {}
+    for task, metric in scoring.get("metric", {}).items():
+        mode, split = scoring.get("mode", {}).get(task), scoring.get("scored_on", {}).get(task)
+        way = metric + (f" by {mode}" if mode else "") + (f", {split} split" if split else "")
+        ways.setdefault(way, []).append(task)
+    if len(ways) == 1:
+        return [f"scores: {way}" for way in ways]
+    return [f"scores: {way}: {listed(tasks, MOST_NAMED)}" for way, tasks in ways.items()]
 
 
 def score_notes(metrics: Mapping[str, Any]) -> list[str]:
     """Notes that readers of the scores need, a sentence each, from the values per task in metrics.json."""
-    splits: dict[str, list[str]] = {}
-    for task, split in metrics.get("scored_on", {}).items():
-        splits.setdefault(split, []).append(task)
-    different = different_scores(metrics.get("metric", {}))
+    different = different_scores(score_names(metrics))
     notes = [f"the metrics are means of different scores: {different}"] if different else []
-    notes += [f"scored on training data: {', '.join(splits['train'])}"] if "train" in splits else []
-    notes += [f"scored on the dev split: {', '.join(splits['dev'])}"] if "dev" in splits else []
-    for key, what in COUNTS.items():
+    general = {
+        name: str(values.get("metric"))
+        for entry in metrics.get("general", ())
+        for name, values in entry["scores"].items()
+    }
+    if different := different_scores(general):
+        notes.append(f"general ability is a mean of different scores: {different}")
+    for key, what in SOURCES.items():
+        for source, tasks in _by_value(metrics.get(key, {})).items():
+            notes += [f"{what[source]}: {listed(tasks, MOST_NAMED)}"] if source in what else []
+    for key, label in COUNTS.items():
         if counts := [f"{task} {count}" for task, count in metrics.get(key, {}).items() if count]:
-            notes.append(f"{what}: {', '.join(counts)}")
+            notes.append(f"{label}: {listed(counts, MOST_NAMED)}")
     return notes
 
 
-def different_scores(metric: Mapping[str, str]) -> str:
-    """`exact_match (a, b); rouge_l (c)` if different metrics score the tasks, otherwise an empty string."""
-    by_name: dict[str, list[str]] = {}
+def score_names(scoring: Mapping[str, Any]) -> dict[str, str]:
+    """The kind of each task's score: its metric, and the mode if it scores other tasks in another one, since choosing
+    one of the labels is easier than writing the answer.
+    """
+    metric, mode = scoring.get("metric", {}), scoring.get("mode", {})
+    modes: dict[str, set[str]] = {}
     for task, name in metric.items():
-        by_name.setdefault(name, []).append(task)
-    return "; ".join(f"{name} ({', '.join(tasks)})" for name, tasks in by_name.items()) if len(by_name) > 1 else ""
+        modes.setdefault(name, set()).add(mode.get(task, ""))
+    return {
+        task: f"{name} by {mode[task]}" if len(modes[name]) > 1 and task in mode else name
+        for task, name in metric.items()
+    }
+
+
+def different_scores(names: Mapping[str, str]) -> str:
+    """`exact_match (a, b); rouge_l (c)` if the tasks have different kinds of scores, otherwise an empty string."""
+    kinds = _by_value(names)
+    found = (f"{name} ({listed(tasks, MOST_NAMED)})" for name, tasks in kinds.items())
+    return "; ".join(found) if len(kinds) > 1 else ""
+
+
+def _by_value(values: Mapping[str, str]) -> dict[str, list[str]]:
+    """The tasks of each value."""
+    tasks: dict[str, list[str]] = {}
+    for task, value in values.items():
+        tasks.setdefault(value, []).append(task)
+    return tasks
 
 
 def _score(value: float | None) -> str:

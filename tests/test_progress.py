@@ -14,9 +14,12 @@ from cl_dist.progress import (
     LineReporter,
     Reporter,
     UnfailingReporter,
+    different_scores,
     format_matrix,
     format_summary,
     make_reporter,
+    score_names,
+    score_notes,
 )
 
 METRICS = {
@@ -86,13 +89,43 @@ def test_notes_on_the_scores() -> None:
         "cut_generations": {"a-long-name": 3},
     }
     assert format_summary({**METRICS, **scoring}).removeprefix(SUMMARY[:-1]).splitlines()[1:] == [
+        "scores: exact_match, train split: spring",
+        "scores: rouge_l, dev split: a-long-name",
         "the metrics are means of different scores: exact_match (spring); rouge_l (a-long-name)",
         "scored on training data: spring",
         "scored on the dev split: a-long-name",
         "generations cut at eval.max_new_tokens in the last evaluation: a-long-name 3",
     ]
     alike = {"metric": dict.fromkeys(METRICS["tasks"], "rouge_l"), "scored_on": dict.fromkeys(METRICS["tasks"], "test")}
-    assert format_summary({**METRICS, **alike}) + "\n" == SUMMARY
+    assert format_summary({**METRICS, **alike}) + "\n" == SUMMARY + "scores: rouge_l, test split\n"
+
+
+def test_a_label_that_is_chosen_and_one_that_is_written_are_different_scores() -> None:
+    metric = dict.fromkeys("abc", "exact_match") | {"d": "rouge_l"}
+    mode = {"a": "likelihood", "b": "generate", "c": "likelihood", "d": "generate"}
+    names = score_names({"metric": metric, "mode": mode})
+    assert different_scores(names) == ("exact_match by likelihood (a, c); exact_match by generate (b); rouge_l (d)")
+    assert score_names({"metric": metric}) == metric, "an older run, whose modes are not recorded"
+    assert (
+        different_scores(score_names({"metric": metric | {"d": "exact_match"}, "mode": dict.fromkeys("abcd", "x")}))
+        == ""
+    )
+
+
+def test_notes_on_general_ability_labels_and_held_out_samples() -> None:
+    general = [{"after": "a", "scores": {"arc": {"metric": "acc_norm"}, "gsm8k": {"metric": "exact_match"}}}]
+    found = {
+        "general": general,
+        "scored_on": {"a": "held-out", "b": "test"},
+        "labels_from": {"a": "training answers", "b": "recipe"},
+    }
+    assert score_notes(found) == [
+        "general ability is a mean of different scores: acc_norm (arc); exact_match (gsm8k)",
+        "scored on samples held out of the training data: a",
+        "labels found in the training answers: a",
+    ]
+    many = {"labels_from": {f"t{number}": "training answers" for number in range(40)}}
+    assert score_notes(many)[0].endswith(", t24 and 15 more")
 
 
 def test_a_matrix_that_is_not_full_yet() -> None:

@@ -13,7 +13,7 @@ from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes
 from cl_dist.config.plugins import beside, load_plugins
 from cl_dist.errors import BadInput
 from cl_dist.methods.catalogue import summaries
-from cl_dist.progress import format_matrix, format_summary, score_notes
+from cl_dist.progress import format_matrix, format_summary, how_scored
 from cl_dist.state.lock import InUse, refuse_if_locked
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
@@ -65,10 +65,11 @@ def status(arguments: Namespace) -> int:
     running = _is_running(folder) or (job is not None and job.state is not None and job.state.state == "RUNNING")
     print("\n".join([*_progress_lines(manifest, running), *(() if job is None else status_lines(job))]))
     if metrics is not None:
-        print("\n" + format_summary({**metrics, "tasks": manifest.tasks}))
+        of_run = {**manifest.scoring_by_task(), "tasks": manifest.tasks, "general": manifest.general}
+        print("\n" + format_summary({**metrics, **of_run}))
     elif manifest.accuracy_matrix:
         matrix = format_matrix(manifest.tasks, manifest.accuracy_matrix)
-        print("\n" + "\n".join([matrix, *score_notes(manifest.scoring_by_task())]))
+        print("\n" + "\n".join([matrix, *how_scored(manifest.scoring_by_task()), *manifest.notes]))
     return 0
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from cl_dist.assembly import System, build_saved
 from cl_dist.config.schema import Recipe
+from cl_dist.config.words import listed
 from cl_dist.engine.collective_errors import reporting_lost_ranks
 from cl_dist.engine.device import set_matmul_precision
 from cl_dist.engine.distributed import join, leave, quiet_libraries
@@ -19,7 +20,7 @@ from cl_dist.errors import ClDistError
 from cl_dist.evaluation.general import is_due
 from cl_dist.evaluation.result import CUT_GENERATIONS, TaskScore, write_predictions
 from cl_dist.heartbeat import beat
-from cl_dist.progress import Reporter
+from cl_dist.progress import MOST_NAMED, Reporter
 from cl_dist.state.atomic import FULL_DISK, DiskFull, raising_disk_full, write_json
 from cl_dist.state.ledger import Ledger
 from cl_dist.state.run_folder import RunFolder, TaskFolder
@@ -34,12 +35,24 @@ General = tuple[dict[str, Any], ...]
 
 def scoring_entry(task: Task, result: TaskScore) -> How:
     """How a task was scored, as recorded in the manifest (`cl_dist.state.manifest.SCORING`)."""
-    entry: How = {"metric": result.metric, "scored_on": task.scored_on}
+    entry: How = {
+        "metric": result.metric,
+        "mode": result.mode,
+        "scored_on": task.scored_on,
+        "samples": result.count,
+    }
     if task.labels_from is not None:
         entry |= {"labels_from": task.labels_from, "answers_outside_labels": task.unlisted}
     if CUT_GENERATIONS in result.extras:
         entry[CUT_GENERATIONS] = int(result.extras[CUT_GENERATIONS])
     return entry
+
+
+def cut_message(tasks: Iterable[str], scoring: Mapping[str, How], most: int) -> str:
+    """How many answers were cut in the last evaluation of these tasks; empty if none."""
+    counts = {task: scoring.get(task, {}).get(CUT_GENERATIONS) for task in tasks}
+    cut = [f"{task} {count} of {scoring[task].get('samples', '?')}" for task, count in counts.items() if count]
+    return f"generated answers cut at eval.max_new_tokens ({most}): {listed(cut, MOST_NAMED)}" if cut else ""
 
 
 class Scoring:
@@ -73,6 +86,9 @@ class Scoring:
                 self._record(result, entry, predictions)
                 row[places[result.task]] = result.score
                 self._ledger.scored(places[result.task], result.score, entry)
+        scored = [self._system.tasks[index].name for index in indices]
+        if text := cut_message(scored, self._ledger.manifest.scoring, self._system.recipe.eval.max_new_tokens):
+            self._reporter.message(f"  {text}")
         return tuple(row)
 
     def _record(self, result: TaskScore, entry: How, predictions: Path) -> None:
@@ -81,7 +97,7 @@ class Scoring:
                 write_predictions(predictions / f"{result.task}.jsonl", result.predictions)
 
         self._ledger.write(write)
-        extras = {"mode": result.mode, "samples": result.count, **entry, **result.extras}
+        extras = {**entry, **result.extras}
         self._ledger.log(
             event="evaluation", folder=predictions.parent.name, task=result.task, score=result.score, **extras
         )
@@ -117,8 +133,8 @@ class Scoring:
 def evaluate(recipe: Recipe, recipe_dir: Path, *, task_index: int, reporter: Reporter) -> dict[str, float]:
     """Score the model that the run in `recipe.output_dir` saved after task `task_index`, on every task of the recipe.
 
-    The scores are also written to evaluation.json in the task's folder, unless that is read-only. Every rank loads the
-    whole model.
+    The scores are also written to evaluation.json in the task's folder, and how they were obtained to
+    evaluation/scoring.json, unless the folder is read-only. Every rank loads the whole model.
 
     Raises:
         BadInput: The saved model or the data cannot be used.
@@ -142,21 +158,25 @@ def _evaluate(recipe: Recipe, recipe_dir: Path, task_index: int, rank: int, repo
     for notice in notices:
         if notice.on_screen:
             reporter.message(notice.text)
-    split = {task.name: task.scored_on for task in tasks}
+    by_name = {task.name: task for task in tasks}
     scores: dict[str, float] = {}
+    how: dict[str, How] = {}
     beat(f"evaluating the model after task {folder.path.name}")
     for result in chain.from_iterable(map(evaluator.evaluate, evaluator.passes(tasks))):
         scores[result.task] = result.score
+        how[result.task] = scoring_entry(by_name[result.task], result)
+        cut = how[result.task].get(CUT_GENERATIONS)
         reporter.message(
-            f"{result.task}: {result.score:.4f} ({result.metric} of {result.count} {split[result.task]} samples, "
-            f"by {result.mode})"
+            f"{result.task}: {result.score:.4f} ({result.metric} of {result.count} "
+            f"{by_name[result.task].scored_on} samples, by {result.mode}"
+            + (f"; {cut} cut at eval.max_new_tokens, {recipe.eval.max_new_tokens})" if cut else ")")
         )
         if store is not None:
             store.keep(result)
     # Only rank 0 may fail from here on, so release the other ranks first.
     leave()
     if store is not None:
-        store.finish(scores)
+        store.finish(scores, how)
     return scores
 
 
@@ -179,8 +199,10 @@ class _Store:
         path = self._folder.path / "evaluation" / f"{result.task}.jsonl"
         self._try(path, lambda: write_predictions(path, result.predictions))
 
-    def finish(self, scores: dict[str, float]) -> None:
-        """Write the scores; raises ClDistError if anything could not be written."""
+    def finish(self, scores: dict[str, float], how: dict[str, How]) -> None:
+        """Write the scores, and how they were obtained; raises ClDistError if anything could not be written."""
+        details = self._folder.path / "evaluation" / "scoring.json"
+        self._try(details, lambda: write_json(details, how))
         path = self._folder.path / "evaluation.json"
         self._try(path, lambda: write_json(path, scores))
         if self._failure:

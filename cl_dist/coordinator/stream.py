@@ -18,12 +18,18 @@ from cl_dist.engine.distributed import leave, peak_memory_per_rank
 from cl_dist.engine.stop import Deadline, StopRequest
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import Interrupted
-from cl_dist.evaluation.metrics import UNTOUCHED, all_metrics, general_ability, general_forgetting
+from cl_dist.evaluation.metrics import (
+    UNTOUCHED,
+    all_metrics,
+    average_performance_by_metric,
+    general_ability,
+    general_forgetting,
+)
 from cl_dist.heartbeat import beat, opaque
 from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.export import export_model
 from cl_dist.models.lora import in_adapter
-from cl_dist.progress import Reporter
+from cl_dist.progress import Reporter, score_names
 from cl_dist.sharding import gather_state_dict
 from cl_dist.state.atomic import publishing
 from cl_dist.state.checkpoints import CheckpointSchedule
@@ -88,7 +94,7 @@ class Coordinator:
         if self.recipe.eval.before_training:
             row = self._scoring.row(range(len(self.tasks)), self.folder.tasks / "00-untouched" / "predictions")
         general = self._scoring.general(UNTOUCHED)
-        self.ledger.update(accuracy_matrix=(row,), general=general, **NOTHING_SCORED)
+        self.ledger.update(general=general, **self.ledger.manifest.with_row(row))
 
     def _run_task(self, index: int) -> None:
         """Train, evaluate and export one task, then record it as complete."""
@@ -122,9 +128,8 @@ class Coordinator:
         # Each rank's peak over all restarts, which may have had different numbers of ranks.
         peaks = zip_longest(peak_memory_per_rank(), manifest.peak_memory_bytes, fillvalue=0)
         self.ledger.update(
-            accuracy_matrix=(*manifest.accuracy_matrix, row),
             general=general,
-            **NOTHING_SCORED,
+            **manifest.with_row(row),
             completed=index + 1,
             checkpoints=(),
             timings=(*manifest.timings, timings),
@@ -246,11 +251,17 @@ def run_metrics(manifest: Manifest) -> dict[str, Any]:
     """The content of metrics.json, which follows from the manifest alone."""
     seconds = sum(entry.get("train_seconds", 0.0) for entry in manifest.timings)
     steps = sum(entry.get("steps", 0) for entry in manifest.timings)
+    scoring = manifest.scoring_by_task()
     return {
         "tasks": list(manifest.tasks),
         "accuracy_matrix": [list(row) for row in manifest.accuracy_matrix],
+        "notes": manifest.notes,
         **all_metrics(manifest.accuracy_matrix),
-        **manifest.scoring_by_task(),
+        "average_performance_by_metric": average_performance_by_metric(
+            manifest.accuracy_matrix, manifest.tasks, score_names(scoring)
+        ),
+        **scoring,
+        "cut_generations_matrix": [list(cut) or [None] * len(row) for row, cut in manifest.rows_with_cuts],
         "general": [dict(entry) for entry in manifest.general],
         "general_ability": general_ability(manifest.general, manifest.tasks),
         "general_forgetting": general_forgetting(manifest.general, manifest.tasks),

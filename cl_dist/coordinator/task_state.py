@@ -157,8 +157,9 @@ class TaskState:
 
     def _load(self, folder: Path) -> dict[str, Any]:
         """Load weights, moments and the methods' tensors from a saved state; return its JSON values."""
-        state = load_snapshot(folder, self._engine.shards, self._engine.method.tensors())
-        self._engine.method.tensors_loaded()
+        method = self._engine.method
+        state = load_snapshot(folder, self._engine.shards, method.tensors(), method.later_tensors)
+        method.tensors_loaded()
         return state
 
     def save(self, path: Path, place: TaskPlace, spent: Spent, *, trained: bool) -> None:

@@ -43,6 +43,15 @@ def average_performance(matrix: Matrix) -> float | None:
     return _mean(matrix[-1])
 
 
+def average_performance_by_metric(
+    matrix: Matrix, tasks: Sequence[str], scored_by: Mapping[str, str]
+) -> dict[str, float | None]:
+    """AP over the tasks of each kind of score alone. `scored_by`: the kind by task; tasks without one are left out."""
+    kinds = dict.fromkeys(scored_by[task] for task in tasks if task in scored_by)
+    last = dict(zip(tasks, matrix[-1], strict=True))
+    return {kind: _mean(last[task] for task in tasks if scored_by.get(task) == kind) for kind in kinds}
+
+
 def backward_transfer(matrix: Matrix) -> float | None:
     """BWT: `1/(T-1) sum_{j<T-1} (a[T-1][j] - a[j][j])` (GEM, TaSL, Recurrent-KIF)."""
     return _mean(_backward_differences(matrix))

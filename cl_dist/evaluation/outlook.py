@@ -12,12 +12,12 @@ from itertools import chain
 
 from cl_dist.config.objectives import FACTS, ObjectiveName
 from cl_dist.config.schema import EvalConfig
-from cl_dist.config.words import shorten
+from cl_dist.config.words import listed, shorten
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.modes import resolve_metric, resolve_mode
 from cl_dist.evaluation.scores import Comparison, comparison, normalise
 from cl_dist.heartbeat import beat
-from cl_dist.progress import different_scores
+from cl_dist.progress import MOST_NAMED, different_scores, score_names
 from cl_dist.tasks.encode import Encoder
 from cl_dist.tasks.types import Task
 
@@ -47,7 +47,15 @@ def outlook(
     for task in tasks:
         beat()
         notices += _of_task(task, encoder, objective, config)
-    return (*notices, *_of_template(encoder), *_of_metrics(tasks, objective, config))
+    return (*notices, *_of_inferred(tasks), *_of_template(encoder), *_of_metrics(tasks, objective, config))
+
+
+def _of_inferred(tasks: Sequence[Task]) -> Iterator[Notice]:
+    """One line on the screen for all tasks whose labels nobody stated."""
+    found = [f"{task.name} {len(task.labels)}" for task in tasks if task.labels_from == "training answers"]
+    if found:
+        text = f"labels found in the training answers: {listed(found, MOST_NAMED)}; to state them, set `labels`"
+        yield Notice(None, "labels", text)
 
 
 def _of_template(encoder: Encoder) -> Iterator[Notice]:
@@ -60,8 +68,9 @@ def _of_template(encoder: Encoder) -> Iterator[Notice]:
 
 
 def _of_metrics(tasks: Sequence[Task], objective: ObjectiveName, config: EvalConfig) -> Iterator[Notice]:
-    names = {task.name: resolve_metric(task, resolve_mode(task, objective, config), config) for task in tasks}
-    if different := different_scores(names):
+    modes = {task.name: resolve_mode(task, objective, config) for task in tasks}
+    metrics = {task.name: resolve_metric(task, modes[task.name], config) for task in tasks}
+    if different := different_scores(score_names({"metric": metrics, "mode": modes})):
         yield Notice(
             None,
             "metrics",

@@ -9,9 +9,7 @@ from pathlib import Path
 
 from cl_dist.config.objectives import Mode as Mode
 from cl_dist.state.atomic import make_folder, replacing
-
-CUT_GENERATIONS = "cut_generations"
-"""Name of the extra that counts the answers cut at `eval.max_new_tokens`."""
+from cl_dist.state.manifest import CUT_GENERATIONS as CUT_GENERATIONS
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,11 @@ def _name(method: Method) -> str:
     return str(getattr(method.config, "name", type(method).__name__))
 
 
+def _quantity(number: int, name: str) -> str:
+    """A quantity of the method at a position, as it is called in a saved state."""
+    return f"method{number}.{name}"
+
+
 def _json_state(method: Method) -> dict[str, Any]:
     """Return a method's state. Raises ClDistError if it is not JSON."""
     state = _answered(method, "state_dict", method.state_dict(), dict)
@@ -101,6 +106,9 @@ class Composed(Method):
         self.methods = tuple(methods)
         self.needs_all_logits = any(method.needs_all_logits for method in methods)
         self.keeps_unfused = any(method.keeps_unfused for method in methods)
+        self.later_tensors = frozenset(
+            _quantity(number, name) for number, method in enumerate(methods) for name in method.later_tensors
+        )
 
     # Most moments return nothing: each method gets them in turn.
     follow = _pass_on(Method.follow)
@@ -199,7 +207,7 @@ class Composed(Method):
     def tensors(self) -> dict[str, dict[str, Shard]]:
         """All methods' tensors; each quantity is prefixed with its method's position: `method0.fisher`."""
         return {
-            f"method{number}.{quantity}": shards
+            _quantity(number, quantity): shards
             for number, method in enumerate(self.methods)
             for quantity, shards in _shards_of(method).items()
         }

@@ -119,6 +119,9 @@ class Method:
     """Whether the output head must run over all positions, rather than only those that predict an answer."""
     keeps_unfused = False
     """Whether to save each task's weights as trained, before `after_task` changes them, next to its model."""
+    later_tensors: frozenset[str] = frozenset()
+    """Quantities in `tensors` that a state may lack because an older release of the method saved it. They are left as
+    they are, and `load_state_dict` is called as usual."""
 
     def __init__(self, config: Any = None) -> None:
         self.config: Any = config

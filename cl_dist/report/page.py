@@ -13,10 +13,10 @@ from urllib.parse import quote
 import numpy as np
 
 from cl_dist.evaluation import metrics
-from cl_dist.progress import own_and_last, score_notes
+from cl_dist.progress import own_and_last
 from cl_dist.report.escape import Markdown, markdown_code, markdown_text
 from cl_dist.report.reading import RunData
-from cl_dist.report.tables import general_names, markdown
+from cl_dist.report.tables import COUNTED, general_names, markdown, scoring_lines
 from cl_dist.report.units import UnitResults
 
 MATRIX_FILE = "accuracy_matrix.csv"
@@ -104,6 +104,10 @@ class Page:
             yield markdown(["model", *tasks], lines)
         if self.run.log.metrics:
             yield f"Scored by {markdown_text(_scored_by(self.run.log.metrics))}."
+        header, ways = scoring_lines(tasks, self.run.manifest.scoring)
+        if ways:
+            yield "How each task was last scored:"
+            yield markdown(header, ways, text=[at for at, name in enumerate(header) if name not in COUNTED])
         yield from self._pictures("accuracy_matrix.png", "scores.png")
         yield from self._metrics()
 
@@ -117,7 +121,7 @@ class Page:
             yield f"Metrics so far, as if the stream ended with {markdown_text(self.run.done[-1])}:"
         values = metrics.all_metrics([row[:done] for row in matrix])
         del values["forward_transfer_single"]  # needs the scores of models trained on a single task, from other runs
-        if notes := score_notes(self.run.manifest.scoring_by_task()):
+        if notes := self.run.manifest.notes:
             yield "\n".join(f"- {note[0].upper()}{note[1:]}." for note in notes)
         lines = ([markdown_code(name), _score(value), definition(name)] for name, value in values.items())
         header = ["metric", "value", "definition (T tasks, score a[i][j] on task j after task i)"]

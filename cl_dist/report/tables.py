@@ -60,6 +60,33 @@ def matrix_csv(tasks: Sequence[str], matrix: Sequence[Sequence[float | None]]) -
     return csv_text(["after", *tasks], lines)
 
 
+SCORING_COLUMNS = {
+    "metric": "metric",
+    "mode": "by",
+    "scored_on": "split",
+    "samples": "samples",
+    "labels_from": "labels from",
+    "answers_outside_labels": "answers outside the labels",
+    "cut_generations": "answers cut",
+}
+"""Entries of `cl_dist.state.manifest.SCORING`, and the headings of their columns."""
+COUNTED = ("samples", "answers outside the labels", "answers cut")
+"""The headings of columns with numbers."""
+
+
+def scoring_lines(
+    tasks: Sequence[str], scoring: Mapping[str, Mapping[str, str | int]]
+) -> tuple[list[str], list[list[str]]]:
+    """How each task was last scored (the manifest's `scoring`): a header, and a line per evaluated task.
+
+    A column that says nothing about any task is left out; `–` means that it does not apply to this one.
+    """
+    evaluated = [task for task in tasks if scoring.get(task)]
+    columns = {name: head for name, head in SCORING_COLUMNS.items() if any(name in scoring[task] for task in evaluated)}
+    lines = [[task, *(str(scoring[task].get(name, "–")) for name in columns)] for task in evaluated]
+    return ["task", *columns.values()], lines
+
+
 def general_names(measured: Sequence[Mapping[str, Any]]) -> list[str]:
     """Tasks of lm-evaluation-harness, in the order of their first measurement."""
     return list(dict.fromkeys(name for entry in measured for name in entry["scores"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,10 +18,11 @@ from pydantic.dataclasses import dataclass
 
 from cl_dist import __version__
 from cl_dist.errors import BadInput
+from cl_dist.progress import score_notes
 from cl_dist.state.atomic import write_json
 from cl_dist.state.inputs import Inputs
 from cl_dist.state.integrity import CheckpointDamaged
-from cl_dist.state.scores import How, Row, ScoreFile, TaskScored
+from cl_dist.state.scores import Cut, How, Row, ScoreFile, TaskScored
 from cl_dist.state.stored_files import first_problem, read_object
 
 FORMAT_VERSION = 4
@@ -29,9 +31,11 @@ FORMAT_VERSION = 4
 NOTHING_SCORED: dict[str, Any] = {"row_under_way": (), "general_under_way": {}}
 """The fields of a manifest whose current model has not been evaluated yet."""
 
-SCORING = ("metric", "scored_on", "labels_from", "answers_outside_labels", "cut_generations")
-"""What is recorded about how a task was scored: its metric; the split; where its labels come from; how many evaluation
-answers are not among them; how many generated answers were cut at `eval.max_new_tokens`."""
+CUT_GENERATIONS = "cut_generations"
+SCORING = ("metric", "mode", "scored_on", "samples", "labels_from", "answers_outside_labels", CUT_GENERATIONS)
+"""What is recorded about how a task was scored: its metric and mode; the split and the number of its samples; where its
+labels come from; how many evaluation answers are not among them; how many generated answers were cut at
+`eval.max_new_tokens`. Older releases recorded less."""
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -111,6 +115,8 @@ class Manifest:
     """Digests of data, base model and tokenizer; None if the run was started by a release without digests."""
     accuracy_matrix: tuple[Row, ...] = ()
     """Rows so far; the first is from before training. None for a task that was not evaluated."""
+    cut_matrix: tuple[Cut, ...] = dataclasses.field(default=(), compare=False)
+    """For each row, how many generated answers were cut; older releases recorded none."""
     row_under_way: Row = ()
     """The scores so far of the current row, for the model in the newest saved state; empty before the first score."""
     scoring: dict[str, How] = Field(default_factory=dict)
@@ -134,8 +140,8 @@ class Manifest:
     """Release that wrote the file."""
     scores: ScorePlaces = dataclasses.field(default=ScorePlaces(), compare=False)
     """Where `accuracy_matrix` and `row_under_way` are on disk."""
-    written: tuple[Row, ...] = dataclasses.field(default=(), compare=False, repr=False)
-    """The rows that are stored at `scores.rows`; not part of the file."""
+    written: tuple[tuple[Row, Cut], ...] = dataclasses.field(default=(), compare=False, repr=False)
+    """The rows, with their cuts, that are stored at `scores.rows`; not part of the file."""
 
     def __post_init__(self) -> None:
         """Raise ValueError if the manifest contradicts itself."""
@@ -176,6 +182,28 @@ class Manifest:
             for name in SCORING
         }
 
+    @property
+    def notes(self) -> list[str]:
+        """What readers of the scores need to know, a sentence each."""
+        return score_notes({**self.scoring_by_task(), "general": self.general})
+
+    @property
+    def rows_with_cuts(self) -> tuple[tuple[Row, Cut], ...]:
+        """Each row of the accuracy matrix, with how many generated answers were cut."""
+        return tuple(zip_longest(self.accuracy_matrix, self.cut_matrix[: len(self.accuracy_matrix)], fillvalue=()))
+
+    def with_row(self, row: Row) -> dict[str, Any]:
+        """The fields that change when the current row, whose tasks have just been scored, is complete."""
+        scored = [task if score is not None else "" for task, score in zip(self.tasks, row, strict=True)]
+        counts = [self.scoring.get(task, {}).get(CUT_GENERATIONS) for task in scored]
+        cut = tuple(None if count is None else int(count) for count in counts)
+        rows = (*self.rows_with_cuts, (row, cut if any(count is not None for count in cut) else ()))
+        return {
+            "accuracy_matrix": tuple(row for row, _ in rows),
+            "cut_matrix": tuple(cut for _, cut in rows),
+            **NOTHING_SCORED,
+        }
+
     def taken_back(self) -> Manifest:
         """Undo the last completed task: the manifest from before its training, except restarts, segments and memory."""
         kept = self.completed - 1
@@ -186,6 +214,7 @@ class Manifest:
             completed=kept,
             checkpoints=(),
             accuracy_matrix=self.accuracy_matrix[: kept + 1],
+            cut_matrix=self.cut_matrix[: kept + 1],
             general=general,
             timings=self.timings[:kept],
             **NOTHING_SCORED,
@@ -198,19 +227,16 @@ class Manifest:
         """
         file = ScoreFile(score_file(path))
         # Rows that are already on disk keep their place; the others are appended.
-        kept = 0
-        while kept < min(len(self.written), len(self.accuracy_matrix)) and self._is_written(kept):
+        kept, complete = 0, self.rows_with_cuts
+        while kept < min(len(self.written), len(complete)) and _same(complete[kept], self.written[kept]):
             kept += 1
-        rows = (*self.scores.rows[:kept], *file.append_rows(self.accuracy_matrix[kept:]))
+        new = complete[kept:]
+        rows = (*self.scores.rows[:kept], *file.append_rows([row for row, _ in new], [cut for _, cut in new]))
         places = ScorePlaces(rows, self._under_way(file))
-        stored = replace(self, scores=places, written=self.accuracy_matrix)
+        stored = replace(self, scores=places, written=complete)
         document = _ADAPTER.dump_python(stored, mode="json", exclude=_NOT_IN_THE_FILE)
         write_json(path, {**document, "accuracy_matrix": places.rows, "row_under_way": places.under_way})
         return stored
-
-    def _is_written(self, row: int) -> bool:
-        ours, theirs = self.accuracy_matrix[row], self.written[row]
-        return ours is theirs or ours == theirs
 
     def _under_way(self, file: ScoreFile) -> int:
         """The byte offset after which the scores of the current row are; appends them if they are not on disk yet."""
@@ -259,6 +285,10 @@ def _is_general_score(values: Any) -> bool:
     return all(number is None or isinstance(number, int | float) for number in numbers)
 
 
+def _same(ours: tuple[Row, Cut], theirs: tuple[Row, Cut]) -> bool:
+    return (ours[0] is theirs[0] or ours[0] == theirs[0]) and ours[1] == theirs[1]
+
+
 def score_file(manifest: Path) -> Path:
     """The file with the scores of a manifest."""
     return manifest.with_name("scores.jsonl")
@@ -274,8 +304,12 @@ def _with_scores(document: dict[str, Any], path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     # Complete rows.
     if isinstance(rows, list) and rows and all(type(place) is int for place in rows):
-        matrix = file.rows(rows)
-        found |= {"accuracy_matrix": matrix, "written": matrix}
+        complete = file.rows_and_cuts(rows)
+        found |= {
+            "accuracy_matrix": tuple(row for row, _ in complete),
+            "cut_matrix": tuple(cut for _, cut in complete),
+            "written": complete,
+        }
     places = ScorePlaces(tuple(rows or ()) if found else (), under_way if type(under_way) is int else None)
     # The current row, and how its tasks were scored.
     if places.under_way is not None:
@@ -289,7 +323,7 @@ def _with_scores(document: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**document, **found, "scores": places}
 
 
-_NOT_IN_THE_FILE = {"accuracy_matrix", "row_under_way", "scores", "written"}
+_NOT_IN_THE_FILE = {"accuracy_matrix", "cut_matrix", "row_under_way", "scores", "written"}
 _ADAPTER: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 
 

@@ -12,6 +12,7 @@
 | `tasks/NN-name/model/` | weights or adapter, in Hugging Face format |
 | `tasks/NN-name/unfused/` | the model before a method changed it at the end of the task (kif, if configured) |
 | `tasks/NN-name/units.json`, `unit_scores.safetensors` | skill units and their importance (kif, tasl, recurrent_kif) |
+| `tasks/NN-name/kept_rows.safetensors` | in how many steps each row was kept (migu) |
 | `tasks/NN-name/predictions/` | predictions after the task |
 | `tasks/NN-name/state/` | what the next task starts from |
 | `checkpoint/task-NN-step-NNNNNN/` | what an interrupted task resumes from |
@@ -63,6 +64,11 @@ class TaskFolder:
     def unit_scores(self) -> Path:
         """Importance of the skill units and their shares in fusion, in the order of `units` (methods that fuse)."""
         return self.path / "unit_scores.safetensors"
+
+    @property
+    def kept_rows(self) -> Path:
+        """In how many of the task's steps each row of each masked weight was kept (methods that mask rows)."""
+        return self.path / "kept_rows.safetensors"
 
     @property
     def predictions(self) -> Path:

@@ -1,9 +1,9 @@
 """The scores of a run: `scores.jsonl`, an append-only file. The manifest says which of its lines count.
 
 With T tasks there are T² scores. In the manifest, which is always replaced as a whole, each new score would rewrite T²
-numbers; here it adds one line. A line is a complete row of the accuracy matrix (`row`) or one score of the current row
-(`task`, `score`, and `how` it was obtained), with a checksum. Lines that the manifest does not refer to were left by a
-kill or by a task that was trained again; they are never read.
+numbers; here it adds one line. A line is a complete row of the accuracy matrix (`row`, and `cut` if answers were
+generated) or one score of the current row (`task`, `score`, and `how` it was obtained), with a checksum. Lines that the
+manifest does not refer to were left by a kill or by a task that was trained again; they are never read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ from cl_dist.state.stored_files import read_stored
 
 Row = tuple[float | None, ...]
 """A score for each task of the stream; None for a task that was not evaluated."""
+
+Cut = tuple[int | None, ...]
+"""For each task of a row, how many generated answers were cut; None if none were generated. Empty: for no task."""
 
 How = dict[str, str | int]
 """How a task was scored: the entries of `cl_dist.state.manifest.SCORING` that apply."""
@@ -52,9 +56,17 @@ class ScoreFile:
         """Size in bytes: everything appended from now on comes after this offset."""
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def append_rows(self, rows: Sequence[Row]) -> tuple[int, ...]:
-        """Append complete rows, durably, and return their byte offsets. Raises `ClDistError` if the disk is full."""
-        return self._append([{"row": finite(list(row))} for row in rows])
+    def append_rows(self, rows: Sequence[Row], cuts: Sequence[Cut] = ()) -> tuple[int, ...]:
+        """Append complete rows, with how many answers were cut, durably, and return their byte offsets.
+
+        Raises `ClDistError` if the disk is full.
+        """
+        return self._append(
+            [
+                {"row": finite(list(row)), **({"cut": list(cut)} if cut else {})}
+                for row, cut in zip_longest(rows, cuts, fillvalue=())
+            ]
+        )
 
     def append_scores(self, scores: Sequence[TaskScored]) -> None:
         """Append scores of the current row, durably. Raises `ClDistError` if the disk is full."""
@@ -94,17 +106,21 @@ class ScoreFile:
 
     def rows(self, places: Sequence[int]) -> tuple[Row, ...]:
         """Read the rows at these byte offsets. Raises `BadInput` if one is missing or damaged."""
+        return tuple(row for row, _ in self.rows_and_cuts(places))
+
+    def rows_and_cuts(self, places: Sequence[int]) -> tuple[tuple[Row, Cut], ...]:
+        """Read the rows at these byte offsets, with how many answers were cut. Raises as `rows`."""
         if not places:
             return ()
         content = self._read()
         return tuple(self._row(content, number, place) for number, place in enumerate(places))
 
-    def _row(self, content: bytes, number: int, place: int) -> Row:
+    def _row(self, content: bytes, number: int, place: int) -> tuple[Row, Cut]:
         end = content.find(b"\n", place)
         record = _opened(content[place:end]) if 0 <= place < end else None
         if record is None or not isinstance(record.get("row"), list):
             raise BadInput(f"{self.path} is damaged: row {number} of the accuracy matrix is not at byte {place}")
-        return tuple(record["row"])
+        return tuple(record["row"]), tuple(record.get("cut", ()))
 
     def scores_after(self, place: int) -> Iterator[TaskScored]:
         """The scores of single tasks after a byte offset; damaged lines are skipped."""

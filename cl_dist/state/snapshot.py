@@ -8,7 +8,7 @@ numbers and the data order are functions of the recipe and the step, and need no
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,16 @@ def _seal(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_snapshot(
-    folder: Path, shards: ShardView, extra: Mapping[str, Mapping[str, Shard]] | None = None
+    folder: Path,
+    shards: ShardView,
+    extra: Mapping[str, Mapping[str, Shard]] | None = None,
+    later: Set[str] = frozenset(),
 ) -> dict[str, Any]:
     """Load this rank's master weights from `folder` and publish the weights (collective).
 
-    Also loads the moments, which become zero if they were not saved, and the methods' own tensors (`extra`). Everything
-    is checked before anything is loaded: if a state is damaged, all ranks raise and none has changed.
+    Also loads the moments, which become zero if they were not saved, and the methods' own tensors (`extra`); quantities
+    in `later` are left as they are if none was saved. Everything is checked before anything is loaded: if a state is
+    damaged, all ranks raise and none has changed.
 
     Returns:
         The JSON values that were saved.
@@ -103,13 +107,14 @@ def load_snapshot(
     state, parts = _intact(folder)
     # Each rank has read its share of the indexes: rank 0 puts them together and tells everyone where everything is.
     reader = SpanReader(folder, index=_exchanged(SpanIndex.of(parts)))
-    held = {**_quantities(shards, state["moments"]), **(extra or {})}
+    extra = {name: own for name, own in (extra or {}).items() if name not in later or reader.parameters(name)}
+    held = {**_quantities(shards, state["moments"]), **extra}
     fail_together(lambda: _require(reader, held))
     if state["moments"]:
         shards.allocate_moments(state["optimizer_step"])
     else:
         shards.reset_optimizer()
-    held = {**_quantities(shards, state["moments"]), **(extra or {})}
+    held = {**_quantities(shards, state["moments"]), **extra}
     fail_together(lambda: _fill(reader, held))
     shards.publish()
     return state

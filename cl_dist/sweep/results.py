@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.metrics import Matrix, all_metrics, forward_transfer_single
 from cl_dist.methods.config import MethodConfig, Role
-from cl_dist.progress import score_notes
+from cl_dist.progress import score_names
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
 from cl_dist.state.stored_files import read_metrics, stored_recipe
@@ -55,6 +55,13 @@ class CellResult:
     """Accuracy matrix; empty if the run is not finished."""
     notes: tuple[str, ...] = ()
     """Notes that readers of the scores need."""
+    scored_by: Mapping[str, str] = field(default_factory=dict)
+    """The kind of each task's score, such as `exact_match`; empty if it is not recorded."""
+
+    @property
+    def kinds(self) -> str:
+        """The kinds of scores that its metrics are means of: `exact_match`, or `exact_match + rouge_l`."""
+        return " + ".join(sorted(set(self.scored_by.values())))
 
 
 @dataclass(frozen=True)
@@ -180,8 +187,9 @@ def _read_cell(sweep: SweepFolder, order: str, method: str, seed: int) -> CellRe
     shown = {name: None if name in meaningless else values.get(name) for name in names}
     # Which bound a run is does not depend on what its row is called.
     bound = next((each for each in methods if Role.BOUND in each.ROLES), None)
-    notes = tuple(score_notes(manifest.scoring_by_task()))
-    return CellResult(order, method, seed, state, shown, bound, manifest.tasks, manifest.accuracy_matrix, notes)
+    scored_by = score_names(manifest.scoring_by_task())
+    matrix, notes = manifest.accuracy_matrix, tuple(manifest.notes)
+    return CellResult(order, method, seed, state, shown, bound, manifest.tasks, matrix, notes, scored_by)
 
 
 def _read_metrics(folder: RunFolder) -> Values:

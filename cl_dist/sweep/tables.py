@@ -44,7 +44,7 @@ def markdown_page(results: Results, recipe: str) -> str:
 
 def csv_table(results: Results) -> str:
     """A line per cell, with its seed, and two lines per row, with `mean` and `std` in the seed column."""
-    header = ["order", "method", "seed", "n", "status", *results.columns]
+    header = ["order", "method", "seed", "n", "status", *results.columns, "scored_by"]
     return csv_text(header, _csv_lines(results))
 
 
@@ -53,13 +53,19 @@ def _csv_lines(results: Results) -> Iterator[list[str | int | float]]:
     for row in results.rows:
         for cell in row.cells:
             values = (cell.values.get(name) for name in columns)
-            yield [row.order, row.method, cell.seed, "", cell.state.status, *map(_raw, values)]
+            yield [row.order, row.method, cell.seed, "", cell.state.status, *map(_raw, values), cell.kinds]
     for row in results.rows:
-        count = len(row.finished)
-        yield [row.order, row.method, "mean", count, "", *(_raw(row.mean(name)) for name in columns)]
-        yield [row.order, row.method, "std", count, "", *(_raw(row.deviation(name)) for name in columns)]
+        count, kinds = len(row.finished), _kinds(row.finished)
+        yield [row.order, row.method, "mean", count, "", *(_raw(row.mean(name)) for name in columns), kinds]
+        yield [row.order, row.method, "std", count, "", *(_raw(row.deviation(name)) for name in columns), kinds]
     for method, means in results.over_orders():
-        yield [ALL_ORDERS, method, "mean", "", "", *map(_raw, means.values())]
+        kinds = _kinds(cell for row in results.rows if row.method == method for cell in row.finished)
+        yield [ALL_ORDERS, method, "mean", "", "", *map(_raw, means.values()), kinds]
+
+
+def _kinds(cells: Iterable[CellResult]) -> str:
+    """The kinds of scores of several runs: `exact_match`, or `exact_match | rouge_l` if the runs differ."""
+    return " | ".join(dict.fromkeys(cell.kinds for cell in cells if cell.kinds))
 
 
 def latex_table(results: Results) -> str:
@@ -98,6 +104,13 @@ def _score_notes(results: Results) -> Iterator[str]:
         cells = [f"{cell.order} {cell.method} seed{cell.seed}" for cell in finished if note in cell.notes]
         whose = "All runs" if len(cells) == len(finished) else ", ".join(cells)
         yield f"{whose}: {note}."
+    kinds: dict[str, list[str]] = {}
+    for cell in finished:
+        if cell.kinds:
+            kinds.setdefault(cell.kinds, []).append(f"{cell.order} {cell.method} seed{cell.seed}")
+    if len(kinds) > 1:
+        listed = "; ".join(f"{kind}: {', '.join(cells)}" for kind, cells in kinds.items())
+        yield f"The runs have different scores, so their metrics are not comparable: {listed}."
 
 
 def _place(cell: CellResult) -> str:

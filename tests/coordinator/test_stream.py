@@ -35,9 +35,24 @@ def test_metrics_follow_from_the_manifest() -> None:
     assert metrics["tokens_per_second"] == 100.0
     assert metrics["step_seconds"] == 0.5
     assert metrics["metric"] == {"a": "rouge_l"}
+    assert metrics["cut_generations_matrix"] == [[None, None]] * 3
+    assert (metrics["notes"], metrics["average_performance_by_metric"]) == ([], {"rouge_l": 0.5})
     assert metrics["segments"][0]["world_size"] == 2
     assert (metrics["peak_memory_bytes"], metrics["restarts"]) == ([7, 5], 3)
     assert (metrics["general"], metrics["general_ability"]) == ([], None)
+
+
+def test_what_the_metrics_are_means_of() -> None:
+    scoring = {"a": {"metric": "rouge_l", "cut_generations": 2}, "b": {"metric": "exact_match", "scored_on": "train"}}
+    metrics = run_metrics(manifest(scoring=scoring, cut_matrix=((), (3, None), (2, None))))
+    assert metrics["cut_generations"] == {"a": 2}
+    assert metrics["cut_generations_matrix"] == [[None, None], [3, None], [2, None]]
+    assert metrics["average_performance_by_metric"] == {"rouge_l": 0.5, "exact_match": 0.75}
+    assert metrics["notes"] == [
+        "the metrics are means of different scores: rouge_l (a); exact_match (b)",
+        "scored on training data: b",
+        "generations cut at eval.max_new_tokens in the last evaluation: a 2",
+    ]
 
 
 def test_the_time_of_a_step_includes_what_the_device_still_does(zygote: Zygote, tmp_path: Path) -> None:

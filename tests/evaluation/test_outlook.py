@@ -151,8 +151,10 @@ def test_references_that_rouge_drops(text: str) -> None:
 
 def test_where_labels_and_scores_come_from() -> None:
     inferred = labelled("yes", "no", labels_from="training answers")
-    (notice,) = look(inferred)
+    notice, summary = look(inferred)
     assert (notice.text, notice.on_screen) == ("task 't': 2 labels found in the training answers: yes, no", False)
+    assert (summary.task, summary.on_screen) == (None, True)
+    assert summary.text == "labels found in the training answers: t 2; to state them, set `labels`"
     outside = labelled("yes", "no", labels_from="training answers", unlisted=3)
     assert "the answers of 3 of 4 evaluation samples match none of the 2 labels" in look(outside)[1].text
     (notice,) = look(labelled("yes", "no", scored_on="train"))
@@ -212,6 +214,8 @@ def test_tasks_of_different_scores() -> None:
     assert notice.task is None
     assert "means of different scores: exact_match (t); rouge_l (free)" in notice.text
     assert look(*tasks, mode="generate", metric="exact_match") == ()
+    (notice,) = look(*tasks, metric="exact_match")
+    assert "exact_match by likelihood (t); exact_match by generate (free)" in notice.text
 
 
 def test_the_first_task_that_the_model_cannot_score_is_named() -> None:

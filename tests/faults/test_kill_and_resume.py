@@ -55,6 +55,8 @@ def assert_same_end(run: Path, other: Path, tasks: Sequence[str] = ("01-spring",
         assert ours[task].keys() == theirs[task].keys()
         for name, tensor in ours[task].items():
             assert torch.equal(tensor, theirs[task][name]), f"{task}: {name} differs"
+    records = [{path.parent.name: path.read_bytes() for path in run.glob("tasks/*/kept_rows*")} for run in (run, other)]
+    assert records[0] == records[1]
     matrices = [json.loads((path / "metrics.json").read_text())["accuracy_matrix"] for path in (run, other)]
     assert matrices[0] == matrices[1]
     assert (run / "data_order.jsonl").read_text() == (other / "data_order.jsonl").read_text()

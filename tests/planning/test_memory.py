@@ -102,8 +102,9 @@ def test_migu_holds_its_masks_and_on_a_gpu_the_sums_that_wait_to_be_folded() -> 
     for world, device in ((1, "cpu"), (2, "cpu"), (2, "cuda")):
         setup, shape = planned(world, device=device, methods=[MiguConfig(name="migu")])
         held[world, device] = plan_memory(setup, shape).held
-    assert held[1, "cpu"]["MIGU's masks"] == 9 * sum(rows)
+    # The mask, the rows' numbers, and in how many steps each was kept.
+    assert held[1, "cpu"]["MIGU's masks"] == (1 + 8 + 4) * sum(rows)
     # With others to agree with, a rank has a weight of four bytes for each row.
-    assert held[2, "cpu"]["MIGU's masks"] == held[2, "cuda"]["MIGU's masks"] == 13 * sum(rows)
+    assert held[2, "cpu"]["MIGU's masks"] == held[2, "cuda"]["MIGU's masks"] == (1 + 8 + 4 + 4) * sum(rows)
     waiting = held[2, "cuda"]["MIGU's magnitudes"] - held[2, "cpu"]["MIGU's magnitudes"]
     assert waiting == fold_memory(2 * 32, rows) >= 4 * 2 * sum(rows)

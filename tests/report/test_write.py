@@ -79,6 +79,8 @@ class TestFinished:
         assert "| `average_performance` | 0.8750 | AP: mean of the last row" in page
         assert "forward_transfer_single" not in page
         assert "Scored by rouge_l." in page
+        assert "| task | metric | split |" in page
+        assert "| yelp | rouge_l | train |" in page
         assert "- The metrics are means of different scores: rouge_l (yelp); exact_match (amazon).\n" in page
         assert "- Scored on training data: yelp.\n" in page
         assert "| yelp | 3 | 2.0 | 300 | 0.5 |" in page

@@ -108,6 +108,11 @@ def test_other_ranks_and_stages_end_with_the_same_weights(zygote: Zygote, tmp_pa
     undisturbed = tmp_path / "undisturbed" / "run"
     run, outputs = disturbed(zygote, tmp_path / "disturbed", case)
     assert largest_difference(run, undisturbed) < TOLERANCE
+    records = [
+        {path.parent.name: path.read_bytes() for path in each.glob("tasks/*/kept_*")} for each in (run, undisturbed)
+    ]
+    assert len(records[1]) == (2 if "migu" in name else 0)
+    assert records[0] == records[1]
     assert outputs[0].splitlines()[1] == (
         "resuming with ranks 1 (2 before), zero.stage 3 (1 before), train.gradient_accumulation 2 (1 before); "
         "the global batch stays 8 samples"

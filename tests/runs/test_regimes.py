@@ -101,14 +101,20 @@ def test_how_each_task_was_scored_is_told(instructed: Path) -> None:
         first = next(each for each in log if each["event"] == "evaluation" and each["task"] == name)
         assert first["cut_generations"] == 5, "the untouched model does not know where to stop"
     assert "weather" not in metrics["cut_generations"]
+    folders = sorted({each["folder"] for each in log if each["event"] == "evaluation"})  # 00-untouched first
+    for row, place in zip(metrics["cut_generations_matrix"], folders, strict=True):
+        events = {each["task"]: each for each in log if each["event"] == "evaluation" and each["folder"] == place}
+        assert row == [events.get(task, {}).get("cut_generations") for task in metrics["tasks"]]
     notices = {(each["task"], each["about"]): each["message"] for each in log if each["event"] == "notice"}
     # Each is scored on samples that it is trained on.
     scored_on = {(name, "scored_on") for name in ("weather", "1572", "C-STANCE")}
     assert set(notices) == {*scored_on, (None, "metrics")}
+    assert metrics["notes"][0].startswith("the metrics are means of different scores")
     screen = (instructed.parent / "screen.txt").read_text()
     assert all(text in screen for text in notices.values())
     assert "the metrics are means of different scores: log_likelihood (weather); rouge_l (1572, C-STANCE)" in screen
     assert "scored on training data: weather" in screen
+    assert "generated answers cut at eval.max_new_tokens (20): 1572 5 of 5, C-STANCE 5 of 5" in screen
 
 
 def _rouge_l(prediction: str, reference: str) -> float:

@@ -13,6 +13,7 @@ from cl_dist.methods.composed import Composed
 from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.sharding import Shard, ShardView
+from cl_dist.state.integrity import StateUnusable
 from cl_dist.state.snapshot import load_snapshot, save_snapshot
 from tests.distributed.worlds import OBJECTIVES, micro_batches, odd_model, samples, whole
 
@@ -62,9 +63,19 @@ def load(folder: str, stage: int) -> dict[str, float]:
     """Load into a fresh engine of any stage; return the sums and the number of wrong marks."""
     join(timeout_seconds=120)
     engine, marks = build(stage)
-    state = load_snapshot(Path(folder), engine.shards, engine.method.tensors())
+    # Quantities that an older release did not know keep their values; those that it must have stored are missed.
+    held = engine.method.tensors()
+    new = {"later": {"x": Shard(0, torch.full((3,), 7.0))}}
+    try:
+        load_snapshot(Path(folder), engine.shards, held | new)
+        missed = ""
+    except StateUnusable as error:
+        missed = str(error)
+    state = load_snapshot(Path(folder), engine.shards, held | new, later=frozenset(("later", "method0.marks")))
+    assert new["later"]["x"].data.tolist() == [7.0] * 3
     wrong = sum(int((shard.data != 3.0 * torch.arange(shard.start, shard.stop)).sum()) for shard in marks.held.values())
-    return {**_sums(engine), "wrong": wrong, "here": state["here"], "step": engine.shards.optimizer_step}
+    found = {"wrong": wrong, "here": state["here"], "step": engine.shards.optimizer_step}
+    return {**_sums(engine), **found, "missed": "later of x is not stored" in missed}
 
 
 def _sums(engine: TrainingEngine) -> dict[str, float]:

@@ -26,9 +26,8 @@ def finish_row(ledger: Ledger, scores: list[float], **changes: Any) -> None:
     """Score all tasks one by one, then add the row to the matrix."""
     for task, score in enumerate(scores):
         ledger.scored(task, score)
-    row = ledger.manifest.row_under_way
-    matrix = (*ledger.manifest.accuracy_matrix, row)
-    ledger.update(accuracy_matrix=matrix, **NOTHING_SCORED, completed=len(matrix) - 1, **changes)
+    grown = ledger.manifest.with_row(ledger.manifest.row_under_way)
+    ledger.update(**grown, completed=len(grown["accuracy_matrix"]) - 1, **changes)
 
 
 def life(ledger: Ledger) -> None:
@@ -115,6 +114,37 @@ def test_after_a_kill_the_row_goes_on(tmp_path: Path) -> None:
     again.update(status="running")
     finish_row(again, [0.5, 0.25, 1.0])
     assert Manifest.read(folder.manifest).accuracy_matrix == ((0.5, 0.25, 1.0),)
+
+
+def test_cut_answers_are_kept_for_every_row(tmp_path: Path) -> None:
+    """Also over an interruption within a row; None where nothing was generated or evaluated."""
+    folder = RunFolder(tmp_path)
+    ledger = Ledger(folder, EMPTY, writer=True)
+    ledger.start("recipe")
+    finish_row(ledger, [0.1, 0.2, 0.3])
+    cuts: list[list[int | None]] = [[4, None, None], [0, None, 2]]
+    for cut in cuts:
+        for task in (0, 1):
+            ledger.scored(task, 0.5, {} if cut[task] is None else {"cut_generations": cut[task]})  # type: ignore[dict-item]
+        ledger = Ledger(folder, Manifest.read(folder.manifest), writer=True)
+        if cut[2] is not None:
+            ledger.scored(2, 0.25, {"cut_generations": cut[2]})
+        ledger.update(
+            **ledger.manifest.with_row(ledger.manifest.row_under_way), completed=ledger.manifest.completed + 1
+        )
+    expected = ((), (4, None, None), (0, None, 2))
+    again = Manifest.read(folder.manifest)
+    assert (ledger.manifest.cut_matrix, again.cut_matrix) == (expected, expected)
+    back = Ledger(folder, again.taken_back(), writer=True)
+    # The task was trained again: the same scores, but more answers were cut.
+    for task, score in enumerate((0.5, 0.5, 0.25)):
+        back.scored(task, score, {"cut_generations": 7} if task == 0 else {})
+    back.update(**back.manifest.with_row(back.manifest.row_under_way), completed=2)
+    last = Manifest.read(folder.manifest)
+    assert (last.accuracy_matrix, last.cut_matrix[-1]) == (again.accuracy_matrix, (7, None, 2))
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [line["cut"] for line in lines if "cut" in line] == [[4, None, None], [0, None, 2], [7, None, 2]]
+    assert "cut_matrix" not in json.loads(folder.manifest.read_text())
 
 
 def test_a_score_costs_a_line(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_other_ranks_and_stages_read_the_same_state(
     before = run_ranks(f"{JOBS}:save", saved[0], {"folder": folder, "stage": saved[1]})[0]
     for after in run_ranks(f"{JOBS}:load", loaded[0], {"folder": folder, "stage": loaded[1]}):
         assert after["wrong"] == 0
-        assert (after["here"], after["step"]) == (1, 1)
+        assert (after["here"], after["step"], after["missed"]) == (1, 1, True)
         for quantity, total in before.items():
             assert after[quantity] == pytest.approx(total, abs=1e-9), quantity
 

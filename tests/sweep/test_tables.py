@@ -92,6 +92,14 @@ def test_the_tables_note_how_tasks_were_scored(tmp_path: Path) -> None:
     for page in (markdown_page(results, "recipe"), latex_table(results).replace(r"\_", "_")):
         assert f"All runs: scored on training data: {first}, {second}." in page
         assert f"own migu seed0, own migu seed1: {different}" in page
+        assert (
+            "The runs have different scores, so their metrics are not comparable: exact_match: own sequential seed0, "
+            "own sequential seed1; exact_match + rouge_l: own migu seed0, own migu seed1."
+        ) in page
+    lines = csv.DictReader(io.StringIO(csv_table(results)))
+    assert {(line["method"], line["scored_by"]) for line in lines} == {
+        ("sequential", "exact_match"), ("migu", "exact_match + rouge_l"),
+    }  # fmt: skip
 
 
 def test_runs_of_earlier_calls_stay_in_the_table(grid: Grid, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ rank's shards of the reduced gradients; or, with `mask_scope: micro_batch`, the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from cl_dist.kernels.backend import sent
 from cl_dist.kernels.row_magnitude import fold_memory
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.methods.migu.kept_counts import BYTES, QUANTITY, KeptCounts
 from cl_dist.methods.migu.magnitudes import MagnitudeSums, Plan
 from cl_dist.methods.migu.untracked import Untracked
 from cl_dist.methods.protocol import Method, TaskPlace
@@ -32,7 +34,8 @@ from cl_dist.models.skipping import RowSkipper
 from cl_dist.models.tracked import tracked_layers, untracked_matrices
 from cl_dist.models.training_mode import layerdrop
 from cl_dist.seeds import derive_seed
-from cl_dist.sharding import RowFreezer, ShardView
+from cl_dist.sharding import RowFreezer, Shard, ShardView
+from cl_dist.state.run_folder import TaskFolder
 
 if TYPE_CHECKING:
     from cl_dist.tasks.collate import Batch
@@ -49,6 +52,8 @@ class Migu(Method):
         config: The method's entry in the recipe.
     """
 
+    later_tensors = frozenset((QUANTITY,))
+
     def __init__(self, config: MiguConfig) -> None:
         super().__init__(config)
         self.needs_all_logits = config.layers == "all"
@@ -63,7 +68,8 @@ class Migu(Method):
 
     def cost(self, share: RankShare) -> Cost:
         """Sums of magnitudes, on a GPU with those that wait to be folded; the chosen rows, their mask, and with several
-        ranks the weights of its fingerprint; one all-reduce of the sums, and of what checks them.
+        ranks the weights of its fingerprint; how often each row was kept; one all-reduce of the sums, and of what
+        checks them.
 
         With `mask: update`, the dropped rows of masters and moments are copied while the optimiser steps, and back.
         Magnitudes read every output once. Backward skips the dropped rows where the mask is known in time.
@@ -79,12 +85,14 @@ class Migu(Method):
         if self.config.mask == "update":
             owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
             frozen = {"MIGU's frozen rows": 3 * 4 * round(owned * (1 - kept / rows))}
+        recorded = BYTES * rows
         return Cost(
             device={
                 "MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)) + waiting,
-                "MIGU's masks": (1 + chosen + (_INT32 if share.world > 1 else 0)) * rows,
+                "MIGU's masks": (1 + chosen + (_INT32 if share.world > 1 else 0)) * rows + recorded,
             },
             stepping=frozen,
+            saved=recorded if share.replicated else recorded // share.world,
             step=(share.all_reduce(message * times, "MIGU's magnitudes", times),),
             traffic=4 * sum(frozen.values()),
             token_traffic=rows * share.itemsize,
@@ -174,6 +182,8 @@ class Migu(Method):
         per_token = config.magnitude == "per_token"
         self._sums = MagnitudeSums(self._model, layers, per_token, config.count_padding, plan, config.mask_bias)
         self._agreement = Agreement(self._sums.flat.device)
+        rows = {layer.weight: layer.layout.total for layer in layers.values()}
+        self._counts = KeptCounts(rows, self._sums.flat.device, self._shards.replicated)
         self._layouts = self._row_layouts()
         self._freezer = RowFreezer(self._shards, self._layouts) if config.mask == "update" else None
         self._note_not_skipped()
@@ -263,6 +273,10 @@ class Migu(Method):
         self._sums.clear()
         self._micro_batch = 0
 
+    def before_step(self, step: int) -> None:
+        """Begin a new record of the kept rows with a task's first step."""
+        self._counts.begin(step)
+
     def before_forward(self, step: int, batch: Batch) -> None:
         """Remember which tokens count, and drop the rows chosen for the previous backward pass."""
         self._step = step
@@ -300,6 +314,27 @@ class Migu(Method):
                 self._shards.gradient_changed(name)
         if self._freezer is not None:
             self._freezer.freeze(self.keep)
+        self._counts.add(self._kept)
+
+    def write_results(self, folder: Path) -> None:
+        """Write into the task's folder how often each row was kept."""
+        self._counts.write(TaskFolder(folder).kept_rows, masked=self._masks_this_task)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which steps the record of kept rows includes."""
+        return {QUANTITY: self._counts.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the record of kept rows."""
+        self._counts.restore(state.get(QUANTITY))
+
+    def tensors(self) -> dict[str, dict[str, Shard]]:
+        """The record of kept rows."""
+        return {QUANTITY: self._counts.tensors()}
+
+    def tensors_loaded(self) -> None:
+        """Give every rank the whole record again."""
+        self._counts.tensors_loaded()
 
     def before_save(self) -> None:
         """Check now that the ranks agree on the last masks, rather than in the next step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from cl_dist.methods.migu.method import Agreement, Migu
 from cl_dist.methods.protocol import TaskPlace
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.training_mode import enable_activation_checkpointing
+from cl_dist.state.snapshot import load_snapshot, save_snapshot
 from tests.distributed.worlds import OBJECTIVES, micro_batches, odd_model, samples, whole
 
 STEPS = 3
 
 
-def behaviours() -> dict[str, Any]:
+def behaviours(folder: str) -> dict[str, Any]:
     """Everything that test_method checks, from one start of two ranks."""
     join(timeout_seconds=120)
     return {
@@ -37,6 +39,7 @@ def behaviours() -> dict[str, Any]:
         "order": {scope: _order(scope) for scope in ("one", "step", "micro_batch")},
         "left_behind": _left_behind(),
         "disagreement": [_agreement(differ) for differ in (False, True)],
+        "record": _record(Path(folder)),
     }
 
 
@@ -86,6 +89,41 @@ def _random() -> dict[str, Any]:
         masks.append({name: keep.int().tolist() for name, keep in migu.keep.items()})
     engine.destroy()
     return {"masks": masks}
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """Sums of the masks of three steps. Records are in `folder`: of the run that made them; of one that resumed from
+    its state; of one that took a step after resuming from a state without a record; and of a task without masks.
+    """
+    engine, migu = _engine(mask="update")
+    rank, place = torch.distributed.get_rank(), TaskPlace(1, "t", STEPS + 1)
+    engine.before_task(place)
+    sums: dict[str, torch.Tensor] = {}
+    for step in range(STEPS):
+        _step(engine, step)
+        sums = {name: sums.get(name, 0) + keep.int() for name, keep in migu.keep.items() if name.endswith("weight")}
+    state, extra = engine.method.state_dict(), engine.method.tensors()
+    save_snapshot(folder / "state", engine.shards, state, moments=True, extra=extra)
+    save_snapshot(folder / "old", engine.shards, {"methods": [{}]}, moments=True)
+    if rank == 0:
+        migu.write_results(folder / "made")
+    engine.destroy()
+
+    engine, migu = _engine(mask="update")
+    for name, stored in (("resumed", "state"), ("nothing", "old")):
+        found = load_snapshot(folder / stored, engine.shards, engine.method.tensors(), engine.method.later_tensors)
+        engine.method.tensors_loaded()
+        engine.before_task(place)
+        engine.method.load_state_dict(found)
+        migu.write_results(folder / f"{name}-{rank}")
+    _step(engine, STEPS)
+    migu.write_results(folder / f"later-{rank}")
+    engine.before_task(TaskPlace(0, "t", 1))
+    _step(engine, 0)
+    migu.write_results(folder / f"dense-{rank}")
+    engine.destroy()
+    saved = len(extra["method0.kept_rows"])
+    return {"sums": {name: each.tolist() for name, each in sums.items()}, "saved": saved}
 
 
 def _evaluation() -> float:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
-def reports() -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks write their records of kept rows."""
+    return tmp_path_factory.mktemp("records")
+
+
+@pytest.fixture(scope="module")
+def reports(folder: Path) -> list[dict[str, Any]]:
     """The two ranks' observations."""
-    return run_ranks("tests.methods.migu.jobs:behaviours", 2, timeout=300)
+    return run_ranks("tests.methods.migu.jobs:behaviours", 2, {"folder": str(folder)}, timeout=300)
 
 
 def published(rows: int) -> int:
@@ -87,3 +97,37 @@ def test_ranks_that_chose_different_rows_are_found(reports: list[dict[str, Any]]
         same, different = report["disagreement"]
         assert same == ""
         assert f"rank {rank}: the ranks chose different rows" in different
+
+
+def test_the_record_of_kept_rows_counts_the_steps_and_survives_a_resume(
+    reports: list[dict[str, Any]], folder: Path
+) -> None:
+    counted = {name: each.tolist() for name, each in load_file(folder / "made" / "kept_rows.safetensors").items()}
+    assert counted == reports[0]["record"]["sums"] == reports[1]["record"]["sums"]
+    assert len({count for counts in counted.values() for count in counts}) > 2, "rows come and go"
+    assert sum(report["record"]["saved"] for report in reports) == len(LAYERS), "each layer is saved once"
+    with safe_open(folder / "made" / "kept_rows.safetensors", framework="np") as file:
+        stated = json.loads(file.metadata()["record"])
+    assert stated.pop("layers") == list(reports[0]["record"]["sums"])
+    assert stated == {"masked": True, "first_step": 1, "steps": 3}
+    for rank in (0, 1):
+        made, resumed = (folder / name / "kept_rows.safetensors" for name in ("made", f"resumed-{rank}"))
+        assert made.read_bytes() == resumed.read_bytes()
+
+
+def test_a_state_without_a_record_begins_one_with_the_next_step(reports: list[dict[str, Any]], folder: Path) -> None:
+    assert reports
+    assert not (folder / "nothing-0").exists()
+    with safe_open(folder / "later-0" / "kept_rows.safetensors", framework="np") as file:
+        stated = json.loads(file.metadata()["record"])
+        assert (stated["first_step"], stated["steps"]) == (4, 1)
+        layers = [file.get_tensor(name) for name in stated["layers"]]
+    assert [layer.sum() for layer in layers] == [published(rows) for rows in LAYERS]
+
+
+def test_a_task_without_masks_has_a_record_that_says_so(reports: list[dict[str, Any]], folder: Path) -> None:
+    assert reports
+    with safe_open(folder / "dense-0" / "kept_rows.safetensors", framework="np") as file:
+        stated = json.loads(file.metadata()["record"])
+        assert (stated["masked"], stated["steps"]) == (False, 0)
+        assert list(file.keys()) == []
