@@ -27,6 +27,10 @@ class Settings:
     clip: float | None = None
     masked: bool = True
     bias: bool = True
+    sums: str = "step"
+    """`task`: magnitudes add up over steps, as in the official code, which never clears them."""
+    ahead: bool = False
+    """A step is masked by the steps before it, the first one by its own magnitudes."""
     rounds: int = 1
     """Parts of a step that are masked one after the other, each by the magnitudes so far."""
 
@@ -53,6 +57,7 @@ class Dense:
         )
         self.magnitudes: dict[str, torch.Tensor] = {}
         self.keep: dict[str, torch.Tensor] = {}
+        self.following: dict[str, torch.Tensor] = {}
 
     def step(self, forwards: Forwards, chosen: dict[str, torch.Tensor] | None = None) -> None:
         """One step over `forwards`: (function from model to a loss, real-token masks). Gradients of the losses add up.
@@ -61,7 +66,10 @@ class Dense:
         """
         if self.settings.rounds > 1:
             return self._step_in_rounds(forwards)
-        self._backward(forwards)
+        known = self.following if self.settings.ahead else {}
+        self._backward(forwards, self.magnitudes if self.settings.sums == "task" else None)
+        self.following = self.keep
+        self.keep = known or self.keep
         self._update(self.keep if chosen is None else chosen)
 
     def _step_in_rounds(self, forwards: Forwards) -> None:

@@ -53,7 +53,7 @@ class Case:
         recompute: bool = False, mask: str = "gradient", family: str = "llama", magnitude: str = "per_token",
         steps: int = 3, offload: bool = False, threshold: float = 0.7, masked: bool = True,
         deepspeed: dict[str, Any] | None = None, eps: float = 1e-2, average: str = "tokens",
-        skip: bool = True, scope: str = "step", lora: bool = False, grad_dtype: str | None = None,
+        skip: bool = True, scope: str = "step", lora: bool = False, grad_dtype: str | None = None, sums: str = "step",
     ) -> None:  # fmt: skip
         self.family, self.steps, self.accumulation, self.dtype = family, steps, accumulation, dtype
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -77,6 +77,7 @@ class Case:
             first_task="masked" if masked else "dense",  # type: ignore[arg-type]
             skip_rows=skip,
             mask_scope=scope,
+            sums=sums,
         )
         model = (odd_lora if lora else odd_model)(family).to(getattr(torch, dtype))
         dense = copy.deepcopy(model)
@@ -88,6 +89,8 @@ class Case:
             weight_decay=decay,
             clip=clip,
             masked=masked,
+            sums=sums,
+            ahead=scope == "ahead",
             rounds=accumulation if scope == "micro_batch" else 1,
         )
         self.dense = Dense(dense, tracked_linears(dense, "blocks"), settings)

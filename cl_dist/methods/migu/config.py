@@ -27,6 +27,9 @@ class MiguConfig(VariedConfig):
     magnitude: Literal["per_token", "batch"] = "per_token"
     """`per_token` (paper): each token's output is L1-normalised before summing. `batch` (reference code): plain sum of
     absolute outputs."""
+    sums: Literal["step", "task"] = "step"
+    """`step` (paper): a step's mask follows that step's magnitudes. `task`: those of all of the task's steps so far,
+    because the reference code never resets its sums."""
     selection: Literal["magnitude", "random"] = "magnitude"
     """`random` keeps the same number of rows, drawn at random in each step: the paper's ablation."""
     first_task: Literal["dense", "masked"] = "dense"
@@ -42,9 +45,11 @@ class MiguConfig(VariedConfig):
     """Do not compute the masked rows of the weight gradients at all, which gives the same gradients in less time. Needs
     one micro-batch per step or `mask_scope: micro_batch`; otherwise the reduced gradients are masked. false: always
     mask after the reduction."""
-    mask_scope: Literal["step", "micro_batch"] = "step"
+    mask_scope: Literal["step", "micro_batch", "ahead"] = "step"
     """With gradient accumulation. `step`: one mask per step from all of its micro-batches, exact. `micro_batch`: each
-    micro-batch is masked by the step's magnitudes so far, an approximation that lets it skip rows."""
+    micro-batch is masked by the step's magnitudes so far, an approximation that lets it skip rows. `ahead` (with
+    `sums: task`): a step's mask follows the task's steps before it, so all of its micro-batches skip rows; the first
+    step of a task is masked by its own magnitudes."""
     untracked: Literal["error", "dense"] = "error"
     """What to do about trainable matrices inside the transformer blocks whose outputs cannot be measured. `error`:
     refuse the model and name them; `dense`: train them without a mask and log it."""
@@ -54,9 +59,21 @@ class MiguConfig(VariedConfig):
         super().__post_init__()
         if self.mask_scope == "micro_batch" and not self.skip_rows:
             raise ValueError("mask_scope: micro_batch masks inside the backward pass, which skip_rows: false forbids")
+        if self.mask_scope == "ahead" and self.sums != "task":
+            raise ValueError(
+                "mask_scope: ahead takes a step's mask from the task's steps before it, which only sums: task remembers"
+            )
+        if self.mask_scope == "micro_batch" and self.sums == "task":
+            raise ValueError(
+                "mask_scope: micro_batch starts from nothing in each step; allowed with sums: task are step, ahead"
+            )
         if self.selection == "random":
             refuse_given(
-                self, "is not used: selection: random draws rows without measuring them", "magnitude", "count_padding"
+                self,
+                "is not used: selection: random draws rows without measuring them",
+                "magnitude",
+                "count_padding",
+                "sums",
             )
 
     def depends_on_split(self, accumulates: bool) -> str | None:
