@@ -28,8 +28,8 @@ class MiguConfig(VariedConfig):
     """`per_token` (paper): each token's output is L1-normalised before summing. `batch` (reference code): plain sum of
     absolute outputs."""
     sums: Literal["step", "task"] = "step"
-    """`step` (paper): a step's mask follows that step's magnitudes. `task`: those of all of the task's steps so far,
-    because the reference code never resets its sums."""
+    """`step` (paper, reference code): a step's mask follows that step's magnitudes. `task`: those of all steps of the
+    task so far, so that it changes less from step to step and can be known before a step."""
     selection: Literal["magnitude", "random"] = "magnitude"
     """`random` keeps the same number of rows, drawn at random in each step: the paper's ablation."""
     first_task: Literal["dense", "masked"] = "dense"
