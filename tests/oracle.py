@@ -6,7 +6,7 @@ the threshold, `.grad` is masked in place. Slow, and easy to believe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -106,7 +106,7 @@ class Dense:
                 handle.remove()
             loss.backward()
             for name, output in outputs.items():
-                sums[name] = sums.get(name, 0) + self._magnitude(output, token_masks[_kind(name)])
+                sums[name] = sums.get(name, 0) + self._magnitude(output, token_masks[_kind(name, token_masks)])
         self.magnitudes = sums
         self.keep = {name: m >= torch.quantile(m, self.settings.threshold) for name, m in sums.items()}
 
@@ -119,9 +119,10 @@ class Dense:
 
     def _update(self, keep: dict[str, torch.Tensor]) -> None:
         params = dict(self.model.named_parameters())
+        names = {id(p): n for n, p in params.items()}  # a tied head's weight has the embedding's name
         rows = {}
         if self.settings.masked:
-            rows = {f"{n}.weight": k for n, k in keep.items()}
+            rows = {names[id(self.layers[n].weight)]: k for n, k in keep.items()}
             if self.settings.bias:
                 rows |= {f"{n}.bias": k for n, k in keep.items() if f"{n}.bias" in self.masters}
         for name, master in self.masters.items():
@@ -161,8 +162,10 @@ def _keeper(outputs: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
     return keep
 
 
-def _kind(name: str) -> str:
-    """T5: encoder layers, and the decoder's cross-attention keys and values, run over source tokens."""
-    if "decoder." not in name:
+def _kind(name: str, kinds: Collection[str]) -> str:
+    """T5: encoder layers, and the decoder's cross-attention keys and values, run over source tokens; the decoder and
+    the head over target tokens.
+    """
+    if "target" not in kinds or ("decoder." not in name and name != "lm_head"):
         return "input"
     return "input" if any(part in name for part in ("EncDecAttention.k", "EncDecAttention.v")) else "target"

@@ -112,7 +112,6 @@ class Composed(Method):
 
     # Most moments return nothing: each method gets them in turn.
     follow = _pass_on(Method.follow)
-    prepare_model = _pass_on(Method.prepare_model)
     attach = _pass_on(Method.attach)
     before_trial = _pass_on(Method.before_trial)
     after_trials = _pass_on(Method.after_trials)
@@ -129,6 +128,12 @@ class Composed(Method):
     tensors_loaded = _pass_on(Method.tensors_loaded)
 
     # The others have an answer, made of the methods' answers.
+
+    def prepare_model(self, model: torch.nn.Module, seed: int) -> None:
+        """Let each method prepare the model, which may decide what it needs."""
+        for method in self.methods:
+            method.prepare_model(model, seed)
+        self.needs_all_logits = any(method.needs_all_logits for method in self.methods)
 
     def cost(self, share: RankShare) -> Cost:
         """What all methods add together."""

@@ -78,6 +78,11 @@ SKIPPING: list[dict[str, Any]] = [
     {"stage": 2, "sums": "task", "scope": "ahead", "accumulation": 3, "family": "roberta"},
     {"stage": 3, "sums": "task", "scope": "ahead", "accumulation": 3, "recompute": True, "deepspeed": RELEASED},
     {"stage": 2, "sums": "task", "scope": "ahead", "accumulation": 3, "skip": False},
+    # A head whose weight is the embedding too, and layers by name.
+    {"stage": 0, "layers": "all", "tied_head": "mask", "family": "t5", "accumulation": 3, "mask": "update"},
+    {"stage": 2, "layers": "all", "tied_head": "mask", "family": "t5"},
+    {"stage": 3, "layers": "all", "tied_head": "mask", "family": "t5", "deepspeed": RELEASED},
+    {"stage": 3, "layers": ["*.mlp.*", "lm_head"], "clip": 0.1},
     # Adapters: A and B are layers of their own.
     {"stage": 0, "lora": True, "clip": 0.1},
     {"stage": 2, "lora": True, "family": "t5", "mask": "update"},

@@ -34,9 +34,12 @@ class MiguConfig(VariedConfig):
     """`random` keeps the same number of rows, drawn at random in each step: the paper's ablation."""
     first_task: Literal["dense", "masked"] = "dense"
     """Train the stream's first task without a mask (`dense`, as the reference code does) or with one (`masked`)."""
-    layers: Literal["blocks", "all"] = "blocks"
+    layers: Literal["blocks", "all"] | tuple[str, ...] = "blocks"
     """`blocks`: mask each linear layer inside the transformer blocks; `all`: the output head too, as the reference code
-    does."""
+    does; or a list of patterns of layer names, such as `*.mlp.*`."""
+    tied_head: Literal["error", "mask"] = "error"
+    """What to do about an output head that `layers` names and that shares its weight with the embedding. `error`: refuse
+    it; `mask`: mask the weight's whole gradient by the head's outputs, as in the reference code."""
     mask_bias: bool = True
     """Mask a bias along with its weight's rows (reference code: false)."""
     count_padding: bool = False
@@ -57,6 +60,8 @@ class MiguConfig(VariedConfig):
     def __post_init__(self) -> None:
         """Refuse a mask scope that needs skipping without it, and settings of a measurement that random rows ignore."""
         super().__post_init__()
+        if not self.layers:
+            raise ValueError("layers: the list is empty; allowed: blocks, all, or at least one pattern")
         if self.mask_scope == "micro_batch" and not self.skip_rows:
             raise ValueError("mask_scope: micro_batch masks inside the backward pass, which skip_rows: false forbids")
         if self.mask_scope == "ahead" and self.sums != "task":

@@ -31,7 +31,8 @@ from cl_dist.methods.rehearsal import Rehearsal, Rehearsed
 from cl_dist.models.every_expert import module_experts
 from cl_dist.models.layer_kinds import TrackedLayer
 from cl_dist.models.skipping import RowSkipper
-from cl_dist.models.tracked import tracked_layers, untracked_matrices
+from cl_dist.models.structure import head_prefixes, is_below
+from cl_dist.models.tracked import shares_weight, tracked_layers, untracked_matrices
 from cl_dist.models.training_mode import layerdrop
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import RowFreezer, Shard, ShardView
@@ -56,7 +57,6 @@ class Migu(Method):
 
     def __init__(self, config: MiguConfig) -> None:
         super().__init__(config)
-        self.needs_all_logits = config.layers == "all"
         self.keep: dict[str, torch.Tensor] = {}
         """Masks of the latest step by name of a weight or bias: `(rows,)` bool, True for rows that are updated. Experts
         lie one after the other in one mask."""
@@ -76,7 +76,7 @@ class Migu(Method):
         With `mask: update`, the dropped rows of masters and moments are copied while the optimiser steps, and back.
         Magnitudes read every output once. Backward skips the dropped rows where the mask is known in time.
         """
-        layers = tracked_layers(share.model, self.config.layers)
+        layers = self._layers_of(share.model)
         sizes = [size for layer in layers.values() for size in layer.sizes]
         rows, kept = sum(sizes), sum(kept_rows(size, self.config.threshold) for size in sizes)
         message = _FLOAT64 * (rows + len(sizes) + len(layers) + 2)
@@ -117,6 +117,13 @@ class Migu(Method):
         known_in_time = train.gradient_accumulation == 1 or self.config.mask_scope != "step"
         return self.config.skip_rows and known_in_time
 
+    def prepare_model(self, model: nn.Module, seed: int) -> None:
+        """Find out whether the output head is masked, which then has to run over all positions."""
+        self.needs_all_logits = any(is_below(name, head_prefixes(model)) for name in self._layers_of(model))
+
+    def _layers_of(self, model: nn.Module) -> dict[str, TrackedLayer]:
+        return tracked_layers(model, self.config.layers, tied_head=self.config.tied_head == "mask")
+
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Hook the tracked layers, and let them skip rows if the recipe allows it."""
         self._model, self._shards, self._train, self._seed = model, shards, train, train.seed
@@ -130,7 +137,7 @@ class Migu(Method):
                 f"method.name: migu measures every layer in every step, but the model's configuration ({dropped}) "
                 "skips layers at random during training; allowed: 0"
             )
-        layers = tracked_layers(model, self.config.layers)
+        layers = self._layers_of(model)
         self._untracked = Untracked(numel, model, untracked_matrices(model, layers))
         # Routing decides how many tokens an expert gets, so no trial can show what its outputs are.
         inside = module_experts(model)
@@ -147,7 +154,7 @@ class Migu(Method):
 
     def rehearse(self, rehearsal: Rehearsal) -> Rehearsed:
         """Find and try out the layers, and cut the rows of every rank's pieces."""
-        self._train = rehearsal.train
+        self._model, self._train = rehearsal.model, rehearsal.train
         numels = rehearsal.shards.numels
         self._layers = self._find_layers(rehearsal.model, numels.__getitem__)
         self._note_not_skipped()
@@ -202,8 +209,11 @@ class Migu(Method):
         self._mask_from_here()
 
     def _note_not_skipped(self) -> None:
-        """Note the layers whose backward computes all rows: routers, and linear layers with a custom forward."""
-        whole = [layer for layer in self._layers.values() if not layer.kind.skips(layer.module)]
+        """Note the layers whose backward computes all rows: routers, linear layers with a custom forward, and heads
+        whose weight has the embedding's gradient too.
+        """
+        layers = self._layers.values()
+        whole = [each for each in layers if not each.kind.skips(each.module) or shares_weight(self._model, each)]
         self._not_skipped = {name for layer in whole for name in (layer.weight, layer.bias) if name is not None}
 
     def _row_layouts(self) -> dict[str, RowLayout]:
