@@ -2,7 +2,7 @@
 
 from cl_dist.kernels.apply_row_mask import apply_row_mask_, mask_rows_
 from cl_dist.kernels.importance_update import importance_update_
-from cl_dist.kernels.masked_weight_grad import masked_weight_grad, weight_grad_way, weight_grad_ways
+from cl_dist.kernels.masked_weight_grad import kept_weight_grad, masked_weight_grad, weight_grad_way, weight_grad_ways
 from cl_dist.kernels.row_magnitude import MagnitudeTotal, row_magnitude
 from cl_dist.kernels.rows import RowLayout, RowMask, RowMasks, RowSegment, row_segments
 from cl_dist.kernels.topk_row_mask import flat_row_masks, kept_rows, topk_row_mask, topk_row_masks
@@ -17,6 +17,7 @@ __all__ = [
     "flat_row_masks",
     "importance_update_",
     "kept_rows",
+    "kept_weight_grad",
     "mask_rows_",
     "masked_weight_grad",
     "row_magnitude",

@@ -72,6 +72,32 @@ def masked_weight_grad(
     return compute(x_TI, dy_TO, rows, weight_grad, bias_grad, bias)
 
 
+@torch.no_grad()
+def kept_weight_grad(input: torch.Tensor, grad_output: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute `dW[rows] = dY[:, rows]^T X` of a linear layer as a matrix of its kept rows alone.
+
+    For kept columns, `dW[:, columns] = dY^T X[:, columns]`: give the columns of the input, and no rows.
+
+    Args:
+        input: `(..., in_features)`, floating: the layer's input X, or the kept columns of it.
+        grad_output: `(..., out_features)`, same leading shape and dtype: the gradient dY of the layer's output.
+        rows: `(kept,)` int64, strictly ascending, in `[0, out_features)`; None: all rows.
+
+    Returns:
+        `(kept, in_features)`, in the input's dtype.
+    """
+    tokens = math.prod(input.shape[:-1])
+    x_TI, dy_TO = input.reshape(tokens, input.shape[-1]), grad_output.reshape(tokens, grad_output.shape[-1])
+    if rows is None:
+        return dy_TO.t() @ x_TI
+    out_features, in_features, kept = dy_TO.shape[1], x_TI.shape[1], rows.numel()
+    if (out_features - kept) * in_features < GATHER_COST * kept and not x_TI.is_cuda:
+        return (dy_TO.t() @ x_TI).index_select(0, rows)
+    if _has_gpu_kernels(input) and kept:
+        return torch.mm(gpu.kept_columns(dy_TO, rows)[0][:, :kept].t(), x_TI)
+    return dy_TO.index_select(1, rows).t() @ x_TI
+
+
 def weight_grad_ways(input: torch.Tensor) -> dict[str, gpu.Way]:
     """Return every way to compute a new weight gradient from this input on its device, by name.
 

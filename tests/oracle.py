@@ -6,7 +6,7 @@ the threshold, `.grad` is masked in place. Slow, and easy to believe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,10 @@ class Settings:
     clip: float | None = None
     masked: bool = True
     bias: bool = True
+    sums: str = "step"
+    """`task`: magnitudes add up over steps, as in the official code, which never clears them."""
+    ahead: bool = False
+    """A step is masked by the steps before it, the first one by its own magnitudes."""
     rounds: int = 1
     """Parts of a step that are masked one after the other, each by the magnitudes so far."""
 
@@ -53,6 +57,7 @@ class Dense:
         )
         self.magnitudes: dict[str, torch.Tensor] = {}
         self.keep: dict[str, torch.Tensor] = {}
+        self.following: dict[str, torch.Tensor] = {}
 
     def step(self, forwards: Forwards, chosen: dict[str, torch.Tensor] | None = None) -> None:
         """One step over `forwards`: (function from model to a loss, real-token masks). Gradients of the losses add up.
@@ -61,7 +66,10 @@ class Dense:
         """
         if self.settings.rounds > 1:
             return self._step_in_rounds(forwards)
-        self._backward(forwards)
+        known = self.following if self.settings.ahead else {}
+        self._backward(forwards, self.magnitudes if self.settings.sums == "task" else None)
+        self.following = self.keep
+        self.keep = known or self.keep
         self._update(self.keep if chosen is None else chosen)
 
     def _step_in_rounds(self, forwards: Forwards) -> None:
@@ -98,7 +106,7 @@ class Dense:
                 handle.remove()
             loss.backward()
             for name, output in outputs.items():
-                sums[name] = sums.get(name, 0) + self._magnitude(output, token_masks[_kind(name)])
+                sums[name] = sums.get(name, 0) + self._magnitude(output, token_masks[_kind(name, token_masks)])
         self.magnitudes = sums
         self.keep = {name: m >= torch.quantile(m, self.settings.threshold) for name, m in sums.items()}
 
@@ -111,9 +119,10 @@ class Dense:
 
     def _update(self, keep: dict[str, torch.Tensor]) -> None:
         params = dict(self.model.named_parameters())
+        names = {id(p): n for n, p in params.items()}  # a tied head's weight has the embedding's name
         rows = {}
         if self.settings.masked:
-            rows = {f"{n}.weight": k for n, k in keep.items()}
+            rows = {names[id(self.layers[n].weight)]: k for n, k in keep.items()}
             if self.settings.bias:
                 rows |= {f"{n}.bias": k for n, k in keep.items() if f"{n}.bias" in self.masters}
         for name, master in self.masters.items():
@@ -153,8 +162,10 @@ def _keeper(outputs: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
     return keep
 
 
-def _kind(name: str) -> str:
-    """T5: encoder layers, and the decoder's cross-attention keys and values, run over source tokens."""
-    if "decoder." not in name:
+def _kind(name: str, kinds: Collection[str]) -> str:
+    """T5: encoder layers, and the decoder's cross-attention keys and values, run over source tokens; the decoder and
+    the head over target tokens.
+    """
+    if "target" not in kinds or ("decoder." not in name and name != "lm_head"):
         return "input"
     return "input" if any(part in name for part in ("EncDecAttention.k", "EncDecAttention.v")) else "target"

@@ -11,6 +11,7 @@ from cl_dist.config.files import expand, is_folder, is_there
 from cl_dist.config.plugins import written_out
 from cl_dist.config.schema import Recipe, StreamConfig
 from cl_dist.errors import BadInput
+from cl_dist.methods.config import MethodConfig
 from cl_dist.tasks.formats.format import Own, paths_of, with_paths
 
 
@@ -29,6 +30,7 @@ def resolve_paths(recipe: Recipe, folder: Path, typed_root: bool = False) -> Rec
     """
     recipe = _resolve_rouge_tokenizer(_resolve_include_path(recipe, folder), folder)
     recipe = replace(recipe, output_dir=_at_home(recipe.output_dir, "output_dir"))
+    recipe = replace(recipe, method=tuple(_resolve_method(each, folder) for each in recipe.method))
     if recipe.plugins or recipe.classes:
         recipe = replace(recipe, plugins=written_out(recipe.plugins, recipe.classes))
 
@@ -68,6 +70,16 @@ def _own_paths(stream: StreamConfig) -> Iterator[str]:
 def _resolved(settings: Own, starts: tuple[Path | None, Path], key: str) -> Own:
     """A format's settings, each path resolved by `_beside`."""
     return with_paths(settings, {n: _beside(p, *starts, f"{key}.{n}") for n, p in paths_of(settings).items()})
+
+
+def _resolve_method(method: MethodConfig, folder: Path) -> MethodConfig:
+    """A method's settings with absolute paths. Raises BadInput for a file that does not exist."""
+    paths = {name: str(folder / expand(getattr(method, name), f"method.{name}")) for name in method.PATHS}
+    for name, path in paths.items():
+        with _naming(f"method.{name}"):
+            if not is_there(Path(path)):
+                raise BadInput(f"method.{name}: {path} does not exist")
+    return replace(method, **paths) if paths else method
 
 
 def _resolve_include_path(recipe: Recipe, folder: Path) -> Recipe:

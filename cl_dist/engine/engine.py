@@ -83,6 +83,7 @@ class TrainingEngine:
         self.objective = loaded.objective
         self.recipe = recipe
         self.method = method
+        method.prepare_model(loaded.model, recipe.train.seed)
         self._build(loaded.model)
 
     def _build(self, model: torch.nn.Module) -> None:

@@ -129,6 +129,12 @@ class Composed(Method):
 
     # The others have an answer, made of the methods' answers.
 
+    def prepare_model(self, model: torch.nn.Module, seed: int) -> None:
+        """Let each method prepare the model, which may decide what it needs."""
+        for method in self.methods:
+            method.prepare_model(model, seed)
+        self.needs_all_logits = any(method.needs_all_logits for method in self.methods)
+
     def cost(self, share: RankShare) -> Cost:
         """What all methods add together."""
         return Cost.total(_answered(method, "cost", method.cost(share), Cost) for method in self.methods)

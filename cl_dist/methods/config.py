@@ -44,6 +44,8 @@ class Role(Enum):
     """Trains new adapters in every task."""
     ANCHORS = auto()
     """Holds back weights that past tasks have trained."""
+    SELECTS = auto()
+    """Chooses which part of the weights is trained."""
     REHEARSES = auto()
     """Mixes past samples into a task's own."""
     BOUND = auto()
@@ -77,6 +79,8 @@ class MethodConfig:
     """What it does not compose with; the first exclusion that applies is reported."""
     MEANINGLESS: ClassVar[Sequence[str]] = ()
     """Metrics (keys of metrics.json) that mean nothing for this method; `cl-dist compare` leaves them out."""
+    PATHS: ClassVar[tuple[str, ...]] = ()
+    """Settings that are paths; relative ones start from the recipe's folder."""
     TABLE_NOTE: ClassVar[str | None] = None
     """What readers of a `cl-dist compare` table must know about its rows; shown after the row's name."""
 

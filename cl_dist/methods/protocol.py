@@ -99,6 +99,7 @@ class Memory:
 class Method:
     """A continual-learning method. The engine calls its moments in the same order in every run.
 
+    - once, before the first engine is built: `prepare_model`;
     - once per engine: `attach`, then the trials (`before_trial`, `after_trials`);
     - per task: `training_data`, `prepare_task`, `before_task`;
     - per step: `before_step`; then, per micro-batch, `before_forward`, `added_loss`, `before_backward`; then
@@ -144,6 +145,17 @@ class Method:
             BadInput: The method cannot train this model, as in `attach` and `after_trials`.
         """
         return Rehearsed()
+
+    def prepare_model(self, model: torch.nn.Module, seed: int) -> None:
+        """No engine has been built around `model` yet: add or freeze parameters now, as the first task needs them.
+
+        Args:
+            model: The loaded model; under ZeRO-3 its weights may be sharded.
+            seed: `train.seed`.
+
+        Raises:
+            BadInput: The method cannot train this model; raised on all ranks alike.
+        """
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """The engine has been built (or rebuilt) around `model`; `shards` gives access to its training state."""

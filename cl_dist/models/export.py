@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cl_dist.models.kept_parts import is_kept
 from cl_dist.models.lora import adapter_names, in_adapter, joined_adapters
 from cl_dist.models.training_mode import cache_as_loaded
 
@@ -37,7 +38,9 @@ def export_model(
         ValueError: A tensor is missing, or its shape differs from the model's.
     """
     adapter = isinstance(model, PeftModel)
-    parameters = {name: p for name, p in model.named_parameters() if not adapter or in_adapter(name, p)}
+    # The trained part of a weight is in the weight too, under whose name everyone else looks for it.
+    own = {name: p for name, p in model.named_parameters() if not is_kept(name)}
+    parameters = {name: p for name, p in own.items() if not adapter or in_adapter(name, p)}
     _check_complete(parameters, state_dict)
     weights = {name: state_dict[name].detach().contiguous() for name in parameters}
     if isinstance(model, PeftModel):

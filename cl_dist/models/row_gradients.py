@@ -39,7 +39,7 @@ def row_skipping_linear(
     Raises:
         ClDistError: The backward pass runs before they are set.
     """
-    result: torch.Tensor = _SkippingLinear.apply(*_autocast(input, weight, bias), chosen)
+    result: torch.Tensor = _SkippingLinear.apply(*autocast_like_linear(input, weight, bias), chosen)
     return result
 
 
@@ -47,23 +47,23 @@ def row_skipping_conv1d(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, chosen: ChosenRows
 ) -> torch.Tensor:
     """The same for transformers' `Conv1D`, whose `weight` is `(in, out)`: its output rows are columns."""
-    result: torch.Tensor = _SkippingConv1D.apply(*_autocast(input, weight, bias), chosen)
+    result: torch.Tensor = _SkippingConv1D.apply(*autocast_like_linear(input, weight, bias), chosen)
     return result
 
 
-def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def autocast_like_linear(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Cast as autocast does inside `nn.functional.linear`; custom autograd functions have to do it themselves.
 
     The casts are part of the graph, so the weight's gradient is cast back to the weight's own precision.
     """
     kind = next(tensor for tensor in tensors if tensor is not None).device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # a plan runs without numbers
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
-def _own(output: torch.Tensor) -> torch.Tensor:
+def own_memory(output: torch.Tensor) -> torch.Tensor:
     """The same memory, no longer marked as a view. Models may modify a layer's output in place (DeBERTa does), which
     autograd forbids for views returned by a custom function.
     """
@@ -82,7 +82,7 @@ class _SkippingLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(input, weight)
         ctx.chosen = chosen
-        return _own(nn.functional.linear(input, weight, bias))
+        return own_memory(nn.functional.linear(input, weight, bias))
 
     @staticmethod
     @once_differentiable
@@ -106,7 +106,7 @@ class _SkippingConv1D(torch.autograd.Function):
         ctx.save_for_backward(input, weight)
         ctx.chosen = chosen
         output = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight)
-        return _own(output.view(*input.shape[:-1], weight.shape[1]))
+        return own_memory(output.view(*input.shape[:-1], weight.shape[1]))
 
     @staticmethod
     @once_differentiable

@@ -3,42 +3,77 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 from torch import nn
 
+from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.kernels import RowLayout
 from cl_dist.models.layer_kinds import TrackedLayer, layers_of
 from cl_dist.models.structure import base_model, block_prefixes, head_prefixes, is_below, whole_shape
 
+SHOWN = 12
+"""Most names in a message."""
 
-def tracked_layers(model: nn.Module, layers: Literal["blocks", "all"]) -> dict[str, TrackedLayer]:
-    """The trainable linear layers inside the transformer blocks, and with `all` those of the output head too.
+Layers = Literal["blocks", "all"] | Sequence[str]
+"""The layers inside the transformer blocks, those of the output head too, or patterns of layer names."""
 
-    With LoRA, the matrices A and B are tracked as two separate layers; the frozen layer they adapt is not. The keys
-    are the layers' names, in model order.
+
+def tracked_layers(model: nn.Module, layers: Layers, tied_head: bool = False) -> dict[str, TrackedLayer]:
+    """The trainable linear layers that `layers` names, by name, in model order.
+
+    With LoRA, the matrices A and B are tracked as two separate layers; the frozen layer they adapt is not.
+
+    Args:
+        model: The model.
+        layers: Which layers. A pattern (`*.mlp.*`, as in a shell) has to match at least one of them.
+        tied_head: Whether a head that shares its weight with the embedding is tracked too, under the name that the
+            weight has in `model.named_parameters()`.
 
     Raises:
         BadInput: The model has no such layer, or two layers share a weight.
     """
-    prefixes = block_prefixes(model) + (head_prefixes(model) if layers == "all" else ())
-    tracked = {layer.name: layer for layer in _trainable_layers(model, prefixes)}
+    if isinstance(layers, str):
+        prefixes = block_prefixes(model) + (head_prefixes(model) if layers == "all" else ())
+        tracked = {layer.name: layer for layer in _trainable_layers(model, lambda name: is_below(name, prefixes))}
+    else:
+        found = {layer.name: layer for layer in _trainable_layers(model, lambda name: True)}
+        tracked = {name: layer for name, layer in found.items() if any(fnmatchcase(name, each) for each in layers)}
+        _refuse_unmatched(layers, found)
     if not tracked:
         raise BadInput(
             f"method.layers: {type(base_model(model)).__name__} has no trainable linear layer inside transformer "
             "blocks, which MIGU needs; use another model, or LoRA"
         )
-    _refuse_shared_weights(model, tracked)
-    return tracked
+    _refuse_shared_weights(model, tracked, tied_head)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {
+        name: replace(layer, weight=names[id(_parameter(modules, layer.weight))]) for name, layer in tracked.items()
+    }
 
 
-def tracked_linears(model: nn.Module, layers: Literal["blocks", "all"]) -> dict[str, nn.Linear]:
+def shares_weight(model: nn.Module, layer: TrackedLayer) -> bool:
+    """Whether another module computes with the layer's weight too: an embedding with that of its head."""
+    weight = _parameter(dict(model.named_modules(remove_duplicate=False)), layer.weight)
+    return sum(each is weight for module in model.modules() for each in module._parameters.values()) > 1
+
+
+def _refuse_unmatched(patterns: Sequence[str], found: Mapping[str, TrackedLayer]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            known = listed(dict.fromkeys(any_block(name) for name in found), SHOWN)
+            raise BadInput(f"method.layers: {pattern} matches no trainable linear layer; the model has {known}")
+
+
+def tracked_linears(model: nn.Module, layers: Layers, tied_head: bool = False) -> dict[str, nn.Linear]:
     """The subset of `tracked_layers` that are `nn.Linear` modules."""
-    modules = {name: layer.module for name, layer in tracked_layers(model, layers).items()}
+    modules = {name: layer.module for name, layer in tracked_layers(model, layers, tied_head).items()}
     return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
 
 
@@ -95,12 +130,12 @@ def any_block(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def _trainable_layers(model: nn.Module, prefixes: tuple[str, ...]) -> Iterator[TrackedLayer]:
-    """Yield every linear layer whose weight is trained, once for each of its names."""
+def _trainable_layers(model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[TrackedLayer]:
+    """Yield every linear layer in a wanted module whose weight is trained, once for each of its names."""
     modules = dict(model.named_modules(remove_duplicate=False))
     trained = {id(param) for param in model.parameters() if param.requires_grad}
     for name, module in modules.items():
-        if is_below(name, prefixes):
+        if wanted(name):
             for layer in layers_of(name, module, modules):
                 if id(_parameter(modules, layer.weight)) in trained:
                     bias = _parameter(modules, layer.bias) if layer.bias else None
@@ -123,9 +158,9 @@ def _matrices_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return matrices
 
 
-def _refuse_shared_weights(model: nn.Module, tracked: Mapping[str, TrackedLayer]) -> None:
+def _refuse_shared_weights(model: nn.Module, tracked: Mapping[str, TrackedLayer], tied_head: bool) -> None:
     """Refuse a weight that two modules share: its mask would stop the other module from learning too, although the
-    magnitudes never saw that module.
+    magnitudes never saw that module. The recipe may allow it for a head.
     """
     owners: dict[int, list[str]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -136,7 +171,9 @@ def _refuse_shared_weights(model: nn.Module, tracked: Mapping[str, TrackedLayer]
         name = layer.weight.rpartition(".")[0]
         if others := [owner for owner in owners[id(_parameter(modules, layer.weight))] if owner != name]:
             in_blocks = is_below(name, block_prefixes(model))
-            allowed = "LoRA or another method" if in_blocks else "method.layers: blocks"
+            if tied_head and not in_blocks:
+                continue
+            allowed = "LoRA or another method" if in_blocks else "method.layers: blocks, or method.tied_head: mask"
             raise BadInput(
                 f"method.layers: {name} shares its weight with {others[0]}, whose rows would be masked too; "
                 f"allowed for this model is {allowed}"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from cl_dist.methods.composed import compose
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
@@ -100,7 +99,7 @@ class RankView:
     @cached_property
     def methods(self) -> Cost:
         """What the recipe's methods add."""
-        return compose(self.setup.recipe.method).cost(self.share)
+        return self.shape.method.cost(self.share)
 
     @property
     def share(self) -> RankShare:

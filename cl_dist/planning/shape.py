@@ -14,6 +14,8 @@ from transformers import PreTrainedConfig
 from cl_dist.config.objectives import ObjectiveName
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.settings import optimizer_groups
+from cl_dist.methods.composed import compose
+from cl_dist.methods.protocol import Method
 from cl_dist.models.load import model_on_meta
 from cl_dist.models.lora import add_lora
 from cl_dist.models.structure import base_model
@@ -55,6 +57,8 @@ class ModelShape:
     groups: tuple[tuple[Parameter, ...], ...]
     """AdamW's groups of trainable parameters, in the order in which DeepSpeed flattens them."""
     buffer_bytes: int
+    method: Method
+    """The recipe's methods, which have prepared the model."""
 
     @cached_property
     def trainable(self) -> Mapping[str, Parameter]:
@@ -95,6 +99,8 @@ def describe_model(recipe: Recipe, config: PreTrainedConfig | None = None, label
             model = add_lora(built, recipe.model.lora, objective, recipe.train.seed)
     if recipe.train.activation_checkpointing:
         enable_activation_checkpointing(model)
+    method = compose(recipe.method)
+    method.prepare_model(model, recipe.train.seed)
     switch_cache_off(model)
     parameters = tuple(
         Parameter(name, tuple(each.shape), each.requires_grad, each.element_size())
@@ -103,4 +109,4 @@ def describe_model(recipe: Recipe, config: PreTrainedConfig | None = None, label
     by_name = {each.name: each for each in parameters}
     groups = tuple(tuple(by_name[name] for name in group) for group in optimizer_groups(model) if group)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    return ModelShape(model, objective, parameters, groups, buffers)
+    return ModelShape(model, objective, parameters, groups, buffers, method)

@@ -325,7 +325,7 @@ def unused(mutant: Mutant, recipe: Recipe, folder: Path) -> str | None:
     asked = _asked(mutant)
     used = dict(_leaves(to_dict(recipe)))
     for key, value in _leaves(asked):
-        path = key.endswith((".path", *RESOLVED)) or key in RESOLVED or key == "stream.order"
+        path = key.endswith((".path", ".file", *RESOLVED)) or key in RESOLVED or key == "stream.order"
         if not path and value not in ({}, None) and used.get(key) != value:
             return f"{key}: {value!r} was asked for, {used.get(key)!r} is used"
     return None

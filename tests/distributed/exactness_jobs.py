@@ -63,7 +63,8 @@ class Case:
         recompute: bool = False, mask: str = "gradient", family: str = "llama", magnitude: str = "per_token",
         steps: int = 3, offload: bool = False, threshold: float = 0.7, masked: bool = True,
         deepspeed: dict[str, Any] | None = None, eps: float = 1e-2, average: str = "tokens",
-        skip: bool = True, scope: str = "step", lora: bool = False, grad_dtype: str | None = None,
+        skip: bool = True, scope: str = "step", lora: bool = False, grad_dtype: str | None = None, sums: str = "step",
+        layers: Any = "blocks", tied_head: str = "error",
     ) -> None:  # fmt: skip
         self.family, self.steps, self.accumulation, self.dtype = family, steps, accumulation, dtype
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -87,6 +88,9 @@ class Case:
             first_task="masked" if masked else "dense",  # type: ignore[arg-type]
             skip_rows=skip,
             mask_scope=scope,
+            sums=sums,
+            layers=tuple(layers) if isinstance(layers, list) else layers,
+            tied_head=tied_head,  # type: ignore[arg-type]
         )
         model = (odd_lora if lora else odd_model)(family).to(getattr(torch, dtype))
         dense = copy.deepcopy(model)
@@ -98,9 +102,12 @@ class Case:
             weight_decay=decay,
             clip=clip,
             masked=masked,
+            sums=sums,
+            ahead=scope == "ahead",
             rounds=accumulation if scope == "micro_batch" else 1,
         )
-        self.dense = Dense(dense, tracked_linears(dense, "blocks"), settings)
+        tracked = tracked_linears(dense, self.config.layers, tied_head == "mask")
+        self.dense = Dense(dense, tracked, settings)
         self.local = copy.deepcopy(model)
         """The model before any step, for this rank's own gradients."""
         if recompute:
@@ -144,7 +151,8 @@ class Case:
         forwards = [
             (mean_loss(b, self.family, b.targets * len(every) if means else targets), b.token_masks) for b in every
         ]
-        chosen = {name: self.migu.keep[f"{name}.weight"] for name in self.dense.layers} if self.migu.keep else {}
+        layers = self.migu._layers if self.migu.keep else {}
+        chosen = {name: self.migu.keep[layer.weight] for name, layer in layers.items()}
         self.dense.step(forwards, chosen=chosen)
         report["flips"] += sum(int((self.dense.keep[name] != keep).sum()) for name, keep in chosen.items())
 

@@ -10,7 +10,7 @@ from cl_dist.methods.catalogue import built_in
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ROOT / "cl_dist" / "methods"
-FAMILIES = {"tasl": "kif", "recurrent_kif": "kif", "olora": "inclora"}
+FAMILIES = {"tasl": "kif", "recurrent_kif": "kif", "olora": "inclora", "given": "selective", "hft": "selective"}
 """Methods that build on another one."""
 REASONS = {
     ("cl_dist/methods/catalogue.py", "sequential"): "the default method",
@@ -18,6 +18,8 @@ REASONS = {
 }
 DATA_FORMATS = {"tasl"}
 """Methods whose names also belong to data formats, outside `cl_dist/methods`."""
+WORDS = {"given"}
+"""Methods whose names are also names of variables."""
 
 
 def sources() -> Iterator[Path]:
@@ -62,7 +64,12 @@ def strangers() -> Iterator[str]:
     for path in sources():
         place, own = path.relative_to(ROOT).as_posix(), room_of(path)
         for word in dict.fromkeys(words(path)):
-            if word not in homes or homes[word] in (own, FAMILIES.get(own)) or own == FAMILIES.get(homes[word]):
+            if (
+                word in WORDS
+                or word not in homes
+                or homes[word] in (own, FAMILIES.get(own))
+                or own == FAMILIES.get(homes[word])
+            ):
                 continue
             if (place, word) in REASONS or (word in DATA_FORMATS and not path.is_relative_to(ROOMS)):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import LoraConfig, Recipe, ZeroConfig
+from cl_dist.methods.config import MethodConfig
 from cl_dist.methods.sequential.config import SequentialConfig
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape, describe_model
@@ -30,6 +32,7 @@ def planned(
     config: PreTrainedConfig | None = None,
     zero: dict[str, Any] | None = None,
     device: str = "cpu",
+    methods: Sequence[MethodConfig] = (SequentialConfig(),),
     **train: Any,
 ) -> tuple[Setup, ModelShape]:
     """A set-up on `world` ranks, and its model."""
@@ -41,7 +44,7 @@ def planned(
         model=replace(quick.model, name_or_path="a Llama", lora=LoraConfig(r=lora) if lora else None),
         train=replace(quick.train, **settings),
         zero=ZeroConfig(stage=stage, deepspeed=raw),  # type: ignore[arg-type]
-        method=(SequentialConfig(),),
+        method=tuple(methods),
     )
     setup = Setup(recipe, 1, world, device)  # type: ignore[arg-type]
     return setup, describe_model(recipe, config or llama())

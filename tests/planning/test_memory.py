@@ -104,8 +104,7 @@ def test_migu_holds_its_masks_and_on_a_gpu_the_sums_that_wait_to_be_folded() -> 
     rows = [64, 64, 64, 64, 96, 96, 64] * 2
     held = {}
     for world, device in ((1, "cpu"), (2, "cpu"), (2, "cuda")):
-        setup, shape = planned(world, device=device)
-        setup = replace(setup, recipe=replace(setup.recipe, method=(MiguConfig(name="migu"),)))
+        setup, shape = planned(world, device=device, methods=[MiguConfig(name="migu")])
         held[world, device] = plan_memory(setup, shape).held
     # The mask, the rows' numbers, and in how many steps each was kept.
     assert held[1, "cpu"]["MIGU's masks"] == (1 + 8 + 4) * sum(rows)

@@ -57,7 +57,7 @@ def test_what_the_methods_add_is_named_apart() -> None:
     plain = plan_wire(setup, shape)
     assert plain.methods_step == plain.methods_task == ()
     methods = (MiguConfig(name="migu"), KifConfig(name="kif"))
-    wire = plan_wire(replace(setup, recipe=replace(setup.recipe, method=methods)), shape)
+    wire = plan_wire(*planned(2, 2, lora=3, methods=methods))
     assert wire.step == plain.step
     magnitudes, penalty = wire.methods_step
     layers = sum("lora_" in name for name in shape.trainable)

@@ -15,6 +15,7 @@ from cl_dist.kernels import MagnitudeTotal
 from cl_dist.methods.migu.token_axes import Call, Trial, calls_of, counted
 from cl_dist.models.experts import Routed
 from cl_dist.models.layer_kinds import Tap, TrackedLayer
+from cl_dist.sharding import Shard
 
 Plan = Mapping[str, tuple[Call, ...]]
 """The calls of each layer in a forward pass, by layer name."""
@@ -91,6 +92,44 @@ class MagnitudeSums:
         self._total.total.zero_()
         self.tokens.zero_()
         self.calls = dict.fromkeys(self.layers, 0)
+
+    def remembered(self) -> torch.Tensor:
+        """A copy of `flat`, to go back to with `recall`."""
+        return self.flat.clone()
+
+    def recall(self, sums: torch.Tensor) -> None:
+        """Replace `flat`, `(sum of sizes,)` float64."""
+        self._total.forget()
+        self._total.total.copy_(sums)
+
+    def tensors(self, replicated: bool) -> dict[str, Shard]:
+        """The layers that this rank saves, by weight: live views of `flat`, which together hold each layer once.
+
+        Args:
+            replicated: Whether rank 0 writes the whole saved state (ZeRO stage 0).
+        """
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return {
+            self.layers[name].weight: Shard(0, sums)
+            for number, (name, sums) in enumerate(self.by_layer.items())
+            if replicated or number % world == rank
+        }
+
+    def before_save(self, replicated: bool) -> None:
+        """Put the sums over all ranks where `tensors` saves them, and zeros elsewhere (collective).
+
+        The sums over all ranks stay what they were, to the last bit: they are exact in double precision.
+        """
+        torch.distributed.all_reduce(self.flat)
+        self.tensors_loaded(replicated)
+
+    def tensors_loaded(self, replicated: bool) -> None:
+        """`tensors` has what was saved, all of it on every rank if `replicated`; nothing may count twice."""
+        own = self.tensors(replicated) if not replicated or torch.distributed.get_rank() == 0 else {}
+        for name, sums in self.by_layer.items():
+            if self.layers[name].weight not in own:
+                sums.zero_()
+        self.calls = dict.fromkeys(self.layers, 1)  # the steps before have measured every layer
 
     def begin(self, token_masks: Mapping[str, torch.Tensor]) -> None:
         """A training forward pass starts now. `token_masks` marks its real tokens: bool `(batch, length)` by kind."""

@@ -31,7 +31,8 @@ from cl_dist.methods.rehearsal import Rehearsal, Rehearsed
 from cl_dist.models.every_expert import module_experts
 from cl_dist.models.layer_kinds import TrackedLayer
 from cl_dist.models.skipping import RowSkipper
-from cl_dist.models.tracked import tracked_layers, untracked_matrices
+from cl_dist.models.structure import head_prefixes, is_below
+from cl_dist.models.tracked import shares_weight, tracked_layers, untracked_matrices
 from cl_dist.models.training_mode import layerdrop
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import RowFreezer, Shard, ShardView
@@ -56,7 +57,6 @@ class Migu(Method):
 
     def __init__(self, config: MiguConfig) -> None:
         super().__init__(config)
-        self.needs_all_logits = config.layers == "all"
         self.keep: dict[str, torch.Tensor] = {}
         """Masks of the latest step by name of a weight or bias: `(rows,)` bool, True for rows that are updated. Experts
         lie one after the other in one mask."""
@@ -64,7 +64,9 @@ class Migu(Method):
         """All of them, one after the other."""
         self._masks_this_task = False
         self._step = 0
-        self._micro_batch = 0
+        self._micro_batch = self._forwards = 0
+        self._summed = 0
+        """With `sums: task`, steps of the task whose magnitudes have been added up."""
 
     def cost(self, share: RankShare) -> Cost:
         """Sums of magnitudes, on a GPU with those that wait to be folded; the chosen rows, their mask, and with several
@@ -74,7 +76,7 @@ class Migu(Method):
         With `mask: update`, the dropped rows of masters and moments are copied while the optimiser steps, and back.
         Magnitudes read every output once. Backward skips the dropped rows where the mask is known in time.
         """
-        layers = tracked_layers(share.model, self.config.layers)
+        layers = self._layers_of(share.model)
         sizes = [size for layer in layers.values() for size in layer.sizes]
         rows, kept = sum(sizes), sum(kept_rows(size, self.config.threshold) for size in sizes)
         message = _FLOAT64 * (rows + len(sizes) + len(layers) + 2)
@@ -86,13 +88,14 @@ class Migu(Method):
             owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
             frozen = {"MIGU's frozen rows": 3 * 4 * round(owned * (1 - kept / rows))}
         recorded = BYTES * rows
+        summed = _FLOAT64 * rows if self.config.sums == "task" else 0  # saved, and copied in case a step is skipped
         return Cost(
             device={
-                "MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)) + waiting,
+                "MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)) + waiting + summed,
                 "MIGU's masks": (1 + chosen + (_INT32 if share.world > 1 else 0)) * rows + recorded,
             },
             stepping=frozen,
-            saved=recorded if share.replicated else recorded // share.world,
+            saved=(recorded + summed) // (1 if share.replicated else share.world),
             step=(share.all_reduce(message * times, "MIGU's magnitudes", times),),
             traffic=4 * sum(frozen.values()),
             token_traffic=rows * share.itemsize,
@@ -111,8 +114,15 @@ class Migu(Method):
 
     def _skips_rows(self, train: TrainConfig) -> bool:
         """Whether the rows are known before backward, which can then skip the others."""
-        known_in_time = train.gradient_accumulation == 1 or self.config.mask_scope == "micro_batch"
+        known_in_time = train.gradient_accumulation == 1 or self.config.mask_scope != "step"
         return self.config.skip_rows and known_in_time
+
+    def prepare_model(self, model: nn.Module, seed: int) -> None:
+        """Find out whether the output head is masked, which then has to run over all positions."""
+        self.needs_all_logits = any(is_below(name, head_prefixes(model)) for name in self._layers_of(model))
+
+    def _layers_of(self, model: nn.Module) -> dict[str, TrackedLayer]:
+        return tracked_layers(model, self.config.layers, tied_head=self.config.tied_head == "mask")
 
     def attach(self, model: torch.nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Hook the tracked layers, and let them skip rows if the recipe allows it."""
@@ -127,10 +137,15 @@ class Migu(Method):
                 f"method.name: migu measures every layer in every step, but the model's configuration ({dropped}) "
                 "skips layers at random during training; allowed: 0"
             )
-        layers = tracked_layers(model, self.config.layers)
+        layers = self._layers_of(model)
         self._untracked = Untracked(numel, model, untracked_matrices(model, layers))
         # Routing decides how many tokens an expert gets, so no trial can show what its outputs are.
         inside = module_experts(model)
+        if self.config.sums == "task" and any(layer.kind.routed for layer in layers.values()):
+            raise BadInput(
+                "method.sums: task adds up what the rows of a layer put out in every step, but an expert of this model "
+                "runs only when tokens are routed to it; allowed: step"
+            )
         routed = [layer for name, layer in layers.items() if name.startswith(inside)]
         if len(routed) == len(layers):
             raise BadInput("method.layers: the outputs of none of this model's linear layers can be measured")
@@ -139,7 +154,7 @@ class Migu(Method):
 
     def rehearse(self, rehearsal: Rehearsal) -> Rehearsed:
         """Find and try out the layers, and cut the rows of every rank's pieces."""
-        self._train = rehearsal.train
+        self._model, self._train = rehearsal.model, rehearsal.train
         numels = rehearsal.shards.numels
         self._layers = self._find_layers(rehearsal.model, numels.__getitem__)
         self._note_not_skipped()
@@ -194,8 +209,11 @@ class Migu(Method):
         self._mask_from_here()
 
     def _note_not_skipped(self) -> None:
-        """Note the layers whose backward computes all rows: routers, and linear layers with a custom forward."""
-        whole = [layer for layer in self._layers.values() if not layer.kind.skips(layer.module)]
+        """Note the layers whose backward computes all rows: routers, linear layers with a custom forward, and heads
+        whose weight has the embedding's gradient too.
+        """
+        layers = self._layers.values()
+        whole = [each for each in layers if not each.kind.skips(each.module) or shares_weight(self._model, each)]
         self._not_skipped = {name for layer in whole for name in (layer.weight, layer.bias) if name is not None}
 
     def _row_layouts(self) -> dict[str, RowLayout]:
@@ -270,23 +288,53 @@ class Migu(Method):
         self._start_step()
 
     def _start_step(self) -> None:
-        self._sums.clear()
-        self._micro_batch = 0
+        if self.config.sums == "step":
+            self._sums.clear()
+        self._micro_batch = self._forwards = 0
 
     def before_step(self, step: int) -> None:
-        """Begin a new record of the kept rows with a task's first step."""
+        """Begin new records of kept rows and magnitudes with a task's first step."""
         self._counts.begin(step)
+        if self.config.sums == "task":
+            # A resume has restored the sums of the steps before, which came after `before_task`.
+            if step == 0:
+                self._sums.clear()
+                self._summed = 0
+            self._sums_before = self._sums.remembered()
 
     def before_forward(self, step: int, batch: Batch) -> None:
         """Remember which tokens count, and drop the rows chosen for the previous backward pass."""
         self._step = step
         self._sums.begin(batch.token_masks)
-        self._forget_rows()
+        if not self._ahead:
+            self._forget_rows()
+        elif self._forwards == 0:
+            self._look_ahead()
+        self._forwards += 1
 
     def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Choose the rows that this micro-batch's backward pass computes."""
-        if self._masks_this_task and self._skipper is not None:
-            keep, masks = self._choose_rows()
+        if self._masks_this_task and self._skipper is not None and not self._ahead:
+            self._skip_others()
+        return loss
+
+    @property
+    def _ahead(self) -> bool:
+        return self.config.mask_scope == "ahead"
+
+    def _look_ahead(self) -> None:
+        """Choose a step's rows before its first forward pass, from the task's steps so far, if there are any."""
+        known = self._masks_this_task and self._summed > 0
+        if self._skipper is not None:
+            self._skipper.active = known
+        self._forget_rows()
+        if known:
+            self._skip_others()
+
+    def _skip_others(self) -> None:
+        """Choose the rows that backward computes from now on."""
+        keep, masks = self._choose_rows()
+        if self._skipper is not None:
             self._skipper.choose({name: of_layer[0].rows for name, of_layer in masks.items()})
             for name, tap in self._sums.taps.items():
                 tap.rows = {
@@ -294,19 +342,20 @@ class Migu(Method):
                     for layer, of_layer in masks.items()
                     if layer.rpartition(".")[0] == name
                 }
-            self._remember(keep)
-        return loss
+        self._remember(keep)
 
     def before_update(self) -> None:
         """Zero the gradients of the rows that are not kept, unless backward has skipped them already."""
         if not self._masks_this_task:
             self._check_ran()
             return
-        if self._skipper is None:
+        # The rows are known, unless nothing was measured in time.
+        if self._summed == 0 if self._ahead else self._skipper is None:
             self._remember(self._choose_rows()[0])
+        skipped = self._skipper is not None and self._skipper.active
         for name, keep in self.keep.items():
             # Skipped rows are zero already, unless a method before this one has added to them.
-            if self._skipper is not None and name not in self._shards.edited and name not in self._not_skipped:
+            if skipped and name not in self._shards.edited and name not in self._not_skipped:
                 continue
             shard = self._shards.gradient(name)
             if shard is not None:
@@ -321,23 +370,31 @@ class Migu(Method):
         self._counts.write(TaskFolder(folder).kept_rows, masked=self._masks_this_task)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which steps the record of kept rows includes."""
-        return {QUANTITY: self._counts.state()}
+        """Which steps the record of kept rows includes, and how many the sums of magnitudes."""
+        return {QUANTITY: self._counts.state(), **({"summed": self._summed} if self.config.sums == "task" else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the record of kept rows."""
         self._counts.restore(state.get(QUANTITY))
+        self._summed = state.get("summed", 0)
 
     def tensors(self) -> dict[str, dict[str, Shard]]:
-        """The record of kept rows."""
-        return {QUANTITY: self._counts.tensors()}
+        """The record of kept rows; with `sums: task` the magnitudes too."""
+        found = {QUANTITY: self._counts.tensors()}
+        if self.config.sums == "task":
+            found["magnitudes"] = self._sums.tensors(self._shards.replicated)
+        return found
 
     def tensors_loaded(self) -> None:
         """Give every rank the whole record again."""
         self._counts.tensors_loaded()
+        if self.config.sums == "task":
+            self._sums.tensors_loaded(self._shards.replicated)
 
     def before_save(self) -> None:
         """Check now that the ranks agree on the last masks, rather than in the next step."""
+        if self.config.sums == "task":
+            self._sums.before_save(self._shards.replicated)
         if torch.distributed.get_world_size() > 1:
             message = self._agreement.message()
             torch.distributed.all_reduce(message)
@@ -345,10 +402,16 @@ class Migu(Method):
 
     def update_skipped(self) -> None:
         """Discard the sums of the skipped step."""
-        self.after_update()
+        if self.config.sums == "task":
+            self._sums.recall(self._sums_before)
+        self._end_step()
 
     def after_update(self) -> None:
-        """Reset the sums for the next step."""
+        """Reset the sums for the next step, or count the step that they include now."""
+        self._summed += 1
+        self._end_step()
+
+    def _end_step(self) -> None:
         self._start_step()
         self._forget_rows()
         if self._freezer is not None:

@@ -40,6 +40,7 @@ def behaviours(folder: str) -> dict[str, Any]:
         "left_behind": _left_behind(),
         "disagreement": [_agreement(differ) for differ in (False, True)],
         "record": _record(Path(folder)),
+        "task_sums": {scope: _task_sums(Path(folder) / scope, scope) for scope in ("step", "ahead")},
     }
 
 
@@ -49,7 +50,13 @@ def _engine(
     recipe = Recipe(
         model=ModelConfig(name_or_path="odd"),
         stream=StreamConfig(tasks=(TaskConfig(name="t", format="builtin"),)),
-        train=TrainConfig(micro_batch_size=2, gradient_accumulation=accumulation, learning_rate=1e-2, eps=1e-2),
+        train=TrainConfig(
+            micro_batch_size=2,
+            gradient_accumulation=accumulation,
+            learning_rate=1e-2,
+            eps=1e-2,
+            max_skipped_steps=1,
+        ),
         zero=ZeroConfig(stage=2),
         output_dir="unused",
     )
@@ -124,6 +131,48 @@ def _record(folder: Path) -> dict[str, Any]:
     engine.destroy()
     saved = len(extra["method0.kept_rows"])
     return {"sums": {name: each.tolist() for name, each in sums.items()}, "saved": saved}
+
+
+def _task_sums(folder: Path, scope: str) -> dict[str, list[bool]]:
+    """Whether the masks of the last two steps are the same: after a state was saved in the middle; after a resume from
+    it; and where a step that saw a loss that is not finite, and so changed nothing, came in between.
+    """
+    place, masks = TaskPlace(1, "t", 4), {}
+    for way in ("straight", "saved", "resumed", "skipped"):
+        engine, migu = _engine(sums="task", mask_scope=scope, accumulation=2, mask="update")
+        engine.before_task(place)
+        if way == "resumed":
+            found = load_snapshot(folder, engine.shards, engine.method.tensors())
+            engine.method.tensors_loaded()
+            engine.before_task(place)
+            engine.method.load_state_dict(found)
+        else:
+            for step in range(2):
+                _two_micro_batches(engine, step)
+        if way == "saved":
+            engine.method.before_save()
+            state = engine.method.state_dict()
+            save_snapshot(folder, engine.shards, state, moments=True, extra=engine.method.tensors())
+        if way == "skipped":
+            _two_micro_batches(engine, 7, spoilt=True)
+        masks[way] = []
+        for step in (2, 3):
+            _two_micro_batches(engine, step)
+            masks[way].append(torch.cat(list(migu.keep.values())))
+        engine.destroy()
+    first, second = masks["straight"]
+    assert not torch.equal(first, second)
+    return {way: [torch.equal(one, other) for one, other in zip(found, masks["straight"], strict=True)]
+            for way, found in masks.items()}  # fmt: skip
+
+
+def _two_micro_batches(engine: TrainingEngine, step: int, spoilt: bool = False) -> None:
+    rank, batch = torch.distributed.get_rank(), samples("llama", 8, seed=step)
+    mine = micro_batches("llama", batch[4 * rank : 4 * rank + 4], 2)
+    hook = engine.model.lm_head.register_forward_hook(lambda *parts: parts[2] * float("nan")) if spoilt else None
+    engine.train_step(step, mine, sum(sample.targets for sample in batch))
+    if hook is not None:
+        hook.remove()
 
 
 def _evaluation() -> float:

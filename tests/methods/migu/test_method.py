@@ -131,3 +131,9 @@ def test_a_task_without_masks_has_a_record_that_says_so(reports: list[dict[str, 
         stated = json.loads(file.metadata()["record"])
         assert (stated["masked"], stated["steps"]) == (False, 0)
         assert list(file.keys()) == []
+
+
+def test_sums_of_a_task_survive_a_state_a_resume_and_a_skipped_step(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
+        for scope in ("step", "ahead"):
+            assert report["task_sums"][scope] == dict.fromkeys(("straight", "saved", "resumed", "skipped"), [True] * 2)

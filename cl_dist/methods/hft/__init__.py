@@ -1,0 +1,1 @@
+"""Half fine-tuning: a random half of the matrices is frozen in every task."""

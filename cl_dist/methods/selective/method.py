@@ -1,0 +1,177 @@
+"""The base of methods that choose once per task which part of the weights is trained, before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from torch import nn
+
+from cl_dist.config.schema import TrainConfig
+from cl_dist.methods.cost import Cost, RankShare
+from cl_dist.methods.protocol import Method, TaskPlace
+from cl_dist.models.kept_parts import KeptPart, Part, install, is_kept
+from cl_dist.models.structure import whole_shape
+from cl_dist.sharding import Shard, ShardView, whole_parameters
+
+
+class Selective(Method):
+    """Trains parts of weights as parameters of their own (`models/kept_parts.py`); the rest has no gradient at all.
+
+    Override `parts`, which says how much of each weight is trained, and `choose`, which says what; or `frozen`, for
+    whole parameters. The choice of parts is in the saved state; frozen parameters have to follow from seed and task.
+    """
+
+    def parts(self, model: nn.Module) -> Sequence[Part]:
+        """The weights of which a part is trained. The same in every task.
+
+        Raises:
+            BadInput: The method cannot train this model.
+        """
+        return ()
+
+    def frozen(self, model: nn.Module, task: int) -> Set[str]:
+        """Names of the parameters, trainable when the run begins, that task `task` (0-based) does not train at all."""
+        return frozenset()
+
+    def choose(self, place: TaskPlace) -> Mapping[str, torch.Tensor]:
+        """Choose a task's rows or columns, before its first step, the same on all ranks.
+
+        `self.model` computes with the weights that the task starts from, and `place.probe` can measure it.
+
+        Returns:
+            By weight name `(Part.count,)` int64, strictly ascending.
+        """
+        return {}
+
+    def trains_rest(self, name: str) -> bool:
+        """Whether a parameter that is trainable and has no `Part` is trained as a whole."""
+        return True
+
+    def prepare_model(self, model: nn.Module, seed: int) -> None:
+        """Freeze the weights, and put their trained parts beside them."""
+        self.seed = seed
+        parts = self.parts(model)
+        whole = {part.weight for part in parts}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in whole and not self.trains_rest(name):
+                parameter.requires_grad_(False)
+        self._parts: list[KeptPart] = install(model, parts)
+        # Parameters that are trained as a whole, in all tasks together.
+        self.whole = [name for name, each in model.named_parameters() if each.requires_grad and not is_kept(name)]
+        self.model = model
+        self.prepare_task(0)
+
+    def cost(self, share: RankShare) -> Cost:
+        """The weights that a task does not train are saved with its state, by every rank an even share."""
+        names = [*self._frozen, *self._resting]
+        frozen = sum(whole_shape(self.model.get_parameter(name)).numel() for name in names) * share.itemsize
+        return Cost(saved=frozen if share.replicated else frozen // share.world)
+
+    def attach(self, model: nn.Module, shards: ShardView, train: TrainConfig) -> None:
+        """Remember the model and its shards."""
+        self.shards = shards
+        self._pending = False
+
+    def prepare_task(self, index: int) -> bool:
+        """Freeze the whole parameters that the task does not train, and thaw the others."""
+        frozen = self.frozen(self.model, index)
+        trained = {name: name not in frozen for name in self.whole}
+        parameters = {name: self.model.get_parameter(name) for name in self.whole}
+        changed = any(parameters[name].requires_grad != trains for name, trains in trained.items())
+        for name, trains in trained.items():
+            parameters[name].requires_grad_(trains)
+        return changed
+
+    def before_task(self, place: TaskPlace) -> None:
+        """The choice is due, unless a saved state brings it."""
+        self._place, self._pending = place, True
+        self._activate(False)
+
+    def before_step(self, step: int) -> None:
+        """Choose the parts of a new task; here, because a resume restores its state after `before_task`."""
+        if self._pending:
+            self._pending = False
+            self._set(self.choose(self._place))
+            self._take_values()
+            self._activate(True)
+
+    def after_update(self) -> None:
+        """Compute with the new values from now on."""
+        self._overlay()
+
+    def after_task(self, place: TaskPlace) -> None:
+        """Give the weights their trained values for good."""
+        if not self._sharded:
+            return  # they have them
+        shares = self.shards.frozen(self._frozen)
+        for kept, name, axis, part in self._names():
+            [values] = [whole.clone() for whole in whole_parameters(self.model, [kept])]
+            for whole in whole_parameters(self.model, [name]):
+                if (share := shares.get(name)) is not None:
+                    updated = whole.index_copy(axis, part.indices, values).reshape(-1)
+                    share.data.copy_(updated[share.start : share.stop])
+        self.shards.publish_frozen(self._frozen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The choice, as numbers of rows or columns by weight."""
+        return {"kept": {part.part.weight: part.indices.tolist() for part in self._parts if part.active}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the choice; the values have been restored with the training state."""
+        kept: Mapping[str, list[int]] = state["kept"]
+        self._set({weight: torch.tensor(numbers, dtype=torch.int64) for weight, numbers in kept.items()})
+        self._pending = False
+        self._activate(bool(kept))
+
+    def tensors(self) -> dict[str, dict[str, Shard]]:
+        """What this task does not train but others may have: parameters that are frozen now, and the whole weights."""
+        return {"frozen": self.shards.frozen([*self._frozen, *self._resting])}
+
+    def tensors_loaded(self) -> None:
+        """Give every rank the whole weights again."""
+        self.shards.publish_frozen([*self._frozen, *self._resting])
+
+    @property
+    def _resting(self) -> list[str]:
+        return [name for name in self.whole if not self.model.get_parameter(name).requires_grad]
+
+    @property
+    def _frozen(self) -> list[str]:
+        return [name for _, name, _, _ in self._names()]
+
+    @property
+    def _sharded(self) -> bool:
+        return any(hasattr(self.model.get_parameter(name), "ds_id") for name in self._frozen)
+
+    def _names(self) -> Iterator[tuple[str, str, int, KeptPart]]:
+        for part in self._parts:
+            for kept, name, axis in part.names:
+                yield kept, name, axis, part
+
+    def _set(self, chosen: Mapping[str, torch.Tensor]) -> None:
+        for part in self._parts:
+            if part.part.weight in chosen:
+                part.indices = chosen[part.part.weight].to(part.indices.device)
+
+    def _take_values(self) -> None:
+        """Start the trained parts from the weights' values (collective)."""
+        names = list(self._names())
+        wholes = whole_parameters(self.model, [name for _, name, _, _ in names])
+        for (kept, _, axis, part), whole in zip(names, wholes, strict=True):
+            if (master := self.shards.master(kept)) is not None:
+                values = whole.index_select(axis, part.indices).reshape(-1)
+                master.data.copy_(values[master.start : master.stop])
+        self.shards.publish()
+
+    def _activate(self, active: bool) -> None:
+        for part in self._parts:
+            part.active = active
+        if active:
+            self._overlay()
+
+    def _overlay(self) -> None:
+        if not self._sharded:
+            for part in self._parts:
+                part.overlay()

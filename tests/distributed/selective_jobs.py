@@ -1,0 +1,270 @@
+"""Rank side of test_selective: parts of weights that are trained alone, against a dense oracle and through a state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
+from cl_dist.engine.distributed import join
+from cl_dist.engine.engine import TrainingEngine
+from cl_dist.evaluation.inference import evaluating
+from cl_dist.methods.composed import Composed
+from cl_dist.methods.hft.config import HftConfig
+from cl_dist.methods.hft.method import Hft
+from cl_dist.methods.protocol import TaskPlace
+from cl_dist.methods.selective.method import Selective
+from cl_dist.models.kept_parts import Part, is_kept
+from cl_dist.models.load import LoadedModel
+from cl_dist.models.training_mode import enable_activation_checkpointing
+from cl_dist.seeds import derive_seed
+from cl_dist.sharding import gather_state_dict
+from cl_dist.state.snapshot import load_snapshot, save_snapshot
+from tests.distributed.worlds import OBJECTIVES, VOCABULARY, mean_loss, micro_batches, odd_lora, odd_model, samples
+from tests.oracle_selective import Dense
+
+TASKS, STEPS, SEED = 2, 2, 5
+RELEASED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+class Drawn(Selective):
+    """Draws rows or columns of every linear layer, and rows of the embedding; trains norms as a whole.
+
+    Args:
+        along: Rows, columns, or `both`: they take turns.
+        rest: Whether everything else is trained too.
+        keep: Share that is kept.
+    """
+
+    def __init__(self, along: str = "rows", rest: bool = True, keep: float = 0.3, embedding: bool = True) -> None:
+        super().__init__()
+        self.along, self.rest, self.keep, self.embedding = along, rest, keep, embedding
+
+    def parts(self, model: torch.nn.Module) -> Sequence[Part]:
+        found, seen = [], set()
+        for name, module in model.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is None or not weight.requires_grad or (weight.ndim != 2 and not hasattr(weight, "ds_id")):
+                continue
+            shape = getattr(weight, "ds_shape", weight.shape)
+            table = isinstance(module, torch.nn.Embedding)
+            if len(shape) != 2 or id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            if table and not self.embedding:
+                continue
+            tied = table and any(
+                other is not module and other._parameters.get("weight") is weight for other in model.modules()
+            )
+            along = self.along if self.along != "both" else ("rows", "columns")[len(found) % 2]
+            along = "rows" if table or tied else along
+            stored = type(module).__name__ == "Conv1D"
+            size = shape[int((along == "columns") != stored)]
+            found.append(Part(f"{name}.weight", along, max(1, round(self.keep * size))))  # type: ignore[arg-type]
+        return found
+
+    def choose(self, place: TaskPlace) -> Mapping[str, torch.Tensor]:
+        return {part.part.weight: self.draw(place.index, part.part.weight, part.size, part.part.count)
+                for part in self._parts}  # fmt: skip
+
+    def draw(self, task: int, name: str, size: int, count: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(SEED, "draw", task, name))
+        return torch.randperm(size, generator=generator)[:count].sort().values
+
+    def trains_rest(self, name: str) -> bool:
+        return self.rest
+
+
+def gpt2(seed: int = 0) -> torch.nn.Module:
+    """GPT-2 stores its weights transposed, and ties head and embedding."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=33, n_layer=2, n_head=3, n_positions=64, resid_pdrop=0, embd_pdrop=0,
+        attn_pdrop=0, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each case how far cl_dist and the oracle are apart, and which dropped elements moved."""
+    join(timeout_seconds=120)
+    return [Case(**case).against_the_oracle() for case in cases]
+
+
+def through_a_state(folder: str, stages: list[int], along: str) -> dict[str, Any]:
+    """Save inside the second task under the first stage; load under every one, go on, and compare with going on."""
+    join(timeout_seconds=120)
+    case = Case(stages[0], along=along)
+    case.train_task(0)
+    case.begin(1)
+    case.step(1, 0)
+    engine = case.engine
+    save_snapshot(Path(folder), engine.shards, engine.method.state_dict(), moments=True, extra=engine.method.tensors())
+    case.step(1, 1)
+    expected = case.whole_weights(1)
+    engine.destroy()
+    apart = {}
+    for stage in stages:
+        loaded = Case(stage, along=along)
+        loaded.engine.prepare_task(1)
+        state = load_snapshot(Path(folder), loaded.engine.shards, loaded.engine.method.tensors())
+        loaded.engine.method.tensors_loaded()
+        loaded.engine.before_task(TaskPlace(1, "t1", STEPS))
+        loaded.engine.method.load_state_dict(state)
+        loaded.step(1, 1, dense=False)
+        weights = loaded.whole_weights(1)
+        apart[str(stage)] = max([0.0, *(float((weights[name] - expected[name]).abs().max()) for name in expected)])
+        loaded.engine.destroy()
+    return apart
+
+
+def half(stages: list[int], folder: str) -> list[dict[str, Any]]:
+    """Half fine-tuning under each stage: distance from the oracle, what was frozen, and what a resume between the tasks
+    changes.
+    """
+    join(timeout_seconds=120)
+    return [_half(stage, Path(folder) / str(stage)) for stage in stages]
+
+
+def _half(stage: int, folder: Path) -> dict[str, Any]:
+    case = Case(stage, deepspeed=RELEASED if stage == 3 else None, clip=0.1, hft=True)
+    report = case.against_the_oracle(keep=True)
+    engine = case.engine
+    report["frozen"] = [sorted(case.method.frozen(case.dense.model, task)) for task in range(TASKS)]
+    save_snapshot(folder, engine.shards, engine.method.state_dict(), moments=False, extra=engine.method.tensors())
+    case.begin(2)
+    case.step(2, 0, dense=False)
+    expected = case.whole_weights(2)
+    engine.destroy()
+    again = Case(stage, clip=0.1, hft=True)
+    again.engine.prepare_task(1)
+    state = load_snapshot(folder, again.engine.shards, again.engine.method.tensors())
+    again.engine.method.tensors_loaded()
+    again.engine.method.load_state_dict(state)
+    again.begin(2)
+    again.step(2, 0, dense=False)
+    weights = again.whole_weights(2)
+    again.engine.destroy()
+    report["resumed"] = [name for name in expected if not torch.equal(weights[name], expected[name])]
+    return report
+
+
+class Case:
+    """One configuration."""
+
+    def __init__(
+        self, stage: int, family: str = "llama", along: str = "rows", rest: bool = True, accumulation: int = 1,
+        clip: float | None = None, decay: float = 0.0, recompute: bool = False, dtype: str = "float32",
+        offload: bool = False, deepspeed: dict[str, Any] | None = None, embedding: bool = True,
+        hft: bool = False,
+    ) -> None:  # fmt: skip
+        self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        self.family, self.micro, self.accumulation = family, 6 // self.world, accumulation
+        self.kind = {"gpt2": "llama", "lora": "llama"}.get(family, family)
+        recipe = Recipe(
+            model=ModelConfig(name_or_path="odd"),
+            stream=StreamConfig(tasks=tuple(TaskConfig(name=f"t{n}", format="builtin") for n in range(TASKS + 1))),
+            train=TrainConfig(
+                micro_batch_size=self.micro, gradient_accumulation=accumulation, learning_rate=1e-2, eps=1e-2,
+                clip=clip, weight_decay=decay, dtype=dtype,  # type: ignore[arg-type]
+            ),
+            zero=ZeroConfig(stage=stage, offload=offload, deepspeed=deepspeed or {}),  # type: ignore[arg-type]
+            output_dir="unused",
+        )  # fmt: skip
+        makers = {"gpt2": gpt2, "lora": lambda: odd_lora("llama")}
+        model: Any = makers.get(family, lambda: odd_model(family))()
+        bare = copy.deepcopy(model)
+        if recompute:
+            enable_activation_checkpointing(model)
+        drawn = Drawn(along, rest, embedding=embedding)
+        self.method: Any = Hft(HftConfig(name="hft")) if hft else drawn
+        trainable = {name for name, parameter in bare.named_parameters() if parameter.requires_grad}
+        loaded = LoadedModel(model.to(getattr(torch, dtype)), None, OBJECTIVES[self.kind])  # type: ignore[arg-type]
+        self.engine = TrainingEngine(loaded, recipe, Composed([self.method]))
+        self.hft = hft
+        self.trainable, self.exact = trainable, dtype == "float32"
+        self.dense = Dense(bare, lr=1e-2, eps=1e-2, weight_decay=decay, clip=clip)
+
+    def masks(self, task: int) -> dict[str, torch.Tensor]:
+        """What the oracle trains in a task."""
+        masks, frozen = {}, self.method.frozen(self.dense.model, task)
+        parts = {part.part.weight: part for part in self.method._parts}
+        for name, parameter in self.dense.params.items():
+            whole = name not in frozen if self.hft else self.method.rest
+            masks[name] = torch.full(parameter.shape, name in self.trainable and whole)
+        for name, part in parts.items():
+            chosen = self.method.draw(task, name, part.size, part.part.count)
+            masks[name] = torch.zeros_like(masks[name]).index_fill_(part.axis, chosen, True)
+            bias = name.removesuffix("weight") + "bias"
+            if part.bias:
+                masks[bias] = torch.zeros_like(masks[bias]).index_fill_(0, chosen, True)
+        return masks
+
+    def begin(self, task: int) -> None:
+        self.engine.prepare_task(task)
+        self.engine.shards.reset_optimizer()
+        self.engine.before_task(TaskPlace(task, f"t{task}", STEPS))
+        self.dense.start_task(self.masks(task))
+
+    def train_task(self, task: int) -> None:
+        self.begin(task)
+        for step in range(STEPS):
+            self.step(task, step)
+        self.engine.method.after_task(TaskPlace(task, f"t{task}", STEPS))
+
+    def step(self, task: int, step: int, dense: bool = True) -> None:
+        per_rank = self.micro * self.accumulation
+        batch = samples(self.kind, per_rank * self.world, seed=10 * task + step)
+        chunks = [batch[r * per_rank : (r + 1) * per_rank] for r in range(self.world)]
+        everyone = [micro_batches(self.kind, chunk, self.micro) for chunk in chunks]
+        targets = sum(b.targets for rank in everyone for b in rank)
+        self.engine.train_step(step, everyone[self.rank], targets)
+        if dense:
+            self.dense.step([mean_loss(b, self.kind, targets) for rank in everyone for b in rank])
+
+    def whole_weights(self, task: int) -> dict[str, torch.Tensor]:
+        """The model's weights after the task, on rank 0, under their own names."""
+        self.engine.method.after_task(TaskPlace(task, f"t{task}", STEPS))
+        weights = gather_state_dict(self.engine.model)
+        return {name: weight for name, weight in weights.items() if name in self.dense.params}
+
+    def against_the_oracle(self, keep: bool = False) -> dict[str, Any]:
+        report: dict[str, Any] = {"apart": 0.0, "moved": [], "still": [], "outputs": 0.0}
+        start = {name: parameter.detach().clone() for name, parameter in self.dense.params.items()}
+        for task in range(TASKS):
+            before = {name: parameter.detach().clone() for name, parameter in self.dense.params.items()}
+            self.train_task(task)
+            outputs = self._outputs()
+            weights = self.whole_weights(task)
+            masks = self.masks(task)
+            for name, weight in weights.items():
+                truth = self.dense.params[name].detach()
+                report["apart"] = max(report["apart"], float((weight.float() - truth).abs().max()))
+                if not torch.equal(weight.float()[~masks[name]], before[name][~masks[name]]) and task == 0:
+                    report["moved"].append(name)
+                # A step is smaller than the distance between two bfloat16 numbers where a norm's weights are one.
+                visible = self.exact or name in {part.part.weight for part in self.method._parts}
+                if visible and masks[name].any() and torch.equal(weight.float(), before[name]):
+                    report["still"].append(name)
+            report["outputs"] = max(report["outputs"], outputs)
+        report["trained"] = sum(self.engine.shards.numel(name) for name in self.engine.shards.names)
+        report["dense"] = sum(p.numel() for n, p in start.items() if n in self.trainable)
+        report["kept"] = sum(is_kept(name) for name in self.engine.shards.names)
+        if not keep:
+            self.engine.destroy()
+        return report
+
+    def _outputs(self) -> float:
+        """How far the engine's outputs are from the oracle's, as evaluation computes them between two tasks."""
+        apart = 0.0
+        with evaluating(self.engine.model), torch.no_grad():
+            for seed in (7, 8):
+                batch = micro_batches(self.kind, samples(self.kind, 2, seed), 2)[0]
+                ours = self.engine.model(**batch.inputs).logits.float()
+                apart = max(apart, float((ours - self.dense.model(**batch.inputs).logits).abs().max()))
+        return apart

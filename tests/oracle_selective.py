@@ -1,0 +1,56 @@
+"""The truth about training a part of the weights: one process, dense gradients, masks, and every bit put back.
+
+Written without a line of cl_dist: the gradient is that of the whole model, its dropped elements are zeroed before the
+norm is taken, and after AdamW's step dropped elements and their moments get their old bits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+
+class Dense:
+    """A model of which the elements marked in `masks` are trained.
+
+    Args:
+        model: The model; in float32.
+        lr, eps, weight_decay, clip: As AdamW and `clip_grad_norm_` take them.
+    """
+
+    def __init__(self, model: torch.nn.Module, lr: float, eps: float, weight_decay: float, clip: float | None) -> None:
+        self.model, self.clip = model, clip
+        self.params = dict(model.named_parameters())
+        self._make = lambda: torch.optim.AdamW(
+            [
+                {"params": [p for p in self.params.values() if p.ndim >= 2], "weight_decay": weight_decay},
+                {"params": [p for p in self.params.values() if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=lr,
+            eps=eps,
+        )
+
+    def start_task(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """`masks`: bool in each parameter's shape, True for what is trained."""
+        self.masks, self.optimizer = masks, self._make()
+
+    def step(self, losses: Sequence[Callable[[torch.nn.Module], torch.Tensor]]) -> None:
+        """One step; the gradients of the losses add up."""
+        self.optimizer.zero_grad(set_to_none=False)
+        for loss in losses:
+            loss(self.model).backward()
+        for name, parameter in self.params.items():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad[~self.masks[name]] = 0
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.params.values()), self.clip)
+        before = {name: parameter.detach().clone() for name, parameter in self.params.items()}
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, parameter in self.params.items():
+                dropped = ~self.masks[name]
+                parameter[dropped] = before[name][dropped]
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    self.optimizer.state[parameter][moment][dropped] = 0
