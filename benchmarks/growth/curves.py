@@ -96,7 +96,7 @@ def picture(rows: Sequence[Row], over: str, panels: Sequence[Panel]) -> bytes:
             axes.grid(color=LIGHT)
             axes.legend(fontsize=7, frameon=False)
 
-    return draw((PANEL[0] * len(panels), PANEL[1]), paint)
+    return draw((PANEL[0] * len(panels), PANEL[1]), paint).render()["png"]
 
 
 def table(rows: Sequence[Row]) -> str:

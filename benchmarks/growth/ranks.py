@@ -192,7 +192,7 @@ def draw_rows(rows: Sequence[Row]) -> bytes:
             if axes.lines:
                 axes.legend(frameon=False, fontsize=8)
 
-    return draw((12.0, 3.6), paint)
+    return draw((12.0, 3.6), paint).render()["png"]
 
 
 def main() -> None:

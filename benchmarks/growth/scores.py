@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from cl_dist.report import pictures
@@ -40,7 +39,7 @@ def measure(tasks: int) -> tuple[str, ...]:
     names = tuple(f"task-number-{number}" for number in range(tasks))
     draws = random.Random(0)
     matrix = tuple(tuple(draws.random() for _ in names) for _ in range(tasks + 1))
-    drawn = [_seconds(partial(draw, names, matrix)) for draw in (pictures.accuracy_matrix, pictures.scores)]
+    drawn = [_seconds(draw(names, matrix).render) for draw in (pictures.accuracy_matrix, pictures.scores)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     with tempfile.TemporaryDirectory() as folder:
         written = _written(names, matrix, RunFolder(Path(folder)))
@@ -91,7 +90,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def main(sizes: list[int]) -> None:
     """Print a table with a line for each number of tasks."""
     print("| " + " | ".join(HEADER) + " |", "|" + "---:|" * len(HEADER), sep="\n")
-    pictures.accuracy_matrix(["a"], [[0.5]])  # imports matplotlib outside of the measurement
+    pictures.accuracy_matrix(["a"], [[0.5]]).render()  # imports matplotlib outside of the measurement
     for tasks in sizes:
         print("| " + " | ".join(measure(tasks)) + " |", flush=True)
 

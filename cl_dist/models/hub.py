@@ -36,7 +36,7 @@ def check_published(model: ModelConfig, notify: Callable[[str], None] | None = N
         return
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # no __all__ there
 
     where = f"model.name_or_path: {show_path(name)}"
     try:

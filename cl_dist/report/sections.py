@@ -156,7 +156,7 @@ def _then_and_now(contents: Contents) -> Iterator[Block]:
     """Each finished task's score right after its training, and now."""
     done = len(contents.run.done)
     low, high = scale(contents.matrix)
-    rows = []
+    rows: list[tuple[float | None, list[str | Cell]]] = []
     for name, own, last in list(own_and_last(contents.tasks, contents.matrix))[:done]:
         known = None not in (own, last)
         moved = last - own if own is not None and last is not None else None
@@ -204,7 +204,7 @@ def accuracy_matrix(contents: Contents) -> Section | None:
             ],
         )
     low, high = scale(contents.matrix)
-    rows = [
+    rows: list[list[str | Cell]] = [
         [label, *(heat_cell(score, low, high, own=place == task) for task, score in enumerate(row))]
         for place, (label, row) in enumerate(zip(after_each(contents.tasks), contents.matrix, strict=False), start=-1)
     ]

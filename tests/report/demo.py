@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def migu_run(path: Path) -> RunFolder:
     for position, task in enumerate(TASKS):
         chances = {layer: 1 / (1 + np.exp(4 - 3 * base[layer] - draws.normal(size=64))) for layer in layers}
         counts = {layer: draws.binomial(60, chance).astype(np.int32) for layer, chance in chances.items()}
-        meta = {"masked": "true", "first_step": "1", "steps": "60", "layers": "\n".join(layers)}
+        meta = {"record": json.dumps({"masked": True, "first_step": 1, "steps": 60, "layers": layers})}
         place = folder.task(position, task)
         place.path.mkdir(parents=True, exist_ok=True)
         save_file(counts, place.kept_rows, meta)

@@ -38,8 +38,8 @@ class MiguConfig(VariedConfig):
     """`blocks`: mask each linear layer inside the transformer blocks; `all`: the output head too, as the reference code
     does; or a list of patterns of layer names, such as `*.mlp.*`."""
     tied_head: Literal["error", "mask"] = "error"
-    """What to do about an output head that `layers` names and that shares its weight with the embedding. `error`: refuse
-    it; `mask`: mask the weight's whole gradient by the head's outputs, as in the reference code."""
+    """What to do about an output head that `layers` names and that shares its weight with the embedding. `error`:
+    refuse it; `mask`: mask the weight's whole gradient by the head's outputs, as in the reference code."""
     mask_bias: bool = True
     """Mask a bias along with its weight's rows (reference code: false)."""
     count_padding: bool = False
