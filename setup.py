@@ -110,6 +110,7 @@ setup(
         "rich>=15",
         "jinja2>=3.1",
         "shtab>=1.7",
+        "pyarrow>=21",  # Parquet; datasets needs it too
         "zstandard>=0.23",
         "typing_extensions>=4.15",
     ],

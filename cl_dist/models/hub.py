@@ -192,7 +192,7 @@ def _names(name: str) -> Iterator[str]:
     parent = Path(name).parent
     for folder, prefix in ((parent, ""), (Path(constants.HF_HUB_CACHE), "models--")):
         if is_folder(folder):
-            entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+            entries = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())  # false for a link to itself
             if prefix:
                 yield from (n.removeprefix(prefix).replace("--", "/") for n in entries if n.startswith(prefix))
             else:

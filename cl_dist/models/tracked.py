@@ -94,6 +94,15 @@ def row_layouts(model: nn.Module) -> dict[str, RowLayout]:
     return layouts
 
 
+def unnamed_layers(model: nn.Module, layers: Layers, tracked: Mapping[str, TrackedLayer]) -> list[str]:
+    """Names of the linear layers' weights inside the blocks that no pattern in `layers` matches."""
+    if isinstance(layers, str):
+        return []
+    prefixes = block_prefixes(model)
+    weights = {layer.weight for layer in _trainable_layers(model, lambda name: is_below(name, prefixes))}
+    return sorted(weights - {layer.weight for layer in tracked.values()})
+
+
 def untracked_matrices(model: nn.Module, tracked: Mapping[str, TrackedLayer]) -> dict[str, str]:
     """Trainable matrices inside the blocks that belong to no tracked layer, each with the class of its module.
 

@@ -73,7 +73,7 @@ class TestWithoutRunning:
         finish(make_grid(tmp_path).cells[0], matrix(1, 0.5, 1))
         code, output, _ = command("compare", recipe, *GRID, "--table")
         assert code == 0
-        assert output == (tmp_path / "sweep" / "table.md").read_text()
+        assert output == (tmp_path / "sweep" / "table.md").read_text() + "\nwrote sweep/report/index.html\n"
         assert "| own | sequential | 1 of 2 | 0.7500 | -0.5000 | 0.5000 | 1.0000 |" in output
         assert {path.name for path in (tmp_path / "sweep").glob("table.*")} == set(TABLES)
 

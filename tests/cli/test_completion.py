@@ -35,7 +35,7 @@ def test_bash_completes_commands_recipes_files_folders_and_options(command: Comm
     (tmp_path / "runs").mkdir()
     done = subprocess.run(["bash", "-c", BASH, "bash", "./script"], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.splitlines() == [
-        "report recipe", "quickstart", "my.yaml my.yml", "runs", "--explain", "zsh"
+        "recipe report", "quickstart", "my.yaml my.yml", "runs", "--explain", "zsh"
     ]  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def test_every_choice_has_its_reason(command: Command, tmp_path: Path) -> None:
             raise AssertionError(line)
     assert "      eval_fraction: 0.1  # there is no evaluation file: a tenth is held out and never trained on\n" in text
     assert "  epochs: 8  # the smallest task has 36 training samples, 5 steps per epoch\n" in text
-    assert "  max_length: 16  # tokens (one token per byte); holds the longest sample\n" in text
+    assert "  max_length: 24  # tokens (one token per byte); holds the longest sample\n" in text
 
 
 def test_evaluation_files_belong_to_their_task(command: Command, tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_long_answers_and_long_prompts_are_cut_and_that_is_said(command: Command
     assert (train.max_length, train.max_target_length, train.long_answers) == (1024, 512, "cut")
     assert train.micro_batch_size == 2
     text = (tmp_path / "my.yaml").read_text()
-    assert "the longest sample has 2991; longer prompts are cut in the middle" in text
-    assert "  max_target_length: 512  # the longest answer has 990 tokens\n" in text
+    assert "the longest sample has 2992; longer prompts are cut in the middle" in text
+    assert "  max_target_length: 512  # the longest answer has 991 tokens\n" in text
 
 
 def test_documents_have_no_answers(command: Command, tmp_path: Path) -> None:

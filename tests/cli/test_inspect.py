@@ -106,7 +106,7 @@ class TestMethods:
         assert code == 0
         baselines = ["sequential", "inclora", "olora", "replay", "ewc", "lwf", "agem", "per_task", "multi_task"]
         blocks = dict(block.split("\n", 1) for block in output.strip().split("\n\n"))
-        assert sorted(blocks) == sorted([*baselines, "migu", "kif", "tasl", "recurrent_kif"])
+        assert sorted(blocks) == sorted([*baselines, "migu", "kif", "tasl", "recurrent_kif", "given", "hft"])
         assert all("\n    composes with: " in block for block in blocks.values())
         migu = " ".join(blocks["migu"].split())
         assert "settings: threshold (0.7), mask (gradient), " in migu

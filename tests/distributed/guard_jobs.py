@@ -142,8 +142,10 @@ def _state(engine: TrainingEngine) -> dict[str, torch.Tensor]:
         for name, tensor in whole(engine.shards, quantity).items()
     }
     for quantity, held in engine.method.tensors().items():
-        if not quantity.endswith(".scores"):  # every rank has them whole, under names of their own
+        if not quantity.endswith((".scores", ".kept_rows")):  # not of the parameters' shapes
             state.update({f"{quantity}/{name}": tensor for name, tensor in together(held, engine.shards).items()})
+        else:
+            state.update({f"{quantity}/{name}": shard.data.clone() for name, shard in held.items()})
     state.update(_weights(engine))
     state["optimizer step"] = torch.tensor(engine.shards.optimizer_step)
     return state

@@ -151,7 +151,7 @@ def test_at_other_stages(zygote: Zygote, tmp_path: Path, name: str) -> None:
 
 def test_a_report_can_be_made_of_what_is_kept(undisturbed: Path, tmp_path: Path) -> None:
     report = write_report(undisturbed, tmp_path / "report")
-    assert (len(report.files), report.missing) == (10, ())
+    assert (len(report.files), report.missing) == (12, ())
     scores = load_file(undisturbed / "tasks" / TASKS[1] / "unit_scores.safetensors")
     with (tmp_path / "report" / "fusion.csv").open() as file:
         shares = [row for row in csv.DictReader(file) if row["task"] == "summer"]

@@ -14,6 +14,7 @@ FAMILIES = {"tasl": "kif", "recurrent_kif": "kif", "olora": "inclora", "given": 
 """Methods that build on another one."""
 REASONS = {
     ("cl_dist/methods/catalogue.py", "sequential"): "the default method",
+    ("cl_dist/cli/init.py", "migu"): "the method of a first recipe",
     ("cl_dist/methods/shared/samples.py", "replay"): "names a stream of random numbers and must not change",
 }
 DATA_FORMATS = {"tasl"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cl_dist.config.load import load_recipe
+from cl_dist.errors import BadInput
 from cl_dist.models.published import LLAMA2_7B, LLAMA3_8B, SHAPES, known_config
 from cl_dist.planning.dry_run import dry_run
 from cl_dist.planning.setup import Setup
@@ -34,10 +35,12 @@ def test_the_layers_are_tried_out_without_numbers(planned: Planned) -> None:
 
 
 def test_a_model_without_trackable_layers_is_a_problem(planned: Planned) -> None:
-    tied = planned("model.name_or_path=builtin:t5-tiny", MIGU, "method.layers=all")
-    found = dry_run(*tied)
-    assert not found.works
-    assert "shares its weight with" in found.problems[0]
+    with pytest.raises(BadInput, match="shares its weight with"):
+        planned("model.name_or_path=builtin:t5-tiny", MIGU, "method.layers=all")
+
+
+def test_shared_weights_are_noted(planned: Planned) -> None:
+    found = dry_run(*planned("model.name_or_path=builtin:t5-tiny", MIGU))
     assert any("shared weights are trained, sharded and saved once" in note for note in found.notes)
 
 

@@ -160,7 +160,7 @@ def test_states_on_disk_hold_what_methods_save_on_every_rank() -> None:
     plain = plan_memory(setup, shape).disk
     assert plain["saved state"] == 12 * shape.numel
     assert plain["saved states at most"] == (setup.recipe.checkpoint.keep + 1) * plain["saved state"]
-    setup = replace(setup, recipe=replace(setup.recipe, method=(KifConfig(name="kif"),)))
+    setup, shape = planned(2, 2, methods=[KifConfig(name="kif")])
     # Importance (smoothed and its uncertainty), and the weights of the last fusion.
     assert plan_memory(setup, shape).disk["saved state"] == pytest.approx((12 + 12) * shape.numel, rel=0.01)
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from cl_dist.methods.agem.config import AgemConfig
@@ -107,6 +105,5 @@ def test_stage_3_scatters_every_micro_batch_and_gathers_small_weights_after_the_
 
 
 def test_further_passes_communicate_as_the_step_does() -> None:
-    setup, shape = planned(2, 2)
-    wire = plan_wire(replace(setup, recipe=replace(setup.recipe, method=(AgemConfig(name="agem"),))), shape)
+    wire = plan_wire(*planned(2, 2, methods=[AgemConfig(name="agem")]))
     assert wire.methods_step[: len(wire.step)] == wire.step

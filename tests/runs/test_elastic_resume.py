@@ -87,6 +87,12 @@ def largest_difference(run: Path, other: Path) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
+def resumption(output: str) -> str:
+    """The line that says what has changed since the run was stopped."""
+    [line] = [line for line in output.splitlines() if line.startswith("resuming with ")]
+    return line
+
+
 def disturbed(zygote: Zygote, folder: Path, case: dict[str, Any]) -> tuple[Path, list[str]]:
     """Killed in the fourth step of the first task on two ranks, stopped in the second task on one, ended on two."""
     outcome = start(zygote, folder, case, 2, 1, {"moment": "step", "on_rank": 1, "count": EVERY + 2})
@@ -113,11 +119,11 @@ def test_other_ranks_and_stages_end_with_the_same_weights(zygote: Zygote, tmp_pa
     ]
     assert len(records[1]) == (2 if "migu" in name else 0)
     assert records[0] == records[1]
-    assert outputs[0].splitlines()[1] == (
+    assert resumption(outputs[0]) == (
         "resuming with ranks 1 (2 before), zero.stage 3 (1 before), train.gradient_accumulation 2 (1 before); "
         "the global batch stays 8 samples"
     )
-    assert outputs[1].splitlines()[1].startswith("resuming with ranks 2 (1 before), zero.stage 2 (3 before), ")
+    assert resumption(outputs[1]).startswith("resuming with ranks 2 (1 before), zero.stage 2 (3 before), ")
     metrics, expected = (json.loads((each / "metrics.json").read_text()) for each in (run, undisturbed))
     assert metrics["segments"] == [
         layout(0, 0, ranks=2, stage=1),
@@ -154,7 +160,7 @@ def test_dropout_is_told_of(zygote: Zygote, tmp_path: Path) -> None:
     assert outcome.codes == [75, 75], outcome.output
     outcome = start(zygote, tmp_path, case, 1, 2)
     assert outcome.codes == [0], outcome.output
-    first = outcome.output[0].splitlines()[1]
+    first = resumption(outcome.output[0])
     assert first.endswith(
         "the global batch stays 8 samples; dropout draws other random numbers than before, "
         "so the weights will not be exactly the same"

@@ -32,7 +32,7 @@ from cl_dist.models.every_expert import module_experts
 from cl_dist.models.layer_kinds import TrackedLayer
 from cl_dist.models.skipping import RowSkipper
 from cl_dist.models.structure import head_prefixes, is_below
-from cl_dist.models.tracked import shares_weight, tracked_layers, untracked_matrices
+from cl_dist.models.tracked import shares_weight, tracked_layers, unnamed_layers, untracked_matrices
 from cl_dist.models.training_mode import layerdrop
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import RowFreezer, Shard, ShardView
@@ -138,7 +138,8 @@ class Migu(Method):
                 "skips layers at random during training; allowed: 0"
             )
         layers = self._layers_of(model)
-        self._untracked = Untracked(numel, model, untracked_matrices(model, layers))
+        unnamed = unnamed_layers(model, self.config.layers, layers)
+        self._untracked = Untracked(numel, model, untracked_matrices(model, layers), unnamed)
         # Routing decides how many tokens an expert gets, so no trial can show what its outputs are.
         inside = module_experts(model)
         if self.config.sums == "task" and any(layer.kind.routed for layer in layers.values()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 from torch import nn
@@ -22,13 +22,19 @@ class Untracked:
         numel: Elements of a trainable parameter, by its name.
         model: The model.
         owners: Type of the module that owns the parameter, by parameter name.
+        unnamed: Those of them that could be masked, but that the recipe's patterns leave out.
     """
 
-    def __init__(self, numel: Callable[[str], int], model: nn.Module, owners: Mapping[str, str]) -> None:
+    def __init__(
+        self, numel: Callable[[str], int], model: nn.Module, owners: Mapping[str, str], unnamed: Collection[str] = ()
+    ) -> None:
         self._numel = numel
         self._in_blocks = sum(numel(name) for name in block_parameters(model))
         self._tables = tables_in_blocks(model)
-        self._reasons = {name: f"a parameter of {owner}, not a linear layer" for name, owner in owners.items()}
+        self._unnamed = sorted(unnamed)
+        self._reasons = {
+            name: f"a parameter of {owner}, not a linear layer" for name, owner in owners.items() if name not in unnamed
+        }
 
     def add(self, reasons: Mapping[str, str]) -> None:
         """Add parameters, each with the reason why it cannot be masked."""
@@ -48,6 +54,9 @@ class Untracked:
         parts = []
         if self._reasons:
             parts.append(f"untracked matrices in the blocks: {self._listed()}")
+        if self._unnamed:
+            names = listed(_families(dict.fromkeys(self._unnamed, "")), SHOWN)
+            parts.append(f"layers that method.layers leaves out: {names} ({self._share(self._unnamed)})")
         if self._tables:
             names = ", ".join(_families(dict.fromkeys(self._tables, "")))
             parts.append(f"embedding tables in the blocks: {names} ({self._share(self._tables)})")

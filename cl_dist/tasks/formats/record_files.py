@@ -54,11 +54,10 @@ def extension_of(path: Path) -> str | None:
 
 
 def open_records(path: Path) -> RecordFile:
-    """Open a file whose ending says what it is. Raises BadInput if it cannot be read."""
+    """Open a file whose ending says what it is; any other is JSON Lines. Raises BadInput if it cannot be read."""
     if not is_there(path):
         raise missing(path)
-    extension = extension_of(path)
-    assert extension is not None, path
+    extension = extension_of(path) or ".jsonl"
     return READERS[f".{extension.split('.')[1]}"](path)
 
 
