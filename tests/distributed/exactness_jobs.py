@@ -191,7 +191,8 @@ class Case:
             scale = max(float(t.abs().max()) for t in dense.values())
             report[moment] = max(float((held[n] - dense[n]).abs().max()) for n in held) / scale
         report["published"] = _published_error(model, end)
-        report["skipped"] = "forward" in next(iter(tracked_linears(model, "blocks").values())).__dict__
+        linears = tracked_linears(model, self.config.layers, self.config.tied_head == "mask")
+        report["skipped"] = "forward" in next(iter(linears.values())).__dict__
         report["kept"] = {n: [int(k.sum()), k.numel()] for n, k in self.migu.keep.items()}
 
 
