@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,18 +101,25 @@ def _answers(right: float, draws: np.random.Generator) -> list[Prediction]:
     ]
 
 
+ODD = "<b>&\"'<script>alert(1)<\\/script> $x^2$ \u0645\u0631\u062d\u0628\u0627 \U0001f642 {{ 7 * 7 }}"
+"""Text that is hard to show: markup, right-to-left letters, emoji, a formula, a template."""
+
+
 def odd_run(path: Path) -> RunFolder:
-    """A run that was stopped half-way, with names that are hard to show, and without some of the scores."""
-    names = ("<b>&\"'</b>", "مرحبا بالعالم", "🙂 $x^2$", "x" * 100, "later")
-    folder = write_demo(path, "kif", names, done=3)
+    """A run that was stopped half-way, with long and odd names of tasks, with `ODD` wherever a run has text of its user
+    (its folder's name too), and without some of the scores.
+    """
+    names = ("x" * 100, "-.-", "__init__", "4", "later")
+    folder = write_demo(path / ODD.replace("/", ""), "kif", names, done=3)
     manifest = Manifest.read(folder.manifest)
     gaps = tuple(
         tuple(None if column == 1 and row % 2 else score for column, score in enumerate(scores))
         for row, scores in enumerate(manifest.accuracy_matrix)
     )
-    ledger = Ledger(folder, replace(manifest, accuracy_matrix=gaps), writer=True)
-    write_text(folder.config, folder.config.read_text().replace("quickstart", "<script>alert(1)</script>"))
-    folder.manifest.unlink()
-    folder.scores.unlink()
-    ledger.start(folder.config.read_text())
+    device = {"kind": "cpu", "name": ODD}
+    Ledger(folder, manifest, writer=True).update(accuracy_matrix=gaps, device=device)
+    write_text(folder.config, folder.config.read_text().replace("builtin:llama-tiny", json.dumps(ODD, ensure_ascii=False)))
+    for after, answer in ((0, "yes"), (2, ODD)):
+        answers = [Prediction(sample, answer, "yes", float(answer == "yes")) for sample in range(4)]
+        write_predictions(folder.task(after, names[after]).predictions / f"{names[0]}.jsonl", answers)
     return folder

@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from cl_dist.report.write import write_report, write_several
 from cl_dist.sweep.page import write_page
-from tests.report.demo import kif_run, migu_run, odd_run, write_demo
+from tests.report.demo import ODD, kif_run, migu_run, odd_run, write_demo
 from tests.report.test_growth import names
 from tests.sweep.cells import finish, make_grid, matrix
 from tests.sweep.test_tables import results_of
@@ -129,13 +129,16 @@ def test_the_keyboard_reaches_the_content(browser: Browser, pages: dict[str, Pat
     page.context.close()
 
 
-def test_names_are_text(browser: Browser, tmp_path: Path) -> None:
+def test_text_of_users_is_text(browser: Browser, tmp_path: Path) -> None:
     """HTML, right-to-left text, emoji and a hundred letters; half of the tasks, and scores that are missing."""
-    path = write_report(odd_run(tmp_path / "run").path).folder / "index.html"
+    path = write_report(odd_run(tmp_path).path).folder / "index.html"
     check(browser, path)
     page, _ = opened(browser, path, "light", PHONE)
     assert page.locator("main b:not(.track b), main script").count() == 0
-    assert page.locator("th", has_text="<b>&\"'</b>").count() > 1
+    assert page.locator("h1").inner_text() == ODD.replace("/", "")
+    page.locator("details").evaluate_all("all => all.forEach(each => each.open = true)")
+    assert page.locator("td", has_text=ODD).count() >= 1 + 3, "the device, and an answer to each example"
+    assert page.locator("th", has_text="x" * 100).count() > 1
     page.context.close()
 
 

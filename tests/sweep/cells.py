@@ -18,6 +18,7 @@ METHODS = "sequential,migu"
 
 def make_grid(folder: Path, methods: str | None = METHODS, seeds: str | None = "0,1", **rest: object) -> Grid:
     """A grid over two tiny tasks, its sweep in `folder/sweep`."""
+    folder.mkdir(parents=True, exist_ok=True)
     return build_grid(
         Request(recipe=str(write_recipe(folder)), out=folder / "sweep", methods=methods, seeds=seeds, **rest)  # type: ignore[arg-type]
     )
