@@ -14,11 +14,12 @@ BENCHMARK_RESULTS = "benchmarks/results"
 def readme() -> str:
     """README.md as it can be shown elsewhere: without pictures and links into the repository, which lead nowhere there.
 
-    What such a link names stays readable: `docs/gpu.md (in the source)`.
+    What they say stays readable: a picture's description, and `GPUs (docs/gpu.md)`.
     """
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     away = r"(?!https?://|mailto:)"
+    text = re.sub(r"<picture>.*?\balt=\"([^\"]*)\".*?</picture>", r"\1", text, flags=re.DOTALL)
     text = re.sub(rf"!\[([^]]*)\]\({away}[^)]*\)", "", text)
     text = re.sub(rf"<img\b[^>]*\bsrc=[\"']{away}[^>]*>|</?(?:picture|source)\b[^>]*>", "", text)
     text = re.sub(rf"<a\b[^>]*\bhref=[\"']{away}[^>]*>(.*?)</a>", r"\1", text, flags=re.DOTALL)
@@ -98,6 +99,7 @@ setup(
         "tokenizers>=0.23",
         "safetensors>=0.8",
         "numpy>=2.2,<3",
+        "pyarrow>=24",
         "sentencepiece>=0.2",
         "protobuf>=6",  # transformers reads tokenizers that come as a sentencepiece model alone with it
         "gguf>=0.19",

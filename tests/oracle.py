@@ -28,7 +28,7 @@ class Settings:
     masked: bool = True
     bias: bool = True
     sums: str = "step"
-    """`task`: magnitudes add up over steps, as in the official code, which never clears them."""
+    """`task`: magnitudes add up over the steps of a task."""
     ahead: bool = False
     """A step is masked by the steps before it, the first one by its own magnitudes."""
     rounds: int = 1

@@ -112,6 +112,9 @@ def test_a_wheel_holds_every_file_once(second: Path, tmp_path: Path) -> None:
     head, _, page = metadata.partition("\n\n")
     assert "Description-Content-Type: text/markdown" in head
     assert page.startswith("# cl_dist\n")
+    [picture] = re.findall(r'alt="([^"]+)"', (REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    assert picture in page
+    assert "<picture" not in page
     links = re.findall(r"\]\(([^)]*)\)|(?:src|href)=[\"']([^\"']*)", page)
     assert links
     assert [link for pair in links for link in pair if link and not link.startswith("https://")] == []

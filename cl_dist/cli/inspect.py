@@ -147,7 +147,8 @@ def _about_method(name: str) -> Iterator[str]:
     own = [each for each in settings_of(settings) if each.name not in ("name", "by_task")]
     varied = getattr(settings, "VARIED", ())
     if own:
-        yield from _entry(f"settings: {listed(f'{each.name} ({each.default})' for each in own)}")
+        defaults = (f"{each.name} ({'must be given' if each.default is None else each.default})" for each in own)
+        yield from _entry(f"settings: {listed(defaults)}")
     if varied:
         yield from _entry(f"may differ by task: {listed(varied)}")
     excluded: dict[str, list[str]] = {}

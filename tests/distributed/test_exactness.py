@@ -69,7 +69,7 @@ SKIPPING: list[dict[str, Any]] = [
     {"stage": 1, "scope": "micro_batch", "accumulation": 3, "mask": "update", "clip": 0.1},
     {"stage": 2, "scope": "micro_batch", "accumulation": 3, "clip": 0.1, "family": "roberta"},
     {"stage": 3, "scope": "micro_batch", "accumulation": 3, "recompute": True, "family": "t5"},
-    # The magnitudes of the whole task so far, as the official code has them; known before a step, they skip rows.
+    # The magnitudes of the whole task so far; known before a step, they skip rows.
     {"stage": 0, "sums": "task"},
     {"stage": 2, "sums": "task", "accumulation": 3, "clip": 0.1, "magnitude": "batch"},
     {"stage": 3, "sums": "task", "skip": False, "mask": "update"},

@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.docs.test_pages import blocks_of
+from tools.write_examples import written
 
 ROOT = Path(__file__).parents[2]
 TASKS = ["billing", "shipping"]
@@ -64,6 +65,17 @@ def check_tutorial(folder: Path, printed: str) -> None:
 @pytest.fixture(scope="module")
 def commands() -> list[str]:
     return commands_of("docs/tutorial.md")
+
+
+def test_examples_are_those_that_the_script_writes() -> None:
+    assert sorted(written()) == [f"{task}.jsonl" for task in TASKS]
+    for name, content in written().items():
+        assert (ROOT / "examples" / name).read_text(encoding="utf-8") == content
+
+
+def test_the_tutorial_quotes_the_examples() -> None:
+    [quoted] = blocks_of((ROOT / "docs/tutorial.md").read_text(encoding="utf-8"), "json")
+    assert set(quoted.splitlines()) <= set(written()["shipping.jsonl"].splitlines())
 
 
 def test_tutorial_as_written(tmp_path: Path, commands: list[str]) -> None:

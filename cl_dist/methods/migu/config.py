@@ -46,8 +46,8 @@ class MiguConfig(VariedConfig):
     """Include padding tokens in the magnitudes, as the reference code does."""
     skip_rows: bool = True
     """Do not compute the masked rows of the weight gradients at all, which gives the same gradients in less time. Needs
-    one micro-batch per step or `mask_scope: micro_batch`; otherwise the reduced gradients are masked. false: always
-    mask after the reduction."""
+    one micro-batch per step, or `mask_scope: micro_batch` or `ahead`; otherwise the reduced gradients are masked.
+    false: always mask after the reduction."""
     mask_scope: Literal["step", "micro_batch", "ahead"] = "step"
     """With gradient accumulation. `step`: one mask per step from all of its micro-batches, exact. `micro_batch`: each
     micro-batch is masked by the step's magnitudes so far, an approximation that lets it skip rows. `ahead` (with
