@@ -12,6 +12,7 @@ import errno
 import io
 import os
 import select
+import shutil
 import sys
 import threading
 import time
@@ -292,6 +293,11 @@ def pass_on(data: bytes, stream: TextIO) -> None:
     else:
         buffer.write(data)
         buffer.flush()
+
+
+def terminal_columns() -> int | None:
+    """How wide the terminal is that shows standard output; None if it goes elsewhere, where lines may be long."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def fill_missing_descriptors() -> None:

@@ -58,6 +58,9 @@ class Reporter:
     def phase(self, text: str) -> None:
         """Something that takes time before training begins; it ends with the next report of any kind."""
 
+    def working(self, text: str) -> None:
+        """Something inside a task that may take a while, such as saving; it ends with the next report of any kind."""
+
     def run_started(self, tasks: Sequence[str], ranks: int, work: Work | None = None) -> None:
         """A run over `tasks` starts or resumes; without `work`, the time left of the run is not known."""
 
@@ -189,11 +192,16 @@ class LineReporter(TimedReporter):
     @override
     def phase(self, text: str) -> None:
         self.message(text)
+        self.working(text)
+
+    @override
+    def working(self, text: str) -> None:
+        self._over.set()
         self._over = threading.Event()
         threading.Thread(target=self._report_again, args=(text, self._over), daemon=True).start()
 
     def _report_again(self, text: str, over: threading.Event) -> None:
-        """What a thread does: report a phase that takes long."""
+        """What a thread does: report something that takes long."""
         began, pause = self.clock(), PHASE_SECONDS
         while not over.wait(pause):
             pause = self.clock() - began
@@ -204,7 +212,7 @@ class LineReporter(TimedReporter):
     @override
     def run_started(self, tasks: Sequence[str], ranks: int, work: Work | None = None) -> None:
         super().run_started(tasks, ranks, work)
-        self.message(f"{count(len(tasks), 'task')} on {count(ranks, 'rank')}: {', '.join(tasks)}")
+        self.message(f"{count(len(tasks), 'task')} on {count(ranks, 'rank')}: {listed(tasks, MOST_NAMED)}")
 
     @override
     def task_started(self, index: int, name: str, steps: int) -> None:
@@ -215,12 +223,13 @@ class LineReporter(TimedReporter):
     @override
     def step(self, step: int, loss: float, tokens_per_second: float, lr: float) -> None:
         super().step(step, loss, tokens_per_second, lr)
+        self._over.set()
         tenth = 10 * step // self.steps > 10 * self.last[0] // self.steps
         if self._is_due(step) or tenth:
             self.last = (step, self.clock())
             parts = (
                 f"step {step}/{self.steps}",
-                step_detail(loss, tokens_per_second, lr),
+                *step_details(loss, tokens_per_second, lr),
                 self._left(self.task_left()),
             )
             self.message("  " + "  ".join(filter(None, parts)))
@@ -240,6 +249,7 @@ class LineReporter(TimedReporter):
     @override
     def evaluating(self, name: str, samples: int = 0, later: int = 0) -> None:
         super().evaluating(name, samples, later)
+        self._over.set()
         # In a long stream, a line for every task of every row would be too many.
         if self._in_row and not self._is_due(0):
             return
@@ -250,6 +260,7 @@ class LineReporter(TimedReporter):
     @override
     def evaluated(self, done: int, samples: int) -> None:
         super().evaluated(done, samples)
+        self._over.set()
         if self._is_due(done):
             self.message("  ".join(filter(None, (f"    {done}/{samples}", self._left(self.scoring_left())))))
 
@@ -289,6 +300,10 @@ class UnfailingReporter(Reporter):
     @override
     def phase(self, text: str) -> None:
         self._try("phase", text)
+
+    @override
+    def working(self, text: str) -> None:
+        self._try("working", text)
 
     @override
     def run_started(self, tasks: Sequence[str], ranks: int, work: Work | None = None) -> None:
@@ -347,21 +362,37 @@ class UnfailingReporter(Reporter):
                 self.task_started(*self._task)
 
 
-def format_matrix(tasks: Sequence[str], matrix: Sequence[Row]) -> str:
+def format_matrix(tasks: Sequence[str], matrix: Sequence[Row], columns: int | None = None) -> str:
     """The accuracy matrix as a table: the first row before training, then one row per trained task; `-` means not
     evaluated. For a long stream: each task's score right after its own training and its latest score.
+
+    A table that is wider than `columns` is printed in several parts, each with some of the tasks.
     """
     if len(tasks) > WIDEST_MATRIX:
         return _format_long(tasks, matrix)
     labels = ["before", *(f"after {name}" for name in tasks)][: len(matrix)]
     left = max(map(len, labels), default=0)
     widths = [max(len(name), 6) for name in tasks]
-    header = " " * left + "".join(f"  {name:>{width}}" for name, width in zip(tasks, widths, strict=True))
-    rows = (
-        f"{label:<{left}}" + "".join(f"  {_score(score):>{width}}" for score, width in zip(row, widths, strict=True))
-        for label, row in zip(labels, matrix, strict=True)
-    )
-    return "\n".join([header, *rows])
+    parts = []
+    for part in _parts(widths, None if columns is None else columns - left):
+        header = " " * left + "".join(f"  {tasks[place]:>{widths[place]}}" for place in part)
+        rows = (
+            f"{label:<{left}}" + "".join(f"  {_score(row[place]):>{widths[place]}}" for place in part)
+            for label, row in zip(labels, matrix, strict=True)
+        )
+        parts.append("\n".join([header, *rows]))
+    return "\n\n".join(parts)
+
+
+def _parts(widths: Sequence[int], room: int | None) -> list[range]:
+    """Successive columns of these widths that fit side by side into `room`, at least one in each part."""
+    parts, begin, taken = [], 0, 0
+    for place, width in enumerate(widths):
+        if room is not None and taken + 2 + width > room and place > begin:
+            parts.append(range(begin, place))
+            begin, taken = place, 0
+        taken += 2 + width
+    return [*parts, range(begin, len(widths))]
 
 
 def own_and_last(tasks: Sequence[str], matrix: Sequence[Row]) -> Iterator[tuple[str, float | None, float | None]]:
@@ -380,15 +411,15 @@ def _format_long(tasks: Sequence[str], matrix: Sequence[Row]) -> str:
     return "\n".join([header, *lines])
 
 
-def format_summary(metrics: Mapping[str, Any]) -> str:
-    """The summary of a run: the matrix, a line per metric, and notes on the scores."""
+def format_summary(metrics: Mapping[str, Any], columns: int | None = None) -> str:
+    """The summary of a run: the matrix in at most `columns`, a line per metric, and notes on the scores."""
     width = max(map(len, SUMMARY.values()))
     lines = []
     for key, name in SUMMARY.items():
         value = metrics.get(key)
         shown = f"{value:.0f}" if key == "tokens_per_second" and value is not None else _score(value)
         lines.append(f"{name:<{width}}  {shown}")
-    matrix = format_matrix(metrics["tasks"], metrics["accuracy_matrix"])
+    matrix = format_matrix(metrics["tasks"], metrics["accuracy_matrix"], columns)
     return "\n".join([matrix, "", *lines, *how_scored(metrics), *score_notes(metrics)])
 
 
@@ -458,14 +489,18 @@ def _score(value: float | None) -> str:
 
 
 def task_scores(index: int, tasks: Sequence[str], row: Row) -> str:
-    """A row of the matrix in a line: `after a: a 0.7500, b 0.5000`."""
-    scores = (f"{name} {_score(score)}" for name, score in zip(tasks, row, strict=True) if score is not None)
-    return f"after {tasks[index]}: {', '.join(scores)}"
+    """A row of the matrix in a line: `after a: a 0.7500, b 0.5000`. If it is long, the task's own score comes first."""
+    scores = [f"{name} {_score(score)}" for name, score in zip(tasks, row, strict=True) if score is not None]
+    own = f"{tasks[index]} {_score(row[index])}"
+    if len(scores) > MOST_NAMED and own in scores:
+        scores.remove(own)
+        scores.insert(0, own)
+    return f"after {tasks[index]}: {listed(scores, MOST_NAMED)}"
 
 
-def step_detail(loss: float, tokens_per_second: float, lr: float | None) -> str:
-    """The figures of a step: `loss 0.5000  100 tokens/s  lr 0.001`."""
-    return f"loss {loss:.4f}  {tokens_per_second:.0f} tokens/s" + ("" if lr is None else f"  lr {lr:.2g}")
+def step_details(loss: float, tokens_per_second: float, lr: float) -> list[str]:
+    """The figures of a step: `loss 0.5000`, `100 tokens/s`, `lr 0.001`."""
+    return [f"loss {loss:.4f}", f"{tokens_per_second:.0f} tokens/s", f"lr {lr:.2g}"]
 
 
 def count(number: int, noun: str) -> str:

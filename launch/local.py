@@ -51,7 +51,7 @@ AGREEMENT_SECONDS = 2.0
 """Every rank usually finds bad input (exit code 2) itself: how long the others get to report the same before they are
 asked to stop. A message that all ranks report is shown once, without a rank."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-SHOW_CURSOR = b"\x1b[?25h"
+HIDE_CURSOR, SHOW_CURSOR = b"\x1b[?25l", b"\x1b[?25h"
 SHARED_MEMORY = Path("/dev/shm")
 """Where DeepSpeed puts its buffers."""
 
@@ -87,6 +87,8 @@ class _Rank:
     """Seconds for which it has been stopped (SIGSTOP) without a break."""
     given_up: bool = False
     """Whether it was killed for being stopped that long."""
+    left_behind: bool = False
+    """Whether it was killed because another rank had ended as requested, with everything saved, and it did not."""
 
     @property
     def returncode(self) -> int | None:
@@ -121,7 +123,7 @@ class _Rank:
     @property
     def failed(self) -> bool:
         """Whether it ended, neither successfully nor interrupted with its state saved."""
-        return self.returncode not in (None, DONE, INTERRUPTED)
+        return not self.left_behind and self.returncode not in (None, DONE, INTERRUPTED)
 
     def signal(self, number: int) -> None:
         """Send a signal to the rank, but not to processes that it started (a compiler, say)."""
@@ -201,6 +203,8 @@ class _Launch:
         not take the SIGTERM after it for a second request."""
         self.failed: float | None = None
         """When a rank was first seen to have failed."""
+        self.interrupted: float | None = None
+        """When a rank was first seen to have ended as requested."""
         self.deadline: float | None = None
         """When to kill the remaining ranks, once a rank has failed."""
 
@@ -281,6 +285,7 @@ class _Launch:
             rank.poll()
         self._kill_suspended()
         self._end_after_failure(time.monotonic())
+        self._end_after_stop(time.monotonic())
 
     def _end_after_failure(self, now: float) -> None:
         """After the first failure, ask the other ranks to stop, and kill them `grace_seconds` later."""
@@ -293,6 +298,21 @@ class _Launch:
             self._signal_all(signal.SIGTERM)
             self.deadline = now + self.grace_seconds
         if self.deadline is not None and now > self.deadline:
+            self._kill_all()
+
+    def _end_after_stop(self, now: float) -> None:
+        """Once a rank has ended as requested, kill those that do not end within `grace_seconds`.
+
+        Ranks agree to stop and save before any of them ends, so nothing is lost. But before that, a rank that waits
+        inside a library for one that has ended (torch, for the meeting point) would not notice a signal for as long as
+        `launch.timeout_seconds`.
+        """
+        if all(rank.returncode != INTERRUPTED for rank in self.ranks):
+            return
+        self.interrupted = self.interrupted or now
+        if now > self.interrupted + self.grace_seconds:
+            for rank in self.ranks:
+                rank.left_behind = rank.left_behind or rank.returncode is None
             self._kill_all()
 
     def _kill_suspended(self) -> None:
@@ -322,10 +342,8 @@ class _Launch:
             rank.process.wait()
             for reader in rank.readers:
                 reader.join(timeout=1.0)
-        # A rank that ended while it drew a bar has left the terminal without a cursor, in the middle of a line.
         if self.ranks and self.ranks[0].returncode != DONE and sys.stdout.isatty():
-            printed = self.ranks[0].printed
-            pass_on(SHOW_CURSOR + (b"\n" if printed and not printed[-1].endswith(b"\n") else b""), sys.stdout)
+            pass_on(_closing(b"".join(self.ranks[0].printed)), sys.stdout)
         # DeepSpeed names a buffer after user, rendezvous address and port, and rank (csrc/cpu/comm/shm.cpp). The port
         # was ours, so this matches no other run's buffer.
         for buffer in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{DEFAULT_ADDRESS}_{self.port}_*"):
@@ -378,6 +396,15 @@ def _terminal_for(index: int, environment: dict[str, str]) -> Iterator[tuple[int
         yield (descriptor,)
     finally:
         os.close(descriptor)
+
+
+def _closing(printed: bytes) -> bytes:
+    """What to print after the end of a rank's output: if the rank ended while it drew a bar, the terminal has no cursor
+    and is in the middle of a line.
+    """
+    if printed.rfind(SHOW_CURSOR) > printed.rfind(HIDE_CURSOR):
+        return b""
+    return SHOW_CURSOR + (b"\n" if printed and not printed.endswith(b"\n") else b"")
 
 
 def _print_all(pipe: IO[bytes], stream: TextIO, printed: deque[bytes]) -> None:

@@ -5,7 +5,8 @@ import os
 import struct
 import termios
 import time
-from io import StringIO
+from collections.abc import Callable
+from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 from rich.cells import cell_len
@@ -152,28 +153,114 @@ def reporter(stream: StringIO, terminal: int | None = None) -> Reporter:
     return made.reporter
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-def test_bars_fit_into_a_line(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def drawn(bars: BarReporter) -> list[str]:
+    """The lines of the two bars, as they stand now."""
+    shown = StringIO()
+    Console(file=shown, width=bars.console.width, color_system=None).print(bars.progress.get_renderable())
+    return shown.getvalue().rstrip("\n").splitlines()
+
+
+@pytest.fixture
+def bars_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., BarReporter]:
+    """Make a reporter with bars for a terminal so many columns wide."""
     monkeypatch.setenv("TERM", "xterm-256color")
-    console = Console(file=Terminal(), force_terminal=True, width=columns)
+
+    def make(columns: int, clock: Clock | None = None) -> BarReporter:
+        return BarReporter(Console(file=Terminal(), force_terminal=True, width=columns), clock or Clock())
+
+    return make
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_bars_fit_into_a_line(columns: int, bars_of: Callable[..., BarReporter]) -> None:
     clock, name = Clock(), "a-task-whose-name-is-far-too-long-for-a-line"
-    bars = BarReporter(console, clock)
+    bars = bars_of(columns, clock)
     bars.run_started([name] * 15, 1024, Work((100_000,) * 15, {name: 9000}, ((name,),) * 15))
     bars.task_started(0, name, 100_000)
     for step in (1, 2):
         clock.now += 1.0
         bars.step(step, 0.123456, 123456.0, 1.25e-5)
+    lines = drawn(bars)
     bars.close()
-    shown = StringIO()
-    Console(file=shown, width=columns, color_system=None).print(bars.progress.get_renderable())
-    lines = shown.getvalue().rstrip("\n").splitlines()
     assert len(lines) == 2
     assert all(cell_len(line) <= columns for line in lines)
     for part in ("0/15", "1024 ranks", "18 d 22 h left"):
         assert part in lines[0]
-    for part in ("2/100000", "loss 0.1235  123456 tokens/s", "27 h 40 min left"):
+    for part in ("2/100000", "loss 0.1235", "27 h 40 min left"):
         assert part in lines[1]
-    assert ("lr 1.3e-05" in lines[1]) == (columns == 120)
+    assert ("123456 tokens/s  lr 1.3e-05" in lines[1]) == (columns == 120)
+
+
+@pytest.mark.parametrize(
+    ("columns", "details"),
+    [(30, ""), (40, ""), (60, "loss 0.5000"), (80, "loss 0.5000 100 tokens/s lr 0.001")],
+)
+def test_what_a_narrow_terminal_leaves_out(columns: int, details: str, bars_of: Callable[..., BarReporter]) -> None:
+    clock = Clock()
+    bars = bars_of(columns, clock)
+    bars.run_started(["spring", "summer"], 1)
+    bars.task_started(1, "summer", 30)
+    for step in (1, 2, 3):
+        clock.now += 1.0
+        bars.step(step, 0.5, 100.0, 1e-3)
+    lines = drawn(bars)
+    bars.close()
+    words = [word for word in lines[1].split() if not set(word) <= set("━╸╺")]
+    assert " ".join(words) == f"summer 3/30 27 s left {details}".rstrip()
+    assert [cell_len(line) <= columns for line in lines] == [True, True]
+
+
+def test_bars_stay_where_they_are_from_task_to_task(bars_of: Callable[..., BarReporter]) -> None:
+    bars, names = bars_of(80), ["a", "任务", "autumn-of-the-year", "b" * 30]
+    bars.run_started(names, 1)
+    counts = set()
+    for index, name in enumerate(names):
+        bars.task_started(index, name, 20)
+        bars.step(1, 0.5, 100.0, 1e-3)
+        counts.add(cell_len(drawn(bars)[1].split("/20")[0]))
+        bars.evaluating(f"{names[0]} to {name}", 20)
+        bars.evaluated(12, 20)
+        counts.add(cell_len(drawn(bars)[1].split("/20")[0]))
+    bars.close()
+    assert counts == {len("autumn-of-the-y… ") + 10 + len(" 12")}
+
+
+def test_a_bar_without_a_number_to_come_does_not_show_the_last_one(bars_of: Callable[..., BarReporter]) -> None:
+    bars = bars_of(80)
+    bars.run_started(["a"], 1)
+    bars.task_started(0, "a", 20)
+    bars.step(20, 0.5, 100.0, 1e-3)
+    assert " 20/20 " in drawn(bars)[1]
+    bars.evaluating("gsm8k")
+    assert "20" not in drawn(bars)[1]
+    assert bars.progress.tasks[1].total is None
+    bars.task_started(0, "a", 30)
+    assert "  0/30" in drawn(bars)[1]
+    bars.close()
+
+
+def test_a_full_bar_says_what_it_waits_for(bars_of: Callable[..., BarReporter]) -> None:
+    bars = bars_of(80)
+    bars.run_started(["a"], 1)
+    bars.task_started(0, "a", 20)
+    bars.step(20, 0.5, 100.0, 1e-3)
+    bars.working("saving the state")
+    assert drawn(bars)[1].rstrip().endswith("20/20             saving the state")
+    bars.step(20, 0.5, 100.0, 1e-3)
+    assert "saving" not in drawn(bars)[1]
+    bars.close()
+
+
+def test_names_are_cut_in_the_letters_that_a_terminal_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    raw = BytesIO()
+    stream = TextIOWrapper(raw, encoding="ascii", errors="strict", write_through=True)
+    bars = BarReporter(Console(file=stream, force_terminal=True, width=60))
+    bars.phase("p" * 100)
+    bars.run_started(["b" * 40], 1)
+    bars.task_started(0, "b" * 40, 20)
+    bars.close()
+    assert b"bbb... " in raw.getvalue()
 
 
 def test_the_time_left_of_the_run_stands_behind_that_of_the_task() -> None:
@@ -207,6 +294,32 @@ def test_a_phase_that_takes_long_is_reported_again(monkeypatch: pytest.MonkeyPat
     assert lines[0] == "Loading the model"
     assert lines[1] == "  still loading the model: 0 s"
     reporter.close()
+
+
+def test_work_inside_a_task_has_a_line_only_if_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = StringIO()
+    reporter = LineReporter(stream)
+    reporter.working("saving the state")
+    assert stream.getvalue() == ""
+    monkeypatch.setattr(progress, "PHASE_SECONDS", 0.01)
+    for end in (
+        lambda: reporter.step(1, 0.5, 100.0, 1e-3),
+        lambda: reporter.evaluated(1, 8),
+        lambda: reporter.evaluating("a", 8),
+        lambda: reporter.working("writing the model"),
+        reporter.close,
+    ):
+        reporter.task_started(0, "a", 1000)
+        reporter.working("saving the state")
+        over = reporter._over
+        for _ in range(200):
+            if "  still saving the state: 0 s\n" in stream.getvalue():
+                break
+            time.sleep(0.05)
+        assert "  still saving the state: 0 s\n" in stream.getvalue()
+        end()
+        assert over.is_set(), "otherwise the thread would go on"
+        stream.seek(stream.truncate(0))
 
 
 NOTEBOOKS = [
@@ -296,8 +409,7 @@ def test_bars_of_a_run_leave_the_terminal_as_it_was(monkeypatch: pytest.MonkeyPa
     report_a_run(BarReporter(Console(file=stream, force_terminal=True, width=120)))
     text = stream.getvalue()
     assert "2/2" in text
-    assert "loss 0.5000  100 tokens/s" in text
-    assert "20/20 evaluating" in text
+    assert "evaluating" in text
     assert "building the engine" in text
     assert "[bold]printed verbatim[/bold]" in text
     assert text.rstrip("\n").endswith(SUMMARY.splitlines()[-1])
@@ -344,6 +456,36 @@ def test_a_closed_stream_is_not_an_error() -> None:
     stream = StringIO()
     stream.close()
     report_a_run(make_reporter(0, stream))
+
+
+def test_a_table_that_is_wider_than_the_terminal_comes_in_parts() -> None:
+    tasks, matrix = ["a", "b-is-longer", "c"], [[0.25, None, 0.5], [0.75, 0.5, 1.0]]
+    whole = format_matrix(tasks, matrix)
+    assert format_matrix(tasks, matrix, max(map(len, whole.splitlines()))) == whole
+    parts = """\
+               a  b-is-longer
+before    0.2500            -
+after a   0.7500       0.5000
+
+               c
+before    0.5000
+after a   1.0000"""
+    narrow = format_matrix(tasks, matrix, len(whole.splitlines()[0]) - 1)
+    assert narrow == parts.replace("before    ", "before   ").replace("after a   ", "after a  ").replace(
+        "   " * 5, " " * 14
+    )
+    assert len(format_matrix(tasks, matrix, 1).split("\n\n")) == 3
+
+
+def test_a_stream_of_many_tasks_has_short_lines() -> None:
+    stream, names = StringIO(), [f"task-{number}" for number in range(100)]
+    reporter = LineReporter(stream, Clock())
+    reporter.run_started(names, 1)
+    reporter.task_finished(98, [0.5] * 98 + [0.75, None])
+    started, finished = stream.getvalue().splitlines()
+    assert started.endswith(" task-24 and 75 more")
+    assert finished.startswith("after task-98: task-98 0.7500, task-0 0.5000, ")
+    assert finished.endswith(" task-23 0.5000 and 74 more")
 
 
 def test_a_long_row_has_a_line_now_and_then() -> None:

@@ -19,6 +19,7 @@ from cl_dist.config.words import listed, show
 from cl_dist.errors import BadInput
 from cl_dist.methods.catalogue import known, summaries
 from cl_dist.methods.config import exclusion
+from cl_dist.output import terminal_columns
 from cl_dist.progress import format_matrix, format_summary, how_scored
 from cl_dist.state.lock import InUse, refuse_if_locked
 from cl_dist.state.manifest import Manifest
@@ -83,9 +84,9 @@ def status(arguments: Namespace) -> int:
     print("\n".join([*_progress_lines(manifest, running), *(() if job is None else status_lines(job))]))
     if metrics is not None:
         of_run = {**manifest.scoring_by_task(), "tasks": manifest.tasks, "general": manifest.general}
-        print("\n" + format_summary({**metrics, **of_run}))
+        print("\n" + format_summary({**metrics, **of_run}, terminal_columns()))
     elif manifest.accuracy_matrix:
-        matrix = format_matrix(manifest.tasks, manifest.accuracy_matrix)
+        matrix = format_matrix(manifest.tasks, manifest.accuracy_matrix, terminal_columns())
         print("\n" + "\n".join([matrix, *how_scored(manifest.scoring_by_task()), *manifest.notes]))
     return 0
 

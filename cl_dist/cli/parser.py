@@ -33,14 +33,15 @@ imported: most of the time that `--help` took went into modules that it did not 
 
 _EPILOG = """\
 examples:
-  cl-dist init my.yaml --data a.jsonl b.csv           a recipe for your own data
-  cl-dist run quickstart                              a shipped recipe
-  cl-dist run my.yaml --set method.name=migu          your own recipe, with a change
-  cl-dist run my.yaml --set method.name=migu --resume continue where it stopped
-  cl-dist recipe --explain train.                     what the settings below train mean
+  cl-dist init my.yaml --data a.jsonl b.csv       a recipe for your own data
+  cl-dist run quickstart                          a shipped recipe
+  cl-dist run my.yaml --set method.name=migu      your recipe, with a change
+  cl-dist run my.yaml --resume                    continue where it stopped
+  cl-dist recipe --explain train.                 the settings below train
 
-exit codes: 0 success, 2 bad input, 75 interrupted (continue with --resume), 76 a rank was lost
-(only for ranks that Slurm or MPI started; continue with --resume), 1 any other failure
+exit codes: 0 success, 2 bad input, 75 interrupted (continue with --resume),
+76 a rank was lost (only for ranks that Slurm or MPI started; continue with
+--resume), 1 any other failure
 """
 
 

@@ -6,6 +6,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptio
 from pathlib import Path
 from typing import Any
 
+from cl_dist.output import terminal_columns
 from cl_dist.progress import format_matrix
 from cl_dist.report import FORMATS
 
@@ -73,7 +74,7 @@ def report(arguments: Namespace) -> int:
     done = write_report(runs[0], arguments.out, arguments.figures)
     manifest = done.run.manifest
     if manifest.accuracy_matrix:
-        print(format_matrix(manifest.tasks, manifest.accuracy_matrix) + "\n")
+        print(format_matrix(manifest.tasks, manifest.accuracy_matrix, terminal_columns()) + "\n")
     for text in done.missing:
         print(text)
     page, *others = done.files

@@ -67,11 +67,8 @@ def _print_first_line(name: str, recipe: Recipe) -> None:
     methods = " + ".join(method.name for method in recipe.method)
     number = number_of_ranks(recipe)
     kind = describe_devices(recipe.launch.device, os.environ)
-    print(
-        f"{name}: {recipe.model.name_or_path}, {count(len(recipe.stream.tasks), 'task')}, {methods}; "
-        f"{count(number, 'rank')}{f' on {kind}' if kind else ''}; output in {recipe.output_dir}",
-        flush=True,
-    )
+    print(f"{name}: {recipe.model.name_or_path}, {count(len(recipe.stream.tasks), 'task')}, {methods}")
+    print(f"{count(number, 'rank')}{f' on {kind}' if kind else ''}, output in {recipe.output_dir}", flush=True)
 
 
 def check_stream_and_model(recipe: Recipe, recipe_dir: Path) -> tuple[Task, ...]:

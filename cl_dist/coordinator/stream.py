@@ -131,6 +131,7 @@ class Coordinator:
             general = self._scoring.general(self.tasks[index].name)
             self._complete(index, self.ledger.manifest.accuracy_matrix[-1], general, Spent(), 0.0)
             return
+        self.reporter.working(f"preparing the data of {self.tasks[index].name}")
         trainer = self.system.trainer(index)
         place = TaskPlace(index, self.tasks[index].name, trainer.steps, trainer.cycles, trainer.probe)
         self.reporter.task_started(index, place.name, trainer.steps)
@@ -203,6 +204,7 @@ class Coordinator:
         # The method may change the weights after the last step, and may want the original ones kept.
         if self.system.engine.method.keeps_unfused:
             self._export(self.folder.task(place.index, place.name).unfused)
+        self.reporter.working("finishing the task")
         self.system.engine.method.after_task(place)
         self._save(self.folder.task(place.index, place.name).state, place, spent, trained=True)
         return spent
@@ -246,6 +248,7 @@ class Coordinator:
     def _export(self, path: Path) -> None:
         """Write the model or its adapter in Hugging Face format."""
         model = self.system.engine.model
+        self.reporter.working("writing the model")
         beat("writing the model")
         weights = gather_state_dict(model, wanted=in_adapter if self.recipe.model.lora is not None else None)
 

@@ -89,6 +89,7 @@ class TaskState:
             self._reporter.message(f"no saved state inside task {place.name} is intact: training it from the start")
         if not self._recipe.train.keep_optimizer:
             self._engine.shards.reset_optimizer()
+        self._reporter.working("starting the task")
         self._engine.before_task(place)
         return {}
 
@@ -157,6 +158,7 @@ class TaskState:
 
     def _load(self, folder: Path) -> dict[str, Any]:
         """Load weights, moments and the methods' tensors from a saved state; return its JSON values."""
+        self._reporter.working("loading the saved state")
         method = self._engine.method
         state = load_snapshot(folder, self._engine.shards, method.tensors(), method.later_tensors)
         method.tensors_loaded()
@@ -165,6 +167,7 @@ class TaskState:
     def save(self, path: Path, place: TaskPlace, spent: Spent, *, trained: bool) -> None:
         """Save the state of all ranks, then name it in the manifest, then delete the states that are too old."""
         began = time.monotonic()
+        self._reporter.working("saving the state")
         beat(f"saving the state of task {place.name}")
         self._engine.method.before_save()
         state = {"trained": trained, "spent": dataclasses.asdict(spent), **self._engine.method.state_dict()}

@@ -47,8 +47,9 @@ def test_a_whole_run_and_its_status(command: Command, tmp_path: Path) -> None:
     code, output, error = command("run", "quickstart", *(f"--set={change}" for change in changes))
     assert code == 0, error
     lines = [line for line in output.splitlines() if not line.startswith("  still ")]
-    assert lines[:11] == [
-        "quickstart: builtin:llama-tiny, 1 task, sequential; 2 ranks on the CPU; output in here",
+    assert lines[:12] == [
+        "quickstart: builtin:llama-tiny, 1 task, sequential",
+        "2 ranks on the CPU, output in here",
         "checking data and model",
         "starting 2 ranks",
         "importing torch and transformers",
@@ -63,7 +64,7 @@ def test_a_whole_run_and_its_status(command: Command, tmp_path: Path) -> None:
     assert "step 2/2  loss " in output
     assert "  evaluating spring: 8 samples" in lines
     assert all(character == "\n" or character.isprintable() for character in output)
-    assert any("average performance (AP)" in line for line in lines[-14:])
+    assert "average performance (AP)" in output
     assert output.splitlines()[-3:] == [
         "model after the last task  here/tasks/01-spring/model (Hugging Face format)",
         "report with figures        cl-dist report here",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -136,6 +137,8 @@ class TestFailures:
             ("fail(75, 'stopped')", 75),
             ("wait_for_the_others()\nfail(75, 'stopped') if rank else fail(1, 'no')", 1),
             ("fail(75, 'stopped') if rank else None", 75),
+            # Inside a library that waits for rank 1, rank 0 does not notice that it is asked to stop.
+            ("wait_for_the_others()\nfail(75, 'stopped') if rank else time.sleep(600)", 75),
         ],
     )
     def test_the_exit_code(self, body: str, code: int, folder: Path) -> None:
@@ -269,11 +272,14 @@ print("columns", size.width, "lines", size.height)
 """
 
 
-def test_the_first_rank_draws_on_the_launchers_terminal(folder: Path) -> None:
+def drawn_by(body: str) -> tuple[int, bytes]:
+    """Exit code of a launcher on a terminal whose ranks run this body, and what the terminal shows."""
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 111, 0, 0))
-    command = [sys.executable, "-c", LAUNCHER, PRELUDE + DRAWER]
+    command = [sys.executable, "-c", LAUNCHER, PRELUDE + body]
     environment = {**os.environ, "TERM": "xterm-256color"}
+    for name in ("JPY_PARENT_PID", "PAGER", "GIT_PAGER"):
+        environment.pop(name, None)
     process = subprocess.Popen(command, stdout=slave, stderr=slave, env=environment, start_new_session=True)
     os.close(slave)
     drawn = b""
@@ -281,10 +287,34 @@ def test_the_first_rank_draws_on_the_launchers_terminal(folder: Path) -> None:
         while data := os.read(master, 1 << 16):
             drawn += data
     os.close(master)
-    assert process.wait(timeout=PATIENCE_SECONDS) == 0, drawn
+    return process.wait(timeout=PATIENCE_SECONDS), drawn
+
+
+def test_the_first_rank_draws_on_the_launchers_terminal(folder: Path) -> None:
+    code, drawn = drawn_by(DRAWER)
+    assert code == 0, drawn
     assert b"\x1b[?25h" in drawn
     assert b"2/4" in drawn
     assert b"columns 111 lines 33" in drawn
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "fail(75, 'stopped')"])
+def test_a_rank_that_ends_while_it_draws_leaves_a_cursor_at_the_start_of_a_line(end: str, folder: Path) -> None:
+    """A request to stop during imports ends a rank at once, too."""
+    body = DRAWER.replace("size = ", f"open('ready', 'w')\n    sys.stdout.flush()\n    {end}\n    size = ")
+    body = body.replace("fail(75, 'stopped')", "report_failure(os.environ, 75, 'stopped')\n    os._exit(75)")
+    code, drawn = drawn_by(body)
+    assert code == (75 if "75" in end else 1)
+    assert drawn.rindex(b"\x1b[?25h") > drawn.rindex(b"\x1b[?25l")
+    assert re.search(rb"\x1b\[\?25h\r\n[a-z0-9 ]*(SIGKILL|stopped)\r\n$", drawn), drawn
+
+
+def test_a_rank_that_fails_after_its_bars_leaves_no_empty_line(folder: Path) -> None:
+    code, drawn = drawn_by(
+        DRAWER.replace("print(", "print('last words'); sys.stdout.write('\\x1b[0m'); fail(1, 'no')\nprint(")
+    )
+    assert code == 1
+    assert drawn.endswith(b"last words\r\n\x1b[0mrank 0: no\r\n"), drawn
 
 
 class TestStopped:
