@@ -25,7 +25,7 @@ from cl_dist.report.kept_rows import (
 )
 from cl_dist.report.page import MATRIX_FILE, Page
 from cl_dist.report.reading import RunData, read_run
-from cl_dist.report.sections import Contents, run_page
+from cl_dist.report.sections import Contents, kinds, run_page
 from cl_dist.report.several import default_folder, read_several, several_page, several_pictures
 from cl_dist.report.units import UnitResults, correlation, read_unit_results
 from cl_dist.state.atomic import advising, write_bytes
@@ -116,7 +116,7 @@ def _files(run: RunData, units: UnitResults | None) -> Iterator[tuple[str, bytes
     tasks, matrix = run.manifest.tasks, run.manifest.accuracy_matrix
     if matrix:
         yield "accuracy_matrix.png", pictures.accuracy_matrix(tasks, matrix)
-        yield "scores.png", pictures.scores(tasks, matrix)
+        yield "scores.png", pictures.scores(tasks, matrix, kinds(run))
         if len(tasks) > WIDEST_MATRIX:
             yield MATRIX_FILE, tables.matrix_csv(tasks, matrix).encode()
     if run.log.losses:

@@ -101,7 +101,8 @@ def _summary(results: Results) -> Section:
                 [
                     Fact(name, number(value, 3), f"AP {number(performance.get(name), 3)}")
                     for name, value in forgotten.items()
-                ]
+                ],
+                equal=True,
             )
         )
         orders = len(_orders(results))
@@ -149,13 +150,14 @@ def _spread(row: Row, metric: str) -> str:
 
 
 def _streams(results: Results) -> Section:
+    orders = [f", on order {order}" for order in _orders(results)] if len(_orders(results)) > 1 else [""]
     figures = [
         Figure(
             f"order_{place}",
-            f"Order {order}: mean score over the tasks trained so far, mean over the finished seeds.",
-            f"A line for each method on order {order}; the table has the last points as AP.",
+            f"Mean score over the tasks trained so far, mean over the finished seeds{on}.",
+            f"A line for each method{on}; the table has the last points as AP.",
         )
-        for place, order in enumerate(_orders(results))
+        for place, on in enumerate(orders)
     ]
     return Section("streams", "Scores over the stream", figures)
 

@@ -118,7 +118,9 @@ def odd_run(path: Path) -> RunFolder:
     )
     device = {"kind": "cpu", "name": ODD}
     Ledger(folder, manifest, writer=True).update(accuracy_matrix=gaps, device=device)
-    write_text(folder.config, folder.config.read_text().replace("builtin:llama-tiny", json.dumps(ODD, ensure_ascii=False)))
+    write_text(
+        folder.config, folder.config.read_text().replace("builtin:llama-tiny", json.dumps(ODD, ensure_ascii=False))
+    )
     for after, answer in ((0, "yes"), (2, ODD)):
         answers = [Prediction(sample, answer, "yes", float(answer == "yes")) for sample in range(4)]
         write_predictions(folder.task(after, names[after]).predictions / f"{names[0]}.jsonl", answers)
