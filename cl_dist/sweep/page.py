@@ -94,7 +94,10 @@ def _summary(results: Results) -> Section:
     if forgotten:
         least = min(forgotten.values())
         best = [name for name, value in forgotten.items() if value == least]
-        title = f"{', '.join(best)} forgot least"
+        scores = {cell.kinds for cell in results.cells if cell.state.finished and cell.kinds}
+        title = f"{', '.join(best)} forgot least" + (" so far" if results.missing else "")
+        if len(scores) > 1:
+            title = "These runs cannot be compared by their means"
         performance = _over_orders(results, "average_performance")
         blocks.append(
             Facts(
@@ -105,12 +108,14 @@ def _summary(results: Results) -> Section:
                 equal=True,
             )
         )
+        mixed = any("+" in kinds for kinds in scores)
+        careful = " Both are means of different scores: look at each task instead." if mixed else ""
         orders = len(_orders(results))
         over = "seeds" if orders == 1 else f"seeds and {orders} orders"
         blocks.append(
             Text(
                 f"Forgetting (F, Chaudhry et al. 2018: largest earlier score minus the last one) and average "
-                f"performance, means over {over}."
+                f"performance, means over {over}.{careful}"
             )
         )
     blocks.append(

@@ -53,6 +53,12 @@ def test_a_picture_follows_the_theme_and_keeps_to_itself() -> None:
     assert all(address.startswith(("#", "data:")) for address in addresses)
 
 
+def test_other_formats_are_offered_until_they_are_there() -> None:
+    section, hint = Section("first", "c", []), "<code>--figures svg,pdf</code>"
+    for files, offered in ((["a.csv"], False), (["a.csv", "b.png"], True), (["b.png", "b.pdf"], False)):
+        assert (hint in render(Page("a", "b", [section], {name: name for name in files}), {})) is offered
+
+
 def test_lines_are_drawn_on_the_page_itself() -> None:
     """In the dark theme, white axes under light lines would hide them."""
     drawn = pictures.scores(["a"], [[0.0], [1.0]]).render(["svg"])["svg"]
