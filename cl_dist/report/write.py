@@ -168,7 +168,9 @@ def _missing(run: RunData, units: UnitResults | None) -> Iterator[str]:
     if not run.log.losses:
         yield f"No training loss: {run.folder.log.name} is missing or has no steps."
     if run.log.unreadable:
-        yield f"{run.log.unreadable} lines of {run.folder.log.name} cannot be read and are skipped."
+        count = run.log.unreadable
+        lines = "1 line" if count == 1 else f"{count} lines"
+        yield f"{lines} of {run.folder.log.name} cannot be read and {'is' if count == 1 else 'are'} skipped."
     if not run.settings:
         yield f"No settings: {run.folder.config.name} is missing."
     if units is not None and len(run.done) == 1:

@@ -187,7 +187,7 @@ class TestUnfinished:
         folder.log.write_bytes(folder.log.read_bytes() + b'{"event": "step", "ta')
         report = write_report(folder.path)
         assert "loss.png" in report.files
-        assert report.missing[1] == "1 lines of log.jsonl cannot be read and are skipped."
+        assert report.missing[1] == "1 line of log.jsonl cannot be read and is skipped."
 
 
 class TestRefused:
