@@ -49,9 +49,11 @@ class Fact:
 
 @dataclass(frozen=True)
 class Facts:
-    """Some facts side by side; the first one is the largest."""
+    """Some facts side by side; the first one is the largest, unless they are all of one kind."""
 
     facts: Sequence[Fact]
+    equal: bool = False
+    """Whether they are of one kind: the same number of several runs."""
     kind: ClassVar[str] = "facts"
 
 

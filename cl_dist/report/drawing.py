@@ -31,8 +31,12 @@ _UNWANTED = {"png": ("Software",), "svg": ("Date", "Creator"), "pdf": ("Creation
 """Metadata that would make the bytes depend on more than the data."""
 INK = "#1d1d1f"
 """Text and axes."""
+PAPER = "#fefefe"
+"""Background of the axes. Not plain white, which is also the colour of numbers in dark cells: on a page, it follows the
+theme, and those do not."""
 _STYLE: dict[str, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    "axes.facecolor": PAPER,
     "svg.fonttype": "none",  # text stays text: readable by machines, and in fonts that know its script
     "svg.hashsalt": "cl_dist",
     "pdf.fonttype": 42,  # TrueType, which journals ask for
@@ -41,10 +45,11 @@ BLUE, ORANGE = "#0072b2", "#d55e00"
 """From Okabe and Ito's palette."""
 GREY, PALE, LIGHT = "#767676", "#c4c4c4", "#e6e6e6"
 """Background elements."""
-SEQUENTIAL, DIVERGING = "cividis", "PuOr_r"
+SEQUENTIAL, DIVERGING = "viridis", "PuOr_r"
+"""Maps without a grey in the middle of the first one: grey means that there is no value."""
 NO_VALUE = {SEQUENTIAL: "#e6e6e6", DIVERGING: "#9e9e9e"}
 """Colours of missing values; they do not occur in the maps."""
-BORDER = {SEQUENTIAL: "#fefefe", DIVERGING: GREY}
+BORDER = {SEQUENTIAL: PAPER, DIVERGING: GREY}
 """Lines between blocks and between rows of heat maps without numbers."""
 LABEL = 30
 """Longest label in characters; longer ones are shortened in the middle."""
@@ -155,7 +160,7 @@ def _number(axes: Axes, image: ScalarMappable, values: Floats) -> None:
         # White on dark cells. The weights are those of luminance in ITU-R BT.709.
         red, green, blue = shades[row, column][:3]
         dark = not np.isnan(value) and 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.4
-        text = "–" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00")
+        text = "–" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
         colour = "white" if dark else "black"
         written = axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
         written.set_in_layout(False)  # inside the axes anyway, and measuring every text would take most of the time

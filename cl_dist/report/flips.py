@@ -119,16 +119,24 @@ def _read(path: Path) -> dict[int, _Answer]:
     """The answers in a file of predictions, by sample."""
     answers = {}
     try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                record = json.loads(line)
-                answer = _Answer(str(record["prediction"]), str(record["reference"]), float(record["score"]) == 1.0)
-                answers[int(record["index"])] = answer
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BadInput(f"{path} is damaged: {error!r}") from error
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                index, answer = _answer(line, f"{path} is damaged: line {number}")
+                answers[index] = answer
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     if not answers:
         raise BadInput(f"{path} is damaged: it has no predictions")
     return answers
+
+
+def _answer(line: bytes, place: str) -> tuple[int, _Answer]:
+    try:
+        record = json.loads(line)
+        answer = _Answer(str(record["prediction"]), str(record["reference"]), float(record["score"]) == 1.0)
+        return int(record["index"]), answer
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadInput(f"{place} is not a JSON object with index, prediction, reference and score") from error
 
 
 def _flips(task: str, before: Mapping[int, _Answer], now: Mapping[int, _Answer], same: Callable[[str], str]) -> Flips:

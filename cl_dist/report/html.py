@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from cl_dist.report.blocks import Page
-from cl_dist.report.drawing import BLUE, BORDER, GREY, INK, LIGHT, ORANGE, PALE, SEQUENTIAL
+from cl_dist.report.drawing import BLUE, GREY, INK, LIGHT, ORANGE, PALE, PAPER
 from cl_dist.report.escape import one_line
 
 THEMED = {
@@ -16,7 +16,7 @@ THEMED = {
     LIGHT: "rule",
     BLUE: "blue",
     ORANGE: "orange",
-    BORDER[SEQUENTIAL]: "paper",
+    PAPER: "paper",
 }
 """Colours of the pictures that follow the page's light or dark theme, as CSS variables. Numbers in coloured cells keep
 theirs, as the cells do."""
@@ -35,6 +35,11 @@ def render(page: Page, pictures: Mapping[str, bytes]) -> str:
         pictures: SVG files by the names of the page's figures. The page leaves out a figure without a picture.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    def breakable(text: str) -> Markup:
+        """Text that may continue on a new line after `_` and `.`, as long names of metrics and settings should."""
+        return Markup(re.sub(r"([_.])(?=\w)", r"\1<wbr>", str(escape(one_line(text)))))
 
     environment = Environment(
         loader=PackageLoader("cl_dist.report"),
@@ -46,6 +51,7 @@ def render(page: Page, pictures: Mapping[str, bytes]) -> str:
         # Control characters and overrides of the direction of text have no place on a page.
         finalize=lambda value: one_line(value) if type(value) is str else value,
     )
+    environment.filters["breakable"] = breakable
     embedded = {name: embed(name, svg) for name, svg in pictures.items()}
     return environment.get_template("page.html").render(page=page, pictures=embedded)
 

@@ -114,8 +114,10 @@ class _Record:
             self.masked = {True: True, False: False}[about["masked"]]
             self.first, self.steps = int(about["first_step"]), int(about["steps"])
             self.layers: Mapping[str, None] = dict.fromkeys(map(str, about["layers"]))
-        except (OSError, SafetensorError, LookupError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, SafetensorError) as error:
             raise BadInput(f"{self._path} is damaged: {error}") from error
+        except (LookupError, ValueError, TypeError, RecursionError) as error:
+            raise BadInput(f"{self._path} is damaged: it does not say how many steps it has counted") from error
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -38,8 +38,9 @@ CAPTIONS = {
     "accuracy_matrix.png": "Rows: the model after each task, starting with the untouched model. Columns: the task it "
     "is scored on. Frames mark the task that was just trained; – or a pale cell means not evaluated.",
     "scores.png": "Each task's score over the stream (blue) and those of the other tasks (grey). The orange mark is "
-    "the score right after the task's own training. With more than 25 tasks there is only one panel, in which the blue "
-    "line is the mean over the tasks trained so far.",
+    "the score right after the task's own training. If the tasks have different kinds of scores, each panel has its "
+    "own scale, and grey lines only for tasks of its kind. With more than 25 tasks there is only one panel, in which "
+    "the blue line is the mean over the tasks trained so far.",
     "loss.png": "Training loss over the optimiser steps; dashed lines separate the tasks. For tasks with 40 steps or "
     "more, the strong line is a moving mean over a twentieth of the steps.",
     "unit_importance.png": "Importance of the skill units to each task: the scores that fusion uses, min-max "
@@ -204,8 +205,8 @@ def _scored_by(names: Mapping[str, str]) -> str:
 
 
 def definition(name: str) -> str:
-    """The first line of the docstring of a metric's function; empty if there is none."""
-    return (inspect.getdoc(getattr(metrics, name, None)) or "").partition("\n")[0]
+    """The first paragraph of the docstring of a metric's function, on one line; empty if there is none."""
+    return (inspect.getdoc(getattr(metrics, name, None)) or "").partition("\n\n")[0].replace("\n", " ")
 
 
 def timing(entry: Mapping[str, float]) -> list[str]:

@@ -72,33 +72,37 @@ def accuracy_matrix(tasks: Sequence[str], matrix: Matrix) -> Picture:
     return draw((2.8 + max(4, len(tasks)) * width, 1.3 + max(2, len(values)) * height), paint)
 
 
-def scores(tasks: Sequence[str], matrix: Matrix) -> Picture:
+def scores(tasks: Sequence[str], matrix: Matrix, kinds: Mapping[str, str] | None = None) -> Picture:
     """A panel per task: its score over the stream, the other tasks' scores in grey, and a mark after its own training.
     Many tasks share one panel, in which the strong line is the mean over the trained tasks.
+
+    With several kinds of scores (`kinds`, by task), a panel has its own scale, and the tasks of its kind only.
     """
     values = _as_array(matrix)
     if len(tasks) > MOST_PANELS:
         return _scores_of_many(values)
     columns = min(len(tasks), PANELS)
     rows = math.ceil(len(tasks) / columns)
+    kind = np.array([(kinds or {}).get(task, "") for task in tasks])
 
     def paint(figure: Figure) -> None:
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=len(set(kind)) == 1, squeeze=False)
         for panel, axes in enumerate(grid.flat):
             if panel >= len(tasks):
                 axes.set_visible(False)
                 continue
-            _score_panel(axes, values, panel)
+            alike = kind == kind[panel]
+            _score_panel(axes, values, panel, np.flatnonzero(alike))
+            _style_score_panels(np.array([axes]), values[:, alike], len(tasks))
             axes.set_title(short(tasks[panel]), fontsize=8)
-        _style_score_panels(grid, values, len(tasks))
         figure.supxlabel("tasks trained", fontsize=9)
         figure.supylabel("score", fontsize=9)
 
     return draw((max(4.5, 0.6 + 2.3 * columns), 0.7 + 1.8 * rows), paint)
 
 
-def _score_panel(axes: Axes, values: Floats, task: int) -> None:
-    for other in range(values.shape[1]):
+def _score_panel(axes: Axes, values: Floats, task: int, others: Indices) -> None:
+    for other in others:
         axes.plot(values[:, other], color=PALE, linewidth=0.8, zorder=1)
     axes.plot(values[:, task], color=BLUE, linewidth=1.6, marker="o", markersize=3, zorder=3)
     if task + 1 < len(values):
@@ -160,6 +164,7 @@ def means(runs: Mapping[str, Matrix]) -> Picture:
                 steps, shown, label=short(name), marker="o" if len(shown) <= NUMBERED else "", markersize=3.5, **style
             )
         _style_score_panels(np.array([axes]), np.array([everything]), max(len(matrix) - 1 for matrix in runs.values()))
+        axes.set_xlim(left=0.7)  # before the first task there is nothing to take a mean of
         axes.set(xlabel="tasks trained", ylabel="mean score")
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
@@ -189,6 +194,8 @@ def ranges(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Picture:
 
     The values are by metric and then by label of the row.
     """
+    from matplotlib.ticker import MaxNLocator
+
     rows = list(dict.fromkeys(label for values in panels.values() for label in values))
 
     def paint(figure: Figure) -> None:
@@ -198,6 +205,7 @@ def ranges(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Picture:
                 _range(axes, place, np.array(values.get(label, [])))
             axes.set_title(metric, fontsize=9)
             axes.grid(axis="x", color=LIGHT, linewidth=0.6)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.tick_params(labelsize=8)
         grid[0].set_yticks(range(len(rows)), [short(label) for label in rows], fontsize=8)
         grid[0].set_ylim(len(rows) - 0.5, -0.5)
@@ -209,7 +217,8 @@ def _range(axes: Axes, place: int, values: Floats) -> None:
     if not len(values):
         return
     deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    axes.plot(values, [place] * len(values), color=GREY, marker="o", markersize=3, linestyle="", zorder=2)
+    # The dots are below the line, whose ends would hide them.
+    axes.plot(values, [place + 0.25] * len(values), color=GREY, marker="o", markersize=3, linestyle="", zorder=2)
     axes.errorbar(values.mean(), place, xerr=deviation, color=BLUE, marker="D", markersize=5, capsize=3, zorder=3)
 
 
@@ -291,7 +300,10 @@ def moving_mean(values: Floats, window: int) -> Floats:
 
 
 def _style_loss(axes: Axes, starts: Floats, trained: Sequence[str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set(xlabel="optimiser step, over the whole stream", ylabel="training loss", xlim=(0.5, starts[-1] + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(axis="y", color=LIGHT, linewidth=0.6)
     top = axes.secondary_xaxis("top")
     room = WIDE * 0.75 * float(np.diff(starts).min() / starts[-1])

@@ -11,7 +11,7 @@ import numpy as np
 from cl_dist.config.words import listed
 from cl_dist.evaluation import metrics
 from cl_dist.methods.catalogue import config_class
-from cl_dist.progress import WIDEST_MATRIX, own_and_last
+from cl_dist.progress import WIDEST_MATRIX, own_and_last, score_names
 from cl_dist.report.blocks import Block, Cell, Code, Details, Fact, Facts, Figure, Page, Section, Table, Text, number
 from cl_dist.report.blocks import change as difference
 from cl_dist.report.columns import without_common_start
@@ -109,6 +109,27 @@ def metrics_so_far(run: RunData) -> dict[str, float | None]:
     return values | dict.fromkeys(meaningless(run) & values.keys())
 
 
+def kinds(run: RunData) -> dict[str, str]:
+    """The kind of each task's score, such as `exact_match`; tasks of which it is unknown are left out."""
+    return score_names(run.manifest.scoring_by_task()) or run.log.metrics
+
+
+def kinds_in_means(run: RunData) -> list[str]:
+    """The kinds of scores that the metrics so far are means of."""
+    known = kinds(run)
+    return list(dict.fromkeys(known[task] for task in run.done if task in known))
+
+
+def performance_by_kind(run: RunData) -> dict[str, float | None]:
+    """AP over the tasks of each kind of score, if there are several kinds; otherwise empty."""
+    done = len(run.done)
+    if len(kinds_in_means(run)) < 2:
+        return {}
+    return metrics.average_performance_by_metric(
+        [row[:done] for row in run.manifest.accuracy_matrix], run.done, kinds(run)
+    )
+
+
 def meaningless(run: RunData) -> set[str]:
     """The metrics that mean nothing for the run's methods."""
     classes = [config_class(name) for name in method_names(run)]
@@ -120,8 +141,18 @@ def summary(contents: Contents) -> Section:
     run, values = contents.run, metrics_so_far(contents.run)
     blocks: list[Block] = []
     if values:
-        facts = [Fact(name, number(values[key], 3), note) for key, (name, note) in HEADLINES.items()]
+        by_kind = performance_by_kind(run)
+        careful = "; here of different scores" if by_kind else ""
+        facts = [Fact(name, number(values[key], 3), f"{note}{careful}") for key, (name, note) in HEADLINES.items()]
         blocks.append(Facts(facts))
+        if by_kind:
+            means = ", ".join(f"{kind} {number(value, 3)}" for kind, value in by_kind.items())
+            blocks.append(
+                Text(
+                    "The tasks are scored in different ways, so the numbers above are means of unlike things: look at "
+                    f"each task instead. Average performance by kind of score: {means}."
+                )
+            )
         if len(run.done) < len(contents.tasks):
             blocks.append(
                 Text(
@@ -132,11 +163,11 @@ def summary(contents: Contents) -> Section:
         blocks += _then_and_now(contents)
     notes = run.manifest.notes
     blocks.append(Text(items=[f"{note[0].upper()}{note[1:]}." for note in notes]))
-    return Section("summary", headline(len(run.done), values), blocks)
+    return Section("summary", headline(len(run.done), values, len(kinds_in_means(run)) > 1), blocks)
 
 
-def headline(done: int, values: Mapping[str, float | None]) -> str:
-    """The answer to the question how much was forgotten, in a sentence."""
+def headline(done: int, values: Mapping[str, float | None], mixed: bool = False) -> str:
+    """The answer to the question how much was forgotten, in a sentence; `mixed` if it is a mean of different scores."""
     if not done:
         return "No task is finished yet"
     if done == 1:
@@ -145,7 +176,7 @@ def headline(done: int, values: Mapping[str, float | None]) -> str:
     moved = values.get("backward_transfer")
     if moved is None or math.isnan(moved):
         return f"How much of {earlier} was forgotten is unknown: scores are missing or mean nothing here"
-    average = "" if done == 2 else " on average"
+    average = "" if done == 2 else " on average over different scores" if mixed else " on average"
     if abs(moved) < 0.0005:
         return f"Nothing forgotten: scores on {earlier} are what they were right after their training"
     size = f"{'fell' if moved < 0 else 'rose'} by {number(abs(moved), 3)}{average}"
@@ -155,9 +186,11 @@ def headline(done: int, values: Mapping[str, float | None]) -> str:
 def _then_and_now(contents: Contents) -> Iterator[Block]:
     """Each finished task's score right after its training, and now."""
     done = len(contents.run.done)
-    low, high = scale(contents.matrix)
+    ends = scales(contents)
     rows: list[tuple[float | None, list[str | Cell]]] = []
-    for name, own, last in list(own_and_last(contents.tasks, contents.matrix))[:done]:
+    for (name, own, last), (low, high) in list(zip(own_and_last(contents.tasks, contents.matrix), ends, strict=True))[
+        :done
+    ]:
         known = None not in (own, last)
         moved = last - own if own is not None and last is not None else None
         cell = difference(moved)
@@ -166,7 +199,7 @@ def _then_and_now(contents: Contents) -> Iterator[Block]:
         )
         drawn = Cell("", span=places, tone=cell.tone) if known and not math.isnan(moved or 0.0) else "–"
         rows.append((moved, [name, number(own), number(last), cell, drawn]))
-    header = ["task", "after training", "now", "change", f"○ then, ● now ({low:g} to {high:g})"]
+    header = ["task", "after training", "now", "change", f"○ then, ● now ({_range_in_words(ends[:done])})"]
     everything = Table(
         "Each task's score right after its training and now", header, [row for _, row in rows], words=(4,)
     )
@@ -177,6 +210,22 @@ def _then_and_now(contents: Contents) -> Iterator[Block]:
     if worst:
         yield Table(f"The {len(worst)} tasks that lost most", header, [row for _, row in worst], words=(4,))
     yield Details(f"All {done} tasks", [everything])
+
+
+def scales(contents: Contents) -> list[tuple[float, float]]:
+    """The scale of each task: that of all tasks with its kind of score."""
+    known = kinds(contents.run)
+    groups = [known.get(task, "") for task in contents.tasks]
+    columns = {
+        kind: [[score for score, group in zip(row, groups, strict=True) if group == kind] for row in contents.matrix]
+        for kind in dict.fromkeys(groups)
+    }
+    ends = {kind: scale(scores) for kind, scores in columns.items()}
+    return [ends[kind] for kind in groups]
+
+
+def _range_in_words(ends: Sequence[tuple[float, float]]) -> str:
+    return f"{ends[0][0]:g} to {ends[0][1]:g}" if len(set(ends)) == 1 else "a scale for each kind of score"
 
 
 def scale(matrix: Matrix) -> tuple[float, float]:
@@ -203,9 +252,9 @@ def accuracy_matrix(contents: Contents) -> Section | None:
                 ),
             ],
         )
-    low, high = scale(contents.matrix)
+    ends = scales(contents)
     rows: list[list[str | Cell]] = [
-        [label, *(heat_cell(score, low, high, own=place == task) for task, score in enumerate(row))]
+        [label, *(heat_cell(score, *ends[task], own=place == task) for task, score in enumerate(row))]
         for place, (label, row) in enumerate(zip(after_each(contents.tasks), contents.matrix, strict=False), start=-1)
     ]
     caption = "Rows: the model after each task. Columns: the task that it is scored on. Framed: the task just trained."
@@ -240,6 +289,13 @@ def all_metrics(contents: Contents) -> Section | None:
     if not values:
         return None
     rows = [[name, number(value), definition(name).replace("`", "")] for name, value in values.items()]
+    by_kind = performance_by_kind(contents.run)
+    rows[1:1] = [
+        [f"average_performance ({kind})", number(value), f"AP of the tasks scored by {kind}"]
+        for kind, value in by_kind.items()
+    ]
+    if by_kind:
+        rows[0][2] += " Here the mean of different scores."
     caption = "T tasks; a[i][j] is the score on task j after training on task i, a[-1] the untouched model's"
     blocks: list[Block] = [Table(caption, ["metric", "value", "definition"], rows, words=(2,))]
     if none := meaningless(contents.run) & values.keys():
@@ -405,11 +461,11 @@ def training(contents: Contents) -> Section | None:
     layouts = manifest.segments or (manifest,)
     ranks = "; then ".join(f"{layout.world_size}, ZeRO stage {layout.zero_stage}" for layout in layouts)
     facts = [["ranks", ranks], ["restarts", str(manifest.restarts)]]
-    facts += [[f"device: {name}", str(value)] for name, value in (manifest.device or {}).items()]
+    facts += [_device_fact(name, value) for name, value in (manifest.device or {}).items()]
     tokens, seconds = (sum(entry.get(key, 0) for entry in manifest.timings) for key in ("tokens", "train_seconds"))
     if tokens and seconds:
         facts.append(["tokens per second, all ranks", f"{tokens / seconds:.0f}"])
-    blocks.append(Table("The run", ["", "value"], facts, words=(1,)))
+    blocks.append(Table("The run", ["fact", "value"], facts, words=(1,)))
     if run.done:
         header = ["task", "steps", "training, s", "tokens per second", "evaluation, s"]
         rows = [[name, *timing(entry)] for name, entry in zip(run.done, manifest.timings, strict=False)]
@@ -418,6 +474,12 @@ def training(contents: Contents) -> Section | None:
         rows = [[f"rank {rank}", f"{peak / MIB:.0f}"] for rank, peak in enumerate(peaks)]
         blocks.append(folded(Table("Peak memory", ["rank", "MiB"], rows), len(rows)))
     return Section("training", "Training", blocks)
+
+
+def _device_fact(name: str, value: object) -> list[str]:
+    if name == "memory_bytes" and isinstance(value, int):
+        return ["device: memory", f"{value / 2**30:.1f} GiB"]
+    return [f"device: {name}", {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)]
 
 
 def skill_units(contents: Contents) -> Section | None:

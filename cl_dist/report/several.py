@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.report import pictures
 from cl_dist.report.blocks import Block, Cell, Fact, Facts, Figure, Page, Section, Table, Text, change, number
 from cl_dist.report.drawing import Picture
 from cl_dist.report.page import definition, timing
 from cl_dist.report.reading import RunData, read_run
-from cl_dist.report.sections import HEADLINES, LONG_NAMES, folded, method_names, metrics_so_far
+from cl_dist.report.sections import HEADLINES, LONG_NAMES, folded, kinds, method_names, metrics_so_far
 
 MOST_RUNS = 12
 """More curves than this cannot be told apart."""
+MOST_NAMED = 12
+"""Tasks that are listed in a sentence."""
 LESS_IS_BETTER = {"forgetting", "forgetting_with_last", "general_forgetting"}
 
 
@@ -112,20 +115,40 @@ def _summary(several: Several) -> Section:
         best = [name for name, value in known.items() if value == least]
         title = f"{best[0]} forgot least" if len(best) == 1 else f"{', '.join(best)} forgot least, and equally little"
         blocks += [
-            Facts(facts),
+            Facts(facts, equal=True),
             Text("Forgetting: F, Chaudhry et al. 2018, the largest earlier score minus the last one."),
         ]
     else:
         title = "No run has finished two tasks yet, so nothing is known about forgetting"
-    streams = {run.manifest.tasks[: len(run.done)] for run in several.runs.values()}
-    if len(streams) > 1:
-        blocks.append(
-            Text(
-                "The runs have not finished the same tasks in the same order: their metrics are means over "
-                "different tasks and do not compare."
-            )
+    if reasons := list(_incomparable(several)):
+        title = "These runs cannot be compared by their means" if known else title
+        blocks.append(Text(items=reasons))
+    notes = [f"{name}: {note}." for name, run in several.runs.items() for note in run.manifest.notes]
+    return Section("summary", title, [*blocks, Text(items=notes)])
+
+
+def _incomparable(several: Several) -> Iterator[str]:
+    """Why the metrics of the runs do not compare."""
+    runs = several.runs.values()
+    if len({run.done for run in runs}) > 1:
+        yield (
+            "The runs have not finished the same tasks in the same order: their metrics are means over different "
+            "tasks and do not compare."
         )
-    return Section("summary", title, blocks)
+    if different := scored_differently(several):
+        yield (
+            f"The runs score {listed(different, MOST_NAMED)} in different ways, so neither these scores nor the means "
+            "over them compare."
+        )
+
+
+def scored_differently(several: Several) -> list[str]:
+    """The tasks that not all runs score in the same way, as far as it is known."""
+    found: dict[str, set[str]] = {}
+    for run in several.runs.values():
+        for task, kind in kinds(run).items():
+            found.setdefault(task, set()).add(kind)
+    return [task for task, ways in found.items() if len(ways) > 1]
 
 
 def _method_and_state(run: RunData) -> str:
@@ -136,9 +159,11 @@ def _method_and_state(run: RunData) -> str:
 def _metrics(several: Several) -> Section:
     found = {name: metrics_so_far(run) for name, run in several.runs.items()}
     names = list(dict.fromkeys(metric for values in found.values() for metric in values))
-    rows = [[metric, *compared([values.get(metric) for values in found.values()], metric)] for metric in names]
-    first = next(iter(several.runs))
-    caption = f"Each metric by run, and in brackets its difference from {first}"
+    caption = "Each metric by run"
+    rows: list[list[str | Cell]] = [[name, *(number(values.get(name)) for values in found.values())] for name in names]
+    if not list(_incomparable(several)):
+        caption += f", and in brackets its difference from {next(iter(several.runs))}"
+        rows = [[name, *compared([values.get(name) for values in found.values()], name)] for name in names]
     definitions = [[name, definition(name).replace("`", "")] for name in names]
     headline = [row for row in rows if row[0] in HEADLINES]
     rest = [row for row in rows if row[0] not in HEADLINES]
@@ -172,7 +197,11 @@ def _tasks(several: Several) -> Section | None:
         else {}
         for run in several.runs.values()
     ]
-    rows = [[name, *compared([scores.get(name) for scores in last])] for name in several.tasks]
+    different = set(scored_differently(several))
+    rows: list[list[str | Cell]] = []
+    for name in several.tasks:
+        found = [scores.get(name) for scores in last]
+        rows.append([name, *(map(number, found) if name in different else compared(found))])
     caption = f"Each task's latest score by run, and in brackets its difference from {next(iter(several.runs))}"
     return Section(
         "tasks",

@@ -25,7 +25,7 @@ from cl_dist.report.kept_rows import (
 )
 from cl_dist.report.page import MATRIX_FILE, Page
 from cl_dist.report.reading import RunData, read_run
-from cl_dist.report.sections import Contents, run_page
+from cl_dist.report.sections import Contents, kinds, run_page
 from cl_dist.report.several import default_folder, read_several, several_page, several_pictures
 from cl_dist.report.units import UnitResults, correlation, read_unit_results
 from cl_dist.state.atomic import advising, write_bytes
@@ -33,6 +33,8 @@ from cl_dist.state.run_folder import RunFolder
 
 PAGE, HTML = "report.md", "index.html"
 """The pages: for a terminal or a repository, and for a browser."""
+MARK, MOST_BEFORE_THE_MARK = b'<meta name="generator" content="cl-dist report">', 2000
+"""What shows that a page is from a report, and how far from its beginning at most, in bytes."""
 MOST_NAMED = 25
 """Tasks that are listed in a sentence."""
 _ELSEWHERE = "use --out DIR to write it elsewhere"
@@ -67,13 +69,17 @@ def write_report(run_folder: Path, out: Path | None = None, formats: Collection[
     units = read_unit_results(folders)
     flips, not_compared = read_flips(run)
     kept = read_kept_rows(run.done, folders)
+    own = out is None
     out = run.folder.report if out is None else out
     check_out(out)
     files, vectors = rendered(chain(_files(run, units), _sample_files(flips), _row_files(kept)), formats)
     missing = tuple(_missing(run, units))
     page = Page(run, units, files, missing).render(out)
     html = render(run_page(Contents(run, units, flips, not_compared, kept, [PAGE, *files], missing)), vectors)
-    write_files(out, {HTML: html.encode(), PAGE: page.encode(), **files})
+    everything = {HTML: html.encode(), PAGE: page.encode(), **files}
+    if not own:  # what is in the run's own folder of reports may be from a release that wrote no HTML
+        check_foreign(out, everything)
+    write_files(out, everything)
     return Report(run, out, (HTML, PAGE, *files), missing)
 
 
@@ -87,11 +93,11 @@ def write_several(folders: Sequence[Path], out: Path | None = None, formats: Col
     """
     several = read_several(folders)
     out = default_folder(folders) if out is None else out
-    if (out / RunFolder(out).manifest.name).exists():
-        raise BadInput(f"{out} is a run folder; give another folder for the report with --out")
     check_out(out)
     files, vectors = rendered(several_pictures(several), formats)
-    write_files(out, {HTML: render(several_page(several, list(files)), vectors).encode(), **files})
+    everything = {HTML: render(several_page(several, list(files)), vectors).encode(), **files}
+    check_foreign(out, everything)
+    write_files(out, everything)
     return out / HTML
 
 
@@ -116,7 +122,7 @@ def _files(run: RunData, units: UnitResults | None) -> Iterator[tuple[str, bytes
     tasks, matrix = run.manifest.tasks, run.manifest.accuracy_matrix
     if matrix:
         yield "accuracy_matrix.png", pictures.accuracy_matrix(tasks, matrix)
-        yield "scores.png", pictures.scores(tasks, matrix)
+        yield "scores.png", pictures.scores(tasks, matrix, kinds(run))
         if len(tasks) > WIDEST_MATRIX:
             yield MATRIX_FILE, tables.matrix_csv(tasks, matrix).encode()
     if run.log.losses:
@@ -162,7 +168,9 @@ def _missing(run: RunData, units: UnitResults | None) -> Iterator[str]:
     if not run.log.losses:
         yield f"No training loss: {run.folder.log.name} is missing or has no steps."
     if run.log.unreadable:
-        yield f"{run.log.unreadable} lines of {run.folder.log.name} cannot be read and are skipped."
+        count = run.log.unreadable
+        lines = "1 line" if count == 1 else f"{count} lines"
+        yield f"{lines} of {run.folder.log.name} cannot be read and {'is' if count == 1 else 'are'} skipped."
     if not run.settings:
         yield f"No settings: {run.folder.config.name} is missing."
     if units is not None and len(run.done) == 1:
@@ -170,7 +178,9 @@ def _missing(run: RunData, units: UnitResults | None) -> Iterator[str]:
 
 
 def check_out(out: Path) -> None:
-    """Create the folder; BadInput if that fails, or if files cannot be written there."""
+    """Create the folder; BadInput if that fails, if files cannot be written there, or if it is the folder of a run."""
+    if RunFolder(out).manifest.exists():
+        raise BadInput(f"{out} is a run folder; give another folder for the report with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -180,6 +190,17 @@ def check_out(out: Path) -> None:
             pass
     except OSError as error:
         raise BadInput(f"{out}: the report cannot be written there: {error.strerror}; {_ELSEWHERE}") from error
+
+
+def check_foreign(out: Path, names: Iterable[str]) -> None:
+    """Raise `BadInput` if the folder has files of these names that are not from a report."""
+    page = out / HTML
+    try:
+        ours = page.is_file() and MARK in page.read_bytes()[:MOST_BEFORE_THE_MARK]
+    except OSError as error:
+        raise BadInput(f"{page} cannot be read: {error.strerror}; {_ELSEWHERE}") from error
+    if not ours and (there := sorted(name for name in names if (out / name).exists())):
+        raise BadInput(f"{out} has files that no report wrote ({listed(there, 3)}); {_ELSEWHERE}")
 
 
 def write_files(out: Path, files: Mapping[str, bytes]) -> None:

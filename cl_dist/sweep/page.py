@@ -94,22 +94,28 @@ def _summary(results: Results) -> Section:
     if forgotten:
         least = min(forgotten.values())
         best = [name for name, value in forgotten.items() if value == least]
-        title = f"{', '.join(best)} forgot least"
+        scores = {cell.kinds for cell in results.cells if cell.state.finished and cell.kinds}
+        title = f"{', '.join(best)} forgot least" + (" so far" if results.missing else "")
+        if len(scores) > 1:
+            title = "These runs cannot be compared by their means"
         performance = _over_orders(results, "average_performance")
         blocks.append(
             Facts(
                 [
                     Fact(name, number(value, 3), f"AP {number(performance.get(name), 3)}")
                     for name, value in forgotten.items()
-                ]
+                ],
+                equal=True,
             )
         )
+        mixed = any("+" in kinds for kinds in scores)
+        careful = " Both are means of different scores: look at each task instead." if mixed else ""
         orders = len(_orders(results))
         over = "seeds" if orders == 1 else f"seeds and {orders} orders"
         blocks.append(
             Text(
                 f"Forgetting (F, Chaudhry et al. 2018: largest earlier score minus the last one) and average "
-                f"performance, means over {over}."
+                f"performance, means over {over}.{careful}"
             )
         )
     blocks.append(
@@ -149,13 +155,14 @@ def _spread(row: Row, metric: str) -> str:
 
 
 def _streams(results: Results) -> Section:
+    orders = [f", on order {order}" for order in _orders(results)] if len(_orders(results)) > 1 else [""]
     figures = [
         Figure(
             f"order_{place}",
-            f"Order {order}: mean score over the tasks trained so far, mean over the finished seeds.",
-            f"A line for each method on order {order}; the table has the last points as AP.",
+            f"Mean score over the tasks trained so far, mean over the finished seeds{on}.",
+            f"A line for each method{on}; the table has the last points as AP.",
         )
-        for place, order in enumerate(_orders(results))
+        for place, on in enumerate(orders)
     ]
     return Section("streams", "Scores over the stream", figures)
 

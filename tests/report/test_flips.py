@@ -130,9 +130,12 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
         "last": "no task was trained after it",
     }
     path = run.folder.task(3, "last").predictions / "amazon.jsonl"
-    for damage in ("", "[]\n", '{"index": 0}\n', "{"):
-        path.write_text(damage)
-        with pytest.raises(BadInput, match=r"04-last/predictions/amazon\.jsonl is damaged"):
+    first, second = path.read_text().splitlines(keepends=True)[:2]
+    line = "line 2 is not a JSON object with index, prediction, reference and score"
+    for damage in ("", f"{first}[]\n", f'{first}{{"index": 0}}\n', f"{first}{second[:9]}", f"{first}\udcff"):
+        path.write_text(damage, errors="surrogateescape")
+        with pytest.raises(BadInput) as caught:
             read_flips(run)
+        assert str(caught.value) == f"{path} is damaged: {line if damage else 'it has no predictions'}"
     nothing = write_run(tmp_path / "nothing", TASKS, 0)
     assert read_flips(read_run(nothing.path)) == ([], {})

@@ -51,3 +51,23 @@ def test_a_picture_follows_the_theme_and_keeps_to_itself() -> None:
     assert set(re.findall(r'(?:href="#|url\(#)([^")]*)', text)) <= set(names)
     addresses = re.findall(r'(?:href|src)="([^"]*)"', text)
     assert all(address.startswith(("#", "data:")) for address in addresses)
+
+
+def test_other_formats_are_offered_until_they_are_there() -> None:
+    section, hint = Section("first", "c", []), "<code>--figures svg,pdf</code>"
+    for files, offered in ((["a.csv"], False), (["a.csv", "b.png"], True), (["b.png", "b.pdf"], False)):
+        assert (hint in render(Page("a", "b", [section], {name: name for name in files}), {})) is offered
+
+
+def test_lines_are_drawn_on_the_page_itself() -> None:
+    """In the dark theme, white axes under light lines would hide them."""
+    drawn = pictures.scores(["a"], [[0.0], [1.0]]).render(["svg"])["svg"]
+    assert "var(--paper)" in embed("scores", drawn)
+    assert "#ffffff" not in embed("scores", drawn)
+
+
+def test_long_names_may_be_broken_where_their_words_end() -> None:
+    table = Table("caption", ["a_b", "c"], [["method.0.importance_from<b>", "x_y"]])
+    html = render(Page("a", "b", [Section("first", "c", [table])]), {})
+    assert ">method.<wbr>0.<wbr>importance_<wbr>from&lt;b&gt;</th>" in html
+    assert ">a_<wbr>b</span>" in html

@@ -6,6 +6,8 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
+from cl_dist.evaluation import metrics
+from cl_dist.report.page import definition
 from cl_dist.report.write import PAGE, write_report
 from cl_dist.state.manifest import Manifest, Segment
 from tests.report.runs import write_run
@@ -20,6 +22,12 @@ def test_the_ranks_of_all_segments_are_named(tmp_path: Path) -> None:
     replace(Manifest.read(folder.manifest), segments=(first, second)).write(folder.manifest)
     page = (write_report(folder.path).folder / PAGE).read_text()
     assert "| ranks | 2, ZeRO stage 1; then 1, ZeRO stage 3 |" in page
+
+
+def test_definitions_are_whole_sentences() -> None:
+    names = metrics.all_metrics([[0.0], [1.0]])
+    assert all(definition(name).endswith(".") and "\n" not in definition(name) for name in names)
+    assert "(TaSL, eval_fwt.py of its code)" in definition("forward_transfer_absolute")
 
 
 def test_general_ability_has_a_table_and_a_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cl_dist.report import pictures
-from cl_dist.report.drawing import BLUE, DPI, FORMATS, INK, NO_VALUE, ORANGE, WIDE, Picture
+from cl_dist.report.drawing import BLUE, DIVERGING, DPI, FORMATS, INK, NO_VALUE, ORANGE, PALE, SEQUENTIAL, WIDE, Picture
 from cl_dist.report.pictures import moving_mean
 from cl_dist.report.units import UnitResults, UnitTable, correlation
 
@@ -130,13 +130,13 @@ class TestScores:
 
     def test_nothing_was_evaluated(self) -> None:
         empty: list[list[float | None]] = [[None, None]] * 3
-        assert area(pictures.accuracy_matrix(["a", "b"], empty), NO_VALUE["cividis"]) > 10_000
+        assert area(pictures.accuracy_matrix(["a", "b"], empty), NO_VALUE[SEQUENTIAL]) > 10_000
         assert count(pictures.scores(["a", "b"], empty), BLUE) == 0
 
     def test_missing_scores_are_visible(self) -> None:
         full, gap = matrix(3), matrix(3)
         gap[1][2] = None
-        shown = [area(pictures.accuracy_matrix(NAMES[:3], each), NO_VALUE["cividis"]) for each in (full, gap)]
+        shown = [area(pictures.accuracy_matrix(NAMES[:3], each), NO_VALUE[SEQUENTIAL]) for each in (full, gap)]
         assert shown[0] == 0
         assert shown[1] > 1000
 
@@ -145,6 +145,15 @@ class TestScores:
         assert count(png, BLUE) > 50
         assert count(png, ORANGE) > 50
         assert colours(pictures.accuracy_matrix(["prose"], [[-6.05], [-5.1]])) > 20
+
+    def test_each_kind_of_score_has_its_own_scale(self) -> None:
+        """A log-likelihood beside an accuracy would flatten it, and is not drawn into its panel."""
+        names, rows = ["a", "prose"], [[0.0, -6.0], [1.0, -6.0], [0.5, -3.0]]
+        kinds = {"a": "exact_match", "prose": "log_likelihood"}
+        together, apart = pictures.scores(names, rows), pictures.scores(names, rows, kinds)
+        assert count(together, PALE) > 50
+        assert count(apart, PALE) == 0
+        assert pictures.scores(names, rows, dict.fromkeys(names, "rouge_l")).render() == together.render()
 
     def test_each_trained_task_has_a_mark(self) -> None:
         # Frames are drawn with edges of one width: twice the frames, about twice the orange.
@@ -177,14 +186,14 @@ class TestUnits:
 
     def test_a_nan_score_is_visible(self) -> None:
         units = results(4, 2)
-        assert area(pictures.unit_importance(NAMES[:4], units), NO_VALUE["cividis"]) == 0
+        assert area(pictures.unit_importance(NAMES[:4], units), NO_VALUE[SEQUENTIAL]) == 0
         units.importance[2, 3] = np.nan
-        assert area(pictures.unit_importance(NAMES[:4], units), NO_VALUE["cividis"]) > 1000
+        assert area(pictures.unit_importance(NAMES[:4], units), NO_VALUE[SEQUENTIAL]) > 1000
 
     def test_an_undefined_correlation_is_visible(self) -> None:
         values = results(4, 2).importance
         values[1] = 0.0
-        assert area(pictures.task_correlation(NAMES[:4], correlation(values)), NO_VALUE["PuOr_r"]) > 2000
+        assert area(pictures.task_correlation(NAMES[:4], correlation(values)), NO_VALUE[DIVERGING]) > 2000
 
     def test_equal_shares_are_white(self) -> None:
         units = results(3, 4)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cl_dist.report.blocks import Cell, Details, Facts, Section, Table
+from cl_dist.report.blocks import Cell, Details, Facts, Section, Table, Text
 from cl_dist.report.flips import read_flips
 from cl_dist.report.kept_rows import read_kept_rows
 from cl_dist.report.reading import read_run
@@ -83,6 +83,43 @@ def test_scores_that_are_not_shares_have_their_own_scale() -> None:
     assert scale([[-6.0], [-2.0]]) == (-6.0, -2.0)
     assert scale([[3.0]]) == (3.0, 4.0)
     assert scale([]) == (0.0, 1.0)
+
+
+def test_different_scores_are_never_averaged_silently(tmp_path: Path) -> None:
+    """AP by kind of score, a warning beside every mean, and a scale of colours for each kind."""
+    folder = write_demo(tmp_path / "run", "migu", ("a", "prose", "b"))
+    manifest = Manifest.read(folder.manifest)
+    rows = ((0.0, -6.0, 0.5), (1.0, -6.0, 0.5), (0.75, -3.0, 0.5), (0.5, -4.5, 1.0))
+    scoring = {**manifest.scoring, "prose": {"metric": "log_likelihood", "scored_on": "test"}}
+    replace(manifest, accuracy_matrix=rows, scoring=scoring).write(folder.manifest)
+    contents = Contents(read_run(folder.path), None, [], {}, None, [], [])
+    shown = section(contents, "summary")
+    assert (
+        shown.title == "Scores on the first 2 tasks fell by 1.000 on average over different scores after their training"
+    )
+    facts = next(block for block in shown.blocks if isinstance(block, Facts))
+    assert all(fact.note.endswith("; here of different scores") for fact in facts.facts)
+    warning = next(block for block in shown.blocks if isinstance(block, Text))
+    assert warning.text.endswith("Average performance by kind of score: exact_match 0.750, log_likelihood −4.500.")
+    then_and_now = table(contents, "summary")
+    assert then_and_now.header[-1] == "○ then, ● now (a scale for each kind of score)"
+    assert [cell.span for row in then_and_now.rows if isinstance(cell := row[4], Cell)] == [(1, 0.5), (1, 0.5), (1, 1)]
+    heat = [[cell.heat for cell in row if isinstance(cell, Cell)] for row in table(contents, "matrix").rows]
+    assert heat == [[0.0, 0.0, 0.5], [1.0, 0.0, 0.5], [0.75, 1.0, 0.5], [0.5, 0.5, 1.0]]
+    metrics = table(contents, "metrics").rows
+    assert [row[:2] for row in metrics[1:3]] == [
+        ["average_performance (exact_match)", "0.7500"],
+        ["average_performance (log_likelihood)", "−4.5000"],
+    ]
+    assert str(metrics[0][2]).endswith("Here the mean of different scores.")
+
+
+def test_the_device_is_readable(tmp_path: Path) -> None:
+    folder = write_demo(tmp_path / "run", "migu", ("a",))
+    device = {"kind": "cpu", "memory_bytes": 3 << 29, "bfloat16": True}
+    replace(Manifest.read(folder.manifest), device=device).write(folder.manifest)
+    rows = table(Contents(read_run(folder.path), None, [], {}, None, [], []), "training").rows
+    assert rows[2:5] == [["device: kind", "cpu"], ["device: memory", "1.5 GiB"], ["device: bfloat16", "yes"]]
 
 
 def test_samples_that_changed(contents: Contents) -> None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cl_dist.errors import BadInput
-from cl_dist.report.blocks import Cell, Table
+from cl_dist.report.blocks import Cell, Table, Text
 from cl_dist.report.several import compared, default_folder, labels, read_several, several_page
 from cl_dist.report.write import write_report, write_several
+from cl_dist.state.manifest import Manifest
 from tests.report.demo import write_demo
 
 
@@ -37,8 +39,40 @@ def test_the_page(runs: list[Path]) -> None:
     assert page.sections[0].title == "migu forgot least"
     settings = next(block for block in page.sections[-1].blocks if isinstance(block, Table))
     assert list(settings.rows[0]) == ["method.0.name", "sequential", "migu"]
-    different = several_page(read_several(runs), [])
-    assert any("do not compare" in getattr(block, "text", "") for block in different.sections[0].blocks)
+    metrics = next(block for block in page.sections[1].blocks if isinstance(block, Table))
+    assert any(isinstance(cell, Cell) for row in metrics.rows for cell in row)
+
+
+def reasons(runs: list[Path]) -> list[str]:
+    """Why runs cannot be compared, after checks that the page makes no claim then."""
+    page = several_page(read_several(runs), [])
+    assert page.sections[0].title == "These runs cannot be compared by their means"
+    metrics = next(block for block in page.sections[1].blocks if isinstance(block, Table))
+    assert metrics.caption == "Each metric by run"
+    assert all(isinstance(cell, str) and "(" not in cell for row in metrics.rows for cell in row)
+    return [item for block in page.sections[0].blocks if isinstance(block, Text) for item in block.items]
+
+
+def test_other_tasks_do_not_compare(runs: list[Path]) -> None:
+    assert [reason[:54] for reason in reasons(runs)] == ["The runs have not finished the same tasks in the same "]
+
+
+def test_other_scores_do_not_compare(runs: list[Path], tmp_path: Path) -> None:
+    """The score itself and the means over it; a task that both score in the same way compares."""
+    other = write_demo(tmp_path / "other", "migu", ("a", "b", "c"), loss=0.02)
+    manifest = Manifest.read(other.manifest)
+    scoring = {**manifest.scoring, "b": {"metric": "rouge_l", "scored_on": "train"}}
+    replace(manifest, scoring=scoring).write(other.manifest)
+    both = [runs[0], other.path]
+    said = reasons(both)
+    assert said[0].startswith("The runs score b in different ways")
+    assert said[1:] == [
+        "other: the metrics are means of different scores: exact_match (a, c); rouge_l (b).",
+        "other: scored on training data: b.",
+    ]
+    tasks = next(section for section in several_page(read_several(both), []).sections if section.anchor == "tasks")
+    table = next(block for block in tasks.blocks if isinstance(block, Table))
+    assert [isinstance(row[2], Cell) for row in table.rows] == [True, False, True]
 
 
 def test_it_is_written_beside_the_runs(runs: list[Path]) -> None:

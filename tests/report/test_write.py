@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cl_dist.errors import BadInput
-from cl_dist.report.write import HTML, PAGE, Report, write_report
+from cl_dist.report.write import HTML, PAGE, Report, write_report, write_several
 from cl_dist.state.run_folder import RunFolder
 from tests.report.runs import llama_lora, write_run, write_units
 
@@ -187,7 +187,7 @@ class TestUnfinished:
         folder.log.write_bytes(folder.log.read_bytes() + b'{"event": "step", "ta')
         report = write_report(folder.path)
         assert "loss.png" in report.files
-        assert report.missing[1] == "1 lines of log.jsonl cannot be read and are skipped."
+        assert report.missing[1] == "1 line of log.jsonl cannot be read and is skipped."
 
 
 class TestRefused:
@@ -215,6 +215,32 @@ class TestRefused:
 
     def test_a_file_in_the_way(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", ["a"], 1).path
-        (tmp_path / "out" / "scores.png").mkdir(parents=True)
+        (run / "report" / "scores.png").mkdir(parents=True)
         with pytest.raises(BadInput, match="the report cannot be written there: Is a directory"):
-            write_report(run, tmp_path / "out")
+            write_report(run)
+
+    @pytest.mark.parametrize("name", [HTML, "scores.png"])
+    def test_files_of_others_are_kept(self, name: str, tmp_path: Path) -> None:
+        runs = [write_run(tmp_path / each, ["a"], 1).path for each in ("one", "two")]
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / name).write_text("<!DOCTYPE html><title>mine</title>")
+        with pytest.raises(BadInput, match=rf"out has files that no report wrote \({name}\); use --out DIR"):
+            write_report(runs[0], out)
+        assert [path.name for path in out.iterdir()] == [name]
+        assert (out / name).read_text() == "<!DOCTYPE html><title>mine</title>"
+        if name == HTML:
+            with pytest.raises(BadInput, match="no report wrote"):
+                write_several(runs, out)
+
+    def test_a_report_is_replaced(self, tmp_path: Path) -> None:
+        runs = [write_run(tmp_path / each, ["a"], 1).path for each in ("one", "two")]
+        write_report(runs[0], tmp_path / "out")
+        (tmp_path / "out" / "notes.txt").touch()
+        assert b">two<" in (write_report(runs[1], tmp_path / "out").folder / HTML).read_bytes()
+        assert b"2 runs side by side" in write_several(runs, tmp_path / "out").read_bytes()
+
+    def test_the_folder_of_a_run(self, tmp_path: Path) -> None:
+        runs = [write_run(tmp_path / each, ["a"], 1).path for each in ("one", "two")]
+        with pytest.raises(BadInput, match="two is a run folder; give another folder"):
+            write_report(runs[0], runs[1])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_dist.report.blocks import Table
+from cl_dist.report.blocks import Table, Text
 from cl_dist.sweep.page import sweep_page, write_page
 from tests.sweep.cells import finish, make_grid, matrix, stop_half_way
 from tests.sweep.test_tables import results_of
@@ -21,7 +21,7 @@ def test_means_deviations_and_what_is_missing(tmp_path: Path) -> None:
             stop_half_way(cell, matrix(0.5, 0.5, 0.5))
     results = results_of(grid, tmp_path)
     page = sweep_page(results, "recipe", [])
-    assert page.sections[0].title == "migu forgot least"
+    assert page.sections[0].title == "migu forgot least so far"
     rows = [list(row) for row in page.sections[1].blocks[0].rows]  # type: ignore[union-attr]
     assert rows[0][:5] == ["sequential", "own", "2", "0.6562 ± 0.0442", "−0.4375 ± 0.0884"]
     assert rows[1][:4] == ["migu", "own", "1 of 2", "0.7500"]
@@ -32,6 +32,27 @@ def test_means_deviations_and_what_is_missing(tmp_path: Path) -> None:
     path = write_page(results, "recipe", tmp_path / "page", ["pdf"])
     names = {file.name for file in path.parent.iterdir()}
     assert names == {"index.html", "methods.png", "methods.pdf", "order_0.png", "order_0.pdf"}
+
+
+def scored(*metrics: str) -> dict[str, dict[str, str | int]]:
+    return {name: {"metric": metric} for name, metric in zip(("spring", "summer"), metrics, strict=True)}
+
+
+def test_different_scores_are_never_averaged_silently(tmp_path: Path) -> None:
+    """In each run the same mixture: the winner is named, with a warning. In one run another: no winner."""
+    warning = "Both are means of different scores: look at each task instead."
+    for place, other in enumerate(("rouge_l", "exact_match")):
+        grid = make_grid(tmp_path / str(place), seeds="0")
+        for cell in grid.cells:
+            kinds = scored("exact_match", "rouge_l" if cell.method == "sequential" else other)
+            finish(cell, matrix(0.75, 0.25 if cell.method == "sequential" else 0.5, 1.0), kinds)
+        first = sweep_page(results_of(grid, tmp_path / str(place)), "recipe", []).sections[0]
+        texts = [block for block in first.blocks if isinstance(block, Text)]
+        assert first.title == ("These runs cannot be compared by their means" if place else "migu forgot least")
+        assert texts[0].text.endswith(warning)
+        assert any(
+            "means of different scores: exact_match (spring); rouge_l (summer)" in item for item in texts[-1].items
+        )
 
 
 def test_nothing_is_finished(tmp_path: Path) -> None:
