@@ -16,7 +16,7 @@ from cl_dist.config.words import did_you_mean, listed, show
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import COMPRESSED, enumerate_names, list_folder, logger, missing
 from cl_dist.tasks.formats.format import DEV_NAMES, SPLITS, Format, RawTask, Source
-from cl_dist.tasks.formats.huggingface import FILE_FORMATS, HuggingFace, is_saved
+from cl_dist.tasks.formats.huggingface import FILE_ENDINGS, FILE_FORMATS, HuggingFace, is_saved
 from cl_dist.tasks.formats.record_files import EXTENSIONS, READERS, extension_of, has_classes
 from cl_dist.tasks.formats.text import Text
 from cl_dist.tasks.types import ScoredOn
@@ -75,7 +75,8 @@ class Auto(HuggingFace):
             raise BadInput(f"path: {path.name!r} is ambiguous in {path.parent}: name {names}")
         if candidates:
             return candidates[0]
-        if PUBLISHED_NAME.fullmatch(written or "") and not is_folder(path.parent):
+        named = PUBLISHED_NAME.fullmatch(written or "") is not None and path.suffix.lower() not in FILE_ENDINGS
+        if named and not is_folder(path.parent):
             return None
         raise absent(path)
 

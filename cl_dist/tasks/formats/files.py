@@ -22,13 +22,15 @@ from cl_dist.tasks.types import Example
 LISTED = 20
 """Most names that one message lists."""
 
+UTF_16 = b"\xff\xfe"
 FOREIGN = {
     b"\x1f\x8b": "gzip: unpack it, or let its name end in .gz",
     b"\x28\xb5\x2f\xfd": "Zstandard: unpack it, or let its name end in .zst",
-    b"\xff\xfe": "UTF-16: convert it to UTF-8",
+    UTF_16: "UTF-16: convert it to UTF-8",
     b"\xfe\xff": "UTF-16: convert it to UTF-8",
     b"PAR1": "Parquet: let its name end in .parquet",
-    b"PK\x03\x04": "a zip file: unpack it",
+    b"PK\x03\x04": "a zip file or an Excel workbook: unpack it, or export it as CSV in UTF-8",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook: export it as CSV in UTF-8",
 }
 """First bytes of files that are often mistaken for text, and what to do with such a file."""
 
@@ -74,6 +76,8 @@ def read_text(path: Path) -> str:
         raise missing(path)
     data = unpacked(path, read_bytes(path))
     foreign = next((f" (it looks like {what})" for mark, what in FOREIGN.items() if data.startswith(mark)), "")
+    if not foreign and 2 * data[:200].count(b"\0") >= len(data[:200]) - 1:
+        foreign = f" (it looks like {FOREIGN[UTF_16]})"  # without the mark at its start
     if b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1
         raise BadInput(f"{path}, line {line}: not UTF-8 text (it holds NUL bytes){foreign}")
@@ -81,6 +85,7 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
+        foreign = foreign or "; save the file as UTF-8"
         raise BadInput(f"{path}, line {line}: not UTF-8 text (byte 0x{data[error.start]:02x}){foreign}") from error
 
 
