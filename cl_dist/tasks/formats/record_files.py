@@ -114,10 +114,12 @@ def _one_value(text: str, path: Path) -> Any:
         raise
 
 
+WRAPPERS = ("data", "examples", "records", "rows", "instances", "items")
+"""Fields in which some tools put the list of records: `{"version": "1.1", "data": [...]}`."""
+
+
 def _holds_records(value: Any) -> bool:
-    """Whether an object is a wrapper around a list of records: `{"data": [{...}, ...]}`."""
-    lists = [each for each in value.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
-    return bool(lists) and not any(name in value for name in ("messages", "conversations"))
+    return any(isinstance(value.get(name), list) for name in WRAPPERS)
 
 
 def _single(content: Any) -> str:

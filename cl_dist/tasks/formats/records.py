@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,8 +108,18 @@ class Records(Format):
                 raise ValueError(f'{name}: "{value}" is not read if {kinds[0]} is given')
         if self.prompt is not None:
             placeholders(self.prompt)
-        if not all(name and column for name, column in (self.columns or {}).items()):
+        renamed = self.columns or {}
+        if not all(name and column for name, column in renamed.items()):
             raise ValueError("columns: a name is empty")
+        doubled = next((column for column in renamed.values() if list(renamed.values()).count(column) > 1), None)
+        if doubled is not None:
+            names = listed((name for name, column in renamed.items() if column == doubled), last="and")
+            raise ValueError(f'columns: {names} are the same column "{doubled}"; each needs its own')
+        prompt = [self.input_field] if self.prompt is None else placeholders(self.prompt)
+        if not {"text_field", "messages_field"} & set(kinds) and self.output_field in prompt:
+            raise ValueError(
+                f'{kinds[0] if kinds else "input_field"}: the prompt has the answer, "{self.output_field}"'
+            )
 
     @property
     def only_documents(self) -> bool:
@@ -182,14 +192,17 @@ class Records(Format):
             if column not in columns and field not in layout.optional:
                 raise BadInput(
                     f"{origin} has no column {column!r}; it has: {enumerate_names(columns)}"
-                    f"{did_you_mean(column, columns)}{self._hint(field)}"
+                    f"{did_you_mean(column, columns)}{self._hint(field, columns)}"
                 )
 
-    def _hint(self, field: str) -> str:
+    def _hint(self, field: str, columns: Iterable[str]) -> str:
         """What to write if the data has other names, unless the recipe names the field."""
         if field in (self.columns or {}) or self._stated() is not None or field not in ("input", "output"):
             return ""
-        return "; if other columns hold prompt and answer, name them: columns: {input: COLUMN, output: COLUMN}"
+        documents = f", and for documents text_field: {DOCUMENT}" if DOCUMENT in columns else ""
+        return (
+            "; if other columns hold prompt and answer, name them: columns: {input: COLUMN, output: COLUMN}" + documents
+        )
 
     def converter(self, layout: Layout) -> Callable[[Any], Example]:
         """The function that makes a sample of a record as it is in the file."""
@@ -199,7 +212,7 @@ class Records(Format):
                 record = renamed(record, self.columns) if self.columns else record
                 absent = next((f for f in layout.fields if f not in record and f not in layout.optional), None)
                 if absent is not None:
-                    raise no_field(record, absent, self._hint(absent))
+                    raise no_field(record, absent, self._hint(absent, record))
             return layout.convert(record)
 
         return convert
