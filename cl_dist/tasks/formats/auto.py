@@ -99,7 +99,9 @@ class Auto(HuggingFace):
             raise missing(folder / f"train{next(iter(splits.values()))[0].suffix}")
         kind = one_kind(folder, train)
         if kind == TEXT:
-            return self._as(Text(eval_fraction=self.eval_fraction), source)
+            text = Text(eval_fraction=self.eval_fraction)
+            self._refuse_own(text, source)
+            return text.read_files(source, train, *self._evaluation(source, splits))
         if kind == PARQUET and has_classes(train[0]):
             return super().read(source)
         self._refuse("subset", "streaming", what=f"the files in {folder}")
@@ -127,10 +129,14 @@ class Auto(HuggingFace):
 
     def _as(self, other: Format, source: Source) -> RawTask:
         """Read with another format, which has none of this one's settings but `eval_fraction`."""
+        self._refuse_own(other, source)
+        return other.read(source)
+
+    def _refuse_own(self, other: Format, source: Source) -> None:
+        """Raise BadInput for a setting that another format does not have."""
         shared = {field.name for field in dataclasses.fields(type(other))}
         own = [field.name for field in dataclasses.fields(Auto) if field.name not in shared]
         self._refuse(*own, what=f"{source.path_in_recipe}, which is in format {other.name},")
-        return other.read(source)
 
     def _refuse(self, *names: str, what: str) -> None:
         """Raise BadInput for a setting that nothing reads for this data."""
