@@ -95,6 +95,8 @@ def test_json_has_the_same(command: Command, recipe: Path) -> None:
 
 
 def test_evaluation_samples_that_are_trained_on_are_counted(command: Command, recipe: Path) -> None:
+    _, output, _ = command("data", recipe, "--json")
+    assert [task["seen"] for task in json.loads(output)["tasks"]] == [0, 1, 0, 0], "all talks start alike"
     write_lines(
         recipe.parent / "moods.test.jsonl", as_lines([*records("input", "output", 3), {"input": "x", "output": "yes"}])
     )
@@ -105,8 +107,6 @@ def test_evaluation_samples_that_are_trained_on_are_counted(command: Command, re
     assert code == 0
     assert "  seen        3 of 4 evaluation samples are in the training data too\n" in output
     assert "  seen        1 of 1 evaluation samples are in the training data too\n" in output
-    code, output, _ = command("data", recipe, "--json")
-    assert [task["seen"] for task in json.loads(output)["tasks"]] == [0, 0, 0, 0]
 
 
 def test_what_would_stop_a_run_is_shown_with_the_rest(command: Command, recipe: Path) -> None:

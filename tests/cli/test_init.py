@@ -87,7 +87,7 @@ def test_every_choice_has_its_reason(command: Command, tmp_path: Path) -> None:
             raise AssertionError(line)
     assert "      eval_fraction: 0.1  # there is no evaluation file: a tenth is held out and never trained on\n" in text
     assert "  epochs: 8  # the smallest task has 36 training samples, 5 steps per epoch\n" in text
-    assert "  max_length: 16  # tokens (one token per byte); holds the longest sample\n" in text
+    assert "  max_length: 24  # tokens (one token per byte); holds the longest sample\n" in text
 
 
 def test_evaluation_files_belong_to_their_task(command: Command, tmp_path: Path) -> None:
@@ -145,7 +145,9 @@ def test_names_of_fields_count_for_the_tasks_that_have_them(command: Command, tm
     assert 'none of the tasks has "qestion", and all can be read without' in error
 
 
-def test_records_without_an_answer_are_skipped_and_that_is_said(command: Command, tmp_path: Path) -> None:
+def test_records_without_an_answer_are_skipped_and_that_is_said(
+    command: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(tmp_path / "a.jsonl", [*LABELLED, {"input": "q", "output": ""}])
     write_lines(tmp_path / "b.jsonl", [*map(json.dumps, LABELLED), '{"input": "q", "output": null}'])
     code, output, _ = command("init", "my.yaml", "--data", "a.jsonl", "b.jsonl")
@@ -154,7 +156,9 @@ def test_records_without_an_answer_are_skipped_and_that_is_said(command: Command
     recipe, folder = load_recipe("my.yaml")
     tasks = load_stream(recipe.stream, folder, recipe.train)
     assert {len(task.train) + len(task.evaluation) for task in tasks} == {len(LABELLED)}
-    assert "skipped 1 records with an empty answer" in command("data", "my.yaml")[2]
+    caplog.clear()
+    assert command("data", "my.yaml")[0] == 0
+    assert caplog.text.count("skipped 1 records with an empty answer") == 2
 
 
 def test_no_name_or_label_ends_a_comment(command: Command, tmp_path: Path) -> None:
@@ -172,8 +176,8 @@ def test_long_answers_and_long_prompts_are_cut_and_that_is_said(command: Command
     assert (train.max_length, train.max_target_length, train.long_answers) == (1024, 512, "cut")
     assert train.micro_batch_size == 2
     text = (tmp_path / "my.yaml").read_text()
-    assert "the longest sample has 2991; longer prompts are cut in the middle" in text
-    assert "  max_target_length: 512  # the longest answer has 990 tokens\n" in text
+    assert "the longest sample has 2992; longer prompts are cut in the middle" in text
+    assert "  max_target_length: 512  # the longest answer has 991 tokens\n" in text
 
 
 def test_documents_have_no_answers(command: Command, tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ CSV: list[tuple[bytes, str]] = [
     ),
     (
         b"input|output\nq|a\n",
-        'a.csv, line 1: the columns seem to be separated by \'|\'; allowed: commas (","), semicolons (";") or tabs ("\\t")',
+        'separated by \'|\'; allowed: commas (","), semicolons (";") or tabs ("\\t")',
     ),
     ("input,output\n".encode("utf-16-le"), "(it looks like UTF-16: convert it to UTF-8)"),
     (b"PK\x03\x04\0\0", "(it looks like a zip file or an Excel workbook: unpack it, or export it as CSV in UTF-8)"),
