@@ -16,6 +16,7 @@ from cl_dist.config.words import did_you_mean, listed, show, show_path
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import COMPRESSED, enumerate_names, list_folder, logger, missing
 from cl_dist.tasks.formats.format import DEV_NAMES, SPLITS, Format, RawTask, Source
+from cl_dist.tasks.formats.held_out import HOLD_OUT
 from cl_dist.tasks.formats.huggingface import FILE_ENDINGS, FILE_FORMATS, HuggingFace, is_saved
 from cl_dist.tasks.formats.record_files import EXTENSIONS, READERS, extension_of, has_classes
 from cl_dist.tasks.formats.text import Text
@@ -108,7 +109,7 @@ class Auto(HuggingFace):
         evaluation, evaluated = self._evaluation(source, splits)
         if not evaluation and self.eval_fraction is None:
             absent_file = missing(folder / f"{source.eval_split}{train[0].suffix}")
-            raise BadInput(f"{absent_file}; eval_fraction: 0.1 would hold out a tenth of the training samples")
+            raise BadInput(f"{absent_file}; {HOLD_OUT}")
         return self.read_files(source, train, evaluation, evaluated)
 
     def _evaluation(

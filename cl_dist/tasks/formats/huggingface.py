@@ -32,7 +32,7 @@ from cl_dist.tasks.formats.files import (
     split_files,
 )
 from cl_dist.tasks.formats.format import DEV_NAMES, EmptyAnswers, RawTask, Source, Split
-from cl_dist.tasks.formats.held_out import has_evaluation
+from cl_dist.tasks.formats.held_out import HOLD_OUT, has_evaluation
 from cl_dist.tasks.formats.records import Layout, Records
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -132,7 +132,7 @@ class HuggingFace(Records):
         if not isinstance(dataset, Mapping) and self.eval_fraction is not None:
             return {"train": dataset}
         if not isinstance(dataset, Mapping):
-            raise BadInput(f"data set {name} is a single split; save a DatasetDict with the splits 'train' and 'test'")
+            raise BadInput(f"data set {name} is a single split, without one to evaluate on; {HOLD_OUT}")
         return dataset
 
     def _column_names(self, split: Any) -> list[str]:
@@ -311,7 +311,8 @@ def choose_split(dataset: Mapping[str, Any], wanted: str, name: str) -> str:
     other = found["test"] or found["dev"]
     if other is None:
         raise BadInput(
-            f"data set {name} has no split to evaluate on ('test' or 'validation'); it has: {enumerate_names(dataset)}"
+            f"data set {name} has no split to evaluate on ('test' or 'validation'); it has: "
+            f"{enumerate_names(dataset)}; {HOLD_OUT}"
         )
     logger.warning("data set %s has no %s split: evaluating on %s", name, wanted, other)
     return other
