@@ -46,7 +46,7 @@ LAYERS = [
         "stop_requests",
         "time_left",
     },
-    {"basics"},
+    {"basics", "hub_request"},
     {"formats"},
     {"config", "kernels", "launch", "progress", "watchdog"},
     {"sharding", "models", "tasks"},

@@ -117,6 +117,8 @@ def _of_task(each: TaskOverview, train: TrainConfig) -> Iterator[str]:
         )
     if each.repeated:
         yield f"  repeated    {each.repeated} {unit} are identical to an earlier one"
+    if each.seen:
+        yield f"  seen        {each.seen} of {each.evaluation} evaluation {unit} are in the training data too"
 
 
 def _of_lengths(what: str, lengths: Lengths | None) -> Iterator[str]:

@@ -8,6 +8,7 @@ import sys
 import unicodedata
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,11 @@ from cl_dist.config.boundary import refusing
 from cl_dist.config.files import expand, is_file, is_folder, is_there
 from cl_dist.config.load import SUFFIXES, check_recipe
 from cl_dist.config.schema import BUILTIN_FAMILIES, ModelConfig
-from cl_dist.config.words import show_path
+from cl_dist.config.words import listed, show, show_path
 from cl_dist.config.yaml_text import parse_yaml
 from cl_dist.errors import BadInput
 from cl_dist.state.atomic import advising, write_text
+from cl_dist.tasks.formats.format import EmptyAnswers
 from cl_dist.tasks.types import Task
 
 HELD_OUT = 0.1
@@ -76,10 +78,10 @@ def init(arguments: Namespace) -> int:
         model = _model(arguments.model)
         sources = _sources(arguments, target.absolute().parent)
         with without_notices():
-            tasks = [_read(source, model, target) for source in sources]
+            tasks, empty_answers = _read_all(sources, model, target)
     device, ranks = find_device()
     lengths = measure(model, [task for _, task in tasks])
-    text = recipe_text(target, tasks, model, device, ranks, lengths)
+    text = recipe_text(target, tasks, model, device, ranks, lengths, empty_answers)
 
     # As a run reads it, before anything is written.
     settings = parse_yaml(text, str(target))
@@ -95,6 +97,8 @@ def init(arguments: Namespace) -> int:
     print(f"wrote {target}: {count(len(tasks), 'task')}, model {model.name_or_path}, method migu\n")
     for source, task in tasks:
         print(f"  {source.name:<{width}}  {samples_of(task)}; {scoring_of(task)}")
+    if empty_answers == "skip":
+        print("  Records without an answer are skipped (stream.empty_answers); cl-dist data counts them.")
     print(f"\nNext:\n  cl-dist data {quoted(target)}  shows what the model will read\n", end="")
     print(f"  cl-dist run {quoted(target)}   trains it and prints a table of scores")
     return 0
@@ -149,7 +153,7 @@ def _task_name(path: Path) -> str:
     stem = re.sub(r"(\.(jsonl|json|csv|tsv|parquet|arrow|txt|gz|zst))+$", "", path.name, flags=re.IGNORECASE)
     if re.fullmatch(r"train|data|", stem, re.IGNORECASE):
         stem = path.absolute().parent.name
-    stem = stem.removesuffix(".train").replace("ß", "ss")
+    stem = re.sub(r"(?<=.)[-_.]train$", "", stem, flags=re.IGNORECASE).replace("ß", "ss")
     plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("-.")[:80] or "task"
 
@@ -174,33 +178,60 @@ def _path_from(folder: Path, path: Path, word: str) -> str:
     return relative if same else str(path.absolute())
 
 
-def _read(source: Source, model: ModelConfig, target: Path) -> tuple[Source, Task]:
-    """Read one task as a run would; without evaluation data, some of its samples are held out."""
+def _read_all(
+    sources: Sequence[Source], model: ModelConfig, target: Path
+) -> tuple[list[tuple[Source, Task]], EmptyAnswers]:
+    """Read all tasks, and say what is done with empty answers: records without one are skipped if there are any."""
+    empty_answers: EmptyAnswers = "error"
     try:
-        task = _load(source, model, target)
+        tasks = [_read(source, model, target) for source in sources]
+    except BadInput as error:
+        if "stream.empty_answers" not in str(error):
+            raise
+        empty_answers = "skip"
+        tasks = [_read(source, model, target, empty_answers) for source in sources]
+    given = sources[0].settings
+    if given and not any(given.items() <= source.settings.items() for source, _ in tasks):
+        names = listed(map(show, given.values()), last="and")
+        raise BadInput(f"--input, --output: none of the tasks has {names}, and all can be read without; leave them out")
+    return tasks, empty_answers
+
+
+def _read(
+    source: Source, model: ModelConfig, target: Path, empty_answers: EmptyAnswers = "error"
+) -> tuple[Source, Task]:
+    """Read one task as a run would; without evaluation data, some of its samples are held out.
+
+    The names of fields count for the tasks that have them.
+    """
+    try:
+        task = _load(source, model, target, empty_answers)
     except BadInput as error:
         held_out = _holding_out(source)
         try:
-            return held_out, _load(held_out, model, target)
+            return held_out, _load(held_out, model, target, empty_answers)
         except BadInput:
+            if source.settings and any(sign in str(error) for sign in ("no column", "no field")):
+                with suppress(BadInput):
+                    return _read(replace(source, settings={}), model, target, empty_answers)
             other = any(sign in str(error) for sign in ("no column", "no field")) and not source.settings
             hint = "; cl-dist init takes their names as --input and --output" if other else ""
             raise BadInput(f"{error}{hint}") from None
     if task.scored_on != "train":
         return source, task
     held_out = _holding_out(source)
-    return held_out, _load(held_out, model, target)
+    return held_out, _load(held_out, model, target, empty_answers)
 
 
 def _holding_out(source: Source) -> Source:
     return replace(source, settings={**source.settings, "eval_fraction": HELD_OUT})
 
 
-def _load(source: Source, model: ModelConfig, target: Path) -> Task:
+def _load(source: Source, model: ModelConfig, target: Path, empty_answers: EmptyAnswers) -> Task:
     folder = target.absolute().parent
     data = {
         "model": {"name_or_path": model.name_or_path},
-        "stream": {"tasks": [source.entry]},
+        "stream": {"tasks": [source.entry], "empty_answers": empty_answers},
         "method": [{"name": "migu"}],
     }
     return check_stream_and_model(check_recipe(data, target.stem, folder), folder)[0]

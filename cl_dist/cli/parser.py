@@ -85,7 +85,9 @@ class _Commands:
 
     def add_parser(self, name: str, **options: Any) -> ArgumentParser:
         """Add the parser of a command; `options` as for ArgumentParser."""
-        parser: ArgumentParser = self._subparsers.add_parser(name, help=self._summaries[name], **options)
+        summary = self._summaries[name]
+        sentence = f"{summary[0].upper()}{summary[1:]}."
+        parser: ArgumentParser = self._subparsers.add_parser(name, help=summary, **{"description": sentence, **options})
         return parser
 
 

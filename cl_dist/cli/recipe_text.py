@@ -15,6 +15,7 @@ from cl_dist.config.schema import BUILTIN_FAMILIES, ModelConfig
 from cl_dist.config.words import listed, show
 from cl_dist.config.yaml_text import parse_yaml
 from cl_dist.machine import Device, cpu_device, find_gpus
+from cl_dist.tasks.formats.format import EmptyAnswers
 from cl_dist.tasks.types import Task
 
 DEFAULT_MODEL = "builtin:llama-tiny"
@@ -201,9 +202,10 @@ def recipe_text(
     device: Device,
     ranks: int,
     lengths: Lengths,
+    empty_answers: EmptyAnswers = "error",
 ) -> str:
     """The recipe, with the reason for each choice as a comment."""
-    lines = _lines(target, tasks, model, device, ranks, lengths)
+    lines = _lines(target, tasks, model, device, ranks, lengths, empty_answers)
     # Nothing that a comment quotes, such as a label, may end its line. Values are escaped already.
     return "".join("".join(each if each.isprintable() else "?" for each in line) + "\n" for line in lines)
 
@@ -215,6 +217,7 @@ def _lines(
     device: Device,
     ranks: int,
     lengths: Lengths,
+    empty_answers: EmptyAnswers,
 ) -> Iterator[str]:
     yield f"# {target.stem}: {count(len(tasks), 'task')} in sequence. Written by cl-dist init; change what you like."
     yield f"#   cl-dist data {quoted(target)}              shows what the model will read"
@@ -222,6 +225,8 @@ def _lines(
     yield "#   cl-dist recipe --explain train.   explains the settings below train"
     yield from _model_lines(model, device, ranks)
     yield from _stream_lines(tasks)
+    if empty_answers != "error":
+        yield f"  empty_answers: {empty_answers}  # records without an answer are left out, and the log says how many"
     yield "method:"
     yield "  name: migu  # updates only the rows with the largest outputs; cl-dist methods lists the others"
     yield from _train_lines(tasks, model, device, ranks, lengths)

@@ -7,22 +7,16 @@ cache, the run uses the cache without asking again.
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cl_dist.config.files import is_folder
 from cl_dist.config.schema import BUILTIN_FAMILIES, ModelConfig
-from cl_dist.config.words import did_you_mean, shorten, show_path
+from cl_dist.config.words import did_you_mean, show_path
 from cl_dist.errors import BadInput
+from cl_dist.hub_request import LOG_IN, NotTheHub, ask, gist, meaning, nobody_answered
 from cl_dist.models.check import check_folder, local_folder
-
-ANSWER_SECONDS = 20.0
-"""Longest wait for the Hub's answer, resolving its name and all of its addresses included. `HF_HUB_ETAG_TIMEOUT`
-(10 s) limits a single connection."""
-LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def check_published(model: ModelConfig, notify: Callable[[str], None] | None = None) -> None:
@@ -44,19 +38,19 @@ def check_published(model: ModelConfig, notify: Callable[[str], None] | None = N
     except HFValidationError as error:
         raise BadInput(f"{where} is neither a folder nor a Hugging Face id (owner/name){_similar(name)}") from error
     cached = _cached(model)
-    problem = None if constants.is_offline_mode() else _ask(name, model.gguf_file or "config.json")
+    problem = None if constants.is_offline_mode() else ask(name, model.gguf_file or "config.json")
     if cached is None:
         if problem is not None or constants.is_offline_mode():
             raise BadInput(f"{where} {explain(problem, model)}") from problem
         return
-    if constants.is_offline_mode() or _nobody_answered(problem):
+    if constants.is_offline_mode() or nobody_answered(problem):
         check_folder(cached, model)
         if problem is not None:
             os.environ["HF_HUB_OFFLINE"] = "1"
             constants.HF_HUB_OFFLINE = True
             if notify is not None:
-                gist = _gist(problem)
-                notify(f"{constants.ENDPOINT} cannot be reached ({gist}); {name} is loaded from the cache, {cached}")
+                unreachable = f"{constants.ENDPOINT} cannot be reached ({gist(problem)})"
+                notify(f"{unreachable}; {name} is loaded from the cache, {cached}")
     # With any other problem (no access any more, an overloaded Hub), the libraries use the cache by themselves.
     elif problem is not None and not isinstance(problem, HfHubHTTPError):
         raise BadInput(f"{where} {explain(problem, model)}") from problem
@@ -91,10 +85,10 @@ def explain(problem: BaseException | None, model: ModelConfig) -> str:
         return f"has no file {model.gguf_file or 'config.json'} on {hub}{hint}"
     status = getattr(getattr(problem, "response", None), "status_code", None)
     if status is not None:
-        return f"cannot be loaded: {_meaning(status, hub)}, or {_bring(name)}"
+        return f"cannot be loaded: {meaning(status, hub)}, or {_bring(name)}"
     if isinstance(problem, NotTheHub):
         return f"cannot be loaded: {problem}"
-    reason = "" if problem is None else f" ({_gist(problem)})"
+    reason = "" if problem is None else f" ({gist(problem)})"
     return f"is no folder here, and {hub} cannot be reached{reason}{_similar(name)}; {_bring(name)}"
 
 
@@ -110,60 +104,6 @@ def hub_problem(error: BaseException) -> BaseException | None:
         found = step if isinstance(step, kinds) else found  # the innermost one says most
         step = step.__cause__ or step.__context__
     return found
-
-
-def _meaning(status: int, hub: str) -> str:
-    """What an HTTP status of the Hub means, and what to do."""
-    if status == 401:
-        return f"{hub} refuses the token; set HF_TOKEN to a valid one, or repeat `hf auth login`"
-    if status == 403:
-        return f"{hub} does not let this token read it; {LOG_IN} with one that may"
-    why = "too many requests came from this address" if status == 429 else "which is its own problem"
-    return f"{hub} answered with status {status}, {why}; try again later"
-
-
-class NotTheHub(Exception):
-    """Something answered in the Hub's place."""
-
-
-def _ask(name: str, file: str) -> BaseException | None:
-    """Ask the Hub for one file of a model; return what went wrong. Takes at most `ANSWER_SECONDS`."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-
-    outcome: list[BaseException | None] = []
-
-    def ask() -> None:
-        try:
-            answer = get_hf_file_metadata(hf_hub_url(name, file), timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            if answer.commit_hash is None:
-                raise NotTheHub(
-                    f"what answers at {constants.ENDPOINT} is not Hugging Face; check HF_ENDPOINT and the proxy "
-                    "(HTTPS_PROXY), or use a local folder"
-                )
-            outcome.append(None)
-        except Exception as error:
-            outcome.append(error)
-
-    # Resolving a name cannot be given a limit, and every address of it gets its own.
-    thread = threading.Thread(target=ask, daemon=True)
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it would announce what the message says
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    logger.setLevel(level)
-    return outcome[0] if outcome else TimeoutError(f"no answer within {ANSWER_SECONDS:g} s")
-
-
-def _nobody_answered(problem: BaseException | None) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return problem is not None and not isinstance(problem, HfHubHTTPError | NotTheHub)
-
-
-def _gist(problem: BaseException) -> str:
-    text = " ".join(str(problem).split())
-    return shorten(text or type(problem).__name__, 120)
 
 
 def _bring(name: str) -> str:

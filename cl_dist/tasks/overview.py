@@ -13,6 +13,7 @@ from itertools import groupby, islice
 from cl_dist.config.objectives import FACTS
 from cl_dist.errors import BadInput
 from cl_dist.tasks.encode import Encoder
+from cl_dist.tasks.formats.conversations import each_answer
 from cl_dist.tasks.types import IGNORE, Encoded, Example, Task
 
 SHOWN = 3
@@ -66,6 +67,8 @@ class TaskOverview:
     """What the records hold, and in which columns; empty for formats whose records have fixed fields."""
     repeated: int
     """Training samples that are identical to an earlier one."""
+    seen: int
+    """Evaluation samples that are training samples too; 0 if the task is scored on its training data."""
     labels: dict[str, int]
     """Each label and its number of training samples."""
     labels_from: str | None
@@ -103,6 +106,7 @@ def overview(task: Task, encoder: Encoder) -> TaskOverview:
         origins=task.origins,
         read_as=task.read_as,
         repeated=len(task.train) - len(set(task.train)),
+        seen=0 if task.scored_on == "train" else _seen(task),
         labels={label: counts[label] for label in task.labels},
         labels_from=task.labels_from,
         prompts=_summary(prompts),
@@ -112,6 +116,11 @@ def overview(task: Task, encoder: Encoder) -> TaskOverview:
         samples=tuple(_samples(task, encoder)),
         problem=problem,
     )
+
+
+def _seen(task: Task) -> int:
+    learnt = {(each.prompt, each.answer) for example in task.train for each in each_answer(example)}
+    return sum((each.prompt, each.answer) in learnt for each in task.evaluation)
 
 
 def _summary(lengths: Sequence[int]) -> Lengths | None:

@@ -59,7 +59,9 @@ def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path, train: T
             check_answer(raw, task.format)
         return build_task(task, stream, with_each_answer(raw, chat=train.template == "chat"))
     except BadInput as error:
-        raise BadInput(f"task {task.name!r}: {error}") from error
+        # A path or a field may have a line end in its name.
+        message = "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(error))
+        raise BadInput(f"task {task.name!r}: {message}") from error
 
 
 def check_answer(raw: object, name: str) -> None:

@@ -94,6 +94,21 @@ def test_json_has_the_same(command: Command, recipe: Path) -> None:
             assert any(piece["learnt"] for piece in sample["pieces"])
 
 
+def test_evaluation_samples_that_are_trained_on_are_counted(command: Command, recipe: Path) -> None:
+    _, output, _ = command("data", recipe, "--json")
+    assert [task["seen"] for task in json.loads(output)["tasks"]] == [0, 1, 0, 0], "all talks start alike"
+    write_lines(
+        recipe.parent / "moods.test.jsonl", as_lines([*records("input", "output", 3), {"input": "x", "output": "yes"}])
+    )
+    turns = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Hello!"))]
+    write_lines(recipe.parent / "talks.test.jsonl", as_lines([{"messages": turns}]))
+    change = "stream.tasks=[{name: moods, path: moods.jsonl}, {name: talks, path: talks.jsonl}]"
+    code, output, _ = command("data", recipe, "--set", change)
+    assert code == 0
+    assert "  seen        3 of 4 evaluation samples are in the training data too\n" in output
+    assert "  seen        1 of 1 evaluation samples are in the training data too\n" in output
+
+
 def test_what_would_stop_a_run_is_shown_with_the_rest(command: Command, recipe: Path) -> None:
     code, output, error = command("data", recipe, "--set", "train.max_target_length=5")
     assert code == 2

@@ -18,6 +18,7 @@ from cl_dist.config.yaml_text import parse_yaml
 from cl_dist.machine import Device
 from cl_dist.tasks.stream import load_stream
 from tests.cli.conftest import Command
+from tests.tasks.data import write_lines
 from tests.zygote import Zygote
 
 LABELLED = [{"input": f"Is {i} even?", "output": "no" if i % 2 else "yes"} for i in range(40)]
@@ -131,6 +132,33 @@ def test_fields_of_other_names(command: Command, tmp_path: Path) -> None:
     assert not (tmp_path / "my.yaml").exists()
     recipe = made(command, "my.yaml", "--data", "a.csv", "--input", "question", "--output", "reply")
     assert load_stream(recipe.stream, tmp_path, recipe.train)[0].labels == ("no", "yes")
+
+
+def test_names_of_fields_count_for_the_tasks_that_have_them(command: Command, tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", [{"question": each["input"], "reply": each["output"]} for each in LABELLED])
+    write(tmp_path / "b.jsonl", LABELLED)
+    recipe = made(command, "my.yaml", "--data", "a.csv", "b.jsonl", "--input", "question", "--output", "reply")
+    tasks = load_stream(recipe.stream, tmp_path, recipe.train)
+    assert [task.labels for task in tasks] == [("no", "yes")] * 2
+    code, _, error = command("init", "no.yaml", "--data", "b.jsonl", "--input", "qestion")
+    assert (code, error.count("\n")) == (2, 1)
+    assert 'none of the tasks has "qestion", and all can be read without' in error
+
+
+def test_records_without_an_answer_are_skipped_and_that_is_said(
+    command: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "a.jsonl", [*LABELLED, {"input": "q", "output": ""}])
+    write_lines(tmp_path / "b.jsonl", [*map(json.dumps, LABELLED), '{"input": "q", "output": null}'])
+    code, output, _ = command("init", "my.yaml", "--data", "a.jsonl", "b.jsonl")
+    assert code == 0
+    assert "  Records without an answer are skipped (stream.empty_answers); cl-dist data counts them.\n" in output
+    recipe, folder = load_recipe("my.yaml")
+    tasks = load_stream(recipe.stream, folder, recipe.train)
+    assert {len(task.train) + len(task.evaluation) for task in tasks} == {len(LABELLED)}
+    caplog.clear()
+    assert command("data", "my.yaml")[0] == 0
+    assert caplog.text.count("skipped 1 records with an empty answer") == 2
 
 
 def test_no_name_or_label_ends_a_comment(command: Command, tmp_path: Path) -> None:

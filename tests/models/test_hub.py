@@ -51,12 +51,12 @@ print(json.dumps(found))
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers HEAD requests for one file of a model."""
+    """Answers HEAD requests for one file of a model or of a data set."""
 
     asked: ClassVar[list[str]] = []
 
     def do_HEAD(self) -> None:
-        name = "/".join(self.path.split("/")[1:3])
+        name = "/".join(self.path.removeprefix("/datasets").split("/")[1:3])
         self.asked.append(name)
         if name == "a/slow":
             time.sleep(30)

@@ -246,6 +246,55 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     refuse(tmp_path, "streaming: true is not read for the file", path="billing.jsonl", streaming=True)
 
 
+def test_paths_of_other_kinds(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", AWKWARD)
+    (tmp_path / "gone.csv").symlink_to(tmp_path / "elsewhere.csv")
+    for path, problem in (
+        (
+            "https://example.com/a.csv",
+            "path: https://example.com/a.csv is an address; download the file and name it here",
+        ),
+        ("s3://bucket/a.csv", "path: s3://bucket/a.csv is an address;"),
+        ("*.csv", "; patterns are not expanded: name a file, or a folder of files"),
+        ("$DATA/a.csv", "; variables of the environment are not replaced: write the path itself"),
+        ("gone.csv", f"gone.csv (it is a link to {tmp_path}/elsewhere.csv, which is not there); "),
+        ("a\nb.csv", "no file or folder"),
+    ):
+        refuse(tmp_path, problem, path=path)
+
+
+def test_endings_may_be_in_capitals(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", AWKWARD).rename(tmp_path / "billing.CSV")
+    write(tmp_path / "a.csv", AWKWARD[:1]).rename(tmp_path / "billing.Test.CSV")
+    for path in ("billing", "billing.CSV"):
+        assert (load_one(tmp_path, path=path).scored_on, len(load_one(tmp_path, path=path).evaluation)) == ("test", 1)
+
+
+@pytest.mark.parametrize(
+    "names", [("b_train", "b_test"), ("b-train", "b-test"), ("training", "testing"), ("b.train", "b.test")]
+)
+@pytest.mark.parametrize("ending", [".csv", ".txt"])
+def test_no_test_file_is_trained_on(tmp_path: Path, names: tuple[str, str], ending: str) -> None:
+    for name, count in zip(names, (4, 2), strict=True):
+        if ending == ".txt":
+            write_lines(tmp_path / f"d/{name}.txt", [f"{name} {number}" for number in range(count)])
+        else:
+            write(tmp_path / f"d/{name}.csv", records("input", "output", count))
+    task = load_one(tmp_path, path="d")
+    assert (len(task.train), len(task.evaluation), task.scored_on) == (4, 2, "test")
+    refuse(tmp_path, "eval_fraction: 0.5 is for data without an evaluation split", path="d", eval_fraction=0.5)
+    if ending == ".csv" and names[0] != "training":
+        beside = load_one(tmp_path, path=f"d/{names[0]}.csv")
+        assert (len(beside.train), len(beside.evaluation), beside.scored_on) == (4, 2, "test")
+
+
+def test_files_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train", "train-2", "notes", "test"):
+        write(tmp_path / f"d/{name}.csv", AWKWARD)
+    assert len(load_one(tmp_path, path="d").train) == len(AWKWARD)
+    assert f"{tmp_path}/d: not read: notes.csv, train-2.csv" in caplog.text
+
+
 CSV: list[tuple[bytes, str]] = [
     (
         b"question,answer\nq,a\n",
@@ -255,9 +304,17 @@ CSV: list[tuple[bytes, str]] = [
     (b"input,output\nq,a\n\nq,a,b\n", "a.csv, line 4: 3 cells, but the header has 2"),
     (b'input,output\n"q\nr",a\nq\n', "a.csv, line 4: 1 cells, but the header has 2"),
     (b'input,output\nq,a\n"q,a\n', "a.csv, line 3: not valid CSV (a quotation mark is never closed)"),
-    (b'input,output\n"q"r,a\n', "a.csv, line 2: not valid CSV (',' expected after '\"')"),
-    (b"input;output\nq;a\n", "a.csv, line 1: the columns seem to be separated by ';'; allowed: commas (.csv)"),
-    (b"input,output\nq,caf\xe9\n", "a.csv, line 2: not UTF-8 text (byte 0xe9)"),
+    (
+        b'input,output\n"q"r,a\n',
+        "a.csv, line 2: not valid CSV (',' expected after '\"'; a cell that starts with a quotation mark ends with",
+    ),
+    (
+        b"input|output\nq|a\n",
+        'separated by \'|\'; allowed: commas (","), semicolons (";") or tabs ("\\t")',
+    ),
+    ("input,output\n".encode("utf-16-le"), "(it looks like UTF-16: convert it to UTF-8)"),
+    (b"PK\x03\x04\0\0", "(it looks like a zip file or an Excel workbook: unpack it, or export it as CSV in UTF-8)"),
+    (b"input,output\nq,caf\xe9\n", "a.csv, line 2: not UTF-8 text (byte 0xe9); save the file as UTF-8"),
     (b"input,output,output\nq,a,b\n", "a.csv, line 2: field 'output' is given twice"),
     (b"input,output\nq,\n", "a.csv, line 2: field 'output' is empty"),
     (b"input,output\n", "a.csv holds no samples"),
@@ -272,6 +329,54 @@ def test_broken_csv_files(tmp_path: Path, content: bytes, problem: str) -> None:
     refuse(tmp_path, problem, path="a.csv")
 
 
+SPREADSHEETS = {
+    "semicolons": b'input;output\n"q; r";a, b\n',
+    "semicolons, all in quotes": b'"input";"output"\r\n"q; r";"a, b"\r\n',
+    "Excel's own first line": b'\xef\xbb\xbfsep=;\ninput;output\n"q; r";"a, b"\n',
+    "tabs": b"input\toutput\nq; r\ta, b\n",
+    "spaces and rows without anything": b'input , output\n"q; r","a, b"\n,\n  ,\n\n',
+    "commas win": b'input,"output","a;b"\n"q; r","a, b",c\n',
+}
+
+
+@pytest.mark.parametrize("kind", SPREADSHEETS)
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_what_spreadsheets_write(tmp_path: Path, kind: str, ending: str) -> None:
+    (tmp_path / f"a{ending}").write_bytes(SPREADSHEETS[kind])
+    assert texts(load_one(tmp_path, path="a")) == [("q; r", "a, b")]
+
+
+def test_lines_are_counted_behind_excels_own(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"sep=;\ninput;output\nq;\n")
+    refuse(tmp_path, "a.csv, line 3: field 'output' is empty", path="a.csv")
+
+
+def test_a_column_that_occurs_twice_is_refused_if_it_is_read(tmp_path: Path) -> None:
+    columns = [pyarrow.array([text]) for text in ("q", "a", "b", "c", "d")]
+    names = ["input", "output", "output", "note", "note"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=names), tmp_path / "a.parquet")
+    refuse(tmp_path, "a.parquet, record 0: field 'output' is given twice", path="a")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays(columns[1:], names=names[:1] + names[2:]), tmp_path / "b.parquet"
+    )
+    assert texts(load_one(tmp_path, path="b")) == [("a", "b")]
+
+
+def test_null_is_an_answer_that_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_lines(tmp_path / "a.jsonl", as_lines([{"input": "q", "output": None}, {"input": "r", "output": "b"}]))
+    problem = "line 1: field 'output' must be a string, not null; stream.empty_answers: skip drops such records"
+    for empty in ("error", "keep"):
+        refuse(tmp_path, problem, path="a", stream={"empty_answers": empty})
+    assert texts(load_one(tmp_path, path="a", stream={"empty_answers": "skip"})) == [("r", "b")]
+    assert "a.jsonl: skipped 1 records with an empty answer" in caplog.text
+
+
+def test_empty_documents_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_lines(tmp_path / "a.jsonl", as_lines([{"text": text} for text in ("one", "", None, " ", "two")]))
+    assert [answer for _, answer in texts(load_one(tmp_path, path="a"))] == ["one", "two"]
+    assert "a.jsonl: skipped 3 empty documents" in caplog.text
+
+
 def test_other_broken_files(tmp_path: Path) -> None:
     for name, content, problem in (
         ("a.jsonl.gz", gzip.compress(b"{}")[:-4], "a.jsonl.gz cannot be unpacked: "),
@@ -280,6 +385,28 @@ def test_other_broken_files(tmp_path: Path) -> None:
         ("d.csv.zst", b"input", "d.csv.zst cannot be unpacked: "),
         ("e.parquet", b"PAR1", "e.parquet cannot be read as Parquet: "),
         ("f.json", b'{\n"data": []\n}', "f.json must hold a JSON list of records, or one record per line, not a singl"),
+        (
+            "i.json",
+            b'{"version": "1", "data": [{"input": "q"}]}',
+            'a single object; make the list in "data" the whole file',
+        ),
+        (
+            "j.json",
+            b'{\n"input": "q"\n}\n{\n"input": "r"\n}',
+            "j.json, line 4: not valid JSON (Extra data, column 1): a second",
+        ),
+        (
+            "k.jsonl",
+            b'[{"input": "q"}]',
+            "k.jsonl holds one JSON list, not a record per line: let its name end in .json",
+        ),
+        ("l.jsonl", b'[\n{"input": "q"}\n]', "l.jsonl holds one JSON list"),
+        ("m.jsonl", b"[1, 2]\n[3]", "line 1: must be an object with 'input' and 'output', not a list"),
+        (
+            "n.jsonl",
+            b'{"text": "t", "url": "u"}',
+            ": columns: {input: COLUMN, output: COLUMN}, and for documents text_field: text",
+        ),
         ("g.json", b'"text"', "g.json must hold a JSON list of records, not a string"),
         ("h.json", b'{\n"data": [}', "h.json, line 2: not valid JSON"),
     ):
@@ -298,6 +425,13 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "{a}", "input_field": "m"}, 'input_field: "m" is not read if prompt is given'),
     ({"messages_field": "m", "output_field": "o"}, 'output_field: "o" is not read if messages_field is given'),
     ({"columns": {"input": ""}}, "columns: a name is empty"),
+    (
+        {"columns": {"input": "a", "output": "a"}},
+        'columns: input and output are the same column "a"; each needs its own',
+    ),
+    ({"prompt": "{q} {output}"}, 'prompt: the prompt has the answer, "output"'),
+    ({"prompt": "{q} {a}", "output_field": "a"}, 'prompt: the prompt has the answer, "a"'),
+    ({"input_field": "a", "output_field": "a"}, 'input_field: the prompt has the answer, "a"'),
     ({"eval_fraction": 0.1, "streaming": True}, "eval_fraction: 0.1 needs all samples"),
     ({"eval_fraction": 1.0}, "allowed: a number, above 0, below 1, or null"),
     ({"columns": ["a"]}, "columns"),

@@ -214,8 +214,18 @@ def test_huggingface_splits_and_columns(tmp_path: Path, caplog: pytest.LogCaptur
     save_splits(tmp_path / "no-column", train={"input": ["q"]}, test=columns)
     save_splits(tmp_path / "wrong", train={"input": ["q"], "output": [1]}, test=columns)
     refuse(tmp_path, "data set no-train has no split 'train'; it has: test", format="huggingface", path="no-train")
-    refuse(tmp_path, "has no split to evaluate on", "it has: train", format="huggingface", path="no-test")
+    refuse(
+        tmp_path,
+        "has no split to evaluate on",
+        "it has: train; eval_fraction: 0.1 would",
+        format="huggingface",
+        path="no-test",
+    )
     assert not caplog.records  # it is evaluated on nothing
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "single"))
+    problem = "single is a single split, without one to evaluate on; eval_fraction: 0.1 would hold out a tenth"
+    refuse(tmp_path, problem, format="huggingface", path="single")
     refuse(tmp_path, "no-column[train] has no column 'output'", format="huggingface", path="no-column")
     refuse(tmp_path, "wrong[train], record 0: field 'output' must be a string", format="huggingface", path="wrong")
 

@@ -190,14 +190,27 @@ BROKEN: list[tuple[Any, str]] = [
     (["Hi"], "message 0 must be an object with 'role' and 'content', not a string"),
     ([{"content": "Hi"}], "message 0: no field 'role'; the record has: content"),
     ([{"role": "user"}], "message 0: no field 'content'; the record has: role"),
-    ([{"role": "user", "content": [{"type": "text"}]}], "message 0: 'content' must be a string, not a list"),
+    ([{"role": "user", "content": 3}], "message 0: 'content' must be a string, not a number"),
+    (
+        [{"role": "user", "content": [{"type": "text"}]}],
+        "message 0: 'content', part 0: \"text\" is not allowed; allowed: {",
+    ),
+    (
+        [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}],
+        "message 0: 'content', part 1: \"image_url\" is not allowed; allowed: {",
+    ),
+    ([{"role": "user", "content": ["a"]}], "message 0: 'content', part 0: a string is not allowed"),
+    (
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "because"}],
+        "message 1: 'reasoning_content' is not allowed (it would not be learnt)",
+    ),
     (
         [*say("a", "b"), {"role": "tool", "content": "c"}],
         'message 2: role "tool" is not allowed (tool calls cannot be le',
     ),
     (
-        [{"role": "developer", "content": "c"}],
-        'role "developer" is not allowed; allowed: system, user, assistant, human',
+        [{"role": "critic", "content": "c"}],
+        'role "critic" is not allowed; allowed: system, developer, user, assistant, human',
     ),
     (
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [1]}],
@@ -221,6 +234,51 @@ BROKEN: list[tuple[Any, str]] = [
 def test_broken_conversations_are_named(tmp_path: Path, messages: Any, problem: str) -> None:
     file = write_lines(tmp_path / "a.jsonl", as_lines([{"messages": say("a", "b")}, {"messages": messages}]))
     refuse(tmp_path, f"{file}, line 2: ", problem, path="a")
+
+
+def test_texts_in_parts_and_developers(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": " b", "image_url": None}]
+    answer = {"role": "assistant", "content": "c", "name": "bot", "weight": 1, "tool_calls": [], "refusal": None}
+    made = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": parts}, answer]
+    assert [(turn.role, turn.content) for turn in load(tmp_path, made).train[0].turns] == [
+        ("system", "Be kind."),
+        ("user", "a b"),
+        ("assistant", "c"),
+    ]
+
+
+BESIDE: list[tuple[dict[str, Any], str]] = [
+    ({"system": ["Be kind."]}, "field 'system' must be a string, not a list"),
+    ({"tools": [{"type": "function"}]}, "field 'tools' is not allowed (tool calls cannot be learnt); leave it out"),
+    ({"functions": '[{"name": "f"}]'}, "field 'functions' is not allowed"),
+]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"instruction": "a", "input": "", "output": "b"},
+    ],
+)
+def test_the_fields_beside_a_conversation(tmp_path: Path, record: dict[str, Any]) -> None:
+    silent = {"system": " ", "tools": "[]", "functions": None}
+    first, second = {**record, "id": 7}, {**record, "system": "Be kind.", "tools": []}
+    write_lines(tmp_path / "a.jsonl", as_lines([first, {**record, **silent}, second]))
+    task = load_one(tmp_path, path="a")
+    assert [each.prompt for each in task.train] == ["a", "a", "Be kind.\n\na"]
+    assert task.read_as.endswith("; not read: id")
+    assert [len(each.turns) for each in load_one(tmp_path, path="a", train=CHAT).train] == [0, 0, 3]
+    for extra, problem in BESIDE:
+        write_lines(tmp_path / "b.jsonl", as_lines([first, {**record, **extra}]))
+        refuse(tmp_path, "b.jsonl, line 2: ", problem, path="b")
+
+
+def test_a_second_system_prompt_and_turns_beside_an_instruction_are_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", as_lines([{"messages": say("a", "b", system="c"), "system": "d"}]))
+    refuse(tmp_path, "field 'system' is a second system prompt; the conversation starts with one", path="a")
+    write_lines(tmp_path / "b.jsonl", as_lines([{"instruction": "a", "output": "b", "history": [["c", "d"]]}]))
+    refuse(tmp_path, "field 'history' is not allowed; write such records as conversations (messages)", path="b")
 
 
 def test_conversations_have_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cl_dist.config.files import is_folder, is_there
-from cl_dist.config.words import did_you_mean, listed, show
+from cl_dist.config.words import did_you_mean, listed, show, show_path
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import COMPRESSED, enumerate_names, list_folder, logger, missing
 from cl_dist.tasks.formats.format import DEV_NAMES, SPLITS, Format, RawTask, Source
-from cl_dist.tasks.formats.huggingface import FILE_FORMATS, HuggingFace, is_saved
+from cl_dist.tasks.formats.held_out import HOLD_OUT
+from cl_dist.tasks.formats.huggingface import FILE_ENDINGS, FILE_FORMATS, HuggingFace, is_saved
 from cl_dist.tasks.formats.record_files import EXTENSIONS, READERS, extension_of, has_classes
 from cl_dist.tasks.formats.text import Text
 from cl_dist.tasks.types import ScoredOn
@@ -26,8 +27,10 @@ PARQUET = ".parquet"
 ENDINGS = (*EXTENSIONS, TEXT)
 PUBLISHED_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """Owner and name of a data set on the Hugging Face Hub."""
-SPLIT_NAME = re.compile(rf"(train|{'|'.join(SPLITS)})(?:[-_.].*)?", re.IGNORECASE)
-"""The name of a file that says its split: `test.csv`, `train-00000-of-00002.parquet`."""
+WORDS = {**{split: split for split in ("train", *SPLITS)}, "training": "train", "testing": "test"}
+"""What names of files call a split, and its usual name."""
+SPLIT_NAME = re.compile(rf"({'|'.join(WORDS)})(?:[-_.].*)?|.+[-_.]({'|'.join(WORDS)})(?:-\d+-of-\d+)?", re.IGNORECASE)
+"""The name of a file that says its split: `test.csv`, `train-00000-of-00002.parquet`, `billing_test.csv`."""
 
 
 class Auto(HuggingFace):
@@ -75,9 +78,10 @@ class Auto(HuggingFace):
             raise BadInput(f"path: {path.name!r} is ambiguous in {path.parent}: name {names}")
         if candidates:
             return candidates[0]
-        if PUBLISHED_NAME.fullmatch(written or "") and not is_folder(path.parent):
+        named = PUBLISHED_NAME.fullmatch(written or "") is not None and path.suffix.lower() not in FILE_ENDINGS
+        if named and not is_folder(path.parent):
             return None
-        raise absent(path)
+        raise absent(path, written)
 
     def _read_folder(self, source: Source, folder: Path) -> RawTask:
         if is_saved(folder):
@@ -96,14 +100,16 @@ class Auto(HuggingFace):
             raise missing(folder / f"train{next(iter(splits.values()))[0].suffix}")
         kind = one_kind(folder, train)
         if kind == TEXT:
-            return self._as(Text(eval_fraction=self.eval_fraction), source)
+            text = Text(eval_fraction=self.eval_fraction)
+            self._refuse_own(text, source)
+            return text.read_files(source, train, *self._evaluation(source, splits))
         if kind == PARQUET and has_classes(train[0]):
             return super().read(source)
         self._refuse("subset", "streaming", what=f"the files in {folder}")
         evaluation, evaluated = self._evaluation(source, splits)
         if not evaluation and self.eval_fraction is None:
             absent_file = missing(folder / f"{source.eval_split}{train[0].suffix}")
-            raise BadInput(f"{absent_file}; eval_fraction: 0.1 would hold out a tenth of the training samples")
+            raise BadInput(f"{absent_file}; {HOLD_OUT}")
         return self.read_files(source, train, evaluation, evaluated)
 
     def _evaluation(
@@ -124,10 +130,14 @@ class Auto(HuggingFace):
 
     def _as(self, other: Format, source: Source) -> RawTask:
         """Read with another format, which has none of this one's settings but `eval_fraction`."""
+        self._refuse_own(other, source)
+        return other.read(source)
+
+    def _refuse_own(self, other: Format, source: Source) -> None:
+        """Raise BadInput for a setting that another format does not have."""
         shared = {field.name for field in dataclasses.fields(type(other))}
         own = [field.name for field in dataclasses.fields(Auto) if field.name not in shared]
         self._refuse(*own, what=f"{source.path_in_recipe}, which is in format {other.name},")
-        return other.read(source)
 
     def _refuse(self, *names: str, what: str) -> None:
         """Raise BadInput for a setting that nothing reads for this data."""
@@ -141,13 +151,29 @@ def with_ending(path: Path) -> list[Path]:
     """The data files whose names are the path's with an ending: `billing` finds `billing.jsonl`."""
     if not path.name or not is_folder(path.parent):
         return []
-    return [file for ending in ENDINGS if is_there(file := path.with_name(path.name + ending))]
+    return data_files(path.parent, path.name)
 
 
-def absent(path: Path) -> BadInput:
-    """The error for a path with nothing at it."""
+def data_files(folder: Path, stem: str) -> list[Path]:
+    """The data files of a folder with a name, whose ending may be in capitals."""
+    names = {name: name[len(stem) :].lower() for name in list_folder(folder) if name.startswith(stem)}
+    return [folder / name for ending in ENDINGS for name in sorted(names) if names[name] == ending]
+
+
+def absent(path: Path, written: str | None) -> BadInput:
+    """The error for a path with nothing at it; `written` is how the recipe gives it."""
+    if "://" in (written or ""):
+        return BadInput(
+            f"path: {show_path(written)} is an address; download the file and name it here, or name a data set of the "
+            "Hugging Face Hub as owner/name"
+        )
     names = list_folder(path.parent) if is_folder(path.parent) else []
-    return BadInput(f"{missing(path)}{did_you_mean(path.name, names)}; a published data set is named owner/name")
+    hint = "; a published data set is named owner/name"
+    if any(mark in str(path) for mark in "*?["):
+        hint = "; patterns are not expanded: name a file, or a folder of files"
+    elif "$" in str(path):
+        hint = "; variables of the environment are not replaced: write the path itself, or start it with ~"
+    return BadInput(f"{missing(path)}{did_you_mean(path.name, names)}{hint}")
 
 
 def recognised(folder: Path) -> Format | None:
@@ -169,10 +195,20 @@ def stem_of(path: Path) -> str:
 
 
 def files_beside(path: Path) -> dict[str, list[Path]]:
-    """The evaluation files next to a training file, by split: `billing.test.csv` next to `billing.csv`."""
-    stem = "" if stem_of(path) == "train" else stem_of(path).removesuffix(".train") + "."
-    names = {split: [path.with_name(f"{stem}{split}{ending}") for ending in EXTENSIONS] for split in SPLITS}
-    return {split: there for split, files in names.items() if (there := [file for file in files if is_there(file)])}
+    """The evaluation files next to a training file, by split: `billing.test.csv` next to `billing.csv` or
+    `billing.train.csv`, `billing_test.csv` next to `billing_train.csv`.
+    """
+    stem = stem_of(path)
+    named = re.fullmatch(r"(|.*([-_.]))train", stem, re.IGNORECASE)
+    start = f"{stem}." if named is None else named[1]
+    found: dict[str, list[Path]] = {}
+    for name in sorted(list_folder(path.parent)):
+        file = path.parent / name
+        if extension_of(file) and stem_of(file).startswith(start):
+            split = stem_of(file)[len(start) :].lower()
+            if split in SPLITS:
+                found.setdefault(split, []).append(file)
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
@@ -188,11 +224,18 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
         if name.startswith((".", "_")) or is_folder(path) or not (extension_of(path) or path.suffix.lower() == TEXT):
             continue
         match = SPLIT_NAME.fullmatch(stem_of(path))
-        (unnamed if match is None else splits.setdefault(match[1].lower(), [])).append(path)
+        split = None if match is None else WORDS[(match[1] or match[2]).lower()]
+        (unnamed if split is None else splits.setdefault(split, [])).append(path)
+    left = list[Path]()
     for split, files in splits.items():
-        splits[split] = [file for file in files if stem_of(file).lower() == split] or files
+        splits[split] = [file for file in files if WORDS.get(stem_of(file).lower()) == split] or files
+        left += [file for file in files if file not in splits[split]]
     if unnamed and "train" not in splits:
         splits["train"] = unnamed
+    else:
+        left += unnamed
+    if left:
+        logger.warning("%s: not read: %s", folder, enumerate_names(file.name for file in left))
     return splits
 
 

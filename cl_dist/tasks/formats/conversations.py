@@ -11,24 +11,34 @@ from typing import Any
 
 from cl_dist.config.words import listed, show
 from cl_dist.errors import BadInput
-from cl_dist.tasks.formats.files import check_encodable, json_type, no_field
+from cl_dist.tasks.formats.files import check_encodable, json_type, no_field, require_once
 from cl_dist.tasks.types import Example, Role, Turn
 
 ROLES: dict[str, Role] = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "assistant": "assistant",
     "human": "user",
     "gpt": "assistant",
 }
-"""Names of roles in data, `human` and `gpt` being ShareGPT's."""
+"""Names of roles in data: `developer` is OpenAI's newer name of the system prompt, `human` and `gpt` are ShareGPT's."""
 ROLE_KEYS = {"role": "content", "from": "value"}
 """The key of a message's role, and that of its text."""
 TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
+LOST_KEYS = ("reasoning_content", "reasoning", "thinking", "refusal", "audio", "images")
+"""What a message may have beside its text, and what a model would not learn."""
+SYSTEM, TOOLS = "system", ("tools", "functions")
+"""Fields beside a conversation: its system prompt, and the tools that it may call."""
+BESIDE = (SYSTEM, *TOOLS)
 
 
-def read_conversation(messages: object, field: str) -> Example:
-    """The conversation in a record's field. Raises BadInput, which names the message, if it cannot be learnt."""
+def read_conversation(record: Mapping[str, Any], field: str) -> Example:
+    """The conversation in a record's field, after the system prompt in a field of its own (`BESIDE`).
+
+    Raises BadInput, which names the message, if it cannot be learnt.
+    """
+    messages = record[field]
     if not isinstance(messages, list) or not messages:
         what = "an empty list" if isinstance(messages, list) else json_type(messages)
         raise BadInput(f"field {field!r} must be a list of messages, not {what}")
@@ -38,7 +48,26 @@ def read_conversation(messages: object, field: str) -> Example:
     empty = next((number for number, turn in enumerate(turns) if not turn.content.strip() and number != last), None)
     if empty is not None:
         raise BadInput(f"field {field!r}, message {empty}: its text is empty")
-    return from_turns(turns)
+    return from_turns([*system_turns(record, inside=turns[0].role == "system"), *turns])
+
+
+def system_turns(record: Mapping[str, Any], inside: bool = False) -> list[Turn]:
+    """The system prompt in a field of its own, if the record has one. Raises BadInput if there is one `inside` the
+    conversation too, or if the record has tools.
+    """
+    for name in BESIDE:
+        require_once(record, name)
+    tools = next((name for name in TOOLS if record.get(name) not in (None, "", "[]", [], {})), None)
+    if tools is not None:
+        raise BadInput(f"field {tools!r} is not allowed (tool calls cannot be learnt); leave it out")
+    text = record.get(SYSTEM)
+    if text is not None and not isinstance(text, str):
+        raise BadInput(f"field {SYSTEM!r} must be a string, not {json_type(text)}")
+    if text is None or not text.strip():
+        return []
+    if inside:
+        raise BadInput(f"field {SYSTEM!r} is a second system prompt; the conversation starts with one")
+    return [Turn("system", check_encodable(text, f"field {SYSTEM!r}"))]
 
 
 def from_turns(turns: Sequence[Turn]) -> Example:
@@ -82,14 +111,25 @@ def _turn(message: object, where: str) -> Turn:
     if key is None:
         raise BadInput(f"{where}: {no_field(message, 'role')}")
     role = _role(message, key, where)
-    _refuse_tools(message, where)
+    _refuse_lost(message, where)
     if ROLE_KEYS[key] not in message:
         raise BadInput(f"{where}: {no_field(message, ROLE_KEYS[key])}")
-    text = message[ROLE_KEYS[key]]
-    if not isinstance(text, str):
-        raise BadInput(f"{where}: {ROLE_KEYS[key]!r} must be a string, not {json_type(text)}")
+    text = _text(message[ROLE_KEYS[key]], f"{where}: {ROLE_KEYS[key]!r}")
     check_encodable(text, where)
     return Turn(role, text.strip() if role == "assistant" else text)
+
+
+def _text(content: object, what: str) -> str:
+    """A message's text, which may come in parts: `[{"type": "text", "text": ...}]`, as for models that see pictures."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadInput(f"{what} must be a string, not {json_type(content)}")
+    for number, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = show(part.get("type")) if isinstance(part, dict) else json_type(part)
+            raise BadInput(f'{what}, part {number}: {kind} is not allowed; allowed: {{"type": "text", "text": ...}}')
+    return "".join(part["text"] for part in content)
 
 
 def _role(message: Mapping[str, Any], key: str, where: str) -> Role:
@@ -101,11 +141,16 @@ def _role(message: Mapping[str, Any], key: str, where: str) -> Role:
     return role
 
 
-def _refuse_tools(message: Mapping[str, Any], where: str) -> None:
-    """Refuse what would be lost: calls of tools, and answers that are marked as not to be learnt."""
+def _refuse_lost(message: Mapping[str, Any], where: str) -> None:
+    """Refuse what would be lost: calls of tools, what stands beside the text, and the mark of an answer to skip."""
     found = next((key for key in TOOL_KEYS if message.get(key)), None)
     if found is not None:
         raise BadInput(f"{where}: {found!r} is not allowed (tool calls cannot be learnt); allowed: plain text")
+    found = next((key for key in LOST_KEYS if message.get(key)), None)
+    if found is not None:
+        raise BadInput(
+            f"{where}: {found!r} is not allowed (it would not be learnt); allowed: text in the message itself"
+        )
     if message.get("weight") not in (None, 1):
         raise BadInput(f"{where}: weight {show(message['weight'])} is not allowed; every answer is learnt")
 

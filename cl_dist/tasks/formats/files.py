@@ -22,13 +22,15 @@ from cl_dist.tasks.types import Example
 LISTED = 20
 """Most names that one message lists."""
 
+UTF_16 = b"\xff\xfe"
 FOREIGN = {
     b"\x1f\x8b": "gzip: unpack it, or let its name end in .gz",
     b"\x28\xb5\x2f\xfd": "Zstandard: unpack it, or let its name end in .zst",
-    b"\xff\xfe": "UTF-16: convert it to UTF-8",
+    UTF_16: "UTF-16: convert it to UTF-8",
     b"\xfe\xff": "UTF-16: convert it to UTF-8",
     b"PAR1": "Parquet: let its name end in .parquet",
-    b"PK\x03\x04": "a zip file: unpack it",
+    b"PK\x03\x04": "a zip file or an Excel workbook: unpack it, or export it as CSV in UTF-8",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook: export it as CSV in UTF-8",
 }
 """First bytes of files that are often mistaken for text, and what to do with such a file."""
 
@@ -44,7 +46,8 @@ def enumerate_names(names: Iterable[str]) -> str:
 def missing(path: Path) -> BadInput:
     """The error for a missing file or folder. It lists what its nearest existing parent contains instead."""
     parent = next(folder for folder in path.parents if is_folder(folder))
-    return BadInput(f"no file or folder {path}; {parent} has: {enumerate_names(list_folder(parent))}")
+    target = f" (it is a link to {os.readlink(path)}, which is not there)" if path.is_symlink() else ""
+    return BadInput(f"no file or folder {path}{target}; {parent} has: {enumerate_names(list_folder(parent))}")
 
 
 def list_folder(folder: Path) -> list[str]:
@@ -74,6 +77,8 @@ def read_text(path: Path) -> str:
         raise missing(path)
     data = unpacked(path, read_bytes(path))
     foreign = next((f" (it looks like {what})" for mark, what in FOREIGN.items() if data.startswith(mark)), "")
+    if not foreign and 3 * data[:200].count(b"\0") > len(data[:200]):
+        foreign = f" (it looks like {FOREIGN[UTF_16]})"  # without the mark at its start
     if b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1
         raise BadInput(f"{path}, line {line}: not UTF-8 text (it holds NUL bytes){foreign}")
@@ -81,6 +86,7 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
+        foreign = foreign or "; save the file as UTF-8"
         raise BadInput(f"{path}, line {line}: not UTF-8 text (byte 0x{data[error.start]:02x}){foreign}") from error
 
 
@@ -235,15 +241,24 @@ def make_example(record: object, input_field: str, output_field: str) -> Example
     return Example(prompt=text_field(record, input_field), answer=answer_field(record, output_field))
 
 
+class NoAnswer(BadInput):
+    """A record whose answer is null."""
+
+
 def answer_field(record: Mapping[str, Any], field: str) -> str:
-    """The answer in a record's field, without white space around it. It may be empty."""
+    """The answer in a record's field, without white space around it. It may be empty. Raises NoAnswer for null."""
+    if field in record and record[field] is None:
+        require_once(record, field)
+        raise NoAnswer(f"field {field!r} must be a string, not null")
     return text_field(record, field, may_be_empty=True).strip()
 
 
 def make_document(record: object, field: str) -> Example:
-    """The document in a record's text field, which may be empty. Raises BadInput for a broken record."""
+    """The document in a record's text field, which may be empty or null. Raises BadInput for a broken record."""
     if not isinstance(record, dict):
         raise BadInput(f"must be an object with {field!r}, not {json_type(record)}")
+    if record.get(field, "") is None:
+        record = {**record, field: ""}
     return Example(prompt="", answer=answer_field(record, field))
 
 
@@ -256,7 +271,7 @@ def collect(
     empty: EmptyAnswers = "error",
     answer_name: str = "output",
 ) -> Split:
-    """Convert numbered records into a split. Empty documents are always skipped.
+    """Convert numbered records into a split. Empty documents are always skipped, and counted like empty answers.
 
     Args:
         origin: File, or data set and split, for messages.
@@ -272,7 +287,7 @@ def collect(
     """
     examples: list[Example] = []
     positions: list[int] = []
-    skipped = 0
+    skipped, blank = 0, 0
     for position, record in records:
         try:
             example = convert(record)
@@ -281,9 +296,14 @@ def collect(
                     f"field {answer_name!r} is empty; stream.empty_answers: keep learns such records, skip drops them"
                 )
         except BadInput as error:
-            raise BadInput(f"{origin}, {unit} {position}: {error}") from error
+            if isinstance(error, NoAnswer) and empty == "skip":
+                skipped += 1
+                continue
+            hint = "; stream.empty_answers: skip drops such records" if isinstance(error, NoAnswer) else ""
+            raise BadInput(f"{origin}, {unit} {position}: {error}{hint}") from error
         if not example.answer and not (example.prompt and empty == "keep"):
             skipped += bool(example.prompt)
+            blank += not example.prompt
             continue
         examples.append(example)
         positions.append(position)
@@ -291,6 +311,8 @@ def collect(
             break
     if skipped:
         logger.warning("%s: skipped %d records with an empty answer (stream.empty_answers)", origin, skipped)
+    if blank:
+        logger.warning("%s: skipped %d empty documents", origin, blank)
     return Split(examples, str(origin), positions, unit)
 
 

@@ -14,6 +14,8 @@ from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.format import Split
 from cl_dist.tasks.types import Example
 
+HOLD_OUT = "eval_fraction: 0.1 would hold out a tenth of the training samples"
+"""What to do about data without an evaluation split."""
 DrawnFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 

@@ -7,7 +7,9 @@ Code that comes with a data set never runs: the supported releases of the librar
 from __future__ import annotations
 
 import csv
+import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from mmap import ACCESS_READ, mmap
@@ -15,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.config.files import is_file, is_folder, is_there, refuse_special, refuse_special_below
-from cl_dist.config.words import listed
+from cl_dist.config.words import listed, show_path
 from cl_dist.errors import BadInput, ClDistError
+from cl_dist.hub_request import LOG_IN, ask, gist, meaning, nobody_answered
 from cl_dist.tasks.formats.files import (
+    COMPRESSED,
     collect,
     enumerate_names,
     is_lone,
@@ -28,7 +32,7 @@ from cl_dist.tasks.formats.files import (
     split_files,
 )
 from cl_dist.tasks.formats.format import DEV_NAMES, EmptyAnswers, RawTask, Source, Split
-from cl_dist.tasks.formats.held_out import has_evaluation
+from cl_dist.tasks.formats.held_out import HOLD_OUT, has_evaluation
 from cl_dist.tasks.formats.records import Layout, Records
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -44,6 +48,8 @@ FILE_FORMATS = {
 }
 """The library's name for the format of a data file, by its suffix."""
 CSV_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+FILE_ENDINGS = (*FILE_FORMATS, ".txt", *COMPRESSED)
+"""Endings that no data set's name has: what ends in one is a path to nothing."""
 
 DEEP_JSON = re.compile(rb'(?:[\[{]\s*(?:"[^"]{0,99}"\s*:\s*)?){1000}')
 """A thousand nested lists and objects, each the first item of the one around it."""
@@ -78,7 +84,8 @@ class HuggingFace(Records):
         train, empty = dataset["train"], source.empty_answers
         try:
             with _as_bad_input(f"{name}[train]"):
-                layout = self.layout(self._column_names(train))
+                columns = self._column_names(train)
+                layout = self.layout(columns)
         except BadInput as error:
             raise BadInput(f"{name}[train]: {error}") from error
         labels = None if layout.kind == "text" else label_names(train, self.column_of(layout.answer))
@@ -86,27 +93,26 @@ class HuggingFace(Records):
         if self.eval_fraction is not None:
             if (other := next((split for split in ("test", *DEV_SPLITS) if split in dataset), None)) is not None:
                 raise has_evaluation(self.eval_fraction, f"the split {other!r} of {name}")
-            return self.task(learnt, None, source, layout, labels=labels)
+            return self.task(learnt, None, source, layout, labels=labels, columns=columns)
         path, evaluation = source.resolve(name), choose_split(dataset, source.eval_split, name)
         origin, most = f"{name}[{evaluation}]", source.max_eval_samples
         scored = self._read_records(dataset[evaluation], origin, layout, most, empty)
         lone = is_file(path) and is_lone(path)
-        return self.task(learnt, scored, source, layout, "train" if lone else None, labels)
+        return self.task(learnt, scored, source, layout, "train" if lone else None, labels, columns)
 
     def _load(self, source: Source) -> Mapping[str, Any]:
         """The data set's splits by name. Raises BadInput with the library's reason if it cannot be loaded."""
-        import datasets
-
         name = source.path_in_recipe or source.name
         path, subset, streaming = source.resolve(name), self.subset, self.streaming
-        if not is_there(path) and not HUB_NAME.fullmatch(name):
-            raise missing(path)
+        unasked = None if is_there(path) else ask_for(name, path)
+        import datasets
+
         if subset is not None and (is_saved(path) or (is_there(path) and not is_folder(path))):
             raise BadInput(f"subset: {subset!r} names a configuration, and what is at {path} has none; leave it out")
         refuse_special(path)
         refuse_special_below(path)
         refuse_deep_json(path)
-        with _as_bad_input(name):
+        with _as_bad_input(name, unasked):
             if is_saved(path):
                 refuse_empty_split(path)
                 # Its records are memory-mapped, so streaming would gain nothing.
@@ -126,7 +132,7 @@ class HuggingFace(Records):
         if not isinstance(dataset, Mapping) and self.eval_fraction is not None:
             return {"train": dataset}
         if not isinstance(dataset, Mapping):
-            raise BadInput(f"data set {name} is a single split; save a DatasetDict with the splits 'train' and 'test'")
+            raise BadInput(f"data set {name} is a single split, without one to evaluate on; {HOLD_OUT}")
         return dataset
 
     def _column_names(self, split: Any) -> list[str]:
@@ -233,11 +239,51 @@ def single_file(path: Path, wanted: str) -> tuple[str, dict[str, str]]:
     return FILE_FORMATS[path.suffix], {"train": str(train), "test": str(evaluation)}
 
 
+def ask_for(name: str, path: Path) -> str | None:
+    """Ask the Hub once whether it has a data set, because the library repeats a question that nobody answers for half
+    a minute. `path` is where the data set would be if the name were a path.
+
+    Returns why the Hub could not be asked, and what to do; the library then looks into its cache only. Raises BadInput
+    if there is no such data set for this user.
+    """
+    if not HUB_NAME.fullmatch(name) or Path(name).suffix.lower() in FILE_ENDINGS:
+        raise missing(path)
+    if is_there(Path(name)):  # where the library would look, wherever the recipe is
+        raise BadInput(
+            f"{missing(path)}; there is a {show_path(name)} in the working folder: name it by its absolute path"
+        )
+    from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+
+    hub, nowhere = constants.ENDPOINT, f"there is no folder {path}"
+    bring = f"run `hf download {name} --repo-type dataset --local-dir FOLDER` where there is a network and set `path`"
+    if constants.is_offline_mode() or os.environ.get("HF_DATASETS_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return f"{nowhere}, the cache does not have it, and HF_HUB_OFFLINE forbids asking {hub}; unset it, or {bring}"
+    problem = ask(name, "README.md", "dataset")
+    if problem is None or isinstance(problem, EntryNotFoundError):  # it is there, without a description
+        return None
+    if isinstance(problem, GatedRepoError):
+        raise BadInput(f"data set {name} is gated: accept its terms at {hub}/datasets/{name}, then {LOG_IN}")
+    if isinstance(problem, RepositoryNotFoundError):
+        raise BadInput(f"{nowhere}, and no data set {name} on {hub}; check the name; if it is private, {LOG_IN}")
+    status = getattr(getattr(problem, "response", None), "status_code", None)
+    if not nobody_answered(problem) and (status is None or status < 429):
+        raise BadInput(f"data set {name} cannot be loaded: {problem if status is None else meaning(status, hub)}")
+    reason = f"{hub} cannot be reached ({gist(problem)})" if status is None else meaning(status, hub)
+    # For this process and for its ranks, which would all wait.
+    os.environ["HF_DATASETS_OFFLINE"] = "1"
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    logger.warning("%s; data set %s is looked for in the cache", reason, name)
+    return f"{nowhere}, the cache does not have it, and {reason}; {bring}"
+
+
 @contextmanager
-def _as_bad_input(name: str) -> Iterator[None]:
+def _as_bad_input(name: str, unasked: str | None = None) -> Iterator[None]:
     """Turn every error of the library into one sentence.
 
-    For a problem with a data set, its name or the network, it raises exceptions of many unrelated types.
+    For a problem with a data set, its name or the network, it raises exceptions of many unrelated types. `unasked` says
+    what is wrong if the Hub could not be asked.
     """
     try:
         yield
@@ -246,7 +292,7 @@ def _as_bad_input(name: str) -> Iterator[None]:
     except Exception as error:
         # A DatasetGenerationError only says that converting files failed; its cause says why.
         telling = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
-        reason = " ".join(str(telling).split()) or type(telling).__name__
+        reason = unasked or " ".join(str(telling).split()) or type(telling).__name__
         raise BadInput(f"data set {name} cannot be loaded: {reason}") from error
 
 
@@ -265,7 +311,8 @@ def choose_split(dataset: Mapping[str, Any], wanted: str, name: str) -> str:
     other = found["test"] or found["dev"]
     if other is None:
         raise BadInput(
-            f"data set {name} has no split to evaluate on ('test' or 'validation'); it has: {enumerate_names(dataset)}"
+            f"data set {name} has no split to evaluate on ('test' or 'validation'); it has: "
+            f"{enumerate_names(dataset)}; {HOLD_OUT}"
         )
     logger.warning("data set %s has no %s split: evaluating on %s", name, wanted, other)
     return other

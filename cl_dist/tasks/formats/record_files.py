@@ -9,12 +9,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cl_dist.config.files import is_there, refuse_special
+from cl_dist.config.words import listed, show
 from cl_dist.errors import BadInput
 from cl_dist.tasks.formats.files import (
     COMPRESSED,
@@ -62,7 +64,17 @@ def open_records(path: Path) -> RecordFile:
 
 
 def _json_lines(path: Path) -> RecordFile:
-    return _of_lines(path, read_text(path))
+    text = read_text(path)
+    if text.lstrip().startswith("[") and isinstance(_value_or_none(text), list):
+        raise BadInput(f"{path} holds one JSON list, not a record per line: let its name end in .json")
+    return _of_lines(path, text)
+
+
+def _value_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _of_lines(path: Path, text: str) -> RecordFile:
@@ -78,36 +90,76 @@ def _json(path: Path) -> RecordFile:
     """A list of records; or, as some tools write it, one record per line."""
     text = read_text(path)
     if text.lstrip().startswith("{"):
-        first_line = text.strip().split("\n", 1)[0]
-        if _is_json(first_line):
+        first_line, _, more = text.strip().partition("\n")
+        if _is_json(first_line) and (more or not _holds_records(json.loads(first_line))):
             return _of_lines(path, text)
-        parse_json(text, path)  # may have a better reason
-        raise BadInput(f"{path} must hold a JSON list of records, or one record per line, not a single object")
+        content = _one_value(text, path)
+        raise BadInput(f"{path} must hold a JSON list of records, or one record per line, not {_single(content)}")
     records = parse_json(text, path)
     if not isinstance(records, list):
         raise BadInput(f"{path} must hold a JSON list of records, not {json_type(records)}")
     return RecordFile(_fields(records[0] if records else None), False, lambda _: enumerate(records), "record")
 
 
-def _is_json(line: str) -> bool:
+def _one_value(text: str, path: Path) -> Any:
+    """The only JSON value in a file. Raises BadInput if there is none, or another one after it."""
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
+        return parse_json(text, path)
+    except BadInput as error:
+        if "Extra data" in str(error):
+            raise BadInput(
+                f"{error}: a second value; allowed: one JSON list of records, or each record on a line of its own"
+            ) from error
+        raise
 
 
-def _separated(path: Path, separator: str) -> RecordFile:
-    """CSV or TSV: a header, and a record per row; a cell in quotes may contain line ends and separators."""
-    rows = _numbered_rows(path, separator)
-    _, header = next(rows, (0, []))
-    if not header:
+WRAPPERS = ("data", "examples", "records", "rows", "instances", "items")
+"""Fields in which some tools put the list of records: `{"version": "1.1", "data": [...]}`."""
+
+
+def _holds_records(value: Any) -> bool:
+    return any(isinstance(value.get(name), list) for name in WRAPPERS)
+
+
+def _single(content: Any) -> str:
+    """An object instead of records, in words: with the field that seems to have them."""
+    found = next((name for name, value in content.items() if isinstance(value, list)), None)
+    return "a single object" if found is None else f"a single object; make the list in {show(found)} the whole file"
+
+
+def _is_json(line: str) -> bool:
+    return isinstance(_value_or_none(line), dict)
+
+
+def _doubled(record: dict[str, Any], twice: frozenset[str]) -> Doubled:
+    """The record, of which nobody may read the fields in `twice`."""
+    doubled = Doubled(record)
+    doubled.keys_twice = twice
+    return doubled
+
+
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+"""Which separators of cells are read, and their names."""
+
+
+def _separated(path: Path, usual: str) -> RecordFile:
+    """CSV or TSV: a header, and a record per row; a cell in quotes may contain line ends and separators.
+
+    The header decides what separates the cells: the separator that the file's ending stands for, unless the header has
+    none of it, and another one.
+    """
+    text = read_text(path)
+    start = text[: text.find("\n") + 1] if text[:4].lower() == "sep=" else ""  # Excel's own line
+    text = text[len(start) :]
+    separator = _separator(text, usual)
+    rows = _numbered_rows(path, text, separator, first_line=1 + bool(start))
+    line, written = next(rows, (0, []))
+    header = [name.strip() for name in written]
+    if not any(header):
         raise BadInput(f"{path} is empty")
-    other = next((mark for mark in ";\t,|" if len(header) == 1 and mark in header[0]), None)
-    if other is not None:
-        named = {"\t": "tabs", ",": "commas"}.get(other, repr(other))
-        wanted = "tabs (.tsv)" if separator == "\t" else "commas (.csv)"
-        raise BadInput(f"{path}, line 1: the columns seem to be separated by {named}; allowed: {wanted}")
+    if len(header) == 1 and "|" in header[0]:
+        named = listed((f"{name} ({show(mark)})" for mark, name in SEPARATORS.items()), last="or")
+        raise BadInput(f"{path}, line {line}: the columns seem to be separated by '|'; allowed: {named}")
     twice = frozenset(name for name in header if header.count(name) > 1)
 
     def records(_: Sequence[str]) -> Iterator[tuple[int, Any]]:
@@ -115,31 +167,36 @@ def _separated(path: Path, separator: str) -> RecordFile:
             if len(cells) != len(header):
                 raise BadInput(f"{path}, line {line}: {len(cells)} cells, but the header has {len(header)}")
             record = dict(zip(header, cells, strict=True))
-            if twice:
-                record = Doubled(record)
-                record.keys_twice = twice
-            yield line, record
+            yield line, _doubled(record, twice) if twice else record
 
     return RecordFile(header, True, records, "line")
 
 
-def _numbered_rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows that are not blank, each with the line on which it starts."""
-    text = read_text(path)
+def _separator(text: str, usual: str) -> str:
+    """The separator of the cells of a header, the first line that is not blank."""
+    header = next((line for line in text.split("\n") if line.strip()), "")
+    bare = re.sub(r'"[^"]*"', "", header)
+    return next((mark for mark in (usual, *SEPARATORS) if mark in bare), usual)
+
+
+def _numbered_rows(path: Path, text: str, separator: str, first_line: int) -> Iterator[tuple[int, list[str]]]:
+    """The rows that have anything in them, each with the line on which it starts: spreadsheets add rows without."""
     csv.field_size_limit(MOST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    line = 1
+    line = first_line
     while True:
         try:
             cells = next(reader, None)
         except csv.Error as error:
             reason = "a quotation mark is never closed" if "unexpected end" in str(error) else str(error)
+            if "expected after" in reason:
+                reason += "; a cell that starts with a quotation mark ends with one, and has those inside it doubled"
             raise BadInput(f"{path}, line {line}: not valid CSV ({reason})") from error
         if cells is None:
             return
-        if cells:
+        if any(cell.strip() for cell in cells):
             yield line, cells
-        line = reader.line_num + 1
+        line = first_line + reader.line_num
 
 
 def has_classes(path: Path) -> bool:
@@ -170,12 +227,14 @@ def _parquet(path: Path) -> RecordFile:
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise failed(error) from error
 
+    twice = frozenset(name for name in columns if columns.count(name) > 1)
+
     def records(wanted: Sequence[str]) -> Iterator[tuple[int, Any]]:
         position = 0
         try:
             for batch in file.iter_batches(columns=[name for name in columns if name in wanted]):
                 for record in batch.to_pylist():
-                    yield position, record
+                    yield position, _doubled(record, twice) if twice else record
                     position += 1
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise failed(error) from error

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cl_dist.config.words import did_you_mean, listed
 from cl_dist.errors import BadInput
-from cl_dist.tasks.formats.conversations import has_several_answers, read_conversation
+from cl_dist.tasks.formats.conversations import (
+    BESIDE,
+    from_turns,
+    has_several_answers,
+    read_conversation,
+    system_turns,
+)
 from cl_dist.tasks.formats.files import (
     Doubled,
     answer_field,
@@ -27,7 +33,7 @@ from cl_dist.tasks.formats.files import (
 from cl_dist.tasks.formats.format import Format, RawTask, Source, Split
 from cl_dist.tasks.formats.held_out import DrawnFraction, draw, has_evaluation
 from cl_dist.tasks.formats.record_files import RecordFile, open_records
-from cl_dist.tasks.types import Example, Kind, ScoredOn
+from cl_dist.tasks.types import Example, Kind, ScoredOn, Turn
 
 ALPACA = "{instruction}\n{input}"
 """The prompt of a record with `instruction`, `input` and `output` (Stanford Alpaca's fields)."""
@@ -35,6 +41,8 @@ PAIRS = (("input", "output"), ("prompt", "completion"), ("prompt", "response"), 
 """Fields of prompts and answers that `format: auto` knows."""
 CONVERSATIONS = ("messages", "conversations")
 """Fields of conversations that `format: auto` knows."""
+HISTORY = "history"
+"""Field of Alpaca's records with the turns before (LLaMA-Factory's)."""
 DOCUMENT = "text"
 """Field of a document that `format: auto` knows, if there is no other."""
 
@@ -55,6 +63,11 @@ class Layout:
     """`text` for documents; None: the answers determine the kind."""
     optional: tuple[str, ...] = ()
     """Those of `fields` that a record may lack."""
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Those of `fields` that every record must have."""
+        return tuple(field for field in self.fields if field not in self.optional)
 
 
 class Records(Format):
@@ -95,8 +108,18 @@ class Records(Format):
                 raise ValueError(f'{name}: "{value}" is not read if {kinds[0]} is given')
         if self.prompt is not None:
             placeholders(self.prompt)
-        if not all(name and column for name, column in (self.columns or {}).items()):
+        renamed = self.columns or {}
+        if not all(name and column for name, column in renamed.items()):
             raise ValueError("columns: a name is empty")
+        doubled = next((column for column in renamed.values() if list(renamed.values()).count(column) > 1), None)
+        if doubled is not None:
+            names = listed((name for name, column in renamed.items() if column == doubled), last="and")
+            raise ValueError(f'columns: {names} are the same column "{doubled}"; each needs its own')
+        prompt = [self.input_field] if self.prompt is None else placeholders(self.prompt)
+        if not {"text_field", "messages_field"} & set(kinds) and self.output_field in prompt:
+            raise ValueError(
+                f'{kinds[0] if kinds else "input_field"}: the prompt has the answer, "{self.output_field}"'
+            )
 
     @property
     def only_documents(self) -> bool:
@@ -141,11 +164,11 @@ class Records(Format):
         else:
             found += [_pair(*pair) for pair in PAIRS if set(pair) <= set(known)]
         if len(found) > 1 and self.columns:  # what the recipe names itself counts first
-            found = [layout for layout in found if set(layout.fields) <= set(self.columns)] or found
+            found = [layout for layout in found if set(layout.required) <= set(self.columns)] or found
         if any(layout.fields == PAIRS[0] for layout in found):  # the names that need no setting in any format
             return _pair(*PAIRS[0])
         if len(found) > 1:
-            ways = listed((f"{layout.title} ({', '.join(layout.fields)})" for layout in found), last="or")
+            ways = listed((f"{layout.title} ({', '.join(layout.required)})" for layout in found), last="or")
             raise BadInput(
                 f"the records can be read as {ways}; say which with messages_field, prompt, or input_field and "
                 "output_field"
@@ -169,14 +192,17 @@ class Records(Format):
             if column not in columns and field not in layout.optional:
                 raise BadInput(
                     f"{origin} has no column {column!r}; it has: {enumerate_names(columns)}"
-                    f"{did_you_mean(column, columns)}{self._hint(field)}"
+                    f"{did_you_mean(column, columns)}{self._hint(field, columns)}"
                 )
 
-    def _hint(self, field: str) -> str:
+    def _hint(self, field: str, columns: Iterable[str]) -> str:
         """What to write if the data has other names, unless the recipe names the field."""
         if field in (self.columns or {}) or self._stated() is not None or field not in ("input", "output"):
             return ""
-        return "; if other columns hold prompt and answer, name them: columns: {input: COLUMN, output: COLUMN}"
+        documents = f", and for documents text_field: {DOCUMENT}" if DOCUMENT in columns else ""
+        return (
+            "; if other columns hold prompt and answer, name them: columns: {input: COLUMN, output: COLUMN}" + documents
+        )
 
     def converter(self, layout: Layout) -> Callable[[Any], Example]:
         """The function that makes a sample of a record as it is in the file."""
@@ -186,7 +212,7 @@ class Records(Format):
                 record = renamed(record, self.columns) if self.columns else record
                 absent = next((f for f in layout.fields if f not in record and f not in layout.optional), None)
                 if absent is not None:
-                    raise no_field(record, absent, self._hint(absent))
+                    raise no_field(record, absent, self._hint(absent, record))
             return layout.convert(record)
 
         return convert
@@ -213,9 +239,9 @@ class Records(Format):
         if self.eval_fraction is not None and evaluation:
             raise has_evaluation(self.eval_fraction, str(evaluation[0]))
         if not evaluation:
-            return self.task(read, None, source, layout)
+            return self.task(read, None, source, layout, columns=first.columns)
         scored = self._read_split(source, evaluation, [open_records(path) for path in evaluation], layout)
-        return self.task(read, scored, source, layout, evaluated)
+        return self.task(read, scored, source, layout, evaluated, columns=first.columns)
 
     def task(
         self,
@@ -225,15 +251,26 @@ class Records(Format):
         layout: Layout,
         evaluated: ScoredOn | None = None,
         labels: tuple[str, ...] | None = None,
+        columns: Sequence[str] = (),
     ) -> RawTask:
-        """The task of these splits; None: samples drawn from the training data, or all of it."""
+        """The task of these splits; None: samples drawn from the training data, or all of it. `columns` are those of
+        the data, as far as they are known.
+        """
         kind = "generation" if any(map(has_several_answers, train.examples)) else layout.kind
         if evaluation is None and self.eval_fraction is not None:
             train, evaluation = draw(train, self.eval_fraction, source.seed)
             evaluated = "held-out"
         elif evaluation is None:
             evaluation, evaluated = train, "train"
-        read_as = f"{layout.title}, from {listed(self.columns_of(layout), last='and')}"
+        renamed_away = set((self.columns or {}).values())
+        used = dict.fromkeys(
+            self.column_of(field)
+            for field in layout.fields
+            if field not in layout.optional or (self.column_of(field) in columns and field not in renamed_away)
+        )
+        read_as = f"{layout.title}, from {listed(used, last='and')}"
+        if unread := [name for name in columns if name and name not in used]:
+            read_as = f"{read_as}; not read: {enumerate_names(unread)}"
         return RawTask(train, evaluation, labels=labels, kind=kind, evaluated=evaluated, read_as=read_as)
 
     def _read_split(self, source: Source, paths: Sequence[Path], files: Sequence[RecordFile], layout: Layout) -> Split:
@@ -265,13 +302,24 @@ def _conversations(field: str) -> Layout:
         if not isinstance(record, dict):
             raise BadInput(f"must be an object with {field!r}, not {json_type(record)}")
         require_once(record, field)
-        return read_conversation(record[field], field)
+        return read_conversation(record, field)
 
-    return Layout((field,), field, convert, "conversations")
+    return Layout((field, *BESIDE), field, convert, "conversations", optional=BESIDE)
 
 
 def _alpaca() -> Layout:
-    return replace(_templated(ALPACA, "output"), title="Alpaca's records", optional=("input",))
+    """Alpaca's records; some have a system prompt too, which makes conversations of them."""
+    plain = _templated(ALPACA, "output")
+
+    def convert(record: Any) -> Example:
+        example = plain.convert(record)
+        if record.get(HISTORY):
+            raise BadInput(f"field {HISTORY!r} is not allowed; write such records as conversations (messages)")
+        system = system_turns(record)
+        return from_turns([*system, Turn("user", example.prompt), Turn("assistant", example.answer)])
+
+    extra = (*BESIDE, HISTORY)
+    return Layout((*plain.fields, *extra), "output", convert, "Alpaca's records", optional=("input", *extra))
 
 
 def _templated(template: str, output_field: str) -> Layout:

@@ -7,13 +7,14 @@ evaluation file, documents are held out (`eval_fraction`), or the training text 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cl_dist.config.files import is_folder, is_there
 from cl_dist.tasks.formats.files import choose_evaluation, evaluation_files, missing, read_text, split_files
 from cl_dist.tasks.formats.format import DEV_NAMES, FILES, Format, RawTask, Source, Split
 from cl_dist.tasks.formats.held_out import DrawnFraction, draw, has_evaluation
-from cl_dist.tasks.types import Example
+from cl_dist.tasks.types import Example, ScoredOn
 
 
 class Text(Format):
@@ -40,12 +41,21 @@ class Text(Format):
             train, evaluation = folder_files(path, source.eval_split)
         else:
             train, evaluation = ([file] for file in split_files(path, ".txt", source.eval_split))
-        if self.eval_fraction is None:
-            return RawTask(train=read_documents(train), evaluation=read_documents(evaluation), kind="text")
-        if evaluation != train:
-            raise has_evaluation(self.eval_fraction, str(evaluation[0]))
-        learnt, held_out = draw(read_documents(train), self.eval_fraction, source.seed)
-        return RawTask(learnt, held_out, kind="text", evaluated="held-out")
+        return self.read_files(source, train, evaluation if evaluation != train else [])
+
+    def read_files(
+        self, source: Source, train: Sequence[Path], evaluation: Sequence[Path], evaluated: ScoredOn | None = None
+    ) -> RawTask:
+        """The task in these files. Without evaluation files, documents are held out, or the training data is scored.
+        `evaluated` is the split that `evaluation` is, if its name does not show it.
+        """
+        if self.eval_fraction is not None:
+            if evaluation:
+                raise has_evaluation(self.eval_fraction, str(evaluation[0]))
+            learnt, held_out = draw(read_documents(train), self.eval_fraction, source.seed)
+            return RawTask(learnt, held_out, kind="text", evaluated="held-out")
+        scored = read_documents(evaluation or train)
+        return RawTask(train=read_documents(train), evaluation=scored, kind="text", evaluated=evaluated)
 
 
 def folder_files(folder: Path, wanted: str) -> tuple[list[Path], list[Path]]:
@@ -60,7 +70,7 @@ def folder_files(folder: Path, wanted: str) -> tuple[list[Path], list[Path]]:
     return train, [choose_evaluation(wanted, candidates)]
 
 
-def read_documents(paths: list[Path]) -> Split:
+def read_documents(paths: Sequence[Path]) -> Split:
     """The documents of the files, in order, numbered by line over all files."""
     lines = [line.strip() for path in paths for line in read_text(path).split("\n")]
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line]
