@@ -7,15 +7,17 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from mkdocs.structure.files import Files
 
 from cl_dist.config.fields import settings_of
 from cl_dist.config.schema import Recipe
 from tools import draw_figures
-from tools.site_hooks import PICTURE, settings_page
+from tools.site_hooks import PICTURE, on_page_content, on_page_markdown, settings_page
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -82,6 +84,19 @@ def test_pictures_of_pages_exist_in_both_versions(page: Path) -> None:
         for theme in draw_figures.THEMES:
             assert (page.parent / f"{path}-{theme.name}.svg").exists()
             assert f"{path}-{theme.name}.svg" in text
+
+
+def test_links_whose_text_is_a_file_name_get_the_title_of_the_page() -> None:
+    page: Any = SimpleNamespace(file=SimpleNamespace(src_uri="results/first-run.md"), meta={})
+    text = "[scoring.md](../scoring.md#labels), [kif](../kif.md), [ARCHITECTURE.md](../../ARCHITECTURE.md)"
+    titled = "[Scoring](../scoring.md#labels), [kif](../kif.md), [Architecture](../repository/ARCHITECTURE.md)"
+    assert on_page_markdown(text, page, config(), Files([])) == titled
+
+
+def test_every_table_can_be_scrolled_by_keyboard() -> None:
+    box = '<div class="table-box" tabindex="0">'
+    html = on_page_content("<table>1</table>\n<table>\n2</table>", None, config(), Files([]))
+    assert html == f"{box}<table>1</table></div>\n{box}<table>\n2</table></div>"
 
 
 def test_settings_page_has_every_setting() -> None:
