@@ -105,6 +105,16 @@ def test_settings_page_has_every_setting() -> None:
     assert missing == []
 
 
+def test_the_differences_to_migus_public_code_mention_every_setting() -> None:
+    section = (DOCS / "methods.md").read_text(encoding="utf-8").partition("## MIGU and its public code\n")[2]
+    section = section.partition("\n## ")[0]
+    settings = {
+        setting.key.rpartition(".")[2] for setting in settings_of(Recipe) if setting.key.startswith("method(migu).")
+    }
+    assert {"threshold", "tied_head"} <= settings
+    assert {name for name in settings if not re.search(rf"\b{name}\b", section)} - {"by_task"} == set()
+
+
 # Messages
 
 
