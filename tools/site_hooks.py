@@ -48,8 +48,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Point links at the site's copies, and let the site's own switch choose the version of a figure."""
     source = repository_path(page.file.src_uri)
-    if page.file.src_uri.startswith("repository/"):
-        page.meta["search"] = {"boost": 0.2}  # pages for users come first in the search
+    if page.file.src_uri.startswith(("repository/", "results/", "api.md")):
+        page.meta["search"] = {"boost": 0.2}  # the search shows the pages for users first
 
     def moved(link: re.Match[str]) -> str:
         target = (source.parent / link[1]).resolve()
