@@ -99,7 +99,6 @@ setup(
         "tokenizers>=0.23",
         "safetensors>=0.8",
         "numpy>=2.2,<3",
-        "pyarrow>=24",
         "sentencepiece>=0.2",
         "protobuf>=6",  # transformers reads tokenizers that come as a sentencepiece model alone with it
         "gguf>=0.19",

@@ -19,6 +19,8 @@ from cl_dist.config.schema import Recipe
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[#)])")
+FILE_LINK = re.compile(r"\[(?:[\w-]+/)*[\w-]+\.md\]\(([^)#\s]+\.md)(#[^)\s]+)?\)")
+"""A link to a page whose text is the page's file name, which says nothing to readers of the site."""
 PICTURE = re.compile(r'<picture>.*?<img src="([^"]+)-light\.svg" alt="([^"]+)"[^>]*>.*?</picture>', flags=re.DOTALL)
 """A figure as README and docs embed it, so that GitHub shows the version for the reader's colour scheme."""
 
@@ -46,6 +48,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Point links at the site's copies, and let the site's own switch choose the version of a figure."""
     source = repository_path(page.file.src_uri)
+    if page.file.src_uri.startswith(("repository/", "results/", "api.md")):
+        page.meta["search"] = {"boost": 0.2}  # the search shows the pages for users first
 
     def moved(link: re.Match[str]) -> str:
         target = (source.parent / link[1]).resolve()
@@ -53,8 +57,18 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return link[1]
         return relpath(site_path(target), Path(page.file.src_uri).parent)
 
+    def titled(link: re.Match[str]) -> str:
+        target = (source.parent / link[1]).resolve()
+        return f"[{title_of(target)}]({link[1]}{link[2] or ''})" if target.exists() else link[0]
+
+    markdown = FILE_LINK.sub(titled, markdown)
     markdown = PICTURE.sub(r"![\2](\1-light.svg#only-light)![\2](\1-dark.svg#only-dark)", markdown)
     return LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Put each table into a box that a keyboard can scroll where the table is too wide for the screen."""
+    return re.sub(r"<table>.*?</table>", r'<div class="table-box" tabindex="0">\g<0></div>', html, flags=re.DOTALL)
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
@@ -62,6 +76,11 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
     return output.replace(
         'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
     )
+
+
+def title_of(page: Path) -> str:
+    """A page's title, up to its colon: `Scoring`."""
+    return page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").partition(":")[0]
 
 
 def outside(page: Path) -> Iterator[Path]:

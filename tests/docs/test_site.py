@@ -7,15 +7,17 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from mkdocs.structure.files import Files
 
 from cl_dist.config.fields import settings_of
 from cl_dist.config.schema import Recipe
 from tools import draw_figures
-from tools.site_hooks import PICTURE, settings_page
+from tools.site_hooks import PICTURE, on_page_content, on_page_markdown, settings_page
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -84,10 +86,33 @@ def test_pictures_of_pages_exist_in_both_versions(page: Path) -> None:
             assert f"{path}-{theme.name}.svg" in text
 
 
+def test_links_whose_text_is_a_file_name_get_the_title_of_the_page() -> None:
+    page: Any = SimpleNamespace(file=SimpleNamespace(src_uri="results/first-run.md"), meta={})
+    text = "[scoring.md](../scoring.md#labels), [kif](../kif.md), [ARCHITECTURE.md](../../ARCHITECTURE.md)"
+    titled = "[Scoring](../scoring.md#labels), [kif](../kif.md), [Architecture](../repository/ARCHITECTURE.md)"
+    assert on_page_markdown(text, page, config(), Files([])) == titled
+
+
+def test_every_table_can_be_scrolled_by_keyboard() -> None:
+    box = '<div class="table-box" tabindex="0">'
+    html = on_page_content("<table>1</table>\n<table>\n2</table>", None, config(), Files([]))
+    assert html == f"{box}<table>1</table></div>\n{box}<table>\n2</table></div>"
+
+
 def test_settings_page_has_every_setting() -> None:
     page = settings_page()
     missing = [setting.key for setting in settings_of(Recipe) if f"### `{setting.key}`" not in page]
     assert missing == []
+
+
+def test_the_differences_to_migus_public_code_mention_every_setting() -> None:
+    section = (DOCS / "methods.md").read_text(encoding="utf-8").partition("## MIGU and its public code\n")[2]
+    section = section.partition("\n## ")[0]
+    settings = {
+        setting.key.rpartition(".")[2] for setting in settings_of(Recipe) if setting.key.startswith("method(migu).")
+    }
+    assert {"threshold", "tied_head"} <= settings
+    assert {name for name in settings if not re.search(rf"\b{name}\b", section)} - {"by_task"} == set()
 
 
 # Messages

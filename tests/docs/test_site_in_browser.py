@@ -16,6 +16,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from tests.report.test_browser import CHROMIUM, DESKTOP, OPTIONS, PHONE, overflow, violations
 
 ROOT = Path(__file__).parents[2]
+PAGES = ["index", "tutorial", "concepts", "troubleshooting", "settings", "api", "data", "methods", "performance"]
+"""Among them the ones with the widest tables and with every kind of code."""
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
@@ -61,7 +63,7 @@ def opened(browser: Browser, address: str, name: str, scheme: str, size: dict[st
 
 
 @pytest.mark.parametrize(("scheme", "size"), [("light", DESKTOP), ("dark", PHONE)], ids=["desktop", "phone"])
-@pytest.mark.parametrize("name", ["index", "tutorial", "concepts", "troubleshooting", "settings"])
+@pytest.mark.parametrize("name", PAGES)
 def test_pages(browser: Browser, address: str, name: str, scheme: str, size: dict[str, int]) -> None:
     page, problems = opened(browser, address, name, scheme, size)
     assert problems == []
