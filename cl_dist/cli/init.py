@@ -6,13 +6,14 @@ import os
 import re
 import sys
 import unicodedata
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cl_dist.cli.parser import Help
 from cl_dist.cli.ranks import without_notices
 from cl_dist.cli.recipe_text import (
     DEFAULT_MODEL,
@@ -41,8 +42,8 @@ HELD_OUT = 0.1
 _EPILOG = """\
 examples:
   cl-dist init my.yaml --data billing.jsonl shipping.jsonl
-  cl-dist init my.yaml --data tickets.csv --input question --output reply --model path/to/model
-  cl-dist init my.yaml --data tasks/*.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct
+  cl-dist init my.yaml --data tickets.csv --input question --output reply
+  cl-dist init my.yaml --data *.jsonl --model HuggingFaceTB/SmolLM2-135M
 
 Each PATH is one task, in the order in which the model learns them: a file, a folder, or a data set of the Hugging Face
 Hub (owner/name). docs/data.md says what is read.
@@ -56,7 +57,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         parents=[common],
         description="Write a recipe for your data that runs on this machine, and check the data.",
         epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("file", metavar="FILE", help="the recipe to write, a .yaml file")
     parser.add_argument("--data", metavar="PATH", nargs="+", required=True, help="the tasks, in order")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cl_dist.cli.parser import Help
 from cl_dist.config.files import expand
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
@@ -34,7 +35,7 @@ index arithmetic of all ranks, and report what would not work. docs/scaling.md h
 _EPILOG = """\
 examples:
   cl-dist plan llama2-7b-migu --nodes 1 --gpus-per-node 8 --device h100
-  cl-dist plan my.yaml --nodes 4 --device a100-40 --samples 5000 --write my-plan.yaml
+  cl-dist plan my.yaml --nodes 4 --device a100-40 --write my-plan.yaml
   cl-dist plan llama2-7b-migu --nodes 128 --gpus-per-node 8 --dry-run
 
 exit codes: 0 planned (whether it fits or not), 1 the dry run found what would not work, 2 bad input
@@ -48,7 +49,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         parents=[changes, common],
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
+from cl_dist.cli.parser import Help
 from cl_dist.output import terminal_columns
 from cl_dist.progress import format_matrix
 from cl_dist.report import FORMATS
@@ -17,9 +18,9 @@ shows them side by side. docs/report.md explains how to read it.
 """
 _EPILOG = """\
 examples:
-  cl-dist report runs/mine                           # writes runs/mine/report/index.html
-  cl-dist report runs/plain runs/migu runs/kif       # side by side, in runs/report/index.html
-  cl-dist report runs/mine --figures png,svg,pdf     # every picture for a paper too
+  cl-dist report runs/mine                        runs/mine/report/index.html
+  cl-dist report runs/plain runs/migu             side by side, in runs/report
+  cl-dist report runs/mine --figures png,svg,pdf  every picture for a paper too
 """
 
 
@@ -30,7 +31,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         parents=[common],
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
