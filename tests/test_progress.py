@@ -3,9 +3,11 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
@@ -23,6 +25,7 @@ from cl_dist.progress import (
     make_reporter,
     score_names,
     score_notes,
+    waiting,
 )
 from cl_dist.progress_bar import BarReporter
 from cl_dist.time_left import Work
@@ -320,6 +323,37 @@ def test_work_inside_a_task_has_a_line_only_if_it_takes_long(monkeypatch: pytest
         end()
         assert over.is_set(), "otherwise the thread would go on"
         stream.seek(stream.truncate(0))
+
+
+def test_a_command_that_prints_at_its_end_shows_that_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "12")
+    monkeypatch.setattr(progress, "WAITING_SECONDS", 0.01)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with waiting("planning x"):
+        for _ in range(200):
+            if terminal.getvalue().count("planning") > 2:
+                break
+            time.sleep(0.05)
+    shown, after = terminal.getvalue().split("\r\x1b[2K")[1:-1], terminal.getvalue().split("\r\x1b[2K")[-1]
+    assert len(shown) > 2
+    assert set(shown) == {"planning x:"}, "cut at the terminal's width"
+    assert after == "", "nothing stays"
+    for variables, stream in (({"TERM": "dumb"}, Terminal()), ({"JPY_PARENT_PID": "1"}, Terminal()), ({}, StringIO())):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with monkeypatch.context() as changed, waiting_in(changed, variables):
+            pass
+        assert stream.getvalue() == ""
+
+
+@contextmanager
+def waiting_in(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> Iterator[None]:
+    """`waiting` in another environment."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with waiting("planning x"):
+        yield
 
 
 NOTEBOOKS = [

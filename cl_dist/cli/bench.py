@@ -9,6 +9,7 @@ from typing import Any
 from cl_dist.benchmarks.command import BENCHMARKS, Benchmark
 from cl_dist.benchmarks.gpu import day
 from cl_dist.cli.parser import Help
+from cl_dist.progress import waiting
 
 _DESCRIPTION = """\
 Measure the cost of the operations and of the training step on this machine, compared with plain training, with a plain
@@ -37,5 +38,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
 
 
 def _bench(benchmark: Benchmark, arguments: Namespace) -> int:
-    print(benchmark.run(arguments))
+    with waiting("measuring"):
+        output = benchmark.run(arguments)
+    print(output)
     return 0

@@ -34,6 +34,7 @@ from cl_dist.config.schema import BUILTIN_FAMILIES, ModelConfig
 from cl_dist.config.words import show_path
 from cl_dist.config.yaml_text import parse_yaml
 from cl_dist.errors import BadInput
+from cl_dist.progress import waiting
 from cl_dist.state.atomic import advising, write_text
 from cl_dist.tasks.types import Task
 
@@ -75,11 +76,12 @@ def init(arguments: Namespace) -> int:
     with refusing("init"):
         target = _target(arguments)
         model = _model(arguments.model)
-        sources = _sources(arguments, target.absolute().parent)
-        with without_notices():
+        with waiting("reading the data"), without_notices():
+            sources = _sources(arguments, target.absolute().parent)
             tasks = [_read(source, model, target) for source in sources]
     device, ranks = find_device()
-    lengths = measure(model, [task for _, task in tasks])
+    with waiting("tokenising the data"):
+        lengths = measure(model, [task for _, task in tasks])
     text = recipe_text(target, tasks, model, device, ranks, lengths)
 
     # As a run reads it, before anything is written.

@@ -17,6 +17,7 @@ from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
 from cl_dist.planning.devices import Device, find_device
+from cl_dist.progress import waiting
 from cl_dist.state.atomic import advising, write_text
 from cl_dist.tasks.orders import resolve_order
 
@@ -80,14 +81,15 @@ def plan(arguments: Namespace) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-    from cl_dist.planning import report
-    from cl_dist.planning.dry_run import dry_run
-    from cl_dist.planning.stream_time import counts
-
     name = Path(arguments.recipe).stem
-    planner = _planner(arguments, recipe, recipe_dir, device)
-    found = dry_run(planner.setup, planner.shape, counts(planner.stream)) if arguments.dry_run else None
-    own, others = planner.plan(planner.setup), planner.alternatives()
+    with waiting(f"planning {name}"):
+        from cl_dist.planning import report
+        from cl_dist.planning.dry_run import dry_run
+        from cl_dist.planning.stream_time import counts
+
+        planner = _planner(arguments, recipe, recipe_dir, device)
+        found = dry_run(planner.setup, planner.shape, counts(planner.stream)) if arguments.dry_run else None
+        own, others = planner.plan(planner.setup), planner.alternatives()
     best = next((each for each in others if each.fits), None)
     if target is not None:
         if best is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cl_dist.cli.parser import Help
 from cl_dist.output import terminal_columns
-from cl_dist.progress import format_matrix
+from cl_dist.progress import format_matrix, waiting
 from cl_dist.report import FORMATS
 
 _DESCRIPTION = """\
@@ -70,9 +70,12 @@ def report(arguments: Namespace) -> int:
 
     runs = [Path(run) for run in arguments.runs]
     if len(runs) > 1:
-        print(f"wrote {write_several(runs, arguments.out, arguments.figures)}")
+        with waiting("drawing the report"):
+            written = write_several(runs, arguments.out, arguments.figures)
+        print(f"wrote {written}")
         return 0
-    done = write_report(runs[0], arguments.out, arguments.figures)
+    with waiting("drawing the report"):
+        done = write_report(runs[0], arguments.out, arguments.figures)
     manifest = done.run.manifest
     if manifest.accuracy_matrix:
         print(format_matrix(manifest.tasks, manifest.accuracy_matrix, terminal_columns()) + "\n")
