@@ -101,7 +101,9 @@ def make_reporter(rank: int, stream: TextIO, terminal: int | None = None) -> Rep
     """
     if rank != 0:
         return Reporter()
-    if (terminal is None and not _is_terminal(stream)) or _shows_no_bars(os.environ):
+    # Open MPI gives every rank a terminal of its own, also where mpirun itself prints into a file.
+    straight = terminal is not None or (_is_terminal(stream) and "OMPI_COMM_WORLD_SIZE" not in os.environ)
+    if not straight or _shows_no_bars(os.environ):
         return UnfailingReporter(LineReporter(stream), stream)
     from cl_dist.progress_bar import bars_on  # imports rich
 

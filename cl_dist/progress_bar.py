@@ -85,6 +85,8 @@ class BarReporter(TimedReporter):
             transient=True,
             refresh_per_second=4,
         )
+        self._longest = cell_len("tasks")
+        """Columns of the longest name so far; tasks that are evaluated together have a longer one."""
         nothing: dict[str, Any] = {"count": "", "detail": "", "left": ""}
         self.task_bar = self.progress.add_task("tasks", total=None, visible=False, **nothing)
         self.step_bar = self.progress.add_task("start", total=None, visible=False, **nothing)
@@ -139,7 +141,8 @@ class BarReporter(TimedReporter):
     def _name(self, name: str) -> str:
         """A task's name, cut or filled up so that the bars stand where they stood for the other tasks."""
         most = self._widest(NAME_COLUMNS)
-        width = max(len("tasks"), min(most, max(map(cell_len, [name, *self.tasks]))))
+        self._longest = max(self._longest, *map(cell_len, [name, *self.tasks]))
+        width = min(most, self._longest)
         if cell_len(name) <= width:
             return set_cell_size(name, width)
         dots = "..." if self.console.options.ascii_only else "…"

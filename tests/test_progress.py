@@ -58,7 +58,7 @@ tokens per second                  1234
 @pytest.fixture(autouse=True)
 def no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     """The variables by which a notebook is recognised are those of the test."""
-    for name in ("JPY_PARENT_PID", "PAGER", "GIT_PAGER", "FORCE_COLOR"):
+    for name in ("OMPI_COMM_WORLD_SIZE", "JPY_PARENT_PID", "PAGER", "GIT_PAGER", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -228,6 +228,16 @@ def test_bars_stay_where_they_are_from_task_to_task(bars_of: Callable[..., BarRe
     assert counts == {len("autumn-of-the-y… ") + 10 + len(" 12")}
 
 
+def test_after_tasks_that_are_evaluated_together_bars_stay_where_they_are(bars_of: Callable[..., BarReporter]) -> None:
+    bars = bars_of(80)
+    bars.run_started(["a", "b"], 1)
+    bars.evaluating("a to b", 20)
+    before = drawn(bars)[1].index(" 0/20")
+    bars.task_started(0, "a", 20)
+    assert drawn(bars)[1].index(" 0/20") == before
+    bars.close()
+
+
 def test_a_bar_without_a_number_to_come_does_not_show_the_last_one(bars_of: Callable[..., BarReporter]) -> None:
     bars = bars_of(80)
     bars.run_started(["a"], 1)
@@ -356,14 +366,15 @@ def waiting_in(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> It
         yield
 
 
-NOTEBOOKS = [
+NO_TERMINALS = [
     {"JPY_PARENT_PID": "17"},
     {"PAGER": "cat", "GIT_PAGER": "cat"},
+    {"OMPI_COMM_WORLD_SIZE": "2"},
 ]
 
 
-@pytest.mark.parametrize("variables", NOTEBOOKS)
-def test_a_notebook_gets_lines_although_it_looks_like_a_terminal(
+@pytest.mark.parametrize("variables", NO_TERMINALS)
+def test_a_notebook_and_mpirun_get_lines_although_they_look_like_a_terminal(
     variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm-color")
