@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""How long a user waits: for `--help`, for `status`, for the first line of a run, and for its first optimiser step.
+"""How long a user waits: for `--help`, `recipe` and `status`, and for a run's first line, first step and end.
 
 Usage:
     python benchmarks/first_seconds.py --repeats 5 > now.json
     python benchmarks/first_seconds.py --repeats 5 --checkout ../before > both.json
 
 With `--checkout`, the folder of another version, both versions run in turns. Every time is from the start of the
-command to the moment at which another process sees the result; the first step is the one that log.jsonl records.
+command to the moment at which another process sees the result; the first step is the one that log.jsonl records. The
+run is quickstart with one step in each of its four tasks and eight samples to score.
 docs/performance.md has a table of the output, and benchmarks/results/first-seconds.json the rounds.
 """
 
@@ -55,7 +56,7 @@ def summarise(values: list[float]) -> dict[str, Any]:
 def measure(version: Path) -> dict[str, float]:
     """Seconds of each kind, once."""
     with tempfile.TemporaryDirectory() as folder:
-        found = {"--help": ended(start(version, folder, "--help"))}
+        found = {word: ended(start(version, folder, word)) for word in ("--help", "recipe")}
         found |= run(version, folder)
         found["status"] = ended(start(version, folder, "status", "run"))
     return found
@@ -82,7 +83,7 @@ def ended(process: subprocess.Popen[bytes]) -> float:
 
 
 def run(version: Path, folder: str) -> dict[str, float]:
-    """Seconds until the first line and until the first step of quickstart, which is then stopped."""
+    """Seconds until the first line, the first step and the end of a short quickstart."""
     began = time.perf_counter()
     changes = [word for change in (*QUICK, "output_dir=run") for word in ("--set", change)]
     process = start(version, folder, "run", "quickstart", *changes)
@@ -95,9 +96,10 @@ def run(version: Path, folder: str) -> dict[str, float]:
             raise SystemExit(f"no step after {time.perf_counter() - began:.0f} s")
         time.sleep(POLL_SECONDS)
     found["first step"] = time.perf_counter() - began
-    process.terminate()
     process.communicate()
-    return found
+    if process.returncode != 0:
+        raise SystemExit(f"{process.args!r} ended with exit code {process.returncode}")
+    return {**found, "end": time.perf_counter() - began}
 
 
 if __name__ == "__main__":

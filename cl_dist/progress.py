@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from typing_extensions import override
@@ -20,6 +22,8 @@ LINE_SECONDS, MOST_LINE_SECONDS, LINE_GROWTH = 5.0, 60.0, 1.5
 to a minute. Every tenth of a task's steps also has a line."""
 PHASE_SECONDS = 10.0
 """A phase that takes longer is reported again after this time, and then every time twice as much has passed."""
+WAITING_SECONDS = 1.0
+"""How often the time of a command that waits is shown."""
 WIDEST_MATRIX = 25
 """With more tasks than this, the table has a line per task instead of a column."""
 SUMMARY = {
@@ -97,7 +101,9 @@ def make_reporter(rank: int, stream: TextIO, terminal: int | None = None) -> Rep
     """
     if rank != 0:
         return Reporter()
-    if (terminal is None and not _is_terminal(stream)) or _shows_no_bars(os.environ):
+    # Open MPI gives every rank a terminal of its own, also where mpirun itself prints into a file.
+    straight = terminal is not None or (_is_terminal(stream) and "OMPI_COMM_WORLD_SIZE" not in os.environ)
+    if not straight or _shows_no_bars(os.environ):
         return UnfailingReporter(LineReporter(stream), stream)
     from cl_dist.progress_bar import bars_on  # imports rich
 
@@ -117,6 +123,39 @@ def _shows_no_bars(environment: Mapping[str, str]) -> bool:
     """
     in_notebook = "JPY_PARENT_PID" in environment or environment.get("PAGER") == environment.get("GIT_PAGER") == "cat"
     return in_notebook or environment.get("TERM", "dumb") in ("dumb", "unknown", "")
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Context of a command that prints only at its end: until then, a terminal shows what it does and for how long.
+
+    This goes to standard error, since standard output may be a file, and disappears.
+    """
+    stream = sys.stderr
+    if not _is_terminal(stream) or _shows_no_bars(os.environ):
+        yield
+        return
+    over, began = threading.Event(), time.monotonic()
+
+    def show() -> None:
+        while True:
+            line = f"{text}: {duration(time.monotonic() - began)}"
+            with suppress(OSError, ValueError):
+                stream.write(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}")
+                stream.flush()
+            if over.wait(WAITING_SECONDS):
+                return
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        with suppress(OSError, ValueError):
+            stream.write("\r\x1b[2K")
+            stream.flush()
 
 
 class TimedReporter(Reporter):

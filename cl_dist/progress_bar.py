@@ -85,9 +85,11 @@ class BarReporter(TimedReporter):
             transient=True,
             refresh_per_second=4,
         )
+        self._longest = cell_len("tasks")
+        """Columns of the longest name so far; tasks that are evaluated together have a longer one."""
         nothing: dict[str, Any] = {"count": "", "detail": "", "left": ""}
         self.task_bar = self.progress.add_task("tasks", total=None, visible=False, **nothing)
-        self.step_bar = self.progress.add_task("start", total=None, **nothing)
+        self.step_bar = self.progress.add_task("start", total=None, visible=False, **nothing)
 
     def _widest(self, columns: Mapping[int, int]) -> int:
         """The entry for the terminal's present width."""
@@ -113,7 +115,7 @@ class BarReporter(TimedReporter):
 
     @override
     def working(self, text: str) -> None:
-        self._update(self.step_bar, [text], left="")
+        self._update(self.step_bar, [text], left="", visible=True)
 
     @override
     def run_started(self, tasks: Sequence[str], ranks: int, work: Work | None = None) -> None:
@@ -131,15 +133,16 @@ class BarReporter(TimedReporter):
     def _begin(self, name: str, total: int, *details: str) -> None:
         """Restart the lower bar."""
         self._end_phase()
-        self.progress.start()
         # Without a number to come, the bar moves back and forth.
         started = {"total": total or None, "completed": 0, "description": self._name(name), "left": ""}
-        self._update(self.step_bar, details, **started)
+        self._update(self.step_bar, details, **started, visible=True)
+        self.progress.start()
 
     def _name(self, name: str) -> str:
         """A task's name, cut or filled up so that the bars stand where they stood for the other tasks."""
         most = self._widest(NAME_COLUMNS)
-        width = max(len("tasks"), min(most, max(map(cell_len, [name, *self.tasks]))))
+        self._longest = max(self._longest, *map(cell_len, [name, *self.tasks]))
+        width = min(most, self._longest)
         if cell_len(name) <= width:
             return set_cell_size(name, width)
         dots = "..." if self.console.options.ascii_only else "…"

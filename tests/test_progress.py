@@ -3,9 +3,11 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
@@ -23,6 +25,7 @@ from cl_dist.progress import (
     make_reporter,
     score_names,
     score_notes,
+    waiting,
 )
 from cl_dist.progress_bar import BarReporter
 from cl_dist.time_left import Work
@@ -55,7 +58,7 @@ tokens per second                  1234
 @pytest.fixture(autouse=True)
 def no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     """The variables by which a notebook is recognised are those of the test."""
-    for name in ("JPY_PARENT_PID", "PAGER", "GIT_PAGER", "FORCE_COLOR"):
+    for name in ("OMPI_COMM_WORLD_SIZE", "JPY_PARENT_PID", "PAGER", "GIT_PAGER", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -225,6 +228,16 @@ def test_bars_stay_where_they_are_from_task_to_task(bars_of: Callable[..., BarRe
     assert counts == {len("autumn-of-the-y… ") + 10 + len(" 12")}
 
 
+def test_after_tasks_that_are_evaluated_together_bars_stay_where_they_are(bars_of: Callable[..., BarReporter]) -> None:
+    bars = bars_of(80)
+    bars.run_started(["a", "b"], 1)
+    bars.evaluating("a to b", 20)
+    before = drawn(bars)[1].index(" 0/20")
+    bars.task_started(0, "a", 20)
+    assert drawn(bars)[1].index(" 0/20") == before
+    bars.close()
+
+
 def test_a_bar_without_a_number_to_come_does_not_show_the_last_one(bars_of: Callable[..., BarReporter]) -> None:
     bars = bars_of(80)
     bars.run_started(["a"], 1)
@@ -322,14 +335,46 @@ def test_work_inside_a_task_has_a_line_only_if_it_takes_long(monkeypatch: pytest
         stream.seek(stream.truncate(0))
 
 
-NOTEBOOKS = [
+def test_a_command_that_prints_at_its_end_shows_that_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "12")
+    monkeypatch.setattr(progress, "WAITING_SECONDS", 0.01)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with waiting("planning x"):
+        for _ in range(200):
+            if terminal.getvalue().count("planning") > 2:
+                break
+            time.sleep(0.05)
+    shown, after = terminal.getvalue().split("\r\x1b[2K")[1:-1], terminal.getvalue().split("\r\x1b[2K")[-1]
+    assert len(shown) > 2
+    assert set(shown) == {"planning x:"}, "cut at the terminal's width"
+    assert after == "", "nothing stays"
+    for variables, stream in (({"TERM": "dumb"}, Terminal()), ({"JPY_PARENT_PID": "1"}, Terminal()), ({}, StringIO())):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with monkeypatch.context() as changed, waiting_in(changed, variables):
+            pass
+        assert stream.getvalue() == ""
+
+
+@contextmanager
+def waiting_in(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> Iterator[None]:
+    """`waiting` in another environment."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with waiting("planning x"):
+        yield
+
+
+NO_TERMINALS = [
     {"JPY_PARENT_PID": "17"},
     {"PAGER": "cat", "GIT_PAGER": "cat"},
+    {"OMPI_COMM_WORLD_SIZE": "2"},
 ]
 
 
-@pytest.mark.parametrize("variables", NOTEBOOKS)
-def test_a_notebook_gets_lines_although_it_looks_like_a_terminal(
+@pytest.mark.parametrize("variables", NO_TERMINALS)
+def test_a_notebook_and_mpirun_get_lines_although_they_look_like_a_terminal(
     variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm-color")

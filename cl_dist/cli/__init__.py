@@ -15,6 +15,9 @@ from typing import NoReturn
 
 def program() -> NoReturn:
     """Entry point of `cl-dist`: run the command in sys.argv and exit with its code."""
+    # Where SIGCHLD is ignored, as in a notebook's %%bash, the kernel forgets how child processes have ended.
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with _exit_on_ctrl_c():
         from cl_dist.cli.parser import import_command
         from cl_dist.output import fill_missing_descriptors

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.cli.cells import CellRunner
+from cl_dist.cli.parser import Help
 from cl_dist.cli.ranks import number_of_ranks, with_ranks, without_notices
 from cl_dist.cli.report import add_figures
 from cl_dist.cli.run import check_stream_and_model
@@ -27,6 +28,7 @@ from cl_dist.launch.environment import find_ranks
 from cl_dist.launch.local import check_processes
 from cl_dist.launch.scheduler import require_sbatch
 from cl_dist.launch.slurm import job_name, quote
+from cl_dist.progress import count
 from cl_dist.state.atomic import advising, make_folder, write_text
 from cl_dist.state.lock import RunLock
 from cl_dist.sweep.checks import refuse_other_recipes, state_of
@@ -44,8 +46,10 @@ docs/compare.md explains the folder and the table.
 """
 _EPILOG = """\
 examples:
-  cl-dist compare standard-order1 --methods sequential,migu,kif --orders 1,2,3 --seeds 0,1,2 --out sweeps/standard
-  cl-dist compare my.yaml --methods olora,olora+migu,random=migu --set-for random:method.selection=random --out sweeps/a
+  cl-dist compare standard-order1 --methods sequential,migu,kif \\
+      --orders 1,2,3 --seeds 0,1,2 --out sweeps/standard
+  cl-dist compare my.yaml --methods olora,olora+migu,random=migu \\
+      --set-for random:method.selection=random --out sweeps/a
 """
 _PLAIN = re.compile(r"/[A-Za-z0-9._/+-]+")
 
@@ -57,7 +61,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         parents=[changes, common],
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder for the runs and the tables")
@@ -114,6 +118,9 @@ def _compare(arguments: Namespace) -> int:
         print((sweep.path / "table.md").read_text(encoding="utf-8"), end="")
         print(f"\nwrote {_write_page(sweep, grid, arguments)}")
         return 0
+    if not (arguments.print or arguments.dry_run):
+        runs, out = count(len(grid.cells), "run"), sweep.path
+        print(f"{arguments.recipe}: {runs}, output in {out}\nchecking data and models", flush=True)
     with without_notices():
         _check_data_and_models(grid.cells)
     if arguments.print:

@@ -6,6 +6,7 @@ from argparse import Action, ArgumentParser, Namespace, _SubParsersAction
 from collections.abc import Iterator
 from typing import Any
 
+from cl_dist.cli.parser import Help
 from cl_dist.config.load import shipped_recipes
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -15,21 +16,23 @@ FILES = ("FILE", "PATH", "MODULE")
 
 _EPILOG = """\
 examples:
-  bash   cl-dist completion bash > ~/.local/share/bash-completion/completions/cl-dist
-  zsh    cl-dist completion zsh > ~/.zsh/_cl-dist, with fpath=(~/.zsh $fpath) before compinit in ~/.zshrc
-  tcsh   cl-dist completion tcsh > ~/.cl-dist.tcsh, with `source ~/.cl-dist.tcsh` in ~/.tcshrc
+  bash:
+    d=~/.local/share/bash-completion/completions
+    mkdir -p $d && cl-dist completion bash > $d/cl-dist
+  zsh, with fpath=(~/.zsh $fpath) before compinit in ~/.zshrc:
+    mkdir -p ~/.zsh && cl-dist completion zsh > ~/.zsh/_cl-dist
+  tcsh, with `source ~/.cl-dist.tcsh` in ~/.tcshrc:
+    cl-dist completion tcsh > ~/.cl-dist.tcsh
 """
 
 
 def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser) -> None:
     """Add `completion`; `commands` is argparse's collection of subparsers."""
-    from argparse import RawDescriptionHelpFormatter
-
     parser = commands.add_parser(
         "completion",
         parents=[common],
         epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash, zsh or tcsh")
     parser.set_defaults(command=completion)

@@ -17,6 +17,7 @@ from cl_dist.config.files import cache_folder
 from cl_dist.config.load import load_recipe
 from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
+from cl_dist.progress import waiting
 from cl_dist.tasks.orders import resolve_order
 
 if TYPE_CHECKING:
@@ -50,23 +51,25 @@ def data(arguments: Namespace) -> int:
 
     recipe, recipe_dir = load_recipe(arguments.recipe, arguments.changes)
     recipe = resolve_order(recipe, recipe_dir)
-    tasks = load_stream(recipe.stream, recipe_dir, recipe.train)
+    with waiting("reading the data"):
+        tasks = load_stream(recipe.stream, recipe_dir, recipe.train)
 
-    from cl_dist.evaluation.outlook import outlook  # from here on, what takes seconds to import
-    from cl_dist.models.hub import check_published
-    from cl_dist.models.load import load_tokenizer
-    from cl_dist.tasks.overview import overview
+        from cl_dist.evaluation.outlook import outlook  # from here on, what takes seconds to import
+        from cl_dist.models.hub import check_published
+        from cl_dist.models.load import load_tokenizer
+        from cl_dist.tasks.overview import overview
 
     check_published(recipe.model, partial(print, file=sys.stderr, flush=True))
-    tokenizer, objective = load_tokenizer(recipe.model, cache_folder())
-    encoder = Encoder(tokenizer, objective, recipe.train, label_names(tasks))
-    found = [overview(task, encoder) for task in tasks]
-    problems = [each.problem for each in found if each.problem is not None]
     notes: list[str] = []
-    try:
-        notes = [notice.text for notice in outlook(tasks, encoder, objective, recipe.eval)]
-    except BadInput as error:
-        problems.append(str(error))
+    with waiting("tokenising the data"):
+        tokenizer, objective = load_tokenizer(recipe.model, cache_folder())
+        encoder = Encoder(tokenizer, objective, recipe.train, label_names(tasks))
+        found = [overview(task, encoder) for task in tasks]
+        problems = [each.problem for each in found if each.problem is not None]
+        try:
+            notes = [notice.text for notice in outlook(tasks, encoder, objective, recipe.eval)]
+        except BadInput as error:
+            problems.append(str(error))
     if arguments.json:
         print(json.dumps({"tasks": [asdict(each) for each in found], "notes": notes, "problems": problems}, indent=2))
     else:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import unicodedata
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cl_dist.cli.parser import Help
 from cl_dist.cli.ranks import without_notices
 from cl_dist.cli.recipe_text import (
     DEFAULT_MODEL,
@@ -34,6 +35,7 @@ from cl_dist.config.schema import BUILTIN_FAMILIES, ModelConfig
 from cl_dist.config.words import listed, show, show_path
 from cl_dist.config.yaml_text import parse_yaml
 from cl_dist.errors import BadInput
+from cl_dist.progress import waiting
 from cl_dist.state.atomic import advising, write_text
 from cl_dist.tasks.formats.format import EmptyAnswers
 from cl_dist.tasks.types import Task
@@ -43,8 +45,8 @@ HELD_OUT = 0.1
 _EPILOG = """\
 examples:
   cl-dist init my.yaml --data billing.jsonl shipping.jsonl
-  cl-dist init my.yaml --data tickets.csv --input question --output reply --model path/to/model
-  cl-dist init my.yaml --data tasks/*.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct
+  cl-dist init my.yaml --data tickets.csv --input question --output reply
+  cl-dist init my.yaml --data *.jsonl --model HuggingFaceTB/SmolLM2-135M
 
 Each PATH is one task, in the order in which the model learns them: a file, a folder, or a data set of the Hugging Face
 Hub (owner/name). docs/data.md says what is read.
@@ -58,7 +60,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         parents=[common],
         description="Write a recipe for your data that runs on this machine, and check the data.",
         epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("file", metavar="FILE", help="the recipe to write, a .yaml file")
     parser.add_argument("--data", metavar="PATH", nargs="+", required=True, help="the tasks, in order")
@@ -76,11 +78,12 @@ def init(arguments: Namespace) -> int:
     with refusing("init"):
         target = _target(arguments)
         model = _model(arguments.model)
-        sources = _sources(arguments, target.absolute().parent)
-        with without_notices():
+        with waiting("reading the data"), without_notices():
+            sources = _sources(arguments, target.absolute().parent)
             tasks, empty_answers = _read_all(sources, model, target)
     device, ranks = find_device()
-    lengths = measure(model, [task for _, task in tasks])
+    with waiting("tokenising the data"):
+        lengths = measure(model, [task for _, task in tasks])
     text = recipe_text(target, tasks, model, device, ranks, lengths, empty_answers)
 
     # As a run reads it, before anything is written.

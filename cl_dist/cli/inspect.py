@@ -98,7 +98,7 @@ def recipe(arguments: Namespace) -> int:
     shipped = None if arguments.changes or arguments.all else shipped_text(arguments.recipe or "")
     if arguments.explain is not None or arguments.schema:
         _refuse_recipe(arguments)
-        print(render_schema() if arguments.schema else explain(arguments.explain))
+        print(render_schema() if arguments.schema else explain(arguments.explain, terminal_columns()))
     elif shipped is not None:
         print(shipped, end="")
     elif arguments.recipe is not None:
@@ -132,7 +132,10 @@ def methods(arguments: Namespace) -> int:
     for name in arguments.names:
         if name not in summaries():
             raise BadInput(f"methods: there is no method {show(name)}; allowed: {listed(summaries())}")
-    texts = ["\n".join([*_about_method(name), "", explain(f"method({name}).")]) for name in arguments.names]
+    texts = [
+        "\n".join([*_about_method(name), "", explain(f"method({name}).", terminal_columns())])
+        for name in arguments.names
+    ]
     print("\n\n".join(texts))
     return 0
 
@@ -167,7 +170,8 @@ def _about_method(name: str) -> Iterator[str]:
 
 
 def _entry(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
+    width = min(WIDTH, terminal_columns() or WIDTH)
+    return textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
 
 
 def _progress_lines(manifest: Manifest, running: bool) -> Iterator[str]:
@@ -201,6 +205,9 @@ def _metrics(folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
 
 
 def _print_table(rows: dict[str, str]) -> None:
-    width = max(map(len, rows))
+    width, columns = max(map(len, rows)) + 2, terminal_columns()
     for name, text in rows.items():
-        print(f"{name:<{width}}  {text}")
+        # On a terminal, a text that is too long continues below itself.
+        room = None if columns is None else max(20, columns - width)
+        for number, line in enumerate([text] if room is None else textwrap.wrap(text, room)):
+            print(f"{'' if number else name:<{width}}{line}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import takewhile
 from typing import Any
+
+from typing_extensions import override
 
 from cl_dist import __version__
 
@@ -77,6 +80,27 @@ def _named(arguments: Sequence[str]) -> str:
     return next((word for word in arguments if word in names), "")
 
 
+class Help(RawDescriptionHelpFormatter):
+    """Fills paragraphs up to the terminal's width, and leaves indented lines, such as examples, as they are."""
+
+    @override
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        pieces: list[list[str]] = []
+        for line in text.splitlines():
+            prose = bool(line) and not line.startswith(" ")
+            if prose and pieces and pieces[-1][-1] and not pieces[-1][-1].startswith(" "):
+                pieces[-1].append(line)
+            else:
+                pieces.append([line])
+        filled = (" ".join(piece) for piece in pieces)
+        return "\n".join(
+            f"{indent}{line}"
+            if line.startswith(" ")
+            else textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
+            for line in filled
+        )
+
+
 class _Commands:
     """The subparsers as the modules of commands see them: it knows what each command does."""
 
@@ -97,7 +121,7 @@ def build_parser(command: str | None = None) -> ArgumentParser:
         prog="cl-dist",
         description="Continual learning for language models on DeepSpeed ZeRO shards.",
         epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.set_defaults(works=lambda parsed: False)
     parser.add_argument("--version", action="version", version=f"cl-dist {__version__}")

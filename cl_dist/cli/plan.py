@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cl_dist.cli.parser import Help
 from cl_dist.config.files import expand
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
 from cl_dist.errors import BadInput
 from cl_dist.planning.devices import Device, find_device
+from cl_dist.progress import waiting
 from cl_dist.state.atomic import advising, write_text
 from cl_dist.tasks.orders import resolve_order
 
@@ -34,7 +36,7 @@ index arithmetic of all ranks, and report what would not work. docs/scaling.md h
 _EPILOG = """\
 examples:
   cl-dist plan llama2-7b-migu --nodes 1 --gpus-per-node 8 --device h100
-  cl-dist plan my.yaml --nodes 4 --device a100-40 --samples 5000 --write my-plan.yaml
+  cl-dist plan my.yaml --nodes 4 --device a100-40 --write my-plan.yaml
   cl-dist plan llama2-7b-migu --nodes 128 --gpus-per-node 8 --dry-run
 
 exit codes: 0 planned (whether it fits or not), 1 the dry run found what would not work, 2 bad input
@@ -48,7 +50,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         parents=[changes, common],
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or a YAML file")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
@@ -79,14 +81,15 @@ def plan(arguments: Namespace) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-    from cl_dist.planning import report
-    from cl_dist.planning.dry_run import dry_run
-    from cl_dist.planning.stream_time import counts
-
     name = Path(arguments.recipe).stem
-    planner = _planner(arguments, recipe, recipe_dir, device)
-    found = dry_run(planner.setup, planner.shape, counts(planner.stream)) if arguments.dry_run else None
-    own, others = planner.plan(planner.setup), planner.alternatives()
+    with waiting(f"planning {name}"):
+        from cl_dist.planning import report
+        from cl_dist.planning.dry_run import dry_run
+        from cl_dist.planning.stream_time import counts
+
+        planner = _planner(arguments, recipe, recipe_dir, device)
+        found = dry_run(planner.setup, planner.shape, counts(planner.stream)) if arguments.dry_run else None
+        own, others = planner.plan(planner.setup), planner.alternatives()
     best = next((each for each in others if each.fits), None)
     if target is not None:
         if best is None:

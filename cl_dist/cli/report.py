@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
+from cl_dist.cli.parser import Help
 from cl_dist.output import terminal_columns
-from cl_dist.progress import format_matrix
+from cl_dist.progress import format_matrix, waiting
 from cl_dist.report import FORMATS
 
 _DESCRIPTION = """\
@@ -17,9 +18,9 @@ shows them side by side. docs/report.md explains how to read it.
 """
 _EPILOG = """\
 examples:
-  cl-dist report runs/mine                           # writes runs/mine/report/index.html
-  cl-dist report runs/plain runs/migu runs/kif       # side by side, in runs/report/index.html
-  cl-dist report runs/mine --figures png,svg,pdf     # every picture for a paper too
+  cl-dist report runs/mine                        runs/mine/report/index.html
+  cl-dist report runs/plain runs/migu             side by side, in runs/report
+  cl-dist report runs/mine --figures png,svg,pdf  every picture for a paper too
 """
 
 
@@ -30,7 +31,7 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
         parents=[common],
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
@@ -69,9 +70,12 @@ def report(arguments: Namespace) -> int:
 
     runs = [Path(run) for run in arguments.runs]
     if len(runs) > 1:
-        print(f"wrote {write_several(runs, arguments.out, arguments.figures)}")
+        with waiting("drawing the report"):
+            written = write_several(runs, arguments.out, arguments.figures)
+        print(f"wrote {written}")
         return 0
-    done = write_report(runs[0], arguments.out, arguments.figures)
+    with waiting("drawing the report"):
+        done = write_report(runs[0], arguments.out, arguments.figures)
     manifest = done.run.manifest
     if manifest.accuracy_matrix:
         print(format_matrix(manifest.tasks, manifest.accuracy_matrix, terminal_columns()) + "\n")

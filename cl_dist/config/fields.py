@@ -37,9 +37,10 @@ WIDTH = 100
 """Characters per line of the help."""
 
 
-def explain(prefix: str = "") -> str:
+def explain(prefix: str = "", columns: int | None = None) -> str:
     """The text of `cl-dist recipe --explain`: settings with their values, defaults and meanings.
 
+    columns: Of the terminal, if the text goes to one.
     prefix: Only those whose key starts with it. Lists need no `[]`, and a method's name may stand for `method(NAME)`.
 
     Raises BadInput, with similar keys, if there is none.
@@ -52,15 +53,16 @@ def explain(prefix: str = "") -> str:
         similar = f"; did you mean {listed(named, 5, last='or')}?" if named else ""
         similar = similar or did_you_mean(prefix, [key for each in settings for key in each.spellings])
         raise BadInput(f"--explain: no setting starts with {shorten(prefix)}{similar}")
-    return "\n\n".join(map(_paragraph, found))
+    return "\n\n".join(_paragraph(each, min(WIDTH, columns or WIDTH)) for each in found)
 
 
-def _paragraph(setting: Setting) -> str:
+def _paragraph(setting: Setting, width: int) -> str:
     default = f" (default: {setting.default})" if setting.default else ""
     if setting.default is None and setting.key != "output_dir":  # its default follows from the recipe's name
         default = " (must be given)"
-    meaning = textwrap.fill(setting.help, WIDTH, initial_indent="    ", subsequent_indent="    ")
-    return f"{setting.key}\n    {setting.allowed}{default}\n{meaning}"
+    lines = (f"{setting.allowed}{default}", setting.help)
+    filled = (textwrap.fill(line, width, initial_indent="    ", subsequent_indent="    ") for line in lines)
+    return "\n".join([setting.key, *filled])
 
 
 def info_of(cls: type) -> dict[str, FieldInfo]:

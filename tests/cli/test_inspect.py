@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +26,25 @@ from tests.report.runs import write_run
 
 MATRIX = ((0.25, 0.5), (0.75, 0.5), (0.5, 1.0))
 MANIFEST = Manifest(tasks=("spring", "summer"), world_size=2, zero_stage=3, accuracy_matrix=MATRIX[:1])
+
+
+@pytest.mark.parametrize("arguments", [["recipe"], ["methods", "migu"], ["recipe", "--explain", "stream."]])
+def test_texts_fit_into_a_terminal(arguments: list[str], tmp_path: Path) -> None:
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 72, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "cl_dist", *arguments]
+    process = subprocess.Popen(command, stdout=slave, stderr=slave, stdin=slave, env=environment, cwd=tmp_path)
+    os.close(slave)
+    shown = b""
+    with suppress(OSError):  # EIO: all is read
+        while data := os.read(master, 1 << 16):
+            shown += data
+    os.close(master)
+    assert process.wait(timeout=60) == 0, shown
+    lines = shown.decode().splitlines()
+    assert len(lines) > 10
+    assert max(map(len, lines)) <= 72
 
 
 class TestRecipe:

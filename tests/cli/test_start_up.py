@@ -37,3 +37,16 @@ def test_ctrl_c_at_start_up_is_one_sentence(before: str, code: int, output: str,
         [sys.executable, "-c", PRESSED.format(before=before)], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout[: len("usage: cl-dist run ")], done.stderr) == (code, output, errors)
+
+
+def test_where_the_ends_of_child_processes_would_be_forgotten_they_are_not() -> None:
+    script = """
+import atexit, os, signal, sys
+from cl_dist.cli import program
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+atexit.register(lambda: print(os.waitstatus_to_exitcode(os.waitpid(os.posix_spawn("/bin/false", ["false"], {}), 0)[1])))
+sys.argv[1:] = ["--version"]
+program()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[1:] == ["1"], done.stderr

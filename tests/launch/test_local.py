@@ -138,7 +138,7 @@ class TestFailures:
             ("wait_for_the_others()\nfail(75, 'stopped') if rank else fail(1, 'no')", 1),
             ("fail(75, 'stopped') if rank else None", 75),
             # Inside a library that waits for rank 1, rank 0 does not notice that it is asked to stop.
-            ("wait_for_the_others()\nfail(75, 'stopped') if rank else time.sleep(600)", 75),
+            ("wait_for_the_others()\nfail(75, 'stopped') if rank else time.sleep(30) or fail(1, 'no')", 75),
         ],
     )
     def test_the_exit_code(self, body: str, code: int, folder: Path) -> None:
