@@ -179,7 +179,10 @@ def test_a_run_ends_with_one_line_before_its_ranks_start(endpoint: str, tmp_path
     command = [sys.executable, "-m", "cl_dist", "run", "quickstart", "--set", "model.name_or_path=meta/gated"]
     variables = environment(tmp_path, endpoint)
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
+    announced, *phases = done.stdout.splitlines()
+    assert announced.startswith("quickstart: meta/gated, 4 tasks, sequential; 2 ranks")
+    assert phases == ["checking data and model"]
     assert done.stderr == (
         f"cl-dist: error: model.name_or_path: meta/gated is gated: accept its licence at {endpoint}/meta/gated, then "
         "log in with `hf auth login` or set HF_TOKEN\n"
