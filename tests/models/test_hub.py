@@ -180,7 +180,9 @@ def test_a_run_ends_with_one_line_before_its_ranks_start(endpoint: str, tmp_path
     variables = environment(tmp_path, endpoint)
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stdout.splitlines()[1:] == ["checking data and model"]
+    announced, *_, phase = done.stdout.splitlines()
+    assert announced.startswith("quickstart: meta/gated, 4 tasks, sequential")
+    assert phase == "checking data and model"
     assert done.stderr == (
         f"cl-dist: error: model.name_or_path: meta/gated is gated: accept its licence at {endpoint}/meta/gated, then "
         "log in with `hf auth login` or set HF_TOKEN\n"
