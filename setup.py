@@ -110,6 +110,7 @@ setup(
         "PyYAML>=6.0.3",
         "rich>=15",
         "jinja2>=3.1",
+        "markupsafe>=3",  # the strings that jinja2 does not escape
         "shtab>=1.7",
         "pyarrow>=21",  # Parquet; datasets needs it too
         "zstandard>=0.23",

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""How far MIGU's masks that are known before a step differ from those of the public code's rule, as a Markdown table.
+"""How far MIGU's masks that are known before a step differ from those of the other rules, as a Markdown table.
 
 Usage:
     python benchmarks/ahead_masks.py [RECIPE] [--set KEY=VALUE ...] [--accumulation 8] [--steps 24]
 
 Trains the first tasks of a recipe (by default quickstart) on one rank with `sums: task` and `mask_scope: ahead`. In
 every step from a task's second on, the masks of three rules follow from the same magnitudes: `ahead` (the task's steps
-before this one), the public code's (those and this step) and `sums: step` (this step alone). The table has the share of
-rows that one rule keeps and the other drops; where 30 % of the rows are kept, masks drawn at random differ in 42 %.
+before this one), `sums: task` (those and this step) and `sums: step` (this step alone, the default and the public
+code's rule). The table has the share of rows that `ahead` keeps and another rule drops, or the other way round; where
+30 % of the rows are kept, masks drawn at random differ in 42 %.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Watched(Migu):
     """MIGU that compares its masks with those of the other rules."""
 
     shares: ClassVar[list[tuple[str, int, float, float]]] = []
-    """Task, step from 1, and the share of rows in which `ahead` and `sums: step` differ from the public code's rule."""
+    """Task, step from 1, and the share of rows in which the masks differ from those of `sums: task` and `sums: step`."""
 
     def before_task(self, place: TaskPlace) -> None:
         """Remember the task's name."""
@@ -61,8 +62,8 @@ class Watched(Migu):
         if self._summed == 0:
             return  # the first step of a task has no steps before it
         together, before = self._sums.flat, self._sums_before
-        public, alone = (self._keep_of(sums) for sums in (together, together - before))
-        differ = [float((each != public).double().mean()) for each in (self._kept, alone)]
+        others = (self._keep_of(sums) for sums in (together, together - before))
+        differ = [float((each != self._kept).double().mean()) for each in others]
         self.shares.append((self._name, self._step + 1, differ[0], differ[1]))
 
     def _keep_of(self, sums: torch.Tensor) -> torch.Tensor:
@@ -84,12 +85,12 @@ def main() -> None:
     recipe, folder = load_recipe(options.recipe, options.changes)
     train(options, recipe, folder)
     kind = f"LoRA r {recipe.model.lora.r}" if recipe.model.lora else "full"
-    print("| model | trained | task | steps | ahead | in the last half | sums: step |")
-    print("|---|---|---|---:|---:|---:|---:|")
+    print("| model | trained | task | steps | `sums: task` | in the last half | `sums: step` | in the last half |")
+    print("|---|---|---|---:|---:|---:|---:|---:|")
     for name in dict.fromkeys(share[0] for share in Watched.shares):
         rows = [share for share in Watched.shares if share[0] == name]
         late = rows[len(rows) // 2 :]
-        columns = [fmean(row[2] for row in rows), fmean(row[2] for row in late), fmean(row[3] for row in rows)]
+        columns = [fmean(row[rule] for row in some) for rule in (2, 3) for some in (rows, late)]
         shown = " | ".join(f"{100 * share:.1f} %" for share in columns)
         print(f"| {Path(recipe.model.name_or_path).name} | {kind} | {name} | {rows[-1][1]} | {shown} |")
     leave()

@@ -149,7 +149,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-BEGINNING = r"^.*: .*, \d tasks, .*; \d ranks? on the CPU; output in .*\nchecking data and model\n"
+BEGINNING = r"^.*: .*, \d tasks, .*\n\d ranks? on the CPU, output in .*\nchecking data and model\n"
 """What a run prints at once, before its data and its model have been looked at."""
 
 
