@@ -41,6 +41,7 @@ from cl_dist.models.lora import add_lora
 from cl_dist.models.structure import base_model
 from cl_dist.tasks.collate import Batch, collate
 from cl_dist.tasks.encode import Encoder, label_names
+from cl_dist.tasks.orders import resolve_order
 from cl_dist.tasks.stream import load_stream
 from cl_dist.tasks.types import Encoded
 
@@ -49,7 +50,7 @@ class Watched(Migu):
     """MIGU that compares its masks with those of the other rules."""
 
     shares: ClassVar[list[tuple[str, int, float, float]]] = []
-    """Task, step from 1, and the share of rows in which the masks differ from those of `sums: task` and `sums: step`."""
+    """Task, step from 1, and the share of rows that differ from those of `sums: task` and of `sums: step`."""
 
     def before_task(self, place: TaskPlace) -> None:
         """Remember the task's name."""
@@ -99,7 +100,7 @@ def main() -> None:
 def train(options: argparse.Namespace, recipe: Recipe, folder: Path) -> None:
     """Train the first tasks; `Watched.shares` has the result."""
     settings = replace(recipe.train, gradient_accumulation=options.accumulation)
-    recipe = replace(recipe, train=settings)
+    recipe = replace(resolve_order(recipe, folder), train=settings)
     tasks = load_stream(recipe.stream, folder, settings)[: options.tasks]
     names = label_names(tasks)
     loaded = load(recipe, len(names))
