@@ -84,10 +84,13 @@ FUSING = ("kif", "tasl", "recurrent_kif")
 GROWING = ("inclora", "olora")
 BOUNDS = ("per_task", "multi_task")
 SELECTING = ("given", "hft")
-ORDER = ("given", "hft", "inclora", "olora", "replay", "lwf", "agem", "migu", *FUSING, "ewc", *BOUNDS)
-"""Of the methods of a pair: what MIGU masks comes before it, KIF after it, and EWC measures fused weights."""
-MASKED = {("migu", "ewc"): ("ewc", "migu")}
-"""The pair that the order above would turn round: MIGU's masks are to cover the penalty."""
+CHOOSING = ("gmt", "mofo")
+"""Choose elements."""
+MASKING = ("migu", *CHOOSING)
+ORDER = ("given", "hft", "inclora", "olora", "replay", "lwf", "agem", *MASKING, *FUSING, "ewc", *BOUNDS)
+"""Of the methods of a pair: what masks cover comes before them, KIF after them, and EWC measures fused weights."""
+MASKED = {(name, "ewc"): ("ewc", name) for name in MASKING}
+"""The pairs that the order above would turn round: masks are to cover the penalty."""
 
 
 def entry(name: str) -> dict[str, Any]:
@@ -171,7 +174,9 @@ def test_the_built_in_stream(zygote: Zygote, tmp_path: Path, request: pytest.Fix
     for run in runs:
         check_run(name, run)
     for task in MIXED if all(steps(runs[0])) else MIXED[:1]:
-        assert_close_weights(model(runs[0], task), model(runs[1], task))
+        # Of two elements whose scores differ by rounding alone, each stage may choose another one.
+        flipped = 1e-3 if set(name.split("+")) & set(CHOOSING) else 0.0
+        assert_close_weights(model(runs[0], task), model(runs[1], task), flipped)
     if name in ORDER and name not in (*GROWING, *BOUNDS):
         with pytest.raises(AssertionError, match="not close"):
             assert_close_weights(model(runs[0], MIXED[2]), model(request.getfixturevalue("plain"), MIXED[2]))
