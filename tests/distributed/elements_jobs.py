@@ -36,17 +36,22 @@ STEPS, BATCH = 3, 6
 LEARNING_RATE = EPS = 1e-2
 
 
-def run_all(
-    cases: list[dict[str, Any]], folder: str | None = None, states: list[dict[str, Any]] | None = None,
-    bad: list[dict[str, Any]] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """All in one start of the ranks: `cases` against the oracle, `states` saved and resumed, `bad` steps skipped."""
+def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each case how far cl_dist and the oracle are apart, and what was wrong with the elements."""
     join(timeout_seconds=120)
-    return {
-        "cases": [Case(**case).run() for case in cases],
-        "states": [_resumed(Path(folder or "") / str(number), **case) for number, case in enumerate(states or [])],
-        "bad": [_past_a_nan(**case) for case in bad or []],
-    }
+    return [Case(**case).run() for case in cases]
+
+
+def through_states(cases: list[dict[str, Any]], folder: str) -> list[list[str]]:
+    """For each case what differs if it is saved after a step under the first stage and resumed under the second."""
+    join(timeout_seconds=120)
+    return [_resumed(Path(folder) / str(number), **case) for number, case in enumerate(cases)]
+
+
+def past_a_nan(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each case what a bad step between two good ones changed, and what differs from never having had it."""
+    join(timeout_seconds=120)
+    return [_past_a_nan(**case) for case in cases]
 
 
 class Case:
@@ -175,7 +180,6 @@ class Case:
 
 
 def _resumed(folder: Path, stages: list[int], **settings: Any) -> list[str]:
-    """Save after a step under the first stage, load under the second, go on: what differs from going on at once."""
     case = Case(stage=stages[0], **settings)
     case.step(0)
     engine = case.engine
@@ -199,7 +203,6 @@ def _resumed(folder: Path, stages: list[int], **settings: Any) -> list[str]:
 
 
 def _past_a_nan(kind: str, **settings: Any) -> dict[str, Any]:
-    """A bad step between two good ones: what it changed, and what differs from never having had it."""
     case = Case(**settings)
     case.step(0)
     before = _state(case.engine)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.distributed.chosen import Reports, by_world, run_by_world
 from tests.ranks import run_ranks
 
 JOBS = "tests.distributed.elements_jobs"
@@ -61,31 +63,14 @@ BAD = [
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    found = {}
-    for world, cases in CASES.items():
-        arguments: dict[str, Any] = {"cases": cases}
-        if world == 2:
-            arguments |= {"folder": str(tmp_path_factory.mktemp("states")), "states": STATES, "bad": BAD}
-        found[world] = run_ranks(f"{JOBS}:run_all", world, arguments, timeout=600)[0]
-    return found
+def reports(request: pytest.FixtureRequest) -> Reports:
+    return run_by_world(request, f"{JOBS}:run_cases", CASES)
 
 
-def named(case: dict[str, Any]) -> str:
-    return "-".join(map(str, case.values()))
-
-
-@pytest.mark.parametrize(
-    ("world", "number"),
-    [
-        pytest.param(world, number, id=f"{named(case)}-{world}")
-        for world, cases in CASES.items()
-        for number, case in enumerate(cases)
-    ],
-)
-def test_equals_the_dense_oracle(reports: dict[int, Any], world: int, number: int) -> None:
-    report, case = reports[world]["cases"][number], CASES[world][number]
-    exact = case.get("dtype") != "bfloat16"
+@pytest.mark.parametrize(("world", "case"), by_world(CASES))
+def test_equals_the_dense_oracle(reports: Reports, world: int, case: int) -> None:
+    report, settings = reports[world][case], CASES[world][case]
+    exact = settings.get("dtype") != "bfloat16"
     assert report["chosen"] > 0
     assert report["masks"] == [], "the gradient is not that of the largest elements"
     assert report["moved"] == [], "an element moved that was not chosen"
@@ -97,14 +82,14 @@ def test_equals_the_dense_oracle(reports: dict[int, Any], world: int, number: in
     assert report["weights"] <= (1e-6 if exact else 6e-2)
 
 
-@pytest.mark.parametrize("number", range(len(STATES)), ids=map(named, STATES))
-def test_goes_on_from_a_saved_state(reports: dict[int, Any], number: int) -> None:
-    assert reports[2]["states"][number] == []
+def test_goes_on_from_a_saved_state(tmp_path: Path) -> None:
+    """Bit for bit under the same stage, and up to rounding under another."""
+    found = run_ranks(f"{JOBS}:through_states", 2, {"cases": STATES, "folder": str(tmp_path)}, timeout=300)[0]
+    assert found == [[]] * len(STATES)
 
 
-@pytest.mark.parametrize("number", range(len(BAD)), ids=map(named, BAD))
-def test_a_skipped_step_leaves_no_trace(reports: dict[int, Any], number: int) -> None:
-    report = reports[2]["bad"][number]
-    assert "not finite" in report["skipped"] or "is nan" in report["skipped"]
-    assert report["changed"] == []
-    assert report["differs"] == []
+def test_a_skipped_step_leaves_no_trace() -> None:
+    for report in run_ranks(f"{JOBS}:past_a_nan", 2, {"cases": BAD}, timeout=300)[0]:
+        assert "not finite" in report["skipped"] or "is nan" in report["skipped"]
+        assert report["changed"] == []
+        assert report["differs"] == []

@@ -32,6 +32,12 @@ CASES: list[dict[str, Any]] = [
     {"stage": 3, "along": "both", "offload": True, "clip": 0.1, "deepspeed": RELEASED},
     {"stage": 2, "along": "both", "dtype": "bfloat16", "clip": 0.1},
     {"stage": 3, "along": "both", "dtype": "bfloat16", "deepspeed": RELEASED},
+    {"stage": 0, "along": "elements", "clip": 0.1, "decay": 0.1},
+    {"stage": 2, "along": "elements", "family": "roberta", "accumulation": 3, "recompute": True},
+    {"stage": 3, "along": "elements", "family": "gpt2", "accumulation": 3, "deepspeed": RELEASED},
+    {"stage": 1, "along": "elements", "family": "t5", "embedding": False, "offload": True, "clip": 0.1},
+    {"stage": 3, "along": "elements", "family": "lora", "decay": 0.1},
+    {"stage": 3, "along": "elements", "dtype": "bfloat16", "deepspeed": RELEASED},
 ]
 
 
@@ -52,7 +58,7 @@ def test_equals_the_dense_oracle(reports: Reports, case: int, world: int) -> Non
     assert report["outputs"] <= (1e-5 if exact else 0.2)
 
 
-@pytest.mark.parametrize("along", ["both"])
+@pytest.mark.parametrize("along", ["both", "elements"])
 def test_every_stage_goes_on_from_the_same_state(tmp_path: Path, along: str) -> None:
     arguments = {"folder": str(tmp_path / "state"), "stages": [2, 0, 1, 3], "along": along}
     apart = run_ranks(f"{JOBS}:through_a_state", 2, arguments, timeout=300)[0]

@@ -18,6 +18,7 @@ FAMILIES = {
     "hft": "selective",
     "gmt": "elements",
     "mofo": "elements",
+    "sift": "selective",
 }
 """Methods that build on another one."""
 REASONS = {

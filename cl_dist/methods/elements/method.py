@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
-import torch
 from torch import nn
 
 from cl_dist.config.schema import TrainConfig
@@ -15,7 +14,7 @@ from cl_dist.config.words import listed
 from cl_dist.errors import BadInput
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.protocol import Method
-from cl_dist.methods.shared.largest import ALONE, DIGIT, PASSES, Cut, Ranks, largest
+from cl_dist.methods.shared.largest import DIGIT, PASSES, Cut, largest, ranks_of
 from cl_dist.models.structure import head_prefixes, is_below
 from cl_dist.sharding import Shard, ShardView
 
@@ -71,24 +70,6 @@ class Elements(Method):
 def kept_elements(numel: int, keep: float) -> int:
     """Number of elements kept of `numel`."""
     return max(1, int(numel * keep))
-
-
-def ranks_of(replicated: bool, device: torch.device) -> Ranks:
-    """The ranks that share the elements; a rank that has everything asks nobody.
-
-    Args:
-        replicated: Whether every rank has everything.
-        device: Where collectives run.
-    """
-    if replicated or torch.distributed.get_world_size() == 1:
-        return ALONE
-
-    def total(counts: torch.Tensor) -> torch.Tensor:
-        summed = counts.to(device)
-        torch.distributed.all_reduce(summed)
-        return summed.cpu()
-
-    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), total)
 
 
 def chosen_parameters(model: nn.Module, shapes: Mapping[str, Sequence[int]], config: Any) -> list[str]:

@@ -37,6 +37,24 @@ ALONE = Ranks(0, 1, lambda counts: counts)
 """A rank that holds everything."""
 
 
+def ranks_of(replicated: bool, device: torch.device) -> Ranks:
+    """The ranks that share the elements; a rank that has everything asks nobody.
+
+    Args:
+        replicated: Whether every rank has everything.
+        device: Where collectives run.
+    """
+    if replicated or torch.distributed.get_world_size() == 1:
+        return ALONE
+
+    def total(counts: torch.Tensor) -> torch.Tensor:
+        summed = counts.to(device)
+        torch.distributed.all_reduce(summed)
+        return summed.cpu()
+
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), total)
+
+
 class Cut(NamedTuple):
     """Which elements of a parameter are kept: those above the cut, and of those equal to it the first ones."""
 
