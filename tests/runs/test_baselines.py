@@ -174,8 +174,9 @@ def test_the_built_in_stream(zygote: Zygote, tmp_path: Path, request: pytest.Fix
     for run in runs:
         check_run(name, run)
     for task in MIXED if all(steps(runs[0])) else MIXED[:1]:
-        # Of two elements whose scores differ by rounding alone, each stage may choose another one.
-        flipped = 1e-3 if set(name.split("+")) & set(CHOOSING) else 0.0
+        # Of two elements whose scores differ by rounding alone, each stage may choose another one, and later steps
+        # start from there; masks that depended on the sharding would show in ten times as many elements.
+        flipped = 0.02 if set(name.split("+")) & set(CHOOSING) else 0.0
         assert_close_weights(model(runs[0], task), model(runs[1], task), flipped)
     if name in ORDER and name not in (*GROWING, *BOUNDS):
         with pytest.raises(AssertionError, match="not close"):

@@ -10,6 +10,7 @@ from torch import nn
 
 from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.protocol import TaskPlace
+from cl_dist.methods.rehearsal import Rehearsal, Rehearsed
 from cl_dist.methods.selective.gradients import WholeGradients
 from cl_dist.methods.selective.method import Selective
 from cl_dist.methods.shared.samples import check_fits_a_step, global_batch
@@ -43,6 +44,12 @@ class Sift(Selective):
         if self.config.samples is not None:
             check_fits_a_step("samples", self.config.samples, train)
         self._samples = self.config.samples or global_batch(train)
+
+    def rehearse(self, rehearsal: Rehearsal) -> Rehearsed:
+        """Check that the samples fit into a step."""
+        if self.config.samples is not None:
+            check_fits_a_step("samples", self.config.samples, rehearsal.train, rehearsal.shards.ranks)
+        return Rehearsed()
 
     def choose(self, place: TaskPlace) -> Mapping[str, torch.Tensor]:
         """The elements with the largest gradient on samples of the task. If it is not finite, others are drawn."""
