@@ -12,12 +12,21 @@ from tests.ranks import run_ranks
 
 JOBS = "tests.distributed.selective_jobs"
 RELEASED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+REGATHERED = {
+    "zero_optimization": {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+}
+"""Weights are released after forward, and gathered once more for backward."""
 CASES: list[dict[str, Any]] = [
     {"stage": 0, "along": "rows"},
     {"stage": 1, "along": "columns", "accumulation": 3, "clip": 0.1},
     {"stage": 2, "along": "both", "accumulation": 3, "decay": 0.1, "recompute": True},
     {"stage": 3, "along": "both", "accumulation": 3, "clip": 0.1, "recompute": True, "deepspeed": RELEASED},
     {"stage": 3, "along": "both", "clip": 0.1, "decay": 0.1},
+    {"stage": 3, "along": "both", "deepspeed": REGATHERED},
     {"stage": 0, "along": "both", "family": "roberta", "clip": 0.1},
     {"stage": 2, "along": "rows", "family": "roberta", "rest": False},
     {"stage": 3, "along": "rows", "family": "roberta", "deepspeed": RELEASED},

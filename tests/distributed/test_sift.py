@@ -12,6 +12,14 @@ from tests.ranks import run_ranks
 
 JOBS = "tests.distributed.sift_jobs"
 RELEASED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+REGATHERED = {
+    "zero_optimization": {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+}
+"""Weights are released after forward, and gathered once more for backward."""
 CASES: dict[int, list[dict[str, Any]]] = {
     1: [{"stage": 0, "accumulation": 3, "clip": 0.1}, {"stage": 3, "deepspeed": RELEASED}],
     2: [
@@ -21,6 +29,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"stage": 3, "accumulation": 3, "clip": 0.1, "deepspeed": RELEASED, "layers": "all"},
         {"stage": 2, "family": "roberta", "layers": ["*attention*", "classifier.*"]},
         {"stage": 3, "family": "t5", "deepspeed": RELEASED, "recompute": True},
+        {"stage": 3, "deepspeed": REGATHERED, "keep": 0.3},
         {"stage": 3, "family": "lora", "keep": 0.3, "accumulation": 3},
         {"stage": 1, "offload": True, "clip": 0.1},
         {"stage": 3, "offload": True, "clip": 0.1, "deepspeed": RELEASED},
