@@ -1,17 +1,19 @@
 """Trains a part of a weight alone, as a small parameter of its own; the rest of the weight is frozen.
 
-Where it is known for a whole task which rows or columns of a weight may move, the weight itself needs no gradient. The
-part becomes a parameter `kept` of the same layer, and whatever the optimiser, ZeRO and the network do for a parameter,
-they do for the part alone: gradient, float32 master, moments, reduction, clipping, offload, checkpoints. The layer
-computes with the whole weight, into which the part is copied after every step (under ZeRO-3 whenever it is gathered).
-Backward computes the part's gradient and nothing for the rest, in every micro-batch, also with accumulation and
-activation checkpointing.
+Where it is known for a whole task which rows, columns or elements of a weight may move, the weight itself needs no
+gradient. The part becomes a parameter `kept` of the same layer, and whatever the optimiser, ZeRO and the network do for
+a parameter, they do for the part alone: gradient, float32 master, moments, reduction, clipping, offload, checkpoints.
+The layer computes with the whole weight, into which the part is copied after every step (under ZeRO-3 whenever it is
+gathered). Backward computes the part's gradient and nothing for the rest, in every micro-batch, also with accumulation
+and activation checkpointing. (The gradient of single elements is picked out of the whole weight's, which is dropped
+right after that.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -26,8 +28,9 @@ from cl_dist.models.structure import whole_shape
 
 KEPT, KEPT_BIAS = "kept", "kept_bias"
 """Names of a layer's parameters that hold the trained part of its weight and bias."""
-Along = Literal["rows", "columns"]
-"""What a part consists of: output rows, or input columns of a linear layer. The rows of an embedding are its words."""
+Along = Literal["rows", "columns", "elements"]
+"""What a part consists of: output rows, or input columns of a linear layer; the rows of an embedding are its words. Or
+single elements, numbered as the weight is stored."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,13 @@ class Part:
     """Name of the weight in `model.named_parameters()`."""
     along: Along
     count: int
-    """Number of trained rows or columns, at least 1."""
+    """Number of trained rows, columns or elements, at least 1."""
+
+
+Scorer = Callable[["KeptPart", torch.Tensor], None]
+"""Gets a part and a gradient of the whole weight, as the weight is stored. Of a weight that several layers share, or
+that a layer uses several times, it gets several gradients, which add up."""
+_MOST_INT32 = 2**31 - 1
 
 
 class KeptPart:
@@ -54,17 +63,20 @@ class KeptPart:
         first = layers[0]
         self.part, self.layers = part, tuple(layers)
         self.axis = _axis(first, part.along)
-        """The axis of the stored weight along which rows or columns are counted."""
+        """The axis of the stored weight along which rows or columns are counted; of elements, which `by_unit` puts into
+        a column, 0."""
         weight = first.weight
         assert isinstance(weight, nn.Parameter)
-        shape = list(whole_shape(weight))
+        shape = list(self.shape_by_unit(whole_shape(weight)))
         self.size = shape[self.axis]
-        """How many rows or columns the weight has."""
+        """How many rows, columns or elements the weight has."""
         shape[self.axis] = part.count
-        self.indices = torch.arange(part.count, device=weight.device)
-        """`(count,)` int64, ascending: which are trained. Set them with `choose`."""
+        self.indices = torch.arange(part.count, device=weight.device, dtype=self.index_dtype)
+        """`(count,)` of `index_dtype`, ascending: which are trained."""
         self.active = False
-        """Whether `kept` holds the values of the trained rows or columns, so that the layer computes with them."""
+        """Whether `kept` holds the values of the trained part, so that the layer computes with it."""
+        self.scorer: Scorer | None = None
+        """Gets the whole weight's gradient of every backward pass, instead of the trained part's; None: nobody does."""
         weight.requires_grad_(False)
         kept = nn.Parameter(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
         self.bias = bias and part.along == "rows" and isinstance(getattr(first, "bias", None), nn.Parameter)
@@ -74,6 +86,19 @@ class KeptPart:
         if self.bias:
             first.bias.requires_grad_(False)
             first.register_parameter(KEPT_BIAS, nn.Parameter(kept.new_zeros(part.count)))
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """Of `indices`: of elements there are many, and four bytes number all but the largest weights'."""
+        return torch.int32 if self.part.along == "elements" and self.size <= _MOST_INT32 else torch.int64
+
+    def shape_by_unit(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of `by_unit` of a weight of this shape."""
+        return (prod(shape), 1) if self.part.along == "elements" else tuple(shape)
+
+    def by_unit(self, whole: torch.Tensor) -> torch.Tensor:
+        """View a whole weight so that `axis` counts what is trained: elements lie one below the other."""
+        return whole.view(-1, 1) if self.part.along == "elements" else whole
 
     @property
     def names(self) -> Iterator[tuple[str, str, int]]:
@@ -87,9 +112,13 @@ class KeptPart:
     def overlay(self) -> None:
         """Copy the trained part into the weight that the layers compute with, which must be whole on this rank."""
         for layer in self.layers:
-            for name, part, axis in (("weight", KEPT, self.axis), ("bias", KEPT_BIAS, 0)):
-                if (kept := layer._parameters.get(part)) is not None:
-                    _copy_into(layer.get_parameter(name), axis, self.indices, kept)
+            self.overlay_weight(layer.get_parameter("weight"), layer.get_parameter(KEPT))
+            if (kept := layer._parameters.get(KEPT_BIAS)) is not None:
+                _copy_into(layer.get_parameter("bias"), 0, self.indices, kept)
+
+    def overlay_weight(self, weight: torch.Tensor, kept: torch.Tensor) -> None:
+        """Copy the trained part into a whole weight."""
+        _copy_into(self.by_unit(weight.data), self.axis, self.indices, kept)
 
     def remove(self) -> None:
         """Restore the layers; the weight stays frozen."""
@@ -145,7 +174,8 @@ def _layers_of(
         raise BadInput(f"method: {part.weight} is shared by several layers; allowed for it are rows, not columns")
     if isinstance(module, nn.Embedding) and part.along == "columns":
         raise BadInput(f"method: {part.weight} is an embedding; allowed for it are rows, not columns")
-    size = whole_shape(module.weight)[_axis(module, part.along)]  # type: ignore[arg-type]
+    shape = whole_shape(module.weight)  # type: ignore[arg-type]
+    size = shape.numel() if part.along == "elements" else shape[_axis(module, part.along)]
     if not 1 <= part.count <= size:
         raise BadInput(f"method: {part.weight} has {size} {part.along}, of which {part.count} cannot be trained")
     return layers
@@ -161,12 +191,12 @@ def _plain(layer: nn.Module) -> bool:
 
 def _axis(layer: nn.Module, along: Along) -> int:
     """The axis of the stored weight: `(out, in)`, of a Conv1D `(in, out)`."""
-    return int((along == "columns") != isinstance(layer, Conv1D))
+    return 0 if along == "elements" else int((along == "columns") != isinstance(layer, Conv1D))
 
 
 def _copy_into(whole: torch.Tensor, axis: int, indices: torch.Tensor, part: torch.Tensor) -> None:
     # `.data`: the copy is no step of the computation, and the values are those that the part has had all along.
-    whole.data.index_copy_(axis, indices, part.data)
+    whole.data.index_copy_(axis, indices.long(), part.data)
 
 
 def _is_sharded(weight: torch.Tensor) -> bool:
@@ -229,12 +259,14 @@ class _KeptLinear(torch.autograd.Function):
         grad_input = grad_kept = grad_kept_bias = grad_bias = None
         if needs_input:
             if part.active and _is_sharded(weight):  # gathered once more
-                _copy_into(weight, part.axis, part.indices, kept)
+                part.overlay_weight(weight, kept)
             grad_input = grad_output @ (weight.t() if ctx.transposed else weight)
         if needs_kept:
             rows = part.indices if part.part.along == "rows" else None
             grad_kept = kept_weight_grad(input, grad_output, rows)
             grad_kept = grad_kept.t().contiguous() if ctx.transposed else grad_kept
+            if part.part.along == "elements":
+                grad_kept = _picked(part, grad_kept, kept.shape)
         if needs_kept_bias or needs_bias:
             whole = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
             grad_kept_bias = whole.index_select(0, part.indices) if needs_kept_bias else None
@@ -242,19 +274,29 @@ class _KeptLinear(torch.autograd.Function):
         return grad_input, grad_kept, grad_kept_bias, None, grad_bias, None, None
 
 
+def _picked(part: KeptPart, grad: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The gradient of the trained elements, out of the whole weight's as it is stored."""
+    if part.scorer is not None:
+        part.scorer(part, grad)
+        return grad.sum().expand(shape)  # so that the engine sees whether the whole gradient is finite
+    return part.by_unit(grad).index_select(0, part.indices).view(shape)
+
+
 class _KeptEmbedding(torch.autograd.Function):
-    """`Y = E[ids]` with the whole table; the gradient of its kept rows alone."""
+    """`Y = E[ids]` with the whole table; the gradient of its kept rows or elements alone."""
 
     @staticmethod
     def forward(
         ctx: Any, ids: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor, padding: int | None, part: KeptPart
     ) -> torch.Tensor:
-        places = torch.full((part.size,), -1, device=ids.device)
-        places[part.indices] = torch.arange(len(part.indices), device=ids.device)
+        everywhere = part.part.along == "elements"
+        rows = torch.arange(weight.shape[0], device=ids.device) if everywhere else part.indices
+        places = torch.full((weight.shape[0],), -1, device=ids.device)
+        places[rows] = torch.arange(len(rows), device=ids.device)
         if padding is not None:
             places[padding] = -1
         ctx.save_for_backward(places[ids.reshape(-1)])
-        ctx.shape = kept.shape
+        ctx.rows, ctx.shape, ctx.part = len(rows), kept.shape, part
         return own_memory(nn.functional.embedding(ids, weight))
 
     @staticmethod
@@ -264,5 +306,8 @@ class _KeptEmbedding(torch.autograd.Function):
         chosen = places >= 0
         rows = grad_output.reshape(-1, grad_output.shape[-1])[chosen]
         # As PyTorch's own backward of an embedding: rows of equal words are added up.
-        grad = torch.ops.aten.embedding_dense_backward(rows, places[chosen], ctx.shape[0], -1, False)
+        grad = torch.ops.aten.embedding_dense_backward(rows, places[chosen], ctx.rows, -1, False)
+        part: KeptPart = ctx.part
+        if part.part.along == "elements":
+            return None, _picked(part, grad, ctx.shape), None, None, None
         return None, grad.view(ctx.shape), None, None, None

@@ -1,4 +1,4 @@
-"""Finds the layers of a model that MIGU tracks; `models/layer_kinds.py` describes each kind."""
+"""Finds the linear layers of a model that a method tracks; `models/layer_kinds.py` describes each kind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tracked_layers(model: nn.Module, layers: Layers, tied_head: bool = False) ->
     if not tracked:
         raise BadInput(
             f"method.layers: {type(base_model(model)).__name__} has no trainable linear layer inside transformer "
-            "blocks, which MIGU needs; use another model, or LoRA"
+            "blocks, which the method needs; use another model, or LoRA"
         )
     _refuse_shared_weights(model, tracked, tied_head)
     names = {id(parameter): name for name, parameter in model.named_parameters()}

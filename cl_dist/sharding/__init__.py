@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cl_dist.sharding.check import DEEPSPEED_VERSION, check_deepspeed
 
 if TYPE_CHECKING:
-    from cl_dist.sharding.inner_step import RowFreezer, SteppedGradients
+    from cl_dist.sharding.inner_step import ElementFilter, RowFreezer, SteppedGradients
     from cl_dist.sharding.layouts import Shard
     from cl_dist.sharding.model import (
         gather_state_dict,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEEPSPEED_VERSION",
+    "ElementFilter",
     "RowFreezer",
     "Shard",
     "ShardView",
@@ -45,6 +46,7 @@ _HOMES = {
     "remove_leftovers": "model",
     "replica_checksums": "model",
     "whole_parameters": "model",
+    "ElementFilter": "inner_step",
     "RowFreezer": "inner_step",
     "Shard": "layouts",
     "ShardView": "view",

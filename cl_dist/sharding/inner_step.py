@@ -1,4 +1,4 @@
-"""Hooks around the inner optimiser's step: freeze rows through it, or see the gradients that it applied.
+"""Hooks around the inner optimiser's step: freeze rows or elements through it, or see the gradients that it applied.
 
 DeepSpeed's own step reduces, clips, runs the inner AdamW and copies the masters into the model. Only between the last
 two do clipped gradients, updated masters and moments all exist. ZeRO runs the inner optimiser once per parameter group
@@ -7,7 +7,7 @@ two do clipped gradients, updated masters and moments all exist. ZeRO runs the i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from cl_dist.sharding.view import ShardView
 
 Take = Callable[[Mapping[str, Shard]], None]
 """Receives clipped gradients by parameter name, aligned with this rank's masters; zero where a parameter got none."""
+Keep = Callable[[Mapping[str, Shard]], Mapping[str, torch.Tensor]]
+"""Chooses the elements that an inner step may update, given the first moments that it has just advanced, by parameter
+name: `(numel,)` bool for each, aligned with this rank's masters. A parameter that is left out is updated as a whole."""
 
 
 class RowFreezer:
@@ -68,6 +71,53 @@ class RowFreezer:
         for rows, dropped, before in self._saved:
             rows[dropped] = before
         self._saved.clear()
+
+
+class ElementFilter:
+    """Takes back what an inner step did to the elements that it may not update.
+
+    `keep` is asked right after every inner step, when the moments have advanced and DeepSpeed has not yet copied the
+    masters into the model. All ranks step alike, so `keep` may communicate.
+
+    Args:
+        shards: The engine's shards.
+        names: Parameters of which elements are chosen.
+        keep: Chooses.
+        frozen: Whether the other elements keep weight and moments bit for bit. Otherwise they get no update, but their
+            weights decay and their moments advance.
+    """
+
+    def __init__(self, shards: ShardView, names: Sequence[str], keep: Keep, frozen: bool) -> None:
+        self._shards, self._names, self._keep, self._frozen = shards, frozenset(names), keep, frozen
+        self._before: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        """For each piece of what is stepped, a live view of it and its values before the step."""
+        inner = shards.layout.inner
+        self._handles = [inner.register_step_pre_hook(self._save), inner.register_step_post_hook(self._take_back)]
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _save(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        groups = {id(flat): group for group in optimizer.param_groups for flat in group["params"]}
+        for name, at in _stepped(self._shards, optimizer):
+            if name not in self._names:
+                continue
+            pieces = [at.piece_of(at.flat.detach()).data]
+            if self._frozen:
+                pieces += [moment.data for moment in self._shards.moments(name).values()]
+            self._before[name] = [(piece, piece.clone()) for piece in pieces]
+            if not self._frozen:
+                group = groups[id(at.flat)]
+                self._before[name][0][1].mul_(1 - group["lr"] * group["weight_decay"])
+
+    def _take_back(self, *_: Any) -> None:
+        keep = self._keep({name: self._shards.moments(name)["exp_avg"] for name in self._before})
+        for name, pieces in self._before.items():
+            for live, before in pieces if name in keep else ():
+                torch.where(keep[name].to(live.device), live, before, out=live)
+        self._before.clear()
 
 
 class SteppedGradients:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cl_dist.config.load import dump_recipe, load_recipe, shipped_recipes
-from cl_dist.methods.catalogue import known
+from cl_dist.methods.catalogue import built_in, known
 from cl_dist.methods.config import exclusion
 from cl_dist.methods.ewc.config import EwcConfig
 from cl_dist.state.lock import RunLock
@@ -128,9 +128,8 @@ class TestMethods:
     def test_each_is_listed_whole(self, command: Command) -> None:
         code, output, _ = command("methods")
         assert code == 0
-        baselines = ["sequential", "inclora", "olora", "replay", "ewc", "lwf", "agem", "per_task", "multi_task"]
         blocks = dict(block.split("\n", 1) for block in output.strip().split("\n\n"))
-        assert sorted(blocks) == sorted([*baselines, "migu", "kif", "tasl", "recurrent_kif", "given", "hft"])
+        assert sorted(blocks) == sorted(built_in())
         assert all("\n    composes with: " in block for block in blocks.values())
         migu = " ".join(blocks["migu"].split())
         assert "settings: threshold (0.7), mask (gradient), " in migu

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -46,3 +46,25 @@ def _chosen_cases(request: pytest.FixtureRequest, world: int) -> list[int]:
     calls = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
     parameters = [call.params for call in calls if call is not None]
     return sorted({0, *(each["case"] for each in parameters if each.get("world") == world and "case" in each)})
+
+
+def by_world(cases: Mapping[int, Sequence[dict[str, Any]]]) -> list[Any]:
+    """`(world, case)` for every case, by the number of ranks that compute it."""
+    return [
+        pytest.param(world, number, id=f"{'-'.join(map(str, case.values()))}-{world}")
+        for world, of_world in cases.items()
+        for number, case in enumerate(of_world)
+    ]
+
+
+def run_by_world(request: pytest.FixtureRequest, job: str, cases: Mapping[int, Sequence[dict[str, Any]]]) -> Reports:
+    """As `run_chosen`, with other cases for every number of ranks."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    wanted = {(call.params["world"], call.params["case"]) for call in calls if call and "case" in call.params}
+    found: Reports = {}
+    for world, of_world in cases.items():
+        numbers = [number for number in range(len(of_world)) if (world, number) in wanted]
+        if numbers:
+            results = run_ranks(job, world, {"cases": [of_world[number] for number in numbers]}, timeout=900)[0]
+            found[world] = dict(zip(numbers, results, strict=True))
+    return found

@@ -36,7 +36,7 @@ class Drawn(Selective):
     """Draws rows or columns of every linear layer, and rows of the embedding; trains norms as a whole.
 
     Args:
-        along: Rows, columns, or `both`: they take turns.
+        along: Rows, columns, `both`: they take turns, or elements.
         rest: Whether everything else is trained too.
         keep: Share that is kept.
     """
@@ -62,9 +62,9 @@ class Drawn(Selective):
                 other is not module and other._parameters.get("weight") is weight for other in model.modules()
             )
             along = self.along if self.along != "both" else ("rows", "columns")[len(found) % 2]
-            along = "rows" if table or tied else along
+            along = "rows" if (table or tied) and along == "columns" else along
             stored = type(module).__name__ == "Conv1D"
-            size = shape[int((along == "columns") != stored)]
+            size = shape.numel() if along == "elements" else shape[int((along == "columns") != stored)]
             found.append(Part(f"{name}.weight", along, max(1, round(self.keep * size))))  # type: ignore[arg-type]
         return found
 
@@ -161,7 +161,7 @@ class Case:
         self, stage: int, family: str = "llama", along: str = "rows", rest: bool = True, accumulation: int = 1,
         clip: float | None = None, decay: float = 0.0, recompute: bool = False, dtype: str = "float32",
         offload: bool = False, deepspeed: dict[str, Any] | None = None, embedding: bool = True,
-        hft: bool = False,
+        hft: bool = False, method: Any = None,
     ) -> None:  # fmt: skip
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         self.family, self.micro, self.accumulation = family, 6 // self.world, accumulation
@@ -182,7 +182,7 @@ class Case:
         if recompute:
             enable_activation_checkpointing(model)
         drawn = Drawn(along, rest, embedding=embedding)
-        self.method: Any = Hft(HftConfig(name="hft")) if hft else drawn
+        self.method: Any = Hft(HftConfig(name="hft")) if hft else method or drawn
         trainable = {name for name, parameter in bare.named_parameters() if parameter.requires_grad}
         loaded = LoadedModel(model.to(getattr(torch, dtype)), None, OBJECTIVES[self.kind])  # type: ignore[arg-type]
         self.engine = TrainingEngine(loaded, recipe, Composed([self.method]))
@@ -199,7 +199,8 @@ class Case:
             masks[name] = torch.full(parameter.shape, name in self.trainable and whole)
         for name, part in parts.items():
             chosen = self.method.draw(task, name, part.size, part.part.count)
-            masks[name] = torch.zeros_like(masks[name]).index_fill_(part.axis, chosen, True)
+            masks[name] = torch.zeros_like(masks[name])
+            part.by_unit(masks[name]).index_fill_(part.axis, chosen, True)
             bias = name.removesuffix("weight") + "bias"
             if part.bias:
                 masks[bias] = torch.zeros_like(masks[bias]).index_fill_(0, chosen, True)

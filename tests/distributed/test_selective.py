@@ -12,12 +12,21 @@ from tests.ranks import run_ranks
 
 JOBS = "tests.distributed.selective_jobs"
 RELEASED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+REGATHERED = {
+    "zero_optimization": {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+}
+"""Weights are released after forward, and gathered once more for backward."""
 CASES: list[dict[str, Any]] = [
     {"stage": 0, "along": "rows"},
     {"stage": 1, "along": "columns", "accumulation": 3, "clip": 0.1},
     {"stage": 2, "along": "both", "accumulation": 3, "decay": 0.1, "recompute": True},
     {"stage": 3, "along": "both", "accumulation": 3, "clip": 0.1, "recompute": True, "deepspeed": RELEASED},
     {"stage": 3, "along": "both", "clip": 0.1, "decay": 0.1},
+    {"stage": 3, "along": "both", "deepspeed": REGATHERED},
     {"stage": 0, "along": "both", "family": "roberta", "clip": 0.1},
     {"stage": 2, "along": "rows", "family": "roberta", "rest": False},
     {"stage": 3, "along": "rows", "family": "roberta", "deepspeed": RELEASED},
@@ -32,6 +41,12 @@ CASES: list[dict[str, Any]] = [
     {"stage": 3, "along": "both", "offload": True, "clip": 0.1, "deepspeed": RELEASED},
     {"stage": 2, "along": "both", "dtype": "bfloat16", "clip": 0.1},
     {"stage": 3, "along": "both", "dtype": "bfloat16", "deepspeed": RELEASED},
+    {"stage": 0, "along": "elements", "clip": 0.1, "decay": 0.1},
+    {"stage": 2, "along": "elements", "family": "roberta", "accumulation": 3, "recompute": True},
+    {"stage": 3, "along": "elements", "family": "gpt2", "accumulation": 3, "deepspeed": RELEASED},
+    {"stage": 1, "along": "elements", "family": "t5", "embedding": False, "offload": True, "clip": 0.1},
+    {"stage": 3, "along": "elements", "family": "lora", "decay": 0.1},
+    {"stage": 3, "along": "elements", "dtype": "bfloat16", "deepspeed": RELEASED},
 ]
 
 
@@ -52,7 +67,7 @@ def test_equals_the_dense_oracle(reports: Reports, case: int, world: int) -> Non
     assert report["outputs"] <= (1e-5 if exact else 0.2)
 
 
-@pytest.mark.parametrize("along", ["both"])
+@pytest.mark.parametrize("along", ["both", "elements"])
 def test_every_stage_goes_on_from_the_same_state(tmp_path: Path, along: str) -> None:
     arguments = {"folder": str(tmp_path / "state"), "stages": [2, 0, 1, 3], "along": along}
     apart = run_ranks(f"{JOBS}:through_a_state", 2, arguments, timeout=300)[0]

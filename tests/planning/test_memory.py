@@ -8,6 +8,7 @@ import pytest
 from cl_dist.kernels.row_magnitude import fold_memory
 from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.methods.sift.config import SiftConfig
 from cl_dist.planning.memory import plan_memory
 from cl_dist.planning.ranks import RankView
 from cl_dist.tasks.samples import SELECTION_BYTES, pack, table_bytes
@@ -112,6 +113,14 @@ def test_migu_holds_its_masks_and_on_a_gpu_the_sums_that_wait_to_be_folded() -> 
     assert held[2, "cpu"]["MIGU's masks"] == held[2, "cuda"]["MIGU's masks"] == (1 + 8 + 4 + 4) * sum(rows)
     waiting = held[2, "cuda"]["MIGU's magnitudes"] - held[2, "cpu"]["MIGU's magnitudes"]
     assert waiting == fold_memory(2 * 32, rows) >= 4 * 2 * sum(rows)
+
+
+def test_chosen_elements_are_all_that_has_gradients_masters_and_moments() -> None:
+    dense = plan_memory(*planned(2, 2, methods=[SiftConfig(name="sift", keep=1.0)])).held
+    some = plan_memory(*planned(2, 2, methods=[SiftConfig(name="sift", keep=0.05)])).held
+    for part in ("master", "moments"):
+        assert 0.05 * dense[part] <= some[part] <= 0.051 * dense[part]
+    assert some["sift's elements"] == 2 * some["master"]  # four bytes each, on each of the two ranks
 
 
 def test_gradients_that_are_summed_in_float32_take_four_bytes() -> None:

@@ -4,8 +4,10 @@ import pytest
 
 from cl_dist.methods.agem.config import AgemConfig
 from cl_dist.methods.cost import Collective
+from cl_dist.methods.gmt.config import GmtConfig
 from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.migu.config import MiguConfig
+from cl_dist.methods.mofo.config import MofoConfig
 from cl_dist.planning.wire import on_the_link, plan_wire
 from tests.planning.models import planned
 
@@ -63,6 +65,20 @@ def test_what_the_methods_add_is_named_apart() -> None:
     assert magnitudes == Collective("all_reduce", 8 * (rows + 2 * layers + 2), "MIGU's magnitudes")
     assert penalty.bytes == sum(each.nbytes for each in shape.trainable.values())
     assert {each.what for each in wire.methods_task} == {"scores of units", "changed weights"}
+
+
+def test_choosing_elements_adds_up_counts() -> None:
+    """256 counts of eight bytes per parameter in each of four sums; MoFO asks for each of AdamW's two groups."""
+    _, shape = planned()
+    matrices = sum(len(each.shape) == 2 for each in shape.trainable.values())
+    for config, parameters, searches in (
+        (GmtConfig(name="gmt"), len(shape.trainable), 1),
+        (MofoConfig(name="mofo"), matrices, 2),
+    ):
+        [counts] = plan_wire(*planned(2, 3, methods=[config])).methods_step
+        calls = 4 * searches
+        assert counts == Collective("all_reduce", calls * 256 * 8 * parameters, f"{config.name}'s counts", calls)
+        assert plan_wire(*planned(2, 0, methods=[config])).methods_step == ()
 
 
 def test_the_precision_of_the_sum_is_that_on_the_network() -> None:

@@ -83,11 +83,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 FUSING = ("kif", "tasl", "recurrent_kif")
 GROWING = ("inclora", "olora")
 BOUNDS = ("per_task", "multi_task")
-SELECTING = ("given", "hft")
-ORDER = ("given", "hft", "inclora", "olora", "replay", "lwf", "agem", "migu", *FUSING, "ewc", *BOUNDS)
-"""Of the methods of a pair: what MIGU masks comes before it, KIF after it, and EWC measures fused weights."""
-MASKED = {("migu", "ewc"): ("ewc", "migu")}
-"""The pair that the order above would turn round: MIGU's masks are to cover the penalty."""
+SELECTING = ("given", "hft", "sift")
+CHOOSING = ("gmt", "mofo")
+"""Choose elements."""
+MASKING = ("migu", *CHOOSING)
+ORDER = ("given", "hft", "sift", "inclora", "olora", "replay", "lwf", "agem", *MASKING, *FUSING, "ewc", *BOUNDS)
+"""Of the methods of a pair: what masks cover comes before them, KIF after them, and EWC measures fused weights."""
+MASKED = {(name, "ewc"): ("ewc", name) for name in MASKING}
+"""The pairs that the order above would turn round: masks are to cover the penalty."""
 
 
 def entry(name: str) -> dict[str, Any]:
@@ -171,7 +174,10 @@ def test_the_built_in_stream(zygote: Zygote, tmp_path: Path, request: pytest.Fix
     for run in runs:
         check_run(name, run)
     for task in MIXED if all(steps(runs[0])) else MIXED[:1]:
-        assert_close_weights(model(runs[0], task), model(runs[1], task))
+        # Of two elements whose scores differ by rounding alone, each stage may choose another one, and later steps
+        # start from there; masks that depended on the sharding would show in ten times as many elements.
+        flipped = 0.02 if set(name.split("+")) & set(CHOOSING) else 0.0
+        assert_close_weights(model(runs[0], task), model(runs[1], task), flipped)
     if name in ORDER and name not in (*GROWING, *BOUNDS):
         with pytest.raises(AssertionError, match="not close"):
             assert_close_weights(model(runs[0], MIXED[2]), model(request.getfixturevalue("plain"), MIXED[2]))
@@ -209,8 +215,12 @@ def check_moves(run: Path, tasks: Sequence[str], some_stay: bool = False) -> Non
     assert all(tensor.any() for tensor in trained_first)
 
 
-def assert_close_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+def assert_close_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], flipped: float = 0.0) -> None:
+    """`flipped`: share of all elements that may be another number."""
     assert ours.keys() == theirs.keys()
+    others = sum(int((~tensor.isclose(theirs[name], 1e-4, 1e-5)).sum()) for name, tensor in ours.items())
+    if others <= flipped * sum(tensor.numel() for tensor in ours.values()):
+        return
     for name, tensor in ours.items():
         torch.testing.assert_close(
             tensor, theirs[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"

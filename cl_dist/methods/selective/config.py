@@ -25,7 +25,7 @@ class SelectiveConfig(MethodConfig):
         ),
     )
 
-    name: Literal["given", "hft"]
+    name: Literal["given", "hft", "sift"]
     """Name of the method."""
 
     def check(self, recipe: Recipe) -> None:

@@ -14,6 +14,7 @@ from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.models.kept_parts import KeptPart, Part, install, is_kept
 from cl_dist.models.structure import whole_shape
 from cl_dist.sharding import Shard, ShardView, whole_parameters
+from cl_dist.sharding.maps import even_share
 
 
 class Selective(Method):
@@ -36,12 +37,12 @@ class Selective(Method):
         return frozenset()
 
     def choose(self, place: TaskPlace) -> Mapping[str, torch.Tensor]:
-        """Choose a task's rows or columns, before its first step, the same on all ranks.
+        """Choose a task's rows, columns or elements, before its first step, the same on all ranks.
 
         `self.model` computes with the weights that the task starts from, and `place.probe` can measure it.
 
         Returns:
-            By weight name `(Part.count,)` int64, strictly ascending.
+            By weight name `(Part.count,)` integers, strictly ascending.
         """
         return {}
 
@@ -67,7 +68,12 @@ class Selective(Method):
         """The weights that a task does not train are saved with its state, by every rank an even share."""
         names = [*self._frozen, *self._resting]
         frozen = sum(whole_shape(self.model.get_parameter(name)).numel() for name in names) * share.itemsize
-        return Cost(saved=frozen if share.replicated else frozen // share.world)
+        numbers = sum(part.indices.nbytes for part in self._elements)
+        saved = frozen + numbers
+        return Cost(
+            device={f"{self.config.name}'s elements": numbers} if numbers else {},
+            saved=saved if share.replicated else saved // share.world,
+        )
 
     def attach(self, model: nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Remember the model and its shards."""
@@ -110,28 +116,55 @@ class Selective(Method):
             [values] = [whole.clone() for whole in whole_parameters(self.model, [kept])]
             for whole in whole_parameters(self.model, [name]):
                 if (share := shares.get(name)) is not None:
-                    updated = whole.index_copy(axis, part.indices, values).reshape(-1)
+                    updated = part.by_unit(whole).index_copy(axis, part.indices.long(), values).reshape(-1)
                     share.data.copy_(updated[share.start : share.stop])
         self.shards.publish_frozen(self._frozen)
 
     def state_dict(self) -> dict[str, Any]:
-        """The choice, as numbers of rows or columns by weight."""
-        return {"kept": {part.part.weight: part.indices.tolist() for part in self._parts if part.active}}
+        """The choice, as numbers of rows or columns by weight; elements are too many for this (`tensors`)."""
+        return {
+            "kept": {
+                part.part.weight: [] if part in self._elements else part.indices.tolist()
+                for part in self._parts
+                if part.active
+            }
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the choice; the values have been restored with the training state."""
         kept: Mapping[str, list[int]] = state["kept"]
-        self._set({weight: torch.tensor(numbers, dtype=torch.int64) for weight, numbers in kept.items()})
+        self._set({weight: torch.tensor(numbers, dtype=torch.int64) for weight, numbers in kept.items() if numbers})
         self._pending = False
         self._activate(bool(kept))
 
     def tensors(self) -> dict[str, dict[str, Shard]]:
-        """What this task does not train but others may have: parameters that are frozen now, and the whole weights."""
-        return {"frozen": self.shards.frozen([*self._frozen, *self._resting])}
+        """What this task does not train but others may have: parameters that are frozen now, and the whole weights.
+        The numbers of the elements that it trains, of which every rank saves an even share.
+        """
+        found = {"frozen": self.shards.frozen([*self._frozen, *self._resting])}
+        if self._elements:
+            found["kept_elements"] = {part.part.weight: self._share(part) for part in self._elements}
+        return found
 
     def tensors_loaded(self) -> None:
-        """Give every rank the whole weights again."""
+        """Give every rank the whole weights, and all numbers, again."""
         self.shards.publish_frozen([*self._frozen, *self._resting])
+        for part in self._elements if torch.distributed.get_world_size() > 1 and not self.shards.replicated else ():
+            own = self._share(part)
+            numbers = torch.zeros_like(part.indices)
+            numbers[own.start : own.stop] = own.data
+            torch.distributed.all_reduce(numbers)
+            part.indices = numbers
+
+    def _share(self, part: KeptPart) -> Shard:
+        """What this rank saves of the numbers of a part's elements: live, and together with the others all of them."""
+        count, ranks = len(part.indices), 1 if self.shards.replicated else torch.distributed.get_world_size()
+        start, stop = even_share(count, torch.distributed.get_rank() % ranks, ranks)
+        return Shard(start, part.indices[start:stop])
+
+    @property
+    def _elements(self) -> list[KeptPart]:
+        return [part for part in self._parts if part.part.along == "elements"]
 
     @property
     def _resting(self) -> list[str]:
@@ -153,7 +186,7 @@ class Selective(Method):
     def _set(self, chosen: Mapping[str, torch.Tensor]) -> None:
         for part in self._parts:
             if part.part.weight in chosen:
-                part.indices = chosen[part.part.weight].to(part.indices.device)
+                part.indices = chosen[part.part.weight].to(part.indices)
 
     def _take_values(self) -> None:
         """Start the trained parts from the weights' values (collective)."""
@@ -161,7 +194,7 @@ class Selective(Method):
         wholes = whole_parameters(self.model, [name for _, name, _, _ in names])
         for (kept, _, axis, part), whole in zip(names, wholes, strict=True):
             if (master := self.shards.master(kept)) is not None:
-                values = whole.index_select(axis, part.indices).reshape(-1)
+                values = part.by_unit(whole).index_select(axis, part.indices).reshape(-1)
                 master.data.copy_(values[master.start : master.stop])
         self.shards.publish()
 

@@ -1,0 +1,1 @@
+"""GMT, gradient-mask tuning (arXiv 2406.15330)."""

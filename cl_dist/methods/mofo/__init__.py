@@ -1,0 +1,1 @@
+"""MoFO, the momentum-filtered optimiser (arXiv 2407.20999)."""

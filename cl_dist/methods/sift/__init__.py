@@ -1,0 +1,1 @@
+"""SIFT, sparse increment fine-tuning (arXiv 2312.11875)."""
