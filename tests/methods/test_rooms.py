@@ -10,7 +10,12 @@ from cl_dist.methods.catalogue import built_in
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ROOT / "cl_dist" / "methods"
-FAMILIES = {"tasl": "kif", "recurrent_kif": "kif", "olora": "inclora", "given": "selective", "hft": "selective"}
+FAMILIES = {
+    "tasl": "kif",
+    "recurrent_kif": "kif",
+    "olora": "inclora",
+    **dict.fromkeys(("given", "hft", "s2ft", "ssu"), "selective"),
+}
 """Methods that build on another one."""
 REASONS = {
     ("cl_dist/methods/catalogue.py", "sequential"): "the default method",

@@ -77,14 +77,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lwf": {"top_k": 8},
     "agem": {"memory_ratio": 0.25},
     "given": {"file": str(Path(__file__).with_name("given.yaml"))},
+    "ssu": {"calibration": str(Path(__file__).with_name("calibration.csv")), "samples": 4},
     "recurrent_kif": {"inner_steps": 2, "outer_steps": 1, "replay_ratio": 0.25},
 }
 """Settings that make a method's effect visible within three steps."""
 FUSING = ("kif", "tasl", "recurrent_kif")
 GROWING = ("inclora", "olora")
 BOUNDS = ("per_task", "multi_task")
-SELECTING = ("given", "hft")
-ORDER = ("given", "hft", "inclora", "olora", "replay", "lwf", "agem", "migu", *FUSING, "ewc", *BOUNDS)
+SELECTING = ("given", "hft", "ssu")
+ORDER = ("given", "hft", "ssu", "inclora", "olora", "replay", "lwf", "agem", "migu", *FUSING, "ewc", *BOUNDS)
 """Of the methods of a pair: what MIGU masks comes before it, KIF after it, and EWC measures fused weights."""
 MASKED = {("migu", "ewc"): ("ewc", "migu")}
 """The pair that the order above would turn round: MIGU's masks are to cover the penalty."""

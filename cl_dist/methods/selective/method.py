@@ -93,7 +93,7 @@ class Selective(Method):
         """Choose the parts of a new task; here, because a resume restores its state after `before_task`."""
         if self._pending:
             self._pending = False
-            self._set(self.choose(self._place))
+            self._set(self._agreed(self.choose(self._place)))
             self._take_values()
             self._activate(True)
 
@@ -149,6 +149,17 @@ class Selective(Method):
         for part in self._parts:
             for kept, name, axis in part.names:
                 yield kept, name, axis, part
+
+    def _agreed(self, chosen: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rank 0's choice: on another kind of processor a score may differ in its last bit (collective)."""
+        parts = [part for part in self._parts if part.part.weight in chosen]
+        if not parts:
+            return {}
+        device = parts[0].indices.device
+        numbers = torch.cat([chosen[part.part.weight].to(device) for part in parts])
+        torch.distributed.broadcast(numbers, 0)
+        pieces = numbers.split([part.part.count for part in parts])
+        return {part.part.weight: piece.clone() for part, piece in zip(parts, pieces, strict=True)}
 
     def _set(self, chosen: Mapping[str, torch.Tensor]) -> None:
         for part in self._parts:
