@@ -20,6 +20,8 @@ from cl_dist.methods.composed import Composed
 from cl_dist.methods.hft.config import HftConfig
 from cl_dist.methods.hft.method import Hft
 from cl_dist.methods.protocol import TaskPlace
+from cl_dist.methods.s2ft.config import S2ftConfig
+from cl_dist.methods.s2ft.method import S2ft
 from cl_dist.methods.selective.method import Selective
 from cl_dist.methods.ssu.config import SsuConfig
 from cl_dist.methods.ssu.inputs import mean_square_inputs
@@ -221,6 +223,10 @@ class Case:
             return Hft(HftConfig(name="hft"))
         if selector == "ssu":
             return Ssu(SsuConfig(name="ssu", calibration="unread", keep=0.4, samples=5))
+        if selector == "s2ft":
+            matrices = ("value", "output", "up", "gate", "down")
+            heads = 0.4 if self.family != "gpt2" else 0.0
+            return S2ft(S2ftConfig(name="s2ft", heads=heads, channels=0.3, matrices=matrices))
         return drawn
 
     def place(self, task: int) -> TaskPlace:
@@ -242,7 +248,10 @@ class Case:
             inputs = [micro_batches(self.kind, [sample], 1)[0].inputs for sample in self.calibration]
             return masks | ssu_columns(self.dense.model, inputs, list(parts), self.method.config.keep)
         for name, part in parts.items():
-            chosen = self.method.draw(task, name, part.size, part.part.count)
+            if self.selector == "s2ft":
+                chosen = self.method.choose(self.place(task))[name]
+            else:
+                chosen = self.method.draw(task, name, part.size, part.part.count)
             masks[name] = torch.zeros_like(masks[name]).index_fill_(part.axis, chosen, True)
             bias = name.removesuffix("weight") + "bias"
             if part.bias:

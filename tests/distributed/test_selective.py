@@ -38,6 +38,11 @@ CASES: list[dict[str, Any]] = [
     {"stage": 3, "selector": "ssu", "accumulation": 3, "clip": 0.1, "deepspeed": RELEASED},
     {"stage": 0, "selector": "ssu", "family": "t5"},
     {"stage": 3, "selector": "ssu", "family": "t5", "recompute": True, "deepspeed": RELEASED},
+    {"stage": 0, "selector": "s2ft", "accumulation": 3, "clip": 0.1, "decay": 0.1},
+    {"stage": 1, "selector": "s2ft", "family": "gpt2"},
+    {"stage": 2, "selector": "s2ft", "accumulation": 3, "family": "t5"},
+    {"stage": 3, "selector": "s2ft", "accumulation": 3, "clip": 0.1, "deepspeed": RELEASED},
+    {"stage": 0, "selector": "s2ft", "family": "roberta"},
 ]
 
 

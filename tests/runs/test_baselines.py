@@ -84,8 +84,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 FUSING = ("kif", "tasl", "recurrent_kif")
 GROWING = ("inclora", "olora")
 BOUNDS = ("per_task", "multi_task")
-SELECTING = ("given", "hft", "ssu")
-ORDER = ("given", "hft", "ssu", "inclora", "olora", "replay", "lwf", "agem", "migu", *FUSING, "ewc", *BOUNDS)
+SELECTING = ("given", "hft", "ssu", "s2ft")
+ORDER = ("given", "hft", "ssu", "s2ft", "inclora", "olora", "replay", "lwf", "agem", "migu", *FUSING, "ewc", *BOUNDS)
 """Of the methods of a pair: what MIGU masks comes before it, KIF after it, and EWC measures fused weights."""
 MASKED = {("migu", "ewc"): ("ewc", "migu")}
 """The pair that the order above would turn round: MIGU's masks are to cover the penalty."""

@@ -23,6 +23,9 @@ class Selective(Method):
     whole parameters. The choice of parts is in the saved state; frozen parameters have to follow from seed and task.
     """
 
+    trains_bias = True
+    """Whether a layer of which rows are trained trains the same rows of its bias."""
+
     def parts(self, model: nn.Module) -> Sequence[Part]:
         """The weights of which a part is trained. The same in every task.
 
@@ -52,12 +55,13 @@ class Selective(Method):
     def prepare_model(self, model: nn.Module, seed: int) -> None:
         """Freeze the weights, and put their trained parts beside them."""
         self.seed = seed
+        self._trainable = sum(whole_shape(each).numel() for each in model.parameters() if each.requires_grad)
         parts = self.parts(model)
         whole = {part.weight for part in parts}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and name not in whole and not self.trains_rest(name):
                 parameter.requires_grad_(False)
-        self._parts: list[KeptPart] = install(model, parts)
+        self._parts: list[KeptPart] = install(model, parts, self.trains_bias)
         # Parameters that are trained as a whole, in all tasks together.
         self.whole = [name for name, each in model.named_parameters() if each.requires_grad and not is_kept(name)]
         self.model = model
@@ -113,6 +117,10 @@ class Selective(Method):
                     updated = whole.index_copy(axis, part.indices, values).reshape(-1)
                     share.data.copy_(updated[share.start : share.stop])
         self.shards.publish_frozen(self._frozen)
+
+    def kept_share(self) -> float:
+        """The parts, and what is trained as a whole."""
+        return sum(map(self.shards.numel, self.shards.names)) / self._trainable
 
     def state_dict(self) -> dict[str, Any]:
         """The choice, as numbers of rows or columns by weight."""
