@@ -263,6 +263,12 @@ class Method:
     def after_task(self, place: TaskPlace) -> None:
         """A task's last step is done, and its state is not saved yet. Evaluation and export follow."""
 
+    def kept_share(self) -> float | None:
+        """Share of the elements that were trainable when the run began which the current task updates in a step, on
+        average; None: not known. Asked on all ranks when a task is trained, also after a resume.
+        """
+        return 1.0
+
     def write_results(self, folder: Path) -> None:
         """Write a task's results into its `folder`, next to its model; each file appears whole or not at all.
 

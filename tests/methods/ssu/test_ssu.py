@@ -44,6 +44,12 @@ def test_a_run_freezes_half_of_the_columns(zygote: Zygote, tmp_path: Path) -> No
     counts = frozen_columns(before, after)
     assert len(counts) == 14
     assert counts == {name: before[name].shape[1] // 2 for name in counts}
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    whole = sum(weight.numel() for weight in after.values())
+    trained = whole - sum(after[name].shape[0] * number for name, number in counts.items())
+    assert metrics["kept_share"] == {"spring": trained / whole, "summer": trained / whole}
+    # Each of two ranks has half of the float32 gradient, the masters and two moments, apart from padding.
+    assert [abs(held / (16 * trained / 2) - 1) < 0.01 for held in metrics["state_bytes_per_rank"]] == [True, True]
     others = [name for name in after if name not in counts and torch.equal(before[name], after[name])]
     assert others == []
 
