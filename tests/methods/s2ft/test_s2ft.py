@@ -115,6 +115,13 @@ def test_what_a_unit_computes_reaches_the_model_through_its_columns_alone(family
     assert not torch.equal(without(shifted, True), without(shifted, False))
 
 
+def test_nothing_but_the_units_is_trained() -> None:
+    model = MODELS["bert"]()
+    parts = prepared(model, channels=0.5, heads=0.5)._parts
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {part.part.weight.replace("weight", "kept") for part in parts}
+
+
 def test_shares_are_spread_over_the_blocks_and_drawn_anew() -> None:
     """6 of 80 channels, 3 in each block; 3 of 8 heads, one in the first."""
     method = prepared(MODELS["llama"](), channels=0.08, heads=0.4)
