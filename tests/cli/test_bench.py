@@ -141,7 +141,7 @@ class TestStep:
         assert set(document["seconds"]) == {"dense", "selected"}
         assert document["selected_over_dense"]["minimum"] > 0
         # Elements of a block of width 32 and 88, of which ssu keeps 10 of 32 and 27 of 88 columns, and of the rest.
-        block, kept, rest = 4 * 32 * 32 + 3 * 32 * 88, (4 + 2 * 88 / 32) * 10 * 32 + 32 * 27, 2 * 2048 * 32 + 3 * 32
+        block, kept, rest = 4 * 32 * 32 + 3 * 32 * 88, (4 + 2 * 88 / 32) * 10 * 32 + 32 * 27, 2 * 1024 * 32 + 3 * 32
         assert document["kept_share"] == pytest.approx((kept + rest) / (block + rest))
         assert document["state_share"] == pytest.approx(document["kept_share"], rel=0.01)
 

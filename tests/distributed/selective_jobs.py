@@ -225,7 +225,7 @@ class Case:
             return Ssu(SsuConfig(name="ssu", calibration="unread", keep=0.4, samples=5))
         if selector == "s2ft":
             matrices = ("value", "output", "up", "gate", "down")
-            heads = 0.4 if self.family != "gpt2" else 0.0
+            heads = 0.5 if self.family != "gpt2" else 0.0
             return S2ft(S2ftConfig(name="s2ft", heads=heads, channels=0.3, matrices=matrices))
         return drawn
 
