@@ -133,6 +133,19 @@ def through_a_state(folder: str, stages: list[int], settings: dict[str, Any]) ->
     return apart
 
 
+def disagreeing() -> list[list[int]]:
+    """What every rank trains if each chooses something else."""
+    join(timeout_seconds=120)
+    case = Case(1)
+    rank = torch.distributed.get_rank()
+    case.method.draw = lambda task, name, size, count: torch.arange(count) + rank
+    case.engine.before_task(case.place(0))
+    case.method.before_step(0)
+    everyone: list[Any] = [None] * case.world
+    torch.distributed.all_gather_object(everyone, [part.indices.tolist() for part in case.method._parts])
+    return everyone
+
+
 def calibrated(stages: list[int]) -> list[str]:
     """A digest of the inputs that source-shielded updates measure, under each stage."""
     join(timeout_seconds=120)

@@ -72,6 +72,13 @@ def test_every_stage_goes_on_from_the_same_state(tmp_path: Path, settings: dict[
     assert apart == {"2": 0.0, "0": pytest.approx(0.0, abs=1e-6), "1": 0.0, "3": pytest.approx(0.0, abs=1e-6)}
 
 
+def test_the_first_rank_chooses_for_all() -> None:
+    """Scores may differ in their last bit between unlike processors."""
+    first, second = run_ranks(f"{JOBS}:disagreeing", 2, {}, timeout=300)[0]
+    assert first == second
+    assert {numbers[0] for numbers in first} == {0}
+
+
 def test_calibration_is_the_same_to_the_last_bit_on_any_number_of_ranks() -> None:
     digests = [run_ranks(f"{JOBS}:calibrated", world, {"stages": [0, 3]}, timeout=300) for world in (1, 2, 3)]
     assert len({each for ranks in digests for rank in ranks for each in rank}) == 1

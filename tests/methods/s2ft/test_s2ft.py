@@ -129,6 +129,7 @@ def test_shares_are_spread_over_the_blocks_and_drawn_anew() -> None:
     counts = {name.removeprefix("model.layers."): len(index) for name, index in first.items()}
     assert [counts[f"{n}.mlp.{m}_proj.weight"] for n in (0, 1) for m in ("up", "gate", "down")] == [3] * 6
     assert [counts[f"{n}.self_attn.{m}_proj.weight"] for n in (0, 1) for m in "vo"] == [8, 8, 16, 16]
+    assert first["model.layers.0.self_attn.v_proj.weight"].remainder(8).tolist() == list(range(8)), "a whole head"
     for block in (0, 1):
         up, gate, down = (first[f"model.layers.{block}.mlp.{m}_proj.weight"] for m in ("up", "gate", "down"))
         assert torch.equal(up, down)
