@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,19 +39,23 @@ def mean_square_inputs(
     Raises:
         BadInput: A layer has not run.
     """
-    seen: dict[str, list[torch.Tensor]] = {}
+    sums: dict[str, torch.Tensor] = {}
+    tokens: Counter[str] = Counter()
 
     def watch(name: str) -> Any:
-        return layers[name].register_forward_pre_hook(
-            lambda _, given: seen.setdefault(name, []).append(given[0].detach().reshape(-1, given[0].shape[-1]))
-        )
+        def see(_: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+            squares = given[0].detach().reshape(-1, given[0].shape[-1]).double().square().sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
+            tokens[name] += given[0].shape[:-1].numel()
+
+        return layers[name].register_forward_pre_hook(see)
 
     total = torch.zeros(())
 
     def take(count: int) -> None:
         nonlocal total
-        _refuse_idle(layers, seen)
-        own = torch.cat([torch.cat(seen.pop(name)).double().square().mean(0) for name in layers])
+        _refuse_idle([name for name in layers if name not in sums])
+        own = torch.cat([sums.pop(name) / tokens.pop(name) for name in layers])
         everyone = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(everyone, own)
         for each in everyone[:count]:
@@ -71,8 +76,7 @@ def _inputs(layer: nn.Module) -> int:
     return int(layer.in_features) if isinstance(layer, nn.Linear) else int(layer.nx)  # type: ignore[arg-type]
 
 
-def _refuse_idle(layers: Mapping[str, nn.Module], seen: Mapping[str, Sequence[torch.Tensor]]) -> None:
-    idle = [name for name in layers if name not in seen]
+def _refuse_idle(idle: Sequence[str]) -> None:
     if idle:
         raise BadInput(
             f"method.calibration: these layers do not run, so that their inputs cannot be measured: "
