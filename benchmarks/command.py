@@ -86,14 +86,17 @@ def _check_step(options: Namespace) -> None:
 
 
 def _check_ranks(options: Namespace) -> None:
-    if options.processes is None:
+    if options.selector is None and options.accumulation is not None:
+        raise BadInput(f"--accumulation {options.accumulation}: needs a method; give --selector too")
+    if options.processes is None and options.selector is None:
         if options.zero_stage is not None:
             raise BadInput(f"--zero-stage {options.zero_stage}: needs ranks; give --processes too")
         return
+    ranks = "--processes" if options.selector is None else "--selector"
     if options.lora is not None:
-        raise BadInput(f"--lora {options.lora}: measured in a single process only; leave out --processes")
+        raise BadInput(f"--lora {options.lora}: measured in a single process only; leave out {ranks}")
     if options.dtype not in RANK_DTYPES:
-        raise BadInput(f"--dtype {options.dtype}: not supported with --processes; allowed: {', '.join(RANK_DTYPES)}")
+        raise BadInput(f"--dtype {options.dtype}: not supported with {ranks}; allowed: {', '.join(RANK_DTYPES)}")
 
 
 def _check_importance(options: Namespace) -> None:
@@ -129,8 +132,12 @@ BENCHMARKS = {
             "masked rows), and reference (magnitudes from hooks, torch.quantile, gradients multiplied by the mask).\n"
             "Also compares the masked gradients with masking after backward, and measures peak memory.\n"
             "With --processes, ranks train under DeepSpeed, dense and masked. There is no reference variant, so\n"
-            "masked_over_reference and reference_over_dense are null.",
-            (*_LAYER_OPTIONS, "threshold", "layers", "intermediate", "lora", "processes", "zero_stage", "memory"),
+            "masked_over_reference and reference_over_dense are null.\n"
+            "With --selector, two ranks (or --processes) take whole steps, reduction and optimiser included, of a\n"
+            "method that knows for a task which part of the weights it trains, and dense ones: times, and the bytes\n"
+            "of gradient, masters and moments per rank. The part is 1 - T of the weights in the blocks.",
+            (*_LAYER_OPTIONS, "threshold", "layers", "intermediate", "lora", "processes", "zero_stage", "memory",
+             "selector", "accumulation"),
             {"hidden": (1024,), "tokens": (512,), "threshold": 0.7, "memory": "yes"},
             check=_check_step,
         ),

@@ -35,12 +35,16 @@ MANY_STEPS = 1_000_000
 """Length of the learning rate schedule."""
 
 
-def build_engine(size: StepSize, stage: int, method: Method) -> TrainingEngine:
-    """An engine around a model of its own."""
+def build_engine(size: StepSize, stage: int, method: Method, accumulation: int = 1) -> TrainingEngine:
+    """An engine around a model of its own, with `accumulation` micro-batches a step."""
     recipe = Recipe(
         model=ModelConfig(name_or_path="unused"),
         stream=StreamConfig(tasks=(TaskConfig(name="unused", format="builtin"),)),
-        train=TrainConfig(micro_batch_size=1, dtype=size.dtype),  # type: ignore[arg-type]  # checked with the options
+        train=TrainConfig(
+            micro_batch_size=1,
+            gradient_accumulation=accumulation,
+            dtype=size.dtype,  # type: ignore[arg-type]  # checked with the options
+        ),
         zero=ZeroConfig(stage=stage),  # type: ignore[arg-type]
         output_dir="unused",
     )

@@ -16,6 +16,7 @@ from cl_dist.errors import BadInput
 DTYPES = ("float32", "bfloat16", "float16")
 ORDERS = ("first", "second", "mixed")
 DEVICES = ("cpu", "cuda")
+SELECTORS = ("hft", "s2ft", "ssu")
 MEBI = 2**20
 
 
@@ -138,6 +139,14 @@ _OPTIONS = (
     Option("--lora", "train rank-R adapters on all linear layers instead of the weights", _whole(1), _POSITIVE, "R"),
     Option("--processes", "train under DeepSpeed with N ranks on this machine", _whole(1), _POSITIVE),
     Option("--zero-stage", "ZeRO stage, with --processes (default: 2)", _stage, "0, 1, 2, 3"),
+    Option(
+        "--selector",
+        f"train a part of the weights with a method: {', '.join(SELECTORS)}",
+        _one_of(*SELECTORS),
+        ", ".join(SELECTORS),
+        "NAME",
+    ),
+    Option("--accumulation", "micro-batches of a step, with --selector (default: 1)", _whole(1), _POSITIVE),
     Option("--elements", "numbers of elements of the parameter to measure", _whole(1), _POSITIVE, many=True),
     Option("--order", ", ".join(ORDERS), _one_of(*ORDERS), ", ".join(ORDERS), "NAME"),
     Option("--memory", "whether to measure peak memory too, in a separate process for each variant",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A whole training step without the optimiser, masked and dense: `cl-dist bench step`, or this file as a script."""
+"""A training step, masked and dense; with `--selector` the optimiser too: `cl-dist bench step`, or run this file."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cl_dist.benchmarks.report import Column, Entry, timed
 from cl_dist.benchmarks.shapes import MODELS, Model, default_blocks, model_of
 from cl_dist.benchmarks.step_memory import peaks
 from cl_dist.benchmarks.step_ranks import DEFAULT_STAGE, race_on_ranks
+from cl_dist.benchmarks.step_selectors import entry_of
 from cl_dist.benchmarks.training import WAYS, Masked, StepSize, Way, build_model, operations, token_ids
 from cl_dist.errors import ClDistError
 
@@ -30,8 +31,14 @@ COLUMNS = (
     Column("tokens", "tokens"),
     Column("dense, ms", "seconds.dense", "milliseconds"),
     Column("masked, ms", "seconds.masked", "milliseconds"),
+    Column("selected, ms", "seconds.selected", "milliseconds"),
     Column("reference, ms", "seconds.reference", "milliseconds"),
     Column("masked / dense", "masked_over_dense", "ratio"),
+    Column("selected / dense", "selected_over_dense", "ratio"),
+    Column("kept share", "kept_share", "number"),
+    Column("state, share of dense", "state_share", "number"),
+    Column("dense, state", "state_bytes_per_rank.dense", "bytes"),
+    Column("selected, state", "state_bytes_per_rank.selected", "bytes"),
     Column("arithmetic alone", "arithmetic_limit", "number"),
     Column("masked / reference", "masked_over_reference", "ratio"),
     Column("reference / dense", "reference_over_dense", "ratio"),
@@ -48,7 +55,10 @@ def entries(options: Namespace, device: torch.device) -> Iterator[Entry]:
     for widths in _widths(options):
         for tokens in options.tokens:
             size = _size(widths, tokens, options)
-            yield _on_ranks(size, options) if options.processes else _in_process(size, options, device)
+            if options.selector is not None:
+                yield entry_of(size, options)
+            else:
+                yield _on_ranks(size, options) if options.processes else _in_process(size, options, device)
             gc.collect()
 
 

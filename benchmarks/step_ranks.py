@@ -36,12 +36,13 @@ def race_on_ranks(size: StepSize, stage: int, options: Namespace) -> tuple[Times
     """
     arguments = {"size": asdict(size), "stage": stage, "runs": options.runs}
     found = measure_on_ranks(
-        "cl_dist.benchmarks.step_ranks:race_ways", arguments, options.processes, _environment(options)
+        "cl_dist.benchmarks.step_ranks:race_ways", arguments, options.processes, environment_of(options)
     )
     return Times(found["seconds"]), int(found["threads"])
 
 
-def _environment(options: Namespace) -> dict[str, str]:
+def environment_of(options: Namespace) -> dict[str, str]:
+    """The ranks' environment: their threads and their device."""
     environment = dict(os.environ)
     if options.threads is not None:
         environment["OMP_NUM_THREADS"] = str(options.threads)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from cl_dist.models.training_mode import enable_activation_checkpointing
 from cl_dist.state.collective_failure import on_first_rank
 from cl_dist.state.token_cache import TokenCache
 from cl_dist.tasks.encode import Encoder, label_names
-from cl_dist.tasks.stream import load_stream
+from cl_dist.tasks.stream import load_method_data, load_stream
 from cl_dist.tasks.tokenised import TokenisedData
 from cl_dist.tasks.types import Task
 
@@ -55,6 +55,13 @@ class System:
     """None if the recipe does not measure general ability."""
     notices: tuple[Notice, ...] = ()
     """Remarks on the tasks' scores, for the log."""
+    method_data: Mapping[str, Task] = field(default_factory=dict)
+    """The data sets that methods name, by setting."""
+
+    @property
+    def sources(self) -> tuple[Task, ...]:
+        """Everything that was read: the tasks, and the data sets that methods name."""
+        return (*self.tasks, *self.method_data.values())
 
     def trainer(self, index: int) -> TaskTrainer:
         """Return the trainer for the task at position `index` of the stream."""
@@ -63,7 +70,8 @@ class System:
         samples = self.engine.training_data(index, stream)
         memory = self.engine.method.memory(index, stream)
         tokenizer, pad_id = self.loaded.tokenizer, self.data.encoder.pad_id
-        return TaskTrainer(self.engine, samples, tokenizer, pad_id, index, memory, stream[: index + 1])
+        data = {setting: self.data.train(task) for setting, task in self.method_data.items()}
+        return TaskTrainer(self.engine, samples, tokenizer, pad_id, index, memory, stream[: index + 1], data)
 
     def start_messages(self) -> list[str]:
         """Sentences to log when a run starts: the matrices without an adapter, and the method's own messages."""
@@ -92,6 +100,7 @@ def build_system(recipe: Recipe, recipe_dir: Path, phase: Callable[[str], None] 
 
     begin("reading the data")
     tasks = load_stream(recipe.stream, recipe_dir, recipe.train)
+    method_data = load_method_data(recipe, recipe_dir)
     names = label_names(tasks)
 
     if recipe.eval.general is not None:
@@ -105,12 +114,13 @@ def build_system(recipe: Recipe, recipe_dir: Path, phase: Callable[[str], None] 
     begin("checking the data", f": {_amounts(tasks)}")
     data = _tokenised(recipe, loaded, names)
     notices = _check_data(tasks, loaded.model, data, loaded.objective, recipe.eval, trained=True)
+    on_first_rank(lambda: _check_method_data(method_data, data))
 
     begin("building the engine", f": ZeRO stage {recipe.zero.stage}, two trial batches")
     engine = TrainingEngine(loaded, recipe, compose(recipe.method))
     evaluator = _evaluator(recipe, engine.model, loaded, data, names, recipe.zero.stage == 3, engine.whole)
     general = _general(recipe, engine.model, loaded, harness)
-    return System(recipe, tasks, loaded, data, engine, evaluator, general, notices)
+    return System(recipe, tasks, loaded, data, engine, evaluator, general, notices, method_data)
 
 
 def _amounts(tasks: Sequence[Task]) -> str:
@@ -204,6 +214,11 @@ def _check_data(
         return notices
 
     return on_first_rank(check)
+
+
+def _check_method_data(method_data: Mapping[str, Task], data: TokenisedData) -> None:
+    for task in method_data.values():
+        data.encoder.check(task)
 
 
 def _evaluator(

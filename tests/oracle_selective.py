@@ -7,8 +7,45 @@ norm is taken, and after AdamW's step dropped elements and their moments get the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+
+
+def ssu_columns(
+    model: torch.nn.Module, samples: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str], keep: float
+) -> dict[str, torch.Tensor]:
+    """Source-shielded updates: True for the elements that are trained, of the weights `names`, each of a layer.
+
+    A column's score is its norm times the mean over samples of the mean over tokens of its squared inputs; a share
+    `1 - keep` of the columns has the highest scores and is frozen.
+    """
+    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
+    totals: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def see(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+            mean = given[0].detach().double().square().mean(tuple(range(given[0].dim() - 1)))
+            totals[name] = totals.get(name, 0) + mean / len(samples)
+
+        return modules[name].register_forward_pre_hook(see)
+
+    hooks = [watch(name) for name in names]
+    with torch.no_grad():
+        for sample in samples:
+            model(**sample)
+    for hook in hooks:
+        hook.remove()
+    masks = {}
+    for name, module in modules.items():
+        weight = module.weight.detach().double()
+        transposed = not isinstance(module, torch.nn.Linear)  # GPT-2's layers
+        score = (weight.t() if transposed else weight).norm(dim=0) * totals[name]
+        mask = torch.ones_like(weight, dtype=torch.bool)
+        frozen = score.topk(int(len(score) * (1 - keep))).indices
+        mask[frozen if transposed else (slice(None), frozen)] = False
+        masks[name] = mask
+    return masks
 
 
 class Dense:

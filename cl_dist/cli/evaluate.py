@@ -74,6 +74,8 @@ def _check(recipe: Recipe, recipe_dir: Path, inputs: Inputs | None, model: Path,
     check_published(source, partial(print, file=sys.stderr, flush=True) if first else None)
     if not first or inputs is None:
         return
+    # What a method measured matters to training alone.
+    inputs = replace(inputs, data={task.name: inputs.data[task.name] for task in tasks if task.name in inputs.data})
     now = with_data(inputs, tasks) if trained_whole else read_inputs(recipe, tasks)
     for change in [] if now is None else input_changes(inputs, now, tasks):
         print(f"input has changed since the run: {change}", file=sys.stderr, flush=True)

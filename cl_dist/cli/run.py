@@ -112,8 +112,11 @@ def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: b
     from cl_dist.models.hub import check_published
     from cl_dist.state.inputs import read_inputs
     from cl_dist.state.preflight import preflight, set_aside
+    from cl_dist.tasks.stream import load_method_data
 
     tasks = check_stream_and_model(recipe, recipe_dir)
+    with refusing("method"):
+        tasks = (*tasks, *load_method_data(recipe, recipe_dir).values())
     notify = partial(print, file=sys.stderr, flush=True)
     check_published(recipe.model, notify if first else None)
     if first:

@@ -151,7 +151,7 @@ def check_own_settings(cls: type, place: str, reserved: Collection[str]) -> None
     """Check the settings that the user's own class declares.
 
     Raises PluginError if a recipe could not hold them: an undefined type, a default that the setting itself would not
-    accept, a `reserved` name, or an entry of `PATHS`, `VARIED` or `FIXED` that is not a setting.
+    accept, a `reserved` name, or an entry of `PATHS`, `DATA`, `VARIED` or `FIXED` that is not a setting.
     """
     try:
         rebuild_dataclass(cls)
@@ -162,7 +162,7 @@ def check_own_settings(cls: type, place: str, reserved: Collection[str]) -> None
     for name in own:
         if name in fields and name in reserved:
             raise PluginError(f"{place}: {name} already has a meaning; give the setting another name")
-    for attribute in ("PATHS", "VARIED", "FIXED"):
+    for attribute in ("PATHS", "DATA", "VARIED", "FIXED"):
         names = getattr(cls, attribute, ())
         if isinstance(names, str) or not set(names) <= set(fields):
             raise PluginError(

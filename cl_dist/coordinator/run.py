@@ -147,7 +147,7 @@ def _with_inputs(ledger: Ledger, system: System, resume: bool, reporter: Reporte
     data that it has read itself, since each node may have its own copy.
     """
     manifest, folder = ledger.manifest, ledger.folder
-    now = on_first_rank(lambda: read_inputs(system.recipe, system.tasks))
+    now = on_first_rank(lambda: read_inputs(system.recipe, system.sources))
     if manifest.inputs is None and resume and folder.manifest.exists():
         reporter.message(
             "an earlier release started this run and recorded no digests of its inputs: data, base model and tokenizer "
@@ -156,7 +156,7 @@ def _with_inputs(ledger: Ledger, system: System, resume: bool, reporter: Reporte
     before = manifest.inputs or now
     if before is None or now is None:
         return manifest
-    fail_together(lambda: refuse_other_inputs(before, with_data(now, system.tasks), system.tasks, folder.path))
+    fail_together(lambda: refuse_other_inputs(before, with_data(now, system.sources), system.sources, folder.path))
     changed = plugin_changes(before, now)
     if changed is not None:
         reporter.message(changed)

@@ -15,7 +15,7 @@ from cl_dist.assembly import System
 from cl_dist.config.load import dump_recipe
 from cl_dist.coordinator.scoring import General, Row, Scoring
 from cl_dist.coordinator.task_state import Spent, TaskLost, TaskState
-from cl_dist.engine.distributed import leave, peak_memory_per_rank
+from cl_dist.engine.distributed import leave, numbers_per_rank, peak_memory
 from cl_dist.engine.stop import Deadline, StopRequest
 from cl_dist.engine.trainer import TaskTrainer
 from cl_dist.errors import Interrupted
@@ -149,7 +149,10 @@ class Coordinator:
         timings = {**dataclasses.asdict(spent), "evaluate_seconds": evaluate_seconds}
         manifest = self.ledger.manifest
         # Each rank's peak over all restarts, which may have had different numbers of ranks.
-        peaks = zip_longest(peak_memory_per_rank(), manifest.peak_memory_bytes, fillvalue=0)
+        peaks = zip_longest(numbers_per_rank(peak_memory()), manifest.peak_memory_bytes, fillvalue=0)
+        held = zip_longest(numbers_per_rank(self.system.engine.shards.state_bytes), manifest.state_bytes, fillvalue=0)
+        method = self.system.engine.method
+        share = method.kept_share() if method.trains(index) else None
         self.ledger.update(
             general=general,
             **manifest.with_row(row),
@@ -157,6 +160,9 @@ class Coordinator:
             checkpoints=(),
             timings=(*manifest.timings, timings),
             peak_memory_bytes=tuple(max(pair) for pair in peaks),
+            # An older release recorded none.
+            kept_share=(*manifest.kept_share, *[None] * (index - len(manifest.kept_share)), share),
+            state_bytes=tuple(max(pair) for pair in held),
             status="finished" if index + 1 == len(self.tasks) else "running",
         )
         self._state.forget_strays()
@@ -309,6 +315,8 @@ def run_metrics(manifest: Manifest) -> dict[str, Any]:
         "tokens_per_second": sum(entry.get("tokens", 0) for entry in manifest.timings) / max(seconds, 1e-9),
         "step_seconds": seconds / max(steps, 1),
         "peak_memory_bytes": list(manifest.peak_memory_bytes),
+        "kept_share": dict(zip(manifest.tasks, manifest.kept_share, strict=False)),
+        "state_bytes_per_rank": list(manifest.state_bytes),
         "timings": [dict(entry) for entry in manifest.timings],
         "device": manifest.device,
         "world_size": manifest.world_size,

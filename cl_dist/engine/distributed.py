@@ -124,13 +124,16 @@ def set_timeout(timeout_seconds: float) -> None:
         distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
-def peak_memory_per_rank() -> list[int]:
-    """Return each rank's peak memory in bytes: allocated on its GPU, or resident in RAM without one (collective)."""
+def peak_memory() -> int:
+    """This rank's peak memory in bytes: allocated on its GPU, or resident in RAM without one."""
     if uses_gpu():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    own = torch.tensor(peak, device=device())
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def numbers_per_rank(number: int) -> list[int]:
+    """The number that each rank calls this with (collective)."""
+    own = torch.tensor(number, device=device())
     everyone = [torch.zeros_like(own) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(everyone, own)
     return [int(value) for value in everyone]

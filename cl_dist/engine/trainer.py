@@ -5,7 +5,7 @@ Methods may ask for gradients and predictions on samples of their choice, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING
@@ -82,6 +82,7 @@ class EngineProbe(Probe):
         tasks: The training samples of all tasks so far, the current task last.
         learnt: Returns the inputs of a rank in the current task, each once, in micro-batches.
         collate: Collates a chunk as training does.
+        data: The data sets that methods name, by setting.
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class EngineProbe(Probe):
         tasks: Sequence[Sequence[Encoded]],
         learnt: Callable[[int], list[Chunk]],
         collate: Callable[[int, list[int]], Batch],
+        data: Mapping[str, Sequence[Encoded]] | None = None,
     ) -> None:
-        self.tasks = tasks
+        self.tasks, self.data = tasks, data or {}
         self._engine, self._collator, self._learnt, self._collate = engine, collator, learnt, collate
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
@@ -119,6 +121,15 @@ class EngineProbe(Probe):
             take(batch, *self._engine.predict(batch))
             beat()
 
+    def each(self, samples: Sequence[Encoded], take: Callable[[int], None]) -> None:
+        """See `Probe`."""
+        for first in range(0, len(samples), self._world):
+            own = first + self._rank
+            sample = samples[own if own < len(samples) else first]
+            self._engine.predict(self._collator([sample], mask_seed=0).to(device()))
+            take(min(self._world, len(samples) - first))
+            beat()
+
 
 class TaskTrainer:
     """The optimiser steps of one task. Each step depends on its number alone, so training can resume at any of them.
@@ -131,6 +142,7 @@ class TaskTrainer:
         index: Position of the task in the stream.
         memory: Encoded samples of past tasks, trained on in separate steps between the task's own.
         tasks: The training samples of all tasks so far, which methods can probe.
+        data: The data sets that methods name, by setting.
     """
 
     def __init__(
@@ -142,6 +154,7 @@ class TaskTrainer:
         index: int,
         memory: Memory | None = None,
         tasks: Sequence[Sequence[Encoded]] = (),
+        data: Mapping[str, Sequence[Encoded]] | None = None,
     ) -> None:
         self._engine, self._samples, self._index = engine, as_samples(samples), index
         decoder_start = getattr(engine.model.config, "decoder_start_token_id", None)
@@ -162,7 +175,7 @@ class TaskTrainer:
             outer = self._batch_plan(past, passes, self.cycles.outer_steps, "memory order")
             self._plan = InterleavedPlan(own, outer, self.cycles, len(self._samples))
             self._samples = join([self._samples, past])
-        self.probe = EngineProbe(engine, self._collator, tasks, self._learnt, self._collate)
+        self.probe = EngineProbe(engine, self._collator, tasks, self._learnt, self._collate, data)
 
     def _batch_plan(self, samples: Samples, epochs: int, max_steps: int | None, order: str) -> BatchPlan:
         return BatchPlan(

@@ -60,6 +60,11 @@ def built_in() -> Mapping[str, type[MethodConfig]]:
     return found
 
 
+def method_inputs() -> set[str]:
+    """Keys of the settings that say where a data set of a method is (`MethodConfig.DATA`), as in `INPUT_SETTINGS`."""
+    return {f"method[].{setting}" for cls in known().values() for setting in cls.DATA}
+
+
 def known() -> Mapping[str, type[MethodConfig]]:
     """Settings by name of all methods that are known without further imports: built-in ones and loaded plugins."""
     own = {**loaded_classes(_base()), **_used}

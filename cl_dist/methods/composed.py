@@ -174,6 +174,12 @@ class Composed(Method):
         """False if any method says that the task has no steps."""
         return all(_answered(method, "trains", method.trains(index), bool) for method in self.methods)
 
+    def kept_share(self) -> float | None:
+        """That of the method which chooses; no two do."""
+        shares = [_answered(method, "kept_share", method.kept_share(), float, type(None)) for method in self.methods]
+        known = [share for share in shares if share is not None]
+        return min(known) if len(known) == len(shares) else None
+
     def prepare_task(self, index: int) -> bool:
         """Prepare every method; return whether any of them has changed what is trained."""
         # A list, so that no method is left out.

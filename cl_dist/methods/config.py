@@ -81,6 +81,8 @@ class MethodConfig:
     """Metrics (keys of metrics.json) that mean nothing for this method; `cl-dist compare` leaves them out."""
     PATHS: ClassVar[tuple[str, ...]] = ()
     """Settings that are paths; relative ones start from the recipe's folder."""
+    DATA: ClassVar[tuple[str, ...]] = ()
+    """Paths among them that lead to data sets, which are read like a task's and found in `Probe.data`."""
     TABLE_NOTE: ClassVar[str | None] = None
     """What readers of a `cl-dist compare` table must know about its rows; shown after the row's name."""
 

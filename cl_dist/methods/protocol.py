@@ -34,6 +34,8 @@ class Probe(ABC):
 
     tasks: Sequence[Sequence[Encoded]]
     """Each task's own training samples in stream order, up to and including the current task."""
+    data: Mapping[str, Sequence[Encoded]]
+    """The data sets that methods name (`MethodConfig.DATA`), by setting."""
 
     @abstractmethod
     def gradient(self, samples: Sequence[Encoded], take: Callable[[], None], *, mean: bool, what: str) -> bool:
@@ -59,6 +61,18 @@ class Probe(ABC):
         Args:
             take: Called for each micro-batch with the arguments of `Method.added_loss`, but without a graph.
                 `Batch.keys` identifies the inputs.
+        """
+
+    @abstractmethod
+    def each(self, samples: Sequence[Encoded], take: Callable[[int], None]) -> None:
+        """Run the model with its current weights over every sample by itself, without padding; the ranks take turns.
+
+        What hooks see of a sample does not depend on the number of ranks. In every round each rank runs one sample.
+
+        Args:
+            samples: The same on all ranks.
+            take: Called on all ranks after each round, with the number of samples that the round has measured: rank r
+                has run the r-th of them. Ranks beyond that number have run a sample that does not count.
         """
 
 
@@ -248,6 +262,12 @@ class Method:
 
     def after_task(self, place: TaskPlace) -> None:
         """A task's last step is done, and its state is not saved yet. Evaluation and export follow."""
+
+    def kept_share(self) -> float | None:
+        """Share of the elements that were trainable when the run began which the current task updates in a step, on
+        average; None: not known. Asked on all ranks when a task is trained, also after a resume.
+        """
+        return 1.0
 
     def write_results(self, folder: Path) -> None:
         """Write a task's results into its `folder`, next to its model; each file appears whole or not at all.

@@ -110,7 +110,7 @@ def untracked_matrices(model: nn.Module, tracked: Mapping[str, TrackedLayer]) ->
     (`tables_in_blocks`; T5 keeps its position biases inside a block): both are trained without a mask.
     """
     owned = {layer.weight for layer in tracked.values()} | {layer.bias for layer in tracked.values()}
-    found = _matrices_in_blocks(model)
+    found = matrices_in_blocks(model)
     return {
         name: type(module).__name__
         for name, module in found.items()
@@ -120,7 +120,7 @@ def untracked_matrices(model: nn.Module, tracked: Mapping[str, TrackedLayer]) ->
 
 def tables_in_blocks(model: nn.Module) -> list[str]:
     """Names of the trainable embedding tables inside the blocks."""
-    return [name for name, module in _matrices_in_blocks(model).items() if isinstance(module, nn.Embedding)]
+    return [name for name, module in matrices_in_blocks(model).items() if isinstance(module, nn.Embedding)]
 
 
 def block_parameters(model: nn.Module) -> list[str]:
@@ -157,7 +157,7 @@ def _parameter(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
     return found
 
 
-def _matrices_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
+def matrices_in_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The trainable matrices inside the blocks, by parameter name, each with the module that owns it."""
     modules, matrices = dict(model.named_modules(remove_duplicate=False)), {}
     names = set(block_parameters(model))

@@ -108,8 +108,9 @@ def _entry(label: str, text: str, columns: int) -> list[str]:
 def _what(planner: Planner, own: Plan, name: str, columns: int) -> Iterator[str]:
     setup, train, shape = own.setup, own.setup.recipe.train, planner.shape
     trained = sum(each.numel for each in shape.trainable.values())
-    count = f"{shape.numel / 1e9:.2f} billion" if shape.numel >= 1e8 else f"{shape.numel / 1e6:.2f} million"
-    whole = f"{count} parameters, {trained / shape.numel:.1%} of them trained"
+    number = shape.own_numel
+    count = f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number / 1e6:.2f} million"
+    whole = f"{count} parameters, {trained / number:.1%} of them trained"
     methods = ", ".join(method.name for method in setup.recipe.method)
     model = setup.recipe.model.name_or_path + " (not here: its published shape)" * planner.published
     yield from _entry("recipe", f"{name}: {model}, {whole}; method {methods}", columns)

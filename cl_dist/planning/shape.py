@@ -16,6 +16,7 @@ from cl_dist.config.schema import Recipe
 from cl_dist.engine.settings import optimizer_groups
 from cl_dist.methods.composed import compose
 from cl_dist.methods.protocol import Method
+from cl_dist.models.kept_parts import is_kept
 from cl_dist.models.load import model_on_meta
 from cl_dist.models.lora import add_lora
 from cl_dist.models.structure import base_model
@@ -69,6 +70,11 @@ class ModelShape:
     def numel(self) -> int:
         """Elements of all parameters."""
         return sum(each.numel for each in self.parameters)
+
+    @property
+    def own_numel(self) -> int:
+        """Elements of the model itself: a trained part of a weight is in the weight already."""
+        return sum(each.numel for each in self.parameters if not is_kept(each.name))
 
     @property
     def nbytes(self) -> int:

@@ -30,6 +30,8 @@ class ShardView:
         self.params = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
         self.edited: set[str] = set()
         """Parameters whose gradient was edited since it was reduced, in the current step."""
+        self.state_bytes = 0
+        """Bytes of gradient, float32 masters and moments that this rank holds at the end of a step; 0 before one."""
 
     @property
     def names(self) -> list[str]:
@@ -139,6 +141,7 @@ class ShardView:
         def wrapped(*args: Any, **kwargs: Any) -> None:
             self.edited.clear()
             self.layout.await_gradients()
+            self.state_bytes = self.state_bytes or self._bytes_held()
             if not allowed():
                 # DeepSpeed still goes through its step, which keeps its own counters right.
                 self._zero_gradients()
@@ -150,6 +153,15 @@ class ShardView:
             return after()
 
         self._engine._take_model_step = wrapped
+
+    def _bytes_held(self) -> int:
+        held = [
+            shard
+            for name in self.names
+            for shard in (self.gradient(name), self.master(name), *self.moments(name).values())
+            if shard is not None
+        ]
+        return sum(shard.data.nbytes for shard in held)
 
     def _zero_gradients(self) -> None:
         """Zero what would otherwise poison the norms and overflow checks of DeepSpeed's step."""

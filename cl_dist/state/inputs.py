@@ -221,19 +221,24 @@ def _data_changes(
 ) -> Iterator[str]:
     for name in dict.fromkeys([*before, *now]):
         if name not in before or name not in now:
-            yield f"task {name!r} is {'new' if name in now else 'gone'}"
+            yield f"{_called(name)} is {'new' if name in now else 'gone'}"
             continue
         old, new = before[name], now[name]
         places = origins.get(name, ("", ""))
         splits = (("training", old.train, new.train), ("evaluation", old.evaluation, new.evaluation))
         changed = [
-            f"the {what} data of task {name!r}{f' ({place})' if place else ''} changed: {_counts(a, b)}"
+            f"the {what} data of {_called(name)}{f' ({place})' if place else ''} changed: {_counts(a, b)}"
             for place, (what, a, b) in zip(places, splits, strict=True)
             if a != b
         ]
         if not changed and old.answers != new.answers:
-            changed = [f"the labels of task {name!r} changed"]
+            changed = [f"the labels of {_called(name)} changed"]
         yield from changed
+
+
+def _called(name: str) -> str:
+    """A task, or a method's data set (`tasks.stream.load_method_data`)."""
+    return name if name.startswith("method.") else f"task {name!r}"
 
 
 def _counts(before: SplitDigest, now: SplitDigest) -> str:

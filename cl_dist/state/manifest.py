@@ -127,6 +127,10 @@ class Manifest:
     """The current measurement: scores as in `general`, for each name in the recipe that is done."""
     peak_memory_bytes: tuple[int, ...] = ()
     """Peak memory of each rank over all restarts; one entry per rank of the largest start."""
+    kept_share: tuple[float | None, ...] = ()
+    """Share of the trainable elements that each completed task has updated; None if unknown, or if it had no steps."""
+    state_bytes: tuple[int, ...] = ()
+    """Most bytes of gradient, masters and moments that each rank has held, over all restarts."""
     restarts: int = 0
     """Number of times the run was resumed."""
     device: dict[str, Any] | None = None
@@ -218,6 +222,7 @@ class Manifest:
             cut_matrix=self.cut_matrix[: kept + 1],
             general=general,
             timings=self.timings[:kept],
+            kept_share=self.kept_share[:kept],
             **NOTHING_SCORED,
         )
 

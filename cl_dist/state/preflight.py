@@ -16,6 +16,7 @@ from cl_dist.config.formats import format_inputs
 from cl_dist.config.schema import Recipe
 from cl_dist.config.words import listed, show_path
 from cl_dist.errors import BadInput
+from cl_dist.methods.catalogue import method_inputs
 from cl_dist.state.atomic import make_folder
 from cl_dist.state.elastic import resumption, with_segments
 from cl_dist.state.inputs import INPUT_SETTINGS, Inputs, refuse_other_inputs
@@ -251,7 +252,7 @@ def _is_free(key: str) -> bool:
 
 def _is_input(key: str) -> bool:
     """Whether a setting says where an input is or how to read it."""
-    return _POSITION.sub("[]", key) in {*INPUT_SETTINGS, *format_inputs()}
+    return _POSITION.sub("[]", key) in {*INPUT_SETTINGS, *format_inputs(), *method_inputs()}
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:

@@ -36,6 +36,24 @@ def load_stream(stream: StreamConfig, recipe_dir: Path, train: TrainConfig) -> t
     return tuple(load_task(task, stream, recipe_dir, train) for task in stream.tasks)
 
 
+def load_method_data(recipe: Recipe, recipe_dir: Path) -> dict[str, Task]:
+    """Read and check the data sets that a recipe's methods name (`MethodConfig.DATA`), by setting.
+
+    Raises BadInput, which names setting, file and record.
+    """
+    found = {}
+    for method in recipe.method:
+        for setting in method.DATA:
+            name = f"method.{setting}"
+            task = TaskConfig(name=name, path=getattr(method, setting), labels=())
+            stream = replace(recipe.stream, max_train_samples=None)
+            try:
+                found[setting] = replace(load_task(task, stream, recipe_dir, recipe.train), evaluation=())
+            except BadInput as error:
+                raise BadInput(str(error).replace(f"task {name!r}", name, 1)) from error
+    return found
+
+
 def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path, train: TrainConfig) -> Task:
     """Read and check one task. Raises BadInput, which names the task."""
     source = Source(

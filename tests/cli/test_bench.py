@@ -134,6 +134,17 @@ class TestStep:
         ratio = document["masked_over_dense"]
         assert 0 < ratio["minimum"] <= ratio["median"] <= ratio["maximum"]
 
+    def test_a_part_of_the_weights_in_whole_steps(self, command: Command) -> None:
+        arguments = ("--selector", "ssu", "--accumulation", "2", "--zero-stage", "1", "--layers", "1")
+        document = run_json(command, "step", *SIZES["step"], *QUICK, *arguments)
+        assert (document["processes"], document["zero_stage"], document["accumulation"]) == (2, 1, 2)
+        assert set(document["seconds"]) == {"dense", "selected"}
+        assert document["selected_over_dense"]["minimum"] > 0
+        # Elements of a block of width 32 and 88, of which ssu keeps 10 of 32 and 27 of 88 columns, and of the rest.
+        block, kept, rest = 4 * 32 * 32 + 3 * 32 * 88, (4 + 2 * 88 / 32) * 10 * 32 + 32 * 27, 2 * 1024 * 32 + 3 * 32
+        assert document["kept_share"] == pytest.approx((kept + rest) / (block + rest))
+        assert document["state_share"] == pytest.approx(document["kept_share"], rel=0.01)
+
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
@@ -148,6 +159,9 @@ class TestStep:
         ("magnitude --dtype int8", "--dtype int8: invalid value; allowed: float32, bfloat16, float16"),
         ("step --zero-stage 4", "--zero-stage 4: invalid value; allowed: 0, 1, 2, 3"),
         ("step --zero-stage 2", "--zero-stage 2: needs ranks; give --processes too"),
+        ("step --accumulation 8", "--accumulation 8: needs a method; give --selector too"),
+        ("step --selector migu", "--selector migu: invalid value; allowed: hft, s2ft, ssu"),
+        ("step --selector ssu --lora 8", "--lora 8: measured in a single process only; leave out --selector"),
         ("step --processes 2 --lora 8", "--lora 8: measured in a single process only; leave out --processes"),
         (
             "step --processes 2 --dtype float16",

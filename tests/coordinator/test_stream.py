@@ -22,7 +22,8 @@ def manifest(**changes: object) -> Manifest:
     values: dict[str, object] = {
         "tasks": ("a", "b"), "world_size": 2, "zero_stage": 2, "completed": 2, "status": "finished",
         "accuracy_matrix": ((0.0, 0.25), (1.0, 0.5), (0.5, 0.75)), "segments": (SEGMENT,), "timings": TIMINGS,
-        "peak_memory_bytes": (7, 5), "restarts": 3, "scoring": {"a": {"metric": "rouge_l", "scored_on": "test"}},
+        "peak_memory_bytes": (7, 5), "restarts": 3, "kept_share": (1.0, 0.3), "state_bytes": (3, 4),
+        "scoring": {"a": {"metric": "rouge_l", "scored_on": "test"}},
     }  # fmt: skip
     return Manifest(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -39,6 +40,7 @@ def test_metrics_follow_from_the_manifest() -> None:
     assert (metrics["notes"], metrics["average_performance_by_metric"]) == ([], {"rouge_l": 0.5})
     assert metrics["segments"][0]["world_size"] == 2
     assert (metrics["peak_memory_bytes"], metrics["restarts"]) == ([7, 5], 3)
+    assert (metrics["kept_share"], metrics["state_bytes_per_rank"]) == ({"a": 1.0, "b": 0.3}, [3, 4])
     assert (metrics["general"], metrics["general_ability"]) == ([], None)
 
 

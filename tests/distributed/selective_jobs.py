@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,18 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from cl_dist.config.schema import ModelConfig, Recipe, StreamConfig, TaskConfig, TrainConfig, ZeroConfig
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine
+from cl_dist.engine.trainer import Collator, EngineProbe
 from cl_dist.evaluation.inference import evaluating
 from cl_dist.methods.composed import Composed
 from cl_dist.methods.hft.config import HftConfig
 from cl_dist.methods.hft.method import Hft
 from cl_dist.methods.protocol import TaskPlace
+from cl_dist.methods.s2ft.config import S2ftConfig
+from cl_dist.methods.s2ft.method import S2ft
 from cl_dist.methods.selective.method import Selective
+from cl_dist.methods.ssu.config import SsuConfig
+from cl_dist.methods.ssu.inputs import mean_square_inputs
+from cl_dist.methods.ssu.method import Ssu
 from cl_dist.models.kept_parts import Part, is_kept
 from cl_dist.models.load import LoadedModel
 from cl_dist.models.training_mode import enable_activation_checkpointing
@@ -26,7 +33,7 @@ from cl_dist.seeds import derive_seed
 from cl_dist.sharding import gather_state_dict
 from cl_dist.state.snapshot import load_snapshot, save_snapshot
 from tests.distributed.worlds import OBJECTIVES, VOCABULARY, mean_loss, micro_batches, odd_lora, odd_model, samples
-from tests.oracle_selective import Dense
+from tests.oracle_selective import Dense, ssu_columns
 
 TASKS, STEPS, SEED = 2, 2, 5
 RELEASED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -96,10 +103,13 @@ def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [Case(**case).against_the_oracle() for case in cases]
 
 
-def through_a_state(folder: str, stages: list[int], along: str) -> dict[str, Any]:
-    """Save inside the second task under the first stage; load under every one, go on, and compare with going on."""
+def through_a_state(folder: str, stages: list[int], settings: dict[str, Any]) -> dict[str, Any]:
+    """Save inside the second task under the first stage; load under every one, go on, and compare with going on.
+
+    The loaded ones have other calibration samples, so that whoever measured them again would choose something else.
+    """
     join(timeout_seconds=120)
-    case = Case(stages[0], along=along)
+    case = Case(stages[0], **settings)
     case.train_task(0)
     case.begin(1)
     case.step(1, 0)
@@ -110,17 +120,44 @@ def through_a_state(folder: str, stages: list[int], along: str) -> dict[str, Any
     engine.destroy()
     apart = {}
     for stage in stages:
-        loaded = Case(stage, along=along)
+        loaded = Case(stage, **settings, calibration=7)
         loaded.engine.prepare_task(1)
         state = load_snapshot(Path(folder), loaded.engine.shards, loaded.engine.method.tensors())
         loaded.engine.method.tensors_loaded()
-        loaded.engine.before_task(TaskPlace(1, "t1", STEPS))
+        loaded.engine.before_task(loaded.place(1))
         loaded.engine.method.load_state_dict(state)
         loaded.step(1, 1, dense=False)
         weights = loaded.whole_weights(1)
         apart[str(stage)] = max([0.0, *(float((weights[name] - expected[name]).abs().max()) for name in expected)])
         loaded.engine.destroy()
     return apart
+
+
+def disagreeing() -> list[list[int]]:
+    """What every rank trains if each chooses something else."""
+    join(timeout_seconds=120)
+    case = Case(1)
+    rank = torch.distributed.get_rank()
+    case.method.draw = lambda task, name, size, count: torch.arange(count) + rank
+    case.engine.before_task(case.place(0))
+    case.method.before_step(0)
+    everyone: list[Any] = [None] * case.world
+    torch.distributed.all_gather_object(everyone, [part.indices.tolist() for part in case.method._parts])
+    return everyone
+
+
+def calibrated(stages: list[int]) -> list[str]:
+    """A digest of the inputs that source-shielded updates measure, under each stage."""
+    join(timeout_seconds=120)
+    digests = []
+    for stage in stages:
+        case = Case(stage, selector="ssu", deepspeed=RELEASED if stage == 3 else None)
+        layers = {part.part.weight: part.layers[0] for part in case.method._parts}
+        case.engine.before_task(case.place(0))
+        inputs = mean_square_inputs(layers, case.calibration, case.place(0).probe)
+        digests.append(hashlib.sha256(torch.cat(list(inputs.values())).numpy().tobytes()).hexdigest())
+        case.engine.destroy()
+    return digests
 
 
 def half(stages: list[int], folder: str) -> list[dict[str, Any]]:
@@ -132,7 +169,7 @@ def half(stages: list[int], folder: str) -> list[dict[str, Any]]:
 
 
 def _half(stage: int, folder: Path) -> dict[str, Any]:
-    case = Case(stage, deepspeed=RELEASED if stage == 3 else None, clip=0.1, hft=True)
+    case = Case(stage, deepspeed=RELEASED if stage == 3 else None, clip=0.1, selector="hft")
     report = case.against_the_oracle(keep=True)
     engine = case.engine
     report["frozen"] = [sorted(case.method.frozen(case.dense.model, task)) for task in range(TASKS)]
@@ -141,7 +178,7 @@ def _half(stage: int, folder: Path) -> dict[str, Any]:
     case.step(2, 0, dense=False)
     expected = case.whole_weights(2)
     engine.destroy()
-    again = Case(stage, clip=0.1, hft=True)
+    again = Case(stage, clip=0.1, selector="hft")
     again.engine.prepare_task(1)
     state = load_snapshot(folder, again.engine.shards, again.engine.method.tensors())
     again.engine.method.tensors_loaded()
@@ -161,7 +198,7 @@ class Case:
         self, stage: int, family: str = "llama", along: str = "rows", rest: bool = True, accumulation: int = 1,
         clip: float | None = None, decay: float = 0.0, recompute: bool = False, dtype: str = "float32",
         offload: bool = False, deepspeed: dict[str, Any] | None = None, embedding: bool = True,
-        hft: bool = False, method: Any = None,
+        selector: str = "drawn", calibration: int = 99, method: Any = None,
     ) -> None:  # fmt: skip
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         self.family, self.micro, self.accumulation = family, 6 // self.world, accumulation
@@ -181,24 +218,53 @@ class Case:
         bare = copy.deepcopy(model)
         if recompute:
             enable_activation_checkpointing(model)
-        drawn = Drawn(along, rest, embedding=embedding)
-        self.method: Any = Hft(HftConfig(name="hft")) if hft else method or drawn
+        self.method: Any = method or self._method(selector, Drawn(along, rest, embedding=embedding))
         trainable = {name for name, parameter in bare.named_parameters() if parameter.requires_grad}
         loaded = LoadedModel(model.to(getattr(torch, dtype)), None, OBJECTIVES[self.kind])  # type: ignore[arg-type]
         self.engine = TrainingEngine(loaded, recipe, Composed([self.method]))
-        self.hft = hft
+        self.selector, self._masks = selector, dict[int, dict[str, torch.Tensor]]()
+        self.calibration = samples(self.kind, 5, seed=calibration)
+        collator = Collator(self.engine.objective, None, 0, 0)  # type: ignore[arg-type]
+        self._probe = EngineProbe(
+            self.engine, collator, (), lambda rank: [], lambda step, rows: None, {"calibration": self.calibration}
+        )  # type: ignore[arg-type]
         self.trainable, self.exact = trainable, dtype == "float32"
         self.dense = Dense(bare, lr=1e-2, eps=1e-2, weight_decay=decay, clip=clip)
 
+    def _method(self, selector: str, drawn: Drawn) -> Any:
+        if selector == "hft":
+            return Hft(HftConfig(name="hft"))
+        if selector == "ssu":
+            return Ssu(SsuConfig(name="ssu", calibration="unread", keep=0.4, samples=5))
+        if selector == "s2ft":
+            matrices = ("value", "output", "up", "gate", "down")
+            heads = 0.5 if self.family != "gpt2" else 0.0
+            return S2ft(S2ftConfig(name="s2ft", heads=heads, channels=0.3, matrices=matrices))
+        return drawn
+
+    def place(self, task: int) -> TaskPlace:
+        return TaskPlace(task, f"t{task}", STEPS, probe=self._probe)
+
     def masks(self, task: int) -> dict[str, torch.Tensor]:
-        """What the oracle trains in a task."""
+        """What the oracle trains in a task; asked first when the task begins."""
+        if task not in self._masks:
+            self._masks[task] = self._chosen(task)
+        return self._masks[task]
+
+    def _chosen(self, task: int) -> dict[str, torch.Tensor]:
         masks, frozen = {}, self.method.frozen(self.dense.model, task)
         parts = {part.part.weight: part for part in self.method._parts}
         for name, parameter in self.dense.params.items():
-            whole = name not in frozen if self.hft else self.method.rest
+            whole = name not in frozen and self.method.trains_rest(name)
             masks[name] = torch.full(parameter.shape, name in self.trainable and whole)
+        if self.selector == "ssu":
+            inputs = [micro_batches(self.kind, [sample], 1)[0].inputs for sample in self.calibration]
+            return masks | ssu_columns(self.dense.model, inputs, list(parts), self.method.config.keep)
         for name, part in parts.items():
-            chosen = self.method.draw(task, name, part.size, part.part.count)
+            if self.selector == "s2ft":
+                chosen = self.method.choose(self.place(task))[name]
+            else:
+                chosen = self.method.draw(task, name, part.size, part.part.count)
             masks[name] = torch.zeros_like(masks[name])
             part.by_unit(masks[name]).index_fill_(part.axis, chosen, True)
             bias = name.removesuffix("weight") + "bias"
@@ -209,14 +275,14 @@ class Case:
     def begin(self, task: int) -> None:
         self.engine.prepare_task(task)
         self.engine.shards.reset_optimizer()
-        self.engine.before_task(TaskPlace(task, f"t{task}", STEPS))
+        self.engine.before_task(self.place(task))
         self.dense.start_task(self.masks(task))
 
     def train_task(self, task: int) -> None:
         self.begin(task)
         for step in range(STEPS):
             self.step(task, step)
-        self.engine.method.after_task(TaskPlace(task, f"t{task}", STEPS))
+        self.engine.method.after_task(self.place(task))
 
     def step(self, task: int, step: int, dense: bool = True) -> None:
         per_rank = self.micro * self.accumulation
@@ -230,15 +296,15 @@ class Case:
 
     def whole_weights(self, task: int) -> dict[str, torch.Tensor]:
         """The model's weights after the task, on rank 0, under their own names."""
-        self.engine.method.after_task(TaskPlace(task, f"t{task}", STEPS))
+        self.engine.method.after_task(self.place(task))
         weights = gather_state_dict(self.engine.model)
         return {name: weight for name, weight in weights.items() if name in self.dense.params}
 
     def against_the_oracle(self, keep: bool = False) -> dict[str, Any]:
         report: dict[str, Any] = {"apart": 0.0, "moved": [], "still": [], "outputs": 0.0}
         start = {name: parameter.detach().clone() for name, parameter in self.dense.params.items()}
+        before = start
         for task in range(TASKS):
-            before = {name: parameter.detach().clone() for name, parameter in self.dense.params.items()}
             self.train_task(task)
             outputs = self._outputs()
             weights = self.whole_weights(task)
@@ -246,13 +312,14 @@ class Case:
             for name, weight in weights.items():
                 truth = self.dense.params[name].detach()
                 report["apart"] = max(report["apart"], float((weight.float() - truth).abs().max()))
-                if not torch.equal(weight.float()[~masks[name]], before[name][~masks[name]]) and task == 0:
+                if not torch.equal(weight.float()[~masks[name]], before[name][~masks[name]]):
                     report["moved"].append(name)
                 # A step is smaller than the distance between two bfloat16 numbers where a norm's weights are one.
                 visible = self.exact or name in {part.part.weight for part in self.method._parts}
                 if visible and masks[name].any() and torch.equal(weight.float(), before[name]):
                     report["still"].append(name)
             report["outputs"] = max(report["outputs"], outputs)
+            before = {name: weight.float().clone() for name, weight in weights.items()}
         report["trained"] = sum(self.engine.shards.numel(name) for name in self.engine.shards.names)
         report["dense"] = sum(p.numel() for n, p in start.items() if n in self.trainable)
         report["kept"] = sum(is_kept(name) for name in self.engine.shards.names)

@@ -47,6 +47,17 @@ CASES: list[dict[str, Any]] = [
     {"stage": 1, "along": "elements", "family": "t5", "embedding": False, "offload": True, "clip": 0.1},
     {"stage": 3, "along": "elements", "family": "lora", "decay": 0.1},
     {"stage": 3, "along": "elements", "dtype": "bfloat16", "deepspeed": RELEASED},
+    {"stage": 0, "selector": "ssu", "accumulation": 3, "clip": 0.1},
+    {"stage": 1, "selector": "ssu", "decay": 0.1},
+    {"stage": 2, "selector": "ssu", "accumulation": 3, "family": "gpt2"},
+    {"stage": 3, "selector": "ssu", "accumulation": 3, "clip": 0.1, "deepspeed": RELEASED},
+    {"stage": 0, "selector": "ssu", "family": "t5"},
+    {"stage": 3, "selector": "ssu", "family": "t5", "recompute": True, "deepspeed": RELEASED},
+    {"stage": 0, "selector": "s2ft", "accumulation": 3, "clip": 0.1, "decay": 0.1},
+    {"stage": 1, "selector": "s2ft", "family": "gpt2"},
+    {"stage": 2, "selector": "s2ft", "accumulation": 3, "family": "t5"},
+    {"stage": 3, "selector": "s2ft", "accumulation": 3, "clip": 0.1, "deepspeed": RELEASED},
+    {"stage": 0, "selector": "s2ft", "family": "roberta"},
 ]
 
 
@@ -60,18 +71,33 @@ def test_equals_the_dense_oracle(reports: Reports, case: int, world: int) -> Non
     report, settings = reports[world][case], CASES[case]
     exact = settings.get("dtype") != "bfloat16"
     assert report["kept"] > 0
-    assert report["trained"] < 0.45 * report["dense"]
+    assert report["trained"] < 0.7 * report["dense"]
     assert report["moved"] == [] or not exact, "a dropped element moved"
     assert report["still"] == [], "a trained part did not move"
     assert report["apart"] <= (1e-6 if exact else 2e-2)
     assert report["outputs"] <= (1e-5 if exact else 0.2)
 
 
-@pytest.mark.parametrize("along", ["both", "elements"])
-def test_every_stage_goes_on_from_the_same_state(tmp_path: Path, along: str) -> None:
-    arguments = {"folder": str(tmp_path / "state"), "stages": [2, 0, 1, 3], "along": along}
+SETTINGS = [{"along": "both"}, {"along": "elements"}, {"selector": "ssu"}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda each: next(iter(each.values())))
+def test_every_stage_goes_on_from_the_same_state(tmp_path: Path, settings: dict[str, Any]) -> None:
+    arguments = {"folder": str(tmp_path / "state"), "stages": [2, 0, 1, 3], "settings": settings}
     apart = run_ranks(f"{JOBS}:through_a_state", 2, arguments, timeout=300)[0]
     assert apart == {"2": 0.0, "0": pytest.approx(0.0, abs=1e-6), "1": 0.0, "3": pytest.approx(0.0, abs=1e-6)}
+
+
+def test_the_first_rank_chooses_for_all() -> None:
+    """Scores may differ in their last bit between unlike processors."""
+    first, second = run_ranks(f"{JOBS}:disagreeing", 2, {}, timeout=300)[0]
+    assert first == second
+    assert {numbers[0] for numbers in first} == {0}
+
+
+def test_calibration_is_the_same_to_the_last_bit_on_any_number_of_ranks() -> None:
+    digests = [run_ranks(f"{JOBS}:calibrated", world, {"stages": [0, 3]}, timeout=300) for world in (1, 2, 3)]
+    assert len({each for ranks in digests for rank in ranks for each in rank}) == 1
 
 
 def test_half_fine_tuning(tmp_path: Path) -> None:

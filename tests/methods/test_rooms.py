@@ -14,11 +14,8 @@ FAMILIES = {
     "tasl": "kif",
     "recurrent_kif": "kif",
     "olora": "inclora",
-    "given": "selective",
-    "hft": "selective",
-    "gmt": "elements",
-    "mofo": "elements",
-    "sift": "selective",
+    **dict.fromkeys(("given", "hft", "s2ft", "sift", "ssu"), "selective"),
+    **dict.fromkeys(("gmt", "mofo"), "elements"),
 }
 """Methods that build on another one."""
 REASONS = {

@@ -10,6 +10,8 @@ from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import LoraConfig
 from cl_dist.engine.settings import optimizer_groups
 from cl_dist.errors import BadInput
+from cl_dist.methods.s2ft.config import S2ftConfig
+from cl_dist.methods.sequential.config import SequentialConfig
 from cl_dist.models.load import load_model
 from cl_dist.models.lora import add_lora
 from cl_dist.models.structure import base_model
@@ -36,6 +38,16 @@ def test_the_shape_is_that_of_the_loaded_model(name: str, lora: LoraConfig | Non
     assert [[each.name for each in group] for group in shape.groups] == groups
     assert shape.buffer_bytes == sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     assert all(parameter.is_meta for parameter in shape.model.parameters())
+
+
+def test_the_trained_part_of_a_weight_is_not_a_second_one() -> None:
+    recipe, _ = load_recipe("quickstart")
+    whole, halved = (
+        describe_model(replace(recipe, method=(method,)))
+        for method in (SequentialConfig(name="sequential"), S2ftConfig(name="s2ft", channels=0.5, heads=0.5))
+    )
+    assert halved.own_numel == whole.numel
+    assert halved.numel > whole.numel
 
 
 def test_a_gguf_file_is_planned_from_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,17 +77,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lwf": {"top_k": 8},
     "agem": {"memory_ratio": 0.25},
     "given": {"file": str(Path(__file__).with_name("given.yaml"))},
+    "ssu": {"calibration": str(Path(__file__).with_name("calibration.csv")), "samples": 4},
     "recurrent_kif": {"inner_steps": 2, "outer_steps": 1, "replay_ratio": 0.25},
 }
 """Settings that make a method's effect visible within three steps."""
 FUSING = ("kif", "tasl", "recurrent_kif")
 GROWING = ("inclora", "olora")
 BOUNDS = ("per_task", "multi_task")
-SELECTING = ("given", "hft", "sift")
+SELECTING = ("given", "hft", "sift", "ssu", "s2ft")
 CHOOSING = ("gmt", "mofo")
 """Choose elements."""
 MASKING = ("migu", *CHOOSING)
-ORDER = ("given", "hft", "sift", "inclora", "olora", "replay", "lwf", "agem", *MASKING, *FUSING, "ewc", *BOUNDS)
+ORDER = (*SELECTING, "inclora", "olora", "replay", "lwf", "agem", *MASKING, *FUSING, "ewc", *BOUNDS)
 """Of the methods of a pair: what masks cover comes before them, KIF after them, and EWC measures fused weights."""
 MASKED = {(name, "ewc"): ("ewc", name) for name in MASKING}
 """The pairs that the order above would turn round: masks are to cover the penalty."""

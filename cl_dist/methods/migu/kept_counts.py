@@ -85,6 +85,19 @@ class KeptCounts:
         else:
             self._first, self._steps = state["first_step"], state["steps"]
 
+    @property
+    def any(self) -> bool:
+        """Whether the rows of any step were counted."""
+        return self._steps > 0
+
+    def shares(self) -> dict[str, float]:
+        """The share of the rows of each masked weight that a step has kept, on average; empty if none were counted."""
+        return {
+            name: counts.sum().item() / (self._steps * len(counts))
+            for name, counts in self._by_weight.items()
+            if self._steps
+        }
+
     def write(self, path: Path, masked: bool) -> None:
         """Replace the file `path`: a tensor for each masked weight, and what the counts include as metadata.
 

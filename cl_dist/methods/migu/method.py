@@ -366,6 +366,14 @@ class Migu(Method):
             self._freezer.freeze(self.keep)
         self._counts.add(self._kept)
 
+    def kept_share(self) -> float | None:
+        """Everything but the dropped rows, by the record of kept rows."""
+        if self._masks_this_task and not self._counts.any:
+            return None
+        kept = self._counts.shares()
+        elements = {name: self._shards.numel(name) for name in self._shards.names}
+        return sum(kept.get(name, 1.0) * number for name, number in elements.items()) / sum(elements.values())
+
     def write_results(self, folder: Path) -> None:
         """Write into the task's folder how often each row was kept."""
         self._counts.write(TaskFolder(folder).kept_rows, masked=self._masks_this_task)

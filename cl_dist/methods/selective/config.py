@@ -25,7 +25,7 @@ class SelectiveConfig(MethodConfig):
         ),
     )
 
-    name: Literal["given", "hft", "sift"]
+    name: Literal["given", "hft", "s2ft", "sift", "ssu"]
     """Name of the method."""
 
     def check(self, recipe: Recipe) -> None:
@@ -37,3 +37,12 @@ class SelectiveConfig(MethodConfig):
                 f"method: {self.name} has to come before {first}, which would otherwise measure a model whose trained "
                 f"part is not chosen yet; allowed: [{self.name}, {first}]"
             )
+
+
+def refuse_adapters(config: MethodConfig, recipe: Recipe) -> None:
+    """Raise ValueError if adapters are trained instead of the model's own weights."""
+    if recipe.model.lora is not None:
+        raise ValueError(
+            f"method: {config.name} chooses among the model's own weights, which model.lora freezes; allowed: full "
+            "fine-tuning"
+        )

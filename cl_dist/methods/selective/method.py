@@ -24,6 +24,9 @@ class Selective(Method):
     whole parameters. The choice of parts is in the saved state; frozen parameters have to follow from seed and task.
     """
 
+    trains_bias = True
+    """Whether a layer of which rows are trained trains the same rows of its bias."""
+
     def parts(self, model: nn.Module) -> Sequence[Part]:
         """The weights of which a part is trained. The same in every task.
 
@@ -53,12 +56,13 @@ class Selective(Method):
     def prepare_model(self, model: nn.Module, seed: int) -> None:
         """Freeze the weights, and put their trained parts beside them."""
         self.seed = seed
+        self._trainable = sum(whole_shape(each).numel() for each in model.parameters() if each.requires_grad)
         parts = self.parts(model)
         whole = {part.weight for part in parts}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and name not in whole and not self.trains_rest(name):
                 parameter.requires_grad_(False)
-        self._parts: list[KeptPart] = install(model, parts)
+        self._parts: list[KeptPart] = install(model, parts, self.trains_bias)
         # Parameters that are trained as a whole, in all tasks together.
         self.whole = [name for name, each in model.named_parameters() if each.requires_grad and not is_kept(name)]
         self.model = model
@@ -99,7 +103,7 @@ class Selective(Method):
         """Choose the parts of a new task; here, because a resume restores its state after `before_task`."""
         if self._pending:
             self._pending = False
-            self._set(self.choose(self._place))
+            self._set(self._agreed(self.choose(self._place)))
             self._take_values()
             self._activate(True)
 
@@ -119,6 +123,10 @@ class Selective(Method):
                     updated = part.by_unit(whole).index_copy(axis, part.indices.long(), values).reshape(-1)
                     share.data.copy_(updated[share.start : share.stop])
         self.shards.publish_frozen(self._frozen)
+
+    def kept_share(self) -> float:
+        """The parts, and what is trained as a whole."""
+        return sum(map(self.shards.numel, self.shards.names)) / self._trainable
 
     def state_dict(self) -> dict[str, Any]:
         """The choice, as numbers of rows or columns by weight; elements are too many for this (`tensors`)."""
@@ -182,6 +190,17 @@ class Selective(Method):
         for part in self._parts:
             for kept, name, axis in part.names:
                 yield kept, name, axis, part
+
+    def _agreed(self, chosen: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rank 0's choice: on another kind of processor a score may differ in its last bit (collective)."""
+        parts = [part for part in self._parts if part.part.weight in chosen]
+        if not parts:
+            return {}
+        device = parts[0].indices.device
+        numbers = torch.cat([chosen[part.part.weight].to(device) for part in parts])
+        torch.distributed.broadcast(numbers, 0)
+        pieces = numbers.split([part.part.count for part in parts])
+        return {part.part.weight: piece.clone() for part, piece in zip(parts, pieces, strict=True)}
 
     def _set(self, chosen: Mapping[str, torch.Tensor]) -> None:
         for part in self._parts:
