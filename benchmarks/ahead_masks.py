@@ -91,8 +91,9 @@ def main() -> None:
     for name in dict.fromkeys(share[0] for share in Watched.shares):
         rows = [share for share in Watched.shares if share[0] == name]
         late = rows[len(rows) // 2 :]
-        columns = [fmean(row[rule] for row in some) for rule in (2, 3) for some in (rows, late)]
-        shown = " | ".join(f"{100 * share:.1f} %" for share in columns)
+        task = [fmean(share[2] for share in some) for some in (rows, late)]
+        step = [fmean(share[3] for share in some) for some in (rows, late)]
+        shown = " | ".join(f"{100 * share:.1f} %" for share in (*task, *step))
         print(f"| {Path(recipe.model.name_or_path).name} | {kind} | {name} | {rows[-1][1]} | {shown} |")
     leave()
 
