@@ -33,6 +33,18 @@ TOKENS, INPUTS, OUTPUTS = 7, 16, 24
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_")
 
 
+@pytest.fixture(autouse=True)
+def untouched() -> Iterator[None]:
+    """Without what a test before has installed, if this CPU lacks the instructions."""
+    before = bfloat16._installed
+    if before is not None:
+        before.remove()
+        bfloat16._installed = None
+    yield
+    if before is not None:
+        bfloat16.mend_products()
+
+
 @pytest.fixture
 def mended() -> Iterator[None]:
     """The kernels of a CPU without the instructions."""

@@ -28,8 +28,8 @@ class SiftConfig(SelectiveConfig):
     """`blocks`: elements of each linear layer inside the transformer blocks, as in the public code; `all`: of the
     output head too; or a list of patterns of layer names, such as `*.mlp.*`."""
     rest: Literal["frozen", "trained"] = "frozen"
-    """What happens to the parameters of other layers and to biases. `frozen`: public code. (There `exception` names
-    parameters to train as a whole, such as a classifier's head.)"""
+    """What happens to the parameters of other layers and to biases. The public code freezes them, except for parameters
+    that its `exception` names, such as a classifier's head."""
     samples: PositiveInt | None = None
     """How many of the task's samples, drawn with the seed, the first gradient is taken on; at most a global batch.
     null: a global batch. The public code takes the first micro-batch."""
