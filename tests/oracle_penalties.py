@@ -8,7 +8,8 @@ to believe.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -37,6 +38,17 @@ class Dense:
         loss_of(self.model).backward()
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.params.items()}
         return {n: g.detach().float().clone() for n, g in grads.items()}
+
+    @contextmanager
+    def at(self, weights: Tensors) -> Iterator[None]:
+        """With these weights in the model, so that its gradients differ from others taken there by rounding alone."""
+        try:
+            for name, parameter in self.params.items():
+                parameter.data.copy_(weights[name])
+            yield
+        finally:
+            for name, master in self.masters.items():
+                self.params[name].data.copy_(master.data)
 
     def step(self, gradient: Tensors) -> None:
         for name, master in self.masters.items():

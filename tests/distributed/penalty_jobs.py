@@ -203,7 +203,8 @@ class Case:
 
     def _end_ewc(self, method: Ewc, drawn: list[list[Encoded]]) -> dict[str, float]:
         each = [self._loss([sample], -1) for some in drawn for sample in some]
-        self.dense.end_task(each, self.config.fisher_batch)
+        with self.dense.at(whole(self.engine.shards, "master")):
+            self.dense.end_task(each, self.config.fisher_batch)
         sums = self.dense.fisher(self.online)
         held = {quantity: together(shards, self.engine.shards) for quantity, shards in method.tensors().items()}
         if self.online is not None:

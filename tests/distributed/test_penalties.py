@@ -74,8 +74,7 @@ def test_equals_the_dense_oracle(reports: dict[int, dict[str, Any]], world: int,
     assert report["norms"] == 0.0, "the ranks clip by different norms"
     assert report["trained"] <= (4 * BFLOAT16_STEP if low else 1e-6)
     if case["method"] == "ewc":
-        # A square, of gradients that differ by their own rounding and because the weights do: by 1e-6 each.
-        assert report["fisher"] <= (4 * BFLOAT16_STEP if low else 4e-6)
+        assert report["fisher"] <= (4 * BFLOAT16_STEP if low else 2e-6)  # a square: twice the relative error
         assert report["anchor"] <= (4 * BFLOAT16_STEP if low else 1e-6)
     if case["method"] == "agem":
         ours, oracles = report["projected"]
