@@ -27,7 +27,7 @@ LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 _LONE_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
-_LEADING = re.compile(r"^(#{1,6}(?= |$)|[-+](?= |$)|\d+(?=[.)]))")
+_LEADING = re.compile(r"^(#{1,6}(?= |$)|[-+](?= |$)|-(?=[- ]*$)|\d+(?=[.)]))")
 
 
 class Markdown(str):
@@ -54,8 +54,8 @@ def markdown_text(text: str) -> str:
 
 
 def markdown_line(text: str) -> str:
-    """`markdown_text` for the beginning of a line, where text must not become a heading or a list."""
-    escaped = markdown_text(text)
+    """`markdown_text` for the beginning of a line, where text must not become a heading, a list, a rule or code."""
+    escaped = markdown_text(text).lstrip(" ")
     return _LEADING.sub(lambda mark: mark[0] + "\\" if mark[0].isdecimal() else "\\" + mark[0], escaped)
 
 

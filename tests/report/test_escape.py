@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -50,9 +50,12 @@ def test_code_in_a_cell(text: str) -> None:
     assert end == "end"
 
 
+@example("---")
+@example(" - - -")
+@example("    - a")
 @given(TEXT.filter(lambda text: squeezed(one_line(text)) != ""))
 def test_a_line_of_its_own(text: str) -> None:
-    tokens = PARSER.parse(markdown_line(text).lstrip(" "))
+    tokens = PARSER.parse(markdown_line(text))
     assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
     children = tokens[1].children or []
     assert "".join(child.content for child in children) == squeezed(one_line(text))
