@@ -33,9 +33,11 @@ if "CL_DIST_CACHE" not in os.environ:
     os.environ["CL_DIST_CACHE"] = tempfile.mkdtemp(prefix="cl_dist-cache-")
     atexit.register(shutil.rmtree, os.environ["CL_DIST_CACHE"], ignore_errors=True)
 
-# Nothing is left in the repository, and a test does not depend on what an earlier run has found.
+# Nothing is left in the repository, and a test does not depend on what an earlier run has found. In CI
+# (SAME_EXAMPLES) every run tries the same examples, so that a change is judged by what it changes; elsewhere every run
+# looks further.
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "cl_dist-hypothesis"))
-settings.register_profile("cl_dist", database=None, deadline=None)
+settings.register_profile("cl_dist", database=None, deadline=None, derandomize="SAME_EXAMPLES" in os.environ)
 settings.load_profile("cl_dist")
 
 
