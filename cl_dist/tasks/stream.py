@@ -23,8 +23,11 @@ from cl_dist.tasks.types import Example, Kind, LabelSource, ScoredOn, Task, comp
 
 logger = logging.getLogger(__name__)
 
+DEFAULTS = TrainConfig()
+"""For callers without a recipe."""
 
-def load_stream(stream: StreamConfig, recipe_dir: Path, train: TrainConfig) -> tuple[Task, ...]:
+
+def load_stream(stream: StreamConfig, recipe_dir: Path, train: TrainConfig = DEFAULTS) -> tuple[Task, ...]:
     """Read and check all tasks, in the stream's order. Raises BadInput, which names task, file and record.
 
     Of `train`, the seed draws samples that are held out, and the template decides what a conversation becomes.
@@ -54,7 +57,7 @@ def load_method_data(recipe: Recipe, recipe_dir: Path) -> dict[str, Task]:
     return found
 
 
-def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path, train: TrainConfig) -> Task:
+def load_task(task: TaskConfig, stream: StreamConfig, recipe_dir: Path, train: TrainConfig = DEFAULTS) -> Task:
     """Read and check one task. Raises BadInput, which names the task."""
     source = Source(
         name=task.name,
