@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cl_dist.models.kept_parts import is_kept
 from cl_dist.models.lora import adapter_names, in_adapter, joined_adapters
+from cl_dist.models.structure import whole_shape
 from cl_dist.models.training_mode import cache_as_loaded
 
 
@@ -67,11 +68,11 @@ def is_readable_export(folder: Path) -> bool:
 
 
 def _check_complete(parameters: Mapping[str, torch.nn.Parameter], state_dict: Mapping[str, Tensor]) -> None:
-    """Check that every parameter has its tensor, in full shape (which ZeRO-3 keeps in `ds_shape`)."""
+    """Check that every parameter has its tensor, in full shape."""
     if missing := [name for name in parameters if name not in state_dict]:
         raise ValueError(f"{len(missing)} tensors are missing from the weights to write, the first is {missing[0]}")
     for name, parameter in parameters.items():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        shape = tuple(whole_shape(parameter))
         if tuple(state_dict[name].shape) != shape:
             raise ValueError(f"{name} has shape {tuple(state_dict[name].shape)}, but {shape} in the model")
 

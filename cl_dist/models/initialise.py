@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from cl_dist.models.structure import base_model
+from cl_dist.models.structure import base_model, is_sharded
 
 DEFAULT_STD = 0.02
 """For configurations without an `initializer_range`."""
@@ -42,7 +42,7 @@ def initialise_(model: nn.Module, seed: int, only: Collection[str] | None = None
 
 def _whole(parameter: nn.Parameter) -> AbstractContextManager[object]:
     """Return a context in which the parameter can be written whole, gathered if ZeRO-3 has sharded it."""
-    if not hasattr(parameter, "ds_id"):
+    if not is_sharded(parameter):
         return nullcontext()
     import deepspeed
 

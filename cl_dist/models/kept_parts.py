@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from cl_dist.errors import BadInput
 from cl_dist.kernels import kept_weight_grad
 from cl_dist.models.row_gradients import autocast_like_linear, own_memory
-from cl_dist.models.structure import whole_shape
+from cl_dist.models.structure import is_sharded, whole_shape
 
 KEPT, KEPT_BIAS = "kept", "kept_bias"
 """Names of a layer's parameters that hold the trained part of its weight and bias."""
@@ -199,10 +199,6 @@ def _copy_into(whole: torch.Tensor, axis: int, indices: torch.Tensor, part: torc
     whole.data.index_copy_(axis, indices.long(), part.data)
 
 
-def _is_sharded(weight: torch.Tensor) -> bool:
-    return hasattr(weight, "ds_id")
-
-
 def _forward(layer: nn.Module, part: KeptPart) -> Callable[[torch.Tensor], torch.Tensor]:
     """A forward like the layer's own, whose backward computes the gradient of the trained part."""
     plain: Callable[..., torch.Tensor] = type(layer).forward
@@ -210,7 +206,7 @@ def _forward(layer: nn.Module, part: KeptPart) -> Callable[[torch.Tensor], torch
     @torch.compiler.disable(recursive=True, reason="which rows are trained changes from task to task")
     def forward(inputs: torch.Tensor) -> torch.Tensor:
         # Under ZeRO-3 the weight has just been gathered from shards that the part's values have not reached yet.
-        if part.active and _is_sharded(layer.weight):  # type: ignore[arg-type]
+        if part.active and is_sharded(layer.weight):  # type: ignore[arg-type]
             part.overlay()
         if not torch.is_grad_enabled():
             return plain(layer, inputs)
@@ -258,7 +254,7 @@ class _KeptLinear(torch.autograd.Function):
         needs_input, needs_kept, needs_kept_bias, _, needs_bias, *_ = ctx.needs_input_grad
         grad_input = grad_kept = grad_kept_bias = grad_bias = None
         if needs_input:
-            if part.active and _is_sharded(weight):  # gathered once more
+            if part.active and is_sharded(weight):  # gathered once more
                 part.overlay_weight(weight, kept)
             grad_input = grad_output @ (weight.t() if ctx.transposed else weight)
         if needs_kept:

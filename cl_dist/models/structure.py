@@ -61,6 +61,11 @@ def is_below(name: str, prefixes: Iterable[str]) -> bool:
     return any(name == prefix.rstrip(".") or name.startswith(f"{prefix.rstrip('.')}.") for prefix in prefixes)
 
 
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether the ranks each hold a piece of the parameter, which ZeRO-3 gathers when a layer needs it."""
+    return hasattr(parameter, "ds_id")
+
+
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
     """Shape of the unsharded parameter, which ZeRO-3 keeps in `ds_shape`."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)

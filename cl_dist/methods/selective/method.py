@@ -12,7 +12,7 @@ from cl_dist.config.schema import TrainConfig
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.models.kept_parts import KeptPart, Part, install, is_kept
-from cl_dist.models.structure import whole_shape
+from cl_dist.models.structure import is_sharded, whole_shape
 from cl_dist.sharding import Shard, ShardView, whole_parameters
 from cl_dist.sharding.maps import even_share
 
@@ -184,7 +184,7 @@ class Selective(Method):
 
     @property
     def _sharded(self) -> bool:
-        return any(hasattr(self.model.get_parameter(name), "ds_id") for name in self._frozen)
+        return any(is_sharded(self.model.get_parameter(name)) for name in self._frozen)
 
     def _names(self) -> Iterator[tuple[str, str, int, KeptPart]]:
         for part in self._parts:
