@@ -358,7 +358,30 @@ def kept_rows(contents: Contents) -> Section | None:
     if kept is None or not any(kept.masked):
         return None
     masked = [task for task, is_masked in enumerate(kept.masked) if is_masked]
-    names = [kept.tasks[task] for task in masked]
+    blocks: list[Block] = [
+        Figure(
+            "kept_rows",
+            KEPT_CAPTIONS["kept_rows.png"],
+            f"Heat maps: kept rows and their stability in {len(kept.layers)} layers for {len(masked)} tasks. "
+            "kept_rows.csv has the numbers.",
+        ),
+        folded(_kept_shares(kept, masked), len(masked)),
+    ]
+    if len(masked) > WIDEST_MATRIX:
+        blocks.append(
+            Figure(
+                "row_overlap",
+                KEPT_CAPTIONS["row_overlap.png"],
+                "Heat map: overlap of the kept rows of each pair of tasks. row_overlap.csv has the numbers.",
+            )
+        )
+    elif len(masked) > 1:
+        blocks += [_overlap(kept, masked), Text(KEPT_CAPTIONS["row_overlap.png"])]
+    return Section("kept-rows", "MIGU: kept rows", blocks)
+
+
+def _kept_shares(kept: KeptRows, masked: Sequence[int]) -> Table:
+    """How many rows each of the masked tasks kept, and how stable they were."""
     rows = [
         [
             kept.tasks[task],
@@ -368,47 +391,29 @@ def kept_rows(contents: Contents) -> Section | None:
         ]
         for task in masked
     ]
-    header = ["task", "steps", "kept in a step", "kept at least once", "kept in 9 steps of 10", "stability"]
-    table = Table(
+    return Table(
         "Shares of all rows, and how stable the kept ones are within the task (0: as by chance, 1: always the same)",
-        header,
+        ["task", "steps", "kept in a step", "kept at least once", "kept in 9 steps of 10", "stability"],
         rows,
     )
-    overlap = Table(
+
+
+def _overlap(kept: KeptRows, masked: Sequence[int]) -> Table:
+    """The overlap of each pair of masked tasks."""
+    names = [kept.tasks[task] for task in masked]
+    rows: list[list[str | Cell]] = [
+        [
+            name,
+            *(heat_cell(float(kept.overlap[row, column]), 0.0, 1.0, own=row == column, digits=2) for column in masked),
+        ]
+        for name, row in zip(names, masked, strict=True)
+    ]
+    return Table(
         "Overlap of the kept rows of two tasks (0: as by chance, 1: the same)",
         ["task", *names],
-        [
-            [
-                kept.tasks[row],
-                *(
-                    heat_cell(float(kept.overlap[row, column]), 0.0, 1.0, own=row == column, digits=2)
-                    for column in masked
-                ),
-            ]
-            for row in masked
-        ],
+        rows,
         upright=len(names) > LONG_NAMES,
     )
-    blocks: list[Block] = [
-        Figure(
-            "kept_rows",
-            KEPT_CAPTIONS["kept_rows.png"],
-            f"Heat maps: kept rows and their stability in {len(kept.layers)} layers for {len(names)} tasks. "
-            "kept_rows.csv has the numbers.",
-        ),
-        folded(table, len(rows)),
-    ]
-    if len(names) > WIDEST_MATRIX:
-        blocks.append(
-            Figure(
-                "row_overlap",
-                KEPT_CAPTIONS["row_overlap.png"],
-                "Heat map: overlap of the kept rows of each pair of tasks. row_overlap.csv has the numbers.",
-            )
-        )
-    elif len(names) > 1:
-        blocks += [overlap, Text(KEPT_CAPTIONS["row_overlap.png"])]
-    return Section("kept-rows", "MIGU: kept rows", blocks)
 
 
 def _weighted(shares: np.ndarray, rows: np.ndarray) -> str:
