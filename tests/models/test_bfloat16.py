@@ -11,15 +11,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import nn
-from torch._C._profiler import _ExperimentalConfig
 from torch.nn.functional import linear
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ExecutionTraceObserver, ProfilerActivity, profile
 from transformers.pytorch_utils import Conv1D
 
 from cl_dist.config.schema import LoraConfig
@@ -30,6 +30,7 @@ from cl_dist.models.row_gradients import ChosenRows, row_skipping_conv1d, row_sk
 from tests.models.conftest import Loader
 
 TOKENS, INPUTS, OUTPUTS = 7, 16, 24
+FLOAT, BFLOAT16 = "Tensor(float)", "Tensor(c10::BFloat16)"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_")
 
 
@@ -58,32 +59,31 @@ def drawn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16().requires_grad_()
 
 
-def innermost_products(run: Callable[[], object]) -> list[list[torch.dtype]]:
-    """The dtypes of the two factors of every product that no product inside it computes."""
-    with profile(
-        activities=[ProfilerActivity.CPU],
-        record_shapes=True,
-        profile_memory=True,
-        with_stack=True,
-        experimental_config=_ExperimentalConfig(verbose=True),
-    ) as profiled:
+def innermost_products(run: Callable[[], object], trace: Path) -> list[list[str]]:
+    """The dtypes of the two factors of every product that no product inside it computes; recorded in the file `trace`.
+
+    The observer knows which operator called which. The profiler's tree only compares their times, which nests
+    operators wrongly where the clock is coarse.
+    """
+    observer = ExecutionTraceObserver()
+    observer.register_callback(str(trace))
+    with profile(activities=[ProfilerActivity.CPU], execution_trace_observer=observer):
         run()
-    roots = profiled.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
-    return [_factors(event) for event in _innermost(roots)]
+    operators = {each["id"]: each for each in json.loads(trace.read_text())["nodes"]}
+    products = {number for number, each in operators.items() if each["name"] in PRODUCTS}
+    outer = {caller for number in products for caller in _callers(operators, number)}
+    return [_factors(operators[number]) for number in sorted(products - outer)]
 
 
-def _innermost(events: Any) -> Iterator[Any]:
-    for event in events:
-        inside = list(_innermost(event.children))
-        yield from inside
-        if event.name in PRODUCTS and not inside:
-            yield event
+def _callers(operators: dict[int, Any], number: int) -> Iterator[int]:
+    while (number := operators[number]["ctrl_deps"]) in operators and operators[number]["ctrl_deps"] != number:
+        yield number
 
 
-def _factors(event: Any) -> list[torch.dtype]:
-    tensors = [each for each in event.typed[1].inputs if hasattr(each, "dtype")]
-    first = 1 if "add" in event.name else 0
-    return [each.dtype for each in tensors[first : first + 2]]
+def _factors(operator: dict[str, Any]) -> list[str]:
+    tensors = [each for each in operator["inputs"]["types"] if each.startswith("Tensor")]
+    first = 1 if "add" in operator["name"] else 0
+    return tensors[first : first + 2]
 
 
 def backward(output: torch.Tensor) -> None:
@@ -142,22 +142,24 @@ def eager_attention() -> None:
         (eager_attention, 6),
     ],
 )
-def test_every_product_is_computed_in_float32(mended: None, run: Callable[[], None], products: int) -> None:
-    assert innermost_products(run) == [[torch.float32, torch.float32]] * products
+def test_every_product_is_computed_in_float32(
+    mended: None, run: Callable[[], None], products: int, tmp_path: Path
+) -> None:
+    assert innermost_products(run, tmp_path / "trace.json") == [[FLOAT, FLOAT]] * products
 
 
-def test_without_the_mend_torch_multiplies_bfloat16_itself() -> None:
-    assert innermost_products(stage_3) == [[torch.bfloat16, torch.bfloat16]] * 3
+def test_without_the_mend_torch_multiplies_bfloat16_itself(tmp_path: Path) -> None:
+    assert innermost_products(stage_3, tmp_path / "trace.json") == [[BFLOAT16, BFLOAT16]] * 3
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_all_products_of_a_training_step(mended: None, load: Loader, lora: bool) -> None:
+def test_all_products_of_a_training_step(mended: None, load: Loader, lora: bool, tmp_path: Path) -> None:
     loaded = load("builtin:llama-tiny", dtype=torch.bfloat16)
     model: nn.Module = add_lora(loaded.model, LoraConfig(r=8), loaded.objective, 0) if lora else loaded.model
     ids = torch.arange(1, 25).reshape(2, 12)
-    found = innermost_products(lambda: model(input_ids=ids, labels=ids).loss.backward())
+    found = innermost_products(lambda: model(input_ids=ids, labels=ids).loss.backward(), tmp_path / "trace.json")
     assert len(found) > 40
-    assert {dtype for factors in found for dtype in factors} == {torch.float32}
+    assert {dtype for factors in found for dtype in factors} == {FLOAT}
 
 
 def attention_gradients(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -201,11 +203,20 @@ def test_the_product_is_the_exact_one_rounded_once(
     assert torch.equal(out, exact.bfloat16())
 
 
-def test_thin_dot_products_and_other_dtypes_stay_with_torch(mended: None) -> None:
-    token, weight = drawn(1, INPUTS).detach(), drawn(OUTPUTS, INPUTS).detach()
-    assert innermost_products(lambda: token @ weight.t()) == [[torch.bfloat16] * 2]
-    assert innermost_products(lambda: token @ weight.t().contiguous()) == [[torch.float32] * 2]  # no dot products
-    assert innermost_products(lambda: token.double() @ weight.double().t()) == [[torch.float64] * 2]
+@pytest.mark.parametrize(
+    ("dtype", "transposed", "multiplied_in"),
+    [
+        (torch.bfloat16, True, BFLOAT16),
+        (torch.bfloat16, False, FLOAT),  # no dot products
+        (torch.float64, True, "Tensor(double)"),
+    ],
+)
+def test_thin_dot_products_and_other_dtypes_stay_with_torch(
+    mended: None, dtype: torch.dtype, transposed: bool, multiplied_in: str, tmp_path: Path
+) -> None:
+    token, weight = drawn(1, INPUTS).detach().to(dtype), drawn(OUTPUTS, INPUTS).detach().to(dtype)
+    factor = weight.t() if transposed else weight.t().contiguous()
+    assert innermost_products(lambda: token @ factor, tmp_path / "trace.json") == [[multiplied_in] * 2]
 
 
 def test_operands_that_do_not_fit_get_torchs_message(mended: None) -> None:
