@@ -2,7 +2,7 @@
 
 Forward passes add up the magnitudes, one all-reduce sums them over the ranks, and each layer keeps its top rows. With
 one micro-batch per step, this happens between forward and backward, and the backward pass skips the other rows
-(`models/skipping.py`). With several, the mask is known only after the last forward pass, so it is applied to this
+(`shared/row_executor.py`). With several, the mask is known only after the last forward pass, so it is applied to this
 rank's shards of the reduced gradients; or, with `mask_scope: micro_batch`, the sums so far mask each micro-batch.
 """
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput, ClDistError
-from cl_dist.kernels import RowLayout, RowMask, RowMasks, flat_row_masks, kept_rows, mask_rows_
+from cl_dist.kernels import RowMask, RowMasks, flat_row_masks, kept_rows
 from cl_dist.kernels.backend import sent
 from cl_dist.kernels.row_magnitude import fold_memory
 from cl_dist.methods.cost import Cost, RankShare
@@ -28,14 +28,14 @@ from cl_dist.methods.migu.magnitudes import MagnitudeSums, Plan
 from cl_dist.methods.migu.untracked import Untracked
 from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.methods.rehearsal import Rehearsal, Rehearsed
+from cl_dist.methods.shared.row_executor import RowExecutor, layouts_of, skipping_layers
 from cl_dist.models.every_expert import module_experts
 from cl_dist.models.layer_kinds import TrackedLayer
-from cl_dist.models.skipping import RowSkipper
 from cl_dist.models.structure import head_prefixes, is_below
-from cl_dist.models.tracked import shares_weight, tracked_layers, unnamed_layers, untracked_matrices
+from cl_dist.models.tracked import tracked_layers, unnamed_layers, untracked_matrices
 from cl_dist.models.training_mode import layerdrop
 from cl_dist.seeds import derive_seed
-from cl_dist.sharding import RowFreezer, Shard, ShardView
+from cl_dist.sharding import Shard, ShardView
 from cl_dist.state.run_folder import TaskFolder
 
 if TYPE_CHECKING:
@@ -158,9 +158,8 @@ class Migu(Method):
         self._model, self._train = rehearsal.model, rehearsal.train
         numels = rehearsal.shards.numels
         self._layers = self._find_layers(rehearsal.model, numels.__getitem__)
-        self._note_not_skipped()
-        self._skippable()
         config = self.config
+        self._check_scope(self._layers)
         sums = MagnitudeSums(rehearsal.model, self._layers, mask_bias=config.mask_bias)
         obstacle = rehearsal.try_out(sums.learn)
         reasons = {} if obstacle else sums.learnt()
@@ -169,7 +168,8 @@ class Migu(Method):
         self._untracked.check(config.untracked)
 
         # Every rank masks its piece by segments of rows; together they have to hold each row's elements once.
-        layouts = {name: layout for name, layout in self._row_layouts().items() if name in numels}
+        all_layouts = layouts_of(self._layers, config.mask_bias)
+        layouts = {name: layout for name, layout in all_layouts.items() if name in numels}
         segments = 0
         for name, layout in layouts.items():
             held = np.zeros(layout.total + 1, dtype=np.int64)
@@ -200,56 +200,33 @@ class Migu(Method):
         self._agreement = Agreement(self._sums.flat.device)
         rows = {layer.weight: layer.layout.total for layer in layers.values()}
         self._counts = KeptCounts(rows, self._sums.flat.device, self._shards.replicated)
-        self._layouts = self._row_layouts()
-        self._freezer = RowFreezer(self._shards, self._layouts) if config.mask == "update" else None
-        self._note_not_skipped()
-        skips = self._skips_rows(self._train)
-        self._skipper = RowSkipper(self._skippable(), config.mask_bias) if skips else None
-        for tap in self._sums.taps.values():
-            tap.skips = self._skipper is not None
+        self._check_scope(layers)
+        self._executor = RowExecutor(
+            self._model,
+            self._shards,
+            layers,
+            dropped=config.mask,
+            skips=self._skips_rows(self._train),
+            mask_bias=config.mask_bias,
+            taps=self._sums.taps,
+        )
         self._mask_from_here()
 
-    def _note_not_skipped(self) -> None:
-        """Note the layers whose backward computes all rows: routers, linear layers with a custom forward, and heads
-        whose weight has the embedding's gradient too.
-        """
-        layers = self._layers.values()
-        whole = [each for each in layers if not each.kind.skips(each.module) or shares_weight(self._model, each)]
-        self._not_skipped = {name for layer in whole for name in (layer.weight, layer.bias) if name is not None}
-
-    def _row_layouts(self) -> dict[str, RowLayout]:
-        """The layout of the rows of each weight and bias that is masked, by name."""
-        layouts = {layer.weight: layer.layout for layer in self._layers.values()}
-        if self.config.mask_bias:
-            layouts |= {layer.bias: layer.bias_layout for layer in self._layers.values() if layer.bias is not None}
-        return layouts
-
-    def _skippable(self) -> dict[str, nn.Module]:
-        """Layers for `RowSkipper`; the others skip rows in their taps, or not at all.
-
-        Raises:
-            BadInput: The recipe asks for masks of single micro-batches, but some layer cannot skip rows.
-        """
-        if not self.config.skip_rows:
-            return {}
-        if self._not_skipped and self.config.mask_scope == "micro_batch" and self._train.gradient_accumulation > 1:
+    def _check_scope(self, layers: Mapping[str, TrackedLayer]) -> None:
+        """Raise BadInput if the recipe asks for masks of single micro-batches, but some layer cannot skip rows."""
+        if self.config.mask_scope != "micro_batch" or self._train.gradient_accumulation == 1:
+            return
+        skipping = skipping_layers(self._model, layers)
+        if whole := [layer.weight for name, layer in layers.items() if name not in skipping]:
             raise BadInput(
-                f"method.mask_scope: micro_batch masks inside the backward pass, which {min(self._not_skipped)} does "
-                "not allow; allowed for this model: step"
+                f"method.mask_scope: micro_batch masks inside the backward pass, which {min(whole)} does not allow; "
+                "allowed for this model: step"
             )
-        return {
-            name: layer.module
-            for name, layer in self._layers.items()
-            if not layer.kind.tapped and layer.weight not in self._not_skipped
-        }
 
     def detach(self) -> None:
         """Remove the hooks from the layers and the optimiser."""
         self._sums.remove()
-        if self._skipper is not None:
-            self._skipper.remove()
-        if self._freezer is not None:
-            self._freezer.remove()
+        self._executor.remove()
 
     def before_trial(self, token_masks: Mapping[str, torch.Tensor]) -> None:
         """Record the shapes of the layers' outputs."""
@@ -283,9 +260,7 @@ class Migu(Method):
 
     def _mask_from_here(self) -> None:
         """Turn counting and skipping on or off, and discard an unfinished step; also if a task's engine is rebuilt."""
-        self._sums.counting = self._masks_this_task
-        if self._skipper is not None:
-            self._skipper.active = self._masks_this_task
+        self._sums.counting = self._executor.active = self._masks_this_task
         self._start_step()
 
     def _start_step(self) -> None:
@@ -308,14 +283,14 @@ class Migu(Method):
         self._step = step
         self._sums.begin(batch.token_masks)
         if not self._ahead:
-            self._forget_rows()
+            self._executor.forget()
         elif self._forwards == 0:
             self._look_ahead()
         self._forwards += 1
 
     def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
         """Choose the rows that this micro-batch's backward pass computes."""
-        if self._masks_this_task and self._skipper is not None and not self._ahead:
+        if self._executor.active and not self._ahead:
             self._skip_others()
         return loss
 
@@ -326,44 +301,27 @@ class Migu(Method):
     def _look_ahead(self) -> None:
         """Choose a step's rows before its first forward pass, from the task's steps so far, if there are any."""
         known = self._masks_this_task and self._summed > 0
-        if self._skipper is not None:
-            self._skipper.active = known
-        self._forget_rows()
+        self._executor.active = known
+        self._executor.forget()
         if known:
             self._skip_others()
 
     def _skip_others(self) -> None:
         """Choose the rows that backward computes from now on."""
         keep, masks = self._choose_rows()
-        if self._skipper is not None:
-            self._skipper.choose({name: of_layer[0].rows for name, of_layer in masks.items()})
-            for name, tap in self._sums.taps.items():
-                tap.rows = {
-                    layer.rpartition(".")[2]: [mask.rows for mask in of_layer]
-                    for layer, of_layer in masks.items()
-                    if layer.rpartition(".")[0] == name
-                }
         self._remember(keep)
+        self._executor.choose(self.keep, {name: [mask.rows for mask in of_layer] for name, of_layer in masks.items()})
 
     def before_update(self) -> None:
         """Zero the gradients of the rows that are not kept, unless backward has skipped them already."""
         if not self._masks_this_task:
             self._check_ran()
             return
-        # The rows are known, unless nothing was measured in time.
-        if self._summed == 0 if self._ahead else self._skipper is None:
+        if self._micro_batch == 0:  # they were not known in time
             self._remember(self._choose_rows()[0])
-        skipped = self._skipper is not None and self._skipper.active
-        for name, keep in self.keep.items():
-            # Skipped rows are zero already, unless a method before this one has added to them.
-            if skipped and name not in self._shards.edited and name not in self._not_skipped:
-                continue
-            shard = self._shards.gradient(name)
-            if shard is not None:
-                mask_rows_(shard.data, shard.start, self._layouts[name], keep.to(shard.data.device))
-                self._shards.gradient_changed(name)
-        if self._freezer is not None:
-            self._freezer.freeze(self.keep)
+            self._executor.apply(self.keep)
+        else:
+            self._executor.apply()
         self._counts.add(self._kept)
 
     def kept_share(self) -> float | None:
@@ -422,15 +380,7 @@ class Migu(Method):
 
     def _end_step(self) -> None:
         self._start_step()
-        self._forget_rows()
-        if self._freezer is not None:
-            self._freezer.freeze({})
-
-    def _forget_rows(self) -> None:
-        if self._skipper is not None:
-            self._skipper.forget()
-        for tap in self._sums.taps.values():
-            tap.rows = None
+        self._executor.end_step()
 
     def _choose_rows(self) -> tuple[torch.Tensor, dict[str, list[RowMask]]]:
         """Choose the rows to keep in each layer (in each expert), from all ranks' sums so far in this step.
