@@ -35,7 +35,7 @@ from cl_dist.models.structure import head_prefixes, is_below
 from cl_dist.models.tracked import shares_weight, tracked_layers, unnamed_layers, untracked_matrices
 from cl_dist.models.training_mode import layerdrop
 from cl_dist.seeds import derive_seed
-from cl_dist.sharding import RowFreezer, Shard, ShardView
+from cl_dist.sharding import CompactExchange, RowFreezer, Shard, ShardView
 from cl_dist.state.run_folder import TaskFolder
 
 if TYPE_CHECKING:
@@ -207,7 +207,22 @@ class Migu(Method):
         self._skipper = RowSkipper(self._skippable(), config.mask_bias) if skips else None
         for tap in self._sums.taps.values():
             tap.skips = self._skipper is not None
+        packed = () if self._whole_gradients() else self._layouts.keys() - self._not_skipped
+        self._exchange = CompactExchange(self._shards, self._layouts, packed)
         self._mask_from_here()
+
+    def _whole_gradients(self) -> str | None:
+        """Why whole gradients travel between the ranks, as far as the recipe decides it, or None."""
+        if self.config.compact == "off":
+            return "method.compact: off"
+        if not self.config.skip_rows:
+            return "method.skip_rows: false computes all of their rows"
+        if not self._skips_rows(self._train):
+            return (
+                f"the rows to keep are known only after the last of a step's {self._train.gradient_accumulation} "
+                "micro-batches (method.mask_scope: step)"
+            )
+        return None
 
     def _note_not_skipped(self) -> None:
         """Note the layers whose backward computes all rows: routers, linear layers with a custom forward, and heads
@@ -250,6 +265,7 @@ class Migu(Method):
             self._skipper.remove()
         if self._freezer is not None:
             self._freezer.remove()
+        self._exchange.remove()
 
     def before_trial(self, token_masks: Mapping[str, torch.Tensor]) -> None:
         """Record the shapes of the layers' outputs."""
@@ -272,8 +288,9 @@ class Migu(Method):
         self._install(rest, plan)
 
     def start_message(self) -> str | None:
-        """The weights that are trained without a mask."""
-        return self._untracked.message()
+        """The weights that are trained without a mask, and whether only kept rows travel."""
+        lines = [self._untracked.message(), self._exchange.message("migu", self._whole_gradients())]
+        return "\n".join(line for line in lines if line) or None
 
     def before_task(self, place: TaskPlace) -> None:
         """Mask this task, unless it is the first and the recipe trains that one without a mask."""
@@ -292,6 +309,7 @@ class Migu(Method):
         if self.config.sums == "step":
             self._sums.clear()
         self._micro_batch = self._forwards = 0
+        self._exchange.clear()
 
     def before_step(self, step: int) -> None:
         """Begin new records of kept rows and magnitudes with a task's first step."""
@@ -523,6 +541,7 @@ class Migu(Method):
             self.keep[layer.weight] = of_layer
             if layer.bias is not None and self.config.mask_bias:
                 self.keep[layer.bias] = of_layer
+        self._exchange.choose(self.keep)
 
 
 class Agreement:
