@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cl_dist.sharding.check import DEEPSPEED_VERSION, check_deepspeed
 
 if TYPE_CHECKING:
+    from cl_dist.sharding.compact import CompactExchange
     from cl_dist.sharding.inner_step import ElementFilter, RowFreezer, SteppedGradients
     from cl_dist.sharding.layouts import Shard
     from cl_dist.sharding.model import (
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEEPSPEED_VERSION",
+    "CompactExchange",
     "ElementFilter",
     "RowFreezer",
     "Shard",
@@ -46,6 +48,7 @@ _HOMES = {
     "remove_leftovers": "model",
     "replica_checksums": "model",
     "whole_parameters": "model",
+    "CompactExchange": "compact",
     "ElementFilter": "inner_step",
     "RowFreezer": "inner_step",
     "Shard": "layouts",

@@ -64,7 +64,7 @@ class Case:
         steps: int = 3, offload: bool = False, threshold: float = 0.7, masked: bool = True,
         deepspeed: dict[str, Any] | None = None, eps: float = 1e-2, average: str = "tokens",
         skip: bool = True, scope: str = "step", lora: bool = False, grad_dtype: str | None = None, sums: str = "step",
-        layers: Any = "blocks", tied_head: str = "error",
+        layers: Any = "blocks", tied_head: str = "error", compact: str = "auto",
     ) -> None:  # fmt: skip
         self.family, self.steps, self.accumulation, self.dtype = family, steps, accumulation, dtype
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -91,6 +91,7 @@ class Case:
             sums=sums,
             layers=tuple(layers) if isinstance(layers, list) else layers,
             tied_head=tied_head,  # type: ignore[arg-type]
+            compact=compact,  # type: ignore[arg-type]
         )
         model = (odd_lora if lora else odd_model)(family).to(getattr(torch, dtype))
         dense = copy.deepcopy(model)

@@ -53,6 +53,9 @@ class MiguConfig(VariedConfig):
     micro-batch is masked by the step's magnitudes so far, an approximation that lets it skip rows. `ahead` (with
     `sums: task`): a step's mask follows the task's steps before it, so all of its micro-batches skip rows; the first
     step of a task is masked by its own magnitudes."""
+    compact: Literal["auto", "off"] = "auto"
+    """`auto`: the ranks send each other only the rows that a step keeps, wherever these are known in time. `off`: they
+    always send whole gradients and weights. Both train the same weights."""
     untracked: Literal["error", "dense"] = "error"
     """What to do about trainable matrices inside the transformer blocks whose outputs cannot be measured. `error`:
     refuse the model and name them; `dense`: train them without a mask and log it."""

@@ -209,8 +209,22 @@ class Migu(Method):
             skips=self._skips_rows(self._train),
             mask_bias=config.mask_bias,
             taps=self._sums.taps,
+            whole_gradients=self._whole_gradients(),
         )
         self._mask_from_here()
+
+    def _whole_gradients(self) -> str | None:
+        """Why whole gradients travel between the ranks, as far as the recipe decides it, or None."""
+        if self.config.compact == "off":
+            return "method.compact: off"
+        if not self.config.skip_rows:
+            return "method.skip_rows: false computes all of their rows"
+        if not self._skips_rows(self._train):
+            return (
+                f"the rows to keep are known only after the last of a step's {self._train.gradient_accumulation} "
+                "micro-batches (method.mask_scope: step)"
+            )
+        return None
 
     def _check_scope(self, layers: Mapping[str, TrackedLayer]) -> None:
         """Raise BadInput if the recipe asks for masks of single micro-batches, but some layer cannot skip rows."""
@@ -249,8 +263,9 @@ class Migu(Method):
         self._install(rest, plan)
 
     def start_message(self) -> str | None:
-        """The weights that are trained without a mask."""
-        return self._untracked.message()
+        """The weights that are trained without a mask, and whether only kept rows travel."""
+        lines = [self._untracked.message(), self._executor.message("migu")]
+        return "\n".join(line for line in lines if line) or None
 
     def before_task(self, place: TaskPlace) -> None:
         """Mask this task, unless it is the first and the recipe trains that one without a mask."""
@@ -261,7 +276,7 @@ class Migu(Method):
     def _mask_from_here(self) -> None:
         """Turn counting and skipping on or off, and discard an unfinished step; also if a task's engine is rebuilt."""
         self._sums.counting = self._executor.active = self._masks_this_task
-        self._start_step()
+        self._end_step()
 
     def _start_step(self) -> None:
         if self.config.sums == "step":

@@ -19,7 +19,7 @@ from cl_dist.kernels import RowLayout, mask_rows_
 from cl_dist.models.layer_kinds import Tap, TrackedLayer
 from cl_dist.models.skipping import RowSkipper
 from cl_dist.models.tracked import shares_weight
-from cl_dist.sharding import RowFreezer, ShardView
+from cl_dist.sharding import CompactExchange, RowFreezer, ShardView
 
 Keep = Mapping[str, torch.Tensor]
 """By parameter name `(rows,)` bool, True for rows that are updated; the rows of several matrices (experts) lie one
@@ -45,6 +45,7 @@ class RowExecutor:
         skips: Whether rows are ever known before backward.
         mask_bias: Whether a layer's bias is masked like its weight; otherwise its gradient is computed in full.
         taps: The taps of the layers that have one, by module name.
+        whole_gradients: Why whole gradients travel between the ranks even where backward has skipped rows, or None.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class RowExecutor:
         skips: bool,
         mask_bias: bool = True,
         taps: Mapping[str, Tap] | None = None,
+        whole_gradients: str | None = None,
     ) -> None:
         self._shards, self._taps = shards, taps or {}
         self._layouts = layouts_of(layers, mask_bias)
@@ -65,6 +67,9 @@ class RowExecutor:
         hooked = {name: layer.module for name, layer in self._skipping.items() if not layer.kind.tapped}
         self._skipper = RowSkipper(hooked, mask_bias) if skips else None
         self._freezer = RowFreezer(shards, self._layouts) if dropped == "update" else None
+        self._whole_gradients = whole_gradients
+        packed = () if whole_gradients else self._skipped_names
+        self._exchange = CompactExchange(shards, self._layouts, packed)
         self._keep: Keep = {}
         self.active = False
 
@@ -92,6 +97,7 @@ class RowExecutor:
                 anyway; by default those of `keep`, for which the host waits once per layer.
         """
         self._keep = keep
+        self._exchange.choose(keep)
         if self._skipper is None:
             return
         numbers = {name: _numbers(layer, keep) for name, layer in self._skipping.items()} if rows is None else rows
@@ -130,6 +136,7 @@ class RowExecutor:
         """The step is over, updated or not: forget its rows, and thaw them."""
         self.forget()
         self._keep = {}
+        self._exchange.clear()
         if self._freezer is not None:
             self._freezer.freeze({})
 
@@ -139,6 +146,15 @@ class RowExecutor:
             self._skipper.remove()
         if self._freezer is not None:
             self._freezer.remove()
+        self._exchange.remove()
+
+    def message(self, method: str) -> str | None:
+        """One line for the log about what travels between the ranks; None on a single one.
+
+        Args:
+            method: Who chooses the rows.
+        """
+        return self._exchange.message(method, self._whole_gradients)
 
     def _layout(self, name: str) -> RowLayout:
         if name in self._layouts:
