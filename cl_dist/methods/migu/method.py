@@ -208,7 +208,7 @@ class Migu(Method):
         for tap in self._sums.taps.values():
             tap.skips = self._skipper is not None
         packed = () if self._whole_gradients() else self._layouts.keys() - self._not_skipped
-        self._exchange = CompactExchange(self._shards, self._layouts, packed)
+        self._exchange = CompactExchange(self._shards, self._layouts, packed, weights=self._whole_weights() is None)
         self._mask_from_here()
 
     def _whole_gradients(self) -> str | None:
@@ -223,6 +223,12 @@ class Migu(Method):
                 "micro-batches (method.mask_scope: step)"
             )
         return None
+
+    def _whole_weights(self) -> str | None:
+        """The same for the weights that are gathered after a step."""
+        if self.config.compact == "off":
+            return "method.compact: off"
+        return None if self.config.mask == "update" else "method.mask: gradient moves dropped rows too"
 
     def _note_not_skipped(self) -> None:
         """Note the layers whose backward computes all rows: routers, linear layers with a custom forward, and heads
@@ -289,7 +295,8 @@ class Migu(Method):
 
     def start_message(self) -> str | None:
         """The weights that are trained without a mask, and whether only kept rows travel."""
-        lines = [self._untracked.message(), self._exchange.message("migu", self._whole_gradients())]
+        traffic = self._exchange.message(self._whole_gradients(), self._whole_weights())
+        lines = [self._untracked.message(), f"migu: {traffic}" if traffic else None]
         return "\n".join(line for line in lines if line) or None
 
     def before_task(self, place: TaskPlace) -> None:
