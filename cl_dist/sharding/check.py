@@ -14,7 +14,7 @@ DEEPSPEED_VERSION = "0.19.8"
 # By file of the deepspeed package: strings that its source must contain. A definition is listed with its `def`, so that
 # a mere call of it does not count.
 _ATTRIBUTES = {
-    "runtime/engine.py": ("_take_model_step", "def clip_fp32_gradients"),
+    "runtime/engine.py": ("_take_model_step", "def clip_fp32_gradients", "self.allreduce_no_retain(dense_bucket,"),
     "runtime/zero/stage_1_and_2.py": (
         "single_partition_of_fp32_groups",
         "norm_for_param_grads",
@@ -31,11 +31,14 @@ _ATTRIBUTES = {
         "self.allreduce_and_scatter(",
         "self.allreduce_no_retain(",
         "self.gradient_reduction_w_predivide(tensor, communication_data_type)",
+        "all_gather_dp_groups(groups_flat=",
     ),
     "runtime/zero/stage3.py": (
         "fp32_partitioned_groups_flat",
         "grad_position",
         "def _get_fp32_grad_state_partition",
+        "self.__avg_scatter_grads(",
+        "reduce_scatter_coalesced(full_grads_for_rank, process_group)",
         "def _reassign_or_swap_out_partitioned_parameters",
         "persistent_parameters",
         "def _partition_all_parameters",
@@ -52,7 +55,7 @@ _ATTRIBUTES = {
         "backward_hooks",
     ),
     "runtime/zero/partition_parameters.py": ("_external_params",),
-    "runtime/bf16_optimizer.py": ("_hp_grad", "def update_lp_params"),
+    "runtime/bf16_optimizer.py": ("_hp_grad", "def update_lp_params", "all_gather_dp_groups(groups_flat="),
     "runtime/fp16/unfused_optimizer.py": ("fp32_groups", "fp16_groups"),
     "utils/tensor_fragment.py": ("lp_fragment_address", "hp_fragment_address", "def get_lp_grad_fragment"),
 }

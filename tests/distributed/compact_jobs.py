@@ -35,6 +35,7 @@ def compared(settings: dict[str, Any]) -> dict[str, Any]:
         "message": {"auto": auto["message"], "off": off["message"]},
         "replicas": auto["replicas"],
         "left": auto["left"],
+        **auto["elements"],
     }
 
 
@@ -46,7 +47,8 @@ def distances(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def trained(settings: dict[str, Any], compact: str) -> dict[str, Any]:
     """Masters and moments after the last step, whole; norms of every step; the last step's bytes by collective."""
     case = Case(**settings, compact=compact)
-    engine = case.engine
+    engine: Any = case.engine
+    engine.method.methods = [case.migu]  # what the recorder gathers would count too
     engine.before_task(TaskPlace(index=0, name="t", steps=case.steps))
     sent: Counter[str] = Counter()
     norms = []
@@ -65,6 +67,13 @@ def trained(settings: dict[str, Any], compact: str) -> dict[str, Any]:
     torch.distributed.all_reduce(lowest, op=torch.distributed.ReduceOp.MIN)
     torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
     report: dict[str, Any] = {quantity: whole(engine.shards, quantity) for quantity in QUANTITIES}
+    numels = {name: engine.shards.numel(name) for name in engine.shards.names}
+    dropped = {name: int((~keep).sum()) * (numels[name] // len(keep)) for name, keep in case.migu.keep.items()}
+    report["elements"] = {
+        "dropped": sum(dropped.values()),
+        "tracked": sum(numels[name] for name in dropped),
+        "parameters": len(numels),
+    }
     zero = engine._engine.optimizer
     case.migu.detach()
     report |= {
@@ -72,10 +81,13 @@ def trained(settings: dict[str, Any], compact: str) -> dict[str, Any]:
         "norms": norms,
         "message": case.migu.start_message(),
         "replicas": bool(torch.equal(lowest, highest)) if settings["stage"] < 3 else True,
-        "left": [name for name in SEAMS if name in getattr(zero, "__dict__", {})],
+        "left": [name for owner in (zero, engine._engine) for name in SEAMS if name in vars(owner)],
     }
     engine.destroy()
     return report
 
 
-SEAMS = ("average_tensor", "allreduce_and_scatter", "allreduce_no_retain", "gradient_reduction_w_predivide", "step")
+SEAMS = (
+    "average_tensor", "allreduce_and_scatter", "allreduce_no_retain", "gradient_reduction_w_predivide", "step",
+    "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads",
+)  # fmt: skip

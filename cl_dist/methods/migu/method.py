@@ -210,6 +210,7 @@ class Migu(Method):
             mask_bias=config.mask_bias,
             taps=self._sums.taps,
             whole_gradients=self._whole_gradients(),
+            whole_weights=self._whole_weights(),
         )
         self._mask_from_here()
 
@@ -225,6 +226,12 @@ class Migu(Method):
                 "micro-batches (method.mask_scope: step)"
             )
         return None
+
+    def _whole_weights(self) -> str | None:
+        """The same for the weights that are gathered after a step."""
+        if self.config.compact == "off":
+            return "method.compact: off"
+        return None if self.config.mask == "update" else "method.mask: gradient moves dropped rows too"
 
     def _check_scope(self, layers: Mapping[str, TrackedLayer]) -> None:
         """Raise BadInput if the recipe asks for masks of single micro-batches, but some layer cannot skip rows."""
@@ -264,7 +271,8 @@ class Migu(Method):
 
     def start_message(self) -> str | None:
         """The weights that are trained without a mask, and whether only kept rows travel."""
-        lines = [self._untracked.message(), self._executor.message("migu")]
+        traffic = self._executor.message()
+        lines = [self._untracked.message(), f"migu: {traffic}" if traffic else None]
         return "\n".join(line for line in lines if line) or None
 
     def before_task(self, place: TaskPlace) -> None:

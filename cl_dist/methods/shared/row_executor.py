@@ -46,6 +46,7 @@ class RowExecutor:
         mask_bias: Whether a layer's bias is masked like its weight; otherwise its gradient is computed in full.
         taps: The taps of the layers that have one, by module name.
         whole_gradients: Why whole gradients travel between the ranks even where backward has skipped rows, or None.
+        whole_weights: Why whole weights are gathered after a step even where rows are frozen, or None.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class RowExecutor:
         mask_bias: bool = True,
         taps: Mapping[str, Tap] | None = None,
         whole_gradients: str | None = None,
+        whole_weights: str | None = None,
     ) -> None:
         self._shards, self._taps = shards, taps or {}
         self._layouts = layouts_of(layers, mask_bias)
@@ -67,9 +69,9 @@ class RowExecutor:
         hooked = {name: layer.module for name, layer in self._skipping.items() if not layer.kind.tapped}
         self._skipper = RowSkipper(hooked, mask_bias) if skips else None
         self._freezer = RowFreezer(shards, self._layouts) if dropped == "update" else None
-        self._whole_gradients = whole_gradients
+        self._whole_gradients, self._whole_weights = whole_gradients, whole_weights
         packed = () if whole_gradients else self._skipped_names
-        self._exchange = CompactExchange(shards, self._layouts, packed)
+        self._exchange = CompactExchange(shards, self._layouts, packed, weights=whole_weights is None)
         self._keep: Keep = {}
         self.active = False
 
@@ -113,7 +115,9 @@ class RowExecutor:
             keep: The step's rows, if they are known only now; by default those of the last `choose`.
         """
         skipped = self._skipped_names if keep is None and self.active else frozenset[str]()
-        self._keep = self._keep if keep is None else keep
+        if keep is not None:
+            self._keep = keep
+            self._exchange.choose(keep)
         for name, kept in self._keep.items():
             # Skipped rows are zero already, unless a method before this one has added to them.
             if name in skipped and name not in self._shards.edited:
@@ -148,13 +152,9 @@ class RowExecutor:
             self._freezer.remove()
         self._exchange.remove()
 
-    def message(self, method: str) -> str | None:
-        """One line for the log about what travels between the ranks; None on a single one.
-
-        Args:
-            method: Who chooses the rows.
-        """
-        return self._exchange.message(method, self._whole_gradients)
+    def message(self) -> str | None:
+        """One line for the log about what travels between the ranks; None on a single one."""
+        return self._exchange.message(self._whole_gradients, self._whole_weights)
 
     def _layout(self, name: str) -> RowLayout:
         if name in self._layouts:
