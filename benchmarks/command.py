@@ -168,6 +168,15 @@ BENCHMARKS = {
             {"hidden": (576, 1024, 4096), "tokens": (512,), "threshold": 0.7},
         ),
         Benchmark(
+            "column-weight-grad",
+            "weight gradient of a linear layer, kept columns only",
+            "Times the weight gradient of a linear layer of which some columns are trained. Compares the kernel,\n"
+            "given the whole input, the dense product, the reference (dense product, then its columns picked),\n"
+            f"and the product of columns of the input that were saved before. {_MODELS}",
+            (*_LAYER_OPTIONS, "threshold"),
+            {"hidden": (576, 1024, 4096), "tokens": (512,), "threshold": 0.7},
+        ),
+        Benchmark(
             "importance",
             "one update of smoothed importance and uncertainty (KIF, TaSL)",
             "Times one update of both states of a parameter. Compares the fused pass, the reference's chain of\n"

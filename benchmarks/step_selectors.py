@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from cl_dist.benchmarks.engine_steps import MANY_STEPS, batch_of, build_engine
-from cl_dist.benchmarks.harness import Contestant, Times, race
+from cl_dist.benchmarks.harness import Times, rotated
 from cl_dist.benchmarks.ranks import measure_on_ranks
 from cl_dist.benchmarks.report import Entry, timed
 from cl_dist.benchmarks.step_ranks import DEFAULT_STAGE, environment_of
@@ -109,17 +110,14 @@ class Trainer:
             torch.cuda.synchronize()
 
 
-class SlowestRank:
-    """Measures a step on the slowest rank."""
-
-    def seconds(self, contestant: Contestant, repeats: int) -> float:
-        """Time of one run; a step is long enough that one is sufficient."""
-        torch.distributed.barrier()
-        start = time.perf_counter()
-        contestant.run()
-        elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device())
-        torch.distributed.all_reduce(elapsed, op=torch.distributed.ReduceOp.MAX)
-        return float(elapsed)
+def slowest(step: Callable[[], object]) -> float:
+    """Seconds that a step takes on the slowest rank (collective)."""
+    torch.distributed.barrier()
+    start = time.perf_counter()
+    step()
+    elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device())
+    torch.distributed.all_reduce(elapsed, op=torch.distributed.ReduceOp.MAX)
+    return float(elapsed)
 
 
 def race_selector(size: dict[str, Any], stage: int, runs: int, selector: str, accumulation: int) -> dict[str, Any]:
@@ -127,9 +125,13 @@ def race_selector(size: dict[str, Any], stage: int, runs: int, selector: str, ac
     made = StepSize(**size)
     method = method_of(selector, 1 - made.threshold)
     trainers = {way: Trainer(made, stage, each, accumulation) for way, each in (("dense", None), ("selected", method))}
-    times = race({way: Contestant(trainer.step) for way, trainer in trainers.items()}, runs, SlowestRank())
+    # A step takes up to a minute, so none is spent on warming up: each trainer has taken one already.
+    seconds: dict[str, list[float]] = {way: [] for way in trainers}
+    for number in range(runs):
+        for way in rotated(list(trainers), number):
+            seconds[way].append(slowest(trainers[way].step))
     return {
-        "seconds": times.seconds,
+        "seconds": seconds,
         "threads": torch.get_num_threads(),
         "kept_share": method.kept_share(),
         "state_bytes": {way: trainer.engine.shards.state_bytes for way, trainer in trainers.items()},

@@ -1,6 +1,11 @@
 """Row and importance operations, usable by themselves: one file each, importing nothing from the rest of cl_dist."""
 
 from cl_dist.kernels.apply_row_mask import apply_row_mask_, mask_rows_
+from cl_dist.kernels.column_weight_grad import (
+    column_weight_grad,
+    column_weight_grad_way,
+    column_weight_grad_ways,
+)
 from cl_dist.kernels.importance_update import importance_update_
 from cl_dist.kernels.masked_weight_grad import kept_weight_grad, masked_weight_grad, weight_grad_way, weight_grad_ways
 from cl_dist.kernels.row_magnitude import MagnitudeTotal, row_magnitude
@@ -14,6 +19,9 @@ __all__ = [
     "RowMasks",
     "RowSegment",
     "apply_row_mask_",
+    "column_weight_grad",
+    "column_weight_grad_way",
+    "column_weight_grad_ways",
     "flat_row_masks",
     "importance_update_",
     "kept_rows",

@@ -76,10 +76,10 @@ def masked_weight_grad(
 def kept_weight_grad(input: torch.Tensor, grad_output: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
     """Compute `dW[rows] = dY[:, rows]^T X` of a linear layer as a matrix of its kept rows alone.
 
-    For kept columns, `dW[:, columns] = dY^T X[:, columns]`: give the columns of the input, and no rows.
+    `column_weight_grad` does the same for columns.
 
     Args:
-        input: `(..., in_features)`, floating: the layer's input X, or the kept columns of it.
+        input: `(..., in_features)`, floating: the layer's input X.
         grad_output: `(..., out_features)`, same leading shape and dtype: the gradient dY of the layer's output.
         rows: `(kept,)` int64, strictly ascending, in `[0, out_features)`; None: all rows.
 

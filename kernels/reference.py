@@ -68,6 +68,17 @@ def masked_weight_grad(
     return weight, sums if bias_grad is None else bias_grad.add_(sums)
 
 
+def column_weight_grad(
+    input: torch.Tensor, grad_output: torch.Tensor, columns: torch.Tensor | None = None, *, transposed: bool = False
+) -> torch.Tensor:
+    """Pick the columns out of the whole gradient; see `kernels.column_weight_grad`."""
+    x = input.reshape(-1, input.shape[-1])
+    dy = grad_output.reshape(-1, grad_output.shape[-1])
+    weight = dy.t() @ x
+    kept = weight if columns is None else weight[:, columns]
+    return kept.t().contiguous() if transposed else kept
+
+
 def apply_row_mask_(shard: torch.Tensor, start: int, row_length: int, keep: torch.Tensor) -> torch.Tensor:
     """Look up the row of every element; see `kernels.apply_row_mask_`."""
     row = torch.arange(start, start + shard.numel(), device=shard.device) // row_length

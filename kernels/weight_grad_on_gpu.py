@@ -2,6 +2,10 @@
 
 All of them compute `dW[rows] = dY[:, rows]^T X`. They differ in who multiplies, in whether the kept columns of dY are
 copied next to each other first, and in how the zeros of the dropped rows get into memory.
+
+The kept columns of a weight gradient are the mirror image: `dW[:, columns]^T = X[:, columns]^T dY`, the same product
+with the input and the output's gradient exchanged. What is wanted of them is a matrix of the kept columns alone, so
+there are no zeros to write.
 """
 
 from __future__ import annotations
@@ -125,6 +129,35 @@ WAYS: Mapping[str, Way] = {"gathered": _gathered, "tiles": _tiles, "vendor": _ve
 """Every way to compute a new gradient, by name."""
 
 
+ColumnWay = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+"""`(input (tokens, in), grad_output (tokens, out), columns (kept,) int64, transposed) -> (out, kept)`, or transposed
+`(kept, out)`. At least one column and one output feature."""
+
+
+def column_way_for(out_features: int) -> str:
+    """Choose one of `COLUMN_WAYS` by how often each kept column of the input would be read; predicted, as `way_for`."""
+    return "gathered" if out_features <= GATHERED_FEATURES else "vendor"
+
+
+def _gathered_columns(x_TI: torch.Tensor, dy_TO: torch.Tensor, columns: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """A Triton product that reads the kept columns of the input in place: no copy, and no memory for one."""
+    shape = len(columns), dy_TO.shape[1]
+    grad = x_TI.new_empty(shape if transposed else shape[::-1])
+    grad_KO = grad if transposed else grad.t()
+    _tile_launch(dy_TO, x_TI, columns, grad_KO, accumulate=False, gather=True, compact=True).run()
+    return grad
+
+
+def _vendor_columns(x_TI: torch.Tensor, dy_TO: torch.Tensor, columns: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """Copied columns and the vendor's product."""
+    x_TK = kept_columns(x_TI, columns)[0][:, : len(columns)]
+    return torch.mm(x_TK.t(), dy_TO) if transposed else torch.mm(dy_TO.t(), x_TK)
+
+
+COLUMN_WAYS: Mapping[str, ColumnWay] = {"gathered": _gathered_columns, "vendor": _vendor_columns}
+"""Every way to the kept columns, by name."""
+
+
 def add_to(weight_grad: torch.Tensor, x_TI: torch.Tensor, dy_TO: torch.Tensor, rows: torch.Tensor) -> None:
     """Add the kept rows to a given gradient of any floating dtype."""
     gather = x_TI.shape[1] <= GATHERED_FEATURES
@@ -191,8 +224,12 @@ def _tile_launch(
     weight_grad: torch.Tensor,
     accumulate: bool,
     gather: bool,
+    compact: bool = False,
 ) -> Launch:
-    """Launch one program per tile of kept rows and input features. Each loops over all tokens, so none share a sum."""
+    """Launch one program per tile of kept rows and input features. Each loops over all tokens, so none share a sum.
+
+    With `compact`, `weight_grad` has only the kept rows, next to each other.
+    """
     kept, in_features = rows.numel(), x_TI.shape[1]
     tile = _tile(kept, in_features, x_TI.dtype, gather)
     arguments = {
@@ -212,6 +249,7 @@ def _tile_launch(
         "grad_stride_i": weight_grad.stride(1),
         "ACCUMULATE": accumulate,
         "GATHER": gather,
+        "COMPACT": compact,
         "PRECISION": _precision(x_TI.dtype),
         "WIDEN": x_TI.dtype == torch.bfloat16 and _interpreted(),
         **tile,
@@ -257,6 +295,7 @@ def _tile_kernel(
     grad_stride_i: tl.tensor,
     ACCUMULATE: tl.constexpr,
     GATHER: tl.constexpr,
+    COMPACT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -284,7 +323,8 @@ def _tile_kernel(
         if WIDEN:
             dy_RT, x_TI = dy_RT.to(tl.float32), x_TI.to(tl.float32)
         sums_RI = tl.dot(dy_RT, x_TI, sums_RI, input_precision=PRECISION)
-    here_RI = weight_grad + row_R[:, None] * grad_stride_o + i_I[None, :] * grad_stride_i
+    grad_R = r_R if COMPACT else row_R
+    here_RI = weight_grad + grad_R[:, None] * grad_stride_o + i_I[None, :] * grad_stride_i
     inside_RI = (r_R < kept)[:, None] & (i_I < in_features)[None, :]
     if ACCUMULATE:
         sums_RI += tl.load(here_RI, mask=inside_RI, other=0.0).to(tl.float32)

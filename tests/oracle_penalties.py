@@ -25,6 +25,8 @@ class Dense:
         self.model, self.lr, self.eps, self.clip = model, lr, eps, clip
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.masters = {n: torch.nn.Parameter(p.detach().float().clone()) for n, p in self.params.items()}
+        self.masks: Tensors | None = None
+        """True for the elements that are trained; None: all of them."""
         self.past: list[tuple[Tensors, Tensors]] = []
         """Fisher information and weights of every past task (EWC)."""
         self.start_task()
@@ -37,6 +39,8 @@ class Dense:
         self.model.zero_grad(set_to_none=True)
         loss_of(self.model).backward()
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.params.items()}
+        if self.masks is not None:
+            grads = {n: torch.where(self.masks[n], g, 0) for n, g in grads.items()}
         return {n: g.detach().float().clone() for n, g in grads.items()}
 
     @contextmanager

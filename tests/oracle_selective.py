@@ -12,13 +12,12 @@ from typing import Any
 import torch
 
 
-def ssu_columns(
-    model: torch.nn.Module, samples: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str], keep: float
+def ssu_scores(
+    model: torch.nn.Module, samples: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """Source-shielded updates: True for the elements that are trained, of the weights `names`, each of a layer.
+    """Source-shielded updates: the score of every column of the weights `names`, each of a layer.
 
-    A column's score is its norm times the mean over samples of the mean over tokens of its squared inputs; a share
-    `1 - keep` of the columns has the highest scores and is frozen.
+    It is the column's norm times the mean over samples of the mean over tokens of its squared inputs.
     """
     modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
     totals: dict[str, torch.Tensor] = {}
@@ -36,16 +35,29 @@ def ssu_columns(
             model(**sample)
     for hook in hooks:
         hook.remove()
-    masks = {}
+    scores = {}
     for name, module in modules.items():
         weight = module.weight.detach().double()
-        transposed = not isinstance(module, torch.nn.Linear)  # GPT-2's layers
-        score = (weight.t() if transposed else weight).norm(dim=0) * totals[name]
-        mask = torch.ones_like(weight, dtype=torch.bool)
+        scores[name] = (weight.t() if _transposed(module) else weight).norm(dim=0) * totals[name]
+    return scores
+
+
+def ssu_columns(
+    model: torch.nn.Module, samples: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str], keep: float
+) -> dict[str, torch.Tensor]:
+    """True for the elements that are trained: of the columns, a share `1 - keep` with the highest scores is frozen."""
+    masks = {}
+    for name, score in ssu_scores(model, samples, names).items():
+        module = model.get_submodule(name.removesuffix(".weight"))
         frozen = score.topk(int(len(score) * (1 - keep))).indices
-        mask[frozen if transposed else (slice(None), frozen)] = False
-        masks[name] = mask
+        masks[name] = torch.ones_like(module.weight, dtype=torch.bool)
+        masks[name][frozen if _transposed(module) else (slice(None), frozen)] = False
     return masks
+
+
+def _transposed(layer: torch.nn.Module) -> bool:
+    """GPT-2's layers store their weights as `(in, out)`."""
+    return not isinstance(layer, torch.nn.Linear)
 
 
 class Dense:

@@ -25,6 +25,7 @@ def measure(record: Record, device: torch.device) -> None:
     for dtype in DTYPES:
         _magnitudes(record, device, dtype)
         _weight_grads(record, device, dtype)
+        _column_grads(record, device, dtype)
     for dtype in (torch.float64, torch.float32):
         record.measure(f"topk_row_masks {_name(dtype)}", partial(_topk, record, device, dtype))
     for start in (0, 1, 4097):
@@ -100,6 +101,31 @@ def _ways(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int]) 
         "same_bits": all(found["same_bits"] for found in each.values()),
         "ok": all(found["ok"] for found in each.values()),
     }
+
+
+def _column_grads(record: Record, device: torch.device, dtype: torch.dtype) -> None:
+    on_gpu = ((4096, 4096, 4096), (4001, 4096, 11008), (513, 4096, 8), (4096, 8, 4096), (333, 512, 512))
+    for tokens, rows, inputs in record.size(on_gpu, ((40, 48, 32), (9, 8, 16))):
+        for transposed in (False, True):
+            name = f"column_weight_grad {tokens}x{rows}x{inputs} {_name(dtype)}{' transposed' if transposed else ''}"
+            record.measure(name, partial(_column_grad, device, dtype, (tokens, rows, inputs), transposed))
+
+
+def _column_grad(
+    device: torch.device, dtype: torch.dtype, size: tuple[int, int, int], transposed: bool
+) -> dict[str, Any]:
+    """The operation, and each of the ways among which it chooses."""
+    tokens, rows, inputs = size
+    x, dy = _random(device, dtype, tokens, inputs), _random(device, dtype, tokens, rows)
+    columns = torch.randperm(inputs, device=device)[: kernels.kept_rows(inputs, THRESHOLD)].sort().values
+    wanted = reference.column_weight_grad(x.double(), dy.double(), columns, transposed=transposed)
+    ways = kernels.column_weight_grad_ways(x).values()
+
+    def call() -> Sequence[torch.Tensor]:
+        found = kernels.column_weight_grad(x, dy, columns, transposed=transposed)
+        return [found, *(way(x, dy, columns, transposed) for way in ways)]
+
+    return compared(call, [wanted] * (1 + len(ways)), ALLOWED[dtype])
 
 
 def _topk(record: Record, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def _kernels(measured: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _weight_grad(measured: Mapping[str, Any]) -> Iterator[Row]:
-    for value in measured.values():
+    for value in (value for value in measured.values() if "kept_rows" in value):
         over = value["over_dense"]
         others = [name for name in over if name not in ("dense", "masked_weight_grad")]
         fastest = min(others, key=lambda name: over[name]["median"])
@@ -112,6 +112,17 @@ def _weight_grad(measured: Mapping[str, Any]) -> Iterator[Row]:
             **{f"{name} / dense": _ratio(ratio) for name, ratio in over.items() if name != "dense"},
             "chosen": value["chosen"],
             "fastest": fastest,
+        }
+
+
+def _column_grad(measured: Mapping[str, Any]) -> Iterator[Row]:
+    for value in (value for value in measured.values() if "kept_columns" in value):
+        yield {
+            "tokens": str(value["tokens"]),
+            "rows × inputs": f"{value['rows']} × {value['inputs']}",
+            "dense": _milliseconds(value["seconds"]["dense"]),
+            **{f"{name} / dense": _ratio(ratio) for name, ratio in value["over_dense"].items() if name != "dense"},
+            "chosen": value["chosen"],
         }
 
 
@@ -201,6 +212,7 @@ _TABLES: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Iterator[Row]]], ..
     ("machine", "Measured limits", _machine),
     ("kernels", "Kernels against float64", _kernels),
     ("weight-grad", "Ways to the masked weight gradient", _weight_grad),
+    ("weight-grad", "Ways to the gradient of kept columns", _column_grad),
     ("step", "Forward and backward", _step),
     ("step", "What a step asks of the device", _counts),
     ("engine", "Whole steps under DeepSpeed", _engine),

@@ -40,6 +40,10 @@ def weight_grads(record: Record, device: torch.device) -> None:
         for layer in layers:
             name = f"{tokens} tokens, {layer.outputs} x {layer.inputs}"
             record.measure(name, partial(_weight_grad, record, device, layer, tokens))
+    tokens = record.size(4096, 64)
+    for layer in (*layers, *record.size((Layer(512, 4096),), ())):
+        name = f"columns, {tokens} tokens, {layer.outputs} x {layer.inputs}"
+        record.measure(name, partial(_column_grad, record, device, layer, tokens))
 
 
 def _weight_grad(record: Record, device: torch.device, layer: Layer, tokens: int) -> dict[str, Any]:
@@ -70,6 +74,34 @@ def _weight_grad(record: Record, device: torch.device, layer: Layer, tokens: int
         "over_dense": {name: times.ratio(name, DENSE).as_dict() for name in contestants},
         "dense_teraflops": 2 * tokens * layer.outputs * layer.inputs / times.spread(DENSE).median / 1e12,
         "failed_ways": failed,
+    }
+
+
+def _column_grad(record: Record, device: torch.device, layer: Layer, tokens: int) -> dict[str, Any]:
+    """The ways to the gradient of the kept columns, and the product of columns that were saved for backward."""
+    dtype = record.size(torch.bfloat16, torch.float32)
+    x, dy = (torch.randn(tokens, width, device=device).to(dtype) for width in (layer.inputs, layer.outputs))
+    kept = kernels.kept_rows(layer.inputs, THRESHOLD)
+    columns = torch.randperm(layer.inputs, device=device)[:kept].sort().values
+    saved = x.index_select(1, columns)
+    contestants = {
+        DENSE: Contestant(lambda: dy.t() @ x),
+        "saved columns": Contestant(lambda: kernels.column_weight_grad(saved, dy)),
+        **{
+            name: Contestant(partial(way, x, dy, columns, False))
+            for name, way in kernels.column_weight_grad_ways(x).items()
+        },
+    }
+    times = race(contestants, record.size(7, 2), clock_for(device))
+    return {
+        "tokens": tokens,
+        "rows": layer.outputs,
+        "inputs": layer.inputs,
+        "kept_columns": kept,
+        "chosen": kernels.column_weight_grad_way(x, layer.outputs),
+        "dtype": str(dtype),
+        "seconds": {name: times.spread(name).as_dict() for name in contestants},
+        "over_dense": {name: times.ratio(name, DENSE).as_dict() for name in contestants},
     }
 
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from cl_dist.errors import BadInput
-from cl_dist.kernels import kept_weight_grad
+from cl_dist.kernels import column_weight_grad, kept_weight_grad
 from cl_dist.models.row_gradients import autocast_like_linear, own_memory
 from cl_dist.models.structure import is_sharded, whole_shape
 
@@ -239,9 +239,8 @@ class _KeptLinear(torch.autograd.Function):
         transposed: bool,
         part: KeptPart,
     ) -> torch.Tensor:
-        # Columns of the weight meet columns of the input: backward needs no others.
-        columns = part.part.along == "columns"
-        ctx.save_for_backward(input.index_select(-1, part.indices) if columns else input, kept, weight)
+        ctx.chosen = _saves_columns(part)
+        ctx.save_for_backward(input.index_select(-1, part.indices) if ctx.chosen else input, kept, weight)
         ctx.part, ctx.transposed = part, transposed
         matrix = weight.t() if transposed else weight
         return own_memory(nn.functional.linear(input, matrix, bias))
@@ -258,9 +257,13 @@ class _KeptLinear(torch.autograd.Function):
                 part.overlay_weight(weight, kept)
             grad_input = grad_output @ (weight.t() if ctx.transposed else weight)
         if needs_kept:
-            rows = part.indices if part.part.along == "rows" else None
-            grad_kept = kept_weight_grad(input, grad_output, rows)
-            grad_kept = grad_kept.t().contiguous() if ctx.transposed else grad_kept
+            if part.part.along == "columns":
+                columns = None if ctx.chosen else part.indices
+                grad_kept = column_weight_grad(input, grad_output, columns, transposed=ctx.transposed)
+            else:
+                rows = part.indices if part.part.along == "rows" else None
+                grad_kept = kept_weight_grad(input, grad_output, rows)
+                grad_kept = grad_kept.t().contiguous() if ctx.transposed else grad_kept
             if part.part.along == "elements":
                 grad_kept = _picked(part, grad_kept, kept.shape)
         if needs_kept_bias or needs_bias:
@@ -268,6 +271,18 @@ class _KeptLinear(torch.autograd.Function):
             grad_kept_bias = whole.index_select(0, part.indices) if needs_kept_bias else None
             grad_bias = whole if needs_bias else None
         return grad_input, grad_kept, grad_kept_bias, None, grad_bias, None, None
+
+
+def _saves_columns(part: KeptPart) -> bool:
+    """Whether a layer saves the kept columns of its input for backward, which needs no others, or the whole input.
+
+    The whole input costs no copy, and on a GPU the kernel may read its columns in place. It costs no memory either
+    where somebody else keeps it: layers with the same input (query, key and value; up and gate) keep one tensor
+    together, but a copy of their columns each, and fused attention keeps its output, the input of the output layer. In
+    units of the width, a Llama block keeps 1 + 0 + 1 + 2.7 whole inputs (before query, output, up and down), or a share
+    k of 3 + 1 + 2 + 2.7: less memory for all of them together while k is below a half.
+    """
+    return part.part.along == "columns" and 2 * part.part.count < part.size
 
 
 def _picked(part: KeptPart, grad: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -30,6 +30,7 @@ class ShardView:
         self.params = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
         self.edited: set[str] = set()
         """Parameters whose gradient was edited since it was reduced, in the current step."""
+        self._on_publish: list[Callable[[], None]] = []
         self.state_bytes = 0
         """Bytes of gradient, float32 masters and moments that this rank holds at the end of a step; 0 before one."""
 
@@ -97,6 +98,12 @@ class ShardView:
     def publish(self) -> None:
         """Copy the masters into the model's weights on all ranks (collective)."""
         self.layout.publish()
+        for call in self._on_publish:
+            call()
+
+    def on_publish(self, call: Callable[[], None]) -> None:
+        """Call `call` after every `publish`: layers may compute with copies of the weights."""
+        self._on_publish.append(call)
 
     def frozen(self, names: Iterable[str]) -> dict[str, Shard]:
         """Live views of this rank's shares of parameters that are not trained; a parameter without a share is left out.

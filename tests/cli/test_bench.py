@@ -20,6 +20,7 @@ SIZES = {
     "magnitude": ("--hidden", "16", "--tokens", "8"),
     "topk": ("--hidden", "16", "--tokens", "8"),
     "weight-grad": ("--hidden", "16", "--tokens", "8"),
+    "column-weight-grad": ("--hidden", "16", "--tokens", "8"),
     "importance": ("--elements", "4096"),
     "bfloat16": ("--hidden", "16", "--tokens", "8"),
 }
@@ -28,6 +29,7 @@ RATIOS = {
     "magnitude": ("fused_over_reference", "fused_over_torch", "fused_over_linear"),
     "topk": ("fused_over_reference", "fused_over_torch"),
     "weight-grad": ("masked_over_dense", "masked_over_reference", "masked_over_torch"),
+    "column-weight-grad": ("columns_over_dense", "columns_over_reference", "saved_over_dense"),
     "importance": ("fused_over_reference", "fused_over_in_place"),
     "bfloat16": ("input_gradient_mended_over_input_gradient_torch",),
 }

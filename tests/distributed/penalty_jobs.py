@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,12 +92,19 @@ def stream(family: str, accumulation: int) -> list[list[Encoded]]:
     return [samples(family, 10 * accumulation, seed=index) for index in range(TASKS)]
 
 
-def begin(engine: TrainingEngine, tasks: Sequence[Sequence[Encoded]], index: int) -> tuple[TaskTrainer, TaskPlace]:
-    """Start a task as the coordinator does."""
+def begin(
+    engine: TrainingEngine,
+    tasks: Sequence[Sequence[Encoded]],
+    index: int,
+    data: Mapping[str, Sequence[Encoded]] | None = None,
+    resumed: bool = False,
+) -> tuple[TaskTrainer, TaskPlace]:
+    """Start a task as the coordinator does; `resumed`: with the moments that a saved state has brought."""
     tokenizer: Any = None
-    trainer = TaskTrainer(engine, tasks[index], tokenizer, 0, index, tasks=tasks[: index + 1])
+    trainer = TaskTrainer(engine, tasks[index], tokenizer, 0, index, tasks=tasks[: index + 1], data=data)
     place = TaskPlace(index, "t", trainer.steps, probe=trainer.probe)
-    engine.shards.reset_optimizer()
+    if not resumed:
+        engine.shards.reset_optimizer()
     engine.before_task(place)
     return trainer, place
 
@@ -119,10 +126,14 @@ class Case:
         self.method = build_method(method, **settings)
         self.config: Any = self.method.config  # type: ignore[attr-defined]
         self.online = self.config.gamma if method == "ewc" and self.config.variant == "online" else None
-        self.engine = build_engine([self.method], model, family, stage, dtype, accumulation, clip, offload, deepspeed)
+        self.engine = build_engine(self.methods(), model, family, stage, dtype, accumulation, clip, offload, deepspeed)
         self.measured: list[list[Encoded]] = []
         self.projected = 0
         self.norms = 0.0
+
+    def methods(self) -> list[Method]:
+        """What the engine is built with."""
+        return [self.method]
 
     def run(self) -> dict[str, Any]:
         """Train the stream; the largest of each error over the tasks."""

@@ -33,7 +33,7 @@ from cl_dist.seeds import derive_seed
 from cl_dist.sharding import gather_state_dict
 from cl_dist.state.snapshot import load_snapshot, save_snapshot
 from tests.distributed.worlds import OBJECTIVES, VOCABULARY, mean_loss, micro_batches, odd_lora, odd_model, samples
-from tests.oracle_selective import Dense, ssu_columns
+from tests.oracle_selective import Dense, ssu_columns, ssu_scores
 
 TASKS, STEPS, SEED = 2, 2, 5
 RELEASED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -198,7 +198,7 @@ class Case:
         self, stage: int, family: str = "llama", along: str = "rows", rest: bool = True, accumulation: int = 1,
         clip: float | None = None, decay: float = 0.0, recompute: bool = False, dtype: str = "float32",
         offload: bool = False, deepspeed: dict[str, Any] | None = None, embedding: bool = True,
-        selector: str = "drawn", calibration: int = 99, method: Any = None,
+        selector: str = "drawn", calibration: int = 99, method: Any = None, keep: float = 0.3,
     ) -> None:  # fmt: skip
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         self.family, self.micro, self.accumulation = family, 6 // self.world, accumulation
@@ -218,7 +218,7 @@ class Case:
         bare = copy.deepcopy(model)
         if recompute:
             enable_activation_checkpointing(model)
-        self.method: Any = method or self._method(selector, Drawn(along, rest, embedding=embedding))
+        self.method: Any = method or self._method(selector, Drawn(along, rest, keep, embedding))
         trainable = {name for name, parameter in bare.named_parameters() if parameter.requires_grad}
         loaded = LoadedModel(model.to(getattr(torch, dtype)), None, OBJECTIVES[self.kind])  # type: ignore[arg-type]
         self.engine = TrainingEngine(loaded, recipe, Composed([self.method]))
@@ -228,7 +228,9 @@ class Case:
         self._probe = EngineProbe(
             self.engine, collator, (), lambda rank: [], lambda step, rows: None, {"calibration": self.calibration}
         )  # type: ignore[arg-type]
-        self.trainable, self.exact = trainable, dtype == "float32"
+        self.trainable, self.exact, self.dtype = trainable, dtype == "float32", getattr(torch, dtype)
+        self.flipped = 0.0
+        """How far, relative to the cut, the scores are from it of columns that only one choice trains."""
         self.dense = Dense(bare, lr=1e-2, eps=1e-2, weight_decay=decay, clip=clip)
 
     def _method(self, selector: str, drawn: Drawn) -> Any:
@@ -259,9 +261,11 @@ class Case:
             masks[name] = torch.full(parameter.shape, name in self.trainable and whole)
         if self.selector == "ssu":
             inputs = [micro_batches(self.kind, [sample], 1)[0].inputs for sample in self.calibration]
-            return masks | ssu_columns(self.dense.model, inputs, list(parts), self.method.config.keep)
+            if self.exact:
+                return masks | ssu_columns(self.dense.model, inputs, list(parts), self.method.config.keep)
+            self._compare_choice(task, copy.deepcopy(self.dense.model).to(self.dtype), inputs)
         for name, part in parts.items():
-            if self.selector == "s2ft":
+            if self.selector in ("s2ft", "ssu"):
                 chosen = self.method.choose(self.place(task))[name]
             else:
                 chosen = self.method.draw(task, name, part.size, part.part.count)
@@ -271,6 +275,15 @@ class Case:
             if part.bias:
                 masks[bias] = torch.zeros_like(masks[bias]).index_fill_(0, chosen, True)
         return masks
+
+    def _compare_choice(self, task: int, model: torch.nn.Module, inputs: list[Any]) -> None:
+        """In low precision two correct programs may order columns with nearly equal scores differently."""
+        chosen = self.method.choose(self.place(task))
+        for name, score in ssu_scores(model, inputs, list(chosen)).items():
+            ours = torch.zeros(len(score), dtype=torch.bool).index_fill_(0, chosen[name].cpu(), True)
+            cut = score.sort().values[len(chosen[name]) - 1]
+            others = score[ours != (score <= cut)]
+            self.flipped = max([self.flipped, *((others - cut).abs() / cut).tolist()])
 
     def begin(self, task: int) -> None:
         self.engine.prepare_task(task)
@@ -303,7 +316,7 @@ class Case:
     def against_the_oracle(self, keep: bool = False) -> dict[str, Any]:
         report: dict[str, Any] = {"apart": 0.0, "moved": [], "still": [], "outputs": 0.0}
         start = {name: parameter.detach().clone() for name, parameter in self.dense.params.items()}
-        before = start
+        before = {name: weight.to(self.dtype).float() for name, weight in start.items()}
         for task in range(TASKS):
             self.train_task(task)
             outputs = self._outputs()
@@ -321,6 +334,7 @@ class Case:
             report["outputs"] = max(report["outputs"], outputs)
             before = {name: weight.float().clone() for name, weight in weights.items()}
         report["trained"] = sum(self.engine.shards.numel(name) for name in self.engine.shards.names)
+        report["flipped"] = self.flipped
         report["dense"] = sum(p.numel() for n, p in start.items() if n in self.trainable)
         report["kept"] = sum(is_kept(name) for name in self.engine.shards.names)
         if not keep:

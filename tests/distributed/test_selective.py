@@ -31,7 +31,9 @@ CASES: list[dict[str, Any]] = [
     {"stage": 2, "along": "rows", "family": "roberta", "rest": False},
     {"stage": 3, "along": "rows", "family": "roberta", "deepspeed": RELEASED},
     {"stage": 0, "along": "columns", "family": "gpt2", "accumulation": 3},
+    {"stage": 0, "along": "columns", "family": "gpt2", "keep": 0.6},
     {"stage": 2, "along": "both", "family": "gpt2", "clip": 0.1},
+    {"stage": 3, "along": "columns", "keep": 0.6, "recompute": True, "deepspeed": RELEASED},
     {"stage": 3, "along": "both", "family": "gpt2", "deepspeed": RELEASED},
     {"stage": 2, "along": "both", "family": "t5", "embedding": False},
     {"stage": 3, "along": "both", "family": "t5", "recompute": True, "deepspeed": RELEASED, "embedding": False},
@@ -53,12 +55,19 @@ CASES: list[dict[str, Any]] = [
     {"stage": 3, "selector": "ssu", "accumulation": 3, "clip": 0.1, "deepspeed": RELEASED},
     {"stage": 0, "selector": "ssu", "family": "t5"},
     {"stage": 3, "selector": "ssu", "family": "t5", "recompute": True, "deepspeed": RELEASED},
+    {"stage": 2, "selector": "ssu", "dtype": "bfloat16", "accumulation": 3, "clip": 0.1},
+    {"stage": 3, "selector": "ssu", "dtype": "bfloat16", "deepspeed": RELEASED},
     {"stage": 0, "selector": "s2ft", "accumulation": 3, "clip": 0.1, "decay": 0.1},
     {"stage": 1, "selector": "s2ft", "family": "gpt2"},
     {"stage": 2, "selector": "s2ft", "accumulation": 3, "family": "t5"},
     {"stage": 3, "selector": "s2ft", "accumulation": 3, "clip": 0.1, "deepspeed": RELEASED},
     {"stage": 0, "selector": "s2ft", "family": "roberta"},
 ]
+
+
+NEAR = 2**-5
+"""In bfloat16, scores hold squares of inputs that were rounded about eight times on their way, by at most 2^-9 each:
+columns whose scores are as near to the cut as that may change places."""
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +81,9 @@ def test_equals_the_dense_oracle(reports: Reports, case: int, world: int) -> Non
     exact = settings.get("dtype") != "bfloat16"
     assert report["kept"] > 0
     assert report["trained"] < 0.7 * report["dense"]
-    assert report["moved"] == [] or not exact, "a dropped element moved"
+    assert report["moved"] == [], "a dropped element moved"
     assert report["still"] == [], "a trained part did not move"
+    assert report["flipped"] <= (0.0 if exact else NEAR), "another choice than by the scores"
     assert report["apart"] <= (1e-6 if exact else 2e-2)
     assert report["outputs"] <= (1e-5 if exact else 0.2)
 

@@ -29,6 +29,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], tuple[str, int]]] = {
     "zero3-lwf": ({"method": [LWF, MIGU], "zero": {"stage": 3}, **LORA}, LAST),
     "zero2-lwf-bf16": ({"method": [LWF, MIGU], "train": {"dtype": "bfloat16", "epochs": 2}}, ("step", 4 * STEPS)),
     "zero2-agem": ({"method": [AGEM, MIGU], "train": {"keep_optimizer": True}, **LORA}, LAST),
+    "zero2-s2ft-lwf": ({"method": [{"name": "s2ft", "heads": 0.5, "channels": 0.3}, LWF]}, LAST),
     "zero3-agem": ({"method": [AGEM, MIGU], "zero": {"stage": 3}}, LAST),
     "zero3-inclora-lwf": ({"method": [{"name": "inclora"}, LWF], "zero": {"stage": 3}, **LORA}, LAST),
     "zero2-olora-agem": ({"method": [{"name": "olora"}, AGEM], **LORA}, LAST),

@@ -44,3 +44,15 @@ def triton_path(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Run the test once on the CPU path and once on the Triton kernels."""
     return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("triton_path")
+
+
+@pytest.fixture
+def dirty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not written shows."""
+    new = torch.Tensor.new_empty
+
+    def filled(*arguments: object, **settings: object) -> torch.Tensor:
+        tensor = new(*arguments, **settings)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**20)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)

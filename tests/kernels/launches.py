@@ -96,6 +96,14 @@ def _product(
         settings.fp32_precision = before
 
 
+def _columns(dtype: torch.dtype, out_features: int, in_features: int, transposed: bool = False) -> Launch:
+    """The kept columns, read in place, of a layer with as few outputs as those that do that."""
+    operation, kept = module("weight_grad_on_gpu"), round(0.3 * in_features)
+    x, dy = meta(4096, in_features, dtype=dtype), meta(4096, out_features, dtype=dtype)
+    grad = meta(kept, out_features, dtype=dtype) if transposed else meta(out_features, kept, dtype=dtype).t()
+    return operation._tile_launch(dy, x, meta(kept, dtype=torch.int64), grad, False, True, compact=True)
+
+
 def _copied(dtype: torch.dtype, kept: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     columns, integer = -(-kept // 16) * 16, {"dtype": torch.int32}
     return meta(4096, columns, dtype=dtype), meta(11008, **integer), meta(kept, dtype=torch.int64)
@@ -182,6 +190,16 @@ CASES = [
     ),
     Case("masked_weight_grad, lora_A, bf16", partial(_product, BF16, 8, 4096, 3), wide="", waves=4),
     Case("masked_weight_grad, lora_B, bf16", partial(_product, BF16, 4096, 8, 1229), wide="", warps=8, waves=24),
+    Case("column_weight_grad, 512 × 4096 bf16", partial(_columns, BF16, 512, 4096), wide="", warps=8, waves=16),
+    Case("column_weight_grad, 512 × 4096 fp32", partial(_columns, FP32, 512, 4096), wide="", warps=8, waves=16),
+    Case("column_weight_grad, lora_A, bf16", partial(_columns, BF16, 8, 4096), wide="", warps=8, waves=24),
+    Case(
+        "column_weight_grad, transposed, 512 × 4096 bf16",
+        partial(_columns, BF16, 512, 4096, transposed=True),
+        wide="",
+        warps=8,
+        waves=16,
+    ),
     # The places of the rows are stored one by one.
     Case("masked_weight_grad, copy, bf16", partial(_copy, BF16), wide="store", narrow=1, warps=32),
     Case("masked_weight_grad, spread, bf16", partial(_spread, BF16), wide="store", warps=32),

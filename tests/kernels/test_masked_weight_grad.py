@@ -191,18 +191,6 @@ def all_ways(x: torch.Tensor, dy: torch.Tensor, rows: torch.Tensor) -> dict[str,
     return results
 
 
-@pytest.fixture
-def dirty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not written shows."""
-    new = torch.Tensor.new_empty
-
-    def filled(*arguments: object, **settings: object) -> torch.Tensor:
-        tensor = new(*arguments, **settings)
-        return tensor.fill_(NAN if tensor.is_floating_point() else 2**20)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
-
-
 @pytest.mark.parametrize("share", [0.3, 1.0])
 @pytest.mark.parametrize(
     ("tokens", "out_features", "in_features"), [(1, 1, 8), (1, 9, 136), (70, 300, 40), (130, 33, 264)]

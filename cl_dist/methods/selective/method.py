@@ -83,6 +83,7 @@ class Selective(Method):
         """Remember the model and its shards."""
         self.shards = shards
         self._pending = False
+        shards.on_publish(self._overlay)  # other methods put weights back too
 
     def prepare_task(self, index: int) -> bool:
         """Freeze the whole parameters that the task does not train, and thaw the others."""
@@ -220,10 +221,10 @@ class Selective(Method):
     def _activate(self, active: bool) -> None:
         for part in self._parts:
             part.active = active
-        if active:
-            self._overlay()
+        self._overlay()
 
     def _overlay(self) -> None:
         if not self._sharded:
             for part in self._parts:
-                part.overlay()
+                if part.active:
+                    part.overlay()

@@ -53,7 +53,8 @@ def test_the_kernels_are_right_here(day: dict[str, Any]) -> None:
     found = day["kernels"]["measurements"]
     assert [name for name, value in found.items() if not value["ok"]] == []
     assert {name.split()[0] for name in found} >= {
-        *("row_magnitude", "masked_weight_grad", "topk_row_masks", "apply_row_mask_", "importance_update_")
+        *("row_magnitude", "masked_weight_grad", "column_weight_grad", "topk_row_masks", "apply_row_mask_"),
+        "importance_update_",
     }
 
 
@@ -94,6 +95,20 @@ def test_ways_race_and_the_fastest_is_named(day: dict[str, Any]) -> None:
     assert table[0]["fastest"] == min(
         set(over) - {"dense", "masked_weight_grad"}, key=lambda name: over[name]["median"]
     )
+
+
+def test_ways_to_the_kept_columns_race(day: dict[str, Any]) -> None:
+    found = [value for name, value in day["weight-grad"]["measurements"].items() if name.startswith("columns, ")]
+    assert {name for value in found for name in value["seconds"]} == {"dense", "saved columns", "torch"}
+    table = next(rows for title, rows in overview(day)["findings"].items() if title.endswith("kept columns"))
+    assert [row["chosen"] for row in table] == ["torch"] * len(found)
+    assert len(found) == 2
+
+
+def test_wrong_columns_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernels.column_weight_grad
+    monkeypatch.setattr(kernels, "column_weight_grad", lambda *args, **more: right(*args, **more).roll(1, -1))
+    assert checks._column_grad(CPU, torch.float32, (40, 48, 32), transposed=False)["ok"] is False
 
 
 def test_a_way_that_the_device_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
