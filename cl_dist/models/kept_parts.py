@@ -280,7 +280,7 @@ def _saves_columns(part: KeptPart) -> bool:
     where somebody else keeps it: layers with the same input (query, key and value; up and gate) keep one tensor
     together, but a copy of their columns each, and fused attention keeps its output, the input of the output layer. In
     units of the width, a Llama block keeps 1 + 0 + 1 + 2.7 whole inputs (before query, output, up and down), or a share
-    k of 3 + 1 + 2 + 2.7: less memory for all of them together while k is below a half.
+    k of 3 + 1 + 2 + 2.7: less memory for all of them together while k is below 0.54.
     """
     return part.part.along == "columns" and 2 * part.part.count < part.size
 
