@@ -141,27 +141,44 @@ def build_saved(
     """
     tasks = load_stream(recipe.stream, recipe_dir, recipe.train)
     names = label_names(tasks)
-    source = recipe.model
-    if source.lora is None:
-        source = replace(source, name_or_path=str(folder), gguf_file=None)
-    loaded = load_model(
-        source,
-        len(names),
-        zero3_config=None,
-        dtype=_dtype(recipe),
-        seed=recipe.train.seed,
-        cache_dir=cache_folder(),
-        chat=recipe.train.template == "chat",
-    )
+    loaded = load_saved(recipe, folder, len(names))
     model: torch.nn.Module = loaded.model
-    if source.lora is not None:
-        model = load_adapter(base_model(loaded.model), folder)
     data = _tokenised(recipe, loaded, names)
     notices = _check_data(tasks, model, data, loaded.objective, recipe.eval, trained=False)
     return tasks, _evaluator(recipe, model.to(device()), loaded, data, names), notices
 
 
-def _dtype(recipe: Recipe) -> torch.dtype:
+def load_saved(recipe: Recipe, folder: Path, labels: int, dtype: torch.dtype | None = None) -> LoadedModel:
+    """Load the model or the adapter that a run saved in `folder`, unsharded and on the CPU.
+
+    Args:
+        recipe: The run's recipe; with adapters it names the base model.
+        folder: A task's model folder.
+        labels: Number of classes of a classifier.
+        dtype: Precision of the parameters; None: that of the recipe.
+
+    Raises:
+        BadInput: Model, adapter or base model is missing or damaged.
+    """
+    source = recipe.model
+    if source.lora is None:
+        source = replace(source, name_or_path=str(folder), gguf_file=None)
+    loaded = load_model(
+        source,
+        labels,
+        zero3_config=None,
+        dtype=dtype_of(recipe) if dtype is None else dtype,
+        seed=recipe.train.seed,
+        cache_dir=cache_folder(),
+        chat=recipe.train.template == "chat",
+    )
+    if source.lora is None:
+        return loaded
+    return replace(loaded, model=load_adapter(base_model(loaded.model), folder))
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """Precision of the model's parameters."""
     return torch.bfloat16 if recipe.train.dtype == "bfloat16" else torch.float32
 
 
@@ -170,7 +187,7 @@ def _load(recipe: Recipe, labels: int) -> LoadedModel:
         recipe.model,
         labels,
         zero3_config=deepspeed_config(recipe) if recipe.zero.stage == 3 else None,
-        dtype=_dtype(recipe),
+        dtype=dtype_of(recipe),
         seed=recipe.train.seed,
         cache_dir=cache_folder(),
         chat=recipe.train.template == "chat",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Literal
 
 from cl_dist.config.words import shorten
@@ -35,23 +36,31 @@ def ask(name: str, file: str, kind: Literal["model", "dataset"] = "model") -> Ba
     """Ask the Hub for one file of a model or data set; return what went wrong. Takes at most `ANSWER_SECONDS`."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
+    def metadata() -> None:
+        address = hf_hub_url(name, file, repo_type=kind)
+        answer = get_hf_file_metadata(address, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        if answer.commit_hash is None:
+            raise NotTheHub(
+                f"what answers at {constants.ENDPOINT} is not Hugging Face; check HF_ENDPOINT and the proxy "
+                "(HTTPS_PROXY), or use a local folder"
+            )
+
+    return attempt(metadata)
+
+
+def attempt(request: Callable[[], None]) -> BaseException | None:
+    """Make a request to the Hub and return what went wrong. Takes at most `ANSWER_SECONDS`."""
     outcome: list[BaseException | None] = []
 
-    def attempt() -> None:
+    def answer() -> None:
         try:
-            address = hf_hub_url(name, file, repo_type=kind)
-            answer = get_hf_file_metadata(address, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            if answer.commit_hash is None:
-                raise NotTheHub(
-                    f"what answers at {constants.ENDPOINT} is not Hugging Face; check HF_ENDPOINT and the proxy "
-                    "(HTTPS_PROXY), or use a local folder"
-                )
+            request()
             outcome.append(None)
         except Exception as error:
             outcome.append(error)
 
     # Resolving a name cannot be given a limit, and every address of it gets its own.
-    thread = threading.Thread(target=attempt, daemon=True)
+    thread = threading.Thread(target=answer, daemon=True)
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it would announce what the message says

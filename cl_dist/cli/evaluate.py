@@ -13,11 +13,11 @@ from cl_dist.cli.ranks import number_of_ranks, reported_once_per_machine, run_on
 from cl_dist.cli.run import check_stream_and_model
 from cl_dist.config.load import load_recipe
 from cl_dist.config.schema import Recipe
-from cl_dist.errors import BadInput
 from cl_dist.progress import Reporter
-from cl_dist.state.inputs import Inputs, input_changes, moved_inputs, read_inputs, with_data
+from cl_dist.state.inputs import Inputs, input_changes, read_inputs, with_data
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.state.saved_models import saved_index, where_it_is_now
 from cl_dist.stop_requests import imports
 
 
@@ -34,34 +34,13 @@ def evaluate(arguments: Namespace) -> int:
     folder = RunFolder(Path(arguments.run))
     with reported_once_per_machine():
         manifest = Manifest.read(folder.manifest)
-        index = _find_task(manifest, arguments.task, folder)
+        index = saved_index(manifest, arguments.task, folder.path)
         recipe, recipe_dir = load_recipe(str(folder.config), arguments.changes)
         recipe = with_ranks(recipe)
-    recipe = _where_it_is_now(recipe, manifest, folder)
+    recipe = where_it_is_now(recipe, manifest, folder.path)
     check = partial(_check, recipe, recipe_dir, manifest.inputs, folder.task(index, manifest.tasks[index]).model)
     work = partial(_evaluate, recipe, recipe_dir, index)
     return run_on_ranks(arguments, number_of_ranks(recipe), check, work, recipe.launch.hang_seconds)
-
-
-def _find_task(manifest: Manifest, name: str | None, folder: RunFolder) -> int:
-    """Index of the task whose model is to be evaluated; BadInput if there is no such model."""
-    done = manifest.tasks[: manifest.completed]
-    if not done:
-        raise BadInput(f"{folder.path}: no task is finished yet, so there is no model to evaluate")
-    if name is not None and name not in done:
-        raise BadInput(f"--task {name}: not a finished task of {folder.path}; finished: {', '.join(done)}")
-    index = len(done) - 1 if name is None else done.index(name)
-    steps = [entry.get("steps") for entry in manifest.timings]
-    while index > 0 and steps[index : index + 1] == [0]:  # multi_task: this task shares the previous task's model
-        index -= 1
-    return index
-
-
-def _where_it_is_now(recipe: Recipe, manifest: Manifest, folder: RunFolder) -> Recipe:
-    """The recipe of a run that may have been moved since, with or without its data."""
-    if manifest.inputs is not None:
-        recipe = moved_inputs(recipe, manifest.inputs.places, folder.path)
-    return replace(recipe, output_dir=str(folder.path))
 
 
 def _check(recipe: Recipe, recipe_dir: Path, inputs: Inputs | None, model: Path, first: bool) -> None:

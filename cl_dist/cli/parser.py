@@ -27,6 +27,7 @@ COMMANDS = {
         "methods": "list the methods and what they compose with",
     },
     "report": {"report": "write a page with the results of a run, finished or not, or of several side by side"},
+    "export": {"export": "write a saved model as a plain Hugging Face folder, and upload it"},
     "bench": {"bench": "measure the operations and the training step"},
     "doctor": {"doctor": "check this machine and what is installed"},
     "completion": {"completion": "print a script for your shell that completes what you type"},

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cl_dist.config.boundary import refusing
 from cl_dist.config.files import expand, refuse_special
-from cl_dist.config.overrides import apply_overrides, parse_override
+from cl_dist.config.overrides import apply_overrides, as_overrides, parse_override
 from cl_dist.config.paths import resolve_paths
 from cl_dist.config.plugins import beside, load_plugins
 from cl_dist.config.problems import describe_problems
@@ -81,6 +81,16 @@ def check_recipe(data: dict[str, Any], name: str, folder: Path, *, typed_root: b
     recipe = resolve_paths(_check(data), folder, typed_root=typed_root)
     _require_unicode(recipe)
     return recipe
+
+
+def build_recipe(settings: Mapping[str, Any], name: str, folder: Path) -> Recipe:
+    """The recipe that settings make which are written in Python (`Recipe.build`). Raises BadInput."""
+    with refusing("recipe"), beside(folder):
+        data: dict[str, Any] = {}
+        load_plugins(settings.get("plugins"))
+        # A method given as a mapping or a list stays whole; everything else is merged leaf by leaf.
+        apply_overrides(data, [parse_override(text) for text in as_overrides(settings)])
+        return check_recipe(data, name, folder.absolute())
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,8 @@ from cl_dist.methods.catalogue import DEFAULT, config_class
 MAX_KEY = 500
 """Characters of a dotted key."""
 MAX_POSITION_DIGITS = 6
+_NAMED = {"method": "method.name", "model": "model.name_or_path"}
+"""Components that `as_overrides` takes by name, and the settings that the name is for."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,45 @@ class Override:
     def changes_method(self) -> bool:
         """Whether this is `method.name` or `method.N.name`."""
         return self.path[0] == "method" and self.path[-1] == "name" and len(self.path) <= 3
+
+
+def as_overrides(changes: Mapping[str, Any]) -> list[str]:
+    """Changes that are written in Python, as texts for `parse_override`.
+
+    `{"train": {"epochs": 2}}` and `{"train.epochs": 2}` become `train.epochs=2`. A method or a model may be given by
+    its name alone; a mapping in place of a method is the whole method. Raises BadInput for a value that YAML cannot
+    express.
+    """
+    return [f"{key}={_written(key, value)}" for key, value in _leaves(changes)]
+
+
+def _leaves(changes: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in changes.items():
+        key = f"{above}{name}"
+        if key in _NAMED and isinstance(value, str):
+            yield _NAMED[key], value
+        elif isinstance(value, Mapping) and value and key != "method":
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _written(key: str, value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise BadInput(
+            f"{key}: {show(value)} cannot be written into a recipe; allowed: texts, numbers, booleans, None, lists and "
+            "dictionaries of these"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(type(value).__name__)
 
 
 def parse_override(text: str) -> Override:

@@ -9,7 +9,9 @@ reported within a second.
 
 from __future__ import annotations
 
+import os
 from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -344,6 +346,51 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuse settings of different components that contradict each other or have no effect."""
         check_combinations(self)
+
+    @staticmethod
+    def load(name_or_path: str | os.PathLike[str], **changes: Any) -> Recipe:
+        """Read a shipped recipe or a YAML file, change settings, and check the result.
+
+        Args:
+            name_or_path: Name of a shipped recipe, or path of a file.
+            changes: Settings to change: `train={"epochs": 2}`, `method="migu"` (the name alone; settings that the new
+                method does not have are dropped), `method={"name": "migu", "threshold": 0.5}` (the whole method).
+
+        Raises:
+            BadInput: The recipe is wrong; one line per problem.
+        """
+        from cl_dist.config.load import load_recipe
+        from cl_dist.config.overrides import as_overrides
+
+        return load_recipe(os.fspath(name_or_path), as_overrides(changes))[0]
+
+    @staticmethod
+    def build(name: str = "recipe", folder: str | os.PathLike[str] = ".", **settings: Any) -> Recipe:
+        """Make a recipe from settings as a YAML file writes them, and check it.
+
+        Args:
+            name: From which `output_dir` follows if it is not given: `runs/<name>`.
+            folder: Where relative paths start.
+            settings: `model`, `stream` and whatever differs from the defaults; a model or a method may be a name alone.
+
+        Raises:
+            BadInput: The recipe is wrong; one line per problem.
+        """
+        from cl_dist.config.load import build_recipe
+
+        return build_recipe(settings, name, Path(folder))
+
+    def to_yaml(self) -> str:
+        """The recipe with every setting as YAML, which `cl-dist run` takes."""
+        from cl_dist.config.load import dump_recipe
+
+        return dump_recipe(self)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write `to_yaml` to a file, which is replaced, and return its path."""
+        file = Path(path)
+        file.write_text(self.to_yaml(), encoding="utf-8")
+        return file
 
     @property
     def classes(self) -> tuple[str, ...]:

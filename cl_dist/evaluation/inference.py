@@ -87,7 +87,7 @@ def generate(
     ends = list(stops) or [tokenizer.eos_token_id]
     is_decoder = not base.config.is_encoder_decoder
     input_ids, mask = pad_side(prompts, pad_id, "left" if is_decoder else "right", device_of(model))
-    with _own_settings(base, greedy(base, tokenizer, pad_id, max_new_tokens, ends)):
+    with _own_settings(base, greedy(base.config, tokenizer, pad_id, max_new_tokens, ends)):
         # The base model, because peft's `generate` restores the model's own settings; the adapters are in its layers.
         sequences: torch.Tensor = base.generate(input_ids, attention_mask=mask, synced_gpus=synced)
     start = input_ids.shape[1] if is_decoder else 1
@@ -100,9 +100,11 @@ def generate(
 
 
 def greedy(
-    base: Any, tokenizer: PreTrainedTokenizerBase, pad_id: int, max_new_tokens: int, ends: Sequence[int]
+    config: Any, tokenizer: PreTrainedTokenizerBase, pad_id: int, max_new_tokens: int, ends: Sequence[int]
 ) -> GenerationConfig:
-    """Settings of greedy decoding; the model's own sampling, beams, penalties and lengths are ignored."""
+    """Settings of greedy decoding for a model of this configuration; its own sampling, beams, penalties and lengths are
+    ignored.
+    """
     return GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -111,7 +113,7 @@ def greedy(
         pad_token_id=pad_id,
         eos_token_id=list(ends),
         bos_token_id=tokenizer.bos_token_id,
-        decoder_start_token_id=getattr(base.config, "decoder_start_token_id", None),
+        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
     )
 
 

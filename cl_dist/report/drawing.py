@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,20 +78,45 @@ class Picture:
 
     def render(self, formats: Collection[str] = ("png",)) -> dict[str, bytes]:
         """The files by format (`FORMATS`); the same data gives the same bytes, whichever formats are asked for."""
-        import matplotlib.style
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
-            # A name in a script that the font lacks (emoji, say) gets boxes in PNG and PDF; SVG keeps the text.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            figure = Figure(figsize=self.size, layout="constrained")
-            FigureCanvasAgg(figure)
-            self.paint(figure)
+        with _styled():
+            figure = self._painted(Figure)
             # The layout takes as long as the drawing, so it is computed once, for the first of the formats.
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
             return {name: _save(figure, name) for name in FORMATS if name in formats}
+
+    def figure(self) -> Figure:
+        """A matplotlib figure of its own, to change or save. A notebook shows it, also where pyplot is not set up."""
+        from matplotlib.figure import Figure
+
+        class Shown(Figure):
+            def _repr_png_(self) -> bytes:
+                with _styled():
+                    return _save(self, "png")
+
+        with _styled():
+            return self._painted(Shown)
+
+    def _painted(self, kind: type[Figure]) -> Figure:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        figure = kind(figsize=self.size, layout="constrained")
+        FigureCanvasAgg(figure)
+        self.paint(figure)
+        return figure
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    """Draw with our own settings, whatever those of the process are."""
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+        # A name in a script that the font lacks (emoji, say) gets boxes in PNG and PDF; SVG keeps the text.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def draw(size: tuple[float, float], paint: Callable[[Figure], None]) -> Picture:

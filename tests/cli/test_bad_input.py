@@ -261,7 +261,7 @@ class TestRunFolder:
 
     def test_no_task_is_finished_yet(self, command: Command, tmp_path: Path) -> None:
         Manifest(tasks=("a",), world_size=1, zero_stage=2).write(tmp_path / "manifest.json")
-        refused(command("eval", tmp_path), "no task is finished yet, so there is no model to evaluate")
+        refused(command("eval", tmp_path), "no task is finished yet, so it has saved no model")
 
     def test_a_task_that_is_not_done_yet(self, command: Command, tmp_path: Path) -> None:
         Manifest(tasks=("a", "b", "c"), world_size=1, zero_stage=2, completed=2).write(tmp_path / "manifest.json")

@@ -1,0 +1,1 @@
+"""Runs from Python: started and read like values. `import cl_dist` has the names."""
