@@ -71,6 +71,8 @@ class Case:
     offload: bool = False
     defaults: bool = False
     """Whether stage 3 keeps DeepSpeed's own schedule of gathers."""
+    update: bool = False
+    """Whether MIGU's dropped rows keep their weights (`mask: update`)."""
 
     @property
     def name(self) -> str:
@@ -79,6 +81,7 @@ class Case:
         parts += [self.dtype] if self.dtype != "float32" else []
         parts += [f"{self.accumulation} micro-batches"] if self.accumulation > 1 else []
         flags = {"checkpointing": self.checkpointing, "offload": self.offload, "default schedule": self.defaults}
+        flags |= {"mask: update": self.update}
         return ", ".join([*parts, *(flag for flag, on in flags.items() if on)])
 
 
@@ -94,6 +97,7 @@ def matrix(world: int) -> list[Case]:
         ]
     cases += [Case(stage, world, offload=True) for stage in (1, 2, 3)]
     cases += [Case(2, world, None, method) for method in ("ewc", "lwf", "recurrent_kif")]
+    cases += [Case(stage, world, method="migu", update=True) for stage in (1, 2)]
     return [*cases, Case(3, world, 8, checkpointing=True), Case(3, world, defaults=True)]
 
 
@@ -106,7 +110,7 @@ def recipe_of(case: Case, tokens: int) -> Recipe:
     return Recipe(
         model=ModelConfig(name_or_path="a small Llama", lora=LoraConfig(r=case.lora) if case.lora else None),
         stream=StreamConfig(tasks=tuple(TaskConfig(name=name, format="builtin") for name in ("first", "second"))),
-        method=(built_in()[case.method](name=case.method),),
+        method=(built_in()[case.method](name=case.method, **({"mask": "update"} if case.update else {})),),
         train=TrainConfig(
             micro_batch_size=SAMPLES,
             gradient_accumulation=case.accumulation,

@@ -125,6 +125,11 @@ class Cost:
     """Bytes read and written on the device for each token of a forward pass."""
     skipped: Mapping[str, float] = field(default_factory=dict)
     """By name of a weight: the share of its gradient's product that backward does not compute."""
+    unsent_gradients: int = 0
+    """Elements of the gradient that the ranks leave out when they reduce it, where packed gradients can travel
+    (`sharding.compact.whole_gradients`)."""
+    unsent_weights: int = 0
+    """Elements that stages 1 and 2 leave out when they gather the updated weights."""
 
     @staticmethod
     def beside_masters(share: RankShare, parts: Mapping[str, int]) -> Cost:
@@ -152,6 +157,8 @@ class Cost:
             traffic=self.traffic + other.traffic,
             token_traffic=self.token_traffic + other.token_traffic,
             skipped={**self.skipped, **other.skipped},
+            unsent_gradients=self.unsent_gradients + other.unsent_gradients,
+            unsent_weights=self.unsent_weights + other.unsent_weights,
         )
 
 

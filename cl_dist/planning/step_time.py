@@ -29,7 +29,7 @@ from cl_dist.planning.devices import EFFICIENCY, Device
 from cl_dist.planning.ranks import RankView
 from cl_dist.planning.setup import Setup
 from cl_dist.planning.shape import ModelShape
-from cl_dist.planning.wire import GATHERED_WEIGHTS, Wire
+from cl_dist.planning.wire import GATHERED_WEIGHTS, UPDATED_WEIGHTS, Wire
 
 OPERATIONS_PER_PRODUCT = 5
 """Launched forward for each product, with the norms, rotations, activations and sums around it (a block of Llama has 7
@@ -250,8 +250,7 @@ def _communication(setup: Setup, device: Device, wire: Wire, work: float) -> tup
     hides = waits = 0.0
     for each in (*wire.step, *wire.methods_step):
         seconds = collective_seconds(each, setup, device)
-        gathers_after = each.kind == "all_gather" and setup.stage < 3
-        if overlaps and each not in wire.methods_step and not gathers_after:
+        if overlaps and each not in wire.methods_step and each.what != UPDATED_WEIGHTS:
             hides += seconds
         else:
             waits += seconds

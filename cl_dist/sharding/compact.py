@@ -59,6 +59,7 @@ class CompactExchange:
     ) -> None:
         self._layouts, self._gradients = layouts, frozenset(gradients)
         self._kept: dict[str, KeptRows] = {}
+        self._unsent = shards.unsent
         self._module = shards.layout.engine.module
         self._names = {id(param): name for name, param in shards.params.items()}
         self._replaced: list[tuple[Any, str]] = []
@@ -88,7 +89,8 @@ class CompactExchange:
         """
         if self._alone:
             return None
-        parts = [("gradients", whole_gradients or self._obstacle)]
+        none = None if self._gradients else "backward computes all rows of the masked weights"
+        parts = [("gradients", whole_gradients or self._obstacle or none)]
         parts += [("updated weights", whole_weights)] if self._gathers else []
         return "; ".join(
             f"of masked {what}, only the kept rows travel between the ranks"
@@ -112,11 +114,12 @@ class CompactExchange:
         rows = [np.flatnonzero(mask) for mask in np.split(torch.cat(masks).cpu().numpy(), ends)]
         index = sent(np.concatenate(rows), masks[0].device).split([len(each) for each in rows])
         chosen = dict(zip(map(id, masks), zip(rows, index, strict=True), strict=True))
-        self._kept = {name: KeptRows(self._layouts[name], *chosen[id(mask)]) for name, mask in keep.items()}
+        self._kept = {name: KeptRows(name, self._layouts[name], *chosen[id(mask)]) for name, mask in keep.items()}
 
     def clear(self) -> None:
         """Let whole tensors travel from now on."""
         self._kept = {}
+        self._unsent.clear()
 
     def remove(self) -> None:
         """Give DeepSpeed its own functions back."""
@@ -138,6 +141,12 @@ class CompactExchange:
     def reducing(self) -> bool:
         """Whether a gradient that is reduced now is a step's own: those that methods measure are whole."""
         return bool(self._kept) and self._module.training
+
+    def look_through(self, packing: Packing, flat: torch.Tensor) -> None:
+        """Note which gradients are not finite on this rank, be it in rows that do not travel."""
+        for name, gradient in packing.masked(flat):
+            zero_or_nan = gradient.sum() * 0.0
+            self._unsent[name] = zero_or_nan + self._unsent.get(name, 0.0)
 
     def of_gradient(self, param: torch.nn.Parameter) -> KeptRows | None:
         """The rows of a parameter's gradient that travel; None: all."""
@@ -193,6 +202,7 @@ class _Buckets:
             params = [self._zero.bit16_groups[group][index] for group, index, _ in bucket.params]
             self._packing = Packing.in_a_row((each.numel(), self._exchange.of_gradient(each)) for each in params)
             self._first = tensor.storage_offset()
+            self._exchange.look_through(self._packing, tensor)
         try:
             original(tensor, communication_data_type)
         finally:
@@ -333,6 +343,8 @@ class _WholeGradients:
         places = _Places((each.data, self._exchange.of_gradient(params[n])) for n, each in held.items() if each)
         flats = [tensor.view(-1) for tensor in bucket]
         packings = [places.inside(flat) for flat in flats]
+        for packing, flat in zip(packings, flats, strict=True):
+            self._exchange.look_through(packing, flat)
         packed = [packing.take(flat, 0) for packing, flat in zip(packings, flats, strict=True)]
         original([each for each in packed if each.numel()], *args, **named)
         for packing, each, flat in zip(packings, packed, flats, strict=True):
@@ -365,6 +377,8 @@ class _Partitions:
         """Average gradients, and return this rank's piece of each, without the padding at a parameter's end."""
         world, own = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
         flats = [tensor.view(-1) for tensor in tensors]
+        for packing, flat in zip(packings, flats, strict=True):
+            self._exchange.look_through(packing, flat)
         # The ends of the ranks' pieces, in each gradient and in its packed form.
         ends = [[min(rank * padded_piece(len(flat), world), len(flat)) for rank in range(world + 1)] for flat in flats]
         sizes = [

@@ -23,6 +23,7 @@ from cl_dist.kernels import RowLayout
 class KeptRows:
     """The kept rows of one parameter."""
 
+    name: str
     layout: RowLayout
     rows: npt.NDArray[np.int64]
     """Ascending."""
@@ -53,7 +54,9 @@ class KeptRows:
             bounds = (segment.row, segment.row + segment.rows)
             begin, end = np.searchsorted(self.rows, bounds).tolist()
             index = self.index[begin:end]
-            yield (view.t() if segment.columns else view), int(segment.columns), index - segment.row
+            if segment.row:
+                index = index - segment.row
+            yield (view.t() if segment.columns else view), int(segment.columns), index
 
 
 class _Part(NamedTuple):
@@ -87,6 +90,12 @@ class Packing:
             found.append((start, numel, kept))
             start += numel
         return Packing(found)
+
+    def masked(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the masked parameters in the flat tensor, dropped rows included: name, and elements."""
+        for start, numel, kept in self._parameters:
+            if kept is not None:
+                yield kept.name, flat.narrow(0, start, numel)
 
     def _parts(self, start: int, stop: int) -> Iterator[_Part]:
         """Yield what lies in the elements `[start, stop)` of the flat tensor."""

@@ -31,6 +31,9 @@ class ShardView:
         self.edited: set[str] = set()
         """Parameters whose gradient was edited since it was reduced, in the current step."""
         self._on_publish: list[Callable[[], None]] = []
+        self.unsent: dict[str, torch.Tensor] = {}
+        """Zero, or NaN where this rank's gradient of the parameter was not finite before it was reduced. Only for those
+        of which a part did not travel, so that the check for NaN sees that part too; empty otherwise."""
         self.state_bytes = 0
         """Bytes of gradient, float32 masters and moments that this rank holds at the end of a step; 0 before one."""
 
@@ -120,14 +123,15 @@ class ShardView:
 
     def gradient_norm(self) -> torch.Tensor:
         """Norm of what this rank holds of the reduced gradient: a scalar on its device. Valid while `gradient` is."""
-        held = (self.gradient(name) for name in self.names)
-        return torch.nn.utils.get_total_norm([shard.data for shard in held if shard is not None])
+        held = [shard.data for name in self.names if (shard := self.gradient(name)) is not None]
+        return torch.nn.utils.get_total_norm([*held, *self.unsent.values()])
 
     def non_finite_gradient(self) -> str | None:
         """Name of a parameter whose reduced gradient is NaN or infinite in an element that this rank holds."""
         for name in self.names:
             shard = self.gradient(name)
-            if shard is not None and not shard.data.isfinite().all():
+            parts = [self.unsent.get(name), None if shard is None else shard.data]
+            if not all(part.isfinite().all() for part in parts if part is not None):
                 return name
         return None
 

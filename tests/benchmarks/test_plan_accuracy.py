@@ -26,8 +26,11 @@ FEW = [
     Case(2, 2, 8, "migu", accumulation=2),
     Case(3, 2, 8, "kif", checkpointing=True),
     Case(3, 2, dtype="bfloat16"),
+    Case(0, 2, method="migu"),
+    Case(2, 2, method="migu", update=True),
+    Case(3, 2, method="migu"),
 ]
-"""One of every mechanism: whole gradients, buckets, released and gathered weights, low precision."""
+"""One of every mechanism: whole gradients, buckets, released and gathered weights, low precision, kept rows."""
 
 
 def rows(cases: list[Case], world: int, hidden: int, tokens: int) -> list[dict[str, Any]]:

@@ -10,8 +10,9 @@ import torch
 from cl_dist.benchmarks.plan_accuracy import Collectives
 from cl_dist.engine.distributed import join
 from cl_dist.methods.protocol import TaskPlace
+from cl_dist.sharding import ShardView
 from tests.distributed.exactness_jobs import QUANTITIES, Case
-from tests.distributed.worlds import micro_batches, samples, whole
+from tests.distributed.worlds import micro_batches, samples, together, whole
 
 
 def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -25,7 +26,7 @@ def compared(settings: dict[str, Any]) -> dict[str, Any]:
     auto, off = (trained(settings, compact) for compact in ("auto", "off"))
     difference = {
         quantity: max(float(distances(auto[quantity][name], tensor).max()) for name, tensor in off[quantity].items())
-        for quantity in QUANTITIES
+        for quantity in (*QUANTITIES, "measured")
     }
     norms = [abs(one - other) / other for one, other in zip(auto["norms"], off["norms"], strict=True)]
     return {
@@ -37,6 +38,12 @@ def compared(settings: dict[str, Any]) -> dict[str, Any]:
         "left": auto["left"],
         **auto["elements"],
     }
+
+
+def whole_gradients(shards: ShardView) -> dict[str, torch.Tensor]:
+    """The reduced gradient of every parameter."""
+    held = {name: shards.own_gradient(name) for name in shards.names}
+    return together({name: shard for name, shard in held.items() if shard is not None}, shards)
 
 
 def distances(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -62,11 +69,16 @@ def trained(settings: dict[str, Any], compact: str) -> dict[str, Any]:
             engine.train_step(step, mine, int(targets))
         sent = counter.bytes
         norms.append(float(engine._engine.get_global_grad_norm() or 1.0))
+    measured: dict[str, torch.Tensor] = {}
+    case.migu._exchange.choose(case.migu.keep)  # as if in the middle of a step
+    engine.measure(mine, int(targets), "probe", lambda: measured.update(whole_gradients(engine.shards)))
+    case.migu._exchange.clear()
     weights = torch.cat([param.detach().flatten() for param in engine.model.parameters()])
     lowest, highest = weights.clone(), weights.clone()
     torch.distributed.all_reduce(lowest, op=torch.distributed.ReduceOp.MIN)
     torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
     report: dict[str, Any] = {quantity: whole(engine.shards, quantity) for quantity in QUANTITIES}
+    report["measured"] = measured
     numels = {name: engine.shards.numel(name) for name in engine.shards.names}
     dropped = {name: int((~keep).sum()) * (numels[name] // len(keep)) for name, keep in case.migu.keep.items()}
     report["elements"] = {

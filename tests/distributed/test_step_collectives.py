@@ -33,7 +33,8 @@ def test_a_step_costs_two_small_reductions_and_a_method_at_most_one(
 ) -> None:
     found = steps(zygote, tmp_path, method={"name": name}, zero={"stage": stage}, train={"epochs": 2})
     inside = found[-1]  # of the second task: MIGU's first one has no masks
-    others = [operation for operation in inside if operation not in OWN]
+    replaced = "sharding/compact.py"  # what stands where DeepSpeed's own was
+    others = [operation for operation in inside if operation not in OWN and operation[2] != replaced]
     assert [operation for operation in inside if operation in OWN] == OWN
     assert [operation[0] for operation in others] == ["all_reduce"] * more, others
     assert all("migu" in operation[2] for operation in others), others

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from cl_dist.kernels import kept_rows
 from cl_dist.kernels.row_magnitude import fold_memory
 from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.migu.config import MiguConfig
@@ -109,8 +110,9 @@ def test_migu_holds_its_masks_and_on_a_gpu_the_sums_that_wait_to_be_folded() -> 
         held[world, device] = plan_memory(setup, shape).held
     # The mask, the rows' numbers, and in how many steps each was kept.
     assert held[1, "cpu"]["MIGU's masks"] == (1 + 8 + 4) * sum(rows)
-    # With others to agree with, a rank has a weight of four bytes for each row.
-    assert held[2, "cpu"]["MIGU's masks"] == held[2, "cuda"]["MIGU's masks"] == (1 + 8 + 4 + 4) * sum(rows)
+    # With others to agree with, a rank has a weight of four bytes for each row; and the numbers of those that travel.
+    kept = sum(kept_rows(size, 0.7) for size in rows)
+    assert held[2, "cpu"]["MIGU's masks"] == held[2, "cuda"]["MIGU's masks"] == (1 + 8 + 4 + 4) * sum(rows) + 8 * kept
     waiting = held[2, "cuda"]["MIGU's magnitudes"] - held[2, "cpu"]["MIGU's magnitudes"]
     assert waiting == fold_memory(2 * 32, rows) >= 4 * 2 * sum(rows)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from cl_dist.methods.agem.config import AgemConfig
@@ -56,7 +58,7 @@ def test_what_the_methods_add_is_named_apart() -> None:
     setup, shape = planned(2, 2, lora=3)
     plain = plan_wire(setup, shape)
     assert plain.methods_step == plain.methods_task == ()
-    methods = (MiguConfig(name="migu"), KifConfig(name="kif"))
+    methods = (MiguConfig(name="migu", compact="off"), KifConfig(name="kif"))
     wire = plan_wire(*planned(2, 2, lora=3, methods=methods))
     assert wire.step == plain.step
     magnitudes, penalty = wire.methods_step
@@ -65,6 +67,30 @@ def test_what_the_methods_add_is_named_apart() -> None:
     assert magnitudes == Collective("all_reduce", 8 * (rows + 2 * layers + 2), "MIGU's magnitudes")
     assert penalty.bytes == sum(each.nbytes for each in shape.trainable.values())
     assert {each.what for each in wire.methods_task} == {"scores of units", "changed weights"}
+
+
+def test_dropped_rows_do_not_travel() -> None:
+    """Known before backward, at every stage; in the gather after the step only what no rank has moved."""
+    _, shape = planned()
+    of_rows = {name: each for name, each in shape.trainable.items() if len(each.shape) == 2 and ".layers." in name}
+    dropped = sum(math.ceil(0.7 * (each.shape[0] - 1)) * each.shape[1] for each in of_rows.values())
+    whole, kept = 4 * shape.numel, 4 * (shape.numel - dropped)
+    for mask, gathered in (("gradient", whole), ("update", kept)):
+        migu = [MiguConfig(name="migu", mask=mask)]
+        for stage in (0, 1, 2, 3):
+            step = {each.what: each for each in plan_wire(*planned(2, stage, methods=migu)).step}
+            assert step["gradients"].bytes == kept
+            if stage in (1, 2):
+                assert step["updated weights"].bytes == pytest.approx(gathered, abs=20)
+    late = plan_wire(*planned(2, 2, methods=[MiguConfig(name="migu", mask="update")], gradient_accumulation=3)).step
+    assert [each.bytes for each in late] == [3 * whole, kept]
+    cut = {"contiguous_gradients": False}
+    assert plan_wire(*planned(2, 2, methods=[MiguConfig(name="migu")], zero=cut)).step[0].bytes == whole
+
+
+def test_gradients_that_a_method_measures_are_whole() -> None:
+    wire = plan_wire(*planned(2, 2, methods=[MiguConfig(name="migu"), AgemConfig(name="agem")]))
+    assert wire.methods_step[: len(wire.step)] == plan_wire(*planned(2, 2)).step != wire.step
 
 
 def test_choosing_elements_adds_up_counts() -> None:

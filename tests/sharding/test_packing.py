@@ -32,7 +32,7 @@ def test_any_piece_is_packed_and_put_back(data: st.DataObject, layouts: list[Row
         else:
             keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=layout.total, max_size=layout.total)))
             numel, rows = layout.total * layout.length, np.flatnonzero(keep.numpy())
-            parameters.append((start, numel, KeptRows(layout, rows, torch.from_numpy(rows))))
+            parameters.append((start, numel, KeptRows("w", layout, rows, torch.from_numpy(rows))))
             masks.append(travels(layout, keep))
         padding = data.draw(st.integers(0, 2))
         masks.append(torch.zeros(padding, dtype=torch.bool))

@@ -83,6 +83,9 @@ class Migu(Method):
         times = share.train.gradient_accumulation if self.config.mask_scope == "micro_batch" else 1
         waiting = fold_memory(share.tokens, sizes, share.train.gradient_accumulation) if share.gpu else 0
         chosen = _INT64 if self._skips_rows(share.train) else 0  # backward needs the rows' numbers
+        gradients, weights = self._unsent(share.model, layers, share.train)
+        gathered = weights > 0 and share.stage in (1, 2)
+        packed = _INT64 * kept if share.world > 1 and (gradients or gathered) else 0
         frozen: dict[str, int] = {}
         if self.config.mask == "update":
             owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
@@ -92,7 +95,7 @@ class Migu(Method):
         return Cost(
             device={
                 "MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)) + waiting + summed,
-                "MIGU's masks": (1 + chosen + (_INT32 if share.world > 1 else 0)) * rows + recorded,
+                "MIGU's masks": (1 + chosen + (_INT32 if share.world > 1 else 0)) * rows + packed + recorded,
             },
             stepping=frozen,
             saved=(recorded + summed) // (1 if share.replicated else share.world),
@@ -100,6 +103,31 @@ class Migu(Method):
             traffic=4 * sum(frozen.values()),
             token_traffic=rows * share.itemsize,
             skipped=self._skipped_shares(layers, share.train),
+            unsent_gradients=gradients,
+            unsent_weights=weights,
+        )
+
+    def _unsent(self, model: nn.Module, layers: Mapping[str, TrackedLayer], train: TrainConfig) -> tuple[int, int]:
+        """Elements of gradients and of updated weights that do not travel.
+
+        Several micro-batches with a mask each keep the union of their rows, which nobody knows in advance: counted as
+        if all rows travelled.
+        """
+        if self.config.mask_scope == "micro_batch" and train.gradient_accumulation > 1:
+            return 0, 0
+        gradients = weights = 0
+        skipping = skipping_layers(model, layers)
+        for name, layer in layers.items():
+            layouts = [layer.layout, *([layer.bias_layout] if layer.bias is not None and self.config.mask_bias else [])]
+            dropped = sum(
+                layout.matrices * (layout.rows - kept_rows(layout.rows, self.config.threshold)) * layout.length
+                for layout in layouts
+            )
+            weights += dropped
+            gradients += dropped if name in skipping else 0
+        return (
+            0 if self._whole_gradients(train) else gradients,
+            0 if self._whole_weights() else weights,
         )
 
     def _skipped_shares(self, layers: Mapping[str, TrackedLayer], train: TrainConfig) -> dict[str, float]:
@@ -209,20 +237,20 @@ class Migu(Method):
             skips=self._skips_rows(self._train),
             mask_bias=config.mask_bias,
             taps=self._sums.taps,
-            whole_gradients=self._whole_gradients(),
+            whole_gradients=self._whole_gradients(self._train),
             whole_weights=self._whole_weights(),
         )
         self._mask_from_here()
 
-    def _whole_gradients(self) -> str | None:
+    def _whole_gradients(self, train: TrainConfig) -> str | None:
         """Why whole gradients travel between the ranks, as far as the recipe decides it, or None."""
         if self.config.compact == "off":
             return "method.compact: off"
         if not self.config.skip_rows:
             return "method.skip_rows: false computes all of their rows"
-        if not self._skips_rows(self._train):
+        if not self._skips_rows(train):
             return (
-                f"the rows to keep are known only after the last of a step's {self._train.gradient_accumulation} "
+                f"the rows to keep are known only after the last of a step's {train.gradient_accumulation} "
                 "micro-batches (method.mask_scope: step)"
             )
         return None
