@@ -2,7 +2,7 @@
 
 No two of their sizes are equal: number of samples, padded and real input tokens, padded and real target tokens, nor the
 products of the number of samples with the others. So the shape of a layer's output leaves only one way to read it
-(`methods/migu/token_axes.py`). The tokens are made up, so an engine can be tried out without data.
+(`methods/shared/token_axes.py`). The tokens are made up, so an engine can be tried out without data.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from cl_dist.errors import BadInput
+
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PeftModel, or the model itself."""
@@ -54,6 +56,31 @@ def unread_parameters(model: nn.Module) -> frozenset[str]:
     read = [part for part in (base.get_decoder(), *embeddings, *heads) if part is not None]
     known = {id(parameter) for part in read for parameter in part.parameters()}
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) not in known)
+
+
+def separate_blocks(model: nn.Module, method: str) -> dict[str, nn.Module]:
+    """The transformer blocks that text passes through, by name, in model order. Each can rest by itself.
+
+    Raises:
+        BadInput: There are none, or two of them share a weight; `method` is named in the message.
+    """
+    unread, blocks = unread_parameters(model), dict[str, nn.Module]()
+    owners: dict[int, str] = {}
+    for prefix in block_prefixes(model):
+        for number, block in model.get_submodule(prefix.rstrip(".")).named_children():
+            parameters = {f"{prefix}{number}.{name}": parameter for name, parameter in block.named_parameters()}
+            if set(parameters) <= unread:
+                continue
+            blocks[f"{prefix}{number}"] = block
+            for name, parameter in parameters.items():
+                if (owner := owners.setdefault(id(parameter), f"{prefix}{number}")) != f"{prefix}{number}":
+                    raise BadInput(
+                        f"method: {method} trains blocks one by one, but {name} belongs to {owner} too; allowed are "
+                        "models whose blocks share no weights"
+                    )
+    if not blocks:
+        raise BadInput(f"method: {method} needs transformer blocks, and {type(base_model(model)).__name__} has none")
+    return blocks
 
 
 def is_below(name: str, prefixes: Iterable[str]) -> bool:

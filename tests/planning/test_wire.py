@@ -10,6 +10,7 @@ from cl_dist.methods.gmt.config import GmtConfig
 from cl_dist.methods.kif.config import KifConfig
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.methods.mofo.config import MofoConfig
+from cl_dist.methods.sparse_memory.config import SparseMemoryConfig
 from cl_dist.planning.wire import on_the_link, plan_wire
 from tests.planning.models import planned
 
@@ -105,6 +106,12 @@ def test_choosing_elements_adds_up_counts() -> None:
         calls = 4 * searches
         assert counts == Collective("all_reduce", calls * 256 * 8 * parameters, f"{config.name}'s counts", calls)
         assert plan_wire(*planned(2, 0, methods=[config])).methods_step == ()
+
+
+def test_sparse_memory_adds_up_the_uses_of_every_row() -> None:
+    config = SparseMemoryConfig(name="sparse_memory", background="unread")
+    [counts] = plan_wire(*planned(2, 3, methods=[config])).methods_step
+    assert counts == Collective("all_reduce", 128 * 8, "sparse_memory's counts")
 
 
 def test_the_precision_of_the_sum_is_that_on_the_network() -> None:

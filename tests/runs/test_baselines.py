@@ -78,6 +78,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "agem": {"memory_ratio": 0.25},
     "given": {"file": str(Path(__file__).with_name("given.yaml"))},
     "ssu": {"calibration": str(Path(__file__).with_name("calibration.csv")), "samples": 4},
+    "lisa": {"blocks": 1, "interval": 2},
+    "sparse_memory": {"background": str(Path(__file__).with_name("calibration.csv")), "rows": 8},
     "recurrent_kif": {"inner_steps": 2, "outer_steps": 1, "replay_ratio": 0.25},
 }
 """Settings that make a method's effect visible within three steps."""
@@ -87,7 +89,9 @@ BOUNDS = ("per_task", "multi_task")
 SELECTING = ("given", "hft", "sift", "ssu", "s2ft")
 CHOOSING = ("gmt", "mofo")
 """Choose elements."""
-MASKING = ("migu", *CHOOSING)
+RESTING = ("lisa", "sparse_memory")
+"""Choose blocks or rows, whatever the weights are."""
+MASKING = ("migu", *CHOOSING, *RESTING)
 ORDER = (*SELECTING, "inclora", "olora", "replay", "lwf", "agem", *MASKING, *FUSING, "ewc", *BOUNDS)
 """Of the methods of a pair: what masks cover comes before them, KIF after them, and EWC measures fused weights."""
 MASKED = {(name, "ewc"): ("ewc", name) for name in MASKING}
@@ -197,7 +201,9 @@ def check_run(name: str, run: Path) -> None:
         check_growth(run)
     else:
         check_moves(
-            run, MIXED if all(steps(run)) else MIXED[:1], some_stay=any(each in name for each in ("tasl", *SELECTING))
+            run,
+            MIXED if all(steps(run)) else MIXED[:1],
+            some_stay=any(each in name for each in ("tasl", *SELECTING, *RESTING)),
         )
 
 

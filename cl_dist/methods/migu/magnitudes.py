@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cl_dist.errors import ClDistError
 from cl_dist.kernels import MagnitudeTotal
-from cl_dist.methods.migu.token_axes import Call, Trial, calls_of, counted
+from cl_dist.methods.shared.token_axes import Call, Trial, calls_of, counted
 from cl_dist.models.experts import Routed
 from cl_dist.models.layer_kinds import Tap, TrackedLayer
 from cl_dist.sharding import Shard

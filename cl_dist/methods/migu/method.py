@@ -23,12 +23,12 @@ from cl_dist.kernels.backend import sent
 from cl_dist.kernels.row_magnitude import fold_memory
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.migu.config import MiguConfig
-from cl_dist.methods.migu.kept_counts import BYTES, QUANTITY, KeptCounts
 from cl_dist.methods.migu.magnitudes import MagnitudeSums, Plan
 from cl_dist.methods.migu.untracked import Untracked
 from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.methods.rehearsal import Rehearsal, Rehearsed
-from cl_dist.methods.shared.row_executor import RowExecutor, layouts_of, skipping_layers
+from cl_dist.methods.shared.kept_counts import BYTES, QUANTITY, KeptCounts
+from cl_dist.methods.shared.row_executor import RowExecutor, frozen_copies, layouts_of, skipping_layers
 from cl_dist.models.every_expert import module_experts
 from cl_dist.models.layer_kinds import TrackedLayer
 from cl_dist.models.structure import head_prefixes, is_below
@@ -86,21 +86,19 @@ class Migu(Method):
         gradients, weights = self._unsent(share.model, layers, share.train)
         gathered = weights > 0 and share.stage in (1, 2)
         packed = _INT64 * kept if share.world > 1 and (gradients or gathered) else 0
-        frozen: dict[str, int] = {}
+        frozen = Cost()
         if self.config.mask == "update":
             owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
-            frozen = {"MIGU's frozen rows": 3 * 4 * round(owned * (1 - kept / rows))}
+            frozen = frozen_copies(owned * (1 - kept / rows), "MIGU's frozen rows")
         recorded = BYTES * rows
         summed = _FLOAT64 * rows if self.config.sums == "task" else 0  # saved, and copied in case a step is skipped
-        return Cost(
+        return frozen + Cost(
             device={
                 "MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)) + waiting + summed,
                 "MIGU's masks": (1 + chosen + (_INT32 if share.world > 1 else 0)) * rows + packed + recorded,
             },
-            stepping=frozen,
             saved=(recorded + summed) // (1 if share.replicated else share.world),
             step=(share.all_reduce(message * times, "MIGU's magnitudes", times),),
-            traffic=4 * sum(frozen.values()),
             token_traffic=rows * share.itemsize,
             skipped=self._skipped_shares(layers, share.train),
             unsent_gradients=gradients,
@@ -377,11 +375,10 @@ class Migu(Method):
 
     def kept_share(self) -> float | None:
         """Everything but the dropped rows, by the record of kept rows."""
-        if self._masks_this_task and not self._counts.any:
-            return None
-        kept = self._counts.shares()
         elements = {name: self._shards.numel(name) for name in self._shards.names}
-        return sum(kept.get(name, 1.0) * number for name, number in elements.items()) / sum(elements.values())
+        whole = sum(elements.values())
+        updated = self._counts.updated(elements) if self._masks_this_task else whole
+        return None if updated is None else updated / whole
 
     def write_results(self, folder: Path) -> None:
         """Write into the task's folder how often each row was kept."""

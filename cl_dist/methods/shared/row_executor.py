@@ -2,6 +2,7 @@
 
 A method says which rows a step updates; `RowExecutor` does the most that the moment of the choice allows:
 
+- before a forward pass, for whole modules (`rest`): backward computes nothing at all for their parameters;
 - before a backward pass (`choose`): backward does not compute the other rows of the weights' gradients;
 - once the gradients are reduced (`apply`): the other rows are zeroed in this rank's shards, where backward has not
   skipped them already, and with `dropped="update"` frozen together with their moments while the optimiser steps.
@@ -16,7 +17,9 @@ import torch
 from torch import nn
 
 from cl_dist.kernels import RowLayout, mask_rows_
+from cl_dist.methods.cost import Cost
 from cl_dist.models.layer_kinds import Tap, TrackedLayer
+from cl_dist.models.resting import Rest
 from cl_dist.models.skipping import RowSkipper
 from cl_dist.models.tracked import shares_weight
 from cl_dist.sharding import CompactExchange, RowFreezer, ShardView
@@ -32,8 +35,9 @@ ascending."""
 class RowExecutor:
     """Restricts a step's update to chosen rows, the same on all ranks.
 
-    A step calls, in this order: `choose` before each backward pass, if the rows are known by then; `apply` in
-    `Method.before_update`; `end_step` in `Method.after_update` and `Method.update_skipped`.
+    A step calls, in this order: if the rows are known by then, `rest` before each forward pass or `choose` before each
+    backward pass; `apply` in `Method.before_update`; `end_step` in `Method.after_update` and
+    `Method.update_skipped`.
 
     Args:
         model: The model, whose layers are changed so that they can skip rows.
@@ -63,7 +67,8 @@ class RowExecutor:
         whole_weights: str | None = None,
     ) -> None:
         self._shards, self._taps = shards, taps or {}
-        self._layouts = layouts_of(layers, mask_bias)
+        self._layouts = {name: _plain_layout(shards.shape(name)) for name in shards.names}
+        self._layouts |= layouts_of(layers, mask_bias)
         self._skipping = skipping_layers(model, layers) if skips else {}
         self._skipped_names = frozenset(layouts_of(self._skipping, mask_bias))
         hooked = {name: layer.module for name, layer in self._skipping.items() if not layer.kind.tapped}
@@ -73,6 +78,7 @@ class RowExecutor:
         packed = () if whole_gradients else self._skipped_names
         self._exchange = CompactExchange(shards, self._layouts, packed, weights=whole_weights is None)
         self._keep: Keep = {}
+        self._rest = Rest(())
         self.active = False
 
     @property
@@ -89,6 +95,18 @@ class RowExecutor:
             self._skipper.active = active
         for tap in self._taps.values():
             tap.skips = self.active
+
+    def rest(self, modules: Mapping[str, nn.Module]) -> None:
+        """All rows of some modules' parameters are dropped, known before a forward pass, until the step ends.
+
+        Args:
+            modules: By name in the model, with all that is in them; none contains another.
+        """
+        self._rest.end()
+        self._rest = Rest(modules.values())
+        below = tuple(f"{name}." for name in modules)
+        resting = [name for name in self._shards.names if name.startswith(below)]
+        self.choose({name: torch.zeros(self._layouts[name].total, dtype=torch.bool) for name in resting})
 
     def choose(self, keep: Keep, rows: Rows | None = None) -> None:
         """The step's rows are known before a backward pass. This is the only place that learns of them so early.
@@ -124,7 +142,7 @@ class RowExecutor:
                 continue
             shard = self._shards.gradient(name)
             if shard is not None:
-                mask_rows_(shard.data, shard.start, self._layout(name), kept.to(shard.data.device))
+                mask_rows_(shard.data, shard.start, self._layouts[name], kept.to(shard.data.device))
                 self._shards.gradient_changed(name)
         if self._freezer is not None:
             self._freezer.freeze(self._keep)
@@ -139,13 +157,15 @@ class RowExecutor:
     def end_step(self) -> None:
         """The step is over, updated or not: forget its rows, and thaw them."""
         self.forget()
+        self._rest.end()
         self._keep = {}
         self._exchange.clear()
         if self._freezer is not None:
             self._freezer.freeze({})
 
     def remove(self) -> None:
-        """Restore the layers, and remove the hooks from the optimiser."""
+        """Restore the layers, and remove the hooks from modules and optimiser."""
+        self._rest.end()
         if self._skipper is not None:
             self._skipper.remove()
         if self._freezer is not None:
@@ -156,11 +176,13 @@ class RowExecutor:
         """One line for the log about what travels between the ranks; None on a single one."""
         return self._exchange.message(self._whole_gradients, self._whole_weights)
 
-    def _layout(self, name: str) -> RowLayout:
-        if name in self._layouts:
-            return self._layouts[name]
-        shape = self._shards.shape(name)
-        return RowLayout(1, shape[0], shape.numel() // shape[0])
+
+def frozen_copies(elements: float, what: str) -> Cost:
+    """What it costs to freeze so many of a rank's elements: copies of masters and both moments while the optimiser
+    steps, and back.
+    """
+    copies = 3 * 4 * round(elements)
+    return Cost(stepping={what: copies}, traffic=4 * copies)
 
 
 def layouts_of(layers: Mapping[str, TrackedLayer], mask_bias: bool) -> dict[str, RowLayout]:
@@ -180,6 +202,12 @@ def skipping_layers(model: nn.Module, layers: Mapping[str, TrackedLayer]) -> dic
         for name, layer in layers.items()
         if layer.kind.skips(layer.module) and not shares_weight(model, layer)
     }
+
+
+def _plain_layout(shape: torch.Size) -> RowLayout:
+    """Rows along the first dimension."""
+    rows = shape[0] if shape else 1
+    return RowLayout(1, rows, shape.numel() // rows)
 
 
 def _numbers(layer: TrackedLayer, keep: Keep) -> list[torch.Tensor]:

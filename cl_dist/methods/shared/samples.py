@@ -34,6 +34,12 @@ def past_samples(tasks: Sequence[Sequence[Encoded]], ratio: float, seed: int) ->
     return join(drawn)
 
 
+def evenly(samples: Sequence[Encoded], most: int) -> list[Encoded]:
+    """At most so many of the samples, at even distances; all of them if there are fewer."""
+    number = min(most, len(samples))
+    return [samples[each] for each in range(0, len(samples), len(samples) // number)][:number]
+
+
 def global_batch(train: TrainConfig, ranks: int | None = None) -> int:
     """Samples of a full optimiser step over all ranks; None: those of this run."""
     count = torch.distributed.get_world_size() if ranks is None else ranks

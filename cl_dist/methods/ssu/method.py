@@ -11,6 +11,7 @@ from cl_dist.heartbeat import beat
 from cl_dist.methods.protocol import TaskPlace
 from cl_dist.methods.selective.blocks import linear_weights, names_in_blocks
 from cl_dist.methods.selective.method import Selective
+from cl_dist.methods.shared.samples import evenly
 from cl_dist.methods.ssu.inputs import mean_square_inputs
 from cl_dist.models.kept_parts import Part
 from cl_dist.sharding import whole_parameters
@@ -37,9 +38,7 @@ class Ssu(Selective):
         """Measure the samples, and keep the columns with the lowest scores; of equal ones the last."""
         assert place.probe is not None
         beat(f"measuring the calibration samples for task {place.name}")
-        samples = place.probe.data["calibration"]
-        number = min(self.config.samples, len(samples))
-        some = [samples[each] for each in range(0, len(samples), len(samples) // number)][:number]
+        some = evenly(place.probe.data["calibration"], self.config.samples)
         layers = {part.part.weight: part.layers[0] for part in self._parts}
         inputs = mean_square_inputs(layers, some, place.probe)
         chosen = {}

@@ -101,6 +101,7 @@ def _random() -> dict[str, Any]:
 def _record(folder: Path) -> dict[str, Any]:
     """Sums of the masks of three steps. Records are in `folder`: of the run that made them; of one that resumed from
     its state; of one that took a step after resuming from a state without a record; and of a task without masks.
+    `shares` has what each of them says of the share of updated elements, and `updated` the truth for the first.
     """
     engine, migu = _engine(mask="update")
     rank, place = torch.distributed.get_rank(), TaskPlace(1, "t", STEPS + 1)
@@ -114,6 +115,12 @@ def _record(folder: Path) -> dict[str, Any]:
     save_snapshot(folder / "old", engine.shards, {"methods": [{}]}, moments=True)
     if rank == 0:
         migu.write_results(folder / "made")
+    shares = {"made": migu.kept_share()}
+    weights = dict(engine.model.named_parameters())
+    masked = sum(weights[name].numel() for name in sums)
+    kept = sum(int(count.sum()) * weights[name].shape[1] for name, count in sums.items()) / STEPS
+    everything = sum(weight.numel() for weight in weights.values())
+    updated = (everything - masked + kept) / everything
     engine.destroy()
 
     engine, migu = _engine(mask="update")
@@ -123,14 +130,17 @@ def _record(folder: Path) -> dict[str, Any]:
         engine.before_task(place)
         engine.method.load_state_dict(found)
         migu.write_results(folder / f"{name}-{rank}")
+        shares[name] = migu.kept_share()
     _step(engine, STEPS)
     migu.write_results(folder / f"later-{rank}")
     engine.before_task(TaskPlace(0, "t", 1))
     _step(engine, 0)
     migu.write_results(folder / f"dense-{rank}")
+    shares["dense"] = migu.kept_share()
     engine.destroy()
     saved = len(extra["method0.kept_rows"])
-    return {"sums": {name: each.tolist() for name, each in sums.items()}, "saved": saved}
+    masks = {name: each.tolist() for name, each in sums.items()}
+    return {"sums": masks, "saved": saved, "shares": shares, "updated": updated}
 
 
 def _task_sums(folder: Path, scope: str) -> dict[str, list[bool]]:

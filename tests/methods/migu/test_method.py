@@ -52,6 +52,19 @@ def test_random_rows_are_as_many_new_each_step_and_the_same_on_all_ranks(reports
     assert layers[4] != layers[5], "two layers of equal size drew the same rows"
 
 
+def test_the_kept_share_is_that_of_the_elements_that_a_step_updates(reports: list[dict[str, Any]]) -> None:
+    """Also after a resume; not known if no step was counted, and everything in a task without masks."""
+    for report in reports:
+        record = report["record"]
+        assert 0.3 < record["updated"] < 0.9
+        assert record["shares"] == {
+            "made": pytest.approx(record["updated"], rel=1e-12),
+            "resumed": pytest.approx(record["updated"], rel=1e-12),
+            "nothing": None,
+            "dense": 1.0,
+        }
+
+
 def test_evaluation_counts_nothing(reports: list[dict[str, Any]]) -> None:
     assert reports[0]["evaluation"] == 0.0
 

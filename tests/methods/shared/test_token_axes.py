@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cl_dist.engine.trial import trial_batches
 from cl_dist.errors import ClDistError
-from cl_dist.methods.migu.token_axes import Call, Trial, calls_of, counted
+from cl_dist.methods.shared.token_axes import Call, Trial, calls_of, counted
 
 FIRST, SECOND = (
     {kind: mask.clone() for kind, mask in batch.token_masks.items()}

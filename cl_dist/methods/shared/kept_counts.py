@@ -85,18 +85,17 @@ class KeptCounts:
         else:
             self._first, self._steps = state["first_step"], state["steps"]
 
-    @property
-    def any(self) -> bool:
-        """Whether the rows of any step were counted."""
-        return self._steps > 0
+    def updated(self, elements: Mapping[str, int]) -> float | None:
+        """The elements that a step has updated, on average: the kept rows' share of each masked weight, and all others.
+        None: no step was counted.
 
-    def shares(self) -> dict[str, float]:
-        """The share of the rows of each masked weight that a step has kept, on average; empty if none were counted."""
-        return {
-            name: counts.sum().item() / (self._steps * len(counts))
-            for name, counts in self._by_weight.items()
-            if self._steps
-        }
+        Args:
+            elements: Number of elements of every trained parameter, by name.
+        """
+        if not self._steps:
+            return None
+        kept = {name: counts.sum().item() / (self._steps * len(counts)) for name, counts in self._by_weight.items()}
+        return sum(kept.get(name, 1.0) * number for name, number in elements.items())
 
     def write(self, path: Path, masked: bool) -> None:
         """Replace the file `path`: a tensor for each masked weight, and what the counts include as metadata.

@@ -1,0 +1,1 @@
+"""Sparse memory fine-tuning: trains the embedding rows that a batch uses and other text does not."""
