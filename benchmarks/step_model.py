@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """What a step costs when only kept rows travel and are stepped over: a model of it, beside what was measured.
 
-    python benchmarks/step_model.py
+    python benchmarks/step_model.py [RUN.json ...]
 
-It writes benchmarks/results/step-model.csv, and from that the tables between the markers in docs/performance.md. A step
-is compute, wire and optimiser, as `cl-dist plan` predicts them (`cl_dist.planning.step_time`, which also names the
-sources of its formulas and of the devices' figures). With kept rows alone, a share of three parts is left: of the
+It writes benchmarks/results/step-model.csv, and from that the tables between the markers in docs/performance.md; with
+files that `cl-dist bench wire --json` has printed, first benchmarks/results/wire.csv from them.
+
+A step is compute, wire and optimiser, as `cl-dist plan` predicts them (`cl_dist.planning.step_time`, which also names
+the sources of its formulas and of the devices' figures). With kept rows alone, a share of three parts is left: of the
 reduction's bytes, and with `mask: update` of the bytes of the gather and of the optimiser's memory traffic. The share
 is that of the kept rows in all trained elements; embedding, head and norms are trained whole.
 
@@ -16,13 +18,16 @@ share of a phase's time that is the wire's follows from its bytes and the link's
 from __future__ import annotations
 
 import csv
+import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from cl_dist.benchmarks.engine_steps import recipe_of
+from cl_dist.benchmarks.report import write_csv
 from cl_dist.benchmarks.training import StepSize, llama_config
 from cl_dist.benchmarks.wire import PHASES, RANKS, methods_of, planned_bytes
 from cl_dist.config.load import load_recipe
@@ -59,8 +64,12 @@ UNITS = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}
 Row = dict[str, str]
 
 
-def main() -> None:
-    """Predict everything, and write the file and the page."""
+def main(runs: Sequence[str]) -> None:
+    """Predict everything, and write the file and the page; first the measured runs, if there are new ones."""
+    if runs:
+        documents = [json.loads(Path(run).read_text(encoding="utf-8")) for run in runs]
+        sizes = [size for document in documents for size in document["sizes"]]
+        write_csv(MEASURED, {"machine": documents[0]["machine"], "sizes": sizes})
     rows = [*of_measured(), *of_seven_billion()]
     names = list(dict.fromkeys(name for row in rows for name in row))
     with PREDICTED.open("w", encoding="utf-8", newline="") as file:
@@ -364,4 +373,4 @@ def with_section(page: str, text: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
