@@ -99,6 +99,20 @@ def _check_ranks(options: Namespace) -> None:
         raise BadInput(f"--dtype {options.dtype}: not supported with {ranks}; allowed: {', '.join(RANK_DTYPES)}")
 
 
+def _check_wire(options: Namespace) -> None:
+    for hidden in options.hidden:
+        model_of(hidden, options.intermediate)
+    for tokens in options.tokens:
+        if tokens < 2:
+            raise BadInput(f"--tokens {tokens}: a single token has no next token to predict; give at least 2")
+    if options.zero_stage == 0:
+        raise BadInput("--zero-stage 0: kept rows travel at the stages that shard gradients or state; allowed: 1, 2, 3")
+    if options.device == "cuda":
+        raise BadInput("--device cuda: the ranks meet over a link between CPUs; leave out --device")
+    if options.dtype not in RANK_DTYPES:
+        raise BadInput(f"--dtype {options.dtype}: not supported with ranks; allowed: {', '.join(RANK_DTYPES)}")
+
+
 def _check_importance(options: Namespace) -> None:
     if options.elements is not None and options.hidden is not None:
         raise BadInput("--elements: --hidden already sets the size; give only one of the two")
@@ -185,6 +199,19 @@ BENCHMARKS = {
             ("elements", "order"),
             {"order": "mixed"},
             check=_check_importance,
+        ),
+        Benchmark(
+            "wire",
+            "whole steps of two ranks over a link of known speed: kept rows versus all rows",
+            "Trains on two CPU ranks in two network namespaces, joined by a link whose ends send at most --rate each\n"
+            "(without it: as fast as the machine can). Compares three variants in whole steps, optimiser included:\n"
+            "dense (plain fine-tuning), off (MIGU that sends whole gradients and weights) and compact (MIGU that\n"
+            "sends kept rows). Bytes are what the kernel counts at a rank's interface in a step. Times are also given\n"
+            "by phase: forward, backward with the reduction, optimizer, gather. Needs root, and the programs unshare,\n"
+            "nsenter, ip and, with --rate, tc; without them nothing is measured, and the output says why.",
+            ("hidden", "tokens", "threshold", "layers", "intermediate", "zero_stage", "mask", "rate"),
+            {"hidden": (1024,), "tokens": (512,), "threshold": 0.7, "runs": 5, "zero_stage": 2, "mask": "update"},
+            check=_check_wire,
         ),
         Benchmark(
             "plan-accuracy",

@@ -35,9 +35,9 @@ MANY_STEPS = 1_000_000
 """Length of the learning rate schedule."""
 
 
-def build_engine(size: StepSize, stage: int, method: Method, accumulation: int = 1) -> TrainingEngine:
-    """An engine around a model of its own, with `accumulation` micro-batches a step."""
-    recipe = Recipe(
+def recipe_of(size: StepSize, stage: int, accumulation: int = 1) -> Recipe:
+    """The recipe of `build_engine`, without methods."""
+    return Recipe(
         model=ModelConfig(name_or_path="unused"),
         stream=StreamConfig(tasks=(TaskConfig(name="unused", format="builtin"),)),
         train=TrainConfig(
@@ -48,8 +48,12 @@ def build_engine(size: StepSize, stage: int, method: Method, accumulation: int =
         zero=ZeroConfig(stage=stage),  # type: ignore[arg-type]
         output_dir="unused",
     )
+
+
+def build_engine(size: StepSize, stage: int, method: Method, accumulation: int = 1) -> TrainingEngine:
+    """An engine around a model of its own, with `accumulation` micro-batches a step."""
     loaded = LoadedModel(build_model(size, device()), None, "causal_lm")  # type: ignore[arg-type]
-    return TrainingEngine(loaded, recipe, method)
+    return TrainingEngine(loaded, recipe_of(size, stage, accumulation), method)
 
 
 def batch_of(size: StepSize, seed: int) -> Batch:

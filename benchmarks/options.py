@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ORDERS = ("first", "second", "mixed")
 DEVICES = ("cpu", "cuda")
 SELECTORS = ("hft", "s2ft", "ssu")
+MASKS = ("update", "gradient")
 MEBI = 2**20
 
 
@@ -72,7 +74,7 @@ def read_options(arguments: Namespace, names: Sequence[str], defaults: Mapping[s
 
 
 def _help(option: Option, default: Any) -> str:
-    if default is None:
+    if default is None or "(default: " in option.help:
         return option.help
     text = " ".join(map(_short, default)) if isinstance(default, tuple) else _short(default)
     return f"{option.help} (default: {text})"
@@ -114,6 +116,13 @@ def _stage(word: str) -> int:
     return int(_one_of("0", "1", "2", "3")(word))
 
 
+def _rate(word: str) -> str:
+    """A rate as tc(8) writes it."""
+    if not re.fullmatch(r"[1-9]\d*[kmg]bit", word):
+        raise ValueError(word)
+    return word
+
+
 def _writable(word: str) -> Path:
     path = Path(word)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -138,7 +147,7 @@ _OPTIONS = (
     Option("--intermediate", "width of the MLP (default: as in published models)", _whole(1), _POSITIVE),
     Option("--lora", "train rank-R adapters on all linear layers instead of the weights", _whole(1), _POSITIVE, "R"),
     Option("--processes", "train under DeepSpeed with N ranks on this machine", _whole(1), _POSITIVE),
-    Option("--zero-stage", "ZeRO stage, with --processes (default: 2)", _stage, "0, 1, 2, 3"),
+    Option("--zero-stage", "ZeRO stage of the ranks (default: 2)", _stage, "0, 1, 2, 3"),
     Option(
         "--selector",
         f"train a part of the weights with a method: {', '.join(SELECTORS)}",
@@ -147,6 +156,10 @@ _OPTIONS = (
         "NAME",
     ),
     Option("--accumulation", "micro-batches of a step, with --selector (default: 1)", _whole(1), _POSITIVE),
+    Option("--rate", "what each end of the link sends at most (default: as fast as the machine can)", _rate,
+           "a whole number with kbit, mbit or gbit, such as 400mbit", "RATE"),
+    Option("--mask", f"what happens to dropped rows, as MIGU's setting: {', '.join(MASKS)}", _one_of(*MASKS),
+           ", ".join(MASKS), "NAME"),
     Option("--elements", "numbers of elements of the parameter to measure", _whole(1), _POSITIVE, many=True),
     Option("--order", ", ".join(ORDERS), _one_of(*ORDERS), ", ".join(ORDERS), "NAME"),
     Option("--memory", "whether to measure peak memory too, in a separate process for each variant",

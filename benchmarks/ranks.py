@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,11 @@ TIMEOUT_SECONDS = 600.0
 
 
 def measure_on_ranks(
-    function: str, arguments: Mapping[str, Any], world: int, environment: Mapping[str, str] | None = None
+    function: str,
+    arguments: Mapping[str, Any],
+    world: int,
+    environment: Mapping[str, str] | None = None,
+    enter: Sequence[str] = (),
 ) -> Any:
     """Call a function on every rank, and return what it returns on the first.
 
@@ -29,6 +33,7 @@ def measure_on_ranks(
         arguments: Its keyword arguments; they and the result are JSON values.
         world: Number of ranks.
         environment: The ranks' environment; None: this process's.
+        enter: First words of each rank's command, which must replace themselves by the rest (`network.Link.enter`).
 
     Raises:
         ClDistError: A rank fails.
@@ -36,7 +41,7 @@ def measure_on_ranks(
     with tempfile.TemporaryDirectory(prefix="cl-dist-bench-") as folder:
         result = Path(folder) / "result.json"
         task = {"function": function, "arguments": dict(arguments), "result": str(result)}
-        command = [*python_command("cl_dist.benchmarks.ranks:program"), json.dumps(task)]
+        command = [*enter, *python_command("cl_dist.benchmarks.ranks:program"), json.dumps(task)]
         ending = launch(command, world, dict(os.environ if environment is None else environment))
         if ending.exit_code != 0:
             raise ClDistError("\n".join([*ending.output, f"measuring on {world} ranks: {ending.message}"]))

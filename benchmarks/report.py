@@ -28,6 +28,10 @@ MISSING = "–"
 HIDDEN_SETTINGS = ("json", "csv")
 
 
+class Skipped(Exception):
+    """This machine cannot run a benchmark; the message is a sentence that says why."""
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of a benchmark's table."""
@@ -52,9 +56,13 @@ def measured(benchmark: Benchmark, options: Namespace) -> str:
         raise BadInput("--device cuda: PyTorch finds no GPU here; use cpu")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     module = importlib.import_module(benchmark.module)
-    with _threads(options.threads):
-        about, entries = machine(device), list(module.entries(options, device))
     settings = {key: value for key, value in vars(options).items() if key not in HIDDEN_SETTINGS}
+    try:
+        with _threads(options.threads):
+            about, entries = machine(device), list(module.entries(options, device))
+    except Skipped as reason:
+        nothing = {"benchmark": benchmark.name, "settings": settings, "skipped": str(reason)}
+        return json.dumps(nothing, indent=2) if options.json else f"{benchmark.name}: skipped: {reason}"
     # The first size's keys are repeated at the top level, for scripts that measure a single size.
     document = {**entries[0], "benchmark": benchmark.name, "machine": about, "settings": settings, "sizes": entries}
     if options.csv is not None:

@@ -37,10 +37,9 @@ class StepSize:
     lora: int | None = None
 
 
-def build_model(size: StepSize, device: torch.device) -> nn.Module:
-    """A Llama in training mode; with `lora`, only adapters are trained."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def llama_config(size: StepSize) -> LlamaConfig:
+    """The configuration of the model in `build_model`."""
+    return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
@@ -50,8 +49,13 @@ def build_model(size: StepSize, device: torch.device) -> nn.Module:
         max_position_embeddings=size.tokens,
         use_cache=False,
     )
+
+
+def build_model(size: StepSize, device: torch.device) -> nn.Module:
+    """A Llama in training mode; with `lora`, only adapters are trained."""
+    torch.manual_seed(0)
     with device:  # drawing billions of random weights takes minutes on a CPU
-        model: Any = LlamaForCausalLM(config).to(getattr(torch, size.dtype))
+        model: Any = LlamaForCausalLM(llama_config(size)).to(getattr(torch, size.dtype))
     model.name_or_path = "random weights"  # peft warns about an empty one
     if size.lora is not None:
         # Imported here, because plain steps need neither peft's nor the recipes' packages.

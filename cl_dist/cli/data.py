@@ -67,7 +67,12 @@ def data(arguments: Namespace) -> int:
         found = [overview(task, encoder) for task in tasks]
         problems = [each.problem for each in found if each.problem is not None]
         try:
-            notes = [notice.text for notice in outlook(tasks, encoder, objective, recipe.eval)]
+            # The labels of each task are among its own lines already; one note for all tasks is enough.
+            notes = [
+                notice.text
+                for notice in outlook(tasks, encoder, objective, recipe.eval)
+                if notice.task is None or notice.about != "labels"
+            ]
         except BadInput as error:
             problems.append(str(error))
     if arguments.json:

@@ -160,6 +160,7 @@ def numbered_heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
     colours: tuple[str, Normalize],
+    shades: Floats | None = None,
 ) -> ScalarMappable:
     """Draw a heat map with a number in every cell, or a dash for NaN; without numbers if there is no room for them.
 
@@ -169,22 +170,24 @@ def numbered_heat_map(
         rows: Labels from top to bottom.
         columns: Labels from left to right.
         colours: Name of the colour map, and its scale.
+        shades: What the colours show, if they are not those of the values themselves; the shape of `values`.
     """
-    image = _heat_map(axes, values, colours)
+    shades = values if shades is None else shades
+    image = _heat_map(axes, shades, colours)
     width, height = cell_size(*values.shape)
     if (width, height) == (CELL, ROW):
-        _number(axes, image, values)
+        _number(axes, image, values, shades)
     _label_rows(axes, rows, height)
     _label_columns(axes, range(len(columns)), columns, width)
     return image
 
 
-def _number(axes: Axes, image: ScalarMappable, values: Floats) -> None:
+def _number(axes: Axes, image: ScalarMappable, values: Floats, shades: Floats) -> None:
     """Write each value into its cell, in black or white, whichever has more contrast."""
-    shades = np.asarray(image.to_rgba(values))
+    painted = np.asarray(image.to_rgba(shades))
     for (row, column), value in np.ndenumerate(values):
         # White on dark cells. The weights are those of luminance in ITU-R BT.709.
-        red, green, blue = shades[row, column][:3]
+        red, green, blue = painted[row, column][:3]
         dark = not np.isnan(value) and 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.4
         text = "–" if np.isnan(value) else f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
         colour = "white" if dark else "black"
@@ -223,10 +226,14 @@ def block_heat_map(
     return image
 
 
-def add_colour_bar(figure: Figure, image: ScalarMappable, axes: Axes, label: str) -> None:
-    """Draw the colour scale beside a heat map."""
+def add_colour_bar(
+    figure: Figure, image: ScalarMappable, axes: Axes, label: str, ends: tuple[str, str] | None = None
+) -> None:
+    """Draw the colour scale beside a heat map; `ends` are words for 0 and 1, in place of numbers."""
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05, aspect=25)
     bar.set_label(label, fontsize=8)
+    if ends is not None:
+        bar.set_ticks([0.0, 1.0], labels=list(ends))
     bar.ax.tick_params(labelsize=8)
 
 

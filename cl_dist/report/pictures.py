@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 Matrix = Sequence[Sequence[float | None]]
 
@@ -53,21 +54,30 @@ MOST_PANELS = 25
 """With more tasks than this, all scores share one panel."""
 
 
-def accuracy_matrix(tasks: Sequence[str], matrix: Matrix) -> Picture:
+def accuracy_matrix(tasks: Sequence[str], matrix: Matrix, kinds: Mapping[str, str] | None = None) -> Picture:
     """The accuracy matrix. Rows: the model after each task, starting with the untouched model; columns: the task it is
     scored on. Frames mark the task that was just trained. Many tasks leave no room for numbers, hundreds none for
-    frames.
+    frames. With several kinds of scores (`kinds`, by task), each kind has a colour scale of its own.
     """
     values = _as_array(matrix)
+    kind = np.array([(kinds or {}).get(task, "") for task in tasks])
+    several = len(set(kind)) > 1
     rows = ["untouched", *(f"after {name}" for name in tasks)][: len(values)]
     width, height = cell_size(*values.shape)
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
-        image = numbered_heat_map(axes, values, rows, tasks, (SEQUENTIAL, _scale(values)))
+        if several:
+            shades = _shaded_by_kind(values, kind)
+            image = numbered_heat_map(axes, values, rows, tasks, (SEQUENTIAL, _scale(shades)), shades)
+        else:
+            image = numbered_heat_map(axes, values, rows, tasks, (SEQUENTIAL, _scale(values)))
         frame_cells(axes, [(task, task + 1) for task in range(len(values) - 1)], (width, height))
         axes.set(xlabel="scored on", ylabel="model")
-        add_colour_bar(figure, image, axes, "score")
+        if several:
+            add_colour_bar(figure, image, axes, "score, on the scale of its own metric", ("worst", "best"))
+        else:
+            add_colour_bar(figure, image, axes, "score")
 
     return draw((2.8 + max(4, len(tasks)) * width, 1.3 + max(2, len(values)) * height), paint)
 
@@ -375,6 +385,18 @@ def _around_half(shares: Floats) -> Normalize:
 
 def _as_array(matrix: Matrix) -> Floats:
     return np.array([[math.nan if score is None else score for score in row] for row in matrix])
+
+
+def _shaded_by_kind(values: Floats, kind: NDArray[np.str_]) -> Floats:
+    """Where each score stands on the scale of its kind: 0 at the lower end, 1 at the upper one."""
+    shades = np.full_like(values, math.nan)
+    for each in np.unique(kind):
+        alike = kind == each
+        own = values[:, alike]
+        scale = _scale(own)
+        low, high = float(scale.vmin or 0.0), float(scale.vmax or 0.0)
+        shades[:, alike] = (own - low) / (high - low) if high > low else np.where(np.isnan(own), math.nan, 1.0)
+    return shades
 
 
 def _scale(values: Floats) -> Normalize:

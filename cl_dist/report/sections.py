@@ -183,6 +183,20 @@ def headline(done: int, values: Mapping[str, float | None], mixed: bool = False)
     return f"Scores on {earlier} {size} after their training"
 
 
+def forgot_least(forgotten: Mapping[str, float]) -> str:
+    """Who forgot least, in a sentence; those that are equal but for rounding tie.
+
+    Args:
+        forgotten: Forgetting by name; at least one.
+    """
+    least = min(forgotten.values())
+    best = [name for name, value in forgotten.items() if math.isclose(value, least, rel_tol=1e-9, abs_tol=1e-9)]
+    if len(best) == 1:
+        return f"{best[0]} forgot least"
+    how = "equally little" if len(best) == len(forgotten) else "least, and equally little"
+    return f"{listed(best, last='and')} tie: they forgot {how}"
+
+
 def _then_and_now(contents: Contents) -> Iterator[Block]:
     """Each finished task's score right after its training, and now."""
     done = len(contents.run.done)

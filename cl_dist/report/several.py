@@ -15,7 +15,7 @@ from cl_dist.report.blocks import Block, Cell, Fact, Facts, Figure, Page, Sectio
 from cl_dist.report.drawing import Picture
 from cl_dist.report.page import definition, timing
 from cl_dist.report.reading import RunData, read_run
-from cl_dist.report.sections import HEADLINES, LONG_NAMES, folded, kinds, method_names, metrics_so_far
+from cl_dist.report.sections import HEADLINES, LONG_NAMES, folded, forgot_least, kinds, method_names, metrics_so_far
 
 MOST_RUNS = 12
 """More curves than this cannot be told apart."""
@@ -107,13 +107,11 @@ def _summary(several: Several) -> Section:
     known = {name: value for name, values in found.items() if (value := values.get("forgetting")) is not None}
     blocks: list[Block] = []
     if known:
-        least = min(known.values())
         facts = [
             Fact(name, number(found[name].get("forgetting"), 3), _method_and_state(run))
             for name, run in several.runs.items()
         ]
-        best = [name for name, value in known.items() if value == least]
-        title = f"{best[0]} forgot least" if len(best) == 1 else f"{', '.join(best)} forgot least, and equally little"
+        title = forgot_least(known)
         blocks += [
             Facts(facts, equal=True),
             Text("Forgetting: F, Chaudhry et al. 2018, the largest earlier score minus the last one."),

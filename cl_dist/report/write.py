@@ -121,7 +121,7 @@ def _files(run: RunData, units: UnitResults | None) -> Iterator[tuple[str, bytes
     """The pictures and CSV files that the run has data for."""
     tasks, matrix = run.manifest.tasks, run.manifest.accuracy_matrix
     if matrix:
-        yield "accuracy_matrix.png", pictures.accuracy_matrix(tasks, matrix)
+        yield "accuracy_matrix.png", pictures.accuracy_matrix(tasks, matrix, kinds(run))
         yield "scores.png", pictures.scores(tasks, matrix, kinds(run))
         if len(tasks) > WIDEST_MATRIX:
             yield MATRIX_FILE, tables.matrix_csv(tasks, matrix).encode()

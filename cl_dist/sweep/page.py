@@ -10,6 +10,7 @@ from cl_dist.report.blocks import Block, Cell, Fact, Facts, Figure, Page, Sectio
 from cl_dist.report.drawing import Picture
 from cl_dist.report.html import render
 from cl_dist.report.page import definition
+from cl_dist.report.sections import forgot_least
 from cl_dist.report.write import HTML, check_out, rendered, write_files
 from cl_dist.sweep.results import METRICS, CellResult, Results, Row
 from cl_dist.sweep.tables import ALL_ORDERS, footnotes, seeds_done
@@ -92,10 +93,8 @@ def _summary(results: Results) -> Section:
     blocks: list[Block] = []
     title = "No method has results yet"
     if forgotten:
-        least = min(forgotten.values())
-        best = [name for name, value in forgotten.items() if value == least]
         scores = {cell.kinds for cell in results.cells if cell.state.finished and cell.kinds}
-        title = f"{', '.join(best)} forgot least" + (" so far" if results.missing else "")
+        title = forgot_least(forgotten) + (" so far" if results.missing else "")
         if len(scores) > 1:
             title = "These runs cannot be compared by their means"
         performance = _over_orders(results, "average_performance")

@@ -73,6 +73,15 @@ def test_counts_lengths_labels_and_samples(command: Command, recipe: Path) -> No
     assert "note: task 'moods' has no evaluation file" in prose
 
 
+def test_labels_that_nobody_stated_are_noted_once(command: Command, recipe: Path) -> None:
+    _, output, _ = command("data", recipe)
+    found = " ".join(output.split())
+    assert found.count("labels found in the training answers") == 1
+    assert "note: labels found in the training answers: moods 2; to state them, set `labels`" in found
+    notes = json.loads(command("data", recipe, "--json")[1])["notes"]
+    assert sum("labels found" in note for note in notes) == 1
+
+
 def test_json_has_the_same(command: Command, recipe: Path) -> None:
     code, output, _ = command("data", recipe, "--json")
     found = json.loads(output)

@@ -155,6 +155,22 @@ class TestScores:
         assert count(apart, PALE) == 0
         assert pictures.scores(names, rows, dict.fromkeys(names, "rouge_l")).render() == together.render()
 
+    def test_the_matrix_shades_each_kind_on_its_own_scale(self) -> None:
+        """On the scale of the log-likelihoods, all accuracies would look alike."""
+        names, kinds = ["a", "prose"], {"a": "exact_match", "prose": "log_likelihood"}
+        high = [[0.0, -6.0], [1.0, -3.0]]
+        red, green, blue, _ = matplotlib.colormaps[SEQUENTIAL](1.0, bytes=True)
+        best = f"#{red:02x}{green:02x}{blue:02x}"
+        # In a picture with one scale, only the accuracy of 1 has the colour of the best.
+        apart, together = (area(pictures.accuracy_matrix(names, high, given), best) for given in (kinds, None))
+        assert 1.6 < apart / together < 2.4
+        svg = pictures.accuracy_matrix(names, high, kinds).render(["svg"])["svg"].decode()
+        assert "score, on the scale of its own metric" in svg
+        same = dict.fromkeys(names, "exact_match")
+        assert pictures.accuracy_matrix(names, high, same).render() == pictures.accuracy_matrix(names, high).render()
+        # One known score only, or none, is no scale.
+        assert colours(pictures.accuracy_matrix(names, [[None, -6.0], [None, -6.0]], kinds)) > 20
+
     def test_each_trained_task_has_a_mark(self) -> None:
         # Frames are drawn with edges of one width: twice the frames, about twice the orange.
         framed = [count(pictures.accuracy_matrix(NAMES[:4], matrix(4, rows=rows)), ORANGE) for rows in (1, 3, 5)]

@@ -12,7 +12,7 @@ from cl_dist.report.blocks import Cell, Details, Facts, Section, Table, Text
 from cl_dist.report.flips import read_flips
 from cl_dist.report.kept_rows import read_kept_rows
 from cl_dist.report.reading import read_run
-from cl_dist.report.sections import SECTIONS, Contents, headline, run_page, scale, top_units
+from cl_dist.report.sections import SECTIONS, Contents, forgot_least, headline, run_page, scale, top_units
 from cl_dist.state.manifest import Manifest
 from tests.report.demo import TASKS, forgetful, migu_run, write_demo
 
@@ -173,3 +173,12 @@ def test_the_most_important_units() -> None:
     assert top_units(np.array([0.5, np.nan, 1.0]), ["a", "b", "c"]) == "c 1, a 0.5"
     assert top_units(np.array([0.5, 0.5]), ["a", "b"]) == "all the same"
     assert top_units(np.array([np.nan]), ["a"]) == "unknown: no score is a number"
+
+
+def test_who_forgot_least() -> None:
+    assert forgot_least({"migu": 0.1, "kif": 0.2}) == "migu forgot least"
+    assert forgot_least({"alone": 0.1}) == "alone forgot least"
+    # Means over seeds may differ in their last bit.
+    tied = {"migu": 0.1 + 0.2, "kif": 0.3}
+    assert forgot_least(tied) == "migu and kif tie: they forgot equally little"
+    assert forgot_least({**tied, "sequential": 0.4}) == "migu and kif tie: they forgot least, and equally little"

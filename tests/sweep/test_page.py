@@ -55,6 +55,15 @@ def test_different_scores_are_never_averaged_silently(tmp_path: Path) -> None:
         )
 
 
+def test_methods_that_forget_alike_tie(tmp_path: Path) -> None:
+    grid = make_grid(tmp_path)
+    for cell in grid.cells:
+        finish(cell, matrix(0.75, 0.25, 1.0))
+    assert sweep_page(results_of(grid, tmp_path), "recipe", []).sections[0].title == (
+        "sequential and migu tie: they forgot equally little"
+    )
+
+
 def test_nothing_is_finished(tmp_path: Path) -> None:
     grid = make_grid(tmp_path)
     results = results_of(grid, tmp_path)
