@@ -112,6 +112,7 @@ setup(
         "jinja2>=3.1",
         "markupsafe>=3",  # the strings that jinja2 does not escape
         "shtab>=1.7",
+        "pandas>=2.3",  # the tables of the Python API; datasets needs it too
         "pyarrow>=21",  # Parquet; datasets needs it too
         "zstandard>=0.23",
         "typing_extensions>=4.15",
@@ -122,6 +123,10 @@ setup(
         # For builds of PyTorch that bring no Triton. Those that do pin one: 2.11 has 3.6.0, 2.13 has 3.7.1.
         # `make test-triton` runs the tests of the kernels with both, `make test` with 3.8.
         "triton": ["triton>=3.6,<4; platform_system == 'Linux'"],
+        # Trackers of experiments (`track`). The lock has the smallest one alone.
+        "tensorboard": ["tensorboard>=2.20"],
+        "wandb": ["wandb>=0.26"],
+        "mlflow": ["mlflow>=3.1,<4"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         "dev": [
             "axe-playwright-python>=0.1.4",

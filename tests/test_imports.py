@@ -51,7 +51,7 @@ LAYERS = [
     {"config", "kernels", "launch", "progress", "watchdog"},
     {"sharding", "models", "tasks"},
     {"engine", "methods", "evaluation", "state"},
-    {"coordinator", "assembly", "export", "planning", "report", "sweep"},
+    {"coordinator", "assembly", "export", "planning", "report", "sweep", "tracking"},
     {"api", "benchmarks"},
     {"cli", "__main__"},
 ]
@@ -74,10 +74,13 @@ TORCH_FREE = [
     "cl_dist.tasks.formats.catalogue",
     "cl_dist.tasks.stream",
     "cl_dist.evaluation.modes",
+    "cl_dist.export.check",
+    "cl_dist.export.push",
     "cl_dist.state.preflight",
     "cl_dist.watchdog",
     "cl_dist.report.write",
     "cl_dist.sweep.tables",
+    "cl_dist.tracking.tracker",
     "cl_dist.benchmarks.command",
     "cl_dist.cli",
 ]

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cl_dist.cli.parser import Help
+from cl_dist.export.check import check_export
+from cl_dist.export.push import check_push, push
+from cl_dist.models.hub import check_published
 from cl_dist.progress import waiting
 from cl_dist.state.saved_models import find_saved
 
@@ -42,19 +45,18 @@ def add_commands(commands: Any, common: ArgumentParser, changes: ArgumentParser)
 def export(arguments: Namespace) -> int:
     """Check everything that is cheap to check, write the folder, upload it."""
     saved = find_saved(Path(arguments.run), arguments.task)
-    with waiting("importing torch and transformers"):
-        from cl_dist.export.folder import check_export, write_export
-        from cl_dist.export.push import check_push, push
-    from cl_dist.models.hub import check_published
+    check_export(saved, arguments.out, merge=arguments.merge)
+    if arguments.push is not None:
+        check_push(arguments.push)
 
     def notify(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    check_export(saved, arguments.out, merge=arguments.merge)
-    if arguments.push is not None:
-        check_push(arguments.push)
     if saved.is_adapter:
         check_published(saved.recipe.model, notify)
+    with waiting("importing torch and transformers"):
+        from cl_dist.export.folder import write_export
+
     with waiting("writing the model"):
         write_export(saved, arguments.out, merge=arguments.merge, notify=notify)
     print(f"wrote the model after {saved.task} to {arguments.out}")

@@ -113,7 +113,9 @@ def _check(recipe: Recipe, recipe_dir: Path, resume: bool, fresh: bool, first: b
     from cl_dist.state.inputs import read_inputs
     from cl_dist.state.preflight import preflight, set_aside
     from cl_dist.tasks.stream import load_method_data
+    from cl_dist.tracking.tracker import check_trackers
 
+    check_trackers(recipe.track)
     tasks = check_stream_and_model(recipe, recipe_dir)
     with refusing("method"):
         tasks = (*tasks, *load_method_data(recipe, recipe_dir).values())

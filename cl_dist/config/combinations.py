@@ -22,6 +22,7 @@ def check_combinations(recipe: Recipe) -> None:
     """Raise ValueError for the first contradiction or unread setting; the message starts with the setting's key."""
     check_methods(recipe)
     problems = (
+        _trackers,
         _steps_and_lengths,
         _evaluation,
         _general,
@@ -32,6 +33,13 @@ def check_combinations(recipe: Recipe) -> None:
     first = next(chain.from_iterable(find(recipe) for find in problems), None)
     if first is not None:
         raise ValueError(first)
+
+
+def _trackers(recipe: Recipe) -> Iterator[str]:
+    """A tracker that would get everything twice."""
+    twice = next((name for name in recipe.track if recipe.track.count(name) > 1), None)
+    if twice is not None:
+        yield f'track: "{twice}" is given twice'
 
 
 def _steps_and_lengths(recipe: Recipe) -> Iterator[str]:

@@ -340,6 +340,9 @@ class Recipe:
     plugins: tuple[str, ...] = ()
     """Modules with your own methods or formats, by name or as the path of a .py file. A module that is not installed
     and a relative path are looked up in the recipe's folder (docs/extending.md)."""
+    track: tuple[Literal["wandb", "tensorboard", "mlflow"], ...] = ()
+    """Trackers that get loss, scores and speed besides the run folder: `tensorboard` (into the run folder), `wandb`,
+    `mlflow` (docs/tracking.md). Each needs its library, which the extra of the same name installs."""
     output_dir: Annotated[str, Field(min_length=1)]
     """Run folder. If absent, it is runs/<recipe name> in the working directory."""
 

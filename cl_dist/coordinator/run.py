@@ -29,6 +29,7 @@ from cl_dist.state.ledger import Ledger
 from cl_dist.state.lock import RunLock
 from cl_dist.state.manifest import Manifest
 from cl_dist.state.run_folder import RunFolder
+from cl_dist.tracking.reporter import tracked
 from cl_dist.watchdog import End, Watchdog
 
 
@@ -82,7 +83,7 @@ def run(
         if manifest.status == "finished":  # only its metrics may be missing
             reporter.message("this run is already finished; nothing is left to do")
             return finish(ledger, reporter)
-        with _failure_noted(ledger):
+        with _failure_noted(ledger), tracked(recipe, ledger, reporter) as reporter:
             system = build_system(resumed.recipe, recipe_dir, reporter.phase)
             if resumed.note is not None:
                 _report_changes(resumed, resumed.note, system, reporter)

@@ -128,15 +128,12 @@ def _example(saved: SavedModel, objective: ObjectiveName, labels: Sequence[str],
     """Python that loads the folder with transformers, and peft for an adapter, and runs it."""
     model, facts = saved.recipe.model, FACTS[objective]
     trust = ", trust_remote_code=True" if model.trust_remote_code else ""
-    lines = [
-        f"from transformers import {facts.auto_class}, AutoTokenizer",
-        "",
-        'folder = "."  # this folder, or its id',
-    ]
+    names = [facts.auto_class, "AutoTokenizer", *(["GenerationConfig"] if adapter and facts.generates else [])]
+    lines = [f"from transformers import {', '.join(names)}", "", 'folder = "."  # this folder, or its id on the Hub']
     if adapter:
         gguf = "" if model.gguf_file is None else f", gguf_file={model.gguf_file!r}"
         heads = f", num_labels={len(labels)}, id2label={dict(enumerate(labels))!r}" if labels else ""
-        lines[0] = f"from peft import PeftConfig, PeftModel\n{lines[0]}"
+        lines.insert(0, "from peft import PeftConfig, PeftModel")
         lines += [
             f"name = PeftConfig.from_pretrained(folder).base_model_name_or_path  # {_base(saved.recipe)}",
             f'base = {facts.auto_class}.from_pretrained(name{gguf}{heads}, dtype="auto"{trust})',
@@ -158,10 +155,7 @@ def _example(saved: SavedModel, objective: ObjectiveName, labels: Sequence[str],
     else:
         lines.append('inputs = tokenizer(text, return_tensors="pt")')
     if facts.generates:
-        settings = ""
-        if adapter:
-            lines.insert(0, "from transformers import GenerationConfig")
-            settings = ", generation_config=GenerationConfig.from_pretrained(folder)"
+        settings = ", generation_config=GenerationConfig.from_pretrained(folder)" if adapter else ""
         lines.append(f"print(tokenizer.decode(model.generate(**inputs{settings})[0]))")
     else:
         lines.append("print(model(**inputs).logits)")

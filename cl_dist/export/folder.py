@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,40 +16,16 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from cl_dist.assembly import dtype_of, load_saved
 from cl_dist.config.files import cache_folder
 from cl_dist.config.objectives import FACTS, ObjectiveName
-from cl_dist.config.schema import BUILTIN_FAMILIES
 from cl_dist.errors import BadInput
 from cl_dist.evaluation.inference import greedy
 from cl_dist.export.card import model_card
+from cl_dist.export.check import check_export
 from cl_dist.models.export import export_model, is_readable_export
 from cl_dist.models.load import load_tokenizer
 from cl_dist.state.atomic import make_folder, publishing, write_json
 from cl_dist.state.saved_models import SavedModel
 from cl_dist.tasks.encode import Encoder, label_names
 from cl_dist.tasks.stream import load_stream
-
-
-def check_export(saved: SavedModel, out: Path, *, merge: bool) -> None:
-    """Raise BadInput if the model cannot be exported like this, as far as names show it.
-
-    Args:
-        saved: The model.
-        out: Where it would go.
-        merge: Whether to merge an adapter into its base model.
-    """
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"{out}: not a folder; allowed: a new or an empty one")
-    if out.is_dir() and any(out.iterdir()):
-        raise BadInput(f"{out}: not empty, and nothing is overwritten; allowed: a new or an empty folder")
-    above = next(each for each in (out, *out.absolute().parents) if each.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise BadInput(f"{out}: cannot be created, because {above} is not a folder that you may write to")
-    if merge and not saved.is_adapter:
-        raise BadInput("--merge: this run trained the whole model and has no adapter to merge; leave it out")
-    if saved.is_adapter and not merge and saved.recipe.model.name_or_path in BUILTIN_FAMILIES:
-        raise BadInput(
-            f"{saved.run.path}: the adapter's base model, {saved.recipe.model.name_or_path}, exists only in cl_dist, "
-            "so nothing else could load the adapter; add --merge"
-        )
 
 
 def write_export(

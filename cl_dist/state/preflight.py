@@ -40,6 +40,7 @@ FREE_SETTINGS = (
     "train.max_skipped_steps",
     "train.check_replicas_every",
     "plugins",
+    "track",
 )
 """Settings that may differ on resume: they change how a run is executed, not what a step computes (`elastic` keeps the
 product of micro_batch_size, gradient_accumulation and ranks)."""

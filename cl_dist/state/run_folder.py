@@ -16,6 +16,8 @@
 | `tasks/NN-name/predictions/` | predictions after the task |
 | `tasks/NN-name/state/` | what the next task starts from |
 | `checkpoint/task-NN-step-NNNNNN/` | what an interrupted task resumes from |
+| `tracking.json` | what identifies the run to its trackers (`track`) |
+| `tensorboard/`, `wandb/` | files of these trackers |
 | `report/` | tables and pictures made by `cl-dist report` |
 | `slurm/NN/` | batch script, recipe and log of a Slurm job (`cl-dist slurm`) |
 | `.lock` | locked by the run that writes here |

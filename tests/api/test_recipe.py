@@ -10,6 +10,7 @@ import pytest
 from cl_dist import Recipe
 from cl_dist.config.load import load_recipe
 from cl_dist.errors import BadInput
+from cl_dist.methods.migu.config import MiguConfig
 
 STREAM: dict[str, Any] = {"tasks": [{"name": "spring", "format": "builtin"}], "max_eval_samples": 8}
 
@@ -31,6 +32,14 @@ def test_a_recipe_is_built_in_code_and_stored(tmp_path: Path) -> None:
     assert built.output_dir == "runs/mine"
     assert built.train.max_target_length == 32, "defaults follow from other settings as in a file"
     assert Recipe.load(built.save(tmp_path / "mine.yaml")) == built
+
+
+def test_a_method_by_name_keeps_its_settings_and_a_mapping_is_the_whole_method(tmp_path: Path) -> None:
+    given = {"name": "migu", "threshold": 0.25}
+    path = Recipe.build(model="builtin:llama-tiny", stream=STREAM, method=given).save(tmp_path / "mine.yaml")
+    by_name, whole = Recipe.load(path, method="migu"), Recipe.load(path, method={"name": "migu"})
+    assert by_name.method[0].threshold == 0.25  # type: ignore[attr-defined]
+    assert whole.method[0].threshold == MiguConfig(name="migu").threshold != 0.25  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def unknown(text: str) -> list[str]:
 @cache
 def options() -> set[str]:
     """The options of all commands, and those of other programs that pages speak of."""
-    found = {"--empty_inner_score_flag", "--ipc", "--no-deps"}
+    found = {"--empty_inner_score_flag", "--ipc", "--max-lora-rank", "--no-deps"}
     parsers = [parser()]
     while parsers:
         one = parsers.pop()
@@ -272,7 +272,9 @@ def unknown_settings(text: str, settings: set[str]) -> list[str]:
         *re.findall(rf"`((?:{'|'.join(SECTIONS)})(?:\.[\w\[\]]+)+)(?:[=:][^`]*)?`", prose),
         *re.findall(r"(?<![\w./])(?:checkpoint|eval|launch|stream|train|zero)(?:\.[\w\[\]]+)+", prose),
     ]
-    names = [name for name in found if not re.search(r"(^|\.)(KEY|py|sh|json|jsonl|txt|yaml|md|csv)$", name)]
+    names = [
+        name for name in found if not re.search(r"(^|\.)(KEY|py|sh|json|jsonl|safetensors|txt|yaml|md|csv)$", name)
+    ]
     return [name for name in names if not _is_setting(_plain(name), settings) and not _is_moment(name)]
 
 

@@ -125,7 +125,7 @@ def test_a_folder_is_uploaded_or_one_line_says_why_not(endpoint: str, tmp_path: 
     good, bad, elsewhere, no_name, nobody, reader, full = json.loads(done.stdout.splitlines()[-1])
     assert good[0] == 0, good[2]
     assert f"uploaded it to {endpoint}/me/tuned" in good[1]
-    assert Hub.created[0]["private"] is True or Hub.created[0].get("visibility") == "private"
+    assert Hub.created[0]["visibility"] == "private"
     local = {path.name: path.read_bytes() for path in (tmp_path / "out-0").iterdir()}
     assert Hub.uploaded == local
     assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= local.keys()
