@@ -51,7 +51,7 @@ LAYERS = [
     {"config", "kernels", "launch", "progress", "watchdog"},
     {"sharding", "models", "tasks"},
     {"engine", "methods", "evaluation", "state"},
-    {"coordinator", "assembly", "planning", "report", "sweep"},
+    {"coordinator", "assembly", "integrate", "planning", "report", "sweep"},
     {"benchmarks"},
     {"cli", "__main__"},
 ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         sharded_bytes,
         whole_parameters,
     )
-    from cl_dist.sharding.view import ShardView
+    from cl_dist.sharding.view import ShardView, TorchState
 
 __all__ = [
     "DEEPSPEED_VERSION",
@@ -28,6 +28,7 @@ __all__ = [
     "Shard",
     "ShardView",
     "SteppedGradients",
+    "TorchState",
     "check_deepspeed",
     "gather_state_dict",
     "gathered",
@@ -51,6 +52,7 @@ _HOMES = {
     "Shard": "layouts",
     "ShardView": "view",
     "SteppedGradients": "inner_step",
+    "TorchState": "view",
 }
 
 
