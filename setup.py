@@ -120,6 +120,7 @@ setup(
     extras_require={
         "general": ["lm_eval>=0.4.13,<0.5"],
         "mpi": ["mpi4py>=4.1"],
+        "trl": ["trl>=1.16,<2; python_version >= '3.11'"],  # its releases need that Python
         # For builds of PyTorch that bring no Triton. Those that do pin one: 2.11 has 3.6.0, 2.13 has 3.7.1.
         # `make test-triton` runs the tests of the kernels with both, `make test` with 3.8.
         "triton": ["triton>=3.6,<4; platform_system == 'Linux'"],

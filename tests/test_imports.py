@@ -51,7 +51,7 @@ LAYERS = [
     {"config", "kernels", "launch", "progress", "watchdog"},
     {"sharding", "models", "tasks"},
     {"engine", "methods", "evaluation", "state"},
-    {"coordinator", "assembly", "export", "planning", "report", "sweep", "tracking"},
+    {"coordinator", "assembly", "export", "integrate", "planning", "report", "sweep", "tracking"},
     {"api", "benchmarks"},
     {"cli", "__main__"},
 ]

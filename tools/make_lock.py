@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOTS = ["torch==2.13.0", "setuptools", "wheel", f"{ROOT}[dev,docs,general,mpi,tensorboard]"]
+ROOTS = ["torch==2.13.0", "setuptools", "wheel", f"{ROOT}[dev,docs,general,mpi,tensorboard,trl]"]
 OF_THE_TORCH_BUILD = re.compile(r"(nvidia|cuda)-|triton$|cl-dist$")
 HEADER = "# Exact versions of everything that cl_dist and its tests use. Made by `make lock`; do not edit.\n"
 PYPI = "https://pypi.org/simple"

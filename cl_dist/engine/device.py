@@ -47,6 +47,12 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if uses_gpu() else torch.device("cpu")
 
 
+def follow_device(of_model: torch.device) -> None:
+    """Compute where a script of somebody else's has put its model, instead of choosing a device."""
+    global _on_gpu
+    _on_gpu = of_model.type == "cuda"
+
+
 def choose_device(setting: DeviceSetting) -> Choice:
     """Decide what this rank computes on, and make it torch's current device.
 

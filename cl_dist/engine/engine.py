@@ -15,7 +15,7 @@ from cl_dist.engine.device import device
 from cl_dist.engine.distributed import free_memory, set_timeout
 from cl_dist.engine.guard import UpdateGuard, check_replicas
 from cl_dist.engine.settings import build_adamw, deepspeed_config, learning_rate
-from cl_dist.engine.trial import failures_as_bad_input, trial_batches
+from cl_dist.engine.trial import counters_kept, failures_as_bad_input, idle_parameters, trial_batches
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.heartbeat import beat
 from cl_dist.methods.protocol import Method, TaskPlace
@@ -38,8 +38,6 @@ from cl_dist.tasks.types import IGNORE, Encoded
 
 GATHERED_SHARE = 0.5
 """Share of the free memory that whole weights may take; the rest is for keys and values, logits and activations."""
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-"""DeepSpeed's counters, which a trial must not move."""
 
 
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -122,11 +120,15 @@ class TrainingEngine:
             BadInput: A pass fails, or the method rejects what it saw; on all ranks alike.
         """
         first, second = (batch.to(device()) for batch in trial_batches(self.model, self.objective))
-        counters = {name: getattr(self._engine, name) for name in _COUNTERS if hasattr(self._engine, name)}
         self._trying, self._idle = True, frozenset[str]()
         devices = [device()] if device().type == "cuda" else []
         try:
-            with evaluation_mode(self.model), torch.random.fork_rng(devices), failures_as_bad_input():
+            with (
+                counters_kept(self._engine),
+                evaluation_mode(self.model),
+                torch.random.fork_rng(devices),
+                failures_as_bad_input(),
+            ):
                 # A whole step, since DeepSpeed reduces gradients at its end only. `_allows` pauses the inner optimiser.
                 for _ in range(self.recipe.train.gradient_accumulation):
                     self._engine.backward(loss_sum(*self._trial_forward(first)))
@@ -136,22 +138,11 @@ class TrainingEngine:
                     self._trial_forward(second)
         finally:
             self._trying = False
-        # DeepSpeed has counted a step that never happened.
-        for name, value in counters.items():
-            setattr(self._engine, name, value)
         self.method.after_trials(self._idle)
 
     def _trial_forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         self.method.before_trial(batch.token_masks)
         return self._forward(batch)
-
-    def _without_gradient(self) -> frozenset[str]:
-        """Names of the trainable parameters whose reduced gradient is zero on all ranks (collective)."""
-        found = [self.shards.gradient(name) for name in self.shards.names]
-        flags = [shard is not None and bool(shard.data.count_nonzero()) for shard in found]
-        reached = torch.tensor(flags, dtype=torch.float32, device=device())
-        torch.distributed.all_reduce(reached)
-        return frozenset(name for name, flag in zip(self.shards.names, reached.tolist(), strict=True) if not flag)
 
     def rebuild(self) -> None:
         """Build a new DeepSpeed engine around the same model, after a change in which parameters are trainable.
@@ -334,7 +325,7 @@ class TrainingEngine:
     def _allows(self) -> bool:
         """Whether to apply the reduced gradient: never in a trial or a measurement, which read it here instead."""
         if self._trying:
-            self._idle = self._without_gradient()
+            self._idle = idle_parameters(self.shards)
             return False
         if self._take is None:
             return self._guard.allows()

@@ -10,21 +10,27 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 from cl_dist.config.objectives import ObjectiveName
 from cl_dist.config.plugins import own_fault
 from cl_dist.engine.collective_errors import is_broken_gpu, is_collective
+from cl_dist.engine.device import device
 from cl_dist.engine.memory_errors import where_exhausted
 from cl_dist.errors import BadInput, ClDistError
 from cl_dist.models.structure import base_model
+from cl_dist.sharding import ShardView
 from cl_dist.tasks.collate import Batch, collate
 from cl_dist.tasks.objectives import OBJECTIVES
 from cl_dist.tasks.types import Encoded
 
 LENGTHS = (((7, 5, 6), (4, 2, 3)), ((5, 3), (3, 2)))
 """For each batch, the input tokens and the target tokens of its samples."""
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+"""DeepSpeed's counters, which a trial must not move."""
 
 
 def trial_batches(model: nn.Module, objective: ObjectiveName) -> list[Batch]:
@@ -56,6 +62,26 @@ def trial_batches(model: nn.Module, objective: ObjectiveName) -> list[Batch]:
         )
         for lengths in LENGTHS
     ]
+
+
+@contextmanager
+def counters_kept(engine: Any) -> Iterator[None]:
+    """Restore the counters of a DeepSpeed engine afterwards: it counts a trial as a step, which never happened."""
+    counters = {name: getattr(engine, name) for name in _COUNTERS if hasattr(engine, name)}
+    try:
+        yield
+    finally:
+        for name, value in counters.items():
+            setattr(engine, name, value)
+
+
+def idle_parameters(shards: ShardView) -> frozenset[str]:
+    """Names of the trainable parameters whose reduced gradient is zero on all ranks (collective)."""
+    found = [shards.gradient(name) for name in shards.names]
+    flags = [shard is not None and bool(shard.data.count_nonzero()) for shard in found]
+    reached = torch.tensor(flags, dtype=torch.float32, device=device())
+    torch.distributed.all_reduce(reached)
+    return frozenset(name for name, flag in zip(shards.names, reached.tolist(), strict=True) if not flag)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cl_dist.methods.config import Exclusion as Exclusion
     from cl_dist.methods.config import MethodConfig as MethodConfig
+    from cl_dist.methods.config import Need as Need
     from cl_dist.methods.config import Role as Role
     from cl_dist.methods.config import VariedConfig as VariedConfig
     from cl_dist.methods.config import settings as settings
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from cl_dist.tasks.types import Encoded as Encoded
 
 _HOMES = {
-    "cl_dist.methods.config": ("Exclusion", "MethodConfig", "Role", "VariedConfig", "settings"),
+    "cl_dist.methods.config": ("Exclusion", "MethodConfig", "Need", "Role", "VariedConfig", "settings"),
     "cl_dist.methods.protocol": ("Memory", "Method", "Probe", "TaskPlace"),
     "cl_dist.sharding": ("Shard", "ShardView"),
     "cl_dist.tasks.collate": ("Batch",),

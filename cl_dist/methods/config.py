@@ -54,6 +54,16 @@ class Role(Enum):
     """Trains every task separately, as the baseline for forward transfer."""
 
 
+class Need(Enum):
+    """What a method needs that not every training script has (`cl_dist.integrate`); the value completes a sentence."""
+
+    START = "has to change the model before its optimiser exists"
+    """Allowed where the script builds the optimiser later, as transformers' Trainer does."""
+    SAMPLES = "trains on samples of other tasks too, which only `cl-dist run` can mix in"
+    PROBE = "measures the model on chosen samples of the stream, which only `cl-dist run` knows"
+    REBUILD = "gives every task parameters of its own, for which only `cl-dist run` builds a new engine"
+
+
 @dataclasses.dataclass(frozen=True)
 class Exclusion:
     """Other methods that a method does not compose with, and why."""
@@ -83,6 +93,8 @@ class MethodConfig:
     """Settings that are paths; relative ones start from the recipe's folder."""
     DATA: ClassVar[tuple[str, ...]] = ()
     """Paths among them that lead to data sets, which are read like a task's and found in `Probe.data`."""
+    NEEDS: ClassVar[Collection[Need]] = ()
+    """What the method needs besides the passes and steps of a training script."""
     TABLE_NOTE: ClassVar[str | None] = None
     """What readers of a `cl-dist compare` table must know about its rows; shown after the row's name."""
 
@@ -104,6 +116,11 @@ class MethodConfig:
     def adds_samples(self) -> bool:
         """Whether a task also trains on samples of other tasks (`Method.training_data`)."""
         return Role.REHEARSES in self.ROLES
+
+    @property
+    def needs(self) -> Collection[Need]:
+        """`NEEDS`, and samples if the method adds any with these settings."""
+        return (*self.NEEDS, Need.SAMPLES) if self.adds_samples else self.NEEDS
 
     def extra_steps(self, steps: int) -> int:
         """Maximum number of steps that the schedule counts in addition to a task's own `steps` (`Method.memory`)."""

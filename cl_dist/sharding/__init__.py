@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         sharded_bytes,
         whole_parameters,
     )
-    from cl_dist.sharding.view import ShardView
+    from cl_dist.sharding.view import ShardView, TorchState
 
 __all__ = [
     "DEEPSPEED_VERSION",
@@ -30,6 +30,7 @@ __all__ = [
     "Shard",
     "ShardView",
     "SteppedGradients",
+    "TorchState",
     "check_deepspeed",
     "gather_state_dict",
     "gathered",
@@ -54,6 +55,7 @@ _HOMES = {
     "Shard": "layouts",
     "ShardView": "view",
     "SteppedGradients": "inner_step",
+    "TorchState": "view",
 }
 
 

@@ -132,15 +132,20 @@ class Layout(ABC):
     def optimizer_paused(self) -> Iterator[None]:
         """Let DeepSpeed run its step, with all its bookkeeping, while the inner optimiser does nothing.
 
-        Its hooks do not run either: they belong to `Optimizer.step`, which is shadowed meanwhile.
+        Its hooks do not run either: they belong to `Optimizer.step`, which is shadowed meanwhile. A learning rate
+        scheduler of torch has shadowed it before, to notice steps.
         """
-        for optimizer in self.optimizers:
+        before = [(optimizer, optimizer.__dict__.get("step")) for optimizer in self.optimizers]
+        for optimizer, _ in before:
             optimizer.step = lambda *_, **__: None  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            for optimizer in self.optimizers:
-                del optimizer.__dict__["step"]
+            for optimizer, step in before:
+                if step is None:
+                    del optimizer.__dict__["step"]
+                else:
+                    optimizer.step = step  # type: ignore[method-assign]
 
 
 class Replicated(Layout):

@@ -6,6 +6,7 @@ Methods, checkpoints and the coordinator go through `ShardView`; they never ask 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +15,24 @@ from cl_dist.errors import ClDistError
 from cl_dist.sharding.layouts import MOMENTS, FlatGroups, Layout, Partitioned, Replicated, Shard, WholeGradient
 
 
+@dataclass(frozen=True)
+class TorchState:
+    """A model and its optimiser without DeepSpeed: every rank holds everything, and the parameters are the masters.
+
+    With several ranks, something else (DDP) makes their gradients equal. `ShardView.on_boundary` is for DeepSpeed only.
+    """
+
+    module: torch.nn.Module
+    """The model itself, not what wraps it; its trained parameters are float32."""
+    optimizer: torch.optim.Optimizer
+    """AdamW or Adam."""
+
+
 class ShardView:
     """The pieces of gradient, float32 master weight and AdamW moments that this rank holds, by parameter name.
 
     Args:
-        engine: A `deepspeed.DeepSpeedEngine` of stage 0 to 3 with an AdamW optimiser.
+        engine: A `deepspeed.DeepSpeedEngine` of stage 0 to 3 with an AdamW optimiser, or an `TorchState`.
 
     Raises:
         ClDistError: The engine keeps its state where no layout looks (NVMe offload, round-robin gradients, ...).
@@ -141,11 +155,14 @@ class ShardView:
         after: Callable[[], None],
         allowed: Callable[[], bool] = lambda: True,
         skipped: Callable[[], None] = lambda: None,
-    ) -> None:
+    ) -> Callable[[], None]:
         """Call `before` once per step, after reduction and before clipping and update, and `after` after the update.
 
         `allowed` comes first and must answer the same on all ranks. If it says no, weights, moments and step count keep
         every bit, the step's gradients are dropped, and `skipped` runs instead of the two.
+
+        Returns:
+            A function that makes the engine step as before.
         """
         take_step = self._engine._take_model_step
 
@@ -163,7 +180,11 @@ class ShardView:
             take_step(*args, **kwargs)
             return after()
 
+        def undo() -> None:
+            self._engine._take_model_step = take_step
+
         self._engine._take_model_step = wrapped
+        return undo
 
     def _bytes_held(self) -> int:
         held = [
@@ -185,8 +206,11 @@ class ShardView:
     def reset_optimizer(self) -> None:
         """Zero both moments and the step count in place, so that AdamW starts afresh."""
         for state in self._optimizer_states():
-            for value in state.values():
-                value.zero_()
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+                else:  # DeepSpeed's own optimisers count steps in a plain number
+                    state[name] = 0
 
     @property
     def optimizer_step(self) -> int:
@@ -209,7 +233,7 @@ class ShardView:
         for group in self.layout.inner.param_groups:
             group["lr"] = learning_rate
 
-    def _optimizer_states(self) -> Iterator[dict[str, torch.Tensor]]:
+    def _optimizer_states(self) -> Iterator[dict[str, Any]]:
         for flat in self.layout.flat_tensors():
             state = self.layout.inner.state.get(flat)
             if state:

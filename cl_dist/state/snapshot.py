@@ -46,19 +46,31 @@ def save_snapshot(
     Raises:
         ClDistError: The disk is full; the older snapshot is intact.
     """
-    writers = 1 if shards.replicated else torch.distributed.get_world_size()
-    tensors = {
-        "format": FORMAT_VERSION,
-        "writers": writers,
-        "moments": moments,
-        "optimizer_step": shards.optimizer_step,
-    }
-    held = {**_quantities(shards, moments), **(extra or {})}
+    described = {**state, "moments": moments, "optimizer_step": shards.optimizer_step}
+    save_tensors(folder, {**_quantities(shards, moments), **(extra or {})}, described, replicated=shards.replicated)
+
+
+def save_tensors(
+    folder: Path, held: Mapping[str, Mapping[str, Shard]], state: Mapping[str, Any], *, replicated: bool
+) -> None:
+    """Write tensors of all ranks to `folder`, all or nothing (collective); `load_tensors` reads them.
+
+    Args:
+        folder: Final path; an older one is replaced once the new one is on disk.
+        held: What this rank holds, by quantity and parameter.
+        state: JSON values to save with the tensors.
+        replicated: Whether every rank holds everything, so that rank 0 writes for all.
+
+    Raises:
+        ClDistError: The disk is full; what was there is intact.
+    """
+    writers = 1 if replicated else torch.distributed.get_world_size()
     first = torch.distributed.get_rank() == 0
+    described = {**state, "format": FORMAT_VERSION, "writers": writers}
     try:
         fail_together(lambda: atomic.stage(folder) if first else None)
         fail_together(lambda: _write_own(folder, writers, held))
-        fail_together(lambda: _seal(folder, {**state, **tensors}) if first else None)
+        fail_together(lambda: _seal(folder, described) if first else None)
     except ClDistError:
         if first:  # half a state is useless, and takes space on a full disk
             shutil.rmtree(atomic.staging(folder), ignore_errors=True)
@@ -117,6 +129,31 @@ def load_snapshot(
     held = {**_quantities(shards, state["moments"]), **extra}
     fail_together(lambda: _fill(reader, held))
     shards.publish()
+    return state
+
+
+def load_tensors(
+    folder: Path, held: Mapping[str, Mapping[str, Shard]], later: Set[str] = frozenset()
+) -> dict[str, Any]:
+    """Fill live tensors with what `save_tensors` wrote, on any number of ranks (collective); all are checked first.
+
+    Args:
+        folder: What `save_tensors` wrote.
+        held: The tensors that this rank needs, by quantity and parameter.
+        later: Quantities that are left as they are if none was saved.
+
+    Returns:
+        The JSON values that were saved.
+
+    Raises:
+        CheckpointDamaged: A file is missing or differs from what was written; nothing has changed.
+        StateUnusable: A file cannot be read now, or another release wrote it.
+    """
+    state, parts = _intact(folder)
+    reader = SpanReader(folder, index=_exchanged(SpanIndex.of(parts)))
+    held = {name: own for name, own in held.items() if name not in later or reader.parameters(name)}
+    fail_together(lambda: _require(reader, held))
+    fail_together(lambda: _fill(reader, held))
     return state
 
 

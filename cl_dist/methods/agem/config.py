@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from cl_dist.config.ranges import PositiveInt
-from cl_dist.methods.config import MethodConfig, settings
+from cl_dist.methods.config import MethodConfig, Need, settings
 
 
 @settings
@@ -17,6 +18,7 @@ class AgemConfig(MethodConfig):
     """
 
     METHOD: ClassVar[str] = "cl_dist.methods.agem.method:Agem"
+    NEEDS: ClassVar[Collection[Need]] = (Need.PROBE,)
 
     name: Literal["agem"]
     """Name of the method."""

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cl_dist.config.ranges import NonNegative, PositiveInt, Share
-from cl_dist.methods.config import Role, VariedConfig, refuse_given, settings
+from cl_dist.methods.config import Need, Role, VariedConfig, refuse_given, settings
 
 if TYPE_CHECKING:
     from cl_dist.config.schema import Recipe
@@ -19,6 +19,7 @@ class EwcConfig(VariedConfig):
     """
 
     METHOD: ClassVar[str] = "cl_dist.methods.ewc.method:Ewc"
+    NEEDS: ClassVar[Collection[Need]] = (Need.PROBE,)
     ROLES: ClassVar[Collection[Role]] = (Role.ANCHORS,)
     VARIED: ClassVar[tuple[str, ...]] = ("weight",)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from cl_dist.methods.config import Exclusion, MethodConfig, Role, refuse_carried_moments, settings
+from cl_dist.methods.config import Exclusion, MethodConfig, Need, Role, refuse_carried_moments, settings
 
 if TYPE_CHECKING:
     from cl_dist.config.schema import Recipe
@@ -16,6 +16,7 @@ class IncLoraConfig(MethodConfig):
     """IncLoRA: trains new LoRA adapters for every task; those of earlier tasks are frozen and stay active."""
 
     METHOD: ClassVar[str] = "cl_dist.methods.inclora.method:IncLora"
+    NEEDS: ClassVar[Collection[Need]] = (Need.REBUILD,)
     ROLES: ClassVar[Collection[Role]] = (Role.GROWS,)
     EXCLUDES: ClassVar[Sequence[Exclusion]] = (
         Exclusion(Role.GROWS, "both train a new adapter in every task, olora with a penalty; give one of them"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar, Literal
 
 from cl_dist.config.ranges import Divisor, NonNegative, PositiveInt
-from cl_dist.methods.config import VariedConfig, settings
+from cl_dist.methods.config import Need, VariedConfig, settings
 
 
 @settings
@@ -15,6 +16,7 @@ class LwfConfig(VariedConfig):
     """
 
     METHOD: ClassVar[str] = "cl_dist.methods.lwf.method:Lwf"
+    NEEDS: ClassVar[Collection[Need]] = (Need.PROBE,)
     VARIED: ClassVar[tuple[str, ...]] = ("weight", "temperature")
 
     name: Literal["lwf"]

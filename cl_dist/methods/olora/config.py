@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cl_dist.config.ranges import NonNegative
-from cl_dist.methods.config import Exclusion, Role, VariedConfig, settings
+from cl_dist.methods.config import Exclusion, Need, Role, VariedConfig, settings
 from cl_dist.methods.inclora.config import IncLoraConfig, check_growth
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ class OLoraConfig(VariedConfig):
     """O-LoRA: IncLoRA with a penalty that keeps new adapters orthogonal to old ones (arXiv 2310.14152)."""
 
     METHOD: ClassVar[str] = "cl_dist.methods.olora.method:OLora"
+    NEEDS: ClassVar[Collection[Need]] = (Need.REBUILD,)
     ROLES: ClassVar[Collection[Role]] = IncLoraConfig.ROLES
     EXCLUDES: ClassVar[Sequence[Exclusion]] = IncLoraConfig.EXCLUDES
     VARIED: ClassVar[tuple[str, ...]] = ("lambda1", "lambda2")

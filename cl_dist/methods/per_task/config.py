@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from cl_dist.methods.config import Exclusion, MethodConfig, Role, refuse_carried_moments, settings
+from cl_dist.methods.config import Exclusion, MethodConfig, Need, Role, refuse_carried_moments, settings
 
 if TYPE_CHECKING:
     from cl_dist.config.schema import Recipe
@@ -16,6 +16,7 @@ class PerTaskConfig(MethodConfig):
     """Per-task training, a bound: trains every task separately, from the untouched weights."""
 
     METHOD: ClassVar[str] = "cl_dist.methods.per_task.method:PerTask"
+    NEEDS: ClassVar[Collection[Need]] = (Need.REBUILD,)
     ROLES: ClassVar[Collection[Role]] = (Role.BOUND, Role.SINGLE)
     EXCLUDES: ClassVar[Sequence[Exclusion]] = (
         Exclusion(Role.BOUND, "the one trains every task separately, the other all tasks at once"),

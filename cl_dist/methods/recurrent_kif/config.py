@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import ceil
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from cl_dist.config.ranges import NonNegative, Positive, PositiveInt, Share
-from cl_dist.methods.config import Exclusion, Role, settings
+from cl_dist.methods.config import Exclusion, Need, Role, settings
 from cl_dist.methods.kif.config import UnitConfig
 
 
@@ -20,6 +20,7 @@ class RecurrentKifConfig(UnitConfig):
     """
 
     METHOD: ClassVar[str] = "cl_dist.methods.recurrent_kif.method:RecurrentKif"
+    NEEDS: ClassVar[Collection[Need]] = (Need.SAMPLES,)
     EXCLUDES: ClassVar[Sequence[Exclusion]] = (
         *UnitConfig.EXCLUDES,
         Exclusion(Role.REHEARSES, "recurrent_kif has a memory of past samples itself (replay_ratio)"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from cl_dist.methods.config import Exclusion, MethodConfig, Role, refuse_carried_moments, settings
+from cl_dist.methods.config import Exclusion, MethodConfig, Need, Role, refuse_carried_moments, settings
 
 if TYPE_CHECKING:
     from cl_dist.config.schema import Recipe
@@ -16,6 +16,7 @@ class SelectiveConfig(MethodConfig):
     """A part of the weights is trained, chosen for a whole task; the rest has neither gradient nor optimiser state."""
 
     ROLES: ClassVar[Collection[Role]] = (Role.SELECTS,)
+    NEEDS: ClassVar[Collection[Need]] = (Need.START,)
     EXCLUDES: ClassVar[Sequence[Exclusion]] = (
         Exclusion(Role.SELECTS, "each of them chooses which part of the weights is trained; give one of them"),
         Exclusion(Role.FUSES, "fusion needs the gradient of every weight, and here what is not trained has none"),

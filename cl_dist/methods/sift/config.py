@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from cl_dist.config.ranges import PositiveInt
-from cl_dist.methods.config import settings
+from cl_dist.methods.config import Need, settings
 from cl_dist.methods.selective.config import SelectiveConfig
 
 
@@ -18,6 +19,10 @@ class SiftConfig(SelectiveConfig):
     """
 
     METHOD: ClassVar[str] = "cl_dist.methods.sift.method:Sift"
+    NEEDS: ClassVar[Collection[Need]] = (
+        Need.START,
+        Need.PROBE,
+    )
 
     name: Literal["sift"]
     """Name of the method."""

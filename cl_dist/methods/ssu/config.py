@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from cl_dist.config.ranges import PositiveInt
-from cl_dist.methods.config import settings
+from cl_dist.methods.config import Need, settings
 from cl_dist.methods.selective.config import SelectiveConfig, refuse_adapters
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ class SsuConfig(SelectiveConfig):
     """
 
     METHOD: ClassVar[str] = "cl_dist.methods.ssu.method:Ssu"
+    NEEDS: ClassVar[Collection[Need]] = (
+        Need.START,
+        Need.PROBE,
+    )
     PATHS: ClassVar[tuple[str, ...]] = ("calibration",)
     DATA: ClassVar[tuple[str, ...]] = ("calibration",)
 
