@@ -22,7 +22,12 @@ def main():
         data = {task: chats(task) for task in TASKS}
         # SFTTrainer tokenises what it is given here; every task's conversations, because it gets them all to evaluate.
         trainer = SFTTrainer(
-            model, arguments, train_dataset=data[TASKS[0]], eval_dataset=data, processing_class=tokenizer, callbacks=[migu]
+            model,
+            arguments,
+            train_dataset=data[TASKS[0]],
+            eval_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[migu],
         )
         for task in TASKS:
             migu.session.task(task)

@@ -76,7 +76,9 @@ class RowExecutor:
         self._freezer = RowFreezer(shards, self._layouts) if dropped == "update" else None
         self._whole_gradients, self._whole_weights = whole_gradients, whole_weights
         packed = () if whole_gradients else self._skipped_names
-        self._exchange = CompactExchange(shards, self._layouts, packed, weights=dropped == "update" and not whole_weights)
+        self._exchange = CompactExchange(
+            shards, self._layouts, packed, weights=dropped == "update" and not whole_weights
+        )
         self._keep: Keep = {}
         self._rest = Rest(())
         self.active = False
