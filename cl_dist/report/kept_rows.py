@@ -1,4 +1,4 @@
-"""Which rows MIGU kept in each task: by layer, how stable within a task, and how much two tasks overlap.
+"""Which rows a method kept in each task: by layer, how stable within a task, and how much two tasks overlap.
 
 Read from `kept_rows.safetensors` in the tasks' folders (docs/scoring.md): for each layer, in how many steps of the task
 each row was kept. All measures follow from these counts. For a row that task a keeps in `c_a` of its `S_a` steps, let
@@ -45,7 +45,7 @@ MOSTLY = 0.9
 """A row counts as mostly kept if it is kept in this share of a task's steps or more."""
 
 CAPTIONS = {
-    "kept_rows.png": "MIGU's kept rows by layer. Top: the share of a layer's rows that a task kept at all, in at least "
+    "kept_rows.png": "Kept rows by layer. Top: the share of a layer's rows that a task kept at all, in at least "
     "one of its steps. Bottom: how stable the rows are within the task: 1 if every step keeps the same rows, 0 if two "
     "steps share no more rows than by chance. Grey: the task was trained without a mask.",
     "row_overlap.png": "How much the kept rows of two tasks overlap: 1 if all steps of both keep the same rows, 0 if a "

@@ -56,7 +56,7 @@ class Contents:
     not_compared: Mapping[str, str]
     """Why the samples of other finished tasks cannot be compared, by task."""
     kept: KeptRows | None
-    """Which rows MIGU kept."""
+    """Which rows were kept."""
     files: Collection[str]
     """Names of the files beside the page."""
     missing: Sequence[str]
@@ -367,7 +367,7 @@ def _examples(flips: Flips) -> Iterator[list[str]]:
 
 
 def kept_rows(contents: Contents) -> Section | None:
-    """MIGU's kept rows: by layer, their stability, and the overlap of tasks."""
+    """Kept rows: by layer, their stability, and the overlap of tasks."""
     kept = contents.kept
     if kept is None or not any(kept.masked):
         return None
@@ -391,7 +391,7 @@ def kept_rows(contents: Contents) -> Section | None:
         )
     elif len(masked) > 1:
         blocks += [_overlap(kept, masked), Text(KEPT_CAPTIONS["row_overlap.png"])]
-    return Section("kept-rows", "MIGU: kept rows", blocks)
+    return Section("kept-rows", "Kept rows", blocks)
 
 
 def _kept_shares(kept: KeptRows, masked: Sequence[int]) -> Table:

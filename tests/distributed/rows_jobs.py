@@ -158,15 +158,16 @@ class Case:
     def run(self) -> dict[str, Any]:
         report: dict[str, Any] = {"moved": [], "still": [], "computed": [], "apart": 0.0, "moments": 0.0}
         kept = 0.0
+        before = {quantity: whole(self.engine.shards, quantity) for quantity in QUANTITIES}
         for step in range(STEPS):
             self.gradients.clear()
-            before = {quantity: whole(self.engine.shards, quantity) for quantity in QUANTITIES}
             self.step(step)
             after = {quantity: whole(self.engine.shards, quantity) for quantity in QUANTITIES}
             everyone, targets = self.batches(step)
             keep = self.keep(step)
             self.dense.step([mean_loss(b, self.kind, targets) for rank in everyone for b in rank], keep)
             self.check(keep, before, after, report)
+            before = after
             kept += sum(p.numel() * keep[n].double().mean().item() if n in keep else p.numel()
                         for n, p in self.dense.params.items())  # fmt: skip
         report["share"], report["expected share"] = self.method.kept_share(), kept / STEPS / self.whole
