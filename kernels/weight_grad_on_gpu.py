@@ -306,15 +306,23 @@ def _tile_kernel(
     r_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     i_I = tl.program_id(1).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
     row_R = tl.load(rows + r_R, mask=r_R < kept, other=0)
-    column_R = row_R if GATHER else r_R
     sums_RI = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
     for start in range(0, tokens, BLOCK_T):
         t_T = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        dy_RT = tl.load(
-            dy + column_R[:, None] * dy_stride_o + t_T[None, :] * dy_stride_t,
-            mask=(r_R < columns)[:, None] & (t_T < tokens)[None, :],
-            other=0.0,
-        )
+        if GATHER:
+            # Neighbouring threads read neighbouring kept columns of a token, which mostly share a line of the cache.
+            dy_TR = tl.load(
+                dy + t_T[:, None] * dy_stride_t + row_R[None, :] * dy_stride_o,
+                mask=(t_T < tokens)[:, None] & (r_R < columns)[None, :],
+                other=0.0,
+            )
+            dy_RT = dy_TR.T
+        else:
+            dy_RT = tl.load(
+                dy + r_R[:, None] * dy_stride_o + t_T[None, :] * dy_stride_t,
+                mask=(r_R < columns)[:, None] & (t_T < tokens)[None, :],
+                other=0.0,
+            )
         x_TI = tl.load(
             x + t_T[:, None] * x_stride_t + i_I[None, :] * x_stride_i,
             mask=(t_T < tokens)[:, None] & (i_I < in_features)[None, :],

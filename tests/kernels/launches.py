@@ -192,7 +192,7 @@ CASES = [
     Case("masked_weight_grad, lora_B, bf16", partial(_product, BF16, 4096, 8, 1229), wide="", warps=8, waves=24),
     Case("column_weight_grad, 512 × 4096 bf16", partial(_columns, BF16, 512, 4096), wide="", warps=8, waves=16),
     Case("column_weight_grad, 512 × 4096 fp32", partial(_columns, FP32, 512, 4096), wide="", warps=8, waves=16),
-    Case("column_weight_grad, lora_A, bf16", partial(_columns, BF16, 8, 4096), wide="", warps=8, waves=24),
+    Case("column_weight_grad, lora_A, bf16", partial(_columns, BF16, 8, 4096), wide="", warps=8, waves=20),
     Case(
         "column_weight_grad, transposed, 512 × 4096 bf16",
         partial(_columns, BF16, 512, 4096, transposed=True),
