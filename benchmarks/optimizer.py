@@ -19,7 +19,7 @@ PAIRS = (("rows", "dense"), ("restored", "dense"), ("rows", "restored"))
 COLUMNS = (
     Column("elements", "elements"),
     Column("row length", "hidden"),
-    Column("kept", "kept_share", "percent"),
+    Column("kept share", "kept_share", "number"),
     Column("kept rows, ms", "seconds.rows", "milliseconds"),
     Column("torch's fused AdamW, ms", "seconds.dense", "milliseconds"),
     Column("with rows put back, ms", "seconds.restored", "milliseconds"),
