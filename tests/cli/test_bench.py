@@ -22,6 +22,7 @@ SIZES = {
     "weight-grad": ("--hidden", "16", "--tokens", "8"),
     "column-weight-grad": ("--hidden", "16", "--tokens", "8"),
     "importance": ("--elements", "4096"),
+    "optimizer": ("--elements", "4096", "--hidden", "64"),
     "bfloat16": ("--hidden", "16", "--tokens", "8"),
 }
 RATIOS = {
@@ -31,6 +32,7 @@ RATIOS = {
     "weight-grad": ("masked_over_dense", "masked_over_reference", "masked_over_torch"),
     "column-weight-grad": ("columns_over_dense", "columns_over_reference", "saved_over_dense"),
     "importance": ("fused_over_reference", "fused_over_in_place"),
+    "optimizer": ("rows_over_dense", "restored_over_dense", "rows_over_restored"),
     "bfloat16": ("input_gradient_mended_over_input_gradient_torch",),
 }
 

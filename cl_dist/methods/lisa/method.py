@@ -11,7 +11,7 @@ from cl_dist.config.schema import TrainConfig
 from cl_dist.errors import BadInput
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.protocol import Method, TaskPlace
-from cl_dist.methods.shared.row_executor import RowExecutor, frozen_copies
+from cl_dist.methods.shared.row_executor import RowExecutor, frozen_rows
 from cl_dist.models.structure import is_below, separate_blocks
 from cl_dist.seeds import derive_seed
 from cl_dist.sharding import ShardView
@@ -37,11 +37,11 @@ class Lisa(Method):
             )
 
     def cost(self, share: RankShare) -> Cost:
-        """Copies of the resting blocks while the optimiser steps; backward computes no gradient for them."""
+        """Neither backward nor the optimiser touches the resting blocks."""
         names = [name for name in share.shapes if is_below(name, self._blocks)]
         rest = 1 - self.config.blocks / len(self._blocks)
-        copies = frozen_copies(rest * sum(share.owned.get(name, 0) for name in names), "LISA's resting blocks")
-        return copies + Cost(skipped=dict.fromkeys(names, rest))
+        resting = frozen_rows(rest * sum(share.owned.get(name, 0) for name in names))
+        return resting + Cost(skipped=dict.fromkeys(names, rest))
 
     def attach(self, model: nn.Module, shards: ShardView, train: TrainConfig) -> None:
         """Resting blocks keep weights and moments."""

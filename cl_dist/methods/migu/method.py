@@ -28,7 +28,7 @@ from cl_dist.methods.migu.untracked import Untracked
 from cl_dist.methods.protocol import Method, TaskPlace
 from cl_dist.methods.rehearsal import Rehearsal, Rehearsed
 from cl_dist.methods.shared.kept_counts import BYTES, QUANTITY, KeptCounts
-from cl_dist.methods.shared.row_executor import RowExecutor, frozen_copies, layouts_of, skipping_layers
+from cl_dist.methods.shared.row_executor import RowExecutor, frozen_rows, layouts_of, skipping_layers
 from cl_dist.models.every_expert import module_experts
 from cl_dist.models.layer_kinds import TrackedLayer
 from cl_dist.models.structure import head_prefixes, is_below
@@ -73,8 +73,8 @@ class Migu(Method):
         ranks the weights of its fingerprint; how often each row was kept; one all-reduce of the sums, and of what
         checks them.
 
-        With `mask: update`, the dropped rows of masters and moments are copied while the optimiser steps, and back.
-        Magnitudes read every output once. Backward skips the dropped rows where the mask is known in time.
+        With `mask: update`, the optimiser neither reads nor writes the dropped rows. Magnitudes read every output once.
+        Backward skips the dropped rows where the mask is known in time.
         """
         layers = self._layers_of(share.model)
         sizes = [size for layer in layers.values() for size in layer.sizes]
@@ -86,13 +86,11 @@ class Migu(Method):
         gradients, weights = self._unsent(share.model, layers, share.train)
         gathered = weights > 0 and share.stage in (1, 2)
         packed = _INT64 * kept if share.world > 1 and (gradients or gathered) else 0
-        frozen = Cost()
-        if self.config.mask == "update":
-            owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
-            frozen = frozen_copies(owned * (1 - kept / rows), "MIGU's frozen rows")
+        owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
+        frozen = owned * (1 - kept / rows) if self.config.mask == "update" else 0
         recorded = BYTES * rows
         summed = _FLOAT64 * rows if self.config.sums == "task" else 0  # saved, and copied in case a step is skipped
-        return frozen + Cost(
+        return frozen_rows(frozen) + Cost(
             device={
                 "MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)) + waiting + summed,
                 "MIGU's masks": (1 + chosen + (_INT32 if share.world > 1 else 0)) * rows + packed + recorded,

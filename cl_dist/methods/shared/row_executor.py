@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from cl_dist.kernels import RowLayout, mask_rows_
-from cl_dist.methods.cost import Cost
+from cl_dist.methods.cost import ADAMW_BYTES, Cost
 from cl_dist.models.layer_kinds import Tap, TrackedLayer
 from cl_dist.models.resting import Rest
 from cl_dist.models.skipping import RowSkipper
@@ -179,12 +179,9 @@ class RowExecutor:
         return self._exchange.message(self._whole_gradients, self._whole_weights)
 
 
-def frozen_copies(elements: float, what: str) -> Cost:
-    """What it costs to freeze so many of a rank's elements: copies of masters and both moments while the optimiser
-    steps, and back.
-    """
-    copies = 3 * 4 * round(elements)
-    return Cost(stepping={what: copies}, traffic=4 * copies)
+def frozen_rows(elements: float) -> Cost:
+    """What a step saves where so many of a rank's elements are frozen: the optimiser neither reads nor writes them."""
+    return Cost(traffic=-ADAMW_BYTES * round(elements))
 
 
 def layouts_of(layers: Mapping[str, TrackedLayer], mask_bias: bool) -> dict[str, RowLayout]:

@@ -13,7 +13,7 @@ from cl_dist.heartbeat import beat
 from cl_dist.methods.cost import Cost, RankShare
 from cl_dist.methods.protocol import TaskPlace
 from cl_dist.methods.shared.kept_counts import BYTES
-from cl_dist.methods.shared.row_executor import frozen_copies
+from cl_dist.methods.shared.row_executor import frozen_rows
 from cl_dist.methods.shared.row_method import RowMethod
 from cl_dist.methods.shared.samples import evenly
 from cl_dist.methods.sparse_memory.uses import TableUses, embedding_tables
@@ -42,11 +42,12 @@ class SparseMemory(RowMethod):
             parameter.requires_grad_(name in self._tables)
 
     def cost(self, share: RankShare) -> Cost:
-        """Counts of every row and their sum over the ranks, and copies of the other rows while the optimiser steps."""
+        """Counts of every row and their sum over the ranks, and with `mask: update` an optimiser that leaves the
+        other rows alone."""
         rows = {name: share.shapes[name][0] for name in self.names}
         dropped = sum(max(0.0, 1 - self.config.rows / rows[name]) * share.owned.get(name, 0) for name in self.names)
-        copies = frozen_copies(dropped if self.config.mask == "update" else 0, "sparse_memory's other rows")
-        return copies + Cost(
+        frozen = frozen_rows(dropped if self.config.mask == "update" else 0)
+        return frozen + Cost(
             device={"sparse_memory's counts": _PER_ROW * sum(rows.values())},
             saved=BYTES * sum(rows.values()) // (1 if share.replicated else share.world),
             step=(share.all_reduce(8 * sum(rows.values()), "sparse_memory's counts"),),
