@@ -89,7 +89,8 @@ class CompactExchange:
         """
         if self._alone:
             return None
-        parts = [("gradients", whole_gradients or self._obstacle)]
+        none = None if self._gradients else "backward computes all rows of the masked weights"
+        parts = [("gradients", whole_gradients or self._obstacle or none)]
         parts += [("updated weights", whole_weights)] if self._gathers else []
         return "; ".join(
             f"of masked {what}, only the kept rows travel between the ranks"
