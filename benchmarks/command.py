@@ -205,6 +205,15 @@ BENCHMARKS = {
             check=_check_wire,
         ),
         Benchmark(
+            "optimizer",
+            "AdamW on the kept rows alone, against all rows",
+            "Times one step of AdamW on the kept rows of a weight, which are chosen at random. Compares the kernel,\n"
+            "torch's fused AdamW on all rows, and the same with the dropped rows saved before and put back after it.\n"
+            "--elements is the size of the weight, --hidden the length of its rows.",
+            ("hidden", "elements", "keep"),
+            {"hidden": (4096,), "elements": (45_000_000,), "keep": 0.3},
+        ),
+        Benchmark(
             "plan-accuracy",
             "what `cl-dist plan` predicts against what training does",
             "Trains a small Llama with random weights on CPU ranks in forty settings (every ZeRO stage, full and\n"

@@ -103,6 +103,13 @@ def _fraction(word: str) -> float:
     return number
 
 
+def _share(word: str) -> float:
+    number = float(word)
+    if not 0 < number <= 1:
+        raise ValueError(word)
+    return number
+
+
 def _one_of(*words: str) -> Callable[[str], str]:
     def read(word: str) -> str:
         if word not in words:
@@ -161,6 +168,7 @@ _OPTIONS = (
     Option("--mask", f"what happens to dropped rows, as MIGU's setting: {', '.join(MASKS)}", _one_of(*MASKS),
            ", ".join(MASKS), "NAME"),
     Option("--elements", "numbers of elements of the parameter to measure", _whole(1), _POSITIVE, many=True),
+    Option("--keep", "share of the rows that are kept", _share, "a number > 0 and <= 1", "SHARE"),
     Option("--order", ", ".join(ORDERS), _one_of(*ORDERS), ", ".join(ORDERS), "NAME"),
     Option("--memory", "whether to measure peak memory too, in a separate process for each variant",
            _one_of("yes", "no"), "yes, no", "yes|no"),

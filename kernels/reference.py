@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from cl_dist.kernels.rows import RowMask, counted_tokens
+
+if TYPE_CHECKING:
+    from cl_dist.kernels.adamw_rows import AdamWSettings, AdamWState, RowPiece
 
 
 def row_magnitude(
@@ -72,6 +76,19 @@ def apply_row_mask_(shard: torch.Tensor, start: int, row_length: int, keep: torc
     """Look up the row of every element; see `kernels.apply_row_mask_`."""
     row = torch.arange(start, start + shard.numel(), device=shard.device) // row_length
     return shard.masked_fill_(~keep[row], 0)
+
+
+def adamw_rows_(state: AdamWState, step: torch.Tensor, pieces: Sequence[RowPiece], settings: AdamWSettings) -> None:
+    """Save everything, step everything, put back what is not kept; see `kernels.adamw_rows_`."""
+    before = [tensor.clone() for tensor in state]
+    kept = torch.zeros(state.param.shape, dtype=torch.bool, device=state.param.device)
+    for piece in pieces:
+        kept[piece.offset : piece.offset + piece.numel] = piece.kept(piece.offset, piece.numel)
+    lr, beta1, beta2, eps, weight_decay = settings
+    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    torch._fused_adamw_(*([tensor] for tensor in state), [], [step], **options, amsgrad=False, maximize=False)
+    for tensor, old in zip(state, before, strict=True):
+        torch.where(kept, tensor, old, out=tensor)
 
 
 def importance_update_(

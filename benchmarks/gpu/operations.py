@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cl_dist import kernels
-from cl_dist.benchmarks import importance, magnitude, topk
+from cl_dist.benchmarks import importance, magnitude, optimizer, topk
 from cl_dist.benchmarks.gpu.measuring import Record
 from cl_dist.benchmarks.harness import Contestant, clock_for, race
 from cl_dist.benchmarks.shapes import MODELS, Layer
@@ -98,4 +98,6 @@ def others(record: Record, device: torch.device) -> None:
     for order in ("mixed", "first"):
         chosen = {"elements": (elements,), "hidden": None, "order": order, "dtype": "float32"}
         record.measure(f"importance_update_, {elements} elements, {order}", partial(entry, importance, **chosen))
-    record.put("row-sparse AdamW", {"skipped": "there is no such kernel yet"})
+    for length in record.size((1024, 4096), (64,)):
+        rows = {"elements": (elements,), "hidden": (length,), "keep": 0.3, "dtype": "float32"}
+        record.measure(f"adamw_rows_, {elements} elements, rows of {length}", partial(entry, optimizer, **rows))

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from cl_dist.config.schema import TrainConfig
 
+ADAMW_BYTES = 28
+"""Bytes that AdamW reads and writes per element: it reads master, gradient and both moments, and writes all but one."""
+
 Kind = Literal["all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast"]
 
 
@@ -120,7 +123,7 @@ class Cost:
     task: tuple[Collective, ...] = ()
     """Collectives at the end of a task."""
     traffic: int = 0
-    """Bytes read and written in an optimiser step, where the masters lie."""
+    """Bytes read and written in an optimiser step, where the masters lie; negative for what AdamW leaves alone."""
     token_traffic: int = 0
     """Bytes read and written on the device for each token of a forward pass."""
     skipped: Mapping[str, float] = field(default_factory=dict)

@@ -23,7 +23,7 @@ from functools import cached_property
 from torch import nn
 
 from cl_dist.config.objectives import FACTS
-from cl_dist.methods.cost import Collective, Cost
+from cl_dist.methods.cost import ADAMW_BYTES, Collective, Cost
 from cl_dist.models.structure import base_model, head_prefixes, is_below
 from cl_dist.planning.devices import EFFICIENCY, Device
 from cl_dist.planning.ranks import RankView
@@ -34,7 +34,6 @@ from cl_dist.planning.wire import GATHERED_WEIGHTS, UPDATED_WEIGHTS, Wire
 OPERATIONS_PER_PRODUCT = 5
 """Launched forward for each product, with the norms, rotations, activations and sums around it (a block of Llama has 7
 products and about 35 operations in PyTorch's eager mode); twice as many backward."""
-ADAMW_BYTES = 28
 LOW_PRECISION_BYTES = 8
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cl_dist.kernels import RowLayout
+from cl_dist.kernels import AdamWSettings, AdamWState, RowLayout, RowPiece, adamw_rows_
 from cl_dist.sharding.layouts import Address, Shard
 from cl_dist.sharding.view import ShardView
 
@@ -26,8 +26,10 @@ name: `(numel,)` bool for each, aligned with this rank's masters. A parameter th
 class RowFreezer:
     """Keeps chosen rows of weights and moments bit for bit through every optimiser step.
 
-    A zero gradient does not stop AdamW: momentum and decoupled weight decay still move the row. So the rows are saved
-    before the inner optimiser steps and restored right after it, before DeepSpeed copies the masters into the model.
+    A zero gradient does not stop AdamW: momentum and decoupled weight decay still move the row. So where rows are
+    frozen, `kernels.adamw_rows_` takes the place of torch's fused AdamW, with the same bits for the other rows, and
+    leaves frozen ones alone. Hooks around the inner step run as ever. Any other optimiser steps all rows, and the
+    frozen ones are put back right after it, before DeepSpeed copies the masters into the model.
 
     Args:
         shards: The engine's shards.
@@ -39,8 +41,19 @@ class RowFreezer:
         self._keep: Mapping[str, torch.Tensor] = {}
         self._saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         """For each piece: a live view of its rows, which of them are frozen, and their values before the step."""
-        inner = shards.layout.inner
-        self._handles = [inner.register_step_pre_hook(self._save), inner.register_step_post_hook(self._restore)]
+        self._pieces: dict[int, list[tuple[str, Address]]] = {}
+        """What lies in each tensor that is stepped, in its order."""
+        for name, param in shards.params.items():
+            at = shards.layout.address(param)
+            if at is not None:
+                self._pieces.setdefault(id(at.flat), []).append((name, at))
+        self._handles: list[Any] = []
+        for optimizer in shards.layout.optimizers:
+            if steps_rows(optimizer):
+                self._handles.append(_Replacement(optimizer, self._step_kept))
+            else:
+                self._handles.append(optimizer.register_step_pre_hook(self._save))
+                self._handles.append(optimizer.register_step_post_hook(self._restore))
 
     def freeze(self, keep: Mapping[str, torch.Tensor]) -> None:
         """Set which rows may move from now on; an empty mapping freezes nothing.
@@ -55,22 +68,103 @@ class RowFreezer:
         for handle in self._handles:
             handle.remove()
 
+    def _step_kept(self, flat: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]) -> bool:
+        """Step a tensor, unless no row of it is frozen."""
+        pieces = self._row_pieces(flat)
+        if pieces is None:
+            return False
+        assert flat.grad is not None
+        state["step"] += 1
+        tensors = AdamWState(
+            flat.detach().view(-1), flat.grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+        )
+        settings = AdamWSettings(group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        adamw_rows_(tensors, state["step"], pieces, settings)
+        return True
+
+    def _row_pieces(self, flat: torch.Tensor) -> list[RowPiece] | None:
+        """Divide a tensor into pieces with a mask and the stretches between them; None if none has a mask."""
+        masked = [(name, at) for name, at in self._pieces.get(id(flat), ()) if name in self._keep]
+        if not masked:
+            return None
+        self._bring_masks(flat.device)
+        pieces, end = [], 0
+        for name, at in sorted(masked, key=lambda piece: piece[1].offset):
+            if at.offset > end:
+                pieces.append(RowPiece(end, at.offset - end))
+            pieces.append(RowPiece(at.offset, at.numel, at.start, self._layout(name), self._keep[name]))
+            end = at.offset + at.numel
+        if end < flat.numel():
+            pieces.append(RowPiece(end, flat.numel() - end))
+        return pieces
+
+    def _layout(self, name: str) -> RowLayout:
+        shape = self._shards.shape(name)
+        return self._layouts.get(name, RowLayout(1, shape[0], shape.numel() // shape[0]))
+
+    def _bring_masks(self, device: torch.device) -> None:
+        """Copy all masks at once to where the masters are, which may be offloaded."""
+        if any(keep.device != device for keep in self._keep.values()):
+            together = torch.cat(list(self._keep.values())).to(device)
+            parts = together.split([len(keep) for keep in self._keep.values()])
+            self._keep = dict(zip(self._keep, parts, strict=True))
+
     def _save(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for name, at in _stepped(self._shards, optimizer):
             if name not in self._keep:
                 continue
-            shape = self._shards.shape(name)
-            layout = self._layouts.get(name, RowLayout(1, shape[0], shape.numel() // shape[0]))
-            keep = self._keep[name].to(at.flat.device)  # masters may be offloaded
+            self._bring_masks(at.flat.device)
             for shard in (at.piece_of(at.flat.detach()), *self._shards.moments(name).values()):
-                for segment in layout.segments(shard.start, shard.data.numel()):
-                    rows, dropped = segment.view(shard.data), ~keep.narrow(0, segment.row, segment.rows)
+                for segment in self._layout(name).segments(shard.start, shard.data.numel()):
+                    rows, dropped = segment.view(shard.data), ~self._keep[name].narrow(0, segment.row, segment.rows)
                     self._saved.append((rows, dropped, rows[dropped].clone()))
 
     def _restore(self, *_: Any) -> None:
         for rows, dropped, before in self._saved:
             rows[dropped] = before
         self._saved.clear()
+
+
+def steps_rows(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `kernels.adamw_rows_` computes what this optimiser does: torch's fused AdamW, as every run has it."""
+    return (
+        type(optimizer) is torch.optim.AdamW
+        and hasattr(optimizer, "_init_group")
+        and all(
+            group["fused"] and not (group["amsgrad"] or group["maximize"] or isinstance(group["lr"], torch.Tensor))
+            for group in optimizer.param_groups
+        )
+    )
+
+
+class _Replacement:
+    """Lets `step` step tensors in the place of torch's AdamW, which steps those that it declines.
+
+    Torch asks `_init_group` which tensors to step, and creates missing moments there. It is shadowed here, rather than
+    `Optimizer.step`, so that all hooks around the step see it as ever.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        step: Callable[[torch.Tensor, dict[str, torch.Tensor], dict[str, Any]], bool],
+    ) -> None:
+        self._optimizer = optimizer
+        collect: Callable[..., bool] = optimizer._init_group  # type: ignore[attr-defined]
+
+        def collected(group: dict[str, Any], params: list[torch.Tensor], *lists: list[torch.Tensor]) -> bool:
+            is_complex = collect(group, params, *lists)
+            left = [not step(param, optimizer.state[param], group) for param in params]
+            for tensors in (params, *lists):
+                if tensors:  # one list is of AMSGrad, and empty
+                    tensors[:] = [tensor for tensor, stays in zip(tensors, left, strict=True) if stays]
+            return is_complex
+
+        optimizer._init_group = collected  # type: ignore[attr-defined]
+
+    def remove(self) -> None:
+        """Give the step back to torch."""
+        del self._optimizer._init_group  # type: ignore[attr-defined]
 
 
 class ElementFilter:

@@ -21,6 +21,7 @@ SIZES = {
     "topk": ("--hidden", "16", "--tokens", "8"),
     "weight-grad": ("--hidden", "16", "--tokens", "8"),
     "importance": ("--elements", "4096"),
+    "optimizer": ("--elements", "4096", "--hidden", "64"),
     "bfloat16": ("--hidden", "16", "--tokens", "8"),
 }
 RATIOS = {
@@ -29,6 +30,7 @@ RATIOS = {
     "topk": ("fused_over_reference", "fused_over_torch"),
     "weight-grad": ("masked_over_dense", "masked_over_reference", "masked_over_torch"),
     "importance": ("fused_over_reference", "fused_over_in_place"),
+    "optimizer": ("rows_over_dense", "restored_over_dense", "rows_over_restored"),
     "bfloat16": ("input_gradient_mended_over_input_gradient_torch",),
 }
 

@@ -16,6 +16,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "stage 1 in bfloat16": {"stage": 1, "dtype": "bfloat16", "more": FLOAT32_ACCUMULATION},
     "stage 2": {"stage": 2},
     "stage 2 offloaded": {"stage": 2, "more": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}},
+    "stage 2, another AdamW": {"stage": 2, "more": {"fused": False}},
     "stage 3": {"stage": 3},
     "stage 3 without small ones": {
         "stage": 3,

@@ -25,7 +25,7 @@ from cl_dist.sharding import gathered as gathered_whole
 from cl_dist.sharding.model import release_gathered
 from tests.sharding import map_jobs
 
-CLIP, RATE = 0.05, 0.1
+CLIP, RATE, DECAY, EPS = 0.05, 0.1, 0.1, 1e-3
 ROWS = "body.0.weight"
 """The parameter whose odd rows the freezer keeps: 7 rows of 5, so that ranks cut it inside a row."""
 
@@ -110,6 +110,7 @@ class Look:
                 moved.append(not torch.equal(master.data, before[name].data))
 
         stepped = SteppedGradients(self.shards, take)
+        dense = _DenseStep(self.shards)
         before = self._state()
         self.shards.set_learning_rate(RATE)
         self._backward()
@@ -123,8 +124,10 @@ class Look:
         found["taken error"], found["taken"] = max(map(float, taken.values()), default=0.0), sorted(taken)
         found["taken after the update"] = all(moved)
         found["step after"] = self.shards.optimizer_step
+        found["frozen bits"] = dense.differences(odd)
         freezer.remove()
         stepped.remove()
+        dense.remove()
 
     def _before(self) -> None:
         """Between reduction and update: every view of the gradient."""
@@ -237,8 +240,50 @@ def _equals(tensor: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -
     return torch.equal(tensor, weights[name]) if name in weights else bool((tensor == 2.0).all())
 
 
+class _DenseStep:
+    """Torch's own step on every tensor that the inner optimiser steps, followed by putting back the frozen rows."""
+
+    def __init__(self, shards: ShardView) -> None:
+        self._shards, inner = shards, shards.layout.inner
+        self._before = {id(flat): self._tensors(flat) for flat in shards.layout.flat_tensors()}
+        self._gradients: dict[int, torch.Tensor] = {}
+        self._handle = inner.register_step_post_hook(self._take)
+
+    def _tensors(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        state = self._shards.layout.inner.state[flat]
+        return [tensor.detach().clone().view(-1) for tensor in (flat, state["exp_avg"], state["exp_avg_sq"])]
+
+    def _take(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            self._gradients |= {id(flat): flat.grad.clone().view(-1) for flat in group["params"]}
+
+    def differences(self, frozen: torch.Tensor) -> int:
+        """Elements of masters and moments, padding included, that are not as after torch's step."""
+        param = self._shards.params[ROWS]
+        at, wrong = self._shards.layout.address(param), 0
+        for flat in self._shards.layout.flat_tensors():
+            before = self._before[id(flat)]
+            after = [tensor.clone() for tensor in before]
+            step = self._shards.layout.inner.state[flat]["step"]
+            torch._fused_adamw_(
+                [after[0]], [self._gradients[id(flat)]], [after[1]], [after[2]], [], [step], lr=RATE, beta1=0.9,
+                beta2=0.999, weight_decay=DECAY, eps=EPS, amsgrad=False, maximize=False,
+            )  # fmt: skip
+            if at is not None and at.flat is flat:
+                for new, old in zip(after, before, strict=True):
+                    piece, rows = slice(at.offset, at.offset + at.numel), frozen[at.start : at.start + at.numel]
+                    new[piece] = torch.where(rows, old[piece], new[piece])
+            wrong += sum(int((a != b).sum()) for a, b in zip(self._tensors(flat), after, strict=True))
+        return wrong
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        self._handle.remove()
+
+
 def _engine(model: torch.nn.Module, stage: int, bfloat16: bool, more: dict[str, Any]) -> Any:
     trained = [param for param in model.parameters() if param.requires_grad]
+    fused = more.pop("fused", True)
     section = {"stage": stage, **more.pop("zero_optimization", {})}
     config = {
         "train_micro_batch_size_per_gpu": 4,
@@ -249,7 +294,7 @@ def _engine(model: torch.nn.Module, stage: int, bfloat16: bool, more: dict[str, 
         "bf16": {"enabled": bfloat16},
         **more,
     }
-    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.1, eps=1e-3)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=DECAY, eps=EPS, fused=fused)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 

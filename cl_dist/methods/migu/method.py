@@ -21,7 +21,7 @@ from cl_dist.errors import BadInput, ClDistError
 from cl_dist.kernels import RowLayout, RowMask, RowMasks, flat_row_masks, kept_rows, mask_rows_
 from cl_dist.kernels.backend import sent
 from cl_dist.kernels.row_magnitude import fold_memory
-from cl_dist.methods.cost import Cost, RankShare
+from cl_dist.methods.cost import ADAMW_BYTES, Cost, RankShare
 from cl_dist.methods.migu.config import MiguConfig
 from cl_dist.methods.migu.kept_counts import BYTES, QUANTITY, KeptCounts
 from cl_dist.methods.migu.magnitudes import MagnitudeSums, Plan
@@ -73,8 +73,8 @@ class Migu(Method):
         ranks the weights of its fingerprint; how often each row was kept; one all-reduce of the sums, and of what
         checks them.
 
-        With `mask: update`, the dropped rows of masters and moments are copied while the optimiser steps, and back.
-        Magnitudes read every output once. Backward skips the dropped rows where the mask is known in time.
+        With `mask: update`, the optimiser neither reads nor writes the dropped rows. Magnitudes read every output once.
+        Backward skips the dropped rows where the mask is known in time.
         """
         layers = self._layers_of(share.model)
         sizes = [size for layer in layers.values() for size in layer.sizes]
@@ -86,10 +86,8 @@ class Migu(Method):
         gradients, weights = self._unsent(share.model, layers, share.train)
         gathered = weights > 0 and share.stage in (1, 2)
         packed = _INT64 * kept if share.world > 1 and (gradients or gathered) else 0
-        frozen: dict[str, int] = {}
-        if self.config.mask == "update":
-            owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
-            frozen = {"MIGU's frozen rows": 3 * 4 * round(owned * (1 - kept / rows))}
+        owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
+        frozen = round(owned * (1 - kept / rows)) if self.config.mask == "update" else 0
         recorded = BYTES * rows
         summed = _FLOAT64 * rows if self.config.sums == "task" else 0  # saved, and copied in case a step is skipped
         return Cost(
@@ -97,10 +95,9 @@ class Migu(Method):
                 "MIGU's magnitudes": _FLOAT64 * (rows + len(sizes)) + waiting + summed,
                 "MIGU's masks": (1 + chosen + (_INT32 if share.world > 1 else 0)) * rows + packed + recorded,
             },
-            stepping=frozen,
             saved=(recorded + summed) // (1 if share.replicated else share.world),
             step=(share.all_reduce(message * times, "MIGU's magnitudes", times),),
-            traffic=4 * sum(frozen.values()),
+            traffic=-ADAMW_BYTES * frozen,
             token_traffic=rows * share.itemsize,
             skipped=self._skipped_shares(layers, share.train),
             unsent_gradients=gradients,
