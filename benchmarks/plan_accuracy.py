@@ -97,7 +97,6 @@ def matrix(world: int) -> list[Case]:
         ]
     cases += [Case(stage, world, offload=True) for stage in (1, 2, 3)]
     cases += [Case(2, world, None, method) for method in ("ewc", "lwf", "recurrent_kif")]
-    cases += [Case(stage, world, method="migu", update=True) for stage in (1, 2)]
     return [*cases, Case(3, world, 8, checkpointing=True), Case(3, world, defaults=True)]
 
 

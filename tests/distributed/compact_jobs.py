@@ -53,7 +53,7 @@ def distances(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 def trained(settings: dict[str, Any], compact: str) -> dict[str, Any]:
     """Masters and moments after the last step, whole; norms of every step; the last step's bytes by collective."""
-    case = Case(**settings, compact=compact)
+    case = Case(**settings, compact=compact, steps=2)
     engine: Any = case.engine
     engine.method.methods = [case.migu]  # what the recorder gathers would count too
     engine.before_task(TaskPlace(index=0, name="t", steps=case.steps))

@@ -8,8 +8,8 @@ import pytest
 
 from tests.distributed.chosen import Reports, by_world, run_by_world
 
-ROUNDING = 3 * 2**-23
-"""Three steps, each of which may round a sum of three ranks in another order."""
+ROUNDING = 2 * 2**-23
+"""Two steps, each of which may round a sum of three ranks in another order."""
 ZERO = "zero_optimization"
 CASES: dict[int, list[dict[str, Any]]] = {
     2: [
@@ -22,7 +22,6 @@ CASES: dict[int, list[dict[str, Any]]] = {
         {"stage": 2, "dtype": "bfloat16", "grad_dtype": "float32", "deepspeed": {ZERO: {"reduce_scatter": False}}},
         {"stage": 2, "dtype": "bfloat16", "grad_dtype": "float32", "deepspeed": {ZERO: {"overlap_comm": True}}},
         {"stage": 2, "accumulation": 3, "mask": "update", "clip": 0.1},
-        {"stage": 2, "mask": "update"},
         {"stage": 0, "clip": 0.1, "decay": 0.1},
         {"stage": 0, "sums": "task", "scope": "ahead", "accumulation": 3, "family": "roberta", "mask": "update"},
         {"stage": 1, "dtype": "bfloat16", "grad_dtype": "float32", "mask": "update", "clip": 0.1},
