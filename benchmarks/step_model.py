@@ -122,8 +122,7 @@ def predicted(nodes: int, network: int | None, stage: int) -> Iterator[Row]:
     times = {way: step(way) for way in setups}
     dense, sent = times["dense"], {way: _sent(wire, setups["dense"].world) for way, wire in wires.items()}
     for mask in MASKS:
-        optimizer = dense.optimizer * (kept_share(seven_billion_shape(mask)) if mask == "update" else 1.0)
-        compact = replace(times[mask], optimizer=optimizer)
+        compact = times[mask]
         yield {
             "what": "Llama2-7B",
             "device": DEVICE,
@@ -137,7 +136,7 @@ def predicted(nodes: int, network: int | None, stage: int) -> Iterator[Row]:
             "dense_gigabytes": _short(sent["dense"] / 1e9),
             "compact_gigabytes": _short(sent[mask] / 1e9),
             "predicted_bytes_ratio": _short(sent[mask] / sent["dense"]),
-            "predicted_optimizer_ratio": _short(optimizer / dense.optimizer),
+            "predicted_optimizer_ratio": _short(compact.optimizer / dense.optimizer),
             "predicted_step_ratio": _short(compact.seconds / dense.seconds),
         }  # fmt: skip
 

@@ -63,7 +63,11 @@ def test_stage_2_of_7b_by_hand() -> None:
     assert float(update["dense_wire_ms"]) == pytest.approx(1e3 * 3 * sent / (0.7 * 25e9 / 8), rel=0.01)
     assert float(update["predicted_bytes_ratio"]) == pytest.approx(SHARE, rel=0.01)
     assert float(gradient["predicted_bytes_ratio"]) == pytest.approx((2 * SHARE + 1) / 3, rel=0.01)
-    assert float(update["predicted_optimizer_ratio"]) == pytest.approx(SHARE, rel=1e-3)
+    # Of 36 bytes an element, 28 are AdamW's. The first rank owns the embedding, which has no mask, and is the slowest.
+    dropped = 1 - (5 * KEPT_4096 + 2 * KEPT_11008) / (5 * 4096 + 2 * 11008)
+    owned = (32 * BLOCK + REST) / 32
+    stepped = 1 - 28 / 36 * dropped * (owned - 32000 * 4096) / owned
+    assert float(update["predicted_optimizer_ratio"]) == pytest.approx(stepped, rel=2e-3)
     assert float(gradient["predicted_optimizer_ratio"]) == 1
 
 
