@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import (
     AutoModelForCausalLM,
@@ -31,7 +32,9 @@ from cl_dist.errors import BadInput, ClDistError
 from cl_dist.integrate.passes import Passes, recomputes
 from cl_dist.models.structure import base_model
 from cl_dist.sharding import ShardView, TorchState, check_deepspeed
+from cl_dist.sharding.layouts import reshard
 from cl_dist.sharding.model import release_gathered
+from cl_dist.sharding.view import is_fully_sharded
 from cl_dist.tasks.collate import Batch
 from cl_dist.tasks.objectives import OBJECTIVES
 
@@ -205,11 +208,13 @@ class LoopDriver(Driver):
         module = model.module if isinstance(model, DistributedDataParallel) else model
         super().__init__(module, listener)
         world = torch.distributed.get_world_size()
-        if world > 1 and module is model:
+        reshard(module)
+        self._fully_sharded = is_fully_sharded(module)
+        if world > 1 and module is model and not self._fully_sharded:
             raise _refusal(
                 f"the job has {world} ranks, but the model is a {type(model).__name__}, whose gradients nobody reduces "
                 "before the method sees them",
-                "torch.nn.parallel.DistributedDataParallel, or a DeepSpeed engine",
+                "torch.nn.parallel.DistributedDataParallel, fully_shard, or a DeepSpeed engine",
             )
         self._ended = _accelerate_boundary(optimizer)
         if getattr(optimizer, "scaler", None) is not None:
@@ -219,6 +224,8 @@ class LoopDriver(Driver):
         _check_gradient_hooks(module, accumulated=True)
         _check_precision(module)
         self.accumulation = accumulation
+        if self._fully_sharded:
+            _check_mesh(module)
         self.shards = ShardView(TorchState(module, self._optimizer))
         self._passes = 0
         """Backward passes since the last step."""
@@ -243,12 +250,29 @@ class LoopDriver(Driver):
         first, second = self._trial_batches()
         with _trial_mode(self.module):
             loss = loss_sum(*self._run_trial(self.module, first))
+            if self._fully_sharded:
+                return self._try_backward(loss, second)
             # Unlike backward, this leaves alone what is in `.grad`, and what DDP does there.
             found = torch.autograd.grad(loss, list(self.shards.params.values()), allow_unused=True)
             with torch.no_grad():
                 self._run_trial(self.module, second)
         pairs = zip(self.shards.names, found, strict=True)
         return frozenset(name for name, gradient in pairs if gradient is None or not gradient.count_nonzero())
+
+    def _try_backward(self, loss: torch.Tensor, second: Batch) -> frozenset[str]:
+        """The rest of the trial under FSDP2, whose parameters get gradients in a whole backward pass only."""
+        # Not those that the module has now, in the middle of a pass: they are the gathered weights.
+        before = [(param, param.grad) for param in self.shards.params.values()]
+        for param, _ in before:
+            param.grad = None
+        loss.backward()
+        idle = idle_parameters(self.shards)
+        for param, gradient in before:
+            param.grad = gradient
+        with torch.no_grad():
+            self._run_trial(self.module, second)
+        self.shards.publish()
+        return idle
 
     def _before_forward(self, batch: Batch) -> None:
         kind = next(self.module.parameters()).device.type
@@ -259,7 +283,7 @@ class LoopDriver(Driver):
                 f"a further pass came after the step's gradients were complete ({self._passes} backward passes)",
                 f"gradient_accumulation={self._passes + 1} or more, as in the script, then optimizer.step()",
             )
-        if self._stepped and self._gradients_written() == self._versions:
+        if self._stepped and not self._fully_sharded and self._gradients_written() == self._versions:
             raise _refusal("the last step's gradients are still there", "optimizer.zero_grad() after every step")
         self._stepped = False
         self._listener.before_forward(batch)
@@ -297,7 +321,8 @@ class LoopDriver(Driver):
             return
         if not self._complete:
             # A step with fewer passes than usual, at an epoch's end. It was not known to be the last one.
-            if self._versions != self._gradients_written():
+            # Nobody counts how often a DTensor is written.
+            if self._fully_sharded or self._versions != self._gradients_written():
                 raise _refusal(
                     f"gradients were edited (clipped?) after {self._passes} of {self.accumulation} backward passes, "
                     "before the method could see them",
@@ -375,6 +400,17 @@ def _check_precision(module: nn.Module) -> None:
             raise _refusal(
                 f"{name} is trained in {str(param.dtype).removeprefix('torch.')}, without a float32 master",
                 "float32 parameters (with autocast in bfloat16), or DeepSpeed with bf16",
+            )
+
+
+def _check_mesh(module: nn.Module) -> None:
+    """Refuse FSDP2 on anything but one row of ranks, and parameters that it leaves out."""
+    for name, param in module.named_parameters():
+        cut = isinstance(param, DTensor) and param.device_mesh.ndim == 1 and param.placements == (Shard(0),)
+        if not cut:
+            raise _refusal(
+                f"{name} is not cut along its first dimension between all ranks, as the others are",
+                "fully_shard on the whole model, on a mesh with one dimension",
             )
 
 

@@ -15,7 +15,7 @@ from cl_dist.methods.config import MethodConfig, Need
 from cl_dist.methods.protocol import Method
 
 SURROUNDINGS: Mapping[str, frozenset[Need]] = {
-    "PyTorch, DDP": frozenset(),
+    "PyTorch, DDP, FSDP2": frozenset(),
     "DeepSpeed, ZeRO 0-3": frozenset(),
     "accelerate": frozenset(),
     "Trainer, SFTTrainer": frozenset({Need.START}),

@@ -335,7 +335,7 @@ class LoopSession(Session):
                 "engine, or continual(model, optimizer, ...)"
             )
         wrapped = type(optimizer).__module__.startswith("accelerate.")
-        place = "accelerate" if wrapped else "DeepSpeed, ZeRO 0-3" if self._is_engine else "PyTorch, DDP"
+        place = "accelerate" if wrapped else "DeepSpeed, ZeRO 0-3" if self._is_engine else "PyTorch, DDP, FSDP2"
         super().__init__(method, settings, place, **options)
         self._model, self._optimizer = model, optimizer
         plugin = optimizer.gradient_state.num_steps if wrapped and not self._is_engine else 1

@@ -11,7 +11,9 @@ oracle):
 - stage 1 in bfloat16 with float32 accumulation (`BF16_Optimizer`): every rank holds the whole reduced gradient,
   `param._hp_grad`;
 - stage 3: every parameter is cut into equal pieces and padded at the end; `grad_position` finds a piece in the flat
-  sub-groups.
+  sub-groups;
+- FSDP2, without DeepSpeed (torch 2.13): a parameter is a DTensor cut between rows, and so are its gradient and moments;
+  `_local_tensor` is what the rank holds.
 
 `maps.py` computes the same pieces without an engine.
 """
@@ -25,6 +27,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from cl_dist.sharding.maps import even_share, owned_piece
@@ -60,7 +64,7 @@ class Address(NamedTuple):
 
     def piece_of(self, like_flat: torch.Tensor) -> Shard:
         """View the piece of any tensor laid out like `flat`: the masters themselves, a gradient or a moment."""
-        return Shard(self.start, like_flat.view(-1).narrow(0, self.offset, self.numel))
+        return Shard(self.start, _local(like_flat).view(-1).narrow(0, self.offset, self.numel))
 
 
 class Layout(ABC):
@@ -181,6 +185,40 @@ class Replicated(Layout):
     @override
     def publish_frozen(self, params: Sequence[torch.nn.Parameter]) -> None:
         return  # every rank's share is the whole
+
+    @override
+    def flat_tensors(self) -> list[torch.Tensor]:
+        return [param for group in self.inner.param_groups for param in group["params"]]
+
+
+class RowShards(Layout):
+    """PyTorch's FSDP2 (`fully_shard`): every parameter is a DTensor, cut between rows of its first dimension.
+
+    What a rank holds is its own master; every forward pass gathers the weights from these.
+    """
+
+    @override
+    def gradient(self, param: torch.nn.Parameter) -> Shard | None:
+        start, numel = _rows_owned(param)
+        return Shard(start, _local(param.grad).view(-1)) if numel and param.grad is not None else None
+
+    @override
+    def address(self, param: torch.nn.Parameter) -> Address | None:
+        start, numel = _rows_owned(param)
+        return Address(param, 0, start, numel) if numel else None
+
+    @override
+    def publish(self) -> None:
+        reshard(self.engine.module)
+
+    @override
+    def frozen(self, param: torch.nn.Parameter) -> Shard | None:
+        start, numel = _rows_owned(param)
+        return Shard(start, _local(param.detach()).view(-1)) if numel else None
+
+    @override
+    def publish_frozen(self, params: Sequence[torch.nn.Parameter]) -> None:
+        self.publish()
 
     @override
     def flat_tensors(self) -> list[torch.Tensor]:
@@ -335,6 +373,26 @@ class Partitioned(Layout):
         """(start, elements) of this rank's piece, without the padding at the parameter's end."""
         rank = self.zero._get_param_partition_rank(param)
         return owned_piece(param.ds_numel, param.partition_numel(), rank)  # type: ignore[attr-defined]
+
+
+def reshard(module: torch.nn.Module) -> None:
+    """Under FSDP2, release the weights that a pass without backward has left gathered, with their old values."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a DTensor, live; any other tensor is returned as it is."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _rows_owned(param: torch.Tensor) -> tuple[int, int]:
+    """(start, elements) of this rank's rows of a DTensor: torch gives every rank but the last ones as many."""
+    assert isinstance(param, DTensor)
+    rows, ranks, rank = param.shape[0], param.device_mesh.size(), param.device_mesh.get_local_rank()
+    start = min(rank * -(-rows // ranks), rows)
+    return start * (param.numel() // rows), param._local_tensor.numel()
 
 
 def _piece(param: torch.nn.Parameter, rank: int) -> Shard:

@@ -10,16 +10,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from cl_dist.errors import ClDistError
-from cl_dist.sharding.layouts import MOMENTS, FlatGroups, Layout, Partitioned, Replicated, Shard, WholeGradient
+from cl_dist.sharding.layouts import (
+    MOMENTS,
+    FlatGroups,
+    Layout,
+    Partitioned,
+    Replicated,
+    RowShards,
+    Shard,
+    WholeGradient,
+)
 
 
 @dataclass(frozen=True)
 class TorchState:
-    """A model and its optimiser without DeepSpeed: every rank holds everything, and the parameters are the masters.
+    """A model and its optimiser without DeepSpeed: the parameters are the masters.
 
-    With several ranks, something else (DDP) makes their gradients equal. `ShardView.on_boundary` is for DeepSpeed only.
+    Under FSDP2 (`fully_shard`) a rank holds its rows; else everything, and with several ranks something else (DDP)
+    makes their gradients equal. `ShardView.on_boundary` is for DeepSpeed only.
     """
 
     module: torch.nn.Module
@@ -240,10 +251,17 @@ class ShardView:
                 yield state
 
 
+def is_fully_sharded(module: torch.nn.Module) -> bool:
+    """Whether FSDP2's `fully_shard` has cut the module's parameters."""
+    return any(isinstance(param, DTensor) for param in module.parameters())
+
+
 def _layout_of(engine: Any) -> Layout:
     """Choose the layout by DeepSpeed's optimiser class; refuse a class without one."""
     optimizer = engine.optimizer
     kind = type(optimizer).__name__
+    if isinstance(engine, TorchState) and is_fully_sharded(engine.module):
+        return RowShards(engine, optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):
         return Replicated(engine, optimizer)
     if kind == "FP16_UnfusedOptimizer":

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -140,7 +143,14 @@ class Case:
             self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=self.accumulation)
             prepared, optimizer = self.accelerator.prepare(model, optimizer)
             return model, optimizer, prepared, {"trainer_or_engine": prepared, "optimizer": optimizer}
-        ddp = DistributedDataParallel(model)
+        if self.script == "fsdp2":
+            mesh = init_device_mesh("cpu", (self.world,))
+            # The optimiser steps what `fully_shard` puts in place of the parameters.
+            model = fully_shard(model, mesh=mesh)
+            optimizer = build_adamw(model, self.recipe.train)
+            for group in optimizer.param_groups:
+                group["lr"], group["fused"] = RATE, False
+        ddp = DistributedDataParallel(model) if self.script == "ddp" else model
         passes = {"gradient_accumulation": self.accumulation}
         return model, optimizer, ddp, {"trainer_or_engine": ddp, "optimizer": optimizer, **passes}
 
@@ -179,7 +189,7 @@ class Case:
                     optimizer.zero_grad()
                 else:
                     loss.backward()
-        if self.script == "ddp":
+        if self.script in ("ddp", "fsdp2"):
             clip_grad_norm_(engine.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
@@ -194,7 +204,8 @@ class Case:
         for name, param in model.named_parameters():
             if name in weights:
                 with GatheredParameters([param]):
-                    assert torch.equal(param.detach(), weights[name]), name
+                    whole_param = param.full_tensor() if isinstance(param, DTensor) else param
+                    assert torch.equal(whole_param.detach(), weights[name]), name
 
 
 def _masks(method: Any) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ EXAMPLES = (
     "accelerate_loop",
     "ddp_loop",
     "deepspeed_loop",
+    "fsdp2_loop",
     "new_tokens",
     "sft_trainer",
     "single_process",
