@@ -2,7 +2,7 @@
 """Time to read all gradients on local shards, against DeepSpeed's gathering of them, as a Markdown table.
 
 Usage:
-    python benchmarks/local_views.py [--stages 2 3] [--ranks 2] [--rounds 5]
+    python benchmarks/local_views.py [--stages 2 3] [--ranks 2] [--rounds 5] [--layers 30]
 
 The model has the shape of SmolLM2-135M and random weights. After a backward pass, three ways of reading every
 parameter's gradient take turns on the same gradients: the views of `cl_dist.shards`; the norm of every parameter, from
@@ -30,12 +30,15 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", choices=(0, 1, 2, 3), default=(2, 3), help="ZeRO stages")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="how often each way is timed, after one warm-up")
+    parser.add_argument("--layers", type=int, default=30, help="transformer blocks")
     options = parser.parse_args()
     print("| ZeRO | ranks | parameters | views | norms from views | `safe_get_full_grad` | largest difference |")
     print("|---|---|---|---|---|---|---|")
     for stage in options.stages:
         found = measure_on_ranks(
-            "cl_dist.benchmarks.local_views:measure", {"stage": stage, "rounds": options.rounds}, options.ranks
+            "cl_dist.benchmarks.local_views:measure",
+            {"stage": stage, "rounds": options.rounds, "layers": options.layers},
+            options.ranks,
         )
         times = (f"{found[name] * 1e3:.1f} ms" for name in ("views", "norms", "gathered"))
         print(
@@ -45,14 +48,14 @@ def main() -> None:
         )
 
 
-def measure(stage: int, rounds: int) -> dict[str, Any]:
+def measure(stage: int, rounds: int, layers: int) -> dict[str, Any]:
     """Seconds of each way on this rank's engine, the slowest rank's, and how far views and gathering differ."""
     import torch
     from deepspeed.utils import safe_get_full_grad
 
     import cl_dist
 
-    engine = _engine(stage)
+    engine = _engine(stage, layers)
     ids = torch.randint(100, 40000, (1, TOKENS), device=engine.device)
     engine.backward(engine(input_ids=ids, labels=ids).loss)
     shards = cl_dist.shards(engine)
@@ -107,7 +110,7 @@ def _largest(value: float, device: Any) -> float:
     return float(shared)
 
 
-def _engine(stage: int) -> Any:
+def _engine(stage: int, layers: int) -> Any:
     """A DeepSpeed engine around a model of the shape of SmolLM2-135M with random weights, in float32."""
     import deepspeed
     import torch
@@ -116,7 +119,7 @@ def _engine(stage: int) -> Any:
     from cl_dist.models.published import SMOLLM2_135M
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M))
+    model = LlamaForCausalLM(LlamaConfig(**{**SMOLLM2_135M, "num_hidden_layers": layers}))
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},

@@ -290,6 +290,7 @@ def what_next(folder: RunFolder, manifest: Manifest) -> str:
         "model after the last task": f"{model} (Hugging Face format)",
         "report with figures": f"cl-dist report {path}",
         "score the model again": f"cl-dist eval {path}",
+        "model card, Hub, vLLM": f"cl-dist export {path} --out DIR",
     }
     return "\n" + "\n".join(f"{what:<25}  {where}" for what, where in lines.items())
 

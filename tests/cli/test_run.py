@@ -65,10 +65,11 @@ def test_a_whole_run_and_its_status(command: Command, tmp_path: Path) -> None:
     assert "  evaluating spring: 8 samples" in lines
     assert all(character == "\n" or character.isprintable() for character in output)
     assert "average performance (AP)" in output
-    assert output.splitlines()[-3:] == [
+    assert output.splitlines()[-4:] == [
         "model after the last task  here/tasks/01-spring/model (Hugging Face format)",
         "report with figures        cl-dist report here",
         "score the model again      cl-dist eval here",
+        "model card, Hub, vLLM      cl-dist export here --out DIR",
     ]
     metrics = json.loads((tmp_path / "here/metrics.json").read_text())
     assert len(metrics["accuracy_matrix"]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from cl_dist.assembly import load_saved
 from cl_dist.errors import BadInput
@@ -25,6 +27,10 @@ from tests.models.conftest import folders, load  # noqa: F401 - fixtures
 
 FAMILIES = ("llama", "t5", "roberta")
 KINDS = ("full", "adapter", "merged")
+CHAT = (
+    "{% for each in messages %}[{{ each.role }}]{{ each.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 ELSEWHERE = """
 import json, os, re, sys
 sys.modules["cl_dist"] = sys.modules["deepspeed"] = None  # an import of either fails
@@ -57,6 +63,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]) -> 
     for family in FAMILIES:
         for kind, lora in (("full", None), ("adapter", {"r": 3})):
             found[f"{family}-{kind}"] = find_saved(write_run(root / f"{family}-{kind}", folders[family], lora=lora))
+    chat = root / "chat"
+    shutil.copytree(folders["llama"], chat)
+    (chat / "chat_template.jinja").write_text(CHAT)
+    found["llama-chat"] = find_saved(write_run(root / "llama-chat", chat, train={"template": "chat", "max_length": 64}))
     return found
 
 
@@ -68,6 +78,7 @@ def exported(runs: dict[str, SavedModel], tmp_path_factory: pytest.TempPathFacto
         for kind in KINDS:
             saved = runs[f"{family}-{'full' if kind == 'full' else 'adapter'}"]
             write_export(saved, root / f"{family}-{kind}", merge=kind == "merged")
+    write_export(runs["llama-chat"], root / "llama-chat")
     return {folder.name: folder for folder in root.iterdir()}
 
 
@@ -139,6 +150,12 @@ def test_generation_stops_where_the_evaluation_did(
         assert settings["eos_token_id"]
         assert elsewhere[f"{family}-{kind}"]["answer"].shape[1] > 1
     assert not (exported[f"roberta-{kind}"] / "generation_config.json").exists()
+
+
+def test_a_chat_model_reads_its_template(exported: dict[str, Path], elsewhere: dict[str, dict[str, Any]]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported["llama-chat"])
+    read = tokenizer.decode(elsewhere["llama-chat"]["answer"][0])
+    assert "[user]Write here what the model should read.</s>[assistant]" in read
 
 
 def test_classes_have_their_names(exported: dict[str, Path], elsewhere: dict[str, dict[str, Any]]) -> None:

@@ -50,3 +50,14 @@ def test_a_gradient_that_is_not_there_is_refused(reports: list[dict[str, Any]]) 
     )
     with pytest.raises(BadInput, match="shards: Linear is no DeepSpeed engine with an optimiser"):
         cl_dist.shards(torch.nn.Linear(2, 2))
+
+
+def test_the_benchmark_compares_what_it_times(reports: list[dict[str, Any]]) -> None:
+    """Of benchmarks/local_views.py, with one block in place of thirty."""
+    found = reports[0]["benchmark"]
+    width, inner, heads = 576, 1536, 3 * 64
+    block = 2 * width * width + 2 * width * heads + 3 * width * inner + 2 * width
+    assert found["parameters"] == 49152 * width + width + block
+    assert found["tensors"] == 11
+    assert found["difference"] == 0
+    assert all(found[name] > 0 for name in ("views", "norms", "gathered"))
