@@ -43,7 +43,8 @@ class SparseMemory(RowMethod):
 
     def cost(self, share: RankShare) -> Cost:
         """Counts of every row and their sum over the ranks, and with `mask: update` an optimiser that leaves the
-        other rows alone."""
+        other rows alone.
+        """
         rows = {name: share.shapes[name][0] for name in self.names}
         dropped = sum(max(0.0, 1 - self.config.rows / rows[name]) * share.owned.get(name, 0) for name in self.names)
         frozen = frozen_rows(dropped if self.config.mask == "update" else 0)
