@@ -396,6 +396,7 @@ class Migu(Method):
                     if layer.rpartition(".")[0] == name
                 }
         self._remember(keep)
+        self._exchange.choose(self.keep)
 
     def before_update(self) -> None:
         """Zero the gradients of the rows that are not kept, unless backward has skipped them already."""
@@ -405,6 +406,7 @@ class Migu(Method):
         # The rows are known, unless nothing was measured in time.
         if self._summed == 0 if self._ahead else self._skipper is None:
             self._remember(self._choose_rows()[0])
+            self._exchange.choose(self.keep)
         skipped = self._skipper is not None and self._skipper.active
         for name, keep in self.keep.items():
             # Skipped rows are zero already, unless a method before this one has added to them.
@@ -575,7 +577,6 @@ class Migu(Method):
             self.keep[layer.weight] = of_layer
             if layer.bias is not None and self.config.mask_bias:
                 self.keep[layer.bias] = of_layer
-        self._exchange.choose(self.keep)
 
 
 class Agreement:
