@@ -202,7 +202,7 @@ CASES = [
         long=False,
     ),
     Case("adamw_rows_, rows of 4096, fp32", partial(_step, FP32, 2**33, 4096), narrow=8),
-    Case("adamw_rows_, rows of 4096, bf16", partial(_step, BF16, 0, 4096), narrow=8),
+    Case("adamw_rows_, rows of 4096, bf16", partial(_step, BF16, 0, 4096), narrow=8, waves=24),
     Case("adamw_rows_, from any element, fp32", partial(_step, FP32, 1, 4096), wide=""),
     Case("adamw_rows_, columns, fp32", partial(_step, FP32, 0, 4096, columns=True), wide=""),
     Case("masked_weight_grad, bias, bf16", partial(_bias, BF16), wide="", warps=32, waves=32),
