@@ -80,8 +80,11 @@ def _entry(rows: int, length: int, options: Namespace, device: torch.device) -> 
 
 def _dense(state: AdamWState, step: torch.Tensor) -> None:
     """Torch's fused AdamW on everything."""
-    options = SETTINGS._asdict()
-    torch._fused_adamw_(*([tensor] for tensor in state), [], [step], **options, amsgrad=False, maximize=False)
+    torch._fused_adamw_(
+        [state.param], [state.grad], [state.exp_avg], [state.exp_avg_sq], [], [step],
+        lr=SETTINGS.lr, beta1=SETTINGS.beta1,
+        beta2=SETTINGS.beta2, weight_decay=SETTINGS.weight_decay, eps=SETTINGS.eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
