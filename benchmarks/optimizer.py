@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from cl_dist.benchmarks import limits
 from cl_dist.benchmarks.command import main
 from cl_dist.benchmarks.harness import Contestant, clock_for, race
 from cl_dist.benchmarks.report import Column, Entry, timed
@@ -15,6 +16,8 @@ from cl_dist.errors import BadInput
 from cl_dist.kernels import AdamWSettings, AdamWState, RowLayout, RowPiece, adamw_rows_
 
 SETTINGS = AdamWSettings(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
+STREAMS = 7
+"""Four tensors are read and three written."""
 PAIRS = (("rows", "dense"), ("restored", "dense"), ("rows", "restored"))
 COLUMNS = (
     Column("elements", "elements"),
@@ -25,6 +28,7 @@ COLUMNS = (
     Column("with rows put back, ms", "seconds.restored", "milliseconds"),
     Column("kept rows / torch's", "rows_over_dense", "ratio"),
     Column("put back / torch's", "restored_over_dense", "ratio"),
+    Column("kept rows, of the memory's rate", "of_limit.rows", "percent"),
 )
 
 
@@ -61,20 +65,26 @@ def _entry(rows: int, length: int, options: Namespace, device: torch.device) -> 
         "dense": Contestant(lambda: _dense(state, step)),
         "restored": Contestant(put_back),
     }
-    times = race(contestants, options.runs, clock_for(device))
+    moved = STREAMS * int(keep.sum()) * length * param.element_size()
+    best, best_moved = limits.updating(moved, device)
+    times = race({**contestants, limits.UPDATE: best}, options.runs, clock_for(device))
     return {
         "elements": rows * length,
         "hidden": length,
         "kept_share": float(keep.float().mean()),
         "dtype": options.dtype,
         **timed(times, PAIRS),
+        **limits.memory_rates(times, ["rows"], limits.UPDATE, moved, best_moved),
     }
 
 
 def _dense(state: AdamWState, step: torch.Tensor) -> None:
     """Torch's fused AdamW on everything."""
-    options = SETTINGS._asdict()
-    torch._fused_adamw_(*([tensor] for tensor in state), [], [step], **options, amsgrad=False, maximize=False)
+    torch._fused_adamw_(
+        [state.param], [state.grad], [state.exp_avg], [state.exp_avg_sq], [], [step],
+        lr=SETTINGS.lr, beta1=SETTINGS.beta1,
+        beta2=SETTINGS.beta2, weight_decay=SETTINGS.weight_decay, eps=SETTINGS.eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

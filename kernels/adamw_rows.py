@@ -252,14 +252,16 @@ def _numbers(settings: AdamWSettings, step: float) -> tuple[np.float32, ...]:
     return tuple(np.float32(number) for number in doubles)
 
 
-@intrinsic
-def _fma(context: Any, a: Any, b: Any, c: Any) -> Any:
+def _multiply_add(context: Any, a: Any, b: Any, c: Any) -> Any:
     """Multiply and add with one rounding; numba itself never fuses the two."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fma(*arguments)
 
     return a(a, b, c), generate
+
+
+_fma: Any = intrinsic(_multiply_add)
 
 
 @cpu_jit

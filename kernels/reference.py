@@ -95,9 +95,11 @@ def adamw_rows_(state: AdamWState, step: torch.Tensor, pieces: Sequence[RowPiece
     kept = torch.zeros(state.param.shape, dtype=torch.bool, device=state.param.device)
     for piece in pieces:
         kept[piece.offset : piece.offset + piece.numel] = piece.kept(piece.offset, piece.numel)
-    lr, beta1, beta2, eps, weight_decay = settings
-    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    torch._fused_adamw_(*([tensor] for tensor in state), [], [step], **options, amsgrad=False, maximize=False)
+    torch._fused_adamw_(
+        [state.param], [state.grad], [state.exp_avg], [state.exp_avg_sq], [], [step],
+        lr=settings.lr, beta1=settings.beta1,
+        beta2=settings.beta2, weight_decay=settings.weight_decay, eps=settings.eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
     for tensor, old in zip(state, before, strict=True):
         torch.where(kept, tensor, old, out=tensor)
 

@@ -78,7 +78,8 @@ class RowFreezer:
         tensors = AdamWState(
             flat.detach().view(-1), flat.grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         )
-        settings = AdamWSettings(group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        beta1, beta2 = group["betas"]
+        settings = AdamWSettings(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
         adamw_rows_(tensors, state["step"], pieces, settings)
         return True
 

@@ -134,6 +134,14 @@ def _importance(dtype: torch.dtype, numel: int = 1 << 24, order: int = 3) -> Lau
     return module("importance_update")._update_launch(tensors, (order, 0.85, 0.15, 0.85, 0.15))
 
 
+def _step(dtype: torch.dtype, start: int, length: int, columns: bool = False) -> Launch:
+    operation, layout = module("adamw_rows"), module("rows").RowLayout(1, 1 << 21, length, columns)
+    state = operation.AdamWState(*(meta(2048 * length, dtype=dtype) for _ in range(4)))
+    keep = meta(layout.total, dtype=torch.bool)
+    piece = operation.RowPiece(0, 2048 * length, start, layout, keep)
+    return operation._launch(state, piece, meta(8, dtype=torch.float64))
+
+
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 CASES = [
@@ -211,6 +219,10 @@ CASES = [
         targets=("sm_90", "sm_100"),
         long=False,
     ),
+    Case("adamw_rows_, rows of 4096, fp32", partial(_step, FP32, 2**33, 4096), narrow=8),
+    Case("adamw_rows_, rows of 4096, bf16", partial(_step, BF16, 0, 4096), narrow=8, waves=24),
+    Case("adamw_rows_, from any element, fp32", partial(_step, FP32, 1, 4096), wide=""),
+    Case("adamw_rows_, columns, fp32", partial(_step, FP32, 0, 4096, columns=True), wide=""),
     Case("masked_weight_grad, bias, bf16", partial(_bias, BF16), wide="", warps=32, waves=32),
     Case("importance_update_, fp32", partial(_importance, FP32), warps=40, waves=32),
     Case("importance_update_, first order, fp32", partial(_importance, FP32, order=1), warps=40, waves=32),
