@@ -41,6 +41,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.token == "bad":
             return self._answer(401, {"error": "Invalid credentials in Authorization header"})
+        if self.path != "/api/whoami-v2":
+            return self._answer(404, {"error": "Repository not found"})
         return self._answer(200, {"type": "user", "name": "me", "orgs": [{"name": "lab"}], "auth": {}})
 
     def do_POST(self) -> None:
