@@ -65,8 +65,8 @@ class RowFreezer:
 
     def remove(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
+        while self._handles:
+            self._handles.pop().remove()
 
     def _step_kept(self, flat: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]) -> bool:
         """Step a tensor, unless no row of it is frozen."""
