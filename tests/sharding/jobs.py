@@ -252,20 +252,21 @@ class _DenseStep:
 
     def _tensors(self, flat: torch.Tensor) -> list[torch.Tensor]:
         state = self._shards.layout.inner.state[flat]
-        return [tensor.detach().clone().view(-1) for tensor in (flat, state["exp_avg"], state["exp_avg_sq"])]
+        tensors = (flat, state["exp_avg"], state["exp_avg_sq"], state["step"])
+        return [tensor.detach().clone().view(-1) for tensor in tensors]
 
     def _take(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
             self._gradients |= {id(flat): flat.grad.clone().view(-1) for flat in group["params"]}
 
     def differences(self, frozen: torch.Tensor) -> int:
-        """Elements of masters and moments, padding included, that are not as after torch's step."""
+        """Elements of masters and moments, padding included, and counts of steps that are not as after torch's step."""
         param = self._shards.params[ROWS]
         at, wrong = self._shards.layout.address(param), 0
         for flat in self._shards.layout.flat_tensors():
-            before = self._before[id(flat)]
+            *before, step = self._before[id(flat)]
             after = [tensor.clone() for tensor in before]
-            step = self._shards.layout.inner.state[flat]["step"]
+            step = step + 1
             torch._fused_adamw_(
                 [after[0]], [self._gradients[id(flat)]], [after[1]], [after[2]], [], [step], lr=RATE, beta1=0.9,
                 beta2=0.999, weight_decay=DECAY, eps=EPS, amsgrad=False, maximize=False,
@@ -274,7 +275,7 @@ class _DenseStep:
                 for new, old in zip(after, before, strict=True):
                     piece, rows = slice(at.offset, at.offset + at.numel), frozen[at.start : at.start + at.numel]
                     new[piece] = torch.where(rows, old[piece], new[piece])
-            wrong += sum(int((a != b).sum()) for a, b in zip(self._tensors(flat), after, strict=True))
+            wrong += sum(int((a != b).sum()) for a, b in zip(self._tensors(flat), [*after, step], strict=True))
         return wrong
 
     def remove(self) -> None:
