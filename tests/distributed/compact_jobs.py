@@ -70,9 +70,9 @@ def trained(settings: dict[str, Any], compact: str) -> dict[str, Any]:
         sent = counter.bytes
         norms.append(float(engine._engine.get_global_grad_norm() or 1.0))
     measured: dict[str, torch.Tensor] = {}
-    case.migu._exchange.choose(case.migu.keep)  # as if in the middle of a step
+    case.migu._executor._exchange.choose(case.migu.keep)  # as if in the middle of a step
     engine.measure(mine, int(targets), "probe", lambda: measured.update(whole_gradients(engine.shards)))
-    case.migu._exchange.clear()
+    case.migu._executor._exchange.clear()
     weights = torch.cat([param.detach().flatten() for param in engine.model.parameters()])
     lowest, highest = weights.clone(), weights.clone()
     torch.distributed.all_reduce(lowest, op=torch.distributed.ReduceOp.MIN)
