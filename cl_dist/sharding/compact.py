@@ -34,7 +34,7 @@ from cl_dist.kernels.backend import sent
 from cl_dist.sharding.layouts import FlatGroups, Layout, Partitioned, Replicated, WholeGradient
 from cl_dist.sharding.maps import padded_piece
 from cl_dist.sharding.packing import KeptRows, Packing
-from cl_dist.sharding.view import ShardView
+from cl_dist.sharding.view import ShardView, TorchState
 
 
 class CompactExchange:
@@ -61,6 +61,8 @@ class CompactExchange:
         self._kept: dict[str, KeptRows] = {}
         self._unsent = shards.unsent
         self._module = shards.layout.engine.module
+        # A mask may come from elsewhere: that of a block which rests is known without a look at the model.
+        self._device = next(self._module.parameters()).device
         self._names = {id(param): name for name, param in shards.params.items()}
         self._replaced: list[tuple[Any, str]] = []
         self._obstacle = _obstacle(shards.layout)
@@ -103,8 +105,8 @@ class CompactExchange:
         """Set which rows travel from now on; every rank must choose the same.
 
         Args:
-            keep: `(rows,)` bool by parameter name, with the rows of all experts one after the other. Parameters that
-                have no layout travel whole.
+            keep: `(rows,)` bool by parameter name, all on one device, with the rows of all experts one after the other.
+                Parameters that have no layout travel whole.
         """
         keep = {name: mask for name, mask in keep.items() if name in self._layouts}
         if not self._replaced or not keep:
@@ -112,7 +114,7 @@ class CompactExchange:
         masks = list({id(mask): mask for mask in keep.values()}.values())  # a bias has its weight's
         ends = np.cumsum([mask.numel() for mask in masks])[:-1]
         rows = [np.flatnonzero(mask) for mask in np.split(torch.cat(masks).cpu().numpy(), ends)]
-        index = sent(np.concatenate(rows), masks[0].device).split([len(each) for each in rows])
+        index = sent(np.concatenate(rows), self._device).split([len(each) for each in rows])
         chosen = dict(zip(map(id, masks), zip(rows, index, strict=True), strict=True))
         self._kept = {name: KeptRows(name, self._layouts[name], *chosen[id(mask)]) for name, mask in keep.items()}
 
@@ -155,7 +157,9 @@ class CompactExchange:
 
 
 def _obstacle(layout: Layout) -> str | None:
-    """The setting of DeepSpeed because of which gradients do not pass through the seams."""
+    """Why gradients do not pass through the seams, or None."""
+    if isinstance(layout.engine, TorchState):
+        return "PyTorch itself reduces them (DistributedDataParallel, fully_shard)"
     kind = type(layout)
     stage = {FlatGroups: 2, Partitioned: 3}.get(kind, 0)
     names = ("contiguous_gradients", "reduce_scatter") if stage else ()

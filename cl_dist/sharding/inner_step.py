@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cl_dist.kernels import AdamWSettings, AdamWState, RowLayout, RowPiece, adamw_rows_
-from cl_dist.sharding.layouts import Address, Shard
+from cl_dist.sharding.layouts import Address, Shard, local_part
 from cl_dist.sharding.view import ShardView
 
 Take = Callable[[Mapping[str, Shard]], None]
@@ -75,12 +75,12 @@ class RowFreezer:
             return False
         assert flat.grad is not None
         state["step"] += 1
-        tensors = AdamWState(
-            flat.detach().view(-1), flat.grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-        )
+        held = (local_part(each) for each in (flat.detach(), flat.grad, state["exp_avg"], state["exp_avg_sq"]))
+        param, grad, exp_avg, exp_avg_sq = held
+        tensors = AdamWState(param.view(-1), grad.reshape(-1), exp_avg.view(-1), exp_avg_sq.view(-1))
         beta1, beta2 = group["betas"]
         settings = AdamWSettings(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-        adamw_rows_(tensors, state["step"], pieces, settings)
+        adamw_rows_(tensors, local_part(state["step"]), pieces, settings)
         return True
 
     def _row_pieces(self, flat: torch.Tensor) -> list[RowPiece] | None:
@@ -95,8 +95,8 @@ class RowFreezer:
                 pieces.append(RowPiece(end, at.offset - end))
             pieces.append(RowPiece(at.offset, at.numel, at.start, self._layout(name), self._keep[name]))
             end = at.offset + at.numel
-        if end < flat.numel():
-            pieces.append(RowPiece(end, flat.numel() - end))
+        if end < (numel := local_part(flat).numel()):
+            pieces.append(RowPiece(end, numel - end))
         return pieces
 
     def _layout(self, name: str) -> RowLayout:
@@ -161,11 +161,13 @@ class _Replacement:
                     tensors[:] = [tensor for tensor, stays in zip(tensors, left, strict=True) if stays]
             return is_complex
 
+        self._collected = collected
         optimizer._init_group = collected  # type: ignore[attr-defined]
 
     def remove(self) -> None:
-        """Give the step back to torch."""
-        del self._optimizer._init_group  # type: ignore[attr-defined]
+        """Give the step back to torch; as with torch's own handles, a second call does nothing."""
+        if vars(self._optimizer).get("_init_group") is self._collected:
+            del self._optimizer._init_group  # type: ignore[attr-defined]
 
 
 class ElementFilter:

@@ -64,7 +64,7 @@ class Address(NamedTuple):
 
     def piece_of(self, like_flat: torch.Tensor) -> Shard:
         """View the piece of any tensor laid out like `flat`: the masters themselves, a gradient or a moment."""
-        return Shard(self.start, _local(like_flat).view(-1).narrow(0, self.offset, self.numel))
+        return Shard(self.start, local_part(like_flat).view(-1).narrow(0, self.offset, self.numel))
 
 
 class Layout(ABC):
@@ -200,7 +200,7 @@ class RowShards(Layout):
     @override
     def gradient(self, param: torch.nn.Parameter) -> Shard | None:
         start, numel = _rows_owned(param)
-        return Shard(start, _local(param.grad).view(-1)) if numel and param.grad is not None else None
+        return Shard(start, local_part(param.grad).view(-1)) if numel and param.grad is not None else None
 
     @override
     def address(self, param: torch.nn.Parameter) -> Address | None:
@@ -214,7 +214,7 @@ class RowShards(Layout):
     @override
     def frozen(self, param: torch.nn.Parameter) -> Shard | None:
         start, numel = _rows_owned(param)
-        return Shard(start, _local(param.detach()).view(-1)) if numel else None
+        return Shard(start, local_part(param.detach()).view(-1)) if numel else None
 
     @override
     def publish_frozen(self, params: Sequence[torch.nn.Parameter]) -> None:
@@ -382,7 +382,7 @@ def reshard(module: torch.nn.Module) -> None:
             part.reshard()
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a DTensor, live; any other tensor is returned as it is."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 

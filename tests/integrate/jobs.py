@@ -47,10 +47,10 @@ class Case:
 
     def __init__(
         self, script: str, method: list[dict[str, Any]], family: str = "llama", lora: bool = False,
-        accumulation: int = 1, stage: int = 0, recompute: bool = False, saved: bool = False,
+        accumulation: int = 1, stage: int = 0, recompute: bool = False, saved: bool = False, fused: bool = False,
     ) -> None:  # fmt: skip
         self.script, self.family, self.lora, self.accumulation = script, family, lora, accumulation
-        self.recompute, self.saved = recompute, saved
+        self.recompute, self.saved, self.fused = recompute, saved, fused
         self.method, self.stage = method, stage
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         data = script_recipe(method, {}, seed=42, keep_optimizer=False, stage=stage, accumulation=accumulation)
@@ -149,7 +149,7 @@ class Case:
             model = fully_shard(model, mesh=mesh)
             optimizer = build_adamw(model, self.recipe.train)
             for group in optimizer.param_groups:
-                group["lr"], group["fused"] = RATE, False
+                group["lr"], group["fused"] = RATE, self.fused
         ddp = DistributedDataParallel(model) if self.script == "ddp" else model
         passes = {"gradient_accumulation": self.accumulation}
         return model, optimizer, ddp, {"trainer_or_engine": ddp, "optimizer": optimizer, **passes}

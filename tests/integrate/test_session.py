@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "FSDP2, rows skipped in backward": {"script": "fsdp2", "method": MIGU},
     "FSDP2, fusion": {"script": "fsdp2", "method": BOTH, "accumulation": 2, "family": "roberta"},
     "FSDP2, frozen rows": {"script": "fsdp2", "method": FROZEN, "family": "t5"},
+    "FSDP2, frozen rows, fused AdamW": {"script": "fsdp2", "method": FROZEN, "fused": True},
     "ZeRO 0, rows skipped in backward": {"script": "deepspeed", "method": MIGU},
     "ZeRO 1, fusion": {"script": "deepspeed", "method": BOTH, "stage": 1, "accumulation": 2},
     "ZeRO 2, accumulation": {"script": "deepspeed", "method": FROZEN, "stage": 2, "accumulation": 2, "family": "t5"},

@@ -126,6 +126,7 @@ class Look:
         found["step after"] = self.shards.optimizer_step
         found["frozen bits"] = dense.differences(odd)
         freezer.remove()
+        freezer.remove()  # an engine that ends detaches its methods, which may have been detached already
         stepped.remove()
         dense.remove()
 
