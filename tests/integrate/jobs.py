@@ -48,9 +48,10 @@ class Case:
     def __init__(
         self, script: str, method: list[dict[str, Any]], family: str = "llama", lora: bool = False,
         accumulation: int = 1, stage: int = 0, recompute: bool = False, saved: bool = False, fused: bool = False,
+        unused: bool = False,
     ) -> None:  # fmt: skip
         self.script, self.family, self.lora, self.accumulation = script, family, lora, accumulation
-        self.recompute, self.saved, self.fused = recompute, saved, fused
+        self.recompute, self.saved, self.fused, self.unused = recompute, saved, fused, unused
         self.method, self.stage = method, stage
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         data = script_recipe(method, {}, seed=42, keep_optimizer=False, stage=stage, accumulation=accumulation)
@@ -90,15 +91,20 @@ class Case:
         for task in range(TASKS):
             place = TaskPlace(task, f"t{task}", STEPS)
             if task > 0:
+                engine.prepare_task(task)
                 engine.shards.reset_optimizer()
             engine.before_task(place)
             for step in range(STEPS):
                 engine.train_step(step, *self._batches(task, step))
                 masks.append(_masks(method))
             method.after_task(place)
-        weights = whole(engine.shards, "master")
+        weights = self._ends_with(engine)
         engine.destroy()
         return weights, masks
+
+    def _ends_with(self, engine: TrainingEngine) -> Weights:
+        """What our own engine is compared by: the masters of what it trains."""
+        return whole(engine.shards, "master")
 
     def _theirs(self) -> tuple[Weights, list[dict[str, torch.Tensor]]]:
         """Train in a script of the given kind, and in one that stops inside the second task and goes on."""
@@ -150,7 +156,7 @@ class Case:
             optimizer = build_adamw(model, self.recipe.train)
             for group in optimizer.param_groups:
                 group["lr"], group["fused"] = RATE, self.fused
-        ddp = DistributedDataParallel(model) if self.script == "ddp" else model
+        ddp = DistributedDataParallel(model, find_unused_parameters=self.unused) if self.script == "ddp" else model
         passes = {"gradient_accumulation": self.accumulation}
         return model, optimizer, ddp, {"trainer_or_engine": ddp, "optimizer": optimizer, **passes}
 
@@ -189,7 +195,7 @@ class Case:
                     optimizer.zero_grad()
                 else:
                     loss.backward()
-        if self.script in ("ddp", "fsdp2"):
+        if self.script in ("ddp", "fsdp2", "plain"):
             clip_grad_norm_(engine.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
