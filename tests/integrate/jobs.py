@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import cl_dist
+from cl_dist.benchmarks.integrate_overhead import measure
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine, loss_sum
@@ -40,6 +41,12 @@ def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Train every case both ways, in one process group."""
     join(timeout_seconds=120)
     return [Case(**case).run() for case in cases]
+
+
+def overhead(**settings: Any) -> dict[str, Any]:
+    """What benchmarks/integrate_overhead.py measures."""
+    join(timeout_seconds=120)
+    return measure(**settings)
 
 
 class Case:
