@@ -226,7 +226,7 @@ class LoopDriver(Driver):
         self.accumulation = accumulation
         if self._fully_sharded:
             _check_mesh(module)
-        self.shards = ShardView(TorchState(module, self._optimizer))
+        self.shards = ShardView(TorchState(module, self._optimizer, _waits_for_all(model)))
         self._passes = 0
         """Backward passes since the last step."""
         self._complete = False
@@ -412,6 +412,13 @@ def _check_mesh(module: nn.Module) -> None:
                 f"{name} is not cut along its first dimension between all ranks, as the others are",
                 "fully_shard on the whole model, on a mesh with one dimension",
             )
+
+
+def _waits_for_all(model: nn.Module) -> bool:
+    """Whether the model is in a DistributedDataParallel that reduces nothing until every gradient is there."""
+    if not isinstance(model, DistributedDataParallel):
+        return False
+    return bool(model.static_graph or not model.find_unused_parameters)
 
 
 def _accelerate_boundary(optimizer: Any) -> Callable[[], bool] | None:

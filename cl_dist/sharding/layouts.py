@@ -90,6 +90,9 @@ class Layout(ABC):
     def publish(self) -> None:
         """Copy the masters into the weights that the model computes with, on all ranks (collective)."""
 
+    def fill_gradient(self, param: torch.nn.Parameter) -> None:  # noqa: B027 - DeepSpeed has filled most
+        """Give a parameter that no backward pass has reached a gradient of zeros, as DeepSpeed does."""
+
     def await_gradients(self) -> None:  # noqa: B027 - most gradients are on the device that computes them
         """Wait until the reduced gradients are where `gradient` looks. Call before reading any, in every step."""
 
@@ -170,6 +173,11 @@ class Replicated(Layout):
         return None if param.grad is None else Shard(0, param.grad.view(-1))
 
     @override
+    def fill_gradient(self, param: torch.nn.Parameter) -> None:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+
+    @override
     def address(self, param: torch.nn.Parameter) -> Address | None:
         return Address(self._masters.get(param, param), 0, 0, param.numel())
 
@@ -201,6 +209,11 @@ class RowShards(Layout):
     def gradient(self, param: torch.nn.Parameter) -> Shard | None:
         start, numel = _rows_owned(param)
         return Shard(start, local_part(param.grad).view(-1)) if numel and param.grad is not None else None
+
+    @override
+    def fill_gradient(self, param: torch.nn.Parameter) -> None:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
 
     @override
     def address(self, param: torch.nn.Parameter) -> Address | None:

@@ -37,6 +37,8 @@ class TorchState:
     """The model itself, not what wraps it; its trained parameters are float32."""
     optimizer: torch.optim.Optimizer
     """AdamW or Adam."""
+    needs_every_gradient: bool = False
+    """Whether whoever reduces gradients waits for that of every trained parameter, as DDP does on its own."""
 
 
 class ShardView:
@@ -84,6 +86,18 @@ class ShardView:
     def gradient(self, name: str) -> Shard | None:
         """Live view of the reduced gradient; valid only between reduction and optimiser step (`on_boundary`)."""
         return self.layout.gradient(self.params[name])
+
+    @property
+    def needs_every_gradient(self) -> bool:
+        """Whether every backward pass has to compute a gradient of every trained parameter."""
+        return isinstance(self._engine, TorchState) and self._engine.needs_every_gradient
+
+    def fill_gradient(self, name: str) -> None:
+        """Give a parameter that no backward pass of the step has reached a gradient of zeros.
+
+        DeepSpeed does so itself. Without it, an optimiser of torch would leave out the parameter and its step count.
+        """
+        self.layout.fill_gradient(self.params[name])
 
     def gradient_changed(self, name: str) -> None:
         """Call after editing a gradient, so that clipping uses its new norm."""

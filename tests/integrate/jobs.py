@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import cl_dist
+from cl_dist.benchmarks.integrate_overhead import measure
 from cl_dist.config.schema import Recipe
 from cl_dist.engine.distributed import join
 from cl_dist.engine.engine import TrainingEngine, loss_sum
@@ -42,15 +43,22 @@ def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [Case(**case).run() for case in cases]
 
 
+def overhead(**settings: Any) -> dict[str, Any]:
+    """What benchmarks/integrate_overhead.py measures."""
+    join(timeout_seconds=120)
+    return measure(**settings)
+
+
 class Case:
     """One script: what trains in it, the model's family and the methods."""
 
     def __init__(
         self, script: str, method: list[dict[str, Any]], family: str = "llama", lora: bool = False,
         accumulation: int = 1, stage: int = 0, recompute: bool = False, saved: bool = False, fused: bool = False,
+        unused: bool = False,
     ) -> None:  # fmt: skip
         self.script, self.family, self.lora, self.accumulation = script, family, lora, accumulation
-        self.recompute, self.saved, self.fused = recompute, saved, fused
+        self.recompute, self.saved, self.fused, self.unused = recompute, saved, fused, unused
         self.method, self.stage = method, stage
         self.world, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         data = script_recipe(method, {}, seed=42, keep_optimizer=False, stage=stage, accumulation=accumulation)
@@ -90,15 +98,20 @@ class Case:
         for task in range(TASKS):
             place = TaskPlace(task, f"t{task}", STEPS)
             if task > 0:
+                engine.prepare_task(task)
                 engine.shards.reset_optimizer()
             engine.before_task(place)
             for step in range(STEPS):
                 engine.train_step(step, *self._batches(task, step))
                 masks.append(_masks(method))
             method.after_task(place)
-        weights = whole(engine.shards, "master")
+        weights = self._ends_with(engine)
         engine.destroy()
         return weights, masks
+
+    def _ends_with(self, engine: TrainingEngine) -> Weights:
+        """What our own engine is compared by: the masters of what it trains."""
+        return whole(engine.shards, "master")
 
     def _theirs(self) -> tuple[Weights, list[dict[str, torch.Tensor]]]:
         """Train in a script of the given kind, and in one that stops inside the second task and goes on."""
@@ -150,7 +163,7 @@ class Case:
             optimizer = build_adamw(model, self.recipe.train)
             for group in optimizer.param_groups:
                 group["lr"], group["fused"] = RATE, self.fused
-        ddp = DistributedDataParallel(model) if self.script == "ddp" else model
+        ddp = DistributedDataParallel(model, find_unused_parameters=self.unused) if self.script == "ddp" else model
         passes = {"gradient_accumulation": self.accumulation}
         return model, optimizer, ddp, {"trainer_or_engine": ddp, "optimizer": optimizer, **passes}
 
@@ -189,7 +202,7 @@ class Case:
                     optimizer.zero_grad()
                 else:
                     loss.backward()
-        if self.script in ("ddp", "fsdp2"):
+        if self.script in ("ddp", "fsdp2", "plain"):
             clip_grad_norm_(engine.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()

@@ -203,6 +203,11 @@ def needs_the_stream() -> None:
     continual(*_made(), method="ewc")
 
 
+def needs_a_background() -> None:
+    """A method that measures samples of other text."""
+    continual(*_made(), method="sparse_memory", background=__file__)
+
+
 def needs_an_early_start() -> None:
     """A method that changes the model."""
     continual(*_made(), method="hft")
@@ -227,5 +232,5 @@ CASES = [
     compiled, data_parallel, other_model, no_optimizer, other_optimizer, third_moment, half_parameters, own_hook,
     step_in_backward, scaled_loss, half_autocast, closure, more_passes, gradients_left, clipped_too_early,
     foreign_gradients, passes_without_gradients, unknown_padding, not_finite, between_steps, two_sessions,
-    needs_the_stream, needs_an_early_start, needs_samples, unknown_setting, settings_beside_a_list,
+    needs_the_stream, needs_a_background, needs_an_early_start, needs_samples, unknown_setting, settings_beside_a_list,
 ]  # fmt: skip

@@ -19,6 +19,8 @@ EXAMPLES = (
     "single_process",
     "trainer",
 )
+COVERED = ("accelerate_loop", "ddp_loop", "deepspeed_loop")
+"""Loops of which test_session checks more."""
 NEED_TRL = ("new_tokens", "sft_trainer")
 
 
@@ -32,7 +34,9 @@ def test_every_example_is_run() -> None:
     assert scripts == {*EXAMPLES, "common"}
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in COVERED else name for name in EXAMPLES]
+)
 def test_an_example_ends_well(name: str) -> None:
     skip_without_trl(name)
     world = 1 if name == "single_process" else 2

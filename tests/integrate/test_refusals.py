@@ -28,6 +28,7 @@ EXPECTED = {
     "between_steps": "task 1 ends between a backward pass and optimizer.step()",
     "two_sessions": "another session is attached to this model",
     "needs_the_stream": "method ewc measures the model on chosen samples of the stream",
+    "needs_a_background": "method sparse_memory measures the model on chosen samples of the stream",
     "needs_an_early_start": "method hft has to change the model before its optimiser exists",
     "needs_samples": "method kif trains on samples of other tasks too",
     "unknown_setting": "method.treshold: unknown key; did you mean threshold?",

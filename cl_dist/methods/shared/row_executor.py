@@ -81,6 +81,7 @@ class RowExecutor:
         )
         self._keep: Keep = {}
         self._rest = Rest(())
+        self._resting: list[str] = []
         self.active = False
 
     @property
@@ -101,14 +102,16 @@ class RowExecutor:
     def rest(self, modules: Mapping[str, nn.Module]) -> None:
         """All rows of some modules' parameters are dropped, known before a forward pass, until the step ends.
 
+        Backward computes nothing for them, unless whoever reduces the gradients waits for every one.
+
         Args:
             modules: By name in the model, with all that is in them; none contains another.
         """
         self._rest.end()
-        self._rest = Rest(modules.values())
+        self._rest = Rest(() if self._shards.needs_every_gradient else modules.values())
         below = tuple(f"{name}." for name in modules)
-        resting = [name for name in self._shards.names if name.startswith(below)]
-        self.choose({name: torch.zeros(self._layouts[name].total, dtype=torch.bool) for name in resting})
+        self._resting = [name for name in self._shards.names if name.startswith(below)]
+        self.choose({name: torch.zeros(self._layouts[name].total, dtype=torch.bool) for name in self._resting})
 
     def choose(self, keep: Keep, rows: Rows | None = None) -> None:
         """The step's rows are known before a backward pass. This is the only place that learns of them so early.
@@ -138,6 +141,8 @@ class RowExecutor:
         if keep is not None:
             self._keep = keep
             self._exchange.choose(keep)
+        for name in self._resting:
+            self._shards.fill_gradient(name)
         for name, kept in self._keep.items():
             # Skipped rows are zero already, unless a method before this one has added to them.
             if name in skipped and name not in self._shards.edited:
@@ -160,6 +165,7 @@ class RowExecutor:
         """The step is over, updated or not: forget its rows, and thaw them."""
         self.forget()
         self._rest.end()
+        self._resting = []
         self._keep = {}
         self._exchange.clear()
         if self._freezer is not None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cl_dist.config.ranges import PositiveInt
-from cl_dist.methods.config import Exclusion, MethodConfig, Role, settings
+from cl_dist.methods.config import Exclusion, MethodConfig, Need, Role, settings
 from cl_dist.methods.selective.config import refuse_adapters
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class SparseMemoryConfig(MethodConfig):
     METHOD: ClassVar[str] = "cl_dist.methods.sparse_memory.method:SparseMemory"
     PATHS: ClassVar[tuple[str, ...]] = ("background",)
     DATA: ClassVar[tuple[str, ...]] = ("background",)
+    NEEDS: ClassVar[Collection[Need]] = (Need.PROBE,)
     ROLES: ClassVar[Collection[Role]] = (Role.SELECTS,)
     EXCLUDES: ClassVar[Sequence[Exclusion]] = (
         Exclusion(Role.SELECTS, "each of them chooses which part of the weights is trained; give one of them"),
