@@ -14,19 +14,19 @@ if TYPE_CHECKING:  # for type checkers and editors
     from cl_dist.api.loaded_run import load_run as load_run
     from cl_dist.api.running import run as run
     from cl_dist.config.schema import Recipe as Recipe
-    from cl_dist.integrate import ContinualCallback as ContinualCallback
-    from cl_dist.integrate import continual as continual
+    from cl_dist.integrate.trainer import ContinualCallback as ContinualCallback
+    from cl_dist.integrate.trainer import continual as continual
     from cl_dist.sharding.shards import Shards as Shards
     from cl_dist.sharding.shards import shards as shards
 
 __version__ = "0.1.0"
 
 _NAMES = {
-    "ContinualCallback": "cl_dist.integrate",
+    "ContinualCallback": "cl_dist.integrate.trainer",
     "LoadedRun": "cl_dist.api.loaded_run",
     "Recipe": "cl_dist.config.schema",
     "Shards": "cl_dist.sharding.shards",
-    "continual": "cl_dist.integrate",
+    "continual": "cl_dist.integrate.trainer",
     "load_run": "cl_dist.api.loaded_run",
     "run": "cl_dist.api.running",
     "shards": "cl_dist.sharding.shards",

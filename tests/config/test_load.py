@@ -77,7 +77,7 @@ def test_one_method_may_be_absent_a_mapping_or_a_list(given: Any, tmp_path: Path
     data = minimal() if given is None else {**minimal(), "method": given}
     file = write(tmp_path / "mine.yaml", data)
     if given == {}:
-        with pytest.raises(BadInput, match=r"^method.name: missing; allowed: agem, ewc, .*sift, ssu, tasl$"):
+        with pytest.raises(BadInput, match=r"^method.name: missing; allowed: agem, .*sift, sparse_memory, ssu, tasl$"):
             load_recipe(file)
     else:
         assert load_recipe(file)[0].method == (SequentialConfig(),)
