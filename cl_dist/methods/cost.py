@@ -83,6 +83,11 @@ class RankShare:
         return self.stage == 3
 
     @property
+    def gathers_updates(self) -> bool:
+        """Whether the ranks gather the updated weights after a step: each computes a share, and all hold the whole."""
+        return self.stage in (1, 2)
+
+    @property
     def elements(self) -> int:
         """Elements of all masters that this rank owns."""
         return sum(self.owned.values())
@@ -101,7 +106,7 @@ class RankShare:
         """
         elements = sum(math.prod(shape) for shape in self.shapes.values())
         whole = Collective("all_gather", elements * self.itemsize, "changed weights")
-        return () if self.replicated or self.sharded else (whole,)
+        return (whole,) if self.gathers_updates else ()
 
 
 @dataclass(frozen=True)

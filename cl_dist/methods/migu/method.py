@@ -84,7 +84,7 @@ class Migu(Method):
         waiting = fold_memory(share.tokens, sizes, share.train.gradient_accumulation) if share.gpu else 0
         chosen = _INT64 if self._skips_rows(share.train) else 0  # backward needs the rows' numbers
         gradients, weights = self._unsent(share.model, layers, share.train)
-        gathered = weights > 0 and share.stage in (1, 2)
+        gathered = weights > 0 and share.gathers_updates
         packed = _INT64 * kept if share.world > 1 and (gradients or gathered) else 0
         owned = sum(share.owned.get(layer.weight, 0) for layer in layers.values())
         frozen = owned * (1 - kept / rows) if self.config.mask == "update" else 0

@@ -35,11 +35,13 @@ class SparseMemoryConfig(MethodConfig):
     """Name of the method."""
     background: str
     """File or folder with samples of what the model should keep, from the recipe's folder; read like a task's `path`
-    with format auto. The paper takes text of the pre-training data."""
+    with format auto. The method takes text of the pre-training data."""
     samples: PositiveInt = 1000
-    """Number of background samples (paper: 1,000 batches), at even distances; all of them if there are fewer."""
+    """Number of background samples (1,000 batches in descriptions of the paper), at even distances; all of them if
+    there are fewer."""
     rows: PositiveInt = 500
-    """Most rows of a table that a step trains: those with the highest TF-IDF (paper: t = 500 memory slots)."""
+    """Most rows of a table that a step trains: those with the highest TF-IDF (t = 500 memory slots in descriptions
+    of the paper)."""
     parameters: Literal["input"] | tuple[str, ...] = "input"
     """The embedding tables. `input`: that of the input tokens; or a list of patterns of parameter names, such as
     `*.embed_tokens_per_layer.weight`."""
